@@ -1,0 +1,198 @@
+"""What goes from production to replica: one transfer for each mark, as plain values. Pure.
+
+A transfer brings the replica from one mark to the next. It is a manifest and up to five *sections*,
+each a stream of bytes that only grows; a transfer that was interrupted resumes at a checkpoint: the
+durable length of each section, and the sender's cursor.
+
+    kind FULL       the complete state at one position (the first full copy, or a rescan after a gap):
+                    DIFF has every block that isn't zero, its length isn't known in advance
+    kind INTERVAL   what changed in (from_seq, to_seq]; DIFF is the last content of each block written;
+                    with granularity 0 also TIMES, JOURNAL and JOURNAL_BLOCKS (the difference journal,
+                    figure 6B)
+
+Sections:
+
+    DIFF            DIFF_ENTRY rows, strictly ascending by (volume, block)
+    DIFF_BLOCKS     contents of the rows of DIFF that aren't zero, whole blocks, in the order of DIFF
+    TIMES           int64 time_ns of seq from_seq+1 .. to_seq, strictly ascending
+    JOURNAL         JOURNAL_ENTRY rows, strictly ascending by (volume, block, seq)
+    JOURNAL_BLOCKS  contents that only the difference journal has, whole blocks
+
+All integers are little-endian. `unit` counts 512 bytes, the smallest block size.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Final
+
+import msgspec
+import numpy as np
+
+UNIT_BYTES: Final = 512
+MAX_PAYLOAD_BYTES: Final = 1 << 20  # one Data frame; the limit of everything that is held at once
+MAX_CHECKPOINT_BYTES: Final = 16 << 20  # a sender checkpoints at least this often
+
+
+class Section(enum.IntEnum):
+    DIFF = 1
+    DIFF_BLOCKS = 2
+    TIMES = 3
+    JOURNAL = 4
+    JOURNAL_BLOCKS = 5
+
+
+class Source(enum.IntEnum):
+    """Where the content of a block of the difference journal stands (figure 6B)."""
+
+    ZERO = 0  # all zeros, nothing stored
+    FOURTH = 1  # in DIFF_BLOCKS: the second (fourth) snapshot has it
+    JOURNAL = 2  # in JOURNAL_BLOCKS: only the difference journal has it
+
+
+DIFF_ENTRY: Final = np.dtype(
+    [
+        ("block", "<u8"),
+        ("checksum", "<u8"),  # xxh3_64 of the whole block (the last block of a volume padded with zeros)
+        ("unit", "<u8"),  # offset of the block in DIFF_BLOCKS, in units; 0 if source is ZERO
+        ("volume", "<u2"),  # index into Hello.volumes
+        ("source", "<u2"),  # ZERO or FOURTH
+        ("reserved", "<u4"),
+    ]
+)
+JOURNAL_ENTRY: Final = np.dtype(
+    [
+        ("block", "<u8"),
+        ("seq", "<u8"),
+        ("checksum", "<u8"),
+        ("unit", "<u8"),  # offset in DIFF_BLOCKS (FOURTH) or JOURNAL_BLOCKS (JOURNAL), in units
+        ("volume", "<u2"),
+        ("source", "<u2"),
+        ("reserved", "<u4"),
+    ]
+)
+assert DIFF_ENTRY.itemsize == 32 and JOURNAL_ENTRY.itemsize == 40
+
+
+class Kind(enum.IntEnum):
+    FULL = 1
+    INTERVAL = 2
+
+
+class VolumeInfo(msgspec.Struct, frozen=True):
+    """A volume of the group: the same on both sides for ever."""
+
+    name: str
+    size_bytes: int
+    block_size: int
+
+    @property
+    def block_count(self) -> int:
+        return -(-self.size_bytes // self.block_size)
+
+
+class Bookmark(msgspec.Struct, frozen=True):
+    name: str
+    seq: int
+    time_ns: int
+
+
+class Gap(msgspec.Struct, frozen=True):
+    """Instants between two positions that can't be given, and why; ends exclusive."""
+
+    from_seq: int
+    from_time_ns: int
+    to_seq: int
+    to_time_ns: int
+    cause: str
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """What a transfer is, sent before its sections.
+
+    Attributes:
+        mark: number of the mark it leads to: 1, 2, 3, … without gaps; the replica takes only the one
+            after its last.
+        from_seq, from_time_ns: position of the snapshot before (equal to `to` for the first full copy).
+        to_seq, to_time_ns: position that it leads to. With to_seq == from_seq nothing was written; such a
+            transfer only moves protected_through_ns on.
+        first_time_ns: time of the first write in it, None if there is none.
+        protected_through_ns: time of the mark itself: every write up to it is in.
+        granularity_ns: 0 every write, None snapshots only.
+        cause: why the granularity is what it is, in words.
+        diff_count, journal_count: rows of DIFF and JOURNAL; None for diff_count where not known (FULL).
+        identity: equal exactly if the sections' bytes are equal; a staged transfer resumes only then.
+    """
+
+    mark: int
+    kind: Kind
+    from_seq: int
+    from_time_ns: int
+    to_seq: int
+    to_time_ns: int
+    first_time_ns: int | None
+    protected_through_ns: int
+    granularity_ns: int | None
+    cause: str
+    diff_count: int | None
+    journal_count: int
+    identity: str
+    bookmarks: tuple[Bookmark, ...] = ()
+    gaps: tuple[Gap, ...] = ()
+
+
+class ResumePoint(msgspec.Struct, frozen=True):
+    """How far a transfer is durable on the replica: bytes of each section (1 … 5), and the sender's cursor."""
+
+    lengths: tuple[int, int, int, int, int] = (0, 0, 0, 0, 0)
+    cursor: tuple[int, ...] = ()
+
+
+class Hello(msgspec.Struct, frozen=True):
+    """Who the sender is."""
+
+    group: str
+    history: str  # hex; drawn when the group's state is made: tells a group from another of its name
+    volumes: tuple[VolumeInfo, ...]
+
+
+class Welcome(msgspec.Struct, frozen=True):
+    """Where the replica stands: its last committed mark, 0 and zeros if it has none."""
+
+    mark: int
+    seq: int
+    time_ns: int
+    protected_through_ns: int
+
+
+# What a sender puts out for one transfer, in order: Begin, (Data | Checkpoint)*, End.
+
+
+class Begin(msgspec.Struct, frozen=True):
+    manifest: Manifest
+
+
+class Data(msgspec.Struct, frozen=True):
+    """`payload` (at most MAX_PAYLOAD_BYTES) stands at byte `offset` of the section.
+
+    Contents come in whole blocks, after the rows that name them; rows in whole rows.
+    """
+
+    section: Section
+    offset: int
+    payload: bytes | bytearray | memoryview
+
+
+class Checkpoint(msgspec.Struct, frozen=True):
+    """Asks the replica to make what came so far durable and to remember the cursor with it."""
+
+    cursor: tuple[int, ...]
+
+
+class End(msgspec.Struct, frozen=True):
+    """The transfer is complete: lengths of all sections, to be checked before the commit."""
+
+    lengths: tuple[int, int, int, int, int]
+
+
+TransferFrame = Begin | Data | Checkpoint | End
