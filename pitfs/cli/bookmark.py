@@ -1,0 +1,35 @@
+"""`pitfs bookmark`: names the position of now."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from typing import Any, Final
+
+from pitfs.cli.asking import ask
+from pitfs.config import load_config
+from pitfs.errors import UsageError
+
+NAME: Final = "bookmark"
+
+
+def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
+    parser = subparsers.add_parser(
+        NAME,
+        help="name the position of now",
+        description="Names the state after the last write and prints its canonical instant. The name appears on "
+        "the replica, under bookmarks/, once that position is replicated.",
+        epilog="example:\n  pitfs bookmark /etc/pitfs/db1.toml before-upgrade",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="TOML file of the group")
+    parser.add_argument("name", metavar="NAME", help="letters, digits, '.', '_' and '-', at most 64")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def run(args: argparse.Namespace) -> int:
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", args.name) or args.name in (".", ".."):
+        raise UsageError(f"{args.name}: not a name for a bookmark: letters, digits, '.', '_' and '-', at most 64")
+    reply = ask(load_config(args.config), "bookmark", name=args.name)
+    print(json.dumps(reply) if args.json else reply["instant"])
+    return 0

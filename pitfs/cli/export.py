@@ -1,0 +1,206 @@
+"""`pitfs export`: writes an image to a file or block device at full speed.
+
+Into a file: under FILE.partial, made durable, then renamed, so FILE is never half an image; zeros are holes.
+One that exists is only replaced with --force. Into a block device: in place, zeros included, since what the
+device holds now isn't known; it must be at least as large as the volume, not mounted and not otherwise in use
+(opened with O_EXCL). What is behind the volume's end on a larger device stays as it is, as with dd.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Final
+
+from xxhash import xxh3_128
+
+from pitfs.cli.resolve import add_store_and_time, resolve, volume_index
+from pitfs.errors import CapacityError, CorruptionError, PitfsError, UsageError
+from pitfs.model.position import format_instant
+
+if TYPE_CHECKING:
+    from pitfs.view.view import PointInTimeView
+
+NAME: Final = "export"
+READ_BYTES: Final = 1 << 20
+# Written back as it goes on: else the page cache fills with it and the end is one long fsync.
+WRITEBACK_BYTES: Final = 64 << 20
+PARTIAL: Final = ".partial"
+
+
+def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
+    parser = subparsers.add_parser(
+        NAME,
+        help="write a volume at an instant to a file or device",
+        description="Writes a volume's image to FILE: a regular file (sparse; complete or not there) "
+        "or a block device at least as large. Every block is verified against its checksum on the way.",
+        epilog="""\
+examples:
+  pitfs export /srv/replica/db1 latest root /srv/restore/root.img
+  pitfs export /srv/replica/db1 5m-ago root /dev/vg0/root --verify""",
+    )
+    add_store_and_time(parser)
+    parser.add_argument("volume", metavar="VOLUME", help="name of the volume")
+    parser.add_argument("file", metavar="FILE", help="file to make, or block device to overwrite")
+    parser.add_argument("--verify", action="store_true", help="read FILE again and compare its digest")
+    parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
+
+
+def run(args: argparse.Namespace) -> int:
+    from pitfs.store.store import Store
+    from pitfs.view.view import PointInTimeView
+
+    store = Store.open(args.store)
+    try:
+        resolution, _ = resolve(store, args.time, args.tz)
+        view = PointInTimeView(store, resolution, volume_index(store, args.volume))
+        try:
+            mode = os.stat(args.file).st_mode
+        except FileNotFoundError:
+            mode = stat.S_IFREG
+        else:
+            if stat.S_ISREG(mode) and not args.force:
+                raise UsageError(f"{args.file}: exists: give another name, or --force to replace it")
+        try:
+            if stat.S_ISBLK(mode):
+                _export_to_device(view, args.file, args.verify)
+            elif stat.S_ISREG(mode):
+                _export_to_file(view, args.file, args.verify)
+            else:
+                raise UsageError(f"{args.file}: neither a regular file nor a block device")
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise CapacityError(f"{args.file}: no room for the image: make room there") from error
+            raise
+    finally:
+        store.close()
+    print(
+        f"{args.file}: {args.volume} at {format_instant(resolution.time_ns)}, {view.size_bytes} bytes"
+        + (", verified" if args.verify else ""),
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _export_to_file(view: PointInTimeView, path: str, verify: bool) -> None:
+    path = os.path.realpath(path)  # of a symbolic link the target is replaced, not the link
+    partial = path + PARTIAL
+    # Images hold the whole system's data: readable for the owner only, as in the mount.
+    fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        os.ftruncate(fd, view.size_bytes)
+        digest = _write(view, fd, sparse=True, hashed=verify)
+        os.fsync(fd)  # data before the name
+        if verify:
+            _verify(fd, partial, view.size_bytes, digest)
+        os.rename(partial, path)
+        directory = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except BaseException:
+        if os.path.exists(partial):
+            os.unlink(partial)
+        raise
+    finally:
+        os.close(fd)
+
+
+def _export_to_device(view: PointInTimeView, path: str, verify: bool) -> None:
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC)  # O_EXCL: refused while mounted or in use
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise UsageError(f"{path}: in use (mounted, or part of something): unmount it first") from None
+        raise
+    try:
+        size_bytes = os.lseek(fd, 0, os.SEEK_END)
+        if size_bytes < view.size_bytes:
+            raise UsageError(f"{path}: {size_bytes} bytes, the volume has {view.size_bytes}: too small")
+        digest = _write(view, fd, sparse=False, hashed=verify)
+        os.fsync(fd)
+        if verify:
+            _verify(fd, path, view.size_bytes, digest)
+    finally:
+        os.close(fd)
+
+
+def _write(view: PointInTimeView, fd: int, *, sparse: bool, hashed: bool) -> str:
+    """Writes the image (sparse: without its zeros); returns its xxh3_128 if asked for, else nothing."""
+    from pitfs.cli.progress import progress
+    from pitfs.view.view import ReadBuffer
+
+    buffer = ReadBuffer(READ_BYTES)
+    state = xxh3_128()
+    zeros = bytes(READ_BYTES)
+    written = flushed = 0
+    with progress("export", view.size_bytes) as advance:
+        for start, end, is_data in _pieces(view, READ_BYTES):
+            data = view.read(start, end - start, buffer) if is_data else memoryview(zeros)[: end - start]
+            if hashed:
+                state.update(data)
+            if is_data or not sparse:
+                _write_all(fd, data, start)
+                written += len(data)
+            if written - flushed >= WRITEBACK_BYTES:
+                _start_writeback(fd, start)
+                flushed = written
+            advance(end - start)
+    return state.hexdigest() if hashed else ""
+
+
+def _pieces(view: PointInTimeView, max_bytes: int) -> Iterator[tuple[int, int, bool]]:
+    """(start, end, whether there is data) of the whole image, in order, no piece larger than `max_bytes`."""
+    position = 0
+    for start, end in view.data_ranges():
+        yield from _cut(position, start, False, max_bytes)
+        yield from _cut(start, end, True, max_bytes)
+        position = end
+    yield from _cut(position, view.size_bytes, False, max_bytes)
+
+
+def _cut(start: int, end: int, is_data: bool, max_bytes: int) -> Iterator[tuple[int, int, bool]]:
+    while start < end:
+        middle = min(end, start - start % max_bytes + max_bytes)
+        yield start, middle, is_data
+        start = middle
+
+
+def _write_all(fd: int, data: memoryview, offset: int) -> None:
+    while data:
+        count = os.pwrite(fd, data, offset)
+        data, offset = data[count:], offset + count
+
+
+def _start_writeback(fd: int, offset: int) -> None:
+    """DONTNEED starts writing dirty pages of what is done and lets go of the clean ones."""
+    os.posix_fadvise(fd, 0, offset, os.POSIX_FADV_DONTNEED)
+
+
+def _verify(fd: int, path: str, size_bytes: int, digest: str) -> None:
+    """Reads what was written back from the disk, not from the page cache, and compares.
+
+    Raises:
+        CorruptionError: it isn't what was written.
+    """
+    from pitfs.cli.progress import progress
+
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    state = xxh3_128()
+    buffer = memoryview(bytearray(READ_BYTES))
+    offset = 0
+    with progress("verify", size_bytes) as advance:
+        while offset < size_bytes:
+            count = os.preadv(fd, [buffer[: size_bytes - offset]], offset)
+            if count == 0:
+                raise PitfsError(f"{path}: ends at byte {offset} while it is verified: who changed it?")
+            state.update(buffer[:count])
+            advance(count)
+            offset += count
+    if state.hexdigest() != digest:
+        raise CorruptionError(path, 0, f"digest {state.hexdigest()}, written was {digest}: write it again")

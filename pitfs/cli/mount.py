@@ -1,0 +1,197 @@
+"""mount.pitfs: the helper that mount(8) calls for `mount -t pitfs`, and fstab lines, and users by hand.
+
+    mount.pitfs STORE MOUNTPOINT [-sfnv] [-N ns] [-o options] [-t type]
+
+`-f` stays in the foreground, as with the helpers of libfuse (for mount(8) it means "fake": `mount -f` of a
+pitfs store isn't supported). Imports as little as it can: the daemon is
+forked before anything starts threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import grp
+import logging
+import pwd
+import re
+import sys
+import zoneinfo
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from pitfs.cli.main import Parser, report
+from pitfs.errors import UsageError
+from pitfs.fuse.mount import MountRequest, mount_store
+
+NAME: Final = "mount.pitfs"
+
+# Of mount(8) and fstab: for others, or without meaning for a mount that is read-only and never changes.
+IGNORED: Final = frozenset(
+    (
+        *("defaults", "auto", "noauto", "user", "nouser", "users", "owner", "group", "nofail", "_netdev"),
+        *("rw", "async", "relatime", "strictatime", "lazytime", "nolazytime", "diratime", "loud", "silent"),
+        *("mand", "nomand", "iversion", "noiversion", "default_permissions"),
+    )
+)
+IGNORED_PREFIXES: Final = ("x-", "X-", "comment=")
+# These go to the kernel as they are.
+KERNEL_OPTIONS: Final = frozenset(
+    (
+        *("ro", "suid", "nosuid", "dev", "nodev", "exec", "noexec", "atime", "noatime", "nodiratime"),
+        *("norelatime", "nostrictatime", "sync", "dirsync"),
+    )
+)
+REFUSED: Final = {
+    "auto_unmount": "an empty directory in place of a dead mount looks like deleted data",
+    "max_read": "the kernel's limit is used",
+    "remount": "umount and mount again",
+    "allow_root": "use allow_other, or uid= for one user",
+    "direct_io": "images must be cached for mmap and loop devices",
+}
+
+EXAMPLES: Final = """\
+options (-o):
+  allow_other             others may try; modes decide (set by uid=, gid= and mode=)
+  uid=USER gid=GROUP      owner of everything (default root)
+  mode=OCTAL              of images, without write bits (default 0400); directories can be entered by those
+                          who may read
+  tz=ZONE                 of times without Z or offset, such as Europe/Vienna (default UTC)
+  strict                  only times whose state can be given exactly lead anywhere
+  and those of mount(8): ro, noatime, nosuid, nodev, noexec, …
+
+examples:
+  mount.pitfs /srv/replica/db1 /mnt/db1
+  mount -t pitfs -o uid=postgres,tz=Europe/Vienna /srv/replica/db1 /mnt/db1
+  losetup --read-only --direct-io=on --find --show /mnt/db1/5m-ago/root
+  umount /mnt/db1
+
+fstab:
+  /srv/replica/db1  /mnt/db1  pitfs  nofail,_netdev  0  0
+
+exit codes: 0 the mount answers, 1 failed, 2 wrong use
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `mount.pitfs`."""
+    try:
+        try:
+            args = _parser().parse_args(argv)
+        except SystemExit as stop:  # argparse has said what there is to say
+            return stop.code if isinstance(stop.code, int) else 2
+        logging.basicConfig(
+            level=logging.INFO if args.verbose else logging.WARNING,
+            format="mount.pitfs: %(levelname)s: %(message)s",
+        )
+        return mount_store(
+            parse_options(
+                ",".join(args.options),
+                store=args.store,
+                mountpoint=args.mountpoint,
+                foreground=args.foreground,
+                sloppy=args.sloppy,
+                verbose=args.verbose,
+            )
+        )
+    except BaseException as error:
+        return report(error, program=NAME)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog=NAME,
+        description="Mounts a store: a directory for each instant, in it an image of each volume.",
+        epilog=EXAMPLES,
+    )
+    parser.add_argument("store", metavar="STORE", help="directory of the store")
+    parser.add_argument("mountpoint", metavar="MOUNTPOINT", help="directory to mount on")
+    parser.add_argument("-o", dest="options", metavar="OPTIONS", action="append", default=[], help="below")
+    parser.add_argument("-f", dest="foreground", action="store_true", help="stay in the foreground")
+    parser.add_argument("-s", dest="sloppy", action="store_true", help="tolerate unknown options")
+    parser.add_argument("-v", dest="verbose", action="store_true", help="say more")
+    parser.add_argument("-n", action="store_true", help="no effect (mount(8): don't write mtab)")
+    parser.add_argument("-t", metavar="TYPE", help="no effect (mount(8): type)")
+    parser.add_argument("-N", metavar="NS", help="no effect (mount(8): namespace, entered already)")
+    return parser
+
+
+def parse_options(
+    text: str,
+    *,
+    store: str,
+    mountpoint: str,
+    foreground: bool = False,
+    sloppy: bool = False,
+    verbose: bool = False,
+) -> MountRequest:
+    """The request that the options of `-o`, separated by commas, ask for.
+
+    Raises:
+        UsageError: an option is unknown (unless sloppy), refused, or its value is wrong.
+    """
+    values: dict[str, Any] = {}
+    kernel: list[str] = []
+    for option in filter(None, text.split(",")):
+        name, has_value, value = option.partition("=")
+        if name in _VALUES and has_value:
+            key, parse = _VALUES[name]
+            values[key] = parse(value)
+            if name != "tz":  # who gives it to somebody else wants that somebody to get in
+                values["allow_other"] = True
+        elif option in ("strict", "allow_other"):
+            values[option] = True
+        elif option in KERNEL_OPTIONS:
+            kernel.append(option)
+        elif name in REFUSED:
+            raise UsageError(f"option {name}: not supported: {REFUSED[name]}")
+        elif option not in IGNORED and not option.startswith(IGNORED_PREFIXES) and not sloppy:
+            raise UsageError(f"unknown option {option!r}: {NAME} --help lists them")
+    return MountRequest(
+        store, mountpoint, kernel_options=tuple(kernel), foreground=foreground, verbose=verbose, **values
+    )
+
+
+def _parse_id(option: str, find: Callable[[str], int]) -> Callable[[str], int]:
+    def parse(value: str) -> int:
+        if re.fullmatch(r"[0-9]{1,10}", value) and int(value) < 2**32 - 1:
+            return int(value)
+        try:
+            return find(value)
+        except (KeyError, ValueError):
+            what = "user" if option == "uid" else "group"
+            raise UsageError(f"option {option}={value}: no such {what}") from None
+
+    return parse
+
+
+def _parse_mode(value: str) -> int:
+    if not re.fullmatch(r"[0-7]{1,4}", value) or int(value, 8) > 0o777:
+        raise UsageError(f"option mode={value}: write three octal digits, such as 0440")
+    return int(value, 8) & 0o444
+
+
+def parse_zone(value: str) -> datetime.tzinfo:
+    """The zone of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if value == "UTC":  # also where no zones are installed
+        return datetime.UTC
+    try:
+        return zoneinfo.ZoneInfo(value)
+    except (KeyError, ValueError, OSError):
+        raise UsageError(f"time zone {value!r}: unknown: write a name such as Europe/Vienna") from None
+
+
+_VALUES: Final[dict[str, tuple[str, Callable[[str], Any]]]] = {
+    "uid": ("uid", _parse_id("uid", lambda name: pwd.getpwnam(name).pw_uid)),
+    "gid": ("gid", _parse_id("gid", lambda name: grp.getgrnam(name).gr_gid)),
+    "mode": ("mode", _parse_mode),
+    "tz": ("zone", parse_zone),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""What the processes of `pitfs protect` share: their frame, their names, and not outliving the minder."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from typing import Final
+
+from pitfs.cli.main import report
+from pitfs.config import Config, load_config
+from pitfs.errors import UsageError
+
+PR_SET_PDEATHSIG: Final = 1
+PR_SET_NAME: Final = 15
+
+
+def set_process_name(name: str) -> None:
+    """The name that ps and top show, so that an administrator can tell the processes apart."""
+    ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode()[:15], 0, 0, 0)
+
+
+def die_with_parent() -> None:
+    """Ends this process in order where its minder is killed: two splitters of a group must never be."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def set_up_daemon_logging(verbose: int) -> None:
+    """One line per event on standard error; a service manager adds the time."""
+    level = logging.DEBUG if verbose else logging.INFO
+    logging.basicConfig(
+        level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+    )
+
+
+def run_process(serve: Callable[[Config], int]) -> int:
+    """Frame of a part's process: `PROGRAM CONFIG [-v]`, errors as one line, the contract's exit codes."""
+    verbose = "-v" in sys.argv[2:]
+    try:
+        if len(sys.argv) < 2:
+            raise UsageError("CONFIG is missing; this process is started by 'pitfs protect'")
+        set_up_daemon_logging(verbose)
+        return serve(load_config(sys.argv[1]))
+    except BaseException as error:
+        return report(error, verbose=verbose)

@@ -1,0 +1,144 @@
+"""`pitfs receive`: takes what production hosts send, one store for each group."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from pitfs.errors import PitfsError, UsageError
+
+if TYPE_CHECKING:
+    import trio
+
+    from pitfs.link.tls import LinkContext
+
+NAME: Final = "receive"
+MAX_PORT: Final = 65535
+
+
+def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
+    parser = subparsers.add_parser(
+        NAME,
+        help="take what production hosts send into stores",
+        description="Receives replication of any number of groups; the store of each is DIR/GROUP. Runs in "
+        "the foreground, prints 'ready' when it listens, ends on SIGTERM; a transfer under way is resumed later.",
+        epilog="""\
+examples:
+  pitfs receive --root /srv/pitfs --listen 127.0.0.1:7420 --insecure
+  pitfs receive --root /srv/pitfs --listen [::]:7420 \\
+      --certificate replica.pem --key replica.key --authority ca.pem""",
+    )
+    parser.add_argument(
+        "--root", metavar="DIR", required=True, help="directory of the stores; made if missing"
+    )
+    parser.add_argument(
+        "--listen", metavar="HOST:PORT", required=True, help="address to listen at; port 0 takes a free one"
+    )
+    parser.add_argument("--certificate", metavar="FILE", help="PEM file of this host's certificate")
+    parser.add_argument("--key", metavar="FILE", help="PEM file of its key")
+    parser.add_argument(
+        "--authority", metavar="FILE", help="PEM file of the authority whose certificates senders show"
+    )
+    parser.add_argument("--insecure", action="store_true", help="no TLS; loopback addresses only")
+
+
+def run(args: argparse.Namespace) -> int:
+    import trio
+
+    from pitfs.cli.processes import set_up_daemon_logging
+    from pitfs.cli.service import run_until_signal
+
+    host, port = parse_address(args.listen)
+    tls = _context(args, host)
+    root = _make_root(args.root)
+    set_up_daemon_logging(getattr(args, "verbose", 0))
+    trio.run(run_until_signal, partial(_receive, root, host, port, tls))
+    return 0
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """HOST:PORT or [HOST]:PORT; HOST may be empty for all addresses.
+
+    Raises:
+        UsageError: it isn't one.
+    """
+    host, colon, port_text = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host or "[" in host or "]" in host:
+        raise UsageError(f"--listen {text}: an IPv6 address goes into brackets, as in [::1]:7420")
+    if not colon or not (port_text.isascii() and port_text.isdigit()):
+        raise UsageError(f"--listen {text}: isn't HOST:PORT, as in 127.0.0.1:7420")
+    if int(port_text[:9]) > MAX_PORT or len(port_text) > 9:
+        raise UsageError(f"--listen {text}: ports go to {MAX_PORT}")
+    return host, int(port_text)
+
+
+def _context(args: argparse.Namespace, host: str) -> LinkContext | None:
+    from pitfs.link.tls import require_loopback, server_context
+
+    files = {
+        "--certificate": args.certificate,
+        "--key": args.key,
+        "--authority": args.authority,
+    }
+    given = [option for option, path in files.items() if path is not None]
+    if args.insecure:
+        if given:
+            raise UsageError(f"--insecure and {given[0]} exclude each other")
+        require_loopback(host)
+        return None
+    if len(given) < len(files):
+        missing = ", ".join(option for option in files if option not in given)
+        raise UsageError(f"{missing} missing: give all three files, or --insecure on loopback")
+    return server_context(args.certificate, args.key, args.authority)
+
+
+def _make_root(path: str) -> str:
+    root = os.path.abspath(path)
+    try:
+        os.makedirs(root, mode=0o700, exist_ok=True)
+    except FileExistsError:
+        raise UsageError(f"{root}: isn't a directory") from None
+    except OSError as error:
+        raise PitfsError(f"{root}: can't be made: {error.strerror}") from None
+    if not os.access(root, os.R_OK | os.W_OK | os.X_OK):
+        raise PitfsError(f"{root}: can't be written to: stores are made there")
+    return root
+
+
+async def _receive(root: str, host: str, port: int, tls: LinkContext | None) -> None:
+    import logging
+
+    from pitfs.cli.service import notify_ready
+    from pitfs.link.stream import address_text
+    from pitfs.link.transport import serve
+    from pitfs.store.ingest import Ingest
+
+    log = logging.getLogger(__name__)
+    listeners = await _listen(host, port)
+    for listener in listeners:
+        log.info("listening at %s, stores in %s", address_text(*listener.socket.getsockname()[:2]), root)
+    notify_ready()
+    await serve(listeners, partial(Ingest, root), tls=tls)
+
+
+async def _listen(host: str, port: int) -> list[trio.SocketListener]:
+    import socket
+
+    import trio
+
+    where = f"{host or 'all addresses'}, port {port}"
+    try:
+        return await trio.open_tcp_listeners(port, host=host or None)
+    except socket.gaierror as error:
+        raise UsageError(f"{where}: the name can't be resolved ({error.strerror})") from None
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise PitfsError(f"{where}: the address is in use: is another `pitfs receive` running?") from None
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise PitfsError(f"{where}: isn't an address of this host") from None
+        raise PitfsError(f"{where}: can't listen: {error.strerror}") from None

@@ -1,0 +1,136 @@
+"""The shipper's process, started and minded by `pitfs protect`: intervals, difference, link, status.
+
+Started as `python -m pitfs.cli.shipper_process CONFIG`. It may be killed at any time: what it missed is in
+the local journal.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import time
+from typing import Any, Final
+
+import trio
+
+from pitfs.cli.processes import die_with_parent, run_process, set_process_name
+from pitfs.cli.shipping import Shipper
+from pitfs.config import Config
+from pitfs.errors import LinkError, PitfsError, UsageError
+from pitfs.link.tls import LinkContext, client_context, require_loopback
+from pitfs.model.position import format_instant
+from pitfs.model.transfer import Hello
+from pitfs.production import control
+from pitfs.production.state import read_group
+from pitfs.storage.files import durable_replace
+
+log = logging.getLogger(__name__)
+
+SNAPSHOT_GRACE_S: Final = 10.0  # how long `pitfs snapshot` waits for a link that is down
+BOOKMARKS_FILE: Final = "bookmarks"
+
+
+def _read_bookmarks(state: str) -> set[str]:
+    """Names given so far: a bookmark is never moved, and the replica may be out of reach to ask."""
+    try:
+        with open(os.path.join(state, BOOKMARKS_FILE), encoding="ascii") as file:
+            return set(file.read().split())
+    except FileNotFoundError:
+        return set()
+
+
+class ShipperControl:
+    """Answers `control.sock`: snapshot, bookmark NAME, status."""
+
+    def __init__(self, shipper: Shipper, state: str, group: str) -> None:
+        self._shipper = shipper
+        self._state = state
+        self._group = group
+
+    async def handle(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Answers one request. Raises PitfsError; KeyError and TypeError for what isn't one."""
+        op = request["op"]
+        if op == "status":
+            return await self._shipper.status(time.time_ns())
+        if op == "snapshot":
+            reply = await self._shipper.mark()
+            instant = format_instant(reply["position_time_ns"])
+            try:
+                await self._shipper.wait_committed(reply["mark"], SNAPSHOT_GRACE_S)
+            except PitfsError as error:
+                raise PitfsError(
+                    f"{self._group}: the snapshot {instant} is set but not on the replica yet: {error}; "
+                    "it is sent as soon as the replica can be reached"
+                ) from error
+            return {"instant": instant, "seq": reply["seq"], "mark": reply["mark"]}
+        if op == "bookmark":
+            return await self._bookmark(str(request["name"]))
+        raise PitfsError(f"unknown request {op!r}")
+
+    async def _bookmark(self, name: str) -> dict[str, Any]:
+        known = _read_bookmarks(self._state)
+        if name in known:
+            raise UsageError(f"bookmark {name!r} exists already: a bookmark is never moved, choose another name")
+        reply = await self._shipper.mark(name)
+        content = "".join(f"{each}\n" for each in sorted(known | {name}))
+        await trio.to_thread.run_sync(
+            durable_replace, os.path.join(self._state, BOOKMARKS_FILE), content.encode("ascii")
+        )
+        return {"name": name, "instant": format_instant(reply["position_time_ns"]), "seq": reply["seq"]}
+
+
+async def _main(config: Config, hello: Hello, tls: LinkContext | None) -> None:
+    state = config.group.state
+    try:
+        splitter = await control.Connection.open(state, control.SPLITTER_SOCKET)
+    except OSError as error:
+        raise PitfsError(f"{state}: the splitter isn't running: {os.strerror(error.errno or 0)}") from error
+    shipper = Shipper(config, hello, splitter, tls)
+    handler = ShipperControl(shipper, state, config.group.name)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
+            await nursery.start(control.serve, state, control.SHIPPER_SOCKET, handler.handle)
+            nursery.start_soon(shipper.tick)
+            nursery.start_soon(shipper.run)
+            print("ready", flush=True)
+    except* trio.BrokenResourceError:
+        raise PitfsError(f"{state}: the splitter ended") from None
+
+
+async def _stop_on_signal(scope: trio.CancelScope) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for _ in signals:
+            scope.cancel()
+
+
+def _context(config: Config) -> LinkContext | None:
+    """TLS for the link. Raises UsageError for files that aren't right, or no TLS beyond loopback."""
+    tls = config.tls
+    if tls.insecure:
+        require_loopback(config.replication.host)
+        return None
+    if tls.certificate is None or tls.key is None or tls.authority is None:
+        raise UsageError(f"{config.path}: [tls]: certificate, key and authority are needed")
+    return client_context(tls.certificate, tls.key, tls.authority)
+
+
+def serve(config: Config) -> int:
+    """Ships until SIGTERM; returns the exit code."""
+    set_process_name("pitfs-shipper")
+    die_with_parent()
+    group = read_group(config.group.state)
+    if group is None:
+        raise UsageError(f"{config.group.state}: no state of a group: it is made by 'pitfs protect'")
+    try:
+        tls = _context(config)
+    except LinkError as error:
+        raise UsageError(str(error)) from error
+    trio.run(_main, config, Hello(group.group, group.history, group.volumes), tls)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_process(serve))

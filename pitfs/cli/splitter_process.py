@@ -1,0 +1,115 @@
+"""The splitter's process, started and minded by `pitfs protect`: mount, write path, control socket.
+
+Started as `python -m pitfs.cli.splitter_process CONFIG`; prints `ready` when writes are accepted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+import signal
+import sys
+import time
+from typing import Final
+
+import pyfuse3
+import trio
+
+from pitfs.cli.processes import die_with_parent, run_process, set_process_name
+from pitfs.config import Config
+from pitfs.errors import PitfsError, UsageError
+from pitfs.fuse.mountinfo import clear_dead_mount, mounted_at
+from pitfs.fuse.splitter import SplitterOperations, Syncer
+from pitfs.production import control
+from pitfs.production.service import SplitterService
+from pitfs.production.start import VolumeSpec, lock_state, open_splitter
+
+log = logging.getLogger(__name__)
+
+FILE_SYSTEM: Final = "pitfs-splitter"
+PR_SET_IO_FLUSHER: Final = 57
+
+
+def prepare_mountpoint(mountpoint: str, group: str) -> None:
+    """Makes the mountpoint if missing and clears what a killed splitter of this group left there.
+
+    Raises:
+        UsageError: it is no directory, or something else is mounted on it.
+    """
+    source = f"{FILE_SYSTEM}:{group}"
+    clear_dead_mount(mountpoint, f"fuse.{FILE_SYSTEM}", source)
+    try:
+        os.makedirs(mountpoint, exist_ok=True)
+    except FileExistsError:
+        raise UsageError(f"{mountpoint}: mountpoint: not a directory") from None
+    except OSError as error:
+        raise UsageError(f"{error.filename}: mountpoint: {os.strerror(error.errno or 0)}") from error
+    present = mounted_at(mountpoint)
+    if present is not None:
+        raise UsageError(
+            f"{mountpoint}: mountpoint: busy: {present.source} is mounted there: unmount it first (umount {mountpoint})"
+        )
+
+
+def set_io_flusher() -> None:
+    """Lets this process allocate memory without waiting for writeback that may wait for this process."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) != 0:
+        log.info("PR_SET_IO_FLUSHER: %s: going on without", os.strerror(ctypes.get_errno()))
+
+
+async def _serve(service: SplitterService, state: str) -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(service.run)
+        await nursery.start(control.serve, state, control.SPLITTER_SOCKET, service.handle)
+        nursery.start_soon(_stop_on_signal)
+        print("ready", flush=True)
+        await pyfuse3.main()
+        nursery.cancel_scope.cancel()
+
+
+async def _stop_on_signal() -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for _ in signals:
+            pyfuse3.terminate()
+
+
+def serve(config: Config) -> int:
+    """Runs the splitter until SIGTERM; returns the exit code."""
+    set_process_name("pitfs-splitter")
+    die_with_parent()
+    set_io_flusher()
+    mountpoint, state = config.splitter.mountpoint, config.group.state
+    lock = lock_state(state)
+    prepare_mountpoint(mountpoint, config.group.name)
+    splitter = open_splitter(
+        state,
+        config.group.name,
+        [VolumeSpec(volume.name, volume.backing, volume.block_size) for volume in config.volumes],
+        config.journal.capacity_bytes,
+        config.journal.on_full == "block",
+        time.time_ns,
+    )
+    service = SplitterService(splitter)
+    operations = SplitterOperations(splitter, Syncer(splitter), service.wait_for_room)
+    options = {f"fsname={FILE_SYSTEM}:{config.group.name}", f"subtype={FILE_SYSTEM}"}
+    try:
+        pyfuse3.init(operations, mountpoint, options)
+    except (RuntimeError, OSError) as error:
+        raise UsageError(f"{mountpoint}: can't be mounted: {error}: is /dev/fuse there, and are you root?") from error
+    try:
+        trio.run(_serve, service, state)
+    finally:
+        pyfuse3.close(unmount=True)
+        try:
+            splitter.close()
+        except OSError as error:
+            raise PitfsError(f"{state}: closing: {os.strerror(error.errno or errno.EIO)}") from error
+        os.close(lock)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_process(serve))

@@ -1,0 +1,58 @@
+"""What both FUSE adapters need: every handler guarded, every wait shielded (pyfuse3's two traps)."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import ParamSpec, TypeVar
+
+import pyfuse3
+import trio
+
+from pitfs.errors import PitfsError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+def guard(
+    expected: Mapping[type[Exception], int] | None = None,
+) -> Callable[[Callable[P, Awaitable[T]]], Callable[P, Awaitable[T]]]:
+    """Decorator for each handler: only `FUSEError` leaves it. Anything else would end pyfuse3's main loop and
+    leave all callers hanging.
+
+    Args:
+        expected: errors that are an answer, and their errno. Others are EIO and a line in the log, with a
+            traceback if they are a mistake of ours.
+    """
+    answers = dict(expected or {})
+
+    def decorate(function: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T]]:
+        @functools.wraps(function)
+        async def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
+            try:
+                return await function(*args, **kwargs)
+            except pyfuse3.FUSEError:
+                raise
+            except Exception as error:
+                number = answers.get(type(error))
+                if number is None:
+                    number = errno.EIO
+                    if isinstance(error, PitfsError | OSError):
+                        log.error("%s: %s", function.__name__, error)
+                    else:
+                        log.exception("%s: a bug in pitfs", function.__name__)
+                raise pyfuse3.FUSEError(number) from error
+
+        return guarded
+
+    return decorate
+
+
+async def in_thread(function: Callable[..., T], *args: object, limiter: trio.CapacityLimiter) -> T:
+    """`function(*args)` in a thread, never cancelled: a handler that is cancelled gives no reply."""
+    with trio.CancelScope(shield=True):
+        return await trio.to_thread.run_sync(function, *args, limiter=limiter)

@@ -1,0 +1,325 @@
+"""Mounting a store: a place for it, a daemon, and a return only when the mount answers.
+
+    mount_store ── checks the mountpoint, clears a dead mount of the same store
+        │ fork (before trio and threads exist; numpy starts some when it is imported)
+        ├─ daemon     opens the store, mounts, says so through a pipe, serves until umount or SIGTERM
+        └─ observer   waits for the daemon's word, stats the root from outside, raises the readahead
+
+In the background the observer is the parent, whose exit code is the command's; in the foreground it is a
+child, and the caller's process serves. Log lines of a background daemon go to syslog; where there is none
+(/dev/log) standard error is kept if it is a terminal or a file. A pipe isn't kept: whoever reads it to its
+end would wait for the unmount; the kernel's log (/dev/kmsg) gets the lines instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import errno
+import io
+import logging
+import logging.handlers
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, NoReturn
+
+from pitfs.errors import PitfsError, UsageError
+from pitfs.fuse.mountinfo import mounted_at
+
+if TYPE_CHECKING:
+    import pyfuse3
+
+SUBTYPE: Final = "pitfs"
+FSTYPE: Final = "fuse.pitfs"
+# 128 KiB is the kernel's; sequential reads with 1 MiB are more than twice as fast, with 4 MiB no faster.
+READAHEAD_KIB: Final = 2048
+MAX_DEAD_MOUNTS: Final = 16  # stacked on one mountpoint; more is somebody's loop
+_DEAD: Final = (errno.ENOTCONN, errno.ECONNABORTED)
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MountRequest:
+    """What to mount, where and how.
+
+    Attributes:
+        mode: of images; directories get the right to enter where there is one to read.
+        kernel_options: of mount(8), passed on as they are.
+    """
+
+    store: str
+    mountpoint: str
+    uid: int = 0
+    gid: int = 0
+    mode: int = 0o400
+    zone: datetime.tzinfo = datetime.UTC
+    strict: bool = False
+    allow_other: bool = False
+    kernel_options: tuple[str, ...] = ()
+    foreground: bool = False
+    verbose: bool = False
+
+
+def mount_store(request: MountRequest) -> int:
+    """Mounts; returns the exit code when the mount answers (in the foreground: when it has ended).
+
+    Raises:
+        PitfsError: it can't be mounted, and why.
+    """
+    # The parents' links are followed, the mountpoint itself is not asked: it may be dead.
+    parent, name = os.path.split(os.path.abspath(request.mountpoint))
+    mountpoint = os.path.join(os.path.realpath(parent), name)
+    request = dataclasses.replace(request, store=os.path.realpath(request.store), mountpoint=mountpoint)
+    request = dataclasses.replace(request, mountpoint=_prepare_mountpoint(request))
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if (pid == 0) == request.foreground:
+        os.close(writer)
+        if not request.foreground:
+            return _observe(reader, request.mountpoint, pid)
+        try:
+            _observe(reader, request.mountpoint, None)
+        except PitfsError as error:  # the foreground process says it itself
+            log.debug("%s", error)
+        finally:
+            os._exit(0)
+    os.close(reader)
+    if not request.foreground:
+        _run_daemon(request, writer)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the observer
+    _serve(request, writer)
+    return 0
+
+
+def source_name(store: str) -> str:
+    """The store's path as the mount's source: in ASCII, which is what pyfuse3 passes on."""
+    return os.fsencode(store).decode("ascii", "backslashreplace")
+
+
+# ------------------------------------------------------------------ the mountpoint
+
+
+def _prepare_mountpoint(request: MountRequest) -> str:
+    """Makes sure that the store can be mounted there; returns the mountpoint without symbolic links."""
+    mountpoint = request.mountpoint
+    for _ in range(MAX_DEAD_MOUNTS):
+        try:
+            found = os.stat(mountpoint)
+        except OSError as error:
+            if error.errno in _DEAD:
+                _clear_dead_mount(mountpoint, source_name(request.store))
+                continue
+            if error.errno == errno.ENOENT:
+                raise UsageError(f"{mountpoint}: no such directory: make it first (mkdir)") from None
+            raise UsageError(f"{mountpoint}: {error.strerror}: give a directory to mount on") from None
+        break
+    else:
+        raise PitfsError(f"{mountpoint}: more than {MAX_DEAD_MOUNTS} dead mounts: clear them with umount -l")
+    if not stat.S_ISDIR(found.st_mode):
+        raise UsageError(f"{mountpoint}: not a directory: give a directory to mount on")
+    mountpoint = os.path.realpath(mountpoint)
+    there = mounted_at(mountpoint)
+    if there is not None and there.type == FSTYPE:
+        what = "this store is" if there.source == source_name(request.store) else f"{there.source} is"
+        raise PitfsError(
+            f"{mountpoint}: {what} already mounted there: end it with umount, or choose another directory"
+        )
+    if _contains(mountpoint, request.store):
+        raise UsageError(
+            f"{mountpoint}: the store {request.store} lies inside and would be hidden: choose another place"
+        )
+    if _contains(request.store, mountpoint):
+        raise UsageError(f"{mountpoint}: lies inside the store {request.store}: choose a directory outside")
+    return mountpoint
+
+
+def _contains(directory: str, path: str) -> bool:
+    return path == directory or path.startswith(directory.rstrip("/") + "/")
+
+
+def _clear_dead_mount(mountpoint: str, source: str) -> None:
+    """Takes down the mount of a daemon that is gone, if it was one of this store."""
+    dead = mounted_at(mountpoint)
+    command = f"umount -l {mountpoint}"
+    if dead is None:
+        raise PitfsError(f"{mountpoint}: on a dead filesystem (its daemon is gone): umount that first")
+    if (dead.type, dead.source) != (FSTYPE, source):
+        raise PitfsError(
+            f"{mountpoint}: a dead mount of {dead.source} ({dead.type}) is there: clear it with: {command}"
+        )
+    done = subprocess.run(["umount", "-l", "--", mountpoint], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise PitfsError(f"{mountpoint}: {done.stderr.strip()}: clear the dead mount with: {command}")
+    print(f"mount.pitfs: {mountpoint}: cleared a dead mount of this store", file=sys.stderr)
+
+
+# ------------------------------------------------------------------ the observer
+
+
+def _observe(reader: int, mountpoint: str, daemon: int | None) -> int:
+    """Waits until the mount answers to somebody outside its daemon; passes on what that says instead."""
+    with open(reader, "rb") as pipe:
+        word = pipe.read().decode(errors="replace")
+    if word == "mounted":
+        try:
+            # INIT and the first GETATTR are answered after this; INIT would set the readahead back.
+            device = os.stat(mountpoint).st_dev
+        except OSError as error:
+            if error.errno not in _DEAD:
+                raise
+        else:
+            _raise_readahead(device)
+            return 0
+    elif word:
+        code, _, message = word.partition(" ")
+        failure = PitfsError(message)
+        failure.exit_code = int(code)
+        raise failure
+    how = ""
+    if daemon is not None:
+        status = os.waitpid(daemon, 0)[1]
+        ended = os.waitstatus_to_exitcode(status)
+        how = f" by {signal.Signals(-ended).name}" if ended < 0 else f" with {ended}"
+    raise PitfsError(
+        f"{mountpoint}: the daemon ended{how} before the mount answered: the system's log may say why"
+    )
+
+
+def _raise_readahead(device: int) -> None:
+    path = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
+    try:
+        with open(path, "w", encoding="ascii") as file:
+            file.write(str(READAHEAD_KIB))
+    except OSError as error:  # a container without a writable /sys: slower, that is all
+        log.info("%s: %s: sequential reads will be slower", path, error.strerror)
+
+
+# ------------------------------------------------------------------ the daemon
+
+
+def _run_daemon(request: MountRequest, writer: int) -> NoReturn:
+    """The daemon's process from fork to exit; never returns."""
+    code = 1
+    try:
+        os.setsid()
+        os.chdir("/")
+        _serve(request, writer)
+        code = 0
+    except BaseException as error:
+        expected = isinstance(error, PitfsError | OSError)
+        if not expected:
+            log.critical("ended by a bug in pitfs", exc_info=error)
+        if isinstance(error, PitfsError):
+            code = error.exit_code
+        message = str(error) if expected else f"{type(error).__name__}: {error}: this is a bug in pitfs"
+        try:
+            os.write(writer, f"{code} {message}".encode())
+        except OSError:  # the mount had answered already, the observer is gone
+            log.error("%s", message)
+    finally:
+        os._exit(code)
+
+
+def _serve(request: MountRequest, writer: int) -> None:
+    """Opens the store, mounts, tells the observer, and serves until the end."""
+    import pyfuse3  # here, after the fork: these start threads
+    import trio
+
+    from pitfs.fuse.replica import Ownership, Replica
+    from pitfs.store.store import Store
+    from pitfs.view.tree import Tree
+
+    store = Store.open(request.store)
+    try:
+        tree = Tree(store, time.time_ns, request.zone, request.strict)
+        operations = Replica(store, tree, Ownership(request.uid, request.gid, request.mode))
+        _fuse_init(operations, request)
+        try:
+            if not request.foreground:
+                _detach(request.verbose)
+            os.write(writer, b"mounted")
+            os.close(writer)
+            trio.run(_main_loop)
+        finally:
+            pyfuse3.close()  # first: until then accesses to the mount hang
+    finally:
+        store.close()
+
+
+async def _main_loop() -> None:
+    import pyfuse3
+    import trio
+
+    async def end_on_signal(task_status: trio.TaskStatus[None]) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            task_status.started()
+            async for _ in signals:
+                pyfuse3.terminate()
+
+    async with trio.open_nursery() as nursery:
+        await nursery.start(lambda *, task_status: end_on_signal(task_status))
+        await pyfuse3.main()
+        nursery.cancel_scope.cancel()  # the receiver only: main, which mustn't be cancelled, is over
+
+
+def _fuse_init(operations: pyfuse3.Operations, request: MountRequest) -> None:
+    import pyfuse3
+
+    source = source_name(request.store).replace("\\", "\\\\").replace(",", "\\,")
+    # default_permissions always: without it, allow_other would let everybody in.
+    options = {*request.kernel_options, "ro", "default_permissions", f"fsname={source}", f"subtype={SUBTYPE}"}
+    if request.allow_other:
+        options.add("allow_other")
+    with _CapturedStderr() as said:
+        try:
+            pyfuse3.init(operations, request.mountpoint, options)
+        except RuntimeError as error:
+            reason = said().strip().replace("\n", "; ").removeprefix("fuse: ") or str(error)
+            raise PitfsError(f"{request.mountpoint}: {reason}") from None
+
+
+class _CapturedStderr:
+    """libfuse writes the reason of a failure to descriptor 2: takes it into the error."""
+
+    def __enter__(self) -> Callable[[], str]:
+        self._saved = os.dup(2)
+        self._file = io.FileIO(os.memfd_create("stderr"), "r+")
+        os.dup2(self._file.fileno(), 2)
+        return lambda: os.pread(self._file.fileno(), 4096, 0).decode(errors="replace")
+
+    def __exit__(self, *_: object) -> None:
+        os.dup2(self._saved, 2)
+        os.close(self._saved)
+        self._file.close()
+
+
+def _detach(verbose: bool) -> None:
+    """Lets go of the terminal and of the caller's pipes; from here on the log is where lines go."""
+    logger = logging.getLogger()
+    for each in list(logger.handlers):
+        logger.removeHandler(each)
+    logger.setLevel(logging.INFO if verbose else logging.WARNING)
+    destination: logging.Handler
+    keep_stderr = False
+    kind = os.fstat(2).st_mode
+    if os.path.exists("/dev/log"):
+        destination = logging.handlers.SysLogHandler("/dev/log", logging.handlers.SysLogHandler.LOG_DAEMON)
+    elif os.isatty(2) or stat.S_ISREG(kind):
+        destination, keep_stderr = logging.StreamHandler(), True
+    else:
+        try:
+            destination = logging.StreamHandler(open("/dev/kmsg", "w", buffering=1, encoding="utf-8"))  # noqa: SIM115
+        except OSError:  # a container: there is nowhere to write
+            destination = logging.NullHandler()
+    destination.setFormatter(logging.Formatter("mount.pitfs[%(process)d]: %(levelname)s: %(message)s"))
+    logger.addHandler(destination)
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1) if keep_stderr else (0, 1, 2):
+        os.dup2(null, descriptor)
+    os.close(null)

@@ -1,0 +1,201 @@
+"""The replica's mount: translates requests to the tree and the view, errors to errno. Nothing else.
+
+Handlers keep no state: a file handle is the inode number, and the inode number says which image of which
+instant it is. Data in the page cache are read inline into one buffer; what needs the disk goes to a thread,
+so that one slow block doesn't keep the others waiting.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import errno
+import os
+import stat
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final, Never
+
+import pyfuse3
+import trio
+
+from pitfs.fuse.common import guard, in_thread
+from pitfs.model.position import format_instant
+from pitfs.view.tree import Entry, Kind, NoEntryError, Tree, Type, unpack_inode
+from pitfs.view.view import PointInTimeView, ReadBuffer, TableCache
+
+if TYPE_CHECKING:
+    from pyfuse3 import FileHandleT, FileNameT, FlagT, InodeT, ReaddirToken, RequestContext, XAttrNameT
+
+    from pitfs.store.store import Resolution, Store
+
+PERMANENT_TIMEOUT_S: Final = 300.0  # what never changes may only be pruned
+MAX_VIEWS: Final = 1024  # images with resolved tables at hand; a view is some 300 bytes
+MAX_THREADS: Final = 16  # cold reads under way: what a disk likes to have queued
+NAME_MAX: Final = 255
+
+handler = guard({NoEntryError: errno.ENOENT})
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ownership:
+    """Who may read: images have `mode`, directories `mode` and, where it may be read, entered."""
+
+    uid: int = 0
+    gid: int = 0
+    mode: int = 0o400
+
+    @property
+    def directory_mode(self) -> int:
+        return self.mode | (self.mode & 0o444) >> 2
+
+
+class Replica(pyfuse3.Operations):
+    """pyfuse3 handlers over one store."""
+
+    supports_dot_lookup = False
+
+    def __init__(self, store: Store, tree: Tree, ownership: Ownership) -> None:
+        super().__init__()
+        self._store = store
+        self._tree = tree
+        self._ownership = ownership
+        self._modes = {
+            Type.DIRECTORY: stat.S_IFDIR | ownership.directory_mode,
+            Type.FILE: stat.S_IFREG | ownership.mode,
+            Type.LINK: stat.S_IFLNK | 0o777,
+        }
+        self._tables = TableCache()
+        self._views: collections.OrderedDict[int, PointInTimeView] = collections.OrderedDict()
+        # One buffer for all inline reads: pyfuse3 sends what a handler returns before any other task runs.
+        self._buffer = ReadBuffer()
+        self._spare_buffers: list[ReadBuffer] = []
+        self._limiter = trio.CapacityLimiter(MAX_THREADS)
+
+    # -------------------------------------------------------------- names and attributes
+
+    @handler
+    async def lookup(
+        self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        return self._attributes(self._tree.lookup(parent_inode, name))
+
+    @handler
+    async def getattr(self, inode: InodeT, ctx: RequestContext) -> pyfuse3.EntryAttributes:
+        return self._attributes(self._tree.entry(inode))
+
+    @handler
+    async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
+        return self._tree.target(inode).encode()
+
+    @handler
+    async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
+        if self._tree.entry(inode).type is not Type.DIRECTORY:
+            raise pyfuse3.FUSEError(errno.ENOTDIR)
+        return inode
+
+    @handler
+    async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
+        for name, entry, cookie in self._tree.listing(fh, start_id):
+            if not pyfuse3.readdir_reply(token, name.encode(), self._attributes(entry), cookie):
+                return
+
+    @handler
+    async def releasedir(self, fh: FileHandleT) -> None:
+        return
+
+    @handler
+    async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
+        answer = pyfuse3.StatvfsData()
+        answer.f_bsize = answer.f_frsize = 4096
+        answer.f_blocks = sum(-(-volume.size_bytes // 4096) for volume in self._store.volumes)
+        answer.f_files = len(self._store.volumes)
+        answer.f_bfree = answer.f_bavail = answer.f_ffree = answer.f_favail = 0
+        answer.f_namemax = NAME_MAX
+        return answer
+
+    @handler
+    async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
+        resolution = self._tree.resolution_of(inode)
+        value = extended_attributes(resolution).get(name) if resolution else None
+        if value is None:
+            raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
+        return value
+
+    @handler
+    async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
+        resolution = self._tree.resolution_of(inode)
+        return list(extended_attributes(resolution)) if resolution else []
+
+    # -------------------------------------------------------------- images
+
+    @handler
+    async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> pyfuse3.FileInfo:
+        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
+            raise pyfuse3.FUSEError(errno.EROFS)
+        self._view(inode)
+        return pyfuse3.FileInfo(fh=inode, keep_cache=True)
+
+    @handler
+    async def read(self, fh: FileHandleT, off: int, size: int) -> memoryview:
+        view = self._views.get(fh) or self._view(fh)
+        data = view.try_read_cached(off, size, self._buffer)
+        if data is not None:
+            return data
+        buffer = self._spare_buffers.pop() if self._spare_buffers else ReadBuffer()
+        try:
+            return await in_thread(view.read, off, size, buffer, limiter=self._limiter)
+        finally:
+            # Free again at once: nothing runs between this return and pyfuse3's reply.
+            if len(self._spare_buffers) < MAX_THREADS:
+                self._spare_buffers.append(buffer)
+
+    @handler
+    async def release(self, fh: FileHandleT) -> None:
+        return
+
+    def _view(self, inode: int) -> PointInTimeView:
+        view = self._views.get(inode)
+        if view is None:
+            kind, volume, seq = unpack_inode(inode)
+            if kind is not Kind.IMAGE or volume >= len(self._store.volumes):
+                raise NoEntryError
+            view = PointInTimeView(self._store, self._tree.resolution(seq), volume, self._tables)
+            self._views[inode] = view
+            if len(self._views) > MAX_VIEWS:
+                self._views.popitem(last=False)
+        else:
+            self._views.move_to_end(inode)
+        return view
+
+    def _attributes(self, entry: Entry) -> pyfuse3.EntryAttributes:
+        attributes = pyfuse3.EntryAttributes()
+        attributes.st_ino = entry.inode
+        attributes.st_mode = self._modes[entry.type]
+        attributes.st_nlink = entry.nlink
+        attributes.st_uid, attributes.st_gid = self._ownership.uid, self._ownership.gid
+        attributes.st_size = entry.size
+        attributes.st_blocks = -(-entry.size // 512)
+        attributes.st_atime_ns = attributes.st_mtime_ns = attributes.st_ctime_ns = entry.mtime_ns
+        timeout = PERMANENT_TIMEOUT_S if entry.permanent else 0.0
+        attributes.entry_timeout = attributes.attr_timeout = timeout
+        return attributes
+
+    # -------------------------------------------------------------- everything that would write
+
+    async def _refuse(self, *args: object) -> Never:
+        raise pyfuse3.FUSEError(errno.EROFS)
+
+    # The mount is read-only, so the kernel refuses first, unless root remounts it.
+    setattr = mknod = mkdir = unlink = rmdir = symlink = rename = _refuse  # type: ignore[assignment]
+    link = create = write = setxattr = removexattr = _refuse  # type: ignore[assignment]
+
+
+def extended_attributes(resolution: Resolution) -> dict[bytes, bytes]:
+    """The attributes of an instant's directory and images; the names and values are the contract."""
+    granularity = resolution.granularity_ns
+    return {
+        b"user.pitfs.seq": b"%d" % resolution.seq,
+        b"user.pitfs.time": format_instant(resolution.time_ns).encode(),
+        b"user.pitfs.kind": resolution.kind.encode(),
+        b"user.pitfs.granularity": b"null" if granularity is None else b"%d" % granularity,
+    }

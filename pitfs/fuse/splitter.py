@@ -1,0 +1,208 @@
+"""The splitter's mount: one writable file for each volume. Translates requests and errors, nothing else."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+import pyfuse3
+import trio
+
+from pitfs.errors import CapacityError
+from pitfs.production.splitter import Splitter
+
+log = logging.getLogger(__name__)
+
+FIRST_INODE: Final = pyfuse3.ROOT_INODE + 1  # of volume 0; a handle is the inode
+ATTRIBUTES_S: Final = 300.0  # nothing but this mount changes a volume
+# An fsync this short is done in the event loop: a thread's wake-up costs more, and nothing waits longer for it.
+INLINE_SYNC_NS: Final = 700_000
+INLINE_SYNC_BYTES: Final = 256 << 10
+
+
+class Syncer:
+    """Group commit: each fsync waits for a sync that began after it came; those that wait share one.
+
+    Args:
+        splitter: what is synced.
+        clock_ns: monotonic nanoseconds.
+    """
+
+    def __init__(self, splitter: Splitter, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
+        self._splitter = splitter
+        self._clock_ns = clock_ns
+        self._lock = trio.Lock()
+        self._recent_ns = 0  # the longest of late, forgotten by an eighth a sync
+
+    async def sync(self) -> None:
+        """Returns when every write answered before the call is durable. Raises OSError."""
+        splitter = self._splitter
+        target = splitter.journal.appended_bytes
+        async with self._lock:
+            if splitter.standing.passing:
+                await trio.to_thread.run_sync(splitter.sync)
+                return
+            if splitter.journal.synced_bytes >= target and not splitter.journal.dirty:
+                return
+            inline = (
+                self._recent_ns < INLINE_SYNC_NS and splitter.journal.unsynced_bytes <= INLINE_SYNC_BYTES
+            )
+            try:
+                if inline:
+                    self._sync()
+                else:
+                    await trio.to_thread.run_sync(self._sync)
+            except OSError as error:
+                splitter.sync_failed(error)
+                raise
+
+    def _sync(self) -> None:
+        start = self._clock_ns()
+        self._splitter.sync()
+        self._recent_ns = max(self._clock_ns() - start, self._recent_ns * 7 // 8)
+
+
+class SplitterOperations(pyfuse3.Operations):
+    """Requests of the kernel on the splitter's mount.
+
+    Args:
+        splitter: what writes and reads go to.
+        syncer: what fsync goes to.
+        wait_for_room: waits until the journal may have room again (on_full = "block").
+    """
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False  # it would merge writes, and seq and time would be wrong
+
+    def __init__(self, splitter: Splitter, syncer: Syncer, wait_for_room: Callable[[], Awaitable[None]]) -> None:
+        super().__init__()
+        self._splitter = splitter
+        self._syncer = syncer
+        self._wait_for_room = wait_for_room
+        self._names = [os.fsencode(volume.name) for volume in splitter.volumes]
+        self._sizes = [volume.size_bytes for volume in splitter.volumes]
+        self._started_ns = time.time_ns()
+
+    # -- the hot path ------------------------------------------------------------------------------------
+
+    async def write(self, fh: Any, off: int, buf: bytes) -> int:
+        room = self._sizes[fh - FIRST_INODE] - off
+        if len(buf) > room:
+            if room <= 0:
+                raise pyfuse3.FUSEError(errno.ENOSPC)  # as a block device answers
+            buf = buf[:room]
+        while True:
+            try:
+                self._splitter.write(fh - FIRST_INODE, off, buf)
+                return len(buf)
+            except CapacityError as error:
+                log.warning("%s: a write waits", error)
+                await self._wait_for_room()
+            except OSError as error:
+                raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
+            except Exception:
+                raise _mistake("write") from None
+
+    async def read(self, fh: Any, off: int, size: int) -> bytes:
+        try:
+            return self._splitter.read(fh - FIRST_INODE, off, size)
+        except OSError as error:
+            log.error("%s: read at %d: %s", self._splitter.volumes[fh - FIRST_INODE].backing.path, off, error)
+            raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
+
+    async def fsync(self, fh: Any, datasync: bool) -> None:
+        # A cancelled handler gives no answer, and its caller would hang.
+        with trio.CancelScope(shield=True):
+            try:
+                await self._syncer.sync()
+            except OSError as error:
+                raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
+            except Exception:
+                raise _mistake("fsync") from None
+
+    # -- names and attributes ----------------------------------------------------------------------------
+
+    def _attributes(self, inode: int) -> pyfuse3.EntryAttributes:
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = pyfuse3.InodeT(inode)
+        entry.attr_timeout = entry.entry_timeout = ATTRIBUTES_S
+        # Constant: only this mount changes a volume, and the kernel drops its cache where mtime changes.
+        entry.st_mtime_ns = entry.st_ctime_ns = entry.st_atime_ns = self._started_ns
+        entry.st_uid, entry.st_gid = os.getuid(), os.getgid()
+        if inode == pyfuse3.ROOT_INODE:
+            entry.st_mode = pyfuse3.ModeT(stat.S_IFDIR | 0o700)
+            entry.st_nlink = 2
+        elif 0 <= inode - FIRST_INODE < len(self._sizes):
+            entry.st_mode = pyfuse3.ModeT(stat.S_IFREG | 0o600)
+            entry.st_size = self._sizes[inode - FIRST_INODE]
+            entry.st_blksize = self._splitter.volumes[inode - FIRST_INODE].block_size
+            entry.st_blocks = -(-entry.st_size // 512)
+        else:
+            raise pyfuse3.FUSEError(errno.ENOENT)
+        return entry
+
+    async def getattr(self, inode: Any, ctx: Any = None) -> pyfuse3.EntryAttributes:
+        return self._attributes(inode)
+
+    async def setattr(self, inode: Any, attr: Any, fields: Any, fh: Any, ctx: Any) -> pyfuse3.EntryAttributes:
+        entry = self._attributes(inode)
+        if fields.update_size and attr.st_size != entry.st_size:
+            raise pyfuse3.FUSEError(errno.EPERM)  # a volume has its size for ever
+        if fields.update_mode or fields.update_uid or fields.update_gid:
+            raise pyfuse3.FUSEError(errno.EPERM)
+        return entry  # times are set by touch(1) and others in passing; there are none to set
+
+    async def lookup(self, parent_inode: Any, name: bytes, ctx: Any = None) -> pyfuse3.EntryAttributes:
+        if parent_inode == pyfuse3.ROOT_INODE and name in self._names:
+            return self._attributes(FIRST_INODE + self._names.index(name))
+        raise pyfuse3.FUSEError(errno.ENOENT)
+
+    async def forget(self, inode_list: Any) -> None:
+        pass  # inodes are computed, nothing is counted
+
+    async def opendir(self, inode: Any, ctx: Any) -> Any:
+        return inode
+
+    async def readdir(self, fh: Any, start_id: int, token: Any) -> None:
+        for index in range(start_id, len(self._names)):
+            entry = self._attributes(FIRST_INODE + index)
+            if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(self._names[index]), entry, index + 1):
+                return
+
+    async def releasedir(self, fh: Any) -> None:
+        pass
+
+    async def open(self, inode: Any, flags: int, ctx: Any) -> pyfuse3.FileInfo:
+        self._attributes(inode)
+        return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode), keep_cache=True)
+
+    async def flush(self, fh: Any) -> None:
+        pass  # close(2) promises nothing; fsync does
+
+    async def release(self, fh: Any) -> None:
+        pass
+
+    async def fsyncdir(self, fh: Any, datasync: bool) -> None:
+        pass
+
+    async def access(self, inode: Any, mode: int, ctx: Any) -> bool:
+        return True
+
+    async def statfs(self, ctx: Any) -> pyfuse3.StatvfsData:
+        result = pyfuse3.StatvfsData()
+        result.f_bsize = result.f_frsize = 4096
+        result.f_blocks = sum(self._sizes) // 4096
+        result.f_files = len(self._sizes)
+        result.f_namemax = 64
+        return result
+
+
+def _mistake(operation: str) -> pyfuse3.FUSEError:
+    """EIO for a mistake of ours: any other exception would end the mount for all."""
+    log.exception("%s: a bug in pitfs", operation)
+    return pyfuse3.FUSEError(errno.EIO)

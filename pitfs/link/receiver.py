@@ -1,0 +1,395 @@
+"""The replica's end of the link: one session for each connection, many groups at once.
+
+    socket --read--> _incoming (bounded) --batches--> thread: decode, ingest --> _outgoing --write--> socket
+
+Reading goes on while a thread writes; a hop to a thread costs 150 to 300 µs, so it takes all that waits.
+"""
+
+from __future__ import annotations
+
+import logging
+import ssl
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Final, Protocol, TypeVar
+
+import trio
+
+from pitfs.errors import LinkError, PitfsError, RemoteProtocolError
+from pitfs.link import failures
+from pitfs.link.compression import PayloadDecoder
+from pitfs.link.failures import Told
+from pitfs.link.frames import (
+    VERSIONS,
+    Accept,
+    Committed,
+    Fault,
+    Frame,
+    Greeting,
+    Ping,
+    Pong,
+    Progress,
+    Refuse,
+    Resume,
+    WireData,
+    common_version,
+)
+from pitfs.link.protocol import LinkProtocol, Role, State
+from pitfs.link.stream import FrameQueue, PlainStream, TlsStream, peer_name, send_buffers
+from pitfs.link.tls import LinkContext, is_granted, names_of
+from pitfs.model.transfer import Begin, Checkpoint, Data, End, Hello, Manifest, ResumePoint, Welcome
+
+log = logging.getLogger(__name__)
+
+FRAME_COST_BYTES: Final = 256  # what an empty frame counts for in a queue
+REPLIES_BYTES: Final = 256 << 10  # replies that may wait: 1,000, far more than a window has checkpoints
+
+T = TypeVar("T")
+
+
+class IngestProtocol(Protocol):
+    """What takes the transfers of one session; called from threads, one call at a time."""
+
+    def welcome(self) -> Welcome: ...
+    def begin(self, manifest: Manifest) -> ResumePoint: ...
+    def data(self, frame: Data) -> None: ...
+    def checkpoint(self, cursor: tuple[int, ...]) -> ResumePoint: ...
+    def end(self, end: End) -> Welcome: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What peers may take of this host.
+
+    Attributes:
+        handshaking: connections that haven't greeted yet; the oldest gives way, so that idle ones can't shut
+            out a sender. Each holds some 300 KiB: 20 MiB.
+        sessions: greeted ones; more are told to come again. Each holds a thread and twice the queue.
+        queue_bytes: between socket and ingest: enough to overlap them, and for batches.
+        handshake_s: from the connection to its HELLO.
+        ping_s, dead_s: as Timeouts of the sender.
+        goodbye_s: to tell a peer why its session ends.
+    """
+
+    handshaking: int = 64
+    sessions: int = 64
+    queue_bytes: int = 4 << 20
+    handshake_s: float = 10.0
+    ping_s: float = 5.0
+    dead_s: float = 20.0
+    goodbye_s: float = 2.0
+
+
+async def serve(
+    listeners: list[trio.SocketListener],
+    open_ingest: Callable[[Hello], IngestProtocol],
+    *,
+    tls: LinkContext | None = None,
+    limits: Limits = Limits(),
+) -> None:
+    """Serves sessions until cancelled; then each finishes the call under way and tells its peer.
+
+    Args:
+        open_ingest: opens (or makes) the group's store; called in a thread, may raise any PitfsError.
+        tls: of `server_context`; None for loopback only.
+    """
+    receiver = _Receiver(open_ingest, tls, limits)
+    async with trio.open_nursery() as nursery:
+        await trio.serve_listeners(receiver.handle, listeners, handler_nursery=nursery)
+
+
+class _Receiver:
+    """All connections of one `serve`."""
+
+    def __init__(
+        self, open_ingest: Callable[[Hello], IngestProtocol], tls: LinkContext | None, limits: Limits
+    ) -> None:
+        self.open_ingest, self.tls, self.limits = open_ingest, tls, limits
+        self.threads = trio.CapacityLimiter(limits.sessions)
+        self._handshaking: dict[trio.CancelScope, None] = {}  # oldest first
+        self._sessions = 0
+        self._live: dict[str, _Session] = {}  # by group
+
+    async def handle(self, inner: trio.SocketStream) -> None:
+        """One connection, from TLS handshake to close; raises nothing but Cancelled."""
+        peer = peer_name(inner)
+        try:
+            greeted = await self._greet(inner, peer)
+            if greeted is not None:
+                await self._run(*greeted)
+        except Exception:
+            log.exception("%s: session ended by a mistake in pitfs", peer)
+        finally:
+            await trio.aclose_forcefully(inner)
+
+    async def _greet(
+        self, inner: trio.SocketStream, peer: str
+    ) -> tuple[PlainStream, LinkProtocol, Greeting, str] | None:
+        """TLS, preface and HELLO, within time and number; None if there is no session."""
+        with trio.move_on_after(self.limits.handshake_s) as scope:
+            self._handshaking[scope] = None
+            if len(self._handshaking) > self.limits.handshaking:
+                next(iter(self._handshaking)).cancel()
+            try:
+                stream = TlsStream(inner, self.tls) if self.tls else PlainStream(inner)
+                return await self._read_greeting(stream, peer)
+            except ssl.SSLError as error:
+                log.warning("refused %s", failures.tls_error(peer, error, self.tls))
+                await stream.linger()
+            except RemoteProtocolError as error:
+                log.warning("refused %s: %s", peer, error)
+                await stream.linger()
+            except (trio.BrokenResourceError, trio.ClosedResourceError, EOFError, OSError):
+                log.info("%s: it left before it said HELLO", peer)
+            finally:
+                del self._handshaking[scope]
+        if scope.cancelled_caught:
+            log.warning("%s: it said no HELLO within %g s, or others came", peer, self.limits.handshake_s)
+        return None
+
+    async def _read_greeting(
+        self, stream: PlainStream, peer: str
+    ) -> tuple[PlainStream, LinkProtocol, Greeting, str]:
+        identity = ""
+        if isinstance(stream, TlsStream):
+            await stream.do_handshake()
+            identity = names_of(stream.peer_certificate())
+        protocol = LinkProtocol(Role.RECEIVER)
+        # Said first, so that a peer that expects TLS or something else sees what we are.
+        await send_buffers(stream, protocol.start(), None, lambda _: None)
+        while True:
+            data = await stream.receive_some()
+            if not data:
+                raise EOFError
+            for frame in protocol.receive(data):
+                if isinstance(frame, Greeting):
+                    return stream, protocol, frame, f"{peer} ({identity})" if identity else peer
+
+    async def _run(self, stream: PlainStream, protocol: LinkProtocol, greeting: Greeting, peer: str) -> None:
+        session = _Session(self, stream, protocol, peer)
+        self._sessions += 1
+        try:
+            await session.run(greeting)
+        finally:
+            self._sessions -= 1
+
+    def check(self, greeting: Greeting, stream: PlainStream) -> Hello:
+        """Whether this peer may have a session.
+
+        Raises:
+            Told: no common version, a certificate for other groups, or too many sessions.
+        """
+        if greeting.hello is None:
+            theirs = ", ".join(map(str, greeting.versions))
+            ours = ", ".join(map(str, VERSIONS))
+            words = (
+                f"this replica speaks versions {ours} of the protocol and the sender {theirs}: upgrade one"
+            )
+            raise Told(failures.VERSION, words, retryable=False)
+        group = greeting.hello.group
+        if isinstance(stream, TlsStream) and not is_granted(stream.peer_certificate(), group):
+            raise Told(failures.NOT_GRANTED, f"the certificate doesn't grant group {group}", retryable=False)
+        if self._sessions > self.limits.sessions:
+            raise Told(failures.BUSY, f"{self.limits.sessions} sessions already", retryable=True)
+        return greeting.hello
+
+    async def take_over(self, group: str, session: _Session) -> None:
+        """Makes this the group's session; an older one is ended first.
+
+        Its peer is most likely the other end of a half-open connection of the same sender.
+        """
+        while (older := self._live.get(group)) is not None:
+            older.stop(
+                Told(failures.SUPERSEDED, f"a connection from {session.peer} took over", retryable=True)
+            )
+            await older.released.wait()
+        self._live[group] = session  # no await since the look: two can't both find it free
+
+    def release(self, session: _Session) -> None:
+        for group, live in list(self._live.items()):
+            if live is session:
+                del self._live[group]
+
+
+class _Session:
+    """One greeted connection."""
+
+    def __init__(self, receiver: _Receiver, stream: PlainStream, protocol: LinkProtocol, peer: str) -> None:
+        self.peer = peer
+        self.released = trio.Event()  # set once the ingest is closed
+        self._receiver, self._stream, self._protocol = receiver, stream, protocol
+        self._limits = receiver.limits
+        self._incoming: FrameQueue[Frame] = FrameQueue(self._limits.queue_bytes)
+        self._outgoing: FrameQueue[Frame] = FrameQueue(REPLIES_BYTES)
+        self._decoder = PayloadDecoder()
+        self._ingest: IngestProtocol | None = None
+        self._scope = trio.CancelScope()
+        self._reason: Exception | None = None  # why it ends; None: the peer left in order
+        self._stopping = False
+        self._mid_frame = False  # a frame was sent in part: nothing can follow
+        self._began = False
+
+    async def run(self, greeting: Greeting) -> None:
+        """Serves the session to its end."""
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._guard, self._read_all)
+                    nursery.start_soon(self._guard, self._write_all)
+                    nursery.start_soon(self._guard, self._beat)
+                    await self._guard(lambda: self._work(greeting))
+                    self._scope.cancel()
+        except BaseException:  # cancelled from outside: the receiver stops
+            self.stop(
+                Told(failures.SHUTDOWN, "the receiver stops; the transfer can be resumed", retryable=True)
+            )
+            raise
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._close_ingest()
+                self._receiver.release(self)
+                self.released.set()
+                await self._say_goodbye()
+
+    def stop(self, reason: Exception | None) -> None:
+        """Ends the session; the first reason stands."""
+        if not self._stopping:
+            self._stopping, self._reason = True, reason
+        self._scope.cancel()
+
+    async def _guard(self, task: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await task()
+        except Exception as error:
+            if not isinstance(error, PitfsError | OSError):
+                log.exception("%s: a mistake in pitfs", self.peer)
+            self.stop(error)
+
+    async def _work(self, greeting: Greeting) -> None:
+        """Opens the store, then feeds it what comes, until the peer has left and all is fed."""
+        hello = self._receiver.check(greeting, self._stream)
+        await self._receiver.take_over(hello.group, self)
+        welcome = await self._in_thread(lambda: self._open(hello))
+        self._began = True
+        log.info("%s: session began, group %s at mark %d", self.peer, hello.group, welcome.mark)
+        version = common_version(greeting.versions) or VERSIONS[0]
+        self._reply(Accept(version, welcome))
+        while batch := await self._incoming.take(lambda frame: not isinstance(frame, WireData)):
+            reply = await self._in_thread(partial(self._apply, batch))
+            if isinstance(reply, Committed):
+                state = reply.welcome
+                log.debug(
+                    "%s: group %s: mark %d committed, seq %d", self.peer, hello.group, state.mark, state.seq
+                )
+            if reply is not None:
+                self._reply(reply)
+
+    async def _in_thread(self, call: Callable[[], T]) -> T:
+        return await trio.to_thread.run_sync(call, limiter=self._receiver.threads)
+
+    def _open(self, hello: Hello) -> Welcome:
+        self._ingest = self._receiver.open_ingest(hello)
+        return self._ingest.welcome()
+
+    def _apply(self, batch: list[Frame]) -> Frame | None:
+        """Decodes and ingests a batch, in a thread; only its last frame has a reply."""
+        ingest = self._ingest
+        assert ingest is not None
+        for frame in batch:
+            match frame:
+                case WireData():
+                    ingest.data(self._decoder.decode(frame))
+                case Begin(manifest=manifest):
+                    return Resume(ingest.begin(manifest))
+                case Checkpoint(cursor=cursor):
+                    return Progress(ingest.checkpoint(cursor))
+                case End():
+                    return Committed(ingest.end(frame))
+                case _:
+                    raise AssertionError(f"the protocol let {frame} through")
+        return None
+
+    def _reply(self, frame: Frame) -> None:
+        """Queues a reply. Each answers a frame that was taken from the bounded queue, so no limit is needed
+        but that of a peer that sends and never reads."""
+        if not self._outgoing.put_nowait(frame, FRAME_COST_BYTES):
+            raise LinkError("it doesn't read the answers to what it sends")
+
+    async def _read_all(self) -> None:
+        """Reads until the peer leaves; what came before is still ingested then."""
+        try:
+            while True:
+                with trio.move_on_after(self._limits.dead_s) as scope:
+                    data = await self._stream.receive_some()
+                if scope.cancelled_caught:
+                    raise LinkError(f"nothing heard from it for {self._limits.dead_s:g} s")
+                if not data:
+                    break
+                for frame in self._protocol.receive(data):
+                    await self._take_in(frame)
+            if self._protocol.state not in (State.ASKED, State.READY):
+                self._reason = LinkError("the connection ended within a transfer, which can be resumed")
+        except (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError, ConnectionError) as error:
+            self._reason = LinkError(failures.in_words(error))
+        self._incoming.close()
+
+    async def _take_in(self, frame: Frame) -> None:
+        match frame:
+            case Ping(token=token):
+                self._outgoing.put_control(Pong(token))
+            case Pong():
+                pass
+            case WireData(raw_length=raw_length):
+                await self._incoming.put(frame, raw_length + FRAME_COST_BYTES)
+            case _:
+                await self._incoming.put(frame, FRAME_COST_BYTES)
+
+    async def _write_all(self) -> None:
+        try:
+            while batch := await self._outgoing.take():
+                buffers = [buffer for frame in batch for buffer in self._protocol.send(frame)]
+                self._mid_frame = True
+                await send_buffers(self._stream, buffers, None, lambda _: None)
+                self._mid_frame = False
+        except (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError, ConnectionError):
+            self._outgoing.ignore()  # reading tells why; what came is still ingested
+
+    async def _beat(self) -> None:
+        token = 0
+        while True:
+            await trio.sleep(self._limits.ping_s)
+            token += 1
+            self._outgoing.put_control(Ping(token))
+
+    async def _close_ingest(self) -> None:
+        if self._ingest is None:
+            return
+        try:
+            await self._in_thread(self._ingest.close)
+        except Exception as error:
+            log.error("%s: closing the store: %s", self.peer, error)
+
+    async def _say_goodbye(self) -> None:
+        """Tells the peer why, as far as it still listens, and writes the log's line."""
+        reason = self._reason
+        what = "session ended" if self._began else "refused"
+        log.log(
+            logging.INFO if reason is None else logging.WARNING,
+            "%s: %s: %s",
+            self.peer,
+            what,
+            reason or "done",
+        )
+        with trio.move_on_after(self._limits.goodbye_s):
+            with suppress(trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError, ConnectionError):
+                answer = Refuse if self._protocol.state is State.ASKED else Fault
+                if reason is not None and not self._mid_frame and self._protocol.state is not State.CLOSED:
+                    code, message, retryable = failures.describe(reason)
+                    if answer is Refuse and isinstance(reason, RemoteProtocolError):
+                        retryable = False  # the same HELLO will be as wrong the next time
+                    buffers = self._protocol.send(answer(code, message, retryable))
+                    await send_buffers(self._stream, buffers, None, lambda _: None)
+            await self._stream.linger()

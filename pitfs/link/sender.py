@@ -1,0 +1,302 @@
+"""The sender's end of the link: connects, greets, and carries transfers.
+
+    caller --send--> _pending --encode (thread if much)--> _outgoing --write (rate)--> socket
+                                                                  read <-- socket --> replies, PROGRESS
+
+Every failure is stored once and raised to whoever waits or comes next: the tasks behind it never
+raise.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Final, TypeVar, cast
+
+import trio
+
+from pitfs.errors import LinkError, LocalProtocolError, PitfsError, RemoteProtocolError
+from pitfs.link import failures
+from pitfs.link.compression import PayloadEncoder
+from pitfs.link.frames import (
+    VERSIONS,
+    Accept,
+    Committed,
+    Fault,
+    Frame,
+    Greeting,
+    Ping,
+    Pong,
+    Progress,
+    Refuse,
+    Resume,
+    WireData,
+)
+from pitfs.link.protocol import LinkProtocol, Role
+from pitfs.link.rate import TokenBucket
+from pitfs.link.stream import FrameQueue, PlainStream, Timeouts, send_buffers
+from pitfs.link.tls import LinkContext
+from pitfs.model.transfer import (
+    Begin,
+    Checkpoint,
+    Data,
+    End,
+    Hello,
+    Manifest,
+    ResumePoint,
+    TransferFrame,
+    Welcome,
+)
+
+# Sent without PROGRESS: two checkpoints, so that one is on its way while the other becomes durable.
+WINDOW_BYTES: Final = 32 << 20
+QUEUE_BYTES: Final = 4 << 20  # before and after encoding: enough to batch, little to hold
+THREAD_BYTES: Final = 64 << 10  # compressing less costs less than the hop to a thread (150 to 300 µs)
+FRAME_COST_BYTES: Final = 64  # what an empty frame counts for in a queue
+VERDICT_S: Final = 2.0  # after a failed write: time to read why the peer closed
+
+ReplyType = TypeVar("ReplyType", Accept, Resume, Committed)
+
+
+class SenderSession:
+    """A session with a replica; made by `connect`, used by one task at a time.
+
+    After an error, or after cancelling begin, send or finish, only leaving the context is left to do.
+
+    Attributes:
+        peer: HOST:PORT, for messages.
+        welcome: where the replica stood at the start of the session, then after the last `finish`.
+        durable: how far the present transfer is durable on the replica.
+        on_progress: called (in the event loop) with each PROGRESS; must not block or raise.
+        wire_bytes: sent on the connection so far (frames; without the overhead of TLS, TCP and IP).
+        payload_bytes: of Data sent so far, before compression.
+        failure: why the session is over, None while it lives.
+    """
+
+    def __init__(
+        self,
+        stream: PlainStream,
+        peer: str,
+        tls: LinkContext | None,
+        bucket: TokenBucket | None,
+        timeouts: Timeouts,
+    ) -> None:
+        self.peer = peer
+        self.welcome = Welcome(0, 0, 0, 0)
+        self.durable = ResumePoint()
+        self.on_progress: Callable[[ResumePoint], None] | None = None
+        self.wire_bytes = 0
+        self.payload_bytes = 0
+        self.failure: Exception | None = None
+        self._stream, self._tls, self._bucket, self._timeouts = stream, tls, bucket, timeouts
+        self._protocol = LinkProtocol(Role.SENDER)
+        self._encoder = PayloadEncoder()
+        self._pending: FrameQueue[Frame | Data] = FrameQueue(QUEUE_BYTES)
+        self._outgoing: FrameQueue[Frame] = FrameQueue(QUEUE_BYTES)
+        self._changed = trio.lowlevel.ParkingLot()  # a reply, PROGRESS or failure came
+        self._reply: Accept | Resume | Committed | None = None
+        self._accepted = False
+        self._transferring = False
+        self._given_bytes = 0  # payload that the caller gave
+        self._progressed_bytes = 0  # of these, made durable
+        self._marks: deque[int] = deque()  # _given_bytes at each CHECKPOINT without PROGRESS
+
+    async def begin(self, manifest: Manifest) -> ResumePoint:
+        """Begins a transfer; returns from where the replica wants it.
+
+        Raises:
+            PitfsError: LinkError, LinkRefusedError, PositionMismatchError or CapacityError.
+        """
+        self._raise_failure()
+        if self._transferring:
+            raise LocalProtocolError("begin within a transfer")
+        reply = await self._ask(Begin(manifest), Resume)
+        self._transferring = True
+        return reply.point
+
+    async def send(self, frame: Data | Checkpoint) -> None:
+        """Hands over one frame; waits for room in the window and at the rate.
+
+        The payload must not change afterwards: it isn't copied.
+
+        Raises:
+            PitfsError: as `begin`.
+            LocalProtocolError: no transfer, or a window without a Checkpoint.
+        """
+        self._raise_failure()
+        if not self._transferring:
+            raise LocalProtocolError("send without a transfer")
+        if isinstance(frame, Checkpoint):
+            self._marks.append(self._given_bytes)
+            await self._put(frame, FRAME_COST_BYTES)
+            return
+        length = len(frame.payload)
+        last_mark = self._marks[-1] if self._marks else self._progressed_bytes
+        if self._given_bytes + length - last_mark > WINDOW_BYTES:
+            raise LocalProtocolError(f"{WINDOW_BYTES} bytes without a Checkpoint")
+        while self._given_bytes + length - self._progressed_bytes > WINDOW_BYTES:
+            await self._wait()
+        self._given_bytes += length
+        await self._put(frame, length + FRAME_COST_BYTES)
+
+    async def finish(self, end: End) -> Welcome:
+        """Ends the transfer; returns where the replica stands once it is committed there.
+
+        Raises:
+            PitfsError: as `begin`.
+        """
+        self._raise_failure()
+        if not self._transferring:
+            raise LocalProtocolError("finish without a transfer")
+        reply = await self._ask(end, Committed)
+        self._transferring = False
+        self._marks.clear()
+        self._progressed_bytes = self._given_bytes
+        self.welcome = reply.welcome
+        return reply.welcome
+
+    async def _ask(self, frame: Greeting | TransferFrame, reply_type: type[ReplyType]) -> ReplyType:
+        self._reply = None
+        await self._put(frame, FRAME_COST_BYTES)
+        while self._reply is None:
+            await self._wait()
+        reply = self._reply
+        if not isinstance(reply, reply_type):
+            raise AssertionError(f"the protocol let {reply} answer {frame}")
+        return reply
+
+    async def _put(self, frame: Frame | Data, size_bytes: int) -> None:
+        try:
+            await self._pending.put(frame, size_bytes)
+        except trio.ClosedResourceError:
+            self._raise_failure()
+            raise
+
+    async def _wait(self) -> None:
+        self._raise_failure()
+        await self._changed.park()
+        self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+    def _fail(self, error: Exception) -> None:
+        """Ends the session: whoever waits in it gets this error, the first one."""
+        if self.failure is None:
+            self.failure = error
+        self._pending.close(discard=True)
+        self._outgoing.close(discard=True)
+        self._changed.unpark_all()
+
+    # The four tasks behind a session.
+
+    async def _encode_all(self) -> None:
+        """Compresses what pays, many frames for each hop to a thread."""
+        while batch := await self._pending.take():
+            wanted = [isinstance(frame, Data) and self._encoder.wants(frame) for frame in batch]
+            pairs = list(zip(batch, wanted, strict=True))
+            work_bytes = sum(len(cast(Data, frame).payload) for frame, wants in pairs if wants)
+            if work_bytes >= THREAD_BYTES:
+                frames = await trio.to_thread.run_sync(self._encode, pairs)
+            else:
+                frames = self._encode(pairs)
+            for encoded in frames:
+                size_bytes = len(encoded.payload) if isinstance(encoded, WireData) else 0
+                try:
+                    await self._outgoing.put(encoded, size_bytes + FRAME_COST_BYTES)
+                except trio.ClosedResourceError:
+                    return
+
+    def _encode(self, pairs: list[tuple[Frame | Data, bool]]) -> list[Frame]:
+        return [
+            self._encoder.encode(frame, wants) if isinstance(frame, Data) else frame for frame, wants in pairs
+        ]
+
+    async def _write_all(self) -> None:
+        try:
+            while batch := await self._outgoing.take():
+                buffers = []
+                for frame in batch:
+                    buffers += self._protocol.send(frame)
+                    if isinstance(frame, WireData):
+                        self.payload_bytes += frame.raw_length
+                await send_buffers(self._stream, buffers, self._bucket, self._count)
+        except LocalProtocolError as error:
+            self._fail(error)
+        except (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError, OSError) as error:
+            # The peer may have closed because of something that it told us: let the reader find it.
+            with trio.move_on_after(VERDICT_S):
+                while self.failure is None:
+                    await self._changed.park()
+            self._fail(LinkError(f"{self.peer}: {failures.in_words(error)}"))
+
+    def _count(self, sent_bytes: int) -> None:
+        self.wire_bytes += sent_bytes
+
+    async def _read_all(self) -> None:
+        try:
+            while self.failure is None:
+                with trio.move_on_after(self._timeouts.dead_s) as scope:
+                    data = await self._stream.receive_some()
+                if scope.cancelled_caught:
+                    raise LinkError(f"{self.peer}: nothing heard from it for {self._timeouts.dead_s:g} s")
+                if not data:
+                    self._protocol.receive_eof()
+                    raise LinkError(f"{self.peer}: it closed the connection{self._closed_hint()}")
+                for frame in self._protocol.receive(data):
+                    self._follow(frame)
+        except RemoteProtocolError as error:
+            self._fail(RemoteProtocolError(f"{self.peer}: {error}"))
+        except ssl.SSLError as error:
+            self._fail(failures.tls_error(self.peer, error, self._tls))
+        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
+            self._fail(LinkError(f"{self.peer}: {failures.in_words(error)}"))
+        except PitfsError as error:
+            self._fail(error)
+
+    def _closed_hint(self) -> str:
+        if self._accepted:
+            return ""
+        return " without an answer" + ("" if self._tls else "; does it want TLS?")
+
+    def _follow(self, frame: Frame) -> None:
+        match frame:
+            case Accept() | Resume() | Committed():
+                if isinstance(frame, Accept):
+                    self.welcome, self._accepted = frame.welcome, True
+                if isinstance(frame, Resume):
+                    self.durable = frame.point
+                self._reply = frame
+            case Progress(point=point):
+                self.durable = point
+                self._progressed_bytes = self._marks.popleft()
+                if self.on_progress is not None:
+                    self.on_progress(point)
+            case Ping(token=token):
+                self._outgoing.put_control(Pong(token))
+            case Refuse() | Fault():
+                raise failures.error_from(self.peer, frame)
+        self._changed.unpark_all()
+
+    async def _beat(self) -> None:
+        token = 0
+        while self.failure is None:
+            await trio.sleep(self._timeouts.ping_s)
+            if self._accepted:
+                token += 1
+                self._outgoing.put_control(Ping(token))
+
+    async def _guard(self, task: Callable[[], Awaitable[None]]) -> None:
+        """Runs a task; a mistake of ours in it ends the session with that error, for the caller to raise."""
+        try:
+            await task()
+        except Exception as error:
+            self._fail(error)
+
+    async def start(self, nursery: trio.Nursery, hello: Hello) -> None:
+        """Starts the tasks in the nursery and greets; for `connect`."""
+        for task in (self._encode_all, self._write_all, self._read_all, self._beat):
+            nursery.start_soon(self._guard, task)
+        await self._ask(Greeting(VERSIONS, hello), Accept)

@@ -1,0 +1,306 @@
+"""The local journal's writing side: append, sync, roll to the next segment, recycle. No event loop here.
+
+One thread appends (the splitter's event loop); `sync` and the preparation of the next segment run in
+threads beside it. Nothing here knows volumes: it takes encoded parts and gives positions.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import secrets
+import threading
+from dataclasses import dataclass
+from typing import Final
+
+from pitfs.errors import CapacityError
+from pitfs.model.record import HEADER_BYTES, Kind, encode_head
+from pitfs.storage.files import fsync_directory, storage_error, write_all
+from pitfs.storage.segment import DATA_OFFSET, SegmentHeader, list_segments, segment_name
+
+MIN_SEGMENT_BYTES: Final = 4 << 20  # holds a few records of the greatest size
+MAX_SEGMENT_BYTES: Final = 64 << 20
+# Where fewer bytes than this are written between two fsyncs, latency of fsync matters more than bandwidth:
+# then a new segment is filled with zeros beforehand, so that fdatasync has no extents to convert.
+SYNC_HEAVY_BYTES: Final = 1 << 20
+_SPARE_PREFIX: Final = "spare-"
+
+
+def segment_bytes_for(capacity_bytes: int) -> int:
+    """Size of a segment: a sixteenth of the capacity, within limits, whole 4 KiB."""
+    return max(MIN_SEGMENT_BYTES, min(MAX_SEGMENT_BYTES, capacity_bytes // 16)) & ~4095
+
+
+def journal_path(directory: str, number: int) -> str:
+    """Where segment `number` is."""
+    return os.path.join(directory, segment_name(number))
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Location:
+    """A place in the journal: between records, `offset` in segment `segment`."""
+
+    segment: int
+    offset: int
+
+
+@dataclass(slots=True)
+class _Open:
+    number: int
+    fd: int
+    path: str
+    named: bool = False  # whether the directory entry is durable
+
+
+class Journal:
+    """Appends records to the chain of segments in a directory.
+
+    Args:
+        directory: where the segments are; exists.
+        history: 16 bytes, the group's history.
+        capacity_bytes: limit of all segments together.
+        tail: where to go on, as found by recovery: None begins a new segment.
+        next_lsn: lsn of the next record.
+
+    Raises:
+        PitfsError: the directory can't be used.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        history: bytes,
+        capacity_bytes: int,
+        tail: Location | None,
+        seed: int,
+        next_lsn: int,
+    ) -> None:
+        self.directory = directory
+        self.history = history
+        self.segment_bytes = segment_bytes_for(capacity_bytes)
+        self.limit_count = max(4, capacity_bytes // self.segment_bytes)
+        self.lsn = next_lsn - 1
+        self.durable_lsn = self.lsn if tail is None else 0
+        self.appended_bytes = 0
+        self.synced_bytes = 0
+        self._numbers = list_segments(directory)
+        self._lock = threading.Lock()  # guards _unsynced, _spare and _numbers
+        self._spare_names = itertools.count(1)
+        self._spare = self._find_spare()
+        self._unsynced: list[_Open] = []
+        self._sync_heavy = True
+        self._appended_at_roll = 0
+        self._syncs_since_roll = 0
+        if tail is None:
+            self._start_segment()
+        else:
+            path = self.path_of(tail.segment)
+            self._segment = _Open(tail.segment, os.open(path, os.O_RDWR | os.O_CLOEXEC), path, named=True)
+            self._seed = seed
+            self._offset = tail.offset
+            self._end = os.fstat(self._segment.fd).st_size
+        self._dirty = True
+
+    def path_of(self, number: int) -> str:
+        return journal_path(self.directory, number)
+
+    @property
+    def tail(self) -> Location:
+        """Where the next record will stand (or, at a segment's end, its SEAL)."""
+        return Location(self._segment.number, self._offset)
+
+    @property
+    def used_bytes(self) -> int:
+        return len(self._numbers) * self.segment_bytes
+
+    @property
+    def capacity_bytes(self) -> int:
+        return self.limit_count * self.segment_bytes
+
+    def append(
+        self,
+        kind: int,
+        volume: int,
+        block: int,
+        block_count: int,
+        seq: int,
+        time_ns: int,
+        covered: bytes,
+        contents: bytes = b"",
+    ) -> Location:
+        """Appends one record; it is durable after the next `sync`. Returns where it stands.
+
+        Raises:
+            CapacityError: the journal or its disk is full; nothing was appended.
+            OSError: the disk refuses; nothing was appended.
+        """
+        offset = self._offset
+        size = HEADER_BYTES + len(covered) + len(contents)
+        if offset + size + HEADER_BYTES > self._end:  # room for SEAL stays
+            self._roll()
+            offset = self._offset
+        lsn = self.lsn + 1
+        head = encode_head(
+            kind, volume, block, block_count, seq, time_ns, lsn, self.durable_lsn, covered, len(contents), self._seed
+        )
+        if os.pwritev(self._segment.fd, (head, contents), offset) != size:
+            # A short write means a full disk or a failing one: writing on says which.
+            write_all(self._segment.fd, head + contents, offset)
+        self.lsn = lsn
+        self._offset = offset + size
+        self.appended_bytes += size
+        self._dirty = True
+        return Location(self._segment.number, offset)
+
+    def _roll(self) -> None:
+        """Closes the current segment with SEAL and begins the next one. Raises CapacityError if there's no room."""
+        before, offset, seed = self._segment, self._offset, self._seed
+        self._start_segment(sealed=1)
+        seal = encode_head(Kind.SEAL, 0, 0, 0, 0, 0, self.lsn, self.durable_lsn, b"", 0, seed)
+        write_all(before.fd, seal, offset)
+        with self._lock:
+            self._unsynced.append(before)
+        appended = self.appended_bytes - self._appended_at_roll
+        self._sync_heavy = appended < SYNC_HEAVY_BYTES * self._syncs_since_roll
+        self._appended_at_roll, self._syncs_since_roll = self.appended_bytes, 0
+
+    def _start_segment(self, sealed: int = 0) -> None:
+        with self._lock:
+            spare, self._spare = self._spare, None
+            number = (self._numbers[-1] if self._numbers else 0) + 1
+        path = self.path_of(number)
+        if spare is None:
+            spare = self._make_spare(fill=False)
+        seed = secrets.randbits(64)
+        fd = os.open(spare, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            # SEAL takes an lsn too, so that lsns have no gaps: the first record here comes after it.
+            header = SegmentHeader(number, seed, self.lsn + 1 + sealed, self.segment_bytes, self.history)
+            write_all(fd, header.encode(), 0)
+            os.rename(spare, path)
+        except BaseException:
+            os.close(fd)
+            raise
+        self.lsn += sealed
+        with self._lock:
+            self._numbers.append(number)
+        self._segment = _Open(number, fd, path)
+        self._seed, self._offset, self._end = seed, DATA_OFFSET, self.segment_bytes
+
+    def _find_spare(self) -> str | None:
+        """A spare that an earlier run left; others are removed. What a spare holds doesn't matter."""
+        found = None
+        for name in os.listdir(self.directory):
+            path = os.path.join(self.directory, name)
+            if not name.startswith(_SPARE_PREFIX):
+                continue
+            if found is None and os.path.getsize(path) == self.segment_bytes:
+                found = path
+            else:
+                os.unlink(path)
+        if found is not None:
+            kept = os.path.join(self.directory, _SPARE_PREFIX + "kept")
+            os.rename(found, kept)
+            found = kept
+        return found
+
+    def _spare_path(self) -> str:
+        return os.path.join(self.directory, f"{_SPARE_PREFIX}{next(self._spare_names)}")
+
+    def _make_spare(self, fill: bool) -> str:
+        """Makes a file for the next segment. Raises CapacityError if the capacity or the disk is exhausted."""
+        path = self._spare_path()
+        if len(self._numbers) >= self.limit_count:
+            raise CapacityError(
+                f"{self.directory}: the journal's capacity of {self.capacity_bytes} bytes is used up: "
+                "raise [journal] capacity, or let the replica catch up"
+            )
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(fd, 0, self.segment_bytes)
+                if fill:
+                    zeros = bytes(1 << 20)
+                    for at in range(0, self.segment_bytes, len(zeros)):
+                        write_all(fd, zeros[: self.segment_bytes - at], at)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            if os.path.exists(path):
+                os.unlink(path)
+            raise storage_error(error, path, "making a journal segment") from error
+        return path
+
+    def prepare_spare(self) -> bool:
+        """Makes the next segment's file ahead of its use; runs in a thread. False where there's no room."""
+        with self._lock:
+            if self._spare is not None:
+                return True
+        try:
+            path = self._make_spare(fill=self._sync_heavy)
+        except CapacityError:
+            return False
+        with self._lock:
+            self._spare = path
+        return True
+
+    @property
+    def needs_spare(self) -> bool:
+        return self._spare is None
+
+    @property
+    def dirty(self) -> bool:
+        """Whether something was appended since the last sync began."""
+        return self._dirty
+
+    @property
+    def unsynced_bytes(self) -> int:
+        return self.appended_bytes - self.synced_bytes
+
+    def sync(self) -> None:
+        """Makes all that was appended before the call durable. Blocks; one caller at a time.
+
+        Raises:
+            OSError: the disk refused; what isn't known to be durable stays so, no retry is believed.
+        """
+        with self._lock:
+            sealed = list(self._unsynced)
+            current, lsn, appended = self._segment, self.lsn, self.appended_bytes
+            self._dirty = False
+        for segment in (*sealed, current):
+            os.fdatasync(segment.fd)
+            if not segment.named:
+                fsync_directory(self.directory)
+                segment.named = True
+        with self._lock:
+            self._unsynced = [segment for segment in self._unsynced if segment not in sealed]
+        for segment in sealed:
+            os.close(segment.fd)
+        self.durable_lsn = max(self.durable_lsn, lsn)
+        self.synced_bytes = appended
+        self._syncs_since_roll += 1
+
+    def release(self, first_needed: int) -> None:
+        """Gives segments before number `first_needed` back: one becomes the spare, the others are removed."""
+        while True:
+            with self._lock:
+                open_numbers = {segment.number for segment in (*self._unsynced, self._segment)}
+                if not self._numbers or self._numbers[0] >= first_needed or self._numbers[0] in open_numbers:
+                    return
+                number = self._numbers.pop(0)
+                recycle = self._spare is None
+            path = self.path_of(number)
+            if recycle and os.path.getsize(path) == self.segment_bytes:
+                spare = self._spare_path()
+                os.rename(path, spare)
+                with self._lock:
+                    self._spare = spare
+            else:
+                os.unlink(path)
+
+    def close(self) -> None:
+        """Closes the files; what isn't synced stays as it is."""
+        for segment in (*self._unsynced, self._segment):
+            os.close(segment.fd)
+        self._unsynced = []

@@ -1,0 +1,285 @@
+"""The local journal's reading side: the shipper follows the splitter's records, interval by interval.
+
+Only what one interval's columns take is held (some 40 bytes for each block written); contents stay in the
+segments until they are sent.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from pitfs.errors import CorruptionError
+from pitfs.model.difference import Columns, Rows
+from pitfs.model.record import CopyStart, Kind, Mark, Record
+from pitfs.production.journal import Location, journal_path
+from pitfs.storage.segment import DATA_OFFSET, SegmentReader, list_segments
+
+_WRITE: Final = np.dtype(
+    [
+        ("block", "<i8"),
+        ("seq", "<i8"),
+        ("time_ns", "<i8"),
+        ("segment", "<i8"),
+        ("contents", "<i8"),
+        ("block_count", "<i4"),
+        ("volume", "<i4"),
+    ]
+)
+_PACK_WRITE: Final = struct.Struct("<qqqqqii").pack
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A closed interval: what was written, and where it stands in the journal.
+
+    Attributes:
+        mark, mark_time_ns, bookmark: of the MARK that closes it.
+        from_seq, from_time_ns, to_seq, to_time_ns: its positions.
+        columns: a row for each block written.
+        segment, offset: int64[n], where each row's block stands.
+        times: int64[to_seq - from_seq], time_ns of each write.
+        end: behind the MARK.
+    """
+
+    mark: int
+    mark_time_ns: int
+    bookmark: str | None
+    from_seq: int
+    from_time_ns: int
+    to_seq: int
+    to_time_ns: int
+    columns: Columns
+    segment: Rows
+    offset: Rows
+    times: npt.NDArray[np.int64]
+    end: Location
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A COPY_START that was met: a complete copy of the state at (seq, time_ns) begins at `location`."""
+
+    start: CopyStart
+    seq: int
+    time_ns: int
+    location: Location
+
+
+@dataclass(slots=True)
+class _Pending:
+    """Columns of the open interval, growing."""
+
+    writes: bytearray = field(default_factory=bytearray)
+    checksums: bytearray = field(default_factory=bytearray)
+
+    def add(self, record: Record, location: Location) -> None:
+        self.writes += _PACK_WRITE(
+            record.block,
+            record.seq,
+            record.time_ns,
+            location.segment,
+            location.offset + record.contents_offset,
+            record.block_count,
+            record.volume,
+        )
+        self.checksums += record.covered
+
+
+class JournalReader:
+    """Reads the journal from a place on; the splitter may be appending and recycling meanwhile.
+
+    Args:
+        directory: of the segments.
+        block_sizes: of the volumes, bytes.
+    """
+
+    def __init__(self, directory: str, block_sizes: list[int]) -> None:
+        self.directory = directory
+        self._block_sizes = np.array(block_sizes, dtype=np.int64)
+        self._reader: SegmentReader | None = None
+        self.location = Location(0, 0)
+        self.position: tuple[int, int] = (0, 0)  # seq, time_ns of the last snapshot
+        self._pending = _Pending()
+
+    def close(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def seek(self, location: Location, position: tuple[int, int]) -> None:
+        """Goes on at `location`, where the snapshot at `position` (seq, time_ns) is the one before."""
+        self.close()
+        self.location, self.position, self._pending = location, position, _Pending()
+
+    def seek_mark(self, mark: int, until: Location) -> bool:
+        """Goes on behind MARK or COPY_START number `mark`. False where the journal doesn't have it any more.
+
+        Raises:
+            CorruptionError: the journal is damaged before it.
+        """
+        numbers = list_segments(self.directory)
+        if not numbers:
+            return False
+        self.seek(Location(numbers[0], DATA_OFFSET), (0, 0))
+        found = False
+
+        def visit(location: Location, record: Record) -> bool:
+            nonlocal found
+            if record.kind is Kind.MARK:
+                message = msgspec.msgpack.decode(record.covered, type=Mark)
+                found = message.mark == mark
+                position = record.seq, message.position_time_ns
+            elif record.kind is Kind.COPY_START:
+                found = msgspec.msgpack.decode(record.covered, type=CopyStart).mark == mark
+                position = record.seq, record.time_ns
+            if found:
+                self.position = position
+            return found
+
+        self.follow(until, visit)
+        return found
+
+    def next(self, until: Location) -> Interval | Copy | None:
+        """Reads until the next MARK or COPY_START; None where `until` comes before it (call again later).
+
+        Raises:
+            CorruptionError: the journal is damaged.
+        """
+        result: list[Interval | Copy] = []
+
+        def visit(location: Location, record: Record) -> bool:
+            if record.kind is Kind.WRITE:
+                self._pending.add(record, location)
+            elif record.kind is Kind.MARK:
+                result.append(self._close(location, record))
+            elif record.kind is Kind.COPY_START:
+                start = msgspec.msgpack.decode(record.covered, type=CopyStart)
+                result.append(Copy(start, record.seq, record.time_ns, location))
+                self._pending, self.position = _Pending(), (record.seq, record.time_ns)
+            return bool(result)
+
+        self.follow(until, visit)
+        return result[0] if result else None
+
+    def follow(self, until: Location, visit: Callable[[Location, Record], bool]) -> None:
+        """Visits records up to `until` (exclusive); stops behind one for which `visit` returns True.
+
+        Raises:
+            CorruptionError.
+        """
+        while self.location < until:
+            reader = self._open(self.location.segment)
+            end = until.offset if reader.header.number == until.segment else None
+            for offset, record in reader.heads(self.location.offset, end):
+                if record.kind is Kind.SEAL:
+                    self.location = Location(reader.header.number + 1, DATA_OFFSET)
+                    break
+                here = Location(reader.header.number, offset)
+                self.location = Location(reader.header.number, offset + record.size_bytes)
+                if visit(here, record):
+                    return
+            else:
+                if end is None:
+                    raise CorruptionError(reader.path, self.location.offset, "the segment has no end")
+                return
+
+    def _open(self, number: int) -> SegmentReader:
+        if self._reader is None or self._reader.header.number != number:
+            self.close()
+            self._reader = SegmentReader(journal_path(self.directory, number))
+        return self._reader
+
+    def _close(self, location: Location, record: Record) -> Interval:
+        message = msgspec.msgpack.decode(record.covered, type=Mark)
+        writes = np.frombuffer(bytes(self._pending.writes), dtype=_WRITE)
+        counts = writes["block_count"].astype(np.int64)
+        starts = np.cumsum(counts) - counts
+        within = np.arange(int(counts.sum()), dtype=np.int64) - np.repeat(starts, counts)
+        volume = np.repeat(writes["volume"], counts)
+        columns = Columns(
+            volume.astype(np.uint16),
+            np.repeat(writes["block"], counts) + within,
+            np.repeat(writes["seq"], counts),
+            np.frombuffer(bytes(self._pending.checksums), dtype="<u8"),
+        )
+        interval = Interval(
+            mark=message.mark,
+            mark_time_ns=record.time_ns,
+            bookmark=message.bookmark,
+            from_seq=self.position[0],
+            from_time_ns=self.position[1],
+            to_seq=record.seq,
+            to_time_ns=message.position_time_ns,
+            columns=columns,
+            segment=np.repeat(writes["segment"], counts),
+            offset=np.repeat(writes["contents"], counts) + within * self._block_sizes[volume],
+            times=writes["time_ns"].copy(),
+            end=self.location,
+        )
+        if len(interval.times) != interval.to_seq - interval.from_seq:
+            raise CorruptionError(
+                self.directory, location.offset, f"{len(interval.times)} writes between seq {interval.from_seq} "
+                f"and {interval.to_seq} in segment {location.segment:016x}"
+            )
+        self._pending, self.position = _Pending(), (interval.to_seq, interval.to_time_ns)
+        return interval
+
+
+class BlockSource:
+    """Contents of an interval's rows, read from the segments and verified. Keeps few files open.
+
+    Args:
+        interval: whose rows these are.
+        block_sizes: of the volumes, bytes.
+    """
+
+    OPEN_SEGMENTS: Final = 64
+
+    def __init__(self, directory: str, interval: Interval, block_sizes: list[int]) -> None:
+        self._directory = directory
+        self._interval = interval
+        self._block_sizes = np.array(block_sizes, dtype=np.int64)
+        self._fds: dict[int, int] = {}
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+    def _fd(self, number: int) -> int:
+        fd = self._fds.get(number)
+        if fd is None:
+            if len(self._fds) >= self.OPEN_SEGMENTS:
+                os.close(self._fds.pop(next(iter(self._fds))))
+            fd = self._fds[number] = os.open(journal_path(self._directory, number), os.O_RDONLY | os.O_CLOEXEC)
+        return fd
+
+    def read(self, rows: Rows) -> bytearray:
+        """The rows' blocks one behind the other, not verified; one read for each stretch that stands together.
+
+        Raises:
+            CorruptionError: a segment is too short.
+        """
+        sizes = self._block_sizes[self._interval.columns.volume[rows]]
+        segment, offset = self._interval.segment[rows], self._interval.offset[rows]
+        together = (segment[1:] == segment[:-1]) & (offset[1:] == offset[:-1] + sizes[:-1])
+        begins = np.concatenate(([0], np.flatnonzero(~together) + 1, [len(rows)]))
+        ends = np.concatenate(([0], np.cumsum(sizes)))
+        buffer = bytearray(int(ends[-1]))
+        view = memoryview(buffer)
+        places = ends[begins].tolist()
+        firsts = begins[:-1]
+        for number, at, start, end in zip(
+            segment[firsts].tolist(), offset[firsts].tolist(), places[:-1], places[1:], strict=True
+        ):
+            if os.preadv(self._fd(number), [view[start:end]], at) != end - start:
+                raise CorruptionError(journal_path(self._directory, number), at, "the file ends inside a record")
+        return buffer

@@ -1,0 +1,112 @@
+"""The splitter's process beside its mount: the control socket, the spare segment, checkpoints, releasing.
+
+Serves these requests (`splitter.sock`):
+
+    tail                            {"segment", "offset", "seq", "position_time_ns", "time_ns", "mark", "used_bytes",
+                                     "capacity_bytes", "passing", "copy_mark", "copy_segment", "copy_offset"}
+    mark [bookmark]                 the same, and "mark" is the one just set
+    copied mark volume block        the replica durably has the running copy up to there
+    release segment                 earlier segments aren't needed for shipping any more
+    rescan cause                    begins a complete copy, with a gap before it
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Final
+
+import trio
+
+from pitfs.errors import CapacityError, PitfsError
+from pitfs.model.record import CopyProgress
+from pitfs.production.splitter import Splitter
+from pitfs.storage.files import storage_error
+
+log = logging.getLogger(__name__)
+
+KEEP_INTERVAL_S: Final = 0.25  # how soon a rolled segment is followed by a new spare and a checkpoint
+CHECKPOINT_INTERVAL_S: Final = 30.0  # bounds what a crash leaves to redo where little is written
+
+
+class SplitterService:
+    """Keeps a splitter going. `run` until cancelled; `handle` answers control requests."""
+
+    def __init__(self, splitter: Splitter) -> None:
+        self._splitter = splitter
+        self._room = trio.Event()
+
+    async def wait_for_room(self) -> None:
+        """Returns when room may have come into the journal."""
+        await self._room.wait()
+
+    async def run(self) -> None:
+        """Prepares spares, writes checkpoints, releases segments, leaves passing when there is room."""
+        last_segment, last_checkpoint, last_lsn = 0, trio.current_time(), -1
+        while True:
+            splitter = self._splitter
+            try:
+                if splitter.journal.needs_spare and not splitter.standing.passing:
+                    await trio.to_thread.run_sync(splitter.journal.prepare_spare)
+                segment, lsn = splitter.journal.tail.segment, splitter.journal.lsn
+                due = trio.current_time() - last_checkpoint > CHECKPOINT_INTERVAL_S and lsn != last_lsn
+                if (segment != last_segment or due) and not splitter.standing.passing:
+                    progress = splitter.snapshot_progress()
+                    await trio.to_thread.run_sync(splitter.checkpoint, progress)
+                    last_segment, last_lsn, last_checkpoint = segment, lsn, trio.current_time()
+                await self._release()
+                if splitter.standing.passing:
+                    await trio.sleep(1)
+                    splitter.resume_journal(splitter.standing.passing)
+            except (OSError, PitfsError) as error:
+                shown = storage_error(error, splitter.journal.directory, "keeping the journal") if isinstance(
+                    error, OSError
+                ) else error
+                log.error("%s", shown)
+                await trio.sleep(5)
+            await trio.sleep(KEEP_INTERVAL_S)
+
+    async def _release(self) -> None:
+        await trio.to_thread.run_sync(self._splitter.journal.release, self._splitter.releasable_segment)
+        if self._splitter.journal.used_bytes < self._splitter.journal.capacity_bytes:
+            self._room.set()
+            self._room = trio.Event()
+
+    async def handle(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Answers one control request. Raises PitfsError; KeyError and TypeError for what isn't one."""
+        splitter = self._splitter
+        op = request["op"]
+        try:
+            if op == "mark":
+                bookmark = request.get("bookmark")
+                marked = splitter.mark(None if bookmark is None else str(bookmark))
+                return self._standing() | {"mark": marked.mark}
+            if op == "copied":
+                splitter.copied(CopyProgress(int(request["mark"]), int(request["volume"]), int(request["block"])))
+            elif op == "release":
+                splitter.release(int(request["segment"]))
+            elif op == "rescan":
+                if splitter.standing.passing:
+                    raise CapacityError(f"{splitter.standing.passing}: a complete copy begins once that is mended")
+                splitter.start_copy(str(request["cause"]))
+            elif op != "tail":
+                raise PitfsError(f"unknown request {op!r}")
+        except OSError as error:
+            raise storage_error(error, splitter.journal.directory, f"request {op}") from error
+        return self._standing()
+
+    def _standing(self) -> dict[str, Any]:
+        standing, journal = self._splitter.standing, self._splitter.journal
+        return {
+            "segment": journal.tail.segment,
+            "offset": journal.tail.offset,
+            "seq": standing.seq,
+            "position_time_ns": standing.position_time_ns,
+            "time_ns": standing.time_ns,
+            "mark": standing.mark,
+            "used_bytes": journal.used_bytes,
+            "capacity_bytes": journal.capacity_bytes,
+            "passing": standing.passing,
+            "copy_mark": standing.copy.mark if standing.copy else None,
+            "copy_segment": standing.copy_location.segment,
+            "copy_offset": standing.copy_location.offset,
+        }

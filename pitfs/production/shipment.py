@@ -1,0 +1,256 @@
+"""An interval as a transfer: the difference, the decision, the frames (figures 7 and 9)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from xxhash import xxh3_64_intdigest, xxh3_128
+
+from pitfs.errors import CorruptionError
+from pitfs.model.difference import (
+    Contents,
+    DifferenceJournal,
+    Mask,
+    Rows,
+    SnapshotDiff,
+    difference_journal,
+    snapshot_diff,
+)
+from pitfs.model.granularity import Decision
+from pitfs.model.record import block_checksums
+from pitfs.model.transfer import (
+    DIFF_ENTRY,
+    JOURNAL_ENTRY,
+    MAX_CHECKPOINT_BYTES,
+    MAX_PAYLOAD_BYTES,
+    Begin,
+    Bookmark,
+    Checkpoint,
+    Data,
+    End,
+    Gap,
+    Kind,
+    Manifest,
+    ResumePoint,
+    Section,
+    TransferFrame,
+    VolumeInfo,
+)
+from pitfs.production.reader import BlockSource, Copy, Interval
+
+COMPARE_BYTES: Final = 4 << 20  # blocks compared at once: bounds what is held
+FORMAT: Final = 1  # of the sections' order; part of the identity
+
+
+def zero_checksums(volumes: tuple[VolumeInfo, ...]) -> npt.NDArray[np.uint64]:
+    """xxh3_64 of a block of zeros of each volume, uint64[volumes]."""
+    return np.array([xxh3_64_intdigest(bytes(volume.block_size)) for volume in volumes], dtype=np.uint64)
+
+
+@dataclass(frozen=True, slots=True)
+class Shipment:
+    """An interval ready to go. `journal` is None where the decision erases it."""
+
+    manifest: Manifest
+    interval: Interval
+    diff: SnapshotDiff
+    journal: DifferenceJournal | None
+    decision: Decision
+
+
+def prepare(
+    interval: Interval,
+    volumes: tuple[VolumeInfo, ...],
+    source: BlockSource,
+    decide: Callable[[int, int], Decision],
+    wants_journal: bool,
+) -> Shipment:
+    """Builds the difference of an interval and decides what of it goes.
+
+    Args:
+        decide: (bytes of the diff, bytes of the difference journal) → decision, figure 7.
+        wants_journal: False where the mode never sends one: then none is built.
+
+    Raises:
+        CorruptionError: the local journal is damaged.
+    """
+    block_sizes = np.array([volume.block_size for volume in volumes], dtype=np.int64)
+    zeros = zero_checksums(volumes)
+    contents = _contents(source, block_sizes, interval)
+    diff = snapshot_diff(interval.columns, block_sizes, zeros, contents)
+    journal = None
+    if wants_journal:
+        journal = difference_journal(interval.columns, diff, block_sizes, zeros, contents)
+    diff_bytes = diff.size_bytes + diff.entries.nbytes
+    journal_bytes = journal.size_bytes + journal.entries.nbytes + interval.times.nbytes if journal else 0
+    decision = decide(diff_bytes, journal_bytes)
+    if decision.granularity_ns is None:
+        journal = None
+    return Shipment(_manifest(interval, diff, journal, decision), interval, diff, journal, decision)
+
+
+def _contents(source: BlockSource, block_sizes: npt.NDArray[np.int64], interval: Interval) -> Contents:
+    volume = interval.columns.volume
+
+    def pieces(rows: Rows) -> Iterator[tuple[slice, int]]:
+        """Stretches of rows of one block size, within the limit of what is held."""
+        sizes = block_sizes[volume[rows]]
+        start = 0
+        while start < len(rows):
+            size = int(sizes[start])
+            other = np.flatnonzero(sizes[start : start + COMPARE_BYTES // size] != size)
+            stop = start + (int(other[0]) if len(other) else min(len(rows) - start, COMPARE_BYTES // size))
+            yield slice(start, stop), size
+            start = stop
+
+    def blocks(rows: Rows, size: int) -> npt.NDArray[np.uint64]:
+        return np.frombuffer(source.read(rows), dtype=np.uint64).reshape(len(rows), size // 8)
+
+    def same(a: Rows, b: Rows) -> Mask:
+        mask = np.zeros(len(a), dtype=np.bool_)
+        for piece, size in pieces(a):
+            mask[piece] = (blocks(a[piece], size) == blocks(b[piece], size)).all(axis=1)
+        return mask
+
+    def zero(rows: Rows) -> Mask:
+        mask = np.zeros(len(rows), dtype=np.bool_)
+        for piece, size in pieces(rows):
+            mask[piece] = ~blocks(rows[piece], size).any(axis=1)
+        return mask
+
+    return Contents(same, zero)
+
+
+def _manifest(
+    interval: Interval, diff: SnapshotDiff, journal: DifferenceJournal | None, decision: Decision
+) -> Manifest:
+    identity = xxh3_128(f"{FORMAT} {interval.mark} {interval.from_seq} {decision.granularity_ns}".encode())
+    identity.update(diff.entries.tobytes())
+    if journal is not None:
+        identity.update(journal.entries.tobytes())
+        identity.update(interval.times.tobytes())
+    bookmarks = ()
+    if interval.bookmark is not None:
+        bookmarks = (Bookmark(interval.bookmark, interval.to_seq, interval.to_time_ns),)
+    return Manifest(
+        mark=interval.mark,
+        kind=Kind.INTERVAL,
+        from_seq=interval.from_seq,
+        from_time_ns=interval.from_time_ns,
+        to_seq=interval.to_seq,
+        to_time_ns=interval.to_time_ns,
+        first_time_ns=int(interval.times[0]) if len(interval.times) else None,
+        protected_through_ns=interval.mark_time_ns,
+        granularity_ns=decision.granularity_ns,
+        cause=decision.reason if decision.granularity_ns is None else "",
+        diff_count=len(diff.entries),
+        journal_count=len(journal.entries) if journal else 0,
+        identity=identity.hexdigest(),
+        bookmarks=bookmarks,
+    )
+
+
+def copy_manifest(copy: Copy, history: str) -> Manifest:
+    """The manifest of a complete copy."""
+    start = copy.start
+    gaps = ()
+    if start.cause:
+        gaps = (Gap(start.from_seq, start.from_time_ns, copy.seq, copy.time_ns, start.cause),)
+    return Manifest(
+        mark=start.mark,
+        kind=Kind.FULL,
+        from_seq=start.from_seq,
+        from_time_ns=start.from_time_ns,
+        to_seq=copy.seq,
+        to_time_ns=copy.time_ns,
+        first_time_ns=None,
+        protected_through_ns=copy.time_ns,
+        granularity_ns=None,
+        cause=start.cause or "the first full copy",
+        diff_count=None,
+        journal_count=0,
+        identity=f"{FORMAT} {history} full {start.mark}",
+        gaps=gaps,
+    )
+
+
+def frames(
+    shipment: Shipment, source: BlockSource, volumes: tuple[VolumeInfo, ...], resume: ResumePoint
+) -> Iterator[TransferFrame]:
+    """The frames of an interval's transfer behind what the replica durably has.
+
+    Raises:
+        CorruptionError: the local journal is damaged; what was sent so far was right.
+    """
+    diff, journal = shipment.diff, shipment.journal
+    lengths = [diff.entries.nbytes, diff.size_bytes, 0, 0, 0]
+    parts = [
+        _plain(Section.DIFF, diff.entries.tobytes(), DIFF_ENTRY.itemsize, resume),
+        _blocks(Section.DIFF_BLOCKS, diff.data_rows, shipment.interval, source, volumes, resume),
+    ]
+    if journal is not None:
+        lengths[2:] = shipment.interval.times.nbytes, journal.entries.nbytes, journal.size_bytes
+        parts += [
+            _plain(Section.TIMES, shipment.interval.times.tobytes(), 8, resume),
+            _plain(Section.JOURNAL, journal.entries.tobytes(), JOURNAL_ENTRY.itemsize, resume),
+            _blocks(Section.JOURNAL_BLOCKS, journal.data_rows, shipment.interval, source, volumes, resume),
+        ]
+    unacknowledged = 0
+    for part in parts:
+        for data in part:
+            unacknowledged += len(data.payload)
+            yield data
+            if unacknowledged >= MAX_CHECKPOINT_BYTES:
+                unacknowledged = 0
+                yield Checkpoint(())
+    yield End((lengths[0], lengths[1], lengths[2], lengths[3], lengths[4]))
+
+
+def begin(shipment: Shipment) -> Begin:
+    return Begin(shipment.manifest)
+
+
+def _plain(section: Section, content: bytes, row_bytes: int, resume: ResumePoint) -> Iterator[Data]:
+    """Rows, in frames of whole ones."""
+    step = MAX_PAYLOAD_BYTES // row_bytes * row_bytes
+    view = memoryview(content)
+    for start in range(resume.lengths[section - 1], len(content), step):
+        yield Data(section, start, view[start : start + step])
+
+
+def _blocks(
+    section: Section,
+    rows: Rows,
+    interval: Interval,
+    source: BlockSource,
+    volumes: tuple[VolumeInfo, ...],
+    resume: ResumePoint,
+) -> Iterator[Data]:
+    """The rows' blocks, verified, in frames of whole blocks."""
+    sizes = np.array([volume.block_size for volume in volumes], dtype=np.int64)[interval.columns.volume[rows]]
+    ends = np.cumsum(sizes)
+    start = int(np.searchsorted(ends, resume.lengths[section - 1], side="right"))
+    while start < len(rows):
+        offset = int(ends[start] - sizes[start])
+        stop = max(start + 1, int(np.searchsorted(ends, offset + MAX_PAYLOAD_BYTES, side="right")))
+        payload = source.read(rows[start:stop])
+        _verify(payload, sizes[start:stop], interval.columns.checksum[rows[start:stop]])
+        yield Data(section, offset, payload)
+        start = stop
+
+
+def _verify(payload: bytearray, sizes: npt.NDArray[np.int64], checksums: npt.NDArray[np.uint64]) -> None:
+    """Every block is compared with the checksum taken at the splitter before it goes out."""
+    if int(sizes[0]) * len(sizes) == len(payload) and (sizes == sizes[0]).all():
+        found = block_checksums(payload, int(sizes[0]))
+    else:
+        view, at, found = memoryview(payload), 0, []
+        for size in sizes.tolist():
+            found.append(xxh3_64_intdigest(view[at : at + size]))
+            at += size
+    if found != checksums.tolist():
+        raise CorruptionError("local journal", 0, "a block doesn't match the checksum taken when it was written")

@@ -1,0 +1,369 @@
+"""The splitter: journals each write of the group's volumes and passes it on. No FUSE, no event loop here.
+
+What must hold: between taking a seq and the backing volume's pwrite there is no await, so the order of the
+journal is the order of the writes, and a COPY_START or MARK stands exactly between two of them. All methods
+but `checkpoint` and those of the journal that say so run in one thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+from pyroaring import BitMap64
+from xxhash import xxh3_64_intdigest
+
+from pitfs.errors import CapacityError, PitfsError
+from pitfs.model.record import CopyProgress, CopyStart, Kind, Mark, block_checksums
+from pitfs.production.backing import Backing
+from pitfs.production.journal import Journal, Location
+from pitfs.production.state import BackingState, Progress, ProgressFile
+
+log = logging.getLogger(__name__)
+
+_PACK_ONE: Final = struct.Struct("<Q").pack
+
+
+@dataclass(slots=True)
+class Volume:
+    """A protected volume. `copied_block`: blocks before it needn't be preserved for the running copy."""
+
+    name: str
+    backing: Backing
+    block_size: int
+    copied_block: int = 0
+    preserved: BitMap64 = field(default_factory=BitMap64)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.backing.size_bytes
+
+    @property
+    def block_count(self) -> int:
+        return -(-self.backing.size_bytes // self.block_size)
+
+
+@dataclass(slots=True)
+class Standing:
+    """Where the splitter stands; what recovery gives it and checkpoints keep.
+
+    Attributes:
+        seq, position_time_ns: position of the last write.
+        time_ns: the last time given to any record.
+        mark: the last mark.
+        copy: the running copy, None if there is none; copy_location: where its COPY_START is.
+        passing: why writes aren't journalled, empty while they are.
+    """
+
+    seq: int = 0
+    position_time_ns: int = 0
+    time_ns: int = 0
+    mark: int = 0
+    copy: CopyStart | None = None
+    copy_location: Location = Location(0, 0)
+    passing: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Marked:
+    """A mark that was set: its number, the position that it ends at, and where the journal goes on."""
+
+    mark: int
+    seq: int
+    position_time_ns: int
+    time_ns: int
+    tail: Location
+
+
+class Splitter:
+    """Splits the writes of a group.
+
+    Args:
+        volumes: in the group's order.
+        journal: the local journal, at its tail.
+        standing: as recovered.
+        progress: where checkpoints go.
+        clock_ns: UTC nanoseconds.
+        boot_id: of this boot.
+        block_when_full: on_full = "block": a full journal raises CapacityError instead of passing writes.
+    """
+
+    def __init__(
+        self,
+        volumes: list[Volume],
+        journal: Journal,
+        standing: Standing,
+        progress: ProgressFile,
+        generation: int,
+        clock_ns: Callable[[], int],
+        boot_id: str,
+        block_when_full: bool,
+    ) -> None:
+        self.volumes = volumes
+        self.journal = journal
+        self.standing = standing
+        self._progress = progress
+        self._generation = generation
+        self._clock_ns = clock_ns
+        self._boot_id = boot_id
+        self._block_when_full = block_when_full
+        self._released_segment = 0
+        self.checkpoint_segment = 0
+
+    # -- the path of a write ---------------------------------------------------------------------------
+
+    def write(self, index: int, offset: int, data: bytes) -> None:
+        """Journals `data` (bytes) at byte `offset` of volume `index` and writes the backing volume.
+
+        Raises:
+            CapacityError: the journal is full and on_full is "block"; nothing happened.
+            OSError: the backing volume refuses.
+        """
+        volume = self.volumes[index]
+        standing = self.standing
+        if standing.passing:
+            self._write_backing(volume, data, offset)
+            return
+        block_size = volume.block_size
+        first = offset // block_size
+        contents = data if not (offset % block_size or len(data) % block_size) else self._fill(volume, offset, data)
+        count = len(contents) // block_size
+        if count == 1:
+            covered = _PACK_ONE(xxh3_64_intdigest(contents))
+        else:
+            covered = struct.pack(f"<{count}Q", *block_checksums(contents, block_size))
+        now = self._clock_ns()
+        if now <= standing.time_ns:
+            now = standing.time_ns + 1
+        try:
+            if standing.copy is not None:
+                self._preserve(index, volume, first, count)
+            self.journal.append(Kind.WRITE, index, first, count, standing.seq + 1, now, covered, contents)
+        except (PitfsError, OSError) as error:
+            if self._block_when_full and isinstance(error, CapacityError):
+                raise
+            self._pass_writes(f"the local journal can't be written: {error}")
+        else:
+            standing.seq += 1
+            standing.time_ns = standing.position_time_ns = now
+        self._write_backing(volume, data, offset)
+
+    def read(self, index: int, offset: int, size: int) -> bytes:
+        """Reads the volume: the backing has every write that was answered. Raises OSError."""
+        volume = self.volumes[index]
+        return os.pread(volume.backing.fd, max(0, min(size, volume.size_bytes - offset)), offset)
+
+    def _write_backing(self, volume: Volume, data: bytes, offset: int) -> None:
+        try:
+            done = os.pwrite(volume.backing.fd, data, offset)
+            while done < len(data):
+                done += os.pwrite(volume.backing.fd, data[done:], offset + done)
+        except OSError as error:
+            # The journal has the write and the volume may have part of it: neither can be believed.
+            if not self.standing.passing:
+                self._pass_writes(f"{volume.backing.path}: a write failed: {os.strerror(error.errno or 0)}")
+            raise
+
+    def _fill(self, volume: Volume, offset: int, data: bytes) -> bytes:
+        """Whole blocks around an unaligned write: edges from the current content, zeros behind the volume's end."""
+        block_size, fd = volume.block_size, volume.backing.fd
+        head = offset % block_size
+        end = offset + len(data)
+        tail = -end % block_size
+        before = os.pread(fd, head, offset - head) if head else b""
+        after = os.pread(fd, tail, end).ljust(tail, b"\0") if tail else b""
+        return b"".join((before, data, after))
+
+    def _preserve(self, index: int, volume: Volume, first: int, count: int) -> None:
+        """Copy before write: keeps the before-image of blocks that the running copy may not have read yet."""
+        copied, preserved = volume.copied_block, volume.preserved
+        if first + count <= copied:
+            return
+        todo = [block for block in range(max(first, copied), first + count) if block not in preserved]
+        while todo:
+            length = 1
+            while length < len(todo) and todo[length] == todo[0] + length:
+                length += 1
+            size = length * volume.block_size
+            image = os.pread(volume.backing.fd, size, todo[0] * volume.block_size).ljust(size, b"\0")
+            covered = struct.pack(f"<{length}Q", *block_checksums(image, volume.block_size))
+            self.journal.append(
+                Kind.BEFORE_IMAGE, index, todo[0], length, self.standing.seq, self.standing.time_ns, covered, image
+            )
+            preserved.add_range(todo[0], todo[0] + length)
+            del todo[:length]
+
+    # -- passing -----------------------------------------------------------------------------------------
+
+    def _pass_writes(self, cause: str) -> None:
+        """From here on writes pass without being journalled. Durable before the first of them is answered."""
+        log.error("%s: writes go on, but no instant after this can be given until it is mended", cause)
+        self.standing.passing = cause
+        self.standing.copy = None
+        self._write_progress(clean=False)
+
+    def resume_journal(self, cause: str) -> bool:
+        """Journals again after passing, with a complete copy to follow. False where there's no room for it yet."""
+        standing, journal = self.standing, self.journal
+        if journal.used_bytes > journal.capacity_bytes // 2:
+            return False
+        try:
+            self._start_copy(cause)
+            journal.sync()
+        except (PitfsError, OSError) as error:
+            log.warning("%s: journalling can't begin again yet: %s", standing.passing, error)
+            return False
+        standing.passing = ""
+        self._write_progress(clean=False)
+        log.info("journalling again; a complete copy follows")
+        return True
+
+    def _start_copy(self, cause: str) -> None:
+        """Closes what was journalled and begins a complete copy of the state as it is now (a rescan)."""
+        standing = self.standing
+        if standing.mark:
+            self._append_message(
+                Kind.MARK, standing.time_ns, Mark(standing.mark + 1, standing.position_time_ns)
+            )
+            standing.mark += 1
+            gap_from = standing.seq, standing.position_time_ns
+            standing.seq += 1
+            standing.time_ns = standing.position_time_ns = max(self._clock_ns(), standing.time_ns + 1)
+            copy = CopyStart(standing.mark + 1, *gap_from, cause)
+        else:
+            standing.time_ns = standing.position_time_ns = max(self._clock_ns(), standing.time_ns + 1)
+            copy = CopyStart(1, 0, standing.position_time_ns)
+        location = self._append_message(Kind.COPY_START, standing.position_time_ns, copy)
+        standing.mark = copy.mark
+        standing.copy, standing.copy_location = copy, location
+        for volume in self.volumes:
+            volume.copied_block = 0
+            volume.preserved = BitMap64()
+
+    def start_copy(self, cause: str) -> None:
+        """Begins a complete copy: the first one (cause empty), or a rescan with a gap before it.
+
+        Raises:
+            PitfsError, OSError: the journal can't be written.
+        """
+        self._start_copy(cause)
+        self.journal.sync()
+        self.standing.passing = ""
+        self._write_progress(clean=False)
+
+    # -- marks and the copy ------------------------------------------------------------------------------
+
+    def mark(self, bookmark: str | None = None) -> Marked:
+        """Closes the interval at the last write.
+
+        Raises:
+            CapacityError: writes are passing, so there is no position to name; retryable.
+        """
+        standing = self.standing
+        if standing.passing:
+            raise CapacityError(f"{standing.passing}: no snapshot can be taken until that is mended")
+        time_ns = max(self._clock_ns(), standing.time_ns + 1)
+        message = Mark(standing.mark + 1, standing.position_time_ns, bookmark)
+        self._append_message(Kind.MARK, time_ns, message)
+        standing.mark, standing.time_ns = message.mark, time_ns
+        return Marked(message.mark, standing.seq, standing.position_time_ns, time_ns, self.journal.tail)
+
+    def copied(self, progress: CopyProgress) -> None:
+        """The replica durably has the running copy up to there: blocks before it needn't be preserved any more."""
+        standing = self.standing
+        if standing.copy is None or progress.mark != standing.copy.mark:
+            return
+        self._append_message(Kind.COPY_PROGRESS, standing.time_ns, progress)
+        self.apply_progress(progress)
+
+    def apply_progress(self, progress: CopyProgress) -> None:
+        for index, volume in enumerate(self.volumes):
+            if index < progress.volume:
+                volume.copied_block = volume.block_count
+            elif index == progress.volume:
+                volume.copied_block = progress.block
+            volume.preserved.remove_range(0, volume.copied_block)
+        if progress.volume >= len(self.volumes):
+            self.standing.copy = None
+
+    def _append_message(self, kind: Kind, time_ns: int, message: msgspec.Struct) -> Location:
+        body = msgspec.msgpack.encode(message)
+        return self.journal.append(kind, 0, 0, 0, self.standing.seq, time_ns, body)
+
+    # -- checkpoints -------------------------------------------------------------------------------------
+
+    def sync_backings(self) -> None:
+        """Blocks until the backing volumes are durable. Runs in a thread. Raises OSError."""
+        for volume in self.volumes:
+            os.fdatasync(volume.backing.fd)
+
+    def sync(self) -> None:
+        """What fsync promises: all earlier writes are durable. Runs in a thread or inline. Raises OSError."""
+        if self.standing.passing:
+            self.sync_backings()
+        else:
+            self.journal.sync()
+
+    def sync_failed(self, error: OSError) -> None:
+        """A failed fsync poisons what wasn't durable yet: nothing of it is believed, a rescan must follow."""
+        if not self.standing.passing:
+            self._pass_writes(f"{self.journal.directory}: fsync failed: {os.strerror(error.errno or 0)}")
+
+    def snapshot_progress(self, clean: bool = False) -> Progress:
+        """The progress as of now, to be written once the backing volumes are durable. O(volumes)."""
+        standing, journal = self.standing, self.journal
+        self._generation += 1
+        return Progress(
+            generation=self._generation,
+            clean=clean,
+            boot_id=self._boot_id,
+            passing=standing.passing,
+            checkpoint_segment=journal.tail.segment,
+            checkpoint_lsn=journal.lsn,
+            seq=standing.seq,
+            position_time_ns=standing.position_time_ns,
+            time_ns=standing.time_ns,
+            mark=standing.mark,
+            copy_segment=standing.copy_location.segment if standing.copy else 0,
+            backings=tuple(BackingState(v.size_bytes, v.backing.mtime_ns) for v in self.volumes),
+        )
+
+    def _write_progress(self, clean: bool) -> None:
+        """A checkpoint right now. Blocks: for the rare turns at which it must be done before going on."""
+        self.sync_backings()
+        progress = self.snapshot_progress(clean)
+        self._progress.write(progress)
+        self.checkpoint_segment = progress.checkpoint_segment
+
+    def checkpoint(self, progress: Progress) -> None:
+        """Syncs the backing volumes, then records `progress`, taken before. Runs in a thread. Raises OSError."""
+        self.sync_backings()
+        self._progress.write(progress)
+        self.checkpoint_segment = progress.checkpoint_segment
+
+    def release(self, first_needed_segment: int) -> None:
+        """The shipper needs segments from that one on; earlier ones go once redo doesn't need them either."""
+        self._released_segment = max(self._released_segment, first_needed_segment)
+
+    @property
+    def releasable_segment(self) -> int:
+        """Segments before this one are needed by nobody."""
+        needed = min(self._released_segment, self.checkpoint_segment)
+        if self.standing.copy is not None:
+            needed = min(needed, self.standing.copy_location.segment)
+        return needed
+
+    def close(self) -> None:
+        """Closes in order: everything durable, the state marked clean. Raises OSError."""
+        if not self.standing.passing:
+            self.journal.sync()
+        self._write_progress(clean=True)
+        self.journal.close()
+        self._progress.close()
+        for volume in self.volumes:
+            volume.backing.close()

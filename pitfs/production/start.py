@@ -1,0 +1,206 @@
+"""Starting the splitter: open the backing volumes, recover the local journal, redo, decide whether to rescan."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+
+from pitfs.errors import UsageError
+from pitfs.model.record import CopyProgress, CopyStart, Kind, Mark, Record
+from pitfs.model.transfer import VolumeInfo
+from pitfs.production.backing import open_backing
+from pitfs.production.journal import Journal, Location
+from pitfs.production.recovery import Tail, replay
+from pitfs.production.splitter import Splitter, Standing, Volume
+from pitfs.production.state import Progress, ProgressFile, boot_id, open_group
+from pitfs.storage.files import fsync_directory, storage_error, write_all
+from pitfs.storage.segment import SegmentReader, list_segments, segment_name
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeSpec:
+    """What the configuration says of a volume."""
+
+    name: str
+    backing: str
+    block_size: int
+
+
+def journal_directory(state: str) -> str:
+    return os.path.join(state, "journal")
+
+
+def lock_state(state: str) -> int:
+    """Makes the state directory if missing and locks it; the descriptor holds the lock until it is closed.
+
+    Raises:
+        UsageError: it can't be made, or another splitter has it.
+    """
+    try:
+        os.makedirs(journal_directory(state), mode=0o700, exist_ok=True)
+        fsync_directory(state)
+        fd = os.open(os.path.join(state, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise UsageError(f"{error.filename}: state directory: {os.strerror(error.errno or 0)}") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(fd)
+        raise UsageError(f"{state}: another 'pitfs protect' is running with this state: stop it first") from error
+    return fd
+
+
+def open_splitter(
+    state: str,
+    group: str,
+    specs: list[VolumeSpec],
+    capacity_bytes: int,
+    block_when_full: bool,
+    clock_ns: Callable[[], int],
+) -> Splitter:
+    """Brings the group to where writes can be accepted: recovered, redone, and with a copy begun if one is due.
+
+    Args:
+        state: directory, locked by `lock_state`.
+
+    Raises:
+        UsageError: a backing volume or the state doesn't fit the configuration.
+        CorruptionError: the journal is damaged.
+        PitfsError: a disk refuses.
+    """
+    volumes = [Volume(spec.name, open_backing(spec.backing), spec.block_size) for spec in specs]
+    infos = tuple(VolumeInfo(volume.name, volume.size_bytes, volume.block_size) for volume in volumes)
+    history = bytes.fromhex(open_group(state, group, infos).history)
+    progress_file = ProgressFile(state)
+    progress = progress_file.read()
+    directory = journal_directory(state)
+    boot = boot_id()
+    try:
+        standing, tail = _recover(directory, history, volumes, progress)
+        next_lsn = tail.next_lsn if tail else 1
+        journal = Journal(
+            directory, history, capacity_bytes, tail.location if tail else None, tail.seed if tail else 0, next_lsn
+        )
+        generation = progress.generation if progress else 0
+        splitter = Splitter(
+            volumes, journal, standing, progress_file, generation, clock_ns, boot, block_when_full
+        )
+        cause = _copy_cause(progress, boot, volumes)
+        if cause is not None:
+            if cause:
+                log.warning("%s: a complete copy follows, instants until now stay as they are", cause)
+            splitter.start_copy(cause)
+        else:
+            journal.sync()
+            splitter.checkpoint(splitter.snapshot_progress())
+    except OSError as error:
+        raise storage_error(error, error.filename or directory, "starting the splitter") from error
+    return splitter
+
+
+def _copy_cause(progress: Progress | None, boot: str, volumes: list[Volume]) -> str | None:
+    """Why a complete copy must begin now: "" for the first one, None for none."""
+    if progress is None:
+        return ""
+    if progress.passing:
+        return progress.passing
+    if not progress.clean:
+        # Writes that reached the backing volume but neither fsync nor the journal's disk can't be told.
+        return None if progress.boot_id == boot else "power was lost on the production host"
+    for volume, before in zip(volumes, progress.backings, strict=True):
+        if before.mtime_ns != volume.backing.mtime_ns:
+            return f"{volume.backing.path}: was changed while pitfs wasn't running"
+    return None
+
+
+def _recover(
+    directory: str, history: bytes, volumes: list[Volume], progress: Progress | None
+) -> tuple[Standing, Tail | None]:
+    """Replays the journal: redo onto the backing volumes behind the checkpoint, and the standing at its tail."""
+    standing = Standing()
+    first_segment, checkpoint_lsn = 0, 0
+    if progress is None:
+        # The first start never got as far as its first checkpoint: nothing was accepted yet.
+        for number in list_segments(directory):
+            os.unlink(os.path.join(directory, segment_name(number)))
+        return standing, None
+    standing.seq, standing.position_time_ns = progress.seq, progress.position_time_ns
+    standing.time_ns, standing.mark = progress.time_ns, progress.mark
+    checkpoint_lsn = progress.checkpoint_lsn
+    first_segment = min(progress.checkpoint_segment, progress.copy_segment or progress.checkpoint_segment)
+    redone = 0
+    latest: CopyProgress | None = None
+
+    def visit(reader: SegmentReader, offset: int, record: Record) -> None:
+        nonlocal redone, latest
+        if record.kind is Kind.WRITE and record.lsn > checkpoint_lsn:
+            _redo(volumes[record.volume], record, reader.verified_contents(offset, record))
+            redone += 1
+        elif record.kind is Kind.BEFORE_IMAGE:
+            volumes[record.volume].preserved.add_range(record.block, record.block + record.block_count)
+        elif record.kind is Kind.COPY_START:
+            start = msgspec.msgpack.decode(record.covered, type=CopyStart)
+            standing.copy, standing.copy_location = start, Location(reader.header.number, offset)
+            for volume in volumes:
+                volume.copied_block = 0
+                volume.preserved.clear()
+        elif record.kind is Kind.COPY_PROGRESS:
+            latest = msgspec.msgpack.decode(record.covered, type=CopyProgress)
+        if record.lsn > checkpoint_lsn and record.kind in (Kind.WRITE, Kind.MARK, Kind.COPY_START):
+            _advance(standing, record)
+
+    tail = replay(directory, first_segment, visit, history)
+    if tail is None or tail.next_lsn <= checkpoint_lsn:
+        raise UsageError(
+            f"{directory}: the journal ends before its checkpoint: segments are missing; put them back, or move the "
+            "state directory away to begin anew with a full copy"
+        )
+    _apply_progress(latest, standing, volumes)
+    if redone:
+        log.info("recovered: %d journalled writes redone", redone)
+    for number in list_segments(directory):
+        _sync_file(os.path.join(directory, segment_name(number)))
+    return standing, tail
+
+
+def _apply_progress(latest: CopyProgress | None, standing: Standing, volumes: list[Volume]) -> None:
+    """How far the running copy is on the replica, by the last of its COPY_PROGRESS records."""
+    if latest is None or standing.copy is None or latest.mark != standing.copy.mark:
+        return
+    for index, volume in enumerate(volumes):
+        if index < latest.volume:
+            volume.copied_block = volume.block_count
+        elif index == latest.volume:
+            volume.copied_block = latest.block
+    if latest.volume >= len(volumes):
+        standing.copy = None
+
+
+def _advance(standing: Standing, record: Record) -> None:
+    standing.time_ns = max(standing.time_ns, record.time_ns)
+    if record.kind is Kind.MARK:
+        standing.mark = msgspec.msgpack.decode(record.covered, type=Mark).mark
+        return
+    standing.seq, standing.position_time_ns = record.seq, record.time_ns
+    if record.kind is Kind.COPY_START:
+        standing.mark = msgspec.msgpack.decode(record.covered, type=CopyStart).mark
+
+
+def _redo(volume: Volume, record: Record, contents: bytes) -> None:
+    offset = record.block * volume.block_size
+    write_all(volume.backing.fd, contents[: volume.size_bytes - offset], offset)
+
+
+def _sync_file(path: str) -> None:
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        os.fdatasync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,73 @@
+"""Files with data: the few operations that durability and exactness hang on, each with its reason."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from pitfs.errors import CapacityError, CorruptionError, PitfsError
+
+FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+def storage_error(error: OSError, path: str, doing: str) -> PitfsError:
+    """The error for the user for an OSError on our own files: full is retryable, all else is not."""
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    if error.errno in FULL_ERRNOS:
+        return CapacityError(f"{path}: {doing}: {reason}: make room on that file system; pitfs goes on by itself")
+    return PitfsError(f"{path}: {doing}: {reason}")
+
+
+def fsync_directory(path: str) -> None:
+    """Makes the entries of a directory durable: a file's own fsync doesn't cover its name."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def durable_replace(path: str, content: bytes) -> None:
+    """Replaces a file whole: after power loss it has the content before or the content after, nothing else.
+
+    Written beside it, fsynced (a rename may reach the disk before the data), renamed (atomic), and the
+    directory fsynced (the rename itself must last).
+    """
+    temporary = path + ".tmp"
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        write_all(fd, content, 0)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    os.rename(temporary, path)
+    fsync_directory(os.path.dirname(path) or ".")
+
+
+def write_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:
+    """Writes all of `data` at `offset`; a short write is continued, so what fails does so with its errno."""
+    view = memoryview(data).cast("B")
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def read_exactly(fd: int, size: int, offset: int, what: str) -> bytes:
+    """Reads `size` bytes at `offset`.
+
+    Raises:
+        CorruptionError: the file ends before that.
+        OSError: the disk refuses.
+    """
+    data = os.pread(fd, size, offset)
+    if len(data) == size:
+        return data
+    parts = [data]
+    got = len(data)
+    while got < size:
+        data = os.pread(fd, size - got, offset + got)
+        if not data:
+            raise CorruptionError(what, offset + got, "the file ends before what it should hold")
+        parts.append(data)
+        got += len(data)
+    return b"".join(parts)

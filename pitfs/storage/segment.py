@@ -1,0 +1,176 @@
+"""Segments of the local journal: files of one size in which records stand one behind the other.
+
+A segment begins with a header of 4096 bytes, little-endian:
+
+    offset size
+     0      8   magic        "PITFSJNL"
+     8      4   version      1
+    12      4   reserved     0
+    16      8   number       1, 2, 3, … without gaps; the file's name is it in hex
+    24      8   seed         seeds the checksums of its records, drawn anew for each use of the file
+    32      8   first_lsn    lsn of its first record
+    40      8   size_bytes   of the whole file
+    48     16   history      which group's history it belongs to
+    64      8   checksum     xxh3_64 of bytes 0..64
+    72   4024   zeros
+
+Segments are recycled: a released one is renamed and gets a new header. So the file's blocks are allocated
+and written already, and fdatasync has no file-system metadata to write (measured: half the time of one that
+extends the file).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from xxhash import xxh3_64_intdigest
+
+from pitfs.errors import CorruptionError, StoreVersionError
+from pitfs.model.record import (
+    HEADER_BYTES,
+    MAX_BODY_BYTES,
+    MAX_MESSAGE_BYTES,
+    Kind,
+    Record,
+    block_checksums,
+    decode_head,
+)
+from pitfs.storage.files import read_exactly
+
+HEADER: Final = struct.Struct("<8sIIQQQQ16s")
+MAGIC: Final = b"PITFSJNL"
+VERSION: Final = 1
+DATA_OFFSET: Final = 4096
+_CHECKSUM: Final = struct.Struct("<Q")
+_SCAN_BYTES: Final = 256 << 10  # heads are read in pieces of this size
+_MAX_HEAD_BYTES: Final = HEADER_BYTES + MAX_MESSAGE_BYTES
+assert HEADER.size == 64
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentHeader:
+    number: int
+    seed: int
+    first_lsn: int
+    size_bytes: int
+    history: bytes  # 16 bytes
+
+    def encode(self) -> bytes:
+        """The 4096 bytes at the beginning of the file."""
+        head = HEADER.pack(
+            MAGIC, VERSION, 0, self.number, self.seed, self.first_lsn, self.size_bytes, self.history
+        )
+        return (head + _CHECKSUM.pack(xxh3_64_intdigest(head))).ljust(DATA_OFFSET, b"\0")
+
+    @classmethod
+    def decode(cls, data: bytes, what: str) -> SegmentHeader:
+        """Raises CorruptionError, or StoreVersionError where a newer pitfs wrote it."""
+        magic, version, _, number, seed, first_lsn, size_bytes, history = HEADER.unpack_from(data)
+        (checksum,) = _CHECKSUM.unpack_from(data, HEADER.size)
+        if magic != MAGIC or checksum != xxh3_64_intdigest(data[: HEADER.size]):
+            raise CorruptionError(what, 0, "no header of a journal segment")
+        if version != VERSION:
+            raise StoreVersionError(
+                f"{what}: journal of format {version}, this pitfs knows {VERSION}: use a newer pitfs"
+            )
+        return cls(number, seed, first_lsn, size_bytes, history)
+
+
+def segment_name(number: int) -> str:
+    return f"segment-{number:016x}.journal"
+
+
+def segment_number(name: str) -> int | None:
+    """The number in a segment's file name, None for other files."""
+    if not (name.startswith("segment-") and name.endswith(".journal") and len(name) == 32):
+        return None
+    try:
+        return int(name[8:24], 16)
+    except ValueError:
+        return None
+
+
+def list_segments(directory: str) -> list[int]:
+    """Numbers of the segments in `directory`, ascending."""
+    return sorted(number for name in os.listdir(directory) if (number := segment_number(name)) is not None)
+
+
+class SegmentReader:
+    """Reads one segment's records; other processes may be appending to it meanwhile.
+
+    Args:
+        path: the segment's file.
+
+    Raises:
+        CorruptionError, StoreVersionError: the header isn't one.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self.header = SegmentHeader.decode(read_exactly(self.fd, DATA_OFFSET, 0, path), path)
+        except BaseException:
+            os.close(self.fd)
+            raise
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+    def heads(self, offset: int = DATA_OFFSET, end: int | None = None) -> Iterator[tuple[int, Record]]:
+        """Yields (offset, record) from `offset` on until `end` or SEAL, contents neither read nor verified.
+
+        Raises:
+            CorruptionError: what stands at an offset is no record of this segment: its end, if it is the
+                last segment and `end` isn't given, else damage.
+        """
+        limit = self.header.size_bytes if end is None else end
+        base, piece = offset, b""
+        while offset < limit:
+            if offset - base + _MAX_HEAD_BYTES > len(piece):
+                base, piece = offset, os.pread(self.fd, _SCAN_BYTES, offset)
+            try:
+                record = decode_head(piece, offset - base, self.header.seed, self.path, base)
+            except IndexError:
+                raise CorruptionError(self.path, offset, "the file ends inside a record") from None
+            yield offset, record
+            if record.kind is Kind.SEAL:
+                return
+            offset += record.size_bytes
+
+    def contents(self, offset: int, record: Record) -> bytes:
+        """The record's contents, not verified. Raises CorruptionError where the file is too short."""
+        size = record.size_bytes - record.contents_offset
+        return read_exactly(self.fd, size, offset + record.contents_offset, self.path)
+
+    def verified_contents(self, offset: int, record: Record) -> bytes:
+        """The record's contents, each block compared with its checksum.
+
+        Raises:
+            CorruptionError: a block isn't what was written.
+        """
+        data = self.contents(offset, record)
+        if not record.block_count or len(data) % record.block_count:
+            raise CorruptionError(self.path, offset, "contents that aren't whole blocks")
+        if tuple(block_checksums(data, len(data) // record.block_count)) != record.checksums:
+            raise CorruptionError(self.path, offset, "a block doesn't match its checksum")
+        return data
+
+    def find_record_after(self, offset: int) -> Record | None:
+        """The first verifiable record behind `offset`, where there should be none: to tell a tear from damage."""
+        step, overlap = 4 << 20, HEADER_BYTES + MAX_BODY_BYTES
+        position = offset + 1
+        while position < self.header.size_bytes:
+            piece = os.pread(self.fd, step + overlap, position)
+            at = piece.find(b"PJR1")
+            while 0 <= at < step:
+                try:
+                    return decode_head(piece, at, self.header.seed, self.path, position)
+                except (CorruptionError, IndexError):
+                    at = piece.find(b"PJR1", at + 1)
+            position += step
+        return None

@@ -1,0 +1,370 @@
+"""The writer of one group's store: takes transfers, and makes each visible whole or not at all.
+
+A transfer is staged (checked as it comes, resumable at each checkpoint); at its end it becomes objects:
+
+    made in staging/ → each file synced → renamed to objects/ → both directories synced → the catalog commits
+
+Until the commit nothing of it can be seen. Where this is cut off before the commit, files in objects/ that
+the catalog doesn't know are found when the store is opened the next time, or the next transfer begins:
+contents go back to staging/, so the transfer resumes; all else is removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import msgspec
+
+from pitfs.errors import (
+    CapacityError,
+    CorruptionError,
+    PositionMismatchError,
+    RemoteProtocolError,
+    StoreError,
+)
+from pitfs.model.blockmap import EMPTY
+from pitfs.model.transfer import Data, End, Hello, Kind, Manifest, ResumePoint, Welcome
+from pitfs.storage.files import durable_replace, fsync_directory, storage_error
+from pitfs.store.build import Built, build
+from pitfs.store.catalog import Catalog
+from pitfs.store.facts import Commit, Interval, Snapshot
+from pitfs.store.layout import (
+    CATALOG,
+    FORMAT,
+    LOCK,
+    MAX_SNAPSHOT_ID,
+    OBJECTS,
+    STAGING,
+    STORE_JSON,
+    VERSION,
+    ObjectKind,
+    StoreInfo,
+    check_identity,
+    is_object_file,
+    object_file,
+    read_store_info,
+)
+from pitfs.store.objects import ObjectPool
+from pitfs.store.rows import check_manifest
+from pitfs.store.snapshots import NodeReader
+from pitfs.store.staging import StagedTransfer, read_progress
+
+log = logging.getLogger(__name__)
+
+
+class Ingest:
+    """Writes the store ROOT/GROUP; its methods block and are called from one thread at a time.
+
+    Args:
+        root: directory of the stores; made if missing, as is the group's.
+        hello: whose transfers will come.
+
+    Raises:
+        StoreError: another process writes it, or the directory is something else.
+        StoreVersionError: a newer pitfs made it.
+        PositionMismatchError: it belongs to another history, or has other volumes.
+        RemoteProtocolError: the hello can't be.
+        CapacityError, PitfsError: the disk is full, or refuses. These two also from every method.
+    """
+
+    def __init__(self, root: str, hello: Hello) -> None:
+        problem = check_identity(hello.group, hello.history, hello.volumes)
+        if problem:
+            raise RemoteProtocolError(f"the sender's hello: {problem}")
+        self.path = os.path.join(root, hello.group)
+        self.hello = hello
+        self._history = bytes.fromhex(hello.history)
+        self._staging = os.path.join(self.path, STAGING)
+        self._objects_path = os.path.join(self.path, OBJECTS)
+        self._staged: StagedTransfer | None = None
+        self._lock_fd = -1
+        self._catalog: Catalog | None = None
+        self._objects = ObjectPool(self._objects_path, self._history)
+        self._nodes = NodeReader(self._objects)
+        try:
+            with self._errors("opening"):
+                self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    # Opening
+
+    def _open(self) -> None:
+        self._check_place()
+        os.makedirs(self.path, 0o700, exist_ok=True)
+        self._take_lock()
+        for directory in (self._objects_path, self._staging):
+            os.makedirs(directory, 0o700, exist_ok=True)
+        self._check_same_group()
+        self._catalog = Catalog(os.path.join(self.path, CATALOG), "write")
+        if not os.path.exists(os.path.join(self.path, STORE_JSON)):
+            fsync_directory(self.path)  # what a store has is there before what says that it is one
+            info = StoreInfo(FORMAT, VERSION, self.hello.group, self.hello.history, self.hello.volumes)
+            durable_replace(
+                os.path.join(self.path, STORE_JSON), msgspec.json.format(msgspec.json.encode(info)) + b"\n"
+            )
+            fsync_directory(os.path.dirname(self.path) or ".")
+        self._settle(os.listdir(self._objects_path))
+
+    def _check_place(self) -> None:
+        """Refuses to make a store among other files."""
+        try:
+            names = set(os.listdir(self.path))
+        except FileNotFoundError:
+            return
+        ours = {LOCK, OBJECTS, STAGING, CATALOG, f"{CATALOG}-wal", f"{CATALOG}-shm", f"{CATALOG}-journal"}
+        others = sorted(names - ours - {f"{STORE_JSON}.tmp"})
+        if STORE_JSON not in names and others:
+            raise StoreError(
+                f"{self.path}: not a store (no {STORE_JSON}), but not empty either ({others[0]} is there): "
+                f"move that away, or receive into another --root"
+            )
+
+    def _take_lock(self) -> None:
+        path = os.path.join(self.path, LOCK)
+        self._lock_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            holder = os.pread(self._lock_fd, 200, 0).decode("utf-8", "replace").strip() or "another process"
+            raise StoreError(
+                f"{self.path}: {holder} is writing this store (it holds {path}): a store has one writer; "
+                f"end that one, or wait until it has ended"
+            ) from None
+        os.ftruncate(self._lock_fd, 0)
+        os.pwrite(self._lock_fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    def _check_same_group(self) -> None:
+        if not os.path.exists(os.path.join(self.path, STORE_JSON)):
+            return
+        info, hello = read_store_info(self.path), self.hello
+        if info.history != hello.history:
+            raise PositionMismatchError(
+                f"{self.path}: has history {info.history[:8]}… of group {info.group}, production sends "
+                f"history {hello.history[:8]}…: its state was made anew, or it is another group of that "
+                f"name; move this store away (it stays readable) and a new one is made, or receive into another "
+                f"--root"
+            )
+        if info.volumes != hello.volumes:
+            had, sent = (
+                [f"{v.name} ({v.size_bytes} B, blocks of {v.block_size})" for v in x.volumes]
+                for x in (info, hello)
+            )
+            raise PositionMismatchError(
+                f"{self.path}: has the volumes {', '.join(had)}, production sends {', '.join(sent)}: "
+                f"volumes can't change within a history; put production's configuration back, or give it a "
+                f"new state and this store a new place"
+            )
+
+    # The life of a transfer
+
+    def welcome(self) -> Welcome:
+        """Where the store stands."""
+        catalog = self._opened()
+        last = catalog.last_snapshot()
+        seq, time_ns = (last.seq, last.time_ns) if last else (0, 0)
+        return Welcome(catalog.meta("mark"), seq, time_ns, catalog.meta("protected_through_ns"))
+
+    def begin(self, manifest: Manifest) -> ResumePoint:
+        """Begins a transfer, or goes on with the staged one where that is the same.
+
+        Raises:
+            PositionMismatchError: it doesn't lead on from where the store stands.
+            RemoteProtocolError: the manifest can't be.
+        """
+        catalog = self._opened()
+        self._close_staged()
+        check_manifest(manifest, self.hello.volumes)
+        self._check_position(manifest)
+        with self._errors("beginning a transfer"):
+            snapshot = catalog.next_snapshot_id()
+            if snapshot > MAX_SNAPSHOT_ID:
+                raise CapacityError(f"{self.path}: no more than {MAX_SNAPSHOT_ID} snapshots fit in a store")
+            self._settle([object_file(kind, snapshot) for kind in ObjectKind])
+            self._staged = self._resume(manifest, snapshot)
+            if self._staged is None:
+                self._clear_staging()
+                self._staged = StagedTransfer.create(
+                    self._staging, manifest, snapshot, self._history, self.hello.volumes
+                )
+        return self._staged.resume_point
+
+    def data(self, frame: Data) -> None:
+        """Takes the next bytes of a section; bytes that are there already are passed over.
+
+        Raises:
+            PositionMismatchError: bytes before these are missing.
+            RemoteProtocolError: they can't be.
+        """
+        staged = self._under_way()
+        with self._ends_on_error(), self._errors("writing"):
+            staged.write(frame)
+
+    def checkpoint(self, cursor: tuple[int, ...]) -> ResumePoint:
+        """Makes what has come durable."""
+        staged = self._under_way()
+        with self._ends_on_error(), self._errors("making it durable"):
+            return staged.checkpoint(tuple(cursor))
+
+    def end(self, end: End) -> Welcome:
+        """Commits the transfer; when it returns the transfer survives power loss.
+
+        Raises:
+            RemoteProtocolError: it isn't whole, or can't be; then it has to come again from its beginning.
+            CorruptionError: the map before, or what was staged, is damaged.
+        """
+        staged = self._under_way()
+        with self._ends_on_error(), self._errors("committing"):
+            try:
+                staged.finish(end)
+                self._commit(staged)
+            except (RemoteProtocolError, CorruptionError):
+                self._close_staged()
+                self._clear_staging()
+                raise
+        self._close_staged()
+        with self._errors("clearing"):
+            self._clear_staging()
+        return self.welcome()
+
+    def close(self) -> None:
+        """Ends the writing; a staged transfer stays, as of its last checkpoint."""
+        self._close_staged()
+        self._objects.close()
+        if self._catalog is not None:
+            self._catalog.close()
+            self._catalog = None
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+    # Steps
+
+    def _check_position(self, manifest: Manifest) -> None:
+        at = self.welcome()
+        hint = "begin the session anew, so that production learns where the store stands"
+        if manifest.mark != at.mark + 1:
+            raise PositionMismatchError(
+                f"{self.path}: production sends mark {manifest.mark}, the store has {at.mark} and takes "
+                f"{at.mark + 1}: {hint}"
+            )
+        if at.mark == 0 and manifest.kind is not Kind.FULL:
+            raise PositionMismatchError(
+                f"{self.path}: the store is empty and takes a full copy first: {hint}"
+            )
+        if manifest.kind is Kind.FULL:
+            if at.mark and (manifest.to_seq <= at.seq or manifest.to_time_ns <= at.time_ns):
+                raise PositionMismatchError(
+                    f"{self.path}: a full copy at seq {manifest.to_seq}, the store is at "
+                    f"{at.seq} already: {hint}"
+                )
+        elif (manifest.from_seq, manifest.from_time_ns) != (at.seq, at.time_ns):
+            raise PositionMismatchError(
+                f"{self.path}: production sends what follows seq {manifest.from_seq} at "
+                f"{manifest.from_time_ns} ns, the store is at seq {at.seq} at {at.time_ns} ns: {hint}; if "
+                f"this lasts the store was restored from an older or another copy, and a new one is needed"
+            )
+
+    def _resume(self, manifest: Manifest, snapshot: int) -> StagedTransfer | None:
+        """The staged transfer, if it is this one and whole up to its checkpoint."""
+        progress = read_progress(self._staging)
+        if progress is None or progress.manifest != manifest or progress.snapshot != snapshot:
+            return None
+        try:
+            return StagedTransfer(self._staging, progress, self._history, self.hello.volumes)
+        except (CorruptionError, RemoteProtocolError, FileNotFoundError) as error:
+            log.warning("%s: the staged transfer of mark %d begins anew: %s", self.path, manifest.mark, error)
+            return None
+
+    def _commit(self, staged: StagedTransfer) -> None:
+        catalog, m = self._opened(), staged.manifest
+        last = catalog.last_snapshot()
+        if m.kind is Kind.INTERVAL and m.to_seq == m.from_seq:
+            catalog.commit(Commit(m, None))
+            return
+        fresh = last is None or m.kind is Kind.FULL
+        roots = [EMPTY] * len(self.hello.volumes) if fresh or last is None else catalog.roots(last.id)
+        built = build(staged, self._history, self.hello.volumes, roots, self._nodes.load)
+        self._publish(built)
+        snapshot = Snapshot(staged.snapshot, m.to_seq, m.to_time_ns, m.mark)
+        interval = None
+        if last is not None:
+            interval = Interval(
+                staged.snapshot, last.id, last.seq, last.time_ns, m.to_seq, m.to_time_ns, m.first_time_ns,
+                0 if staged.has_journal else None, m.cause, m.journal_count,
+            )  # fmt: skip
+        catalog.commit(Commit(m, snapshot, built.roots, interval, built.objects, built.minutes))
+
+    def _publish(self, built: Built) -> None:
+        """Moves the synced files to objects/; durable before the catalog names them."""
+        for facts in built.objects:
+            os.rename(os.path.join(self._staging, facts.name), os.path.join(self._objects_path, facts.name))
+        fsync_directory(self._objects_path)
+        fsync_directory(self._staging)
+
+    def _settle(self, names: list[str]) -> None:
+        """Deals with files in objects/ that the catalog doesn't know.
+
+        Of a commit that didn't come about, or of pruning. Contents of the staged transfer go back to it.
+        """
+        catalog = self._opened()
+        progress = read_progress(self._staging)
+        staged = set()
+        if progress is not None and progress.snapshot == catalog.next_snapshot_id():
+            kinds = (ObjectKind.SNAPSHOT_BLOCKS, ObjectKind.JOURNAL_BLOCKS)
+            staged = {object_file(kind, progress.snapshot) for kind in kinds}
+        for name in names:
+            path = os.path.join(self._objects_path, name)
+            if not is_object_file(name) or catalog.object(name) is not None or not os.path.exists(path):
+                continue
+            back = os.path.join(self._staging, name)
+            if name in staged and not os.path.exists(back):
+                log.info("%s: goes back to staging, its commit didn't come about", path)
+                os.rename(path, back)
+            else:
+                log.info("%s: removed, the catalog doesn't have it", path)
+                os.unlink(path)
+
+    def _clear_staging(self) -> None:
+        for name in os.listdir(self._staging):
+            os.unlink(os.path.join(self._staging, name))
+
+    def _close_staged(self) -> None:
+        if self._staged is not None:
+            self._staged.close()
+            self._staged = None
+
+    def _under_way(self) -> StagedTransfer:
+        if self._staged is None:
+            raise RemoteProtocolError(f"{self.path}: no transfer is under way: it has to begin first")
+        return self._staged
+
+    def _opened(self) -> Catalog:
+        if self._catalog is None:
+            raise RuntimeError("this Ingest is closed")
+        return self._catalog
+
+    @contextmanager
+    def _ends_on_error(self) -> Iterator[None]:
+        """After any error the transfer resumes at its checkpoint: what came since can't be relied on."""
+        try:
+            yield
+        except BaseException:
+            self._close_staged()
+            raise
+
+    @contextmanager
+    def _errors(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise storage_error(error, str(error.filename or self.path), doing) from error

@@ -1,0 +1,254 @@
+"""Difference journals on disk: the index of one interval, written once, read in verified chunks.
+
+The data area of journal-<s>.index is chunks one behind the other, its tail is the fence table. A chunk of
+entries has the rows of one volume, sorted by (block, seq), at most 2048, column by column: block int64, seq
+int64, pointer uint64, checksum uint64. A chunk of times has at most 8192 time_ns, int64, of consecutive seq.
+So a chunk has at most 64 KiB. The fence table has a row of 40 bytes for each chunk, in the order of writing:
+
+    offset size
+     0      8   first      int64   first block, or first time_ns
+     8      8   first_seq  int64
+    16      8   checksum   uint64  xxh3_64 of the chunk
+    24      8   offset     uint64  byte in the file where the chunk begins
+    32      4   rows       uint32
+    36      2   volume     uint16  0xffff: a chunk of times
+    38      2   reserved   uint16
+
+The catalog has the checksum of the fence table, so it vouches for every row. Pointers lead to the fourth
+snapshot's contents or to the journal's own; 0 is zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from xxhash import xxh3_64_intdigest
+
+from pitfs.model.blockmap import I64Array, U64Array
+from pitfs.storage.files import write_all
+from pitfs.store.cache import Cache
+from pitfs.store.facts import Interval, ObjectFacts
+from pitfs.store.layout import HEADER_BYTES, ObjectKind
+from pitfs.store.objects import ObjectPool
+
+CHUNK_ROWS: Final = 2048
+CHUNK_TIMES: Final = 8192
+CHUNK_BYTES: Final = CHUNK_ROWS * 32
+TIMES_VOLUME: Final = 0xFFFF
+MAX_CACHED_CHUNKS: Final = 256  # 16 MiB
+FENCE: Final = np.dtype(
+    [
+        ("first", "<i8"),
+        ("first_seq", "<i8"),
+        ("checksum", "<u8"),
+        ("offset", "<u8"),
+        ("rows", "<u4"),
+        ("volume", "<u2"),
+        ("reserved", "<u2"),
+    ]
+)
+assert FENCE.itemsize == 40 and CHUNK_TIMES * 8 == CHUNK_BYTES
+
+Chunk = npt.NDArray[np.uint64]  # shape (4, rows), or (rows,) for times
+ChunkCache = Cache[tuple[int, int], Chunk]  # by (snapshot id, number of the chunk)
+
+
+def chunk_cache(limit: int = MAX_CACHED_CHUNKS) -> ChunkCache:
+    """A cache of chunks for all journals of a store."""
+    return Cache(limit)
+
+
+class JournalWriter:
+    """Writes a journal index as its rows come; holds at most one chunk of each kind and the fence table.
+
+    Args:
+        fd: the file; its data area is written from byte 4096 on, the header is left to the caller.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._offset = HEADER_BYTES
+        self._fence: list[tuple[int, int, int, int, int, int, int]] = []
+        self._volume = -1
+        self._rows = np.zeros((4, 0), "<u8")
+        self._times = np.zeros(0, "<i8")
+        self._times_seq = 0
+
+    def add_rows(
+        self, volume: int, blocks: I64Array, seqs: I64Array, pointers: U64Array, checksums: U64Array
+    ) -> None:
+        """Rows of one volume; over all calls strictly ascending by (volume, block, seq)."""
+        if volume != self._volume:
+            self._write_rows(0)
+            self._volume = volume
+        new = np.stack(
+            [blocks.astype("<i8").view("<u8"), seqs.astype("<i8").view("<u8"), pointers, checksums]
+        )
+        self._rows = np.concatenate([self._rows, new], axis=1)
+        self._write_rows(CHUNK_ROWS)
+
+    def add_times(self, first_seq: int, times_ns: I64Array) -> None:
+        """Times of first_seq, first_seq + 1, …; calls go on where the one before ended."""
+        if not len(self._times):
+            self._times_seq = first_seq
+        self._times = np.concatenate([self._times, times_ns])
+        self._write_times(CHUNK_TIMES)
+
+    def finish(self) -> tuple[int, int, int]:
+        """Writes what is left and the fence table; (data_bytes, tail_bytes, tail_checksum)."""
+        self._write_rows(0)
+        self._write_times(0)
+        tail = np.array(self._fence, FENCE).tobytes()
+        write_all(self._fd, tail, self._offset)
+        return self._offset - HEADER_BYTES, len(tail), xxh3_64_intdigest(tail) if tail else 0
+
+    def _write_rows(self, least: int) -> None:
+        """Writes whole chunks while there are at least `least` rows; 0: all of them."""
+        start, count = 0, self._rows.shape[1]
+        while count - start >= max(least, 1):
+            chunk = np.ascontiguousarray(self._rows[:, start : start + CHUNK_ROWS])
+            self._write_chunk(chunk, int(chunk[0, 0]), int(chunk[1, 0]), chunk.shape[1], self._volume)
+            start += chunk.shape[1]
+        self._rows = self._rows[:, start:]
+
+    def _write_times(self, least: int) -> None:
+        start = 0
+        while len(self._times) - start >= max(least, 1):
+            chunk = np.ascontiguousarray(self._times[start : start + CHUNK_TIMES])
+            self._write_chunk(chunk, int(chunk[0]), self._times_seq, len(chunk), TIMES_VOLUME)
+            start += len(chunk)
+            self._times_seq += len(chunk)
+        self._times = self._times[start:]
+
+    def _write_chunk(
+        self, chunk: npt.NDArray[np.generic], first: int, seq: int, rows: int, volume: int
+    ) -> None:
+        data = chunk.data.cast("B")
+        write_all(self._fd, data, self._offset)
+        self._fence.append((first, seq, xxh3_64_intdigest(data), self._offset, rows, volume, 0))
+        self._offset += len(data)
+
+
+class JournalIndex:
+    """The difference journal of one interval (figures 6B and 8).
+
+    Args:
+        objects: of the store.
+        interval: the one whose journal it is.
+        facts: the catalog's row of the index object.
+        chunks: shared by all journals.
+
+    Raises:
+        CorruptionError: the fence table isn't what was written; from the methods: a chunk isn't.
+    """
+
+    def __init__(
+        self, objects: ObjectPool, interval: Interval, facts: ObjectFacts, chunks: ChunkCache
+    ) -> None:
+        self.interval = interval
+        self._objects = objects
+        self._chunks = chunks
+        tail = objects.read_verified(
+            ObjectKind.JOURNAL_INDEX, interval.snapshot, facts.tail_bytes,
+            HEADER_BYTES + facts.data_bytes, facts.tail_checksum,
+        ) if facts.tail_bytes else b""  # fmt: skip
+        fence = np.frombuffer(tail, FENCE)
+        self.fence_bytes = fence.nbytes
+        self._fence = fence
+        volumes = fence["volume"]
+        self._numbers = {int(v): np.flatnonzero(volumes == v) for v in np.unique(volumes)}
+        # searchsorted wants contiguous int64 columns
+        self._firsts = {v: np.ascontiguousarray(fence["first"][n]) for v, n in self._numbers.items()}
+        self._first_seqs = {v: np.ascontiguousarray(fence["first_seq"][n]) for v, n in self._numbers.items()}
+
+    def range(
+        self, volume: int, block_start: int, block_end: int, seq: int
+    ) -> tuple[I64Array, U64Array, U64Array]:
+        """The last entry not after `seq` of each block in [block_start, block_end) that has one (figure 8).
+
+        Returns:
+            (blocks int64[n] ascending, pointers uint64[n], checksums uint64[n])
+        """
+        parts = [
+            self._range_in(self._chunk(number), block_start, block_end, seq)
+            for number in self._chunks_for(volume, block_start, block_end, seq)
+        ]
+        if not parts:
+            return np.zeros(0, "<i8"), np.zeros(0, "<u8"), np.zeros(0, "<u8")
+        if len(parts) == 1:
+            return parts[0]
+        blocks, pointers, checksums = (np.concatenate(column) for column in zip(*parts, strict=True))
+        last = np.append(blocks[1:] != blocks[:-1], True)  # a block's entries may go on in the next chunk
+        return blocks[last], pointers[last], checksums[last]
+
+    def time_of(self, seq: int) -> int:
+        """Time of a write in the interval, from_seq < seq <= to_seq."""
+        index = seq - self.interval.from_seq - 1
+        chunk = self._chunk(int(self._numbers[TIMES_VOLUME][index // CHUNK_TIMES]))
+        return int(chunk.view("<i8")[index % CHUNK_TIMES])
+
+    def last_seq_at(self, time_ns: int) -> int | None:
+        """seq of the last write in the interval not after `time_ns`, None if all are after it."""
+        if TIMES_VOLUME not in self._firsts:
+            return None
+        place = int(np.searchsorted(self._firsts[TIMES_VOLUME], np.int64(time_ns), "right")) - 1
+        if place < 0:
+            return None
+        chunk = self._chunk(int(self._numbers[TIMES_VOLUME][place])).view("<i8")
+        count = int(np.searchsorted(chunk, np.int64(time_ns), "right"))
+        return int(self._first_seqs[TIMES_VOLUME][place]) + count - 1
+
+    def _chunks_for(self, volume: int, block_start: int, block_end: int, seq: int) -> list[int]:
+        """Numbers of the chunks that may have an answer.
+
+        A block that was written often fills chunks of its own. Of these only the one is read in which `seq`
+        falls: not those that begin after `seq`, nor those whose successor begins with an entry not after it.
+        """
+        firsts = self._firsts.get(volume)
+        if firsts is None:
+            return []
+        start = max(int(np.searchsorted(firsts, np.int64(block_start), "left")) - 1, 0)
+        end = int(np.searchsorted(firsts, np.int64(block_end), "left"))
+        if end - start > 1:
+            block, first_seq = firsts[start:end], self._first_seqs[volume][start:end]
+            alone = np.append(block[1:] == block[:-1], False)  # all rows of the chunk are of one block
+            superseded = alone & np.append(first_seq[1:] <= seq, False)
+            keep = ~superseded & ~(alone & (first_seq > seq))
+            return [int(n) for n in self._numbers[volume][start:end][keep]]
+        return [int(n) for n in self._numbers[volume][start:end]]
+
+    @staticmethod
+    def _range_in(
+        chunk: Chunk, block_start: int, block_end: int, seq: int
+    ) -> tuple[I64Array, U64Array, U64Array]:
+        blocks = chunk[0].view("<i8")
+        start, end = np.searchsorted(blocks, np.array([block_start, block_end], "<i8"), "left")
+        rows = np.flatnonzero(chunk[1, start:end].view("<i8") <= seq) + start
+        found = blocks[rows]
+        if len(rows):
+            last = np.append(found[1:] != found[:-1], True)
+            rows, found = rows[last], found[last]
+        return found, chunk[2, rows], chunk[3, rows]
+
+    def _chunk(self, number: int) -> Chunk:
+        return self._chunks.get((self.interval.snapshot, number), self._reader(number))
+
+    def _reader(self, number: int) -> Callable[[], Chunk]:
+        def read() -> Chunk:
+            row = self._fence[number]
+            count, times = int(row["rows"]), int(row["volume"]) == TIMES_VOLUME
+            size = count * (8 if times else 32)
+            data = self._objects.read_verified(
+                ObjectKind.JOURNAL_INDEX,
+                self.interval.snapshot,
+                size,
+                int(row["offset"]),
+                int(row["checksum"]),
+            )
+            chunk = np.frombuffer(data, "<u8")
+            return chunk if times else chunk.reshape(4, count)
+
+        return read

@@ -1,0 +1,115 @@
+"""Open objects: a bounded number of file descriptors, each object's header checked when it is opened."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections import OrderedDict, deque
+from typing import Final
+
+from xxhash import xxh3_64_intdigest
+
+from pitfs.errors import CorruptionError
+from pitfs.storage.files import read_exactly, storage_error
+from pitfs.store.layout import HEADER_BYTES, ObjectHeader, ObjectKind, contents_kind, data_offset, object_file
+
+MAX_OPEN_OBJECTS: Final = 256  # well below the usual soft limit of 1024 descriptors
+MAX_CLOSING_OBJECTS: Final = 64  # descriptors that stay open for a while for a reader who still uses them
+
+
+class ObjectPool:
+    """Objects of one store, opened for reading as they are needed.
+
+    Args:
+        directory: objects/ of the store.
+        history: 16 bytes; an object of another history isn't this store's.
+        limit: descriptors that are kept.
+    """
+
+    def __init__(self, directory: str, history: bytes, limit: int = MAX_OPEN_OBJECTS) -> None:
+        self.directory = directory
+        self._history = history
+        self._limit = limit
+        self._open: OrderedDict[tuple[ObjectKind, int], int] = OrderedDict()
+        self._closing: deque[int] = deque()
+        self._lock = threading.Lock()
+
+    def fd(self, object_number: int) -> int:
+        """Descriptor of the contents object with that number (of a pointer).
+
+        It stays open until at least MAX_CLOSING_OBJECTS others were opened after it: use it at once.
+
+        Raises:
+            CorruptionError: it is missing, or it isn't that object.
+            PitfsError: it can't be opened.
+        """
+        kind, snapshot = contents_kind(object_number)
+        return self.fd_of(kind, snapshot)
+
+    def data_offset(self, unit: int) -> int:
+        """Byte of a contents object where `unit` stands."""
+        return data_offset(unit)
+
+    def fd_of(self, kind: ObjectKind, snapshot: int) -> int:
+        """As `fd`, for an object of any kind."""
+        key = (kind, snapshot)
+        with self._lock:
+            fd = self._open.get(key)
+            if fd is not None:
+                self._open.move_to_end(key)
+                return fd
+            fd = self._open_checked(kind, snapshot)
+            self._open[key] = fd
+            if len(self._open) > self._limit:
+                self._closing.append(self._open.popitem(last=False)[1])
+            if len(self._closing) > MAX_CLOSING_OBJECTS:
+                os.close(self._closing.popleft())
+            return fd
+
+    def path_of(self, kind: ObjectKind, snapshot: int) -> str:
+        return os.path.join(self.directory, object_file(kind, snapshot))
+
+    def read_verified(self, kind: ObjectKind, snapshot: int, size: int, offset: int, checksum: int) -> bytes:
+        """Bytes of an object whose xxh3_64 is `checksum`.
+
+        Raises:
+            CorruptionError: they aren't those.
+            PitfsError: the disk refuses.
+        """
+        path = self.path_of(kind, snapshot)
+        fd = self.fd_of(kind, snapshot)
+        try:
+            data = read_exactly(fd, size, offset, path)
+        except OSError as error:
+            raise storage_error(error, path, "reading") from error
+        if xxh3_64_intdigest(data) != checksum:
+            raise CorruptionError(path, offset, f"{size} bytes that don't match their checksum")
+        return data
+
+    def close(self) -> None:
+        with self._lock:
+            for fd in [*self._open.values(), *self._closing]:
+                os.close(fd)
+            self._open.clear()
+            self._closing.clear()
+
+    def _open_checked(self, kind: ObjectKind, snapshot: int) -> int:
+        path = self.path_of(kind, snapshot)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                raise CorruptionError(path, 0, "the object is missing") from None
+            raise storage_error(error, path, "opening") from error
+        try:
+            header = ObjectHeader.decode(read_exactly(fd, HEADER_BYTES, 0, path), path)
+            if (header.kind, header.snapshot, header.history) != (kind, snapshot, self._history):
+                raise CorruptionError(path, 0, "it is another object than its name says")
+        except OSError as error:
+            os.close(fd)
+            raise storage_error(error, path, "reading") from error
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd

@@ -1,0 +1,265 @@
+"""The store as readers see it: instants, and where the blocks of an image at one stand (figure 8).
+
+Any number of processes read while the writer goes on: what was committed never changes, and what isn't
+committed isn't seen. A Store may be used from several threads; it is opened after a fork, not carried over.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from pitfs.errors import CorruptionError, NoSuchInstantError
+from pitfs.model.blockmap import FANOUT, FANOUT_BITS, U64Array
+from pitfs.model.transfer import Bookmark, Gap
+from pitfs.store.cache import Cache
+from pitfs.store.catalog import Catalog
+from pitfs.store.facts import Interval, Snapshot
+from pitfs.store.journals import JournalIndex, chunk_cache
+from pitfs.store.layout import CATALOG, OBJECTS, ObjectKind, object_file, read_store_info
+from pitfs.store.objects import ObjectPool
+from pitfs.store.snapshots import NodeReader, SnapshotMap
+
+MAX_CACHED_MAPS: Final = 256  # snapshots whose roots are kept
+MAX_CACHED_FENCE_BYTES: Final = 8 << 20  # fence tables of journals: 40 bytes for 2048 entries
+_MINUTES_OF_DAY: Final = 24 * 60
+_SECOND_NS: Final = 1_000_000_000
+_FENCE_OVERHEAD_BYTES: Final = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """A reachable state, and where to read it from; a key for caches.
+
+    Attributes:
+        seq, time_ns: its position.
+        kind: "snapshot" or "intermediary".
+        granularity_ns: of the interval it lies in, or that it ends: 0 every write, None snapshots only.
+        third: id of the snapshot whose block map holds what the journal doesn't.
+        journal: id of the snapshot at the interval's end (the fourth) whose difference journal comes first;
+            None for a snapshot.
+    """
+
+    seq: int
+    time_ns: int
+    kind: str
+    granularity_ns: int | None
+    third: int
+    journal: int | None
+
+
+class Store:
+    """The read side of one group's store; made by `Store.open`.
+
+    All methods raise CorruptionError where the catalog or an object isn't what was written, and PitfsError
+    where the disk refuses.
+    """
+
+    def __init__(self, path: str) -> None:
+        info = read_store_info(path)
+        self.path = path
+        self.group = info.group
+        self.history = info.history
+        self.volumes = info.volumes
+        self._catalog = Catalog(os.path.join(path, CATALOG))
+        self.objects = ObjectPool(os.path.join(path, OBJECTS), bytes.fromhex(info.history))
+        self._nodes = NodeReader(self.objects)
+        self._chunks = chunk_cache()
+        self._maps: Cache[int, SnapshotMap] = Cache(MAX_CACHED_MAPS)
+        self._journals: Cache[int, JournalIndex] = Cache(
+            MAX_CACHED_FENCE_BYTES, lambda journal: journal.fence_bytes + _FENCE_OVERHEAD_BYTES
+        )
+
+    @classmethod
+    def open(cls, path: str) -> Store:
+        """Opens the store for reading.
+
+        Raises:
+            StoreError: it isn't one; the message says what is missing.
+            StoreVersionError: a newer pitfs made it.
+        """
+        return cls(path)
+
+    def close(self) -> None:
+        self._catalog.close()
+        self.objects.close()
+
+    def data_version(self) -> int:
+        """A number that changes when something was committed."""
+        return self._catalog.data_version()
+
+    # Instants
+
+    def first(self) -> Resolution | None:
+        """The oldest state, None in an empty store."""
+        snapshot = self._catalog.first_snapshot()
+        return self._of_snapshot(snapshot) if snapshot else None
+
+    def latest(self) -> Resolution | None:
+        """The newest state, None in an empty store."""
+        snapshot = self._catalog.last_snapshot()
+        return self._of_snapshot(snapshot) if snapshot else None
+
+    def protected_through_ns(self) -> int:
+        """Every write up to this time is in; 0 in an empty store."""
+        return self._catalog.meta("protected_through_ns")
+
+    def at_time(self, time_ns: int) -> tuple[Resolution, bool]:
+        """The newest reachable state not after `time_ns`, and whether it is the state at exactly that time.
+
+        It isn't where writes that can't be told apart may lie between the two: inside an interval that has
+        snapshots only (from its first write on), and inside a gap.
+
+        Raises:
+            NoSuchInstantError: before the first state, or after protected-through.
+        """
+        protected_ns = self.protected_through_ns()  # first: what is committed after this only adds
+        snapshot = self._catalog.snapshot_at_time(time_ns)
+        if snapshot is None:
+            first = self._catalog.first_snapshot()
+            has = f"the first state is at {first.time_ns} ns" if first else "the store is empty"
+            raise NoSuchInstantError(f"{self.path}: no state at {time_ns} ns: {has}")
+        if time_ns > protected_ns:
+            raise NoSuchInstantError(
+                f"{self.path}: {time_ns} ns is after {protected_ns} ns, through which the store is protected"
+            )
+        if snapshot.time_ns == time_ns:
+            return self._of_snapshot(snapshot), True
+        interval = self._catalog.interval_from(snapshot.id)
+        resolution, known_ns = None, protected_ns + 1  # writes before known_ns are all known
+        if interval is not None and interval.granularity_ns == 0:
+            seq = self._journal(interval.snapshot).last_seq_at(time_ns)
+            resolution = self._intermediary(interval, seq) if seq is not None else None
+        elif interval is not None:
+            known_ns = snapshot.time_ns + 1 if interval.first_time_ns is None else interval.first_time_ns
+        resolution = resolution or self._of_snapshot(snapshot)
+        if resolution.time_ns == time_ns:
+            return resolution, True
+        return resolution, time_ns < known_ns and not self._catalog.has_gap(resolution.time_ns, time_ns)
+
+    def at_seq(self, seq: int) -> Resolution:
+        """The newest reachable state not after write `seq`.
+
+        Raises:
+            NoSuchInstantError: before the first state, or after the last.
+        """
+        snapshot = self._catalog.snapshot_at_seq(seq)
+        last = self._catalog.last_snapshot()
+        if snapshot is None or last is None or seq > last.seq:
+            first = self._catalog.first_snapshot()
+            has = f"has {first.seq} to {last.seq}" if first and last else "is empty"
+            raise NoSuchInstantError(f"{self.path}: no state at seq {seq}: the store {has}")
+        interval = self._catalog.interval_from(snapshot.id) if seq > snapshot.seq else None
+        if interval is not None and interval.granularity_ns == 0:
+            return self._intermediary(interval, seq)
+        return self._of_snapshot(snapshot)
+
+    def at_instant(self, time_ns: int) -> Resolution | None:
+        """The reachable state of exactly that time, if there is one."""
+        try:
+            resolution, _ = self.at_time(time_ns)
+        except NoSuchInstantError:
+            return None
+        return resolution if resolution.time_ns == time_ns else None
+
+    # Listings, in bounded pages; from_ns is in, to_ns is out
+
+    def snapshots(self, from_ns: int | None = None, to_ns: int | None = None) -> Iterator[Snapshot]:
+        """Snapshots by time."""
+        return self._catalog.snapshots(from_ns, to_ns)
+
+    def intervals(self, from_ns: int | None = None, to_ns: int | None = None) -> Iterator[Interval]:
+        """Intervals that have an instant in that time, by time."""
+        return self._catalog.intervals(from_ns, to_ns)
+
+    def bookmarks(self) -> Iterator[Bookmark]:
+        """Bookmarks by time, then name."""
+        return self._catalog.bookmarks()
+
+    def bookmark(self, name: str) -> Bookmark | None:
+        return self._catalog.bookmark(name)
+
+    def gaps(self) -> Iterator[Gap]:
+        """Gaps by time."""
+        return self._catalog.gaps()
+
+    def days(self) -> Iterator[int]:
+        """Days since 1970-01-01 (UTC) that have a reachable instant; one look-up for each."""
+        minute = self._catalog.next_minute(-(1 << 62))
+        while minute is not None:
+            day = minute // _MINUTES_OF_DAY
+            yield day
+            minute = self._catalog.next_minute((day + 1) * _MINUTES_OF_DAY)
+
+    def minutes(self, day: int) -> Iterator[int]:
+        """Minutes since the epoch, of that day since the epoch, that have a reachable instant."""
+        return self._catalog.minutes(day * _MINUTES_OF_DAY, (day + 1) * _MINUTES_OF_DAY)
+
+    def seconds(self, minute: int) -> Iterator[Resolution]:
+        """The last reachable state in each second of that minute since the epoch that has one."""
+        mask, protected_ns = self._catalog.seconds(minute), self.protected_through_ns()
+        for second in range(minute * 60, minute * 60 + 60):
+            if mask >> second % 60 & 1:
+                resolution, _ = self.at_time(min((second + 1) * _SECOND_NS - 1, protected_ns))
+                if resolution.time_ns >= second * _SECOND_NS:
+                    yield resolution
+
+    # Blocks
+
+    def leaf(self, resolution: Resolution, volume: int, leaf_index: int) -> tuple[U64Array, U64Array]:
+        """Where blocks [leaf_index * 512, + 512) of a volume stand in that state (figure 8).
+
+        The difference journal's last entry not after the state, where a block has one (it leads to the
+        journal's own contents or to the fourth snapshot's), else what the third snapshot has.
+
+        Returns:
+            pointers uint64[512] (0: zeros) and checksums uint64[512], the caller's own.
+
+        Raises:
+            CorruptionError: block map or journal aren't what was written.
+        """
+        pointers, checksums = self._map(resolution.third).leaf(volume, leaf_index)
+        pointers, checksums = pointers.copy(), checksums.copy()
+        if resolution.journal is not None:
+            start = leaf_index << FANOUT_BITS
+            blocks, newer, sums = self._journal(resolution.journal).range(
+                volume, start, start + FANOUT, resolution.seq
+            )
+            pointers[blocks - start] = newer
+            checksums[blocks - start] = sums
+        return pointers, checksums
+
+    def _map(self, snapshot: int) -> SnapshotMap:
+        def read() -> SnapshotMap:
+            roots = self._catalog.roots(snapshot)
+            if len(roots) != len(self.volumes):
+                raise CorruptionError(
+                    self._catalog.path, 0, f"snapshot {snapshot} doesn't have a root for each volume"
+                )
+            return SnapshotMap(self._nodes, roots, self.volumes)
+
+        return self._maps.get(snapshot, read)
+
+    def _journal(self, snapshot: int) -> JournalIndex:
+        def read() -> JournalIndex:
+            interval = self._catalog.interval_to(snapshot)
+            name = object_file(ObjectKind.JOURNAL_INDEX, snapshot)
+            facts = self._catalog.object(name)
+            if interval is None or facts is None:
+                raise CorruptionError(self._catalog.path, 0, f"it lists an interval but not {name}")
+            return JournalIndex(self.objects, interval, facts, self._chunks)
+
+        return self._journals.get(snapshot, read)
+
+    def _of_snapshot(self, snapshot: Snapshot) -> Resolution:
+        interval = self._catalog.interval_to(snapshot.id)
+        granularity_ns = interval.granularity_ns if interval else None
+        return Resolution(snapshot.seq, snapshot.time_ns, "snapshot", granularity_ns, snapshot.id, None)
+
+    def _intermediary(self, interval: Interval, seq: int) -> Resolution:
+        time_ns = self._journal(interval.snapshot).time_of(seq)
+        return Resolution(
+            seq, time_ns, "intermediary", interval.granularity_ns, interval.from_snapshot, interval.snapshot
+        )

@@ -1,0 +1,296 @@
+"""The image of a volume at an instant: resolve, read, verify (figure 8 of the patent).
+
+    offset, size -> blocks -> (pointer, checksum) of each, from tables of 512 that the store resolves
+                 -> runs of neighbouring pointers -> one preadv per run into one buffer -> xxh3 of every block
+
+Buffers are given by the caller and used again from read to read: a fresh MiB costs its page faults, about
+as much as reading it from the page cache. What a read returns is a view into that buffer, good until its
+next use. A view is immutable, holds no descriptors and may be used by several threads at once as long as
+each has its own buffer.
+"""
+
+from __future__ import annotations
+
+import collections
+import errno
+import itertools
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import numpy.typing as npt
+from xxhash import xxh3_64_intdigest
+
+from pitfs.errors import CorruptionError
+from pitfs.model.transfer import UNIT_BYTES
+
+if TYPE_CHECKING:
+    from pitfs.store.store import Resolution, Store
+
+FANOUT: Final = 512  # blocks per table: a leaf of the block map
+OBJECT_SHIFT: Final = 36  # pointer = object << 36 | unit
+UNIT_MASK: Final = (1 << OBJECT_SHIFT) - 1
+DATA_OFFSET_BYTES: Final = 4096  # an object's data begin after its header
+MAX_BLOCK_BYTES: Final = 64 << 10
+MAX_REQUEST_BYTES: Final = 1 << 20  # the largest read that FUSE sends
+TABLE_BYTES: Final = FANOUT * 16
+# 64 MiB of tables lead to 16 GiB of image in blocks of 4 KiB: enough for random reads.
+MAX_TABLE_CACHE_BYTES: Final = 64 << 20
+
+_LEAF_BITS: Final = 40  # leaves of a volume: 2**40 * 512 blocks is beyond any size
+_ZEROS: Final = memoryview(bytes(MAX_REQUEST_BYTES))
+_NOWAIT: Final = os.RWF_NOWAIT
+
+Table = tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]
+
+
+class ReadBuffer:
+    """Room for one read, with its blocks already cut: hashing a MiB needs 256 slices, each time the same."""
+
+    __slots__ = ("_blocks", "memory")
+
+    def __init__(self, size_bytes: int = MAX_REQUEST_BYTES) -> None:
+        """Room for any read of up to `size_bytes` bytes: its first and last block may stick out."""
+        self.memory = memoryview(bytearray(size_bytes + 2 * MAX_BLOCK_BYTES))
+        self._blocks: dict[int, list[memoryview]] = {}
+
+    def blocks(self, block_size: int) -> list[memoryview]:
+        blocks = self._blocks.get(block_size)
+        if blocks is None:
+            count = len(self.memory) // block_size
+            blocks = [self.memory[i * block_size : (i + 1) * block_size] for i in range(count)]
+            self._blocks[block_size] = blocks
+        return blocks
+
+
+class TableCache:
+    """Resolved tables of all views of a process, least recently used first out.
+
+    Keys are plain integers (number of the view, leaf): hashing (third, journal, seq, volume, leaf) on every
+    read would cost as much as the lookup. Threads may share it: each step is one dict operation.
+    """
+
+    def __init__(self, max_bytes: int = MAX_TABLE_CACHE_BYTES) -> None:
+        self._max_count = max(max_bytes // TABLE_BYTES, 8)
+        self._tables: collections.OrderedDict[int, Table] = collections.OrderedDict()
+        self._numbers = itertools.count()
+
+    def new_view(self) -> int:
+        """First key of a view; its leaf n has this + n."""
+        return next(self._numbers) << _LEAF_BITS
+
+    def get(self, key: int) -> Table | None:
+        table = self._tables.get(key)
+        if table is not None:
+            try:
+                self._tables.move_to_end(key)
+            except KeyError:  # another thread has just evicted it: the table is good all the same
+                return table
+        return table
+
+    def put(self, key: int, table: Table) -> None:
+        self._tables[key] = table
+        while len(self._tables) > self._max_count:
+            try:
+                self._tables.popitem(last=False)
+            except KeyError:  # another thread was faster
+                return
+
+    def __len__(self) -> int:
+        return len(self._tables)
+
+
+class PointInTimeView:
+    """A volume of a store at one resolved instant."""
+
+    def __init__(
+        self, store: Store, resolution: Resolution, volume: int, tables: TableCache | None = None
+    ) -> None:
+        info = store.volumes[volume]
+        self.resolution = resolution
+        self.volume = volume
+        self.size_bytes: int = info.size_bytes
+        self.block_size: int = info.block_size
+        self._store = store
+        self._fd = store.objects.fd
+        self._tables = TableCache() if tables is None else tables
+        self._first_key = self._tables.new_view()
+        self._shift = info.block_size.bit_length() - 1
+        self._units = np.uint64(info.block_size // UNIT_BYTES)
+        self._can_nowait = True
+
+    def read(self, offset: int, size: int, buffer: ReadBuffer) -> memoryview:
+        """Bytes [offset, offset + size) of the image, short only at its end; waits for the disk.
+
+        Raises:
+            CorruptionError: a block isn't what was written; nothing of it is returned.
+            OSError: the disk says so.
+        """
+        data = self._read(offset, size, buffer, 0)
+        assert data is not None
+        return data
+
+    def try_read_cached(self, offset: int, size: int, buffer: ReadBuffer) -> memoryview | None:
+        """The same if it needs no waiting: tables resolved, data in the page cache. Else None: call `read`.
+
+        The way of a read of one block is written out: it is what random reads are made of.
+        """
+        block = offset >> self._shift
+        if offset < 0 or (offset + size - 1) >> self._shift != block or offset + size > self.size_bytes:
+            return self._read(offset, size, buffer, _NOWAIT) if self._can_nowait else None
+        table = self._tables.get(self._first_key + (block >> 9))
+        if table is None:
+            return None
+        index = block & 511
+        pointer = table[0].item(index)
+        if not pointer:
+            return _ZEROS[:size]
+        if not self._can_nowait:
+            return None
+        target = buffer.blocks(self.block_size)[0]
+        try:
+            count = os.preadv(
+                self._fd(pointer >> OBJECT_SHIFT),
+                (target,),
+                DATA_OFFSET_BYTES + (pointer & UNIT_MASK) * UNIT_BYTES,
+                _NOWAIT,
+            )
+        except OSError as error:
+            return self._not_now(error)
+        if count != self.block_size:
+            return None
+        if xxh3_64_intdigest(target) != table[1].item(index):
+            raise self._corruption(block, pointer, "content doesn't match its checksum")
+        if size == self.block_size:
+            return target
+        start = offset & (self.block_size - 1)
+        return target[start : start + size]
+
+    def data_ranges(self) -> Iterator[tuple[int, int]]:
+        """Byte ranges [start, end) of the image that aren't known to be zeros, ascending, coalesced."""
+        start = end = 0
+        leaf_bytes = FANOUT << self._shift
+        for leaf in range(-(-self.size_bytes // leaf_bytes)):
+            pointers = self._table(leaf)[0]
+            edges = np.flatnonzero(np.diff((pointers != 0).astype(np.int8), prepend=0, append=0)).tolist()
+            for first, last in zip(edges[::2], edges[1::2], strict=True):
+                range_start = leaf * leaf_bytes + (first << self._shift)
+                if range_start != end:
+                    if start < end:
+                        yield start, end
+                    start = range_start
+                end = min(leaf * leaf_bytes + (last << self._shift), self.size_bytes)
+        if start < end:
+            yield start, end
+
+    # -------------------------------------------------------------- inside
+
+    def _table(self, leaf: int) -> Table:
+        key = self._first_key + leaf
+        table = self._tables.get(key)
+        if table is None:
+            table = self._store.leaf(self.resolution, self.volume, leaf)
+            self._tables.put(key, table)
+        return table
+
+    def _entries(self, first: int, last: int, flags: int) -> Table | None:
+        """Pointers and checksums of the blocks [first, last); None if flags say not to resolve any now."""
+        parts: list[Table] = []
+        for leaf in range(first >> 9, ((last - 1) >> 9) + 1):
+            table = self._tables.get(self._first_key + leaf) if flags else self._table(leaf)
+            if table is None:
+                return None
+            low, high = max(first - (leaf << 9), 0), min(last - (leaf << 9), FANOUT)
+            parts.append((table[0][low:high], table[1][low:high]))
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+
+    def _read(self, offset: int, size: int, buffer: ReadBuffer, flags: int) -> memoryview | None:
+        end = min(offset + size, self.size_bytes)
+        if offset < 0 or offset >= end:
+            return _ZEROS[:0]
+        shift = self._shift
+        first, last = offset >> shift, ((end - 1) >> shift) + 1
+        if (last - first) << shift > len(buffer.memory):
+            raise ValueError(f"a read of {size} bytes is larger than its buffer")
+        entries = self._entries(first, last, flags)
+        if entries is None:
+            return None
+        pointers = entries[0]
+        delta = pointers[1:] - pointers[:-1]  # wraps around: only equality is asked
+        follows = (delta == self._units) | ((delta == 0) & (pointers[1:] == 0))
+        starts = [0, *(np.flatnonzero(~follows) + 1).tolist(), last - first]
+        checksums: list[int] = entries[1].tolist()
+        for low, high in itertools.pairwise(starts):
+            pointer = pointers.item(low)
+            if not pointer:
+                _fill_zeros(buffer.memory, low << shift, high << shift)
+            elif not self._read_run(pointer, first, low, high, checksums, buffer, flags):
+                return None
+        start = offset - (first << shift)
+        return buffer.memory[start : start + end - offset]
+
+    def _read_run(
+        self,
+        pointer: int,
+        first: int,
+        low: int,
+        high: int,
+        checksums: list[int],
+        buffer: ReadBuffer,
+        flags: int,
+    ) -> bool:
+        """Reads the blocks first + [low, high), which stand one after the other from `pointer`, and verifies
+        them. False if that would wait and flags say not to."""
+        shift = self._shift
+        fd = self._fd(pointer >> OBJECT_SHIFT)
+        position = DATA_OFFSET_BYTES + (pointer & UNIT_MASK) * UNIT_BYTES
+        done, end = low << shift, high << shift
+        while done < end:
+            try:
+                count = os.preadv(fd, (buffer.memory[done:end],), position, flags)
+            except OSError as error:
+                if not flags:
+                    raise
+                self._not_now(error)
+                return False
+            if count == 0 or (flags and count < end - done):
+                if flags:
+                    return False
+                block = first + (done >> shift)
+                raise self._corruption(block, pointer, f"the object ends at byte {position}")
+            done += count
+            position += count
+        found = list(map(xxh3_64_intdigest, buffer.blocks(self.block_size)[low:high]))
+        if found != checksums[low:high]:
+            for i, digest in enumerate(found, low):
+                if digest != checksums[i]:
+                    bad = pointer + (i - low) * int(self._units)
+                    raise self._corruption(first + i, bad, "content doesn't match its checksum")
+        return True
+
+    def _not_now(self, error: OSError) -> None:
+        """None where the error of a read that mustn't wait means "it would"; raises it otherwise."""
+        if error.errno == errno.EOPNOTSUPP:  # this filesystem can't tell: always read in a thread
+            self._can_nowait = False
+        elif error.errno != errno.EAGAIN:
+            raise error
+
+    def _corruption(self, block: int, pointer: int, problem: str) -> CorruptionError:
+        number, unit = pointer >> OBJECT_SHIFT, pointer & UNIT_MASK
+        name = f"objects/{'journal' if number & 1 else 'snapshot'}-{number >> 1:016x}.blocks"
+        volume = self._store.volumes[self.volume].name
+        return CorruptionError(
+            f"{self._store.path}/{name}",
+            DATA_OFFSET_BYTES + unit * UNIT_BYTES,
+            f"block {block} of volume {volume}: {problem}",
+        )
+
+
+def _fill_zeros(memory: memoryview, start: int, end: int) -> None:
+    while start < end:
+        count = min(end - start, len(_ZEROS))
+        memory[start : start + count] = _ZEROS[:count]
+        start += count

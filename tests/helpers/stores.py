@@ -1,0 +1,60 @@
+"""Feeds transfers to a store, and reads images from one the plain way: block by block, every checksum compared."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+from xxhash import xxh3_64_intdigest
+
+from helpers.transfers import Transfer
+from pitfs.errors import CorruptionError
+from pitfs.model.transfer import Begin, Checkpoint, Data, ResumePoint, TransferFrame, Welcome
+from pitfs.store.ingest import Ingest
+from pitfs.store.layout import pointer_object, pointer_unit
+from pitfs.store.store import Resolution, Store
+
+
+def feed(ingest: Ingest, frame: TransferFrame) -> ResumePoint | Welcome | None:
+    """Gives one frame to the method that takes it."""
+    if isinstance(frame, Begin):
+        return ingest.begin(frame.manifest)
+    if isinstance(frame, Data):
+        ingest.data(frame)
+        return None
+    if isinstance(frame, Checkpoint):
+        return ingest.checkpoint(frame.cursor)
+    return ingest.end(frame)
+
+
+def ingest_transfer(ingest: Ingest, transfer: Transfer, seed: int = 0) -> Welcome:
+    """The whole of it, in frames of random sizes, from where the store resumes."""
+    random = np.random.default_rng([seed, transfer.manifest.mark])
+    resumed = ingest.begin(transfer.manifest)
+    for frame in transfer.frames(random, resumed.lengths, interleave=bool(random.integers(2))):
+        if not isinstance(frame, Begin):
+            feed(ingest, frame)
+    return ingest.welcome()
+
+
+def read_image(store: Store, resolution: Resolution, volume: int) -> bytes:
+    """A volume at an instant.
+
+    Raises:
+        CorruptionError: a block isn't what its checksum says.
+    """
+    info = store.volumes[volume]
+    image = bytearray()
+    for leaf in range(-(-info.block_count // 512)):
+        pointers, checksums = store.leaf(resolution, volume, leaf)
+        for pointer, checksum in zip(pointers.tolist(), checksums.tolist(), strict=True):
+            if not pointer:
+                image += bytes(info.block_size)
+                continue
+            fd = store.objects.fd(pointer_object(pointer))
+            offset = store.objects.data_offset(pointer_unit(pointer))
+            block = os.pread(fd, info.block_size, offset)
+            if xxh3_64_intdigest(block) != checksum:
+                raise CorruptionError(str(pointer_object(pointer)), offset, "a block")
+            image += block
+    return bytes(image[: info.size_bytes])

@@ -1,0 +1,301 @@
+"""Random but valid transfers, made the naive way, and the states that a store must give back for them.
+
+`History` writes to volumes held whole in memory, remembers every state, and cuts its writes into transfers as
+production would: sorted rows, contents where no other place has them. Deterministic: all comes from one seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from xxhash import xxh3_64_intdigest
+
+from pitfs.model.transfer import (
+    DIFF_ENTRY,
+    JOURNAL_ENTRY,
+    UNIT_BYTES,
+    Begin,
+    Bookmark,
+    Checkpoint,
+    Data,
+    End,
+    Gap,
+    Hello,
+    Kind,
+    Manifest,
+    Section,
+    Source,
+    TransferFrame,
+    VolumeInfo,
+)
+
+START_NS = 1_763_855_640_000_000_000
+
+
+@dataclass
+class Write:
+    """One write: whole blocks of one volume."""
+
+    seq: int
+    time_ns: int
+    volume: int
+    block: int
+    contents: list[bytes]
+
+
+@dataclass
+class Transfer:
+    """A manifest and the whole of each section; `frames` cuts it into frames of random sizes."""
+
+    manifest: Manifest
+    sections: dict[Section, bytes]
+    block_sizes: dict[Section, list[int]]  # of contents, in order
+
+    @property
+    def end(self) -> End:
+        one, two, three, four, five = (len(self.sections[section]) for section in Section)
+        return End((one, two, three, four, five))
+
+    def frames(
+        self, random: np.random.Generator, lengths: Sequence[int] = (0, 0, 0, 0, 0), interleave: bool = True
+    ) -> Iterator[TransferFrame]:
+        """Begin, data from `lengths` on, checkpoints with the lengths as cursor, End."""
+        yield Begin(self.manifest)
+        at = dict(zip(Section, lengths, strict=True))
+        order = (
+            [Section.DIFF, Section.DIFF_BLOCKS, Section.TIMES, Section.JOURNAL, Section.JOURNAL_BLOCKS]
+            if interleave
+            else [Section.DIFF, Section.JOURNAL, Section.TIMES, Section.JOURNAL_BLOCKS, Section.DIFF_BLOCKS]
+        )
+        for section in order:
+            while at[section] < len(self.sections[section]):
+                start = at[section]
+                stop = self._stop(section, start, int(random.integers(1, 9)))
+                yield Data(section, start, self.sections[section][start:stop])
+                at[section] = stop
+                if random.random() < 0.3:
+                    yield Checkpoint(tuple(at[each] for each in Section))
+        yield self.end
+
+    def _stop(self, section: Section, start: int, count: int) -> int:
+        size = {Section.DIFF: 32, Section.TIMES: 8, Section.JOURNAL: 40}.get(section)
+        if size is not None:
+            return min(start + count * size, len(self.sections[section]))
+        ends = np.cumsum(self.block_sizes[section]).tolist()
+        first = int(np.searchsorted(ends, start, "right"))
+        return int(ends[min(first + count, len(ends)) - 1])
+
+
+@dataclass
+class History:
+    """Volumes with all their states.
+
+    Attributes:
+        states: by seq, the images of all volumes, each of the volume's exact size.
+        times_ns: by seq.
+        reachable: seq of every state that the transfers made so far give.
+    """
+
+    seed: int
+    volumes: tuple[VolumeInfo, ...]
+    group: str = "db1"
+    step_ns: int = 40_000_000
+    states: list[list[bytes]] = field(default_factory=list)
+    times_ns: list[int] = field(default_factory=list)
+    reachable: set[int] = field(default_factory=set)
+    mark: int = 0
+
+    def __post_init__(self) -> None:
+        self.random = np.random.default_rng(self.seed)
+        self.hello = Hello(self.group, f"{self.seed:032x}", self.volumes)
+        self.images = [bytearray(volume.block_count * volume.block_size) for volume in self.volumes]
+        for volume in range(len(self.volumes)):
+            for block in range(self.volumes[volume].block_count):
+                if self.random.random() < 0.6:
+                    self._put(volume, block, self._content(volume))
+        self.open: list[Write] = []
+        self.at = (0, START_NS)  # position of the last mark
+        self.base = [bytes(image) for image in self.images]
+        self.protected_ns = START_NS
+        self.times_ns.append(START_NS)
+        self._keep_state()
+
+    def _content(self, volume: int) -> bytes:
+        size = self.volumes[volume].block_size
+        choice = self.random.random()
+        if choice < 0.15:
+            return bytes(size)
+        if choice < 0.4:  # few different ones, so that contents come again
+            return bytes([int(self.random.integers(1, 4))]) * size
+        return self.random.bytes(size)
+
+    def _put(self, volume: int, block: int, content: bytes) -> bytes:
+        """Writes a block; what lies behind the volume's end is zeros. Returns what was kept."""
+        info = self.volumes[volume]
+        start = block * info.block_size
+        used = min(info.block_size, info.size_bytes - start)
+        kept = content[:used].ljust(info.block_size, b"\0")
+        self.images[volume][start : start + info.block_size] = kept
+        return kept
+
+    def _keep_state(self) -> None:
+        self.states.append(
+            [bytes(image[: info.size_bytes]) for image, info in zip(self.images, self.volumes, strict=True)]
+        )
+
+    def write(self) -> Write:
+        """One random write of 1 to 4 blocks."""
+        volume = int(self.random.integers(len(self.volumes)))
+        count = self.volumes[volume].block_count
+        block = int(self.random.integers(count) if self.random.random() < 0.5 else self.random.integers(min(count, 5)))
+        length = int(self.random.integers(1, min(4, count - block) + 1))
+        contents = [self._put(volume, block + i, self._content(volume)) for i in range(length)]
+        time_ns = max(self.times_ns[-1], self.protected_ns) + int(self.random.integers(1, self.step_ns))
+        write = Write(len(self.times_ns), time_ns, volume, block, contents)
+        self.times_ns.append(time_ns)
+        self._keep_state()
+        self.open.append(write)
+        return write
+
+    def close_interval(self, granular: bool = True, bookmarks: Sequence[str] = (), full: bool = False) -> Transfer:
+        """The transfer for all writes since the last mark; the first one is the full copy at seq 0.
+
+        Args:
+            granular: with a difference journal.
+            full: a rescan: the complete state again, with a gap.
+        """
+        self.mark += 1
+        first = self.mark == 1
+        writes, self.open = ([], self.open) if first else (self.open, [])
+        seq, time_ns = (writes[-1].seq, writes[-1].time_ns) if writes else self.at
+        self.protected_ns = max(self.times_ns[-1], time_ns, self.protected_ns) + 1_000
+        protected_ns = time_ns if first and self.open else self.protected_ns
+        granular = granular and bool(writes) and not full
+        builder = _Sections(self, granular)
+        full = first or (full and bool(writes))
+        builder.diff(self._all_blocks() if full else self._last_blocks(writes), zeros=not full)
+        if granular:
+            builder.journal(writes)
+        cause = "every write" if granular else "the link was too slow"
+        gaps = (Gap(*self.at, seq, time_ns, "rescan"),) if full and not first else ()
+        manifest = Manifest(
+            mark=self.mark,
+            kind=Kind.FULL if full else Kind.INTERVAL,
+            from_seq=self.at[0],
+            from_time_ns=self.at[1],
+            to_seq=seq,
+            to_time_ns=time_ns,
+            first_time_ns=writes[0].time_ns if writes and not full else None,
+            protected_through_ns=protected_ns,
+            granularity_ns=0 if granular else None,
+            cause=cause,
+            diff_count=None if full else len(builder.diff_rows),
+            journal_count=len(builder.journal_rows),
+            identity=f"{self.seed}-{self.mark}",
+            bookmarks=tuple(Bookmark(name, seq, time_ns) for name in bookmarks),
+            gaps=gaps,
+        )
+        self.reachable |= {seq, *((write.seq for write in writes) if granular else ())}
+        self.at = (seq, time_ns)
+        self.base = [bytes(image) for image in self.images]
+        return builder.transfer(manifest, writes if granular else [])
+
+    def _all_blocks(self) -> dict[tuple[int, int], bytes]:
+        images = self.base if self.mark == 1 else self.images
+        return {
+            (volume, block): bytes(images[volume][block * info.block_size : (block + 1) * info.block_size])
+            for volume, info in enumerate(self.volumes)
+            for block in range(info.block_count)
+        }
+
+    def _last_blocks(self, writes: Sequence[Write]) -> dict[tuple[int, int], bytes]:
+        last: dict[tuple[int, int], bytes] = {}
+        for write in writes:
+            for i, content in enumerate(write.contents):
+                last[write.volume, write.block + i] = content
+        return last
+
+
+class _Sections:
+    """Collects rows and contents of one transfer."""
+
+    def __init__(self, history: History, granular: bool) -> None:
+        self.history = history
+        self.diff_rows: list[tuple[int, int, int, int, int, int]] = []
+        self.journal_rows: list[tuple[int, int, int, int, int, int, int]] = []
+        self.diff_contents: list[bytes] = []
+        self.journal_contents: list[bytes] = []
+        self.places: dict[bytes, tuple[Source, int]] = {}
+
+    def diff(self, blocks: dict[tuple[int, int], bytes], zeros: bool) -> None:
+        unit = 0
+        for (volume, block), content in sorted(blocks.items()):
+            checksum = xxh3_64_intdigest(content)
+            if not any(content):
+                if zeros:
+                    self.diff_rows.append((block, checksum, 0, volume, Source.ZERO, 0))
+                continue
+            self.diff_rows.append((block, checksum, unit, volume, Source.FOURTH, 0))
+            self.diff_contents.append(content)
+            self.places.setdefault(content, (Source.FOURTH, unit))
+            unit += len(content) // UNIT_BYTES
+
+    def journal(self, writes: Sequence[Write]) -> None:
+        unit, rows = 0, []
+        for write in writes:
+            for i, content in enumerate(write.contents):
+                if not any(content):
+                    source, place = Source.ZERO, 0
+                elif content in self.places:
+                    source, place = self.places[content]
+                else:
+                    source, place = self.places[content] = (Source.JOURNAL, unit)
+                    self.journal_contents.append(content)
+                    unit += len(content) // UNIT_BYTES
+                checksum = xxh3_64_intdigest(content)
+                rows.append((write.block + i, write.seq, checksum, place, write.volume, source, 0))
+        self.journal_rows = sorted(rows, key=lambda row: (row[4], row[0], row[1]))
+
+    def transfer(self, manifest: Manifest, writes: Sequence[Write]) -> Transfer:
+        return Transfer(
+            manifest,
+            {
+                Section.DIFF: np.array(self.diff_rows, DIFF_ENTRY).tobytes(),
+                Section.DIFF_BLOCKS: b"".join(self.diff_contents),
+                Section.TIMES: np.array([write.time_ns for write in writes], "<i8").tobytes(),
+                Section.JOURNAL: np.array(self.journal_rows, JOURNAL_ENTRY).tobytes(),
+                Section.JOURNAL_BLOCKS: b"".join(self.journal_contents),
+            },
+            {
+                Section.DIFF_BLOCKS: [len(content) for content in self.diff_contents],
+                Section.JOURNAL_BLOCKS: [len(content) for content in self.journal_contents],
+            },
+        )
+
+
+def random_history(seed: int, max_block_count: int = 40) -> History:
+    """1 to 3 volumes, block sizes 512 B to 64 KiB, sizes that are mostly no multiple of it."""
+    random = np.random.default_rng([seed, 7])
+    volumes = []
+    for number in range(int(random.integers(1, 4))):
+        block_size = 512 << int(random.integers(0, 8))
+        blocks = int(random.integers(1, max(2, min(max_block_count, (1 << 20) // block_size))))
+        size_bytes = max(1, blocks * block_size - int(random.integers(0, block_size)))
+        volumes.append(VolumeInfo(f"v{number}", size_bytes, block_size))
+    return History(seed, tuple(volumes))
+
+
+def random_transfers(history: History, count: int, max_writes: int = 20) -> Iterator[Transfer]:
+    """The full copy, then intervals of random length: empty ones, snapshots-only ones, now and then a rescan."""
+    random = np.random.default_rng([history.seed, 11])
+    for number in range(count):
+        if number or random.random() < 0.5:
+            for _ in range(int(random.integers(0, max_writes)) if random.random() < 0.85 else 0):
+                history.write()
+        yield history.close_interval(
+            granular=bool(random.random() < 0.7),
+            bookmarks=(f"mark-{number}",) if random.random() < 0.3 else (),
+            full=bool(number and random.random() < 0.1),
+        )

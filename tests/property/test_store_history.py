@@ -1,0 +1,146 @@
+"""What goes in as transfers comes out as images: every reachable state of random histories, however they came."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from helpers.stores import feed, ingest_transfer, read_image
+from helpers.transfers import START_NS, History, random_history, random_transfers
+from pitfs.errors import NoSuchInstantError
+from pitfs.model.transfer import Begin, Checkpoint, End
+from pitfs.store.ingest import Ingest
+from pitfs.store.store import Store
+
+
+def assert_state(store: Store, history: History, seq: int) -> None:
+    resolution = store.at_seq(seq)
+    assert (resolution.seq, resolution.time_ns) == (seq, history.times_ns[seq])
+    for volume in range(len(history.volumes)):
+        assert read_image(store, resolution, volume) == history.states[seq][volume]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_every_reachable_state_is_the_volume_as_it_was(tmp_path: Path, seed: int) -> None:
+    history = random_history(seed)
+    ingest = Ingest(str(tmp_path), history.hello)
+    store = None
+    for transfer in random_transfers(history, 8):
+        welcome = ingest_transfer(ingest, transfer, seed)
+        m = transfer.manifest
+        assert (welcome.mark, welcome.seq, welcome.time_ns) == (m.mark, m.to_seq, m.to_time_ns)
+        store = store or Store.open(ingest.path)  # stays open while more is committed
+        assert store.protected_through_ns() == m.protected_through_ns
+    assert store is not None
+    for seq in sorted(history.reachable):
+        assert_state(store, history, seq)
+    store.close()
+    ingest.close()
+
+
+@pytest.mark.parametrize("seed", range(20, 26))
+def test_each_time_leads_to_the_newest_reachable_state_not_after_it(tmp_path: Path, seed: int) -> None:
+    history = random_history(seed, max_block_count=6)
+    ingest = Ingest(str(tmp_path), history.hello)
+    for transfer in random_transfers(history, 8):
+        ingest_transfer(ingest, transfer)
+    store = Store.open(ingest.path)
+    last_seq, protected_ns = history.at[0], store.protected_through_ns()
+    gaps = list(store.gaps())
+    interesting = {t + d for t in history.times_ns[: last_seq + 1] for d in (-1, 0, 1)} | {protected_ns}
+    for time_ns in sorted(interesting):
+        if not START_NS <= time_ns <= protected_ns:
+            with pytest.raises(NoSuchInstantError):
+                store.at_time(time_ns)
+            continue
+        written = int(np.searchsorted(history.times_ns[: last_seq + 1], time_ns, "right")) - 1
+        wanted = max(seq for seq in history.reachable if seq <= written)
+        resolution, exact = store.at_time(time_ns)
+        assert (resolution.seq, resolution.time_ns) == (wanted, history.times_ns[wanted])
+        assert exact == (
+            history.times_ns[wanted] == time_ns
+            or (wanted == written and not any(g.from_time_ns < time_ns < g.to_time_ns for g in gaps))
+        )
+        assert store.at_instant(time_ns) == (resolution if resolution.time_ns == time_ns else None)
+    with pytest.raises(NoSuchInstantError):
+        store.at_time(protected_ns + 1)
+    with pytest.raises(NoSuchInstantError):
+        store.at_seq(last_seq + 1)
+    store.close()
+    ingest.close()
+
+
+@pytest.mark.parametrize("seed", range(40, 48))
+def test_a_transfer_cut_anywhere_resumes_at_its_last_checkpoint(tmp_path: Path, seed: int) -> None:
+    history = random_history(seed)
+    random = np.random.default_rng(seed)
+    ingest = Ingest(str(tmp_path), history.hello)
+    for transfer in random_transfers(history, 5):
+        point = None
+        done = False
+        while not done:
+            resumed = ingest.begin(transfer.manifest)
+            if point is not None:
+                assert resumed == point
+            for frame in transfer.frames(random, resumed.lengths, bool(random.integers(2))):
+                if isinstance(frame, Begin):
+                    continue
+                result = feed(ingest, frame)
+                if isinstance(frame, Checkpoint):
+                    point = result
+                    assert point is not None and point.cursor == frame.cursor
+                if isinstance(frame, End):
+                    done = True
+                elif random.random() < 0.04:
+                    if random.random() < 0.5:  # the receiver goes down too
+                        ingest.close()
+                        ingest = Ingest(str(tmp_path), history.hello)
+                    break
+    store = Store.open(ingest.path)
+    for seq in sorted(history.reachable)[::3]:
+        assert_state(store, history, seq)
+    store.close()
+    ingest.close()
+
+
+@pytest.mark.parametrize("seed", range(60, 64))
+def test_times_list_every_second_that_has_a_reachable_instant(tmp_path: Path, seed: int) -> None:
+    history = random_history(seed, max_block_count=4)
+    history.step_ns = 20_000_000_000
+    ingest = Ingest(str(tmp_path), history.hello)
+    for transfer in random_transfers(history, 8):
+        ingest_transfer(ingest, transfer)
+    store = Store.open(ingest.path)
+    found = [
+        resolution.seq
+        for day in store.days()
+        for minute in store.minutes(day)
+        for resolution in store.seconds(minute)
+    ]
+    last_in_second = {history.times_ns[seq] // 1_000_000_000: seq for seq in sorted(history.reachable)}
+    assert found == list(last_in_second.values())
+    store.close()
+    ingest.close()
+
+
+def test_snapshots_intervals_bookmarks_and_gaps_are_listed(tmp_path: Path) -> None:
+    history = random_history(3)
+    ingest = Ingest(str(tmp_path), history.hello)
+    made = list(random_transfers(history, 10))
+    for transfer in made:
+        ingest_transfer(ingest, transfer)
+    store = Store.open(ingest.path)
+    new = [t.manifest for t in made if t.manifest.mark == 1 or t.manifest.to_seq > t.manifest.from_seq]
+    assert [(s.seq, s.time_ns, s.mark) for s in store.snapshots()] == [(m.to_seq, m.to_time_ns, m.mark) for m in new]
+    assert [(i.from_seq, i.to_seq, i.granularity_ns) for i in store.intervals()] == [
+        (m.from_seq, m.to_seq, m.granularity_ns) for m in new[1:]
+    ]
+    assert {b.name for b in store.bookmarks()} == {b.name for t in made for b in t.manifest.bookmarks}
+    assert list(store.gaps()) == [gap for t in made for gap in t.manifest.gaps]
+    middle = new[2].to_time_ns
+    assert [s.time_ns for s in store.snapshots(middle, new[4].to_time_ns)] == [m.to_time_ns for m in new[2:4]]
+    assert [i.to_time_ns for i in store.intervals(middle, None)] == [m.to_time_ns for m in new[2:]]
+    store.close()
+    ingest.close()

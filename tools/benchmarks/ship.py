@@ -1,0 +1,126 @@
+"""Group `ship`: the patent's load while everything goes on: 5,000 writes of 10 KB per second for a minute.
+
+Sizes are multiples of 512 bytes, 2 to 18 KiB, 10 KiB on average, at multiples of 512; 30 % go to a hot
+hundredth of an 8 GiB sparse volume. All on one machine: the replica has the same two cores and disk.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+from common import Setting, fio
+from report import Measure, at_least, at_most, note, plain
+
+from tests.helpers.hosts import Mount, Production, Replica, digest, xxhsum
+from tests.helpers.processes import HostError, resident_bytes
+
+VOLUME_BYTES = 8 << 30
+WRITES_PER_S = 5000
+LOAD_S, QUICK_LOAD_S = 60, 20
+INTERVAL_S = 10
+MAX_RESIDENT_MIB = 200
+MIB = 1 << 20
+LOAD = {
+    "rw": "randwrite", "blockalign": 512, "bssplit": "2k/10:6k/20:10k/40:14k/20:18k/10", "direct": 1,
+    "iodepth": 16, "random_distribution": "zoned:30/1:70/99", "rate_iops": WRITES_PER_S,
+    "rate_process": "linear",
+}  # fmt: skip
+
+
+class Watch(threading.Thread):
+    """Asks for the lag each second while the load runs."""
+
+    def __init__(self, production: Production) -> None:
+        super().__init__(daemon=True)
+        self.production = production
+        self.lags_s: list[float] = []
+        self.problems: list[str] = []
+        self.ending = threading.Event()
+
+    def run(self) -> None:
+        while not self.ending.wait(1):
+            try:
+                lag = self.production.status()["lag_seconds"]
+            except (HostError, subprocess.TimeoutExpired, json.JSONDecodeError) as error:
+                self.problems.append(str(error))
+                continue
+            self.lags_s.append(math.inf if lag is None else float(lag))
+
+
+def run(setting: Setting) -> list[Measure]:
+    tmp, load_s = setting.workspace, QUICK_LOAD_S if setting.quick else LOAD_S
+    with (
+        Replica(tmp) as replica,
+        Production(tmp, {"root": VOLUME_BYTES}, port=replica.port, interval=f"{INTERVAL_S}s") as production,
+    ):
+        note("first full copy of a sparse volume …")
+        started = time.monotonic()
+        production.snapshot(timeout_s=600)
+        measures = [plain("first full copy of 8 GiB sparse", time.monotonic() - started, "s")]
+        with Mount(replica.store(), tmp) as mount:
+            measures += _load(production, load_s)
+            started = time.monotonic()
+            last = production.snapshot(timeout_s=600)
+            measures.append(plain("caught up after the load", time.monotonic() - started, "s"))
+            note("digests …")
+            ours, theirs = digest(replica.store(), last), xxhsum(mount / last / "root")
+            live = xxhsum(production.volume())
+            equal = ours == theirs == live
+            measures.append(
+                Measure("volume, its image and `pitfs digest` agree", float(equal), "", "", None, 1, equal)
+            )
+            measures += _memory(production, replica, mount)
+            measures += _disk(production.state, replica.store())
+            complaints = production.complaints() + replica.complaints()
+            for line in complaints[:10]:
+                note(f"logged: {line}")
+            measures.append(at_most("lines logged above info", len(complaints), "", 0))
+    return measures
+
+
+def _load(production: Production, load_s: int) -> list[Measure]:
+    note(f"{WRITES_PER_S} writes of 10 KiB per second for {load_s} s …")
+    watch = Watch(production)
+    watch.start()
+    try:
+        report = fio(production.volume(), **LOAD, runtime=load_s)
+    finally:
+        watch.ending.set()
+        watch.join(30)
+    for problem in watch.problems:
+        note(f"status: {problem}")
+    latency = report["clat_ns"]["percentile"]
+    worst_lag = max(watch.lags_s, default=math.inf)
+    return [
+        at_least("the patent's load: writes", report["iops"], "/s", 0.98 * WRITES_PER_S),
+        plain("the patent's load: bytes", report["bw_bytes"] / 1e6, "MB/s"),
+        plain("the patent's load: median write", latency["50.000000"] / 1e3, "µs"),
+        plain("the patent's load: 99 % of writes within", latency["99.000000"] / 1e3, "µs"),
+        plain("the patent's load: longest write", report["clat_ns"]["max"] / 1e6, "ms"),
+        at_most("greatest lag of the replica under it", worst_lag / INTERVAL_S, "intervals", 2),
+    ]
+
+
+def _memory(production: Production, replica: Replica, mount: Mount) -> list[Measure]:
+    measures = []
+    for name, pids in (("protect", production.pids()), ("receive", replica.pids()), ("mount", mount.pids())):
+        found = resident_bytes(pids)
+        what = f"memory of {name}, {len(pids)} processes, sum of PSS"
+        measures.append(at_most(what, found["pss"] / MIB, "MiB", MAX_RESIDENT_MIB))
+        measures.append(plain(f"memory of {name}, sum of RSS", found["rss"] / MIB, "MiB"))
+    return measures
+
+
+def _disk(state: Path, store: Path) -> list[Measure]:
+    def used(directory: Path) -> float:
+        return sum(path.stat().st_blocks * 512 for path in directory.rglob("*") if path.is_file()) / MIB
+
+    return [
+        plain("local journal left on disk", used(state), "MiB"),
+        plain("store on disk", used(store), "MiB"),
+    ]
