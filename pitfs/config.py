@@ -36,7 +36,7 @@ MIN_INTERVAL_NS: Final = 100 * 10**6  # closing an interval costs some ms and tw
 MAX_INTERVAL_NS: Final = 24 * 3600 * 10**9  # all of an interval is held in the journal until it is shipped
 MIN_RATE_BYTES_PER_S: Final = 8_000  # 64 kbit/s; below, one frame outlives every time-out
 MAX_RATE_BYTES_PER_S: Final = 10**15
-MIN_CAPACITY_BYTES: Final = 64 << 20  # a few segments: below, every burst overflows
+MIN_CAPACITY_BYTES: Final = 16 << 20  # a few segments: below, every burst overflows
 MAX_CAPACITY_BYTES: Final = 1 << 60
 BLOCK_SIZES: Final = tuple(1 << bits for bits in range(9, 17))  # 512 B … 64 KiB
 

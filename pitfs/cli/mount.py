@@ -63,7 +63,7 @@ options (-o):
 examples:
   mount.pitfs /srv/replica/db1 /mnt/db1
   mount -t pitfs -o uid=postgres,tz=Europe/Vienna /srv/replica/db1 /mnt/db1
-  losetup --read-only --direct-io=on --find --show /mnt/db1/5m-ago/root
+  losetup --read-only --direct-io=on --find --show /mnt/db1/5m-ago/root.img
   umount /mnt/db1
 
 fstab:

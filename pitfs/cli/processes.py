@@ -9,11 +9,12 @@ import sys
 from collections.abc import Callable
 from typing import Final
 
+import trio
+
 from pitfs.cli.main import report
 from pitfs.config import Config, load_config
 from pitfs.errors import UsageError
 
-PR_SET_PDEATHSIG: Final = 1
 PR_SET_NAME: Final = 15
 
 
@@ -22,9 +23,22 @@ def set_process_name(name: str) -> None:
     ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode()[:15], 0, 0, 0)
 
 
-def die_with_parent() -> None:
-    """Ends this process in order where its minder is killed: two splitters of a group must never be."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+async def told_to_stop() -> None:
+    """Returns on SIGTERM or SIGINT, or when the minder is gone: two splitters of a group must never be.
+
+    Standard input is a pipe that the minder never writes to. (PR_SET_PDEATHSIG follows the thread that
+    started a process, not the minder.)
+    """
+    async with trio.open_nursery() as nursery:
+
+        async def signalled() -> None:
+            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+                async for _ in signals:
+                    nursery.cancel_scope.cancel()
+
+        nursery.start_soon(signalled)
+        await trio.lowlevel.wait_readable(sys.stdin.fileno())
+        nursery.cancel_scope.cancel()
 
 
 def set_up_daemon_logging(verbose: int) -> None:

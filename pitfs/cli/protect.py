@@ -88,7 +88,7 @@ class _Minder:
         command = [sys.executable, "-m", module, self._config.path]
         if self._verbose:
             command.append("-v")
-        process = await trio.lowlevel.open_process(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        process = await trio.lowlevel.open_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._processes[module] = process
         assert process.stdout is not None
         line = b""

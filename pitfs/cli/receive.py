@@ -24,16 +24,14 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         NAME,
         help="take what production hosts send into stores",
         description="Receives replication of any number of groups; the store of each is DIR/GROUP. Runs in "
-        "the foreground, prints 'ready' when it listens, ends on SIGTERM; a transfer under way is resumed later.",
+        "the foreground, prints 'ready' when it listens, ends on SIGTERM; what is under way resumes later.",
         epilog="""\
 examples:
   pitfs receive --root /srv/pitfs --listen 127.0.0.1:7420 --insecure
   pitfs receive --root /srv/pitfs --listen [::]:7420 \\
       --certificate replica.pem --key replica.key --authority ca.pem""",
     )
-    parser.add_argument(
-        "--root", metavar="DIR", required=True, help="directory of the stores; made if missing"
-    )
+    parser.add_argument("--root", metavar="DIR", required=True, help="where the stores are; made if missing")
     parser.add_argument(
         "--listen", metavar="HOST:PORT", required=True, help="address to listen at; port 0 takes a free one"
     )
@@ -132,8 +130,10 @@ async def _listen(host: str, port: int) -> list[trio.SocketListener]:
     import trio
 
     where = f"{host or 'all addresses'}, port {port}"
+    # trio makes :: IPv6 only; people mean by it what Linux does, both.
+    bind_host = None if host in ("", "::") else host
     try:
-        return await trio.open_tcp_listeners(port, host=host or None)
+        return await trio.open_tcp_listeners(port, host=bind_host)
     except socket.gaierror as error:
         raise UsageError(f"{where}: the name can't be resolved ({error.strerror})") from None
     except OSError as error:

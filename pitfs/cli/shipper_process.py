@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import time
 from typing import Any, Final
 
 import trio
 
-from pitfs.cli.processes import die_with_parent, run_process, set_process_name
+from pitfs.cli.processes import run_process, set_process_name, told_to_stop
 from pitfs.cli.shipping import Shipper
 from pitfs.config import Config
 from pitfs.errors import LinkError, PitfsError, UsageError
@@ -91,7 +90,7 @@ async def _main(config: Config, hello: Hello, tls: LinkContext | None) -> None:
     handler = ShipperControl(shipper, state, config.group.name)
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_stop_on_signal, nursery.cancel_scope)
+            nursery.start_soon(_stop_when_told, nursery.cancel_scope)
             await nursery.start(control.serve, state, control.SHIPPER_SOCKET, handler.handle)
             nursery.start_soon(shipper.tick)
             nursery.start_soon(shipper.run)
@@ -100,10 +99,9 @@ async def _main(config: Config, hello: Hello, tls: LinkContext | None) -> None:
         raise PitfsError(f"{state}: the splitter ended") from None
 
 
-async def _stop_on_signal(scope: trio.CancelScope) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async for _ in signals:
-            scope.cancel()
+async def _stop_when_told(scope: trio.CancelScope) -> None:
+    await told_to_stop()
+    scope.cancel()
 
 
 def _context(config: Config) -> LinkContext | None:
@@ -120,7 +118,6 @@ def _context(config: Config) -> LinkContext | None:
 def serve(config: Config) -> int:
     """Ships until SIGTERM; returns the exit code."""
     set_process_name("pitfs-shipper")
-    die_with_parent()
     group = read_group(config.group.state)
     if group is None:
         raise UsageError(f"{config.group.state}: no state of a group: it is made by 'pitfs protect'")

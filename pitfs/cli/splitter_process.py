@@ -9,7 +9,6 @@ import ctypes
 import errno
 import logging
 import os
-import signal
 import sys
 import time
 from typing import Final
@@ -17,7 +16,7 @@ from typing import Final
 import pyfuse3
 import trio
 
-from pitfs.cli.processes import die_with_parent, run_process, set_process_name
+from pitfs.cli.processes import run_process, set_process_name, told_to_stop
 from pitfs.config import Config
 from pitfs.errors import PitfsError, UsageError
 from pitfs.fuse.mountinfo import clear_dead_mount, mounted_at
@@ -64,22 +63,20 @@ async def _serve(service: SplitterService, state: str) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(service.run)
         await nursery.start(control.serve, state, control.SPLITTER_SOCKET, service.handle)
-        nursery.start_soon(_stop_on_signal)
+        nursery.start_soon(_stop_when_told)
         print("ready", flush=True)
         await pyfuse3.main()
         nursery.cancel_scope.cancel()
 
 
-async def _stop_on_signal() -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async for _ in signals:
-            pyfuse3.terminate()
+async def _stop_when_told() -> None:
+    await told_to_stop()
+    pyfuse3.terminate()
 
 
 def serve(config: Config) -> int:
     """Runs the splitter until SIGTERM; returns the exit code."""
     set_process_name("pitfs-splitter")
-    die_with_parent()
     set_io_flusher()
     mountpoint, state = config.splitter.mountpoint, config.group.state
     lock = lock_state(state)

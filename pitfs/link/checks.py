@@ -26,7 +26,7 @@ from pitfs.model.transfer import (
 MAX_NUMBER: Final = (1 << 63) - 1  # the store's catalog and numpy columns are int64
 MAX_VOLUMES: Final = 256
 MAX_VERSIONS: Final = 64
-MAX_BOOKMARKS: Final = 4096  # for each transfer; with gaps they fit into BEGIN's limit of 2 MiB
+MAX_BOOKMARKS: Final = 4096  # for each transfer; with gaps they fit into BEGIN's limit of 4 MiB
 MAX_GAPS: Final = 512
 MAX_CURSOR: Final = 64
 MAX_NAME_BYTES: Final = 255  # a directory entry

@@ -173,7 +173,7 @@ MAX_BODY_BYTES: Final[dict[FrameType, int]] = {
     FrameType.HELLO: 64 << 10,
     FrameType.WELCOME: 1 << 10,
     FrameType.REFUSE: 16 << 10,
-    FrameType.BEGIN: 2 << 20,
+    FrameType.BEGIN: 4 << 20,
     FrameType.RESUME: 4 << 10,
     FrameType.DATA: DATA_PREFIX.size + MAX_PAYLOAD_BYTES,
     FrameType.CHECKPOINT: 4 << 10,

@@ -240,7 +240,7 @@ class LinkProtocol:
                 if not self._checkpoints:
                     return "PROGRESS without a CHECKPOINT"
                 bounds = zip(self._durable, point.lengths, self._ends, strict=True)
-                if any(not low <= length <= high for low, length, high in bounds):
+                if self.role is Role.SENDER and any(not low <= at <= high for low, at, high in bounds):
                     return f"PROGRESS to {point.lengths}, sent {tuple(self._ends)}, before {self._durable}"
                 self._checkpoints -= 1
                 self._durable = point.lengths

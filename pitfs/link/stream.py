@@ -274,14 +274,15 @@ async def send_buffers(
 ) -> None:
     """Sends buffers in order, held to the rate of the bucket; calls `on_sent` with bytes as they go."""
     for buffer in joined(buffers):
-        step = len(buffer) if bucket is None else bucket.burst_bytes
+        step = (
+            len(buffer) if bucket is None else bucket.burst_bytes // 2
+        )  # the other half fills while it sleeps
         view = memoryview(buffer)
         while len(view):
             part = view[:step]
             view = view[step:]
             if bucket is not None:
-                delay_s = bucket.take(len(part), trio.current_time())
-                if delay_s > 0:
+                while delay_s := bucket.take(len(part), trio.current_time()):
                     await trio.sleep(delay_s)
             await stream.send_all(part)
             on_sent(len(part))

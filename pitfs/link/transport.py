@@ -21,7 +21,7 @@ from pitfs.model.transfer import Hello
 __all__ = ["IngestProtocol", "Limits", "SenderSession", "Timeouts", "connect", "serve"]
 
 MIN_BURST_BYTES: Final = 16 << 10
-MAX_BURST_BYTES: Final = 1 << 20
+MAX_BURST_BYTES: Final = 4 << 20
 BURST_S: Final = 0.05  # of the rate: smooth, yet few sleeps
 DEFAULT_TIMEOUTS: Final = Timeouts()
 GOODBYE_S: Final = 1.0  # to end a session in order

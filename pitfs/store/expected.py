@@ -38,7 +38,7 @@ class ExpectedContents:
         what: str,
         slot_units: int,
         reread: Callable[[int, int], Iterator[Rows]],
-        slots: int = WINDOW_SLOTS,
+        slots: int,
     ) -> None:
         self._what = what
         self._slot_units = slot_units

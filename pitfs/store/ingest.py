@@ -151,8 +151,8 @@ class Ingest:
             raise PositionMismatchError(
                 f"{self.path}: has history {info.history[:8]}… of group {info.group}, production sends "
                 f"history {hello.history[:8]}…: its state was made anew, or it is another group of that "
-                f"name; move this store away (it stays readable) and a new one is made, or receive into another "
-                f"--root"
+                f"name; move this store away (it stays readable) and a new one is made, or receive into "
+                f"another --root"
             )
         if info.volumes != hello.volumes:
             had, sent = (

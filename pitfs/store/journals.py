@@ -132,6 +132,12 @@ class JournalWriter:
         self._offset += len(data)
 
 
+def _ends_of_runs(values: I64Array) -> I64Array:
+    """Indices of the last of each run of equal values."""
+    ends = (values[1:] != values[:-1]).nonzero()[0]
+    return np.concatenate([ends, [len(values) - 1]]) if len(values) else ends
+
+
 class JournalIndex:
     """The difference journal of one interval (figures 6B and 8).
 
@@ -181,7 +187,7 @@ class JournalIndex:
         if len(parts) == 1:
             return parts[0]
         blocks, pointers, checksums = (np.concatenate(column) for column in zip(*parts, strict=True))
-        last = np.append(blocks[1:] != blocks[:-1], True)  # a block's entries may go on in the next chunk
+        last = _ends_of_runs(blocks)  # a block's entries may go on in the next chunk
         return blocks[last], pointers[last], checksums[last]
 
     def time_of(self, seq: int) -> int:
@@ -224,14 +230,14 @@ class JournalIndex:
     def _range_in(
         chunk: Chunk, block_start: int, block_end: int, seq: int
     ) -> tuple[I64Array, U64Array, U64Array]:
-        blocks = chunk[0].view("<i8")
-        start, end = np.searchsorted(blocks, np.array([block_start, block_end], "<i8"), "left")
-        rows = np.flatnonzero(chunk[1, start:end].view("<i8") <= seq) + start
+        blocks, seqs = chunk[0].view("<i8"), chunk[1].view("<i8")
+        start, end = blocks.searchsorted(np.array([block_start, block_end], "<i8")).tolist()
+        rows = (seqs[start:end] <= seq).nonzero()[0]
+        rows += start
         found = blocks[rows]
-        if len(rows):
-            last = np.append(found[1:] != found[:-1], True)
-            rows, found = rows[last], found[last]
-        return found, chunk[2, rows], chunk[3, rows]
+        last = _ends_of_runs(found)
+        rows = rows[last]
+        return found[last], chunk[2][rows], chunk[3][rows]
 
     def _chunk(self, number: int) -> Chunk:
         return self._chunks.get((self.interval.snapshot, number), self._reader(number))

@@ -100,7 +100,6 @@ class StagedTransfer:
         progress: Progress,
         history: bytes,
         volumes: Sequence[VolumeInfo],
-        window_slots: int = WINDOW_SLOTS,
     ) -> None:
         self.directory = directory
         self.manifest = progress.manifest
@@ -115,10 +114,10 @@ class StagedTransfer:
         self._diff_row = 0  # rows of DIFF before it name only contents that have been verified
         self._expected = {
             Section.DIFF_BLOCKS: ExpectedContents(
-                "diff contents", slot_units, self._reread_diff, window_slots
+                "diff contents", slot_units, self._reread_diff, WINDOW_SLOTS
             ),
             Section.JOURNAL_BLOCKS: ExpectedContents(
-                "journal contents", slot_units, self._reread_journal, window_slots
+                "journal contents", slot_units, self._reread_journal, WINDOW_SLOTS
             ),
         }
         self._lengths = dict.fromkeys(Section, 0)

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 from pitfs.errors import NoSuchInstantError, StoreError
+from pitfs.model.transfer import VolumeInfo
 from pitfs.model.position import (
     DAY_NS,
     MINUTE_NS,
@@ -120,6 +121,11 @@ def unpack_inode(inode: int) -> tuple[Kind, int, int]:
     return kind, inode >> _MINOR_SHIFT & (MAX_VOLUMES - 1), inode & MAX_SEQ
 
 
+def image_name(volume: VolumeInfo) -> str:
+    """The name of a volume's image in an instant's directory."""
+    return f"{volume.name}.img"
+
+
 class Tree:
     """The tree over one store.
 
@@ -144,7 +150,7 @@ class Tree:
         self._clock_ns = clock_ns
         self._zone = zone
         self._strict = strict
-        self._volumes = {volume.name: index for index, volume in enumerate(store.volumes)}
+        self._volumes = {image_name(volume): index for index, volume in enumerate(store.volumes)}
         self._resolutions: dict[int, Resolution] = {}
         self._data_version = -1
 
@@ -288,7 +294,7 @@ class Tree:
     def _list_images(self, resolution: Resolution, cookie: int) -> Iterator[tuple[str, Entry, int]]:
         for index, volume in enumerate(self._store.volumes):
             if index >= cookie:
-                yield volume.name, self._image(resolution, index), index + 1
+                yield image_name(volume), self._image(resolution, index), index + 1
 
     def _list_bookmarks(self, cookie: int) -> Iterator[tuple[str, Entry, int]]:
         seq, number = -1, 0
@@ -310,12 +316,11 @@ class Tree:
                 yield _clock_name(minute * 60)[:5], self._minute(minute), minute + _COOKIE_BASE + 1
 
     def _list_seconds(self, minute: int, cookie: int) -> Iterator[tuple[str, Entry, int]]:
-        for second in self._store.seconds(minute):
+        for resolution in self._store.seconds(minute):
+            second = resolution.time_ns // SECOND_NS
             if second + _COOKIE_BASE >= cookie:
-                since_1970 = minute * 60 + second
-                resolution = self._last_in(since_1970 * SECOND_NS, (since_1970 + 1) * SECOND_NS)
                 link = self._link(resolution.seq, resolution.time_ns, 3)
-                yield _clock_name(since_1970), link, second + _COOKIE_BASE + 1
+                yield _clock_name(second), link, second + _COOKIE_BASE + 1
 
     # -------------------------------------------------------------- names
 

@@ -33,7 +33,7 @@ def check_at_times(
     rows = read_log(log)
     rows = rows[rows["kind"] == WRITE]
     for time_ns in times_ns:
-        image = mount / instant_name(time_ns) / volume
+        image = mount.image(instant_name(time_ns), volume)
         seq = check_image(image, plan)
         acknowledged = int(rows["n"][rows["done_ns"] <= time_ns].max(initial=0))
         begun = int(rows["n"][rows["begun_ns"] <= time_ns].max(initial=0))

@@ -58,7 +58,9 @@ class FakeStore:
 
     def _resolution(self, seq: int) -> Resolution:
         if seq in self.ends:
-            return Resolution(seq, self.times_ns[seq], "snapshot", None if seq in self.coarse else 0, seq + 1, None)
+            return Resolution(
+                seq, self.times_ns[seq], "snapshot", None if seq in self.coarse else 0, seq + 1, None
+            )
         third = self.ends[bisect.bisect_right(self.ends, seq) - 1]
         return Resolution(seq, self.times_ns[seq], "intermediary", 0, third + 1, third + 2)
 
@@ -113,31 +115,33 @@ class FakeStore:
         minutes = {second // MINUTE_S for second in self._seconds()}
         yield from sorted(minute for minute in minutes if minute // DAY_MINUTES == day)
 
-    def seconds(self, minute: int) -> tuple[int, ...]:
-        return tuple(second % MINUTE_S for second in self._seconds() if second // MINUTE_S == minute)
+    def seconds(self, minute: int) -> Iterator[Resolution]:
+        for second in self._seconds():
+            if second // MINUTE_S == minute:
+                yield self.at_time(min((second + 1) * 10**9 - 1, self.protected_ns))[0]
 
 
 class FakeObjects:
     """Objects that are files: number -> contents behind a header of 4096 bytes."""
 
     def __init__(self) -> None:
-        self.files: dict[int, Any] = {}
+        self._fds: dict[int, int] = {}
 
     def add(self, number: int, contents: bytes) -> None:
-        file = tempfile.TemporaryFile()
-        file.write(bytes(4096) + contents)
-        file.flush()
-        self.files[number] = file
+        with tempfile.TemporaryFile() as file:
+            file.write(bytes(4096) + contents)
+            file.flush()
+            self._fds[number] = os.dup(file.fileno())
 
     def fd(self, number: int) -> int:
-        return int(self.files[number].fileno())
+        return self._fds[number]
 
     def overwrite(self, number: int, offset: int, data: bytes) -> None:
-        os.pwrite(self.files[number].fileno(), data, 4096 + offset)
+        os.pwrite(self._fds[number], data, 4096 + offset)
 
-    def close(self) -> None:
-        for file in self.files.values():
-            file.close()
+    def __del__(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
 
 
 class FakeImageStore:
@@ -150,7 +154,9 @@ class FakeImageStore:
 
     path = "/fake"
 
-    def __init__(self, size_bytes: int, block_size: int, seed: int, zeros: float = 0.3, neighbours: float = 0.7) -> None:
+    def __init__(
+        self, size_bytes: int, block_size: int, seed: int, zeros: float = 0.3, neighbours: float = 0.7
+    ) -> None:
         random = np.random.default_rng(seed)
         volume = VolumeInfo("root", size_bytes, block_size)
         self.volumes = (volume,)

@@ -85,11 +85,11 @@ def check_instants(scenario: Scenario, count: int, seed: int = 1) -> None:
     found = 0
     with Mount(scenario.replica.store(), scenario.tmp) as mount:
         for time_ns in times:
-            image = copy_out(mount / instant_name(time_ns) / "root", scenario.tmp / "image")
+            image = copy_out(mount.image(instant_name(time_ns)), scenario.tmp / "image")
             databases = replay_and_check(scenario.kind, image, scenario.tmp)
             for journal in DATABASES:
                 found += check_rows(databases / f"{journal}.db", scenario.log(journal), time_ns)
-        image = copy_out(mount / scenario.last / "root", scenario.tmp / "image")
+        image = copy_out(mount.image(scenario.last), scenario.tmp / "image")
         replay_and_check(scenario.kind, image, scenario.tmp)
         check_tree(scenario, image)
     assert found > count, f"only {found} rows in {count} instants: the load did nothing"

@@ -4,7 +4,7 @@ with Replica(tmp) as replica, Production(tmp, {"root": 64 << 20}, port=replica.p
     os.pwrite(...)                                   # production.volume("root")
     instant = production.snapshot()
     with Mount(replica.store("g"), tmp) as mount:
-        (mount / instant / "root").read_bytes()
+        mount.image(instant).read_bytes()
 """
 
 from __future__ import annotations
@@ -120,6 +120,7 @@ class Production(Daemon):
 
     def snapshot(self, timeout_s: float = 120) -> str:
         """Closes the interval and waits for the replica; its canonical instant."""
+        self.wait_for_shipper()
         return self._said_instant(run([*pitfs_command(), "snapshot", self.config], timeout_s=timeout_s))
 
     def bookmark(self, name: str) -> str:
@@ -138,6 +139,15 @@ class Production(Daemon):
     def restart(self) -> None:
         """Starts it again after terminate() or kill(), over whatever is left."""
         self.start()
+
+    def wait_for_shipper(self) -> None:
+        """Until the second process answers: `ready` only says that writes are accepted."""
+        wait_until(
+            lambda: run([*pitfs_command(), "status", self.config], accept=(0, 1)).returncode == 0,
+            "status answers",
+            20,
+            0.1,
+        )
 
     def wait_protected(self, time_ns: int, timeout_s: float = 60) -> None:
         """Until the replica is protected through that time."""
@@ -177,8 +187,9 @@ class Mount:
                  trace: TracebackType | None) -> None:  # fmt: skip
         self.clean_up()
 
-    def __truediv__(self, name: str) -> Path:
-        return self.path / name
+    def image(self, instant: str, volume: str = "root") -> Path:
+        """The image of a volume at an instant, or at any other way to say a time."""
+        return self.path / instant / f"{volume}.img"
 
     def start(self) -> None:
         """Mounts; the helper returns when the mount answers.

@@ -151,9 +151,9 @@ class Daemon:
                 self.command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True,
                 cwd=ROOT, env=os.environ | {MARK: self.mark}, start_new_session=True,
             )  # fmt: skip
-        threading.Thread(
-            target=self._listen, args=(self.process, self._ready, self.said), daemon=True
-        ).start()
+        given = (self.process, self._ready, self.said)
+        self._listener = threading.Thread(target=self._listen, args=given, daemon=True)
+        self._listener.start()
         deadline = time.monotonic() + timeout_s
         while not self._ready.wait(0.05):
             if self.process.poll() is not None:
@@ -166,10 +166,11 @@ class Daemon:
     @staticmethod
     def _listen(process: subprocess.Popen[str], ready: threading.Event, said: list[str]) -> None:
         assert process.stdout is not None
-        for line in process.stdout:
-            said.append(line.rstrip("\n"))
-            if line.strip() == "ready":
-                ready.set()
+        with process.stdout:
+            for line in process.stdout:
+                said.append(line.rstrip("\n"))
+                if line.strip() == "ready":
+                    ready.set()
 
     def pids(self, comm: str | None = None) -> list[int]:
         """Living processes of it, all or those with that comm name."""
@@ -190,6 +191,7 @@ class Daemon:
         if code != 0:
             raise HostError(f"{self.name} ended with {code} after SIGTERM:\n{self.tail()}")
         wait_until(lambda: not self.pids(), f"{self.name} leaves no process behind", 5)
+        self._listener.join(5)
 
     def kill(self) -> None:
         """SIGKILL to all its processes at once, as an out-of-memory killer or a power cut would."""
@@ -207,6 +209,7 @@ class Daemon:
             time.sleep(0.01)
         if self.process is not None:
             self.process.wait(END_TIMEOUT_S)
+            self._listener.join(5)
 
     def clean_up(self) -> None:
         """Ends it whatever its state; never raises for one that is gone."""

@@ -1,4 +1,4 @@
-"""Feeds transfers to a store, and reads images from one the plain way: block by block, every checksum compared."""
+"""Feeds transfers to a store, and reads images the plain way: block by block, every checksum compared."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import os
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from helpers.transfers import Transfer
 from pitfs.errors import CorruptionError
 from pitfs.model.transfer import Begin, Checkpoint, Data, ResumePoint, TransferFrame, Welcome
 from pitfs.store.ingest import Ingest
 from pitfs.store.layout import pointer_object, pointer_unit
 from pitfs.store.store import Resolution, Store
+from tests.helpers.transfers import Transfer
 
 
 def feed(ingest: Ingest, frame: TransferFrame) -> ResumePoint | Welcome | None:

@@ -149,7 +149,9 @@ class History:
         """One random write of 1 to 4 blocks."""
         volume = int(self.random.integers(len(self.volumes)))
         count = self.volumes[volume].block_count
-        block = int(self.random.integers(count) if self.random.random() < 0.5 else self.random.integers(min(count, 5)))
+        block = int(
+            self.random.integers(count) if self.random.random() < 0.5 else self.random.integers(min(count, 5))
+        )
         length = int(self.random.integers(1, min(4, count - block) + 1))
         contents = [self._put(volume, block + i, self._content(volume)) for i in range(length)]
         time_ns = max(self.times_ns[-1], self.protected_ns) + int(self.random.integers(1, self.step_ns))
@@ -159,7 +161,9 @@ class History:
         self.open.append(write)
         return write
 
-    def close_interval(self, granular: bool = True, bookmarks: Sequence[str] = (), full: bool = False) -> Transfer:
+    def close_interval(
+        self, granular: bool = True, bookmarks: Sequence[str] = (), full: bool = False
+    ) -> Transfer:
         """The transfer for all writes since the last mark; the first one is the full copy at seq 0.
 
         Args:
@@ -288,7 +292,7 @@ def random_history(seed: int, max_block_count: int = 40) -> History:
 
 
 def random_transfers(history: History, count: int, max_writes: int = 20) -> Iterator[Transfer]:
-    """The full copy, then intervals of random length: empty ones, snapshots-only ones, now and then a rescan."""
+    """The full copy, then intervals: empty ones, snapshots-only ones, now and then a rescan."""
     random = np.random.default_rng([history.seed, 11])
     for number in range(count):
         if number or random.random() < 0.5:

@@ -29,7 +29,7 @@ def test_new_points_appear_while_writes_shipping_reads_and_new_mounts_go_on(tmp_
         production.snapshot()
         store = replica.store()
         with Mount(store, tmp_path) as mount:
-            seen, latest, reads, turns = [len(mount.instants())], [os.readlink(mount / "latest")], 0, 0
+            seen, latest, reads, turns = [len(mount.instants())], [os.readlink(mount.path / "latest")], 0, 0
             with running(
                 "stamped", production.volume(), log, "--rate", "400", "--fsync-every", "50", "--direct"
             ):
@@ -38,14 +38,14 @@ def test_new_points_appear_while_writes_shipping_reads_and_new_mounts_go_on(tmp_
                     turns += 1
                     instants = mount.instants()
                     seen.append(len(instants))
-                    latest.append(os.readlink(mount / "latest"))
-                    check_image(mount / "latest" / "root", plan)
-                    check_image(mount / random_.choice(instants) / "root", plan)
+                    latest.append(os.readlink(mount.path / "latest"))
+                    check_image(mount.image("latest"), plan)
+                    check_image(mount.image(random_.choice(instants)), plan)
                     reads += 2
                     if turns % 5 == 0:
                         with Mount(store, tmp_path, name="another") as another:
-                            newest = os.readlink(another / "latest")
-                            assert check_image(another / newest / "root", plan) >= 0
+                            newest = os.readlink(another.path / "latest")
+                            assert check_image(another.image(newest), plan) >= 0
                             assert newest >= latest[-1]
                     assert production.status()["role"] == "production"
             assert seen == sorted(seen)
@@ -54,7 +54,7 @@ def test_new_points_appear_while_writes_shipping_reads_and_new_mounts_go_on(tmp_
             assert len(set(latest)) > min(turns, LIVE_S / 3) / 2, "`latest` stands still"
 
             quiet = production.snapshot()
-            assert digest(store, quiet) == xxhsum(production.volume()) == xxhsum(mount / quiet / "root")
+            assert digest(store, quiet) == xxhsum(production.volume()) == xxhsum(mount.image(quiet))
             check_at_times(mount, random_times(log, 20, instant_ns(quiet)), log, plan)
             check_listing(store)
             mount.unmount()

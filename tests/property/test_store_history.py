@@ -1,4 +1,4 @@
-"""What goes in as transfers comes out as images: every reachable state of random histories, however they came."""
+"""What goes in as transfers comes out as images: every reachable state, however the transfers came."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from helpers.stores import feed, ingest_transfer, read_image
-from helpers.transfers import START_NS, History, random_history, random_transfers
 from pitfs.errors import NoSuchInstantError
 from pitfs.model.transfer import Begin, Checkpoint, End
 from pitfs.store.ingest import Ingest
 from pitfs.store.store import Store
+from tests.helpers.stores import feed, ingest_transfer, read_image
+from tests.helpers.transfers import START_NS, History, random_history, random_transfers
 
 
 def assert_state(store: Store, history: History, seq: int) -> None:
@@ -133,7 +133,9 @@ def test_snapshots_intervals_bookmarks_and_gaps_are_listed(tmp_path: Path) -> No
         ingest_transfer(ingest, transfer)
     store = Store.open(ingest.path)
     new = [t.manifest for t in made if t.manifest.mark == 1 or t.manifest.to_seq > t.manifest.from_seq]
-    assert [(s.seq, s.time_ns, s.mark) for s in store.snapshots()] == [(m.to_seq, m.to_time_ns, m.mark) for m in new]
+    assert [(s.seq, s.time_ns, s.mark) for s in store.snapshots()] == [
+        (m.to_seq, m.to_time_ns, m.mark) for m in new
+    ]
     assert [(i.from_seq, i.to_seq, i.granularity_ns) for i in store.intervals()] == [
         (m.from_seq, m.to_seq, m.granularity_ns) for m in new[1:]
     ]

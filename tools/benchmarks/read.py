@@ -48,7 +48,7 @@ def run(setting: Setting) -> list[Measure]:
             wanted = instant_name((instant_ns(first) + instant_ns(last)) // 2)
             found = ask("resolve", replica.store(), wanted, "--json")
             assert found["kind"] == "intermediary", found
-            image = mount / found["instant"] / "root"
+            image = mount.image(found["instant"])
             flat = tmp / "flat"
             command(["cp", "--sparse=never", image, flat], timeout_s=600)
             os.sync()

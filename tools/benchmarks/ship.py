@@ -68,7 +68,7 @@ def run(setting: Setting) -> list[Measure]:
             last = production.snapshot(timeout_s=600)
             measures.append(plain("caught up after the load", time.monotonic() - started, "s"))
             note("digests …")
-            ours, theirs = digest(replica.store(), last), xxhsum(mount / last / "root")
+            ours, theirs = digest(replica.store(), last), xxhsum(mount.image(last))
             live = xxhsum(production.volume())
             equal = ours == theirs == live
             measures.append(

@@ -1,0 +1,213 @@
+"""Both ends of a link for tests: sample values, an ingest that only remembers, certificates."""
+
+from __future__ import annotations
+
+import datetime
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import trio
+import trustme
+
+from pitfs.errors import PitfsError
+from pitfs.link.frames import (
+    Accept,
+    Buffer,
+    Committed,
+    Encoding,
+    Fault,
+    Frame,
+    Greeting,
+    Ping,
+    Pong,
+    Progress,
+    Resume,
+    WireData,
+)
+from pitfs.link.protocol import LinkProtocol, Role
+from pitfs.link.tls import LinkContext
+from pitfs.link.transport import Limits, serve
+from pitfs.model.transfer import (
+    Begin,
+    Bookmark,
+    Checkpoint,
+    Data,
+    End,
+    Gap,
+    Hello,
+    Kind,
+    Manifest,
+    ResumePoint,
+    Section,
+    VolumeInfo,
+    Welcome,
+)
+
+HELLO = Hello("db1", "00ff", (VolumeInfo("root", 1 << 30, 4096), VolumeInfo("data", 1 << 20, 512)))
+MANIFEST = Manifest(
+    mark=1,
+    kind=Kind.INTERVAL,
+    from_seq=0,
+    from_time_ns=5,
+    to_seq=9,
+    to_time_ns=50,
+    first_time_ns=7,
+    protected_through_ns=60,
+    granularity_ns=0,
+    cause="within budget",
+    diff_count=2,
+    journal_count=9,
+    identity="c0ffee",
+    bookmarks=(Bookmark("before upgrade", 9, 50),),
+    gaps=(Gap(1, 8, 3, 9, "journal full"),),
+)
+WELCOME = Welcome(3, 12, 70, 80)
+NOTHING = Welcome(0, 0, 0, 0)
+NOWHERE = ResumePoint()
+POINT = ResumePoint((64, 8, 0, 0, 0), (1, 2, 3))
+
+
+def conversation() -> list[tuple[Role, Frame]]:
+    """One short valid session with every frame but REFUSE, in the order in which it is sent."""
+    sender, receiver = Role.SENDER, Role.RECEIVER
+    return [
+        (sender, Greeting((1,), HELLO)),
+        (receiver, Ping(1)),
+        (receiver, Accept(1, WELCOME)),
+        (sender, Pong(1)),
+        (sender, Begin(MANIFEST)),
+        (receiver, Resume(ResumePoint())),
+        (sender, WireData(Section.DIFF, 0, 64, Encoding.RAW, b"d" * 64)),
+        (sender, WireData(Section.DIFF_BLOCKS, 0, 8, Encoding.ZSTD, b"zz")),
+        (sender, Checkpoint((1, 2, 3))),
+        (receiver, Progress(POINT)),
+        (sender, Ping(2)),
+        (receiver, Pong(2)),
+        (sender, End((64, 8, 0, 0, 0))),
+        (receiver, Committed(Welcome(4, 13, 71, 81))),
+        (sender, Begin(MANIFEST)),
+        (receiver, Fault("capacity", "the disk is full", True)),
+    ]
+
+
+def wire_of(frames: list[tuple[Role, Frame]]) -> dict[Role, bytes]:
+    """What each side sends in a conversation, the protocol objects of both in step."""
+    peers = {role: LinkProtocol(role) for role in Role}
+    sent = dict.fromkeys(Role, b"")
+    for role, frame in frames:
+        data = b"".join(peers[role].send(frame))
+        sent[role] += data
+        other = Role.RECEIVER if role is Role.SENDER else Role.SENDER
+        assert list(peers[other].receive(data)) == [frame]
+    return sent
+
+
+@dataclass
+class FakeIngest:
+    """Keeps what comes in memory; `fail_at` maps the name of a method to the error that it raises."""
+
+    hello: Hello
+    start: Welcome = NOTHING
+    fail_at: dict[str, Exception] = field(default_factory=dict)
+    sections: list[bytearray] = field(default_factory=lambda: [bytearray() for _ in range(5)])
+    calls: list[str] = field(default_factory=list)
+    durable: ResumePoint = NOWHERE
+    closed: bool = False
+    block: threading.Event | None = None  # `data` waits for it
+    _busy: threading.Lock = field(default_factory=threading.Lock)
+
+    def _enter(self, name: str) -> None:
+        assert self._busy.acquire(blocking=False), "two calls at once"
+        try:
+            self.calls.append(name)
+            if name in self.fail_at:
+                raise self.fail_at[name]
+        finally:
+            self._busy.release()
+
+    def welcome(self) -> Welcome:
+        self._enter("welcome")
+        return self.start
+
+    def begin(self, manifest: Manifest) -> ResumePoint:
+        self._enter("begin")
+        return self.durable
+
+    def data(self, frame: Data) -> None:
+        if self.block is not None:
+            self.block.wait(10)
+        self._enter("data")
+        section = self.sections[frame.section - 1]
+        if frame.offset > len(section):
+            raise PitfsError("a gap")
+        section[frame.offset : frame.offset + len(frame.payload)] = frame.payload
+
+    def checkpoint(self, cursor: tuple[int, ...]) -> ResumePoint:
+        self._enter("checkpoint")
+        self.durable = ResumePoint(self._lengths(), cursor)
+        return self.durable
+
+    def end(self, end: End) -> Welcome:
+        self._enter("end")
+        if end.lengths != self._lengths():
+            raise PitfsError(f"lengths {end.lengths} aren't {self._lengths()}")
+        self.start = Welcome(self.start.mark + 1, 9, 50, 60)
+        return self.start
+
+    def close(self) -> None:
+        self._enter("close")
+        self.closed = True
+
+    def _lengths(self) -> tuple[int, int, int, int, int]:
+        a, b, c, d, e = (len(section) for section in self.sections)
+        return (a, b, c, d, e)
+
+
+@asynccontextmanager
+async def replica(
+    open_ingest: Callable[[Hello], FakeIngest], tls: LinkContext | None = None, limits: Limits | None = None
+) -> AsyncIterator[int]:
+    """A receiver on a free port of 127.0.0.1 for as long as the context."""
+    listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with trio.open_nursery() as nursery:
+
+        async def run() -> None:
+            await serve(listeners, open_ingest, tls=tls, limits=limits or Limits())
+
+        nursery.start_soon(run)
+        yield listeners[0].socket.getsockname()[1]
+        nursery.cancel_scope.cancel()
+
+
+@dataclass(frozen=True)
+class Files:
+    certificate: str
+    key: str
+    authority: str
+
+    def as_arguments(self) -> tuple[str, str, str]:
+        return self.certificate, self.key, self.authority
+
+
+def issue(
+    directory: Path,
+    name: str,
+    authority: trustme.CA,
+    *identities: str,
+    trust: trustme.CA | None = None,
+    not_after: datetime.datetime | None = None,
+) -> Files:
+    """Certificate and key of `name`, signed by `authority`, and the authority that it trusts, as files."""
+    certificate = authority.issue_cert(*identities, not_after=not_after)
+    paths = [directory / f"{name}.{kind}.pem" for kind in ("certificate", "key", "authority")]
+    paths[0].write_bytes(b"".join(part.bytes() for part in certificate.cert_chain_pems))
+    certificate.private_key_pem.write_to_path(str(paths[1]))
+    (trust or authority).cert_pem.write_to_path(str(paths[2]))
+    return Files(*map(str, paths))
+
+
+def joined(buffers: list[Buffer]) -> bytes:
+    return b"".join(buffers)

@@ -1,0 +1,148 @@
+"""The protocol under any cutting of its bytes, and under bytes that nobody should send."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from contextlib import suppress
+
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pitfs.errors import LocalProtocolError, RemoteProtocolError
+from pitfs.link.compression import PayloadDecoder, PayloadEncoder
+from pitfs.link.frames import PREFACE, Frame, WireData
+from pitfs.link.protocol import LinkProtocol, Role
+from pitfs.model.transfer import Data, Section
+from tests.helpers.links import conversation, wire_of
+
+SESSION = conversation()
+WIRE = wire_of(SESSION)
+OTHER = {Role.SENDER: Role.RECEIVER, Role.RECEIVER: Role.SENDER}
+FUZZ_ROUNDS = 3000
+
+
+def feed(role: Role, chunks: list[bytes]) -> list[Frame]:
+    """Gives chunks to a peer that says its part of the conversation at its time."""
+    peer, got, script = LinkProtocol(role), [], iter(SESSION)
+
+    def say() -> None:
+        for who, frame in script:
+            if who is not role:
+                return
+            with suppress(LocalProtocolError):  # the script isn't the answer to what a fuzzed peer said
+                peer.send(frame)
+
+    say()
+    for chunk in chunks:
+        for frame in peer.receive(chunk):
+            got.append(frame)
+            say()
+    peer.receive_eof()
+    return got
+
+
+def _theirs(role: Role) -> list[Frame]:
+    return [frame for who, frame in SESSION if who is not role]
+
+
+@given(role=st.sampled_from(list(Role)), cuts=st.lists(st.integers(0, 700), max_size=60))
+def test_frames_are_the_same_however_the_bytes_are_cut(role: Role, cuts: list[int]) -> None:
+    wire = WIRE[OTHER[role]]
+    places = sorted({0, len(wire), *(cut for cut in cuts if cut < len(wire))})
+    chunks = [wire[start:end] for start, end in itertools.pairwise(places)]
+    assert feed(role, chunks) == _theirs(role)
+
+
+@given(role=st.sampled_from(list(Role)), data=st.binary(max_size=300), prefaced=st.booleans())
+def test_random_bytes_raise_nothing_but_remote_protocol_error(
+    role: Role, data: bytes, prefaced: bool
+) -> None:
+    peer = LinkProtocol(role)
+    try:
+        got = list(peer.receive((PREFACE if prefaced else b"") + data))
+        peer.receive_eof()
+    except RemoteProtocolError:
+        return
+    assert got == []
+
+
+def test_mutated_conversations_raise_nothing_but_remote_protocol_error() -> None:
+    """Bytes changed, cut out, doubled and inserted; and checksums made right again, to get past them."""
+    draw = random.Random(20261122)
+    outcomes = {"refused": 0, "accepted": 0}
+    for _ in range(FUZZ_ROUNDS):
+        role = draw.choice(list(Role))
+        wire = bytearray(WIRE[OTHER[role]])
+        for _ in range(draw.randint(1, 3)):
+            _mutate(wire, draw)
+        if draw.random() < 0.8:
+            wire = _with_right_checksums(wire)
+        size = draw.choice([1, 7, 1000])
+        try:
+            feed(role, [bytes(wire[start : start + size]) for start in range(0, len(wire), size)])
+        except RemoteProtocolError:
+            outcomes["refused"] += 1
+        else:
+            outcomes["accepted"] += 1
+    assert outcomes["refused"] > FUZZ_ROUNDS // 2 and outcomes["accepted"] > 0
+
+
+def _mutate(wire: bytearray, draw: random.Random) -> None:
+    start = draw.randrange(len(PREFACE), len(wire))
+    match draw.randrange(5):
+        case 0:
+            wire[start] = draw.randrange(256)
+        case 1:
+            wire[start] ^= 1 << draw.randrange(8)
+        case 2:
+            del wire[start : start + draw.randint(1, 40)]
+            wire += b"\0" * 16
+        case 3:
+            wire[start:start] = wire[start : start + draw.randint(1, 100)]
+        case 4:
+            wire[start:start] = draw.randbytes(draw.randint(1, 20))
+
+
+def _with_right_checksums(wire: bytearray) -> bytearray:
+    """Walks the frames as their lengths say and gives each the checksum of what it now is."""
+    place = len(PREFACE)
+    while place + 16 <= len(wire):
+        length = int.from_bytes(wire[place : place + 4], "little")
+        body = bytes(wire[place + 16 : place + 16 + length])
+        checksum = xxhash.xxh3_64_intdigest(bytes(wire[place : place + 8]) + body)
+        wire[place + 8 : place + 16] = checksum.to_bytes(8, "little")
+        place += 16 + length
+    return wire
+
+
+PAYLOADS = st.one_of(
+    st.binary(max_size=2000),
+    st.builds(lambda part, count: part * count, st.binary(min_size=1, max_size=50), st.integers(1, 5000)),
+    st.builds(lambda seed, size: random.Random(seed).randbytes(size), st.integers(), st.integers(0, 100_000)),
+)
+
+
+@settings(max_examples=50)
+@given(payloads=st.lists(st.tuples(st.sampled_from(list(Section)), PAYLOADS), max_size=8))
+def test_payloads_come_back_through_encoder_and_decoder(payloads: list[tuple[Section, bytes]]) -> None:
+    encoder, decoder = PayloadEncoder(), PayloadDecoder()
+    for section, payload in payloads:
+        data = Data(section, 512, payload)
+        wire = encoder.encode(data, encoder.wants(data))
+        assert len(wire.payload) <= len(payload)
+        assert decoder.decode(wire) == data
+
+
+@settings(max_examples=50)
+@given(data=st.binary(min_size=1, max_size=500), raw_length=st.integers(0, 1 << 20), place=st.integers(0, 60))
+def test_damaged_zstd_raises_only_remote_protocol_error(data: bytes, raw_length: int, place: int) -> None:
+    encoder = PayloadEncoder()
+    good = encoder.encode(Data(Section.DIFF, 0, b"abc" * 1000), True)
+    payload = bytes(good.payload)[:place] + data + bytes(good.payload)[place:]
+    try:
+        decoded = PayloadDecoder().decode(WireData(good.section, 0, raw_length, good.encoding, payload))
+    except RemoteProtocolError:
+        return
+    assert len(decoded.payload) == raw_length

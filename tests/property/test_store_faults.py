@@ -1,0 +1,258 @@
+"""A store that was cut off, ran out of room, or was damaged: nothing lost, nothing wrong, nothing half."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pitfs.errors import CapacityError, CorruptionError, PitfsError
+from pitfs.model.transfer import Begin, End, VolumeInfo
+from pitfs.store.catalog import Catalog
+from pitfs.store.ingest import Ingest
+from pitfs.store.layout import CATALOG, STORE_JSON
+from pitfs.store.store import Store
+from tests.helpers.stores import feed, ingest_transfer, read_image
+from tests.helpers.transfers import History, Transfer
+
+CALLS = ("pwrite", "fsync", "fdatasync", "rename", "unlink", "ftruncate", "open")
+
+
+class Killed(BaseException):
+    """The process is dead: nothing of it runs after this."""
+
+
+def small_history() -> tuple[History, list[Transfer]]:
+    """Two committed marks and one to come, with a journal; few blocks."""
+    history = History(5, (VolumeInfo("a", 9_000, 1024), VolumeInfo("b", 5_000, 512)))
+    transfers = [history.close_interval()]
+    for _ in range(2):
+        for _ in range(8):
+            history.write()
+        transfers.append(history.close_interval(bookmarks=(f"mark-{len(transfers)}",)))
+    return history, transfers
+
+
+@contextmanager
+def failing(
+    monkeypatch: pytest.MonkeyPatch, number: int, error: Callable[[], BaseException]
+) -> Iterator[list[str]]:
+    """Call `number` (from 0) of those that change the disk raises; if it kills, all after it do as well."""
+    seen: list[str] = []
+
+    def wrap(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            seen.append(name)
+            raised = error()
+            if len(seen) - 1 == number or (len(seen) > number >= 0 and isinstance(raised, Killed)):
+                raise raised
+            return real(*arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in CALLS:
+            patch.setattr(os, name, wrap(name, getattr(os, name)))
+        patch.setattr(Catalog, "commit", wrap("commit", Catalog.commit))
+        yield seen
+
+
+def send(ingest: Ingest, transfer: Transfer) -> None:
+    random = np.random.default_rng(1)
+    lengths = ingest.begin(transfer.manifest).lengths
+    for frame in transfer.frames(random, lengths):
+        if isinstance(frame, End):
+            ingest.checkpoint(tuple(frame.lengths))
+        if not isinstance(frame, Begin):
+            feed(ingest, frame)
+
+
+def assert_all_readable(path: str, history: History, up_to_seq: int) -> None:
+    """All that is listed is there and right, and it is listed up to that seq."""
+    store = Store.open(path)
+    listed = [snapshot.seq for snapshot in store.snapshots()]
+    assert listed[-1] == up_to_seq
+    for interval in store.intervals():
+        listed += range(interval.from_seq + 1, interval.to_seq + 1)
+    for seq in set(listed):
+        for volume in range(len(history.volumes)):
+            assert read_image(store, store.at_seq(seq), volume) == history.states[seq][volume]
+    for bookmark in store.bookmarks():
+        assert store.at_instant(bookmark.time_ns) is not None
+    store.close()
+
+
+@pytest.fixture
+def before(tmp_path: Path) -> tuple[History, Transfer, str]:
+    """A store with all transfers but the last, which is given with it."""
+    history, transfers = small_history()
+    ingest = Ingest(str(tmp_path / "before"), history.hello)
+    for transfer in transfers[:-1]:
+        ingest_transfer(ingest, transfer)
+    ingest.close()
+    return history, transfers[-1], str(tmp_path / "before")
+
+
+def storage_calls(
+    monkeypatch: pytest.MonkeyPatch, before: tuple[History, Transfer, str], work: str
+) -> list[str]:
+    history, transfer, source = before
+    shutil.copytree(source, work)
+    ingest = Ingest(work, history.hello)
+    with failing(monkeypatch, -1, Killed) as seen:
+        send(ingest, transfer)
+    ingest.close()
+    shutil.rmtree(work)
+    return seen
+
+
+def test_killed_at_any_step_the_store_opens_and_takes_the_transfer_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: tuple[History, Transfer, str]
+) -> None:
+    history, transfer, source = before
+    work = str(tmp_path / "work")
+    calls = storage_calls(monkeypatch, before, work)
+    assert {"rename", "fsync", "fdatasync", "commit", "unlink"} <= set(calls)
+    m = transfer.manifest
+    for number, name in enumerate(calls):
+        shutil.copytree(source, work)
+        ingest = Ingest(work, history.hello)
+        with failing(monkeypatch, number, Killed), pytest.raises(Killed):
+            send(ingest, transfer)
+        ingest.close()
+        committed = "commit" in calls[:number]
+        assert_all_readable(os.path.join(work, "db1"), history, m.to_seq if committed else m.from_seq)
+        ingest = Ingest(work, history.hello)
+        assert ingest.welcome().mark == (m.mark if committed else m.mark - 1), name
+        if not committed:
+            send(ingest, transfer)
+        assert_all_readable(os.path.join(work, "db1"), history, m.to_seq)
+        assert os.listdir(os.path.join(work, "db1", "staging")) == [] or committed
+        ingest.close()
+        shutil.rmtree(work)
+
+
+def test_where_the_disk_is_full_the_transfer_resumes_when_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: tuple[History, Transfer, str]
+) -> None:
+    history, transfer, source = before
+    work = str(tmp_path / "work")
+    calls = storage_calls(monkeypatch, before, work)
+    last_checkpoint = max(n for n, name in enumerate(calls) if name == "fdatasync") + 5
+    assert "rename" in calls[last_checkpoint + 1 :], "the moves to objects/ come after it"
+    for number in [n for n, name in enumerate(calls) if name not in ("commit", "unlink")]:
+        shutil.copytree(source, work)
+        ingest = Ingest(work, history.hello)
+        with (
+            failing(monkeypatch, number, lambda: OSError(errno.ENOSPC, "full")),
+            pytest.raises(CapacityError, match="make room"),
+        ):
+            send(ingest, transfer)
+        if number > last_checkpoint:
+            assert ingest.begin(transfer.manifest).cursor, "the checkpoint is kept"
+        send(ingest, transfer)
+        assert_all_readable(ingest.path, history, transfer.manifest.to_seq)
+        ingest.close()
+        shutil.rmtree(work)
+
+
+def test_where_the_commit_fails_what_was_sent_is_kept(
+    monkeypatch: pytest.MonkeyPatch, before: tuple[History, Transfer, str]
+) -> None:
+    history, transfer, root = before
+
+    def full(*_: object) -> None:
+        raise CapacityError("catalog: no room")
+
+    ingest = Ingest(root, history.hello)
+    with monkeypatch.context() as patch:
+        patch.setattr(Catalog, "commit", full)
+        with pytest.raises(CapacityError):
+            send(ingest, transfer)
+    assert ingest.begin(transfer.manifest).lengths == transfer.end.lengths
+    ingest.end(transfer.end)
+    assert_all_readable(ingest.path, history, transfer.manifest.to_seq)
+    ingest.close()
+
+
+def test_every_damaged_byte_is_noticed_or_harmless(tmp_path: Path) -> None:
+    history, transfers = small_history()
+    ingest = Ingest(str(tmp_path), history.hello)
+    for transfer in transfers:
+        ingest_transfer(ingest, transfer)
+    ingest.close()
+    wrong, noticed = 0, 0
+    random = np.random.default_rng(2)
+    for file in sorted(Path(ingest.path, "objects").iterdir()):
+        good = file.read_bytes()
+        offsets = [*range(0, 72, 5), *random.integers(4096, len(good), 25).tolist(), len(good) - 1]
+        for offset in offsets:
+            damaged = bytearray(good)
+            damaged[offset] ^= 1 << int(random.integers(8))
+            file.write_bytes(damaged)
+            for seq in (0, 5, 15):
+                store = Store.open(ingest.path)
+                try:
+                    for volume in range(2):
+                        wrong += read_image(store, store.at_seq(seq), volume) != history.states[seq][volume]
+                except PitfsError:  # CorruptionError, or StoreVersionError from a header
+                    noticed += 1
+                finally:
+                    store.close()
+        file.write_bytes(good)
+    assert wrong == 0
+    assert noticed > 100
+
+
+def test_objects_that_were_swapped_or_are_missing_are_noticed(tmp_path: Path) -> None:
+    history, transfers = small_history()
+    ingest = Ingest(str(tmp_path), history.hello)
+    for transfer in transfers:
+        ingest_transfer(ingest, transfer)
+    ingest.close()
+    first, second = (Path(ingest.path, "objects", f"journal-{s:016x}.blocks") for s in (2, 3))
+    second.write_bytes(first.read_bytes())
+    for seq, problem in ((history.at[0] - 1, "another object"), (history.at[0] - 2, "missing")):
+        store = Store.open(ingest.path)
+        with pytest.raises(CorruptionError, match=problem):
+            [read_image(store, store.at_seq(seq), volume) for volume in range(2)]
+        store.close()
+        second.unlink(missing_ok=True)
+
+
+def test_a_staged_row_that_changed_on_disk_makes_the_transfer_begin_anew(
+    before: tuple[History, Transfer, str],
+) -> None:
+    history, transfer, root = before
+    ingest = Ingest(root, history.hello)
+    for frame in list(transfer.frames(np.random.default_rng(0)))[:-1]:
+        feed(ingest, frame)
+    point = ingest.checkpoint((1,))
+    assert all(point.lengths)
+    ingest.close()
+    rows = Path(ingest.path, "staging", "journal.rows")
+    data = bytearray(rows.read_bytes())
+    data[0] ^= 1  # the block's number: contents and checksums would still agree
+    rows.write_bytes(data)
+    ingest = Ingest(root, history.hello)
+    assert ingest.begin(transfer.manifest).lengths == (0, 0, 0, 0, 0)
+    send(ingest, transfer)
+    assert_all_readable(ingest.path, history, transfer.manifest.to_seq)
+    ingest.close()
+
+
+def test_a_damaged_catalog_or_store_json_is_one_clear_error(before: tuple[History, Transfer, str]) -> None:
+    path = Path(before[2], "db1")
+    good = (path / CATALOG).read_bytes()
+    for part in (CATALOG, STORE_JSON):
+        (path / part).write_bytes(b"nothing that anybody could read" * 200)
+        with pytest.raises(PitfsError, match=part.replace(".", r"\.")):
+            Store.open(str(path)).latest()
+        (path / CATALOG).write_bytes(good)
