@@ -218,7 +218,7 @@ def _read_journal(table: Table) -> JournalConfig:
     capacity = table.quantity("capacity", _SIZE_BYTES, '"10GiB"', 10 << 30, plain=True)
     if not MIN_CAPACITY_BYTES <= capacity <= MAX_CAPACITY_BYTES:
         table.fail(
-            "capacity", f"{table.values['capacity']!r}: must be 64MiB to {MAX_CAPACITY_BYTES >> 40}TiB"
+            "capacity", f"{table.values['capacity']!r}: must be 16MiB to {MAX_CAPACITY_BYTES >> 40}TiB"
         )
     return JournalConfig(capacity, table.choice("on_full", ("degrade", "block"), "degrade"))
 

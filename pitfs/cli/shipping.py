@@ -214,7 +214,7 @@ class Shipper:
     # -- transfers ---------------------------------------------------------------------------------------
 
     async def _ship_copy(self, session: SenderSession, copy: Copy) -> None:
-        manifest = shipment.copy_manifest(copy, self._hello.history)
+        manifest = shipment.copy_manifest(copy, self._hello.history, session.welcome)
         resume = await session.begin(manifest)
         log.info(
             "complete copy begins, mark %d%s", copy.start.mark, f" behind {resume.lengths[1]} bytes" if resume.cursor else ""

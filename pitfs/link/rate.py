@@ -10,7 +10,7 @@ ROUNDING_BYTES: Final = 1e-3  # what floating point may be short of a token that
 class TokenBucket:
     """Lets `rate_bytes_per_s` through, with bursts of at most `burst_bytes`.
 
-    In any interval of t seconds at most rate × t + burst bytes are let through: tokens are taken when the bytes
+    In any interval of t seconds at most rate × t + burst bytes go through: tokens are taken when the bytes
     really go, so a caller that woke late can't send late what it waited for and the next at its time. It gets
     the whole rate all the same if it asks for less than a burst at once: the rest of the bucket fills
     meanwhile, and what was slept too long, up to that rest, isn't lost.

@@ -39,6 +39,7 @@ from pitfs.model.transfer import (
     Section,
     TransferFrame,
     VolumeInfo,
+    Welcome,
 )
 from pitfs.production.reader import BlockSource, Copy, Interval
 
@@ -154,17 +155,22 @@ def _manifest(
     )
 
 
-def copy_manifest(copy: Copy, history: str) -> Manifest:
-    """The manifest of a complete copy."""
+def copy_manifest(copy: Copy, history: str, welcome: Welcome) -> Manifest:
+    """The manifest of a complete copy.
+
+    Args:
+        welcome: where the replica stands: what lies between that and the copy is a gap.
+    """
     start = copy.start
+    before = (welcome.seq, welcome.time_ns) if welcome.mark else (copy.seq, copy.time_ns)
     gaps = ()
-    if start.cause:
-        gaps = (Gap(start.from_seq, start.from_time_ns, copy.seq, copy.time_ns, start.cause),)
+    if welcome.mark:
+        gaps = (Gap(*before, copy.seq, copy.time_ns, start.cause),)
     return Manifest(
         mark=start.mark,
         kind=Kind.FULL,
-        from_seq=start.from_seq,
-        from_time_ns=start.from_time_ns,
+        from_seq=before[0],
+        from_time_ns=before[1],
         to_seq=copy.seq,
         to_time_ns=copy.time_ns,
         first_time_ns=None,

@@ -167,7 +167,7 @@ def test_sizes(text: str, capacity: int) -> None:
         ('"100Mbit"', '"0Mbit"', "line 18, replication.rate: '0Mbit': must be 64kbit to"),
         ('"100Mbit"', "0", "needs a unit"),
         ('"100Mbit"', '"100Mbps"', "isn't a number with one of B, kB"),
-        ('"500MB"', '"63MiB"', "line 21, journal.capacity: '63MiB': must be 64MiB to"),
+        ('"500MB"', '"15MiB"', "line 21, journal.capacity: '15MiB': must be 16MiB to"),
         ('"500MB"', "true", "must be text in quotes, not true or false"),
         ('"block"', '"drop"', "'drop' isn't known; it is one of degrade, block"),
         ('key = "/etc/pitfs/key.pem"\n', "", "tls.key: is missing"),

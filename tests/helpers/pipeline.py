@@ -1,0 +1,159 @@
+"""The whole way without processes: splitter → local journal → shipment → store, beside a naive model."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from pitfs.model.granularity import decide
+from pitfs.model.transfer import End, Hello, Manifest, ResumePoint, TransferFrame, VolumeInfo
+from pitfs.production import copying, shipment
+from pitfs.production.journal import Location
+from pitfs.production.reader import BlockSource, Copy, Interval, JournalReader
+from pitfs.production.splitter import Splitter
+from pitfs.production.start import VolumeSpec, journal_directory, lock_state, open_splitter
+from pitfs.production.state import read_group
+from pitfs.store.ingest import Ingest
+from tests.helpers.stores import feed
+
+
+@dataclass
+class Pipeline:
+    """A group in a temporary directory. `states[seq]` is the naive model: the volumes' bytes after write seq.
+
+    The clock is a counter: it stands still now and then, as real ones do.
+    """
+
+    tmp: Path
+    sizes: list[int]
+    block_sizes: list[int]
+    capacity_bytes: int = 64 << 20
+    seed: int = 0
+    states: list[list[bytes]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.random = np.random.default_rng(self.seed)
+        self.backings = [self.tmp / f"backing{index}" for index in range(len(self.sizes))]
+        for path, size in zip(self.backings, self.sizes, strict=True):
+            content = bytearray(size)
+            at = int(self.random.integers(size))
+            content[at : at + 5000] = self.random.bytes(min(5000, size - at))
+            path.write_bytes(content)
+        ticks = itertools.count(1_700_000_000_000_000_000, 7)
+        self._clock = lambda: next(ticks) // 50 * 50
+        self.state = str(self.tmp / "state")
+        self.start()
+        self.states.append([path.read_bytes() for path in self.backings])
+        group = read_group(self.state)
+        assert group is not None
+        self.hello = Hello("g", group.history, group.volumes)
+        self.ingest = Ingest(str(self.tmp), self.hello)
+        self.reader = JournalReader(journal_directory(self.state), self.block_sizes)
+        self.reader.seek(Location(1, 4096), (0, 0))
+
+    @property
+    def volumes(self) -> tuple[VolumeInfo, ...]:
+        return self.hello.volumes
+
+    def start(self) -> None:
+        self.lock = lock_state(self.state)
+        specs = [
+            VolumeSpec(f"v{index}", str(path), size)
+            for index, (path, size) in enumerate(zip(self.backings, self.block_sizes, strict=True))
+        ]
+        self.splitter: Splitter = open_splitter(self.state, "g", specs, self.capacity_bytes, False, self._clock)
+
+    def crash(self) -> None:
+        """As kill -9: descriptors go, nothing is closed in order."""
+        import os
+
+        os.close(self.lock)
+        self.splitter.journal.close()
+        self.splitter._progress.close()
+        for volume in self.splitter.volumes:
+            volume.backing.close()
+
+    def write(self, volume: int, offset: int, data: bytes) -> None:
+        self.splitter.write(volume, offset, data)
+        after = list(self.states[-1])
+        after[volume] = after[volume][:offset] + data + after[volume][offset + len(data) :]
+        self.states.append(after)
+
+    def random_write(self) -> None:
+        """Unaligned, overlapping, crossing blocks, all zero, or the same content again."""
+        random = self.random
+        volume = int(random.integers(len(self.sizes)))
+        size = self.sizes[volume]
+        offset = int(random.integers(size)) if random.random() < 0.7 else int(random.integers(min(size, 4000)))
+        if random.random() < 0.4:
+            offset -= offset % self.block_sizes[volume]
+        length = min(size - offset, int(random.choice([1, 100, 512, 4096, 10_000, self.block_sizes[volume] * 3])))
+        kind = random.random()
+        now = self.states[-1][volume]
+        if kind < 0.15:
+            data = bytes(length)
+        elif kind < 0.3:
+            data = now[offset : offset + length]
+        elif kind < 0.45:
+            data = (b"again" * (length // 5 + 1))[:length]
+        else:
+            data = random.bytes(length)
+        self.write(volume, offset, data)
+
+    def items(self) -> Iterator[Interval | Copy]:
+        while (item := self.reader.next(self.splitter.journal.tail)) is not None:
+            yield item
+
+    def ship(self, rate_bytes_per_s: float | None = None) -> list[Manifest]:
+        """Ships everything that is marked; returns the manifests."""
+        shipped = []
+        for item in self.items():
+            if isinstance(item, Copy):
+                self.ship_copy(item)
+            else:
+                shipped.append(self.ship_interval(item, rate_bytes_per_s))
+        return shipped
+
+    def ship_copy(self, copy: Copy) -> None:
+        resume = self.ingest.begin(shipment.copy_manifest(copy, self.hello.history, self.ingest.welcome()))
+        for frame in self.copy_frames(copy, resume):
+            feed(self.ingest, frame)
+        for volume in self.splitter.volumes:
+            volume.copied_block = volume.block_count
+        self.splitter.standing.copy = None
+
+    def copy_frames(self, copy: Copy, resume: ResumePoint) -> Iterator[TransferFrame]:
+        fds = [volume.backing.fd for volume in self.splitter.volumes]
+        return copying.frames(
+            journal_directory(self.state), self.volumes, fds, copy.location, copy.start.mark, resume,
+            lambda: self.splitter.journal.tail,
+        )
+
+    def ship_interval(self, interval: Interval, rate_bytes_per_s: float | None) -> Manifest:
+        source = BlockSource(journal_directory(self.state), interval, self.block_sizes)
+        prepared = shipment.prepare(
+            interval,
+            self.volumes,
+            source,
+            lambda diff, journal: decide(
+                mode="dynamic", diff_bytes=diff, journal_bytes=journal, interval_ns=10**9,
+                rate_bytes_per_s=rate_bytes_per_s,
+            ),
+            True,
+        )
+        resume = self.ingest.begin(prepared.manifest)
+        for frame in shipment.frames(prepared, source, self.volumes, resume):
+            feed(self.ingest, frame)
+            if isinstance(frame, End):
+                break
+        source.close()
+        return prepared.manifest
+
+    def close(self) -> None:
+        self.reader.close()
+        self.ingest.close()
+        self.crash()

@@ -1,0 +1,101 @@
+"""The block map against a plain dictionary, over generations that share nodes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from xxhash import xxh3_64_intdigest
+
+from pitfs.model.blockmap import EMPTY, FANOUT, Entry, MapBuilder, Node, find_leaf, tree_depth
+
+
+class Nodes:
+    """Nodes in memory; a wrong checksum is a failure, as is one that changes later."""
+
+    def __init__(self) -> None:
+        self.nodes: list[bytes] = []
+
+    def emit(self, node: Node) -> int:
+        self.nodes.append(node.tobytes())
+        return len(self.nodes)
+
+    def load(self, pointer: int, checksum: int) -> Node:
+        data = self.nodes[pointer - 1]
+        assert xxh3_64_intdigest(data) == checksum
+        return np.frombuffer(data, "<u8").reshape(2, FANOUT)
+
+
+def as_dictionary(nodes: Nodes, root: Entry, block_count: int) -> dict[int, tuple[int, int]]:
+    found = {}
+    for leaf_index in range(-(-block_count // FANOUT)):
+        leaf = find_leaf(root, block_count, leaf_index, nodes.load)
+        if leaf is not None:
+            for slot in np.flatnonzero(leaf[0]).tolist():
+                found[leaf_index * FANOUT + slot] = (int(leaf[0, slot]), int(leaf[1, slot]))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_each_generation_keeps_its_own_state(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    block_count = int(random.choice([1, 511, 512, 513, 5_000, 262_144, 262_145, 600_000]))
+    nodes, root, model = Nodes(), EMPTY, dict[int, tuple[int, int]]()
+    generations = []
+    for _ in range(6):
+        builder = MapBuilder(block_count, root, nodes.load, nodes.emit)
+        count = int(random.integers(0, min(block_count, 3_000) + 1))
+        blocks = np.unique(random.integers(0, block_count, count)).astype("<i8")
+        pointers = random.integers(1, 1 << 63, len(blocks)).astype("<u8")
+        checksums = random.integers(0, 1 << 63, len(blocks)).astype("<u8")
+        zeros = random.random(len(blocks)) < 0.3
+        pointers[zeros] = checksums[zeros] = 0
+        for part in np.array_split(np.arange(len(blocks)), int(random.integers(1, 9))):
+            builder.update(blocks[part], pointers[part], checksums[part])
+        root = builder.finish()
+        model = model | {
+            block: (pointer, checksum)
+            for block, pointer, checksum in zip(
+                blocks.tolist(), pointers.tolist(), checksums.tolist(), strict=True
+            )
+        }
+        model = {block: entry for block, entry in model.items() if entry[0]}
+        generations.append((root, dict(model)))
+    for generation, wanted in generations:
+        assert as_dictionary(nodes, generation, block_count) == wanted
+
+
+def test_one_block_makes_one_node_for_each_level_and_shares_the_rest() -> None:
+    nodes, block_count = Nodes(), 300_000
+    every = np.arange(block_count, dtype="<i8")
+    builder = MapBuilder(block_count, EMPTY, nodes.load, nodes.emit)
+    builder.update(every, every.astype("<u8") + 1, every.astype("<u8"))
+    root = builder.finish()
+    before = len(nodes.nodes)
+    assert before == 586 + 2 + 1
+    builder = MapBuilder(block_count, root, nodes.load, nodes.emit)
+    builder.update(every[1000:1001], np.array([7], "<u8"), np.array([8], "<u8"))
+    builder.finish()
+    assert len(nodes.nodes) == before + tree_depth(block_count) == before + 3
+
+
+def test_a_map_of_which_all_blocks_become_zeros_is_empty_again() -> None:
+    nodes, blocks = Nodes(), np.array([5, 600, 262_143], "<i8")
+    builder = MapBuilder(262_144, EMPTY, nodes.load, nodes.emit)
+    builder.update(blocks, np.array([1, 2, 3], "<u8"), np.array([4, 5, 6], "<u8"))
+    root = builder.finish()
+    assert root != EMPTY
+    builder = MapBuilder(262_144, root, nodes.load, nodes.emit)
+    builder.update(blocks, np.zeros(3, "<u8"), np.zeros(3, "<u8"))
+    assert builder.finish() == EMPTY
+
+
+def test_nothing_updated_is_the_same_map() -> None:
+    root = Entry(5, 6)
+    assert MapBuilder(10, root, lambda *_: pytest.fail(), lambda _: pytest.fail()).finish() == root
+
+
+@pytest.mark.parametrize(
+    ("block_count", "depth"), [(1, 1), (512, 1), (513, 2), (512**2, 2), (512**2 + 1, 3), (2**36, 4)]
+)
+def test_depth_follows_from_the_block_count(block_count: int, depth: int) -> None:
+    assert tree_depth(block_count) == depth

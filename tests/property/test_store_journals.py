@@ -1,0 +1,124 @@
+"""The journal index against a plain search: the last entry not after a seq, for any range, chunks large or few."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pitfs.errors import CorruptionError
+from pitfs.store import journals
+from pitfs.store.facts import Interval, ObjectFacts
+from pitfs.store.journals import JournalIndex, JournalWriter, chunk_cache
+from pitfs.store.layout import ObjectHeader, ObjectKind, object_file
+from pitfs.store.objects import ObjectPool
+
+HISTORY = bytes(16)
+FROM_SEQ = 100
+
+
+def write_index(
+    directory: Path, rows: dict[int, np.ndarray], times_ns: np.ndarray, random: np.random.Generator
+) -> tuple[ObjectPool, JournalIndex]:
+    name = object_file(ObjectKind.JOURNAL_INDEX, 2)
+    fd = os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    writer = JournalWriter(fd)
+    for volume, table in rows.items():
+        for part in np.array_split(table, int(random.integers(1, 5)), axis=1):
+            blocks, seqs = part[0].astype("<i8"), part[1].astype("<i8")
+            writer.add_rows(volume, blocks, seqs, part[2].copy(), part[3].copy())
+    seq = FROM_SEQ + 1
+    for times in np.array_split(times_ns, 3):
+        writer.add_times(seq, times)
+        seq += len(times)
+    data_bytes, tail_bytes, checksum = writer.finish()
+    os.pwrite(fd, ObjectHeader(ObjectKind.JOURNAL_INDEX, HISTORY, 2, data_bytes, tail_bytes, checksum).encode(), 0)
+    os.close(fd)
+    last = FROM_SEQ + len(times_ns)
+    interval = Interval(2, 1, FROM_SEQ, 0, last, int(times_ns[-1]), int(times_ns[0]), 0, "", 0)
+    facts = ObjectFacts(name, ObjectKind.JOURNAL_INDEX, 2, data_bytes, tail_bytes, checksum)
+    pool = ObjectPool(str(directory), HISTORY)
+    return pool, JournalIndex(pool, interval, facts, chunk_cache(4))
+
+
+def random_rows(random: np.random.Generator, writes: int, block_count: int) -> np.ndarray:
+    """(block, seq, pointer, checksum) columns, some blocks written very often."""
+    blocks = random.integers(0, block_count, writes)
+    hot = random.random(writes) < 0.6
+    blocks[hot] = random.integers(0, max(1, block_count // 20), int(hot.sum()))
+    seqs = np.arange(FROM_SEQ + 1, FROM_SEQ + 1 + writes)
+    order = np.lexsort((seqs, blocks))
+    table = np.zeros((4, writes), "<u8")
+    table[0], table[1] = blocks[order], seqs[order]
+    table[2:] = random.integers(0, 1 << 62, (2, writes))
+    return table
+
+
+def last_entries(rows: np.ndarray, start: int, end: int, seq: int) -> list[tuple[int, int, int]]:
+    found = {}
+    for block, at, pointer, checksum in rows.T.tolist():
+        if start <= block < end and at <= seq:
+            found[block] = (block, pointer, checksum)
+    return list(found.values())
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_range_gives_the_last_entry_of_each_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    random = np.random.default_rng(seed)
+    monkeypatch.setattr(journals, "CHUNK_ROWS", int(random.choice([1, 3, 16, 2048])))
+    monkeypatch.setattr(journals, "CHUNK_TIMES", 32)
+    writes = int(random.integers(1, 600))
+    rows = {volume: random_rows(random, writes, int(random.integers(1, 60))) for volume in (0, 2)}
+    times_ns = np.cumsum(random.integers(1, 5, writes)).astype("<i8")
+    pool, index = write_index(tmp_path, rows, times_ns, random)
+    for _ in range(150):
+        volume = int(random.choice([0, 2]))
+        start, length = int(random.integers(0, 60)), int(random.integers(1, 60))
+        seq = FROM_SEQ + int(random.integers(0, writes + 2))
+        found = index.range(volume, start, start + length, seq)
+        assert [tuple(map(int, entry)) for entry in zip(*found, strict=True)] == last_entries(
+            rows[volume], start, start + length, seq
+        )
+    assert not len(index.range(1, 0, 60, FROM_SEQ + writes)[0])
+    for time_ns in range(int(times_ns[0]) - 1, min(int(times_ns[-1]) + 2, 300)):
+        count = int((times_ns <= time_ns).sum())
+        assert index.last_seq_at(time_ns) == (FROM_SEQ + count if count else None)
+    assert [index.time_of(FROM_SEQ + 1 + i) for i in range(writes)] == times_ns.tolist()
+    pool.close()
+
+
+def test_a_block_written_very_often_costs_no_more_than_two_chunks(tmp_path: Path) -> None:
+    writes = 50_000
+    table = np.zeros((4, writes), "<u8")
+    table[0], table[1] = 7, np.arange(FROM_SEQ + 1, FROM_SEQ + 1 + writes)
+    table[2] = table[1]
+    times_ns = np.arange(1, writes + 1, dtype="<i8")
+    pool, index = write_index(tmp_path, {0: table}, times_ns, np.random.default_rng(0))
+    for seq in (FROM_SEQ + 1, FROM_SEQ + writes // 2, FROM_SEQ + writes):
+        assert len(index._chunks_for(0, 0, 512, seq)) <= 2
+        assert index.range(0, 0, 512, seq)[1].tolist() == [seq]
+    pool.close()
+
+
+def test_a_damaged_chunk_or_fence_table_is_noticed(tmp_path: Path) -> None:
+    random = np.random.default_rng(1)
+    rows, times_ns = random_rows(random, 300, 40), np.arange(1, 301, dtype="<i8")
+    pool, index = write_index(tmp_path, {0: rows}, times_ns, random)
+    path = tmp_path / object_file(ObjectKind.JOURNAL_INDEX, 2)
+    good = path.read_bytes()
+    for offset in (4096, 5000, 4096 + 300 * 32 - 1):
+        path.write_bytes(good[:offset] + bytes([good[offset] ^ 4]) + good[offset + 1 :])
+        with pytest.raises(CorruptionError, match="checksum"):
+            index.range(0, 0, 40, FROM_SEQ + 300)
+    path.write_bytes(good[:-1] + b"\xff")
+    with pytest.raises(CorruptionError, match="checksum"):
+        write_facts = ObjectFacts(path.name, 3, 2, 300 * 40, 80, 12345)
+        JournalIndex(pool, index.interval, write_facts, chunk_cache())
+    path.write_bytes(good[:5000])
+    with pytest.raises(CorruptionError, match="ends before"):
+        index.range(0, 0, 40, FROM_SEQ + 300)
+    pool.close()

@@ -1,0 +1,128 @@
+"""From a write to an image of any instant, without processes: byte for byte what the naive model has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pitfs.production.reader import Copy
+from pitfs.store.store import Store
+from tests.helpers.pipeline import Pipeline
+from tests.helpers.stores import feed, read_image
+
+LAYOUTS = [
+    ([100_000], [4096]),
+    ([40_001, 70_000], [512, 4096]),
+    ([300_000, 5_000, 66_000], [65536, 512, 1024]),
+    ([4096], [4096]),
+    ([511], [512]),
+]
+
+
+def check_every_seq(pipeline: Pipeline, sequences: range) -> None:
+    store = Store.open(str(pipeline.tmp / "g"))
+    try:
+        for seq in sequences:
+            resolution = store.at_seq(seq)
+            assert resolution.seq == seq
+            for volume in range(len(pipeline.sizes)):
+                assert read_image(store, resolution, volume) == pipeline.states[seq][volume], (seq, volume)
+    finally:
+        store.close()
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_seq_is_exactly_the_model(tmp_path: Path, layout: tuple[list[int], list[int]], seed: int) -> None:
+    pipeline = Pipeline(tmp_path, *layout, seed=seed)
+    marks = 0
+    for _ in range(int(pipeline.random.integers(1, 60))):
+        pipeline.random_write()
+        while pipeline.random.random() < 0.15:  # intervals without a write among them
+            pipeline.splitter.mark()
+            marks += 1
+    pipeline.splitter.mark()
+    assert len(pipeline.ship()) == marks + 1
+    check_every_seq(pipeline, range(len(pipeline.states)))
+    pipeline.close()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_first_copy_is_the_state_at_ready_however_writes_race_with_it(tmp_path: Path, seed: int) -> None:
+    pipeline = Pipeline(tmp_path, [400_000, 90_001], [4096, 512], seed=seed)
+    copy = next(pipeline.items())
+    assert isinstance(copy, Copy)
+    from pitfs.production import copying, shipment
+
+    resume = pipeline.ingest.begin(shipment.copy_manifest(copy, pipeline.hello.history, pipeline.ingest.welcome()))
+    read, copying._read = copying._read, _writing_around(pipeline, copying._read)  # type: ignore[assignment]
+    limit, copying.MAX_PAYLOAD_BYTES = copying.MAX_PAYLOAD_BYTES, 16384  # type: ignore[misc]
+    try:
+        for frame in pipeline.copy_frames(copy, resume):
+            feed(pipeline.ingest, frame)
+    finally:
+        copying._read, copying.MAX_PAYLOAD_BYTES = read, limit  # type: ignore[misc]
+    pipeline.splitter.standing.copy = None
+    pipeline.random_write()
+    pipeline.splitter.mark()
+    pipeline.ship()
+    check_every_seq(pipeline, range(len(pipeline.states)))
+    pipeline.close()
+
+
+def _writing_around(pipeline: Pipeline, read):  # type: ignore[no-untyped-def]
+    """Writes before and after each read of the backing volume: the copy must not see them."""
+
+    def reading(*arguments):  # type: ignore[no-untyped-def]
+        for _ in range(int(pipeline.random.integers(3))):
+            pipeline.random_write()
+        buffer = read(*arguments)
+        for _ in range(int(pipeline.random.integers(3))):
+            pipeline.random_write()
+        return buffer
+
+    return reading
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_after_a_kill_everything_goes_on(tmp_path: Path, seed: int) -> None:
+    pipeline = Pipeline(tmp_path, [200_000, 33_333], [4096, 512], seed=seed)
+    random = np.random.default_rng(seed)
+    for _ in range(4):
+        for _ in range(int(random.integers(1, 20))):
+            pipeline.random_write()
+        if random.random() < 0.5:
+            pipeline.splitter.mark()
+        if random.random() < 0.5:
+            pipeline.ship()
+        # The journal had the write and the backing volume didn't: redo must bring it.
+        volume = pipeline.splitter.volumes[0]
+        before = pipeline.backings[0].read_bytes()
+        pipeline.write(0, 1000, random.bytes(9000))
+        with open(pipeline.backings[0], "r+b") as file:
+            file.write(before)
+        assert volume.backing.path
+        pipeline.crash()
+        pipeline.start()
+        assert [path.read_bytes() for path in pipeline.backings] == pipeline.states[-1]
+        assert pipeline.splitter.standing.seq == len(pipeline.states) - 1
+    pipeline.splitter.mark()
+    pipeline.ship()
+    check_every_seq(pipeline, range(len(pipeline.states)))
+    pipeline.close()
+
+
+def test_without_room_for_it_the_difference_journal_is_erased(tmp_path: Path) -> None:
+    pipeline = Pipeline(tmp_path, [100_000], [4096], seed=1)
+    for _ in range(20):
+        pipeline.random_write()
+    pipeline.splitter.mark()
+    (manifest,) = pipeline.ship(rate_bytes_per_s=1.0)
+    assert manifest.granularity_ns is None and "doesn't fit" in manifest.cause
+    store = Store.open(str(tmp_path / "g"))
+    assert store.at_seq(7).seq == 0
+    assert read_image(store, store.at_seq(20), 0) == pipeline.states[20][0]
+    store.close()
+    pipeline.close()

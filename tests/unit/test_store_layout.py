@@ -1,0 +1,157 @@
+"""The bytes of a store's objects stay what they are; what isn't a store is said to be none."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from xxhash import xxh3_64_intdigest
+
+from pitfs.errors import CorruptionError, StoreError, StoreVersionError
+from pitfs.model.blockmap import EMPTY, Entry, MapBuilder, decode_node, new_node
+from pitfs.model.transfer import VolumeInfo
+from pitfs.store.journals import JournalWriter
+from pitfs.store.layout import (
+    HEADER_BYTES,
+    ObjectHeader,
+    ObjectKind,
+    check_identity,
+    contents_kind,
+    contents_object,
+    data_offset,
+    is_object_file,
+    object_file,
+    pointer,
+    pointer_object,
+    pointer_unit,
+    read_store_info,
+)
+from pitfs.store.store import Store
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+HEADER = ObjectHeader(ObjectKind.JOURNAL_INDEX, bytes(range(16)), 0x1234, 81920, 160, 0xFEDCBA9876543210)
+
+
+def golden(name: str) -> bytes:
+    return bytes.fromhex((GOLDEN / name).read_text("ascii"))
+
+
+def test_the_header_of_an_object_has_the_golden_bytes() -> None:
+    data = HEADER.encode()
+    assert len(data) == HEADER_BYTES
+    assert data[:72] == golden("store-object-header.hex")
+    assert not any(data[72:])
+    assert ObjectHeader.decode(data, "object") == HEADER
+
+
+def test_a_map_has_the_golden_bytes() -> None:
+    emitted: list[bytes] = []
+
+    def emit(node: np.ndarray) -> int:
+        emitted.append(node.tobytes())
+        return pointer(3, len(emitted) - 1)
+
+    builder = MapBuilder(1000, EMPTY, lambda *_: new_node(), emit)
+    builder.update(np.array([1, 513], "<i8"), np.array([pointer(6, 8), pointer(7, 0)], "<u8"), np.array([17, 18], "<u8"))
+    root = builder.finish()
+    assert b"".join(data.rstrip(b"\0") for data in emitted) == golden("store-map-nodes.hex")
+    assert root == Entry(pointer(3, 2), xxh3_64_intdigest(emitted[-1]))
+    assert decode_node(emitted[0])[1, 1] == 17
+
+
+def test_a_journal_index_has_the_golden_bytes(tmp_path: Path) -> None:
+    fd = os.open(tmp_path / "index", os.O_RDWR | os.O_CREAT)
+    writer = JournalWriter(fd)
+    columns = [np.array(c, d) for c, d in (([4, 4], "<i8"), ([11, 12], "<i8"), ([0, 1 << 37], "<u8"), ([0, 99], "<u8"))]
+    writer.add_rows(0, *columns)
+    writer.add_rows(1, *(column[1:] for column in columns))
+    writer.add_times(11, np.array([1000, 2000], "<i8"))
+    data_bytes, tail_bytes, checksum = writer.finish()
+    os.close(fd)
+    data = (tmp_path / "index").read_bytes()
+    assert not any(data[:HEADER_BYTES])
+    assert data[HEADER_BYTES:] == golden("store-journal-index.hex")
+    assert (data_bytes, tail_bytes) == (2 * 32 + 32 + 16, 3 * 40)
+    assert checksum == xxh3_64_intdigest(data[HEADER_BYTES + data_bytes :])
+
+
+@pytest.mark.parametrize("offset", range(72))
+def test_a_header_with_any_damaged_byte_is_refused(offset: int) -> None:
+    data = bytearray(HEADER.encode())
+    data[offset] ^= 0x10
+    with pytest.raises(CorruptionError, match="object: damaged"):
+        ObjectHeader.decode(bytes(data), "object")
+
+
+def test_a_header_of_a_newer_version_or_another_form_says_so() -> None:
+    for offset in (8, 14):
+        data = bytearray(HEADER.encode())
+        data[offset] += 1
+        data[64:72] = xxh3_64_intdigest(bytes(data[:64])).to_bytes(8, "little")
+        with pytest.raises(StoreVersionError, match="newer"):
+            ObjectHeader.decode(bytes(data), "object")
+
+
+def test_pointers_lead_to_objects_and_back() -> None:
+    for kind in (ObjectKind.SNAPSHOT_BLOCKS, ObjectKind.JOURNAL_BLOCKS):
+        number = contents_object(77, kind)
+        value = pointer(number, (1 << 36) - 1)
+        assert value < 1 << 64
+        assert (pointer_object(value), pointer_unit(value)) == (number, (1 << 36) - 1)
+        assert contents_kind(number) == (kind, 77)
+    assert data_offset(0) == 4096
+    assert data_offset(8) == 8192
+
+
+def test_object_files_are_told_from_others() -> None:
+    assert object_file(ObjectKind.MAP, 10) == "snapshot-000000000000000a.map"
+    assert all(is_object_file(object_file(kind, 5)) for kind in ObjectKind)
+    for name in ("snapshot-5.map", "journal-0000000000000005.map", "lost+found", "snapshot-0000000000000005.map.tmp"):
+        assert not is_object_file(name)
+
+
+@pytest.mark.parametrize(
+    ("group", "volumes", "problem"),
+    [
+        ("..", (VolumeInfo("a", 1, 512),), "group name"),
+        ("a/b", (VolumeInfo("a", 1, 512),), "group name"),
+        ("g" * 65, (VolumeInfo("a", 1, 512),), "group name"),
+        ("g", (), "0 volumes"),
+        ("g", (VolumeInfo("../x", 1, 512),), "volume name"),
+        ("g", (VolumeInfo("a", 1, 512), VolumeInfo("a", 2, 512)), "same name"),
+        ("g", (VolumeInfo("a", 1, 500),), "block size"),
+        ("g", (VolumeInfo("a", 1, 131072),), "block size"),
+        ("g", (VolumeInfo("a", 0, 512),), "size of 0"),
+        ("g", (VolumeInfo("a", 1 << 63, 512),), "32 TiB"),
+    ],
+)
+def test_a_group_that_cannot_be_is_refused(group: str, volumes: tuple[VolumeInfo, ...], problem: str) -> None:
+    assert problem in (check_identity(group, "0" * 32, volumes) or "")
+    assert check_identity("g", "0" * 32, (VolumeInfo("a", 1, 512),)) is None
+    assert "history" in (check_identity("g", "xyz", (VolumeInfo("a", 1, 512),)) or "")
+
+
+def test_what_is_not_a_store_is_said_to_be_none(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="no such directory"):
+        Store.open(str(tmp_path / "missing"))
+    with pytest.raises(StoreError, match=r"it has no store\.json: a store is a directory ROOT/GROUP"):
+        Store.open(str(tmp_path))
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StoreError, match="not a directory"):
+        Store.open(str(tmp_path / "file"))
+    store = tmp_path / "root" / "db1"
+    store.mkdir(parents=True)
+    (store / "store.json").write_text('{"format": "pitfs-store", "version": 1, "group": "db1"}')
+    with pytest.raises(StoreError, match="damaged"):
+        read_store_info(str(store))
+    with pytest.raises(StoreError, match="there are stores in it: db1"):
+        read_store_info(str(tmp_path / "root"))
+    (store / "store.json").write_text('{"format": "pitfs-store", "version": 2, "anything": []}')
+    with pytest.raises(StoreVersionError, match="newer pitfs"):
+        read_store_info(str(store))
+    for text in ("[]", "nonsense", '{"format": 1}', ""):
+        (store / "store.json").write_text(text)
+        with pytest.raises(StoreError, match=r"store\.json"):
+            read_store_info(str(store))
