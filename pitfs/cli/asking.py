@@ -33,7 +33,9 @@ def ask(config: Config, op: str, **arguments: Any) -> dict[str, Any]:
         try:
             return await connection.request(op, **arguments)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
-            raise PitfsError(f"{name}: the shipper ended before it answered: see the log of 'pitfs protect'") from None
+            raise PitfsError(
+                f"{name}: the shipper ended before it answered: see the log of 'pitfs protect'"
+            ) from None
         finally:
             await connection.aclose()
 

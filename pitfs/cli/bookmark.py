@@ -29,7 +29,9 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", args.name) or args.name in (".", ".."):
-        raise UsageError(f"{args.name}: not a name for a bookmark: letters, digits, '.', '_' and '-', at most 64")
+        raise UsageError(
+            f"{args.name}: not a name for a bookmark: letters, digits, '.', '_' and '-', at most 64"
+        )
     reply = ask(load_config(args.config), "bookmark", name=args.name)
     print(json.dumps(reply) if args.json else reply["instant"])
     return 0

@@ -14,6 +14,7 @@ import trio
 from pitfs.cli.main import report
 from pitfs.config import Config, load_config
 from pitfs.errors import UsageError
+from pitfs.link.tls import LinkContext, client_context, require_loopback
 
 PR_SET_NAME: Final = 15
 
@@ -47,6 +48,17 @@ def set_up_daemon_logging(verbose: int) -> None:
     logging.basicConfig(
         level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )
+
+
+def link_context(config: Config) -> LinkContext | None:
+    """TLS for the link. Raises UsageError for files that aren't right, or no TLS beyond loopback."""
+    tls = config.tls
+    if tls.insecure:
+        require_loopback(config.replication.host)
+        return None
+    if tls.certificate is None or tls.key is None or tls.authority is None:
+        raise UsageError(f"{config.path}: [tls]: certificate, key and authority are needed")
+    return client_context(tls.certificate, tls.key, tls.authority)
 
 
 def run_process(serve: Callable[[Config], int]) -> int:

@@ -40,9 +40,10 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 def run(args: argparse.Namespace) -> int:
     import trio
 
-    from pitfs.cli.processes import set_process_name, set_up_daemon_logging
+    from pitfs.cli.processes import link_context, set_process_name, set_up_daemon_logging
 
     config = load_config(args.config)
+    link_context(config)  # what is wrong with the certificates is said before anything starts
     set_up_daemon_logging(args.verbose)
     set_process_name("pitfs-protect")
     return trio.run(_Minder(config, args.verbose).run)
@@ -127,14 +128,16 @@ class _Minder:
             process.send_signal(signal.SIGTERM)
         with trio.move_on_after(STOP_S):
             return await process.wait()
-        log.error("the %s doesn't end within %g s: it is killed; nothing acknowledged is lost", _part(module), STOP_S)
+        log.error(
+            "the %s doesn't end within %g s: it is killed; nothing acknowledged is lost",
+            _part(module),
+            STOP_S,
+        )
         process.kill()
         await process.wait()
         return 1
 
-    async def _stop_on_signal(
-        self, scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]
-    ) -> None:
+    async def _stop_on_signal(self, scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
         import trio
 
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:

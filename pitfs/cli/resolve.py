@@ -99,7 +99,8 @@ def resolve(store: Store, text: str, zone_name: str = "UTC") -> tuple[Resolution
         except NotATimeError as error:
             not_a_time: UsageError = error
         except NoSuchInstantError:
-            raise NoSuchInstantError(f"{store.path}: no state answers to {text!r}: {_reachable(store)}") from None
+            reachable = _reachable(store)
+            raise NoSuchInstantError(f"{store.path}: no state answers to {text!r}: {reachable}") from None
     bookmark = store.bookmark(name)
     if bookmark is not None:
         resolution = store.at_seq(bookmark.seq)

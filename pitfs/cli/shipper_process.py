@@ -14,11 +14,11 @@ from typing import Any, Final
 
 import trio
 
-from pitfs.cli.processes import run_process, set_process_name, told_to_stop
+from pitfs.cli.processes import link_context, run_process, set_process_name, told_to_stop
 from pitfs.cli.shipping import Shipper
 from pitfs.config import Config
-from pitfs.errors import LinkError, PitfsError, UsageError
-from pitfs.link.tls import LinkContext, client_context, require_loopback
+from pitfs.errors import PitfsError, UsageError
+from pitfs.link.tls import LinkContext
 from pitfs.model.position import format_instant
 from pitfs.model.transfer import Hello
 from pitfs.production import control
@@ -71,7 +71,9 @@ class ShipperControl:
     async def _bookmark(self, name: str) -> dict[str, Any]:
         known = _read_bookmarks(self._state)
         if name in known:
-            raise UsageError(f"bookmark {name!r} exists already: a bookmark is never moved, choose another name")
+            raise UsageError(
+                f"bookmark {name!r} exists already: a bookmark is never moved, choose another name"
+            )
         reply = await self._shipper.mark(name)
         content = "".join(f"{each}\n" for each in sorted(known | {name}))
         await trio.to_thread.run_sync(
@@ -104,27 +106,13 @@ async def _stop_when_told(scope: trio.CancelScope) -> None:
     scope.cancel()
 
 
-def _context(config: Config) -> LinkContext | None:
-    """TLS for the link. Raises UsageError for files that aren't right, or no TLS beyond loopback."""
-    tls = config.tls
-    if tls.insecure:
-        require_loopback(config.replication.host)
-        return None
-    if tls.certificate is None or tls.key is None or tls.authority is None:
-        raise UsageError(f"{config.path}: [tls]: certificate, key and authority are needed")
-    return client_context(tls.certificate, tls.key, tls.authority)
-
-
 def serve(config: Config) -> int:
     """Ships until SIGTERM; returns the exit code."""
     set_process_name("pitfs-shipper")
     group = read_group(config.group.state)
     if group is None:
         raise UsageError(f"{config.group.state}: no state of a group: it is made by 'pitfs protect'")
-    try:
-        tls = _context(config)
-    except LinkError as error:
-        raise UsageError(str(error)) from error
+    tls = link_context(config)
     trio.run(_main, config, Hello(group.group, group.history, group.volumes), tls)
     return 0
 

@@ -14,13 +14,14 @@ import trio
 
 from pitfs.config import Config
 from pitfs.errors import CapacityError, CorruptionError, LinkError, PitfsError, PositionMismatchError
+from pitfs.link.stream import address_text
 from pitfs.link.tls import LinkContext
 from pitfs.link.transport import SenderSession, connect
 from pitfs.model.granularity import Decision, decide
 from pitfs.model.position import format_instant
 from pitfs.model.transfer import Checkpoint, Data, End, Hello, TransferFrame, VolumeInfo, Welcome
 from pitfs.production import copying, shipment
-from pitfs.production.control import Connection
+from pitfs.production.control import Connection, ControlError
 from pitfs.production.journal import Location, segment_bytes_for
 from pitfs.production.reader import BlockSource, Copy, Interval, JournalReader
 from pitfs.production.start import journal_directory
@@ -41,18 +42,23 @@ class Standing:
 
     Attributes:
         committed: the replica's last word, None before the first.
-        link_error: why the link is down, None while it is up.
-        down_since: trio's clock when the link went down.
+        link_error: why nothing gets through, None once something did. A new connection alone doesn't clear
+            it: the replica may refuse what is sent on it, again and again.
+        down_since: trio's clock when it began.
+        failures: how often a connection failed.
     """
 
     committed: Welcome | None = None
     committed_location: Location | None = None
     link_error: PitfsError | None = None
     down_since: float = 0.0
+    failures: int = 0
     connected: bool = False
     last_decision: Decision | None = None
     rates: deque[float] = field(default_factory=lambda: deque(maxlen=MEASUREMENTS))
-    wire_ratio: float = 1.0  # bytes on the wire for each byte of payload, of the last transfer that was measurable
+    wire_ratio: float = (
+        1.0  # bytes on the wire for each byte of payload, of the last transfer that was measurable
+    )
     changed: trio.Event = field(default_factory=trio.Event)
 
     def change(self) -> None:
@@ -77,9 +83,12 @@ class Shipper:
         self._volumes: tuple[VolumeInfo, ...] = hello.volumes
         self._splitter = splitter
         self._tls = tls
+        self._peer = address_text(config.replication.host, config.replication.port)
         self._directory = journal_directory(config.group.state)
         self._reader = JournalReader(self._directory, [volume.block_size for volume in self._volumes])
         self._wake = trio.Event()
+        self._hurry = trio.Event()  # somebody waits: connect now, not after the backoff
+        self._moved = False  # whether anything got through on this connection
         self.standing = Standing()
 
     # -- marks -------------------------------------------------------------------------------------------
@@ -105,12 +114,14 @@ class Shipper:
         """Ships for ever; reconnects with backoff, says each new cause once."""
         attempt = 0
         while True:
+            self._moved, self._hurry = False, trio.Event()
             try:
                 await self._connect()
-            except (LinkError, CapacityError, PositionMismatchError, CorruptionError) as error:
-                attempt = 0 if self.standing.connected else attempt + 1
+            except (LinkError, CapacityError, PositionMismatchError, CorruptionError, ControlError) as error:
+                attempt = 0 if self._moved else attempt + 1
                 self._link_down(error)
-            await trio.sleep(BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)])
+            with trio.move_on_after(BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)]):
+                await self._hurry.wait()
 
     def _link_down(self, error: PitfsError) -> None:
         standing = self.standing
@@ -121,6 +132,17 @@ class Shipper:
         if standing.link_error is None:
             standing.down_since = trio.current_time()
         standing.connected, standing.link_error = False, error
+        standing.failures += 1
+        standing.change()
+
+    def _getting_through(self, *_: object) -> None:
+        """Something arrived, or there is nothing to send: the link works."""
+        standing = self.standing
+        if self._moved:
+            return
+        self._moved = True
+        log.info("replicating to %s", self._peer)
+        standing.link_error = None
         standing.change()
 
     async def _connect(self) -> None:
@@ -132,8 +154,9 @@ class Shipper:
             hello=self._hello,
             rate_bytes_per_s=replication.rate_bytes_per_s,
         ) as session:
-            log.info("connected to %s, which has mark %d", session.peer, session.welcome.mark)
-            self.standing.link_error, self.standing.connected = None, True
+            log.debug("connected to %s, which has mark %d", session.peer, session.welcome.mark)
+            self.standing.connected = True
+            session.on_progress = self._getting_through
             self._committed(session.welcome, None)
             await self._locate(session.welcome)
             while True:
@@ -158,12 +181,15 @@ class Shipper:
         tail, splitter = await self._tail()
         if welcome.mark > splitter["mark"]:
             raise PositionMismatchError(
-                f"the replica has mark {welcome.mark} of group {self._hello.group!r}, this host only {splitter['mark']}: "
+                f"the replica has mark {welcome.mark} of group {self._hello.group!r}, this host only "
+                f"{splitter['mark']}: "
                 "this state directory is an old copy: put the current one back, or begin a new group"
             )
         if splitter["copy_mark"] is not None and welcome.mark >= splitter["copy_mark"]:
             # It was committed, and the word of it was lost.
-            await self._splitter.request("copied", mark=splitter["copy_mark"], volume=len(self._volumes), block=0)
+            await self._splitter.request(
+                "copied", mark=splitter["copy_mark"], volume=len(self._volumes), block=0
+            )
         try:
             if welcome.mark == 0:
                 numbers = await trio.to_thread.run_sync(list_segments, self._directory)
@@ -175,7 +201,9 @@ class Shipper:
             await self._rescan(str(error))
             return
         if not found:
-            await self._rescan(f"the replica stands at mark {welcome.mark}, which the local journal has no more")
+            await self._rescan(
+                f"the replica stands at mark {welcome.mark}, which the local journal has no more"
+            )
         elif self.standing.committed_location is None:
             self.standing.committed_location = self._reader.location
 
@@ -188,10 +216,10 @@ class Shipper:
 
     async def _rescan(self, cause: str) -> None:
         """Has a complete copy begun, with a gap before it, unless one is under way."""
-        log.error("%s: a complete copy follows", cause)
         _, reply = await self._tail()
         if reply["copy_mark"] is None:
             reply = await self._splitter.request("rescan", cause=cause)
+            log.error("%s: a complete copy follows", cause)
         self._reader.seek(Location(reply["copy_segment"], reply["copy_offset"]), (0, 0))
 
     async def _next_item(self) -> Interval | Copy:
@@ -208,6 +236,7 @@ class Shipper:
                 continue  # given up when writes passed unjournalled: the next one is behind it
             if item is not None:
                 return item
+            self._getting_through()
             with trio.move_on_after(POLL_S):
                 await wake.wait()
 
@@ -217,7 +246,9 @@ class Shipper:
         manifest = shipment.copy_manifest(copy, self._hello.history, session.welcome)
         resume = await session.begin(manifest)
         log.info(
-            "complete copy begins, mark %d%s", copy.start.mark, f" behind {resume.lengths[1]} bytes" if resume.cursor else ""
+            "complete copy begins, mark %d%s",
+            copy.start.mark,
+            f" behind {resume.lengths[1]} bytes" if resume.cursor else "",
         )
         fds = [os.open(volume.backing, os.O_RDONLY | os.O_CLOEXEC) for volume in self._config.volumes]
 
@@ -238,6 +269,7 @@ class Shipper:
             for fd in fds:
                 os.close(fd)
         await self._splitter.request("copied", mark=copy.start.mark, volume=len(self._volumes), block=0)
+        self._getting_through()
         self._committed(session.welcome, copy.location)
         log.info("complete copy committed, mark %d", copy.start.mark)
 
@@ -266,6 +298,7 @@ class Shipper:
         finally:
             source.close()
         await self._splitter.request("release", segment=interval.end.segment)
+        self._getting_through()
         self._committed(session.welcome, interval.end)
         log.debug("interval committed, mark %d, %d writes", interval.mark, len(interval.times))
 
@@ -287,7 +320,9 @@ class Shipper:
         """Bytes of payload per second that the replica acknowledged of late; None before the first measurement."""
         return statistics.median(self.standing.rates) if self.standing.rates else None
 
-    async def _send(self, session: SenderSession, iterator: Iterator[TransferFrame], copy: Copy | None) -> None:
+    async def _send(
+        self, session: SenderSession, iterator: Iterator[TransferFrame], copy: Copy | None
+    ) -> None:
         """Sends a transfer's frames to its end, and measures. Of a copy, the splitter hears what is durable."""
         begun, wire, payload = trio.current_time(), session.wire_bytes, session.payload_bytes
         durable = session.durable
@@ -315,19 +350,21 @@ class Shipper:
         """Returns when the replica has acknowledged `mark`.
 
         Raises:
-            PitfsError: the link is down, for longer than `grace_s` or until somebody changes something.
+            PitfsError: nothing got through for `grace_s`, or can't until somebody changes something.
         """
         standing = self.standing
+        begun, failures = trio.current_time(), standing.failures
+        self._hurry.set()
         while standing.committed is None or standing.committed.mark < mark:
-            changed = standing.changed
-            error = standing.link_error
-            if error is not None:
-                left = grace_s - (trio.current_time() - standing.down_since)
-                if left <= 0 or not error.retryable:
-                    raise PitfsError(str(error)) from error
-                with trio.move_on_after(left):
-                    await changed.wait()
-            else:
+            changed, error = standing.changed, standing.link_error
+            if error is None and standing.connected:
+                await changed.wait()
+                continue
+            error = error or LinkError(f"{self._peer}: no answer yet")
+            left = max(begun, standing.down_since) + grace_s - trio.current_time()
+            if left <= 0 or (not error.retryable and standing.failures > failures):
+                raise PitfsError(str(error)) from error
+            with trio.move_on_after(left):
                 await changed.wait()
 
     async def status(self, now_ns: int) -> dict[str, Any]:
@@ -350,14 +387,14 @@ class Shipper:
             "journal_bytes": splitter["used_bytes"],
             "journal_capacity_bytes": splitter["capacity_bytes"],
             "rate_bytes_per_s": rate if rate is not None else self.measured_rate,
-            "last_decision": decision and {"granularity_ns": decision.granularity_ns, "reason": decision.reason},
+            "last_decision": decision
+            and {"granularity_ns": decision.granularity_ns, "reason": decision.reason},
             "holders": [],
             "seq": splitter["seq"],
-            "link": "connected" if standing.connected else str(standing.link_error or "connecting"),
+            "link": str(standing.link_error or ("connected" if standing.connected else "connecting")),
             "passing": splitter["passing"] or None,
             "copying": splitter["copy_mark"] is not None,
         }
-
 
 
 def _pull(iterator: Iterator[TransferFrame]) -> list[TransferFrame]:

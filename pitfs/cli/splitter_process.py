@@ -19,7 +19,7 @@ import trio
 from pitfs.cli.processes import run_process, set_process_name, told_to_stop
 from pitfs.config import Config
 from pitfs.errors import PitfsError, UsageError
-from pitfs.fuse.mountinfo import clear_dead_mount, mounted_at
+from pitfs.fuse.mountinfo import clear_dead_mount, is_dead, mounted_at
 from pitfs.fuse.splitter import SplitterOperations, Syncer
 from pitfs.production import control
 from pitfs.production.service import SplitterService
@@ -39,12 +39,16 @@ def prepare_mountpoint(mountpoint: str, group: str) -> None:
     """
     source = f"{FILE_SYSTEM}:{group}"
     clear_dead_mount(mountpoint, f"fuse.{FILE_SYSTEM}", source)
+    if is_dead(mountpoint):
+        dead = mounted_at(mountpoint)
+        what = f"a dead mount of {dead.source} is there" if dead else "lies on a mount whose program is gone"
+        raise UsageError(f"{mountpoint}: mountpoint: {what}: clear it with 'umount -l {mountpoint}'")
     try:
         os.makedirs(mountpoint, exist_ok=True)
     except FileExistsError:
-        raise UsageError(f"{mountpoint}: mountpoint: not a directory") from None
+        raise UsageError(f"{mountpoint}: mountpoint: not a directory: give one, or a path to make one at") from None
     except OSError as error:
-        raise UsageError(f"{error.filename}: mountpoint: {os.strerror(error.errno or 0)}") from error
+        raise UsageError(f"{mountpoint}: mountpoint: can't be made: {os.strerror(error.errno or 0)}") from error
     present = mounted_at(mountpoint)
     if present is not None:
         raise UsageError(
@@ -56,7 +60,7 @@ def set_io_flusher() -> None:
     """Lets this process allocate memory without waiting for writeback that may wait for this process."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) != 0:
-        log.info("PR_SET_IO_FLUSHER: %s: going on without", os.strerror(ctypes.get_errno()))
+        log.debug("PR_SET_IO_FLUSHER: %s: going on without", os.strerror(ctypes.get_errno()))
 
 
 async def _serve(service: SplitterService, state: str) -> None:
@@ -95,7 +99,9 @@ def serve(config: Config) -> int:
     try:
         pyfuse3.init(operations, mountpoint, options)
     except (RuntimeError, OSError) as error:
-        raise UsageError(f"{mountpoint}: can't be mounted: {error}: is /dev/fuse there, and are you root?") from error
+        raise UsageError(
+            f"{mountpoint}: can't be mounted: {error}: is /dev/fuse there, and are you root?"
+        ) from error
     try:
         trio.run(_serve, service, state)
     finally:

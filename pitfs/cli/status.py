@@ -22,7 +22,9 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "protect'), the replica for a STORE.",
         epilog="examples:\n  pitfs status /etc/pitfs/db1.toml\n  pitfs status /srv/pitfs/db1 --json",
     )
-    parser.add_argument("target", metavar="CONFIG|STORE", help="TOML file of a group, or directory of a store")
+    parser.add_argument(
+        "target", metavar="CONFIG|STORE", help="TOML file of a group, or directory of a store"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
@@ -60,7 +62,10 @@ def _replica(path: str) -> dict[str, Any]:
                 pass
         decision = None
         if interval is not None:
-            decision = {"granularity_ns": interval.granularity_ns, "reason": interval.cause or "every write arrived"}
+            decision = {
+                "granularity_ns": interval.granularity_ns,
+                "reason": interval.cause or "every write arrived",
+            }
         return {
             "role": "replica",
             "group": store.group,
@@ -85,6 +90,12 @@ def _print(status: dict[str, Any]) -> None:
             continue
         if key == "last_decision":
             granularity = value["granularity_ns"]
-            what = "every write" if granularity == 0 else "snapshots only" if granularity is None else f"{granularity} ns"
+            what = (
+                "every write"
+                if granularity == 0
+                else "snapshots only"
+                if granularity is None
+                else f"{granularity} ns"
+            )
             value = f"{what}: {value['reason']}"
         print(f"{key.replace('_', ' '):<26}{value}")

@@ -53,7 +53,11 @@ def is_dead(path: str) -> bool:
 def clear_dead_mount(path: str, type_: str, source: str) -> bool:
     """Unmounts what a killed daemon of the same type and source left at `path`; whether there was one."""
     cleared = False
-    while (mount := mounted_at(path)) is not None and (mount.type, mount.source) == (type_, source) and is_dead(path):
+    while (
+        (mount := mounted_at(path)) is not None
+        and (mount.type, mount.source) == (type_, source)
+        and is_dead(path)
+    ):
         subprocess.run(["umount", "-l", path], check=True, capture_output=True)
         log.info("%s: cleared the mount that a killed pitfs left there", path)
         cleared = True

@@ -136,7 +136,7 @@ class Replica(pyfuse3.Operations):
         return pyfuse3.FileInfo(fh=inode, keep_cache=True)
 
     @handler
-    async def read(self, fh: FileHandleT, off: int, size: int) -> memoryview:
+    async def read(self, fh: FileHandleT, off: int, size: int) -> memoryview:  # type: ignore[override]
         view = self._views.get(fh) or self._view(fh)
         data = view.try_read_cached(off, size, self._buffer)
         if data is not None:

@@ -255,6 +255,7 @@ class SenderSession:
             self._fail(LinkError(f"{self.peer}: {failures.in_words(error)}"))
         except PitfsError as error:
             self._fail(error)
+        await self._stream.aclose()  # so that the peer needn't wait for the caller to notice
 
     def _closed_hint(self) -> str:
         if self._accepted:

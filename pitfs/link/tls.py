@@ -96,7 +96,7 @@ def require_loopback(host: str) -> None:
         UsageError: HOST has an address that isn't loopback, or none.
     """
     try:
-        found = socket.getaddrinfo(host or None, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         raise UsageError(
             f"{host}: the name can't be resolved ({getattr(error, 'strerror', error)})"

@@ -157,9 +157,7 @@ def difference_journal(
     return DifferenceJournal(entries, own, size_bytes)
 
 
-def _carriers(
-    columns: Columns, zero: Mask, in_diff: Mask, block_sizes: Int64s, contents: Contents
-) -> Rows:
+def _carriers(columns: Columns, zero: Mask, in_diff: Mask, block_sizes: Int64s, contents: Contents) -> Rows:
     """For each row the row that carries its content: one of the diff if there is one, else the first; else itself."""
     count = len(columns.seq)
     carrier = np.arange(count)

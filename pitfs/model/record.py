@@ -140,7 +140,17 @@ def encode_head(
 ) -> bytes:
     """Header and the covered part of the body (checksums or message) of a record; contents follow as they are."""
     head = HEADER.pack(
-        MAGIC, kind, 0, volume, block_count, len(covered) + contents_size, block, seq, time_ns, lsn, durable_lsn
+        MAGIC,
+        kind,
+        0,
+        volume,
+        block_count,
+        len(covered) + contents_size,
+        block,
+        seq,
+        time_ns,
+        lsn,
+        durable_lsn,
     )
     return head + CHECKSUM.pack(xxh3_64_intdigest(head + covered, seed)) + covered
 
@@ -157,8 +167,8 @@ def decode_head(data: bytes | memoryview, offset: int, seed: int, what: str, pos
     """
     if len(data) - offset < HEADER_BYTES:
         raise IndexError("header beyond the data")
-    magic, kind, flags, volume, block_count, body_size, block, seq, time_ns, lsn, durable_lsn = HEADER.unpack_from(
-        data, offset
+    magic, kind, flags, volume, block_count, body_size, block, seq, time_ns, lsn, durable_lsn = (
+        HEADER.unpack_from(data, offset)
     )
     if magic != MAGIC or kind not in _KINDS or flags or body_size > MAX_BODY_BYTES:
         raise CorruptionError(what, position + offset, "no journal record")
@@ -172,7 +182,9 @@ def decode_head(data: bytes | memoryview, offset: int, seed: int, what: str, pos
     (checksum,) = CHECKSUM.unpack_from(data, offset + HEADER.size)
     found = xxh3_64_intdigest(bytes(data[offset : offset + HEADER.size]) + covered, seed)
     if checksum != found:
-        raise CorruptionError(what, position + offset, f"journal record's checksum {checksum:016x}, found {found:016x}")
+        raise CorruptionError(
+            what, position + offset, f"journal record's checksum {checksum:016x}, found {found:016x}"
+        )
     return Record(
         Kind(kind),
         volume,

@@ -81,7 +81,9 @@ class Connection:
             raise trio.BrokenResourceError("closed by the other side")
         reply = msgspec.json.decode(line)
         if "ok" not in reply:
-            raise ControlError(reply["error"], reply.get("exit_code", EXIT_FAILED), reply.get("retryable", False))
+            raise ControlError(
+                reply["error"], reply.get("exit_code", EXIT_FAILED), reply.get("retryable", False)
+            )
         values: dict[str, Any] = reply["ok"]
         return values
 
@@ -116,7 +118,11 @@ class Connection:
 
 
 async def serve(
-    directory: str, name: str, handler: Handler, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    directory: str,
+    name: str,
+    handler: Handler,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serves a control socket in `directory` until cancelled; only root and the owner may connect."""
     limit = trio.CapacityLimiter(MAX_CONNECTIONS)
@@ -138,7 +144,9 @@ async def serve(
                 nursery.start_soon(_serve_one, Connection(trio.SocketStream(client)), handler, limit, token)
 
 
-async def _serve_one(connection: Connection, handler: Handler, limit: trio.CapacityLimiter, token: object) -> None:
+async def _serve_one(
+    connection: Connection, handler: Handler, limit: trio.CapacityLimiter, token: object
+) -> None:
     try:
         await connection.serve(handler)
     except (trio.BrokenResourceError, trio.ClosedResourceError) as error:

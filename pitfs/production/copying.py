@@ -38,7 +38,14 @@ from pitfs.production.reader import JournalReader
 CHECKPOINT_BYTES: Final = 8 << 20
 CHECKPOINT_SKIPPED_BYTES: Final = 1 << 30  # of holes: no content to send, but progress worth keeping
 _PRESERVED: Final = np.dtype(
-    [("volume", "<u4"), ("block_size", "<u4"), ("block", "<i8"), ("segment", "<i8"), ("offset", "<i8"), ("checksum", "<u8")]
+    [
+        ("volume", "<u4"),
+        ("block_size", "<u4"),
+        ("block", "<i8"),
+        ("segment", "<i8"),
+        ("offset", "<i8"),
+        ("checksum", "<u8"),
+    ]
 )
 
 
@@ -67,7 +74,9 @@ class _BeforeImages:
                 begin = location.offset + record.contents_offset
                 for index, checksum in enumerate(record.checksums):
                     offset = begin + index * size
-                    fresh.append((record.volume, size, record.block + index, location.segment, offset, checksum))
+                    fresh.append(
+                        (record.volume, size, record.block + index, location.segment, offset, checksum)
+                    )
             elif record.kind is Kind.COPY_PROGRESS:
                 progress = msgspec.msgpack.decode(record.covered, type=CopyProgress)
                 if progress.mark == self._mark:
@@ -137,7 +146,9 @@ def frames(
         sent = skipped = 0
         for volume in range(at_volume, len(volumes)):
             block = at_block if volume == at_volume else 0
-            while (chunk := _next_chunk(volumes[volume], volume, block, backing_fds[volume], images)) is not None:
+            while (
+                chunk := _next_chunk(volumes[volume], volume, block, backing_fds[volume], images)
+            ) is not None:
                 first, end = chunk
                 buffer = _read(volumes[volume], first, end, backing_fds[volume])
                 images.follow(tail())

@@ -23,6 +23,10 @@ MAX_SEGMENT_BYTES: Final = 64 << 20
 # Where fewer bytes than this are written between two fsyncs, latency of fsync matters more than bandwidth:
 # then a new segment is filled with zeros beforehand, so that fdatasync has no extents to convert.
 SYNC_HEAVY_BYTES: Final = 1 << 20
+# Left free behind the last write of a segment, for SEAL and for the MARK that closes the interval where the
+# journal is full: without it that interval could never be shipped, and its room never come back.
+RESERVE_BYTES: Final = 1024
+_MAY_USE_RESERVE: Final = frozenset({Kind.MARK, Kind.COPY_PROGRESS})
 _SPARE_PREFIX: Final = "spare-"
 
 
@@ -84,7 +88,7 @@ class Journal:
         self.appended_bytes = 0
         self.synced_bytes = 0
         self._numbers = list_segments(directory)
-        self._lock = threading.Lock()  # guards _unsynced, _spare and _numbers
+        self._lock = threading.RLock()  # guards _segment, _unsynced, _spare and _numbers
         self._spare_names = itertools.count(1)
         self._spare = self._find_spare()
         self._unsynced: list[_Open] = []
@@ -99,7 +103,6 @@ class Journal:
             self._seed = seed
             self._offset = tail.offset
             self._end = os.fstat(self._segment.fd).st_size
-        self._dirty = True
 
     def path_of(self, number: int) -> str:
         return journal_path(self.directory, number)
@@ -136,12 +139,23 @@ class Journal:
         """
         offset = self._offset
         size = HEADER_BYTES + len(covered) + len(contents)
-        if offset + size + HEADER_BYTES > self._end:  # room for SEAL stays
+        reserve = HEADER_BYTES if kind in _MAY_USE_RESERVE else RESERVE_BYTES
+        if offset + size + reserve > self._end:
             self._roll()
             offset = self._offset
         lsn = self.lsn + 1
         head = encode_head(
-            kind, volume, block, block_count, seq, time_ns, lsn, self.durable_lsn, covered, len(contents), self._seed
+            kind,
+            volume,
+            block,
+            block_count,
+            seq,
+            time_ns,
+            lsn,
+            self.durable_lsn,
+            covered,
+            len(contents),
+            self._seed,
         )
         if os.pwritev(self._segment.fd, (head, contents), offset) != size:
             # A short write means a full disk or a failing one: writing on says which.
@@ -149,17 +163,16 @@ class Journal:
         self.lsn = lsn
         self._offset = offset + size
         self.appended_bytes += size
-        self._dirty = True
         return Location(self._segment.number, offset)
 
     def _roll(self) -> None:
         """Closes the current segment with SEAL and begins the next one. Raises CapacityError if there's no room."""
-        before, offset, seed = self._segment, self._offset, self._seed
-        self._start_segment(sealed=1)
-        seal = encode_head(Kind.SEAL, 0, 0, 0, 0, 0, self.lsn, self.durable_lsn, b"", 0, seed)
-        write_all(before.fd, seal, offset)
-        with self._lock:
+        with self._lock:  # a sync meanwhile must see both segments
+            before, offset, seed = self._segment, self._offset, self._seed
+            self._start_segment(sealed=1)
             self._unsynced.append(before)
+            seal = encode_head(Kind.SEAL, 0, 0, 0, 0, 0, self.lsn, self.durable_lsn, b"", 0, seed)
+            write_all(before.fd, seal, offset)
         appended = self.appended_bytes - self._appended_at_roll
         self._sync_heavy = appended < SYNC_HEAVY_BYTES * self._syncs_since_roll
         self._appended_at_roll, self._syncs_since_roll = self.appended_bytes, 0
@@ -250,11 +263,6 @@ class Journal:
         return self._spare is None
 
     @property
-    def dirty(self) -> bool:
-        """Whether something was appended since the last sync began."""
-        return self._dirty
-
-    @property
     def unsynced_bytes(self) -> int:
         return self.appended_bytes - self.synced_bytes
 
@@ -267,7 +275,6 @@ class Journal:
         with self._lock:
             sealed = list(self._unsynced)
             current, lsn, appended = self._segment, self.lsn, self.appended_bytes
-            self._dirty = False
         for segment in (*sealed, current):
             os.fdatasync(segment.fd)
             if not segment.named:

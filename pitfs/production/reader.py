@@ -226,8 +226,10 @@ class JournalReader:
         )
         if len(interval.times) != interval.to_seq - interval.from_seq:
             raise CorruptionError(
-                self.directory, location.offset, f"{len(interval.times)} writes between seq {interval.from_seq} "
-                f"and {interval.to_seq} in segment {location.segment:016x}"
+                self.directory,
+                location.offset,
+                f"{len(interval.times)} writes between seq {interval.from_seq} "
+                f"and {interval.to_seq} in segment {location.segment:016x}",
             )
         self._pending, self.position = _Pending(), (interval.to_seq, interval.to_time_ns)
         return interval
@@ -259,7 +261,9 @@ class BlockSource:
         if fd is None:
             if len(self._fds) >= self.OPEN_SEGMENTS:
                 os.close(self._fds.pop(next(iter(self._fds))))
-            fd = self._fds[number] = os.open(journal_path(self._directory, number), os.O_RDONLY | os.O_CLOEXEC)
+            fd = self._fds[number] = os.open(
+                journal_path(self._directory, number), os.O_RDONLY | os.O_CLOEXEC
+            )
         return fd
 
     def read(self, rows: Rows) -> bytearray:
@@ -281,5 +285,7 @@ class BlockSource:
             segment[firsts].tolist(), offset[firsts].tolist(), places[:-1], places[1:], strict=True
         ):
             if os.preadv(self._fd(number), [view[start:end]], at) != end - start:
-                raise CorruptionError(journal_path(self._directory, number), at, "the file ends inside a record")
+                raise CorruptionError(
+                    journal_path(self._directory, number), at, "the file ends inside a record"
+                )
         return buffer

@@ -51,13 +51,13 @@ def replay(directory: str, first_segment: int, visit: Visit, history: bytes) -> 
             _cut(directory, numbers[index:], tail.next_lsn, error)
             return Tail(tail.location, tail.seed, tail.next_lsn, torn=True)
         try:
-            tail, sealed, error = _replay_segment(reader, tail, visit)
+            tail, sealed, problem = _replay_segment(reader, tail, visit)
             if sealed:
                 continue
-            _refuse_damage(reader, tail, error)
+            _refuse_damage(reader, tail, problem)
         finally:
             reader.close()
-        _cut(directory, numbers[index + 1 :], tail.next_lsn, error)
+        _cut(directory, numbers[index + 1 :], tail.next_lsn, problem)
         return tail
     if tail is None:
         return None

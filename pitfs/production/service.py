@@ -58,9 +58,11 @@ class SplitterService:
                     await trio.sleep(1)
                     splitter.resume_journal(splitter.standing.passing)
             except (OSError, PitfsError) as error:
-                shown = storage_error(error, splitter.journal.directory, "keeping the journal") if isinstance(
-                    error, OSError
-                ) else error
+                shown = (
+                    storage_error(error, splitter.journal.directory, "keeping the journal")
+                    if isinstance(error, OSError)
+                    else error
+                )
                 log.error("%s", shown)
                 await trio.sleep(5)
             await trio.sleep(KEEP_INTERVAL_S)
@@ -81,12 +83,16 @@ class SplitterService:
                 marked = splitter.mark(None if bookmark is None else str(bookmark))
                 return self._standing() | {"mark": marked.mark}
             if op == "copied":
-                splitter.copied(CopyProgress(int(request["mark"]), int(request["volume"]), int(request["block"])))
+                splitter.copied(
+                    CopyProgress(int(request["mark"]), int(request["volume"]), int(request["block"]))
+                )
             elif op == "release":
                 splitter.release(int(request["segment"]))
             elif op == "rescan":
                 if splitter.standing.passing:
-                    raise CapacityError(f"{splitter.standing.passing}: a complete copy begins once that is mended")
+                    raise CapacityError(
+                        f"{splitter.standing.passing}: a complete copy begins once that is mended"
+                    )
                 splitter.start_copy(str(request["cause"]))
             elif op != "tail":
                 raise PitfsError(f"unknown request {op!r}")

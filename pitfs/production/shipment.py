@@ -134,7 +134,7 @@ def _manifest(
     if journal is not None:
         identity.update(journal.entries.tobytes())
         identity.update(interval.times.tobytes())
-    bookmarks = ()
+    bookmarks: tuple[Bookmark, ...] = ()
     if interval.bookmark is not None:
         bookmarks = (Bookmark(interval.bookmark, interval.to_seq, interval.to_time_ns),)
     return Manifest(
@@ -163,7 +163,7 @@ def copy_manifest(copy: Copy, history: str, welcome: Welcome) -> Manifest:
     """
     start = copy.start
     before = (welcome.seq, welcome.time_ns) if welcome.mark else (copy.seq, copy.time_ns)
-    gaps = ()
+    gaps: tuple[Gap, ...] = ()
     if welcome.mark:
         gaps = (Gap(*before, copy.seq, copy.time_ns, start.cause),)
     return Manifest(
@@ -259,4 +259,6 @@ def _verify(payload: bytearray, sizes: npt.NDArray[np.int64], checksums: npt.NDA
             found.append(xxh3_64_intdigest(view[at : at + size]))
             at += size
     if found != checksums.tolist():
-        raise CorruptionError("local journal", 0, "a block doesn't match the checksum taken when it was written")
+        raise CorruptionError(
+            "local journal", 0, "a block doesn't match the checksum taken when it was written"
+        )

@@ -26,6 +26,7 @@ from pitfs.production.state import BackingState, Progress, ProgressFile
 
 log = logging.getLogger(__name__)
 
+NOWHERE: Final = Location(0, 0)
 _PACK_ONE: Final = struct.Struct("<Q").pack
 
 
@@ -65,7 +66,7 @@ class Standing:
     time_ns: int = 0
     mark: int = 0
     copy: CopyStart | None = None
-    copy_location: Location = Location(0, 0)
+    copy_location: Location = NOWHERE
     passing: str = ""
 
 
@@ -131,7 +132,9 @@ class Splitter:
             return
         block_size = volume.block_size
         first = offset // block_size
-        contents = data if not (offset % block_size or len(data) % block_size) else self._fill(volume, offset, data)
+        contents = (
+            data if not (offset % block_size or len(data) % block_size) else self._fill(volume, offset, data)
+        )
         count = len(contents) // block_size
         if count == 1:
             covered = _PACK_ONE(xxh3_64_intdigest(contents))
@@ -193,7 +196,14 @@ class Splitter:
             image = os.pread(volume.backing.fd, size, todo[0] * volume.block_size).ljust(size, b"\0")
             covered = struct.pack(f"<{length}Q", *block_checksums(image, volume.block_size))
             self.journal.append(
-                Kind.BEFORE_IMAGE, index, todo[0], length, self.standing.seq, self.standing.time_ns, covered, image
+                Kind.BEFORE_IMAGE,
+                index,
+                todo[0],
+                length,
+                self.standing.seq,
+                self.standing.time_ns,
+                covered,
+                image,
             )
             preserved.add_range(todo[0], todo[0] + length)
             del todo[:length]
@@ -203,6 +213,10 @@ class Splitter:
     def _pass_writes(self, cause: str) -> None:
         """From here on writes pass without being journalled. Durable before the first of them is answered."""
         log.error("%s: writes go on, but no instant after this can be given until it is mended", cause)
+        try:
+            self.mark()  # what is journalled can go to the replica, and give room
+        except (PitfsError, OSError) as error:
+            log.warning("the open interval can't be closed: %s", error)
         self.standing.passing = cause
         self.standing.copy = None
         self._write_progress(clean=False)

@@ -53,7 +53,9 @@ def lock_state(state: str) -> int:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(fd)
-        raise UsageError(f"{state}: another 'pitfs protect' is running with this state: stop it first") from error
+        raise UsageError(
+            f"{state}: another 'pitfs protect' is running with this state: stop it first"
+        ) from error
     return fd
 
 
@@ -86,7 +88,12 @@ def open_splitter(
         standing, tail = _recover(directory, history, volumes, progress)
         next_lsn = tail.next_lsn if tail else 1
         journal = Journal(
-            directory, history, capacity_bytes, tail.location if tail else None, tail.seed if tail else 0, next_lsn
+            directory,
+            history,
+            capacity_bytes,
+            tail.location if tail else None,
+            tail.seed if tail else 0,
+            next_lsn,
         )
         generation = progress.generation if progress else 0
         splitter = Splitter(

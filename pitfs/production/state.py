@@ -94,7 +94,9 @@ def read_group(state: str) -> GroupFile | None:
     except msgspec.DecodeError as error:
         raise CorruptionError(path, 0, str(error)) from error
     if group.format > FORMAT:
-        raise StoreVersionError(f"{path}: format {group.format}, this pitfs knows {FORMAT}: use a newer pitfs")
+        raise StoreVersionError(
+            f"{path}: format {group.format}, this pitfs knows {FORMAT}: use a newer pitfs"
+        )
     return group
 
 
@@ -111,7 +113,9 @@ def open_group(state: str, name: str, volumes: tuple[VolumeInfo, ...]) -> GroupF
         durable_replace(os.path.join(state, "group.json"), msgspec.json.format(msgspec.json.encode(group)))
         return group
     if group.group != name:
-        raise UsageError(f"{state}: is the state of group {group.group!r}, not {name!r}: give each group its own `state`")
+        raise UsageError(
+            f"{state}: is the state of group {group.group!r}, not {name!r}: give each group its own `state`"
+        )
     known = {volume.name: volume for volume in group.volumes}
     for volume in volumes:
         before = known.get(volume.name)

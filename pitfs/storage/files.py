@@ -14,7 +14,9 @@ def storage_error(error: OSError, path: str, doing: str) -> PitfsError:
     """The error for the user for an OSError on our own files: full is retryable, all else is not."""
     reason = os.strerror(error.errno) if error.errno else str(error)
     if error.errno in FULL_ERRNOS:
-        return CapacityError(f"{path}: {doing}: {reason}: make room on that file system; pitfs goes on by itself")
+        return CapacityError(
+            f"{path}: {doing}: {reason}: make room on that file system; pitfs goes on by itself"
+        )
     return PitfsError(f"{path}: {doing}: {reason}")
 
 

@@ -115,8 +115,8 @@ class ExpectedContents:
     def _move(self, start: int) -> None:
         """Moves the window to `start`, up to which contents were verified."""
         self._start = self._have = start
-        self._sizes[:] = 0
-        self._checksums[:] = 0
+        self._sizes = np.zeros(self._slots, "u1")  # anew: pages that aren't touched aren't there
+        self._checksums = np.zeros(self._slots, "<u8")
         for units, sizes, checksums in self._reread(
             start * self._slot_units, (start + self._slots) * self._slot_units
         ):

@@ -12,9 +12,18 @@ from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CorruptionError
 from pitfs.storage.files import read_exactly, storage_error
-from pitfs.store.layout import HEADER_BYTES, ObjectHeader, ObjectKind, contents_kind, data_offset, object_file
+from pitfs.store.layout import (
+    HEADER_BYTES,
+    ObjectHeader,
+    ObjectKind,
+    contents_kind,
+    contents_object,
+    data_offset,
+    object_file,
+)
 
 MAX_OPEN_OBJECTS: Final = 256  # well below the usual soft limit of 1024 descriptors
+_CONTENTS: Final = (ObjectKind.SNAPSHOT_BLOCKS, ObjectKind.JOURNAL_BLOCKS)
 MAX_CLOSING_OBJECTS: Final = 64  # descriptors that stay open for a while for a reader who still uses them
 
 
@@ -32,6 +41,9 @@ class ObjectPool:
         self._history = history
         self._limit = limit
         self._open: OrderedDict[tuple[ObjectKind, int], int] = OrderedDict()
+        # The contents objects among them by number: what every read asks, without the lock. A hit doesn't
+        # count as a use: at worst an object is opened once more.
+        self._contents: dict[int, int] = {}
         self._closing: deque[int] = deque()
         self._lock = threading.Lock()
 
@@ -44,6 +56,9 @@ class ObjectPool:
             CorruptionError: it is missing, or it isn't that object.
             PitfsError: it can't be opened.
         """
+        fd = self._contents.get(object_number)
+        if fd is not None:
+            return fd
         kind, snapshot = contents_kind(object_number)
         return self.fd_of(kind, snapshot)
 
@@ -61,8 +76,13 @@ class ObjectPool:
                 return fd
             fd = self._open_checked(kind, snapshot)
             self._open[key] = fd
+            if kind in _CONTENTS:
+                self._contents[contents_object(snapshot, kind)] = fd
             if len(self._open) > self._limit:
-                self._closing.append(self._open.popitem(last=False)[1])
+                (kind, snapshot), old_fd = self._open.popitem(last=False)
+                if kind in _CONTENTS:
+                    del self._contents[contents_object(snapshot, kind)]
+                self._closing.append(old_fd)
             if len(self._closing) > MAX_CLOSING_OBJECTS:
                 os.close(self._closing.popleft())
             return fd
@@ -92,6 +112,7 @@ class ObjectPool:
             for fd in [*self._open.values(), *self._closing]:
                 os.close(fd)
             self._open.clear()
+            self._contents.clear()
             self._closing.clear()
 
     def _open_checked(self, kind: ObjectKind, snapshot: int) -> int:

@@ -26,7 +26,6 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 from pitfs.errors import NoSuchInstantError, StoreError
-from pitfs.model.transfer import VolumeInfo
 from pitfs.model.position import (
     DAY_NS,
     MINUTE_NS,
@@ -38,6 +37,7 @@ from pitfs.model.position import (
     parse_instant,
     parse_time,
 )
+from pitfs.model.transfer import VolumeInfo
 
 if TYPE_CHECKING:
     from pitfs.store.store import Resolution, Store
@@ -260,8 +260,8 @@ class Tree:
     def listing(self, inode: int, cookie: int) -> Iterator[tuple[str, Entry, int]]:
         """(name, entry, cookie of what follows) of a directory, from `cookie` (0: from the start) on.
 
-        In the order of time, as the store pages it. A cookie says what it stands behind, not how many: what comes or goes meanwhile
-        makes nothing else appear twice or not at all.
+        In the order of time, as the store pages it. A cookie says what it stands behind, not how many: what
+        comes or goes meanwhile makes nothing else appear twice or not at all.
 
         Raises:
             NoEntryError: it is no directory, or gone.

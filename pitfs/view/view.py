@@ -136,8 +136,9 @@ class PointInTimeView:
 
         The way of a read of one block is written out: it is what random reads are made of.
         """
-        block = offset >> self._shift
-        if offset < 0 or (offset + size - 1) >> self._shift != block or offset + size > self.size_bytes:
+        shift = self._shift
+        block = offset >> shift
+        if (offset + size - 1) >> shift != block or offset + size > self.size_bytes or offset < 0:
             return self._read(offset, size, buffer, _NOWAIT) if self._can_nowait else None
         table = self._tables.get(self._first_key + (block >> 9))
         if table is None:
@@ -149,19 +150,16 @@ class PointInTimeView:
         if not self._can_nowait:
             return None
         target = buffer.blocks(self.block_size)[0]
+        position = DATA_OFFSET_BYTES + (pointer & UNIT_MASK) * UNIT_BYTES
         try:
-            count = os.preadv(
-                self._fd(pointer >> OBJECT_SHIFT),
-                (target,),
-                DATA_OFFSET_BYTES + (pointer & UNIT_MASK) * UNIT_BYTES,
-                _NOWAIT,
-            )
+            count = os.preadv(self._fd(pointer >> OBJECT_SHIFT), (target,), position, _NOWAIT)
         except OSError as error:
-            return self._not_now(error)
+            self._not_now(error)
+            return None
         if count != self.block_size:
             return None
         if xxh3_64_intdigest(target) != table[1].item(index):
-            raise self._corruption(block, pointer, "content doesn't match its checksum")
+            raise self._corruption(block, pointer)
         if size == self.block_size:
             return target
         start = offset & (self.block_size - 1)
@@ -218,74 +216,85 @@ class PointInTimeView:
         entries = self._entries(first, last, flags)
         if entries is None:
             return None
-        pointers = entries[0]
+        pointers, checksums = entries
+        is_data = pointers != 0
+        if not is_data.any() and end - offset <= len(_ZEROS):
+            return _ZEROS[: end - offset]
         delta = pointers[1:] - pointers[:-1]  # wraps around: only equality is asked
-        follows = (delta == self._units) | ((delta == 0) & (pointers[1:] == 0))
+        follows = (delta == self._units) | ((delta == 0) & ~is_data[1:])
         starts = [0, *(np.flatnonzero(~follows) + 1).tolist(), last - first]
-        checksums: list[int] = entries[1].tolist()
         for low, high in itertools.pairwise(starts):
             pointer = pointers.item(low)
             if not pointer:
                 _fill_zeros(buffer.memory, low << shift, high << shift)
-            elif not self._read_run(pointer, first, low, high, checksums, buffer, flags):
+            elif not self._read_run(pointer, buffer.memory[low << shift : high << shift], flags):
                 return None
+        self._verify(first, pointers, checksums, is_data, buffer)
         start = offset - (first << shift)
         return buffer.memory[start : start + end - offset]
 
-    def _read_run(
-        self,
-        pointer: int,
-        first: int,
-        low: int,
-        high: int,
-        checksums: list[int],
-        buffer: ReadBuffer,
-        flags: int,
-    ) -> bool:
-        """Reads the blocks first + [low, high), which stand one after the other from `pointer`, and verifies
-        them. False if that would wait and flags say not to."""
-        shift = self._shift
-        fd = self._fd(pointer >> OBJECT_SHIFT)
+    def _read_run(self, pointer: int, target: memoryview, flags: int) -> bool:
+        """Fills `target` with the blocks that stand one after the other from `pointer` on.
+
+        False if that would wait and flags say not to.
+        """
         position = DATA_OFFSET_BYTES + (pointer & UNIT_MASK) * UNIT_BYTES
-        done, end = low << shift, high << shift
-        while done < end:
+        while True:
             try:
-                count = os.preadv(fd, (buffer.memory[done:end],), position, flags)
+                count = os.preadv(self._fd(pointer >> OBJECT_SHIFT), (target,), position, flags)
             except OSError as error:
                 if not flags:
                     raise
                 self._not_now(error)
                 return False
-            if count == 0 or (flags and count < end - done):
-                if flags:
-                    return False
-                block = first + (done >> shift)
-                raise self._corruption(block, pointer, f"the object ends at byte {position}")
-            done += count
+            if count == len(target):
+                return True
+            if flags:
+                return False
+            if count == 0:
+                raise CorruptionError(self._object(pointer), position, "the object ends here")
+            target = target[count:]
             position += count
-        found = list(map(xxh3_64_intdigest, buffer.blocks(self.block_size)[low:high]))
-        if found != checksums[low:high]:
-            for i, digest in enumerate(found, low):
-                if digest != checksums[i]:
-                    bad = pointer + (i - low) * int(self._units)
-                    raise self._corruption(first + i, bad, "content doesn't match its checksum")
-        return True
+
+    def _verify(
+        self,
+        first: int,
+        pointers: npt.NDArray[np.uint64],
+        checksums: npt.NDArray[np.uint64],
+        is_data: npt.NDArray[np.bool_],
+        buffer: ReadBuffer,
+    ) -> None:
+        """Compares the blocks in the buffer, from its start on, with their checksums; zeros weren't read."""
+        blocks = buffer.blocks(self.block_size)[: len(pointers)]
+        if is_data.all():
+            expected: list[int] = checksums.tolist()
+        else:
+            blocks = list(itertools.compress(blocks, is_data.tolist()))
+            expected = checksums[is_data].tolist()
+        found = list(map(xxh3_64_intdigest, blocks))
+        if found != expected:
+            bad = next(i for i, digest in enumerate(found) if digest != expected[i])
+            index = int(np.flatnonzero(is_data)[bad])
+            raise self._corruption(first + index, pointers.item(index))
 
     def _not_now(self, error: OSError) -> None:
-        """None where the error of a read that mustn't wait means "it would"; raises it otherwise."""
+        """Returns where the error of a read that mustn't wait means "it would"; raises it otherwise."""
         if error.errno == errno.EOPNOTSUPP:  # this filesystem can't tell: always read in a thread
             self._can_nowait = False
         elif error.errno != errno.EAGAIN:
             raise error
 
-    def _corruption(self, block: int, pointer: int, problem: str) -> CorruptionError:
-        number, unit = pointer >> OBJECT_SHIFT, pointer & UNIT_MASK
-        name = f"objects/{'journal' if number & 1 else 'snapshot'}-{number >> 1:016x}.blocks"
+    def _object(self, pointer: int) -> str:
+        number = pointer >> OBJECT_SHIFT
+        name = f"{'journal' if number & 1 else 'snapshot'}-{number >> 1:016x}.blocks"
+        return f"{self._store.path}/objects/{name}"
+
+    def _corruption(self, block: int, pointer: int) -> CorruptionError:
         volume = self._store.volumes[self.volume].name
         return CorruptionError(
-            f"{self._store.path}/{name}",
-            DATA_OFFSET_BYTES + unit * UNIT_BYTES,
-            f"block {block} of volume {volume}: {problem}",
+            self._object(pointer),
+            DATA_OFFSET_BYTES + (pointer & UNIT_MASK) * UNIT_BYTES,
+            f"block {block} of volume {volume} doesn't match its checksum",
         )
 
 

@@ -116,6 +116,7 @@ class FakeIngest:
     calls: list[str] = field(default_factory=list)
     durable: ResumePoint = NOWHERE
     closed: bool = False
+    ended: bool = False  # the transfer; what begins next begins anew
     block: threading.Event | None = None  # `data` waits for it
     _busy: threading.Lock = field(default_factory=threading.Lock)
 
@@ -134,6 +135,9 @@ class FakeIngest:
 
     def begin(self, manifest: Manifest) -> ResumePoint:
         self._enter("begin")
+        if self.ended:
+            self.ended, self.durable = False, NOWHERE
+            self.sections = [bytearray() for _ in range(5)]
         return self.durable
 
     def data(self, frame: Data) -> None:
@@ -154,6 +158,7 @@ class FakeIngest:
         self._enter("end")
         if end.lengths != self._lengths():
             raise PitfsError(f"lengths {end.lengths} aren't {self._lengths()}")
+        self.ended = True
         self.start = Welcome(self.start.mark + 1, 9, 50, 60)
         return self.start
 

@@ -65,7 +65,9 @@ class Pipeline:
             VolumeSpec(f"v{index}", str(path), size)
             for index, (path, size) in enumerate(zip(self.backings, self.block_sizes, strict=True))
         ]
-        self.splitter: Splitter = open_splitter(self.state, "g", specs, self.capacity_bytes, False, self._clock)
+        self.splitter: Splitter = open_splitter(
+            self.state, "g", specs, self.capacity_bytes, False, self._clock
+        )
 
     def crash(self) -> None:
         """As kill -9: descriptors go, nothing is closed in order."""
@@ -88,10 +90,14 @@ class Pipeline:
         random = self.random
         volume = int(random.integers(len(self.sizes)))
         size = self.sizes[volume]
-        offset = int(random.integers(size)) if random.random() < 0.7 else int(random.integers(min(size, 4000)))
+        offset = (
+            int(random.integers(size)) if random.random() < 0.7 else int(random.integers(min(size, 4000)))
+        )
         if random.random() < 0.4:
             offset -= offset % self.block_sizes[volume]
-        length = min(size - offset, int(random.choice([1, 100, 512, 4096, 10_000, self.block_sizes[volume] * 3])))
+        length = min(
+            size - offset, int(random.choice([1, 100, 512, 4096, 10_000, self.block_sizes[volume] * 3]))
+        )
         kind = random.random()
         now = self.states[-1][volume]
         if kind < 0.15:
@@ -129,7 +135,12 @@ class Pipeline:
     def copy_frames(self, copy: Copy, resume: ResumePoint) -> Iterator[TransferFrame]:
         fds = [volume.backing.fd for volume in self.splitter.volumes]
         return copying.frames(
-            journal_directory(self.state), self.volumes, fds, copy.location, copy.start.mark, resume,
+            journal_directory(self.state),
+            self.volumes,
+            fds,
+            copy.location,
+            copy.start.mark,
+            resume,
             lambda: self.splitter.journal.tail,
         )
 
@@ -140,7 +151,10 @@ class Pipeline:
             self.volumes,
             source,
             lambda diff, journal: decide(
-                mode="dynamic", diff_bytes=diff, journal_bytes=journal, interval_ns=10**9,
+                mode="dynamic",
+                diff_bytes=diff,
+                journal_bytes=journal,
+                interval_ns=10**9,
                 rate_bytes_per_s=rate_bytes_per_s,
             ),
             True,

@@ -47,7 +47,8 @@ def read_image(store: Store, resolution: Resolution, volume: int) -> bytes:
     image = bytearray()
     for leaf in range(-(-info.block_count // 512)):
         pointers, checksums = store.leaf(resolution, volume, leaf)
-        for pointer, checksum in zip(pointers.tolist(), checksums.tolist(), strict=True):
+        count = min(512, info.block_count - leaf * 512)
+        for pointer, checksum in zip(pointers[:count].tolist(), checksums[:count].tolist(), strict=True):
             if not pointer:
                 image += bytes(info.block_size)
                 continue

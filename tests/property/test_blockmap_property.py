@@ -91,7 +91,7 @@ def test_a_map_of_which_all_blocks_become_zeros_is_empty_again() -> None:
 
 def test_nothing_updated_is_the_same_map() -> None:
     root = Entry(5, 6)
-    assert MapBuilder(10, root, lambda *_: pytest.fail(), lambda _: pytest.fail()).finish() == root
+    assert MapBuilder(10, root, Nodes().load, Nodes().emit).finish() == root
 
 
 @pytest.mark.parametrize(

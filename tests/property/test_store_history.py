@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,13 @@ from pitfs.store.ingest import Ingest
 from pitfs.store.store import Store
 from tests.helpers.stores import feed, ingest_transfer, read_image
 from tests.helpers.transfers import START_NS, History, random_history, random_transfers
+
+
+@pytest.fixture(autouse=True)
+def disk_that_needs_no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here loses power: that the syncs are made, and when, is what test_store_faults counts."""
+    for name in ("fsync", "fdatasync"):
+        monkeypatch.setattr(os, name, lambda fd: None)
 
 
 def assert_state(store: Store, history: History, seq: int) -> None:

@@ -1,4 +1,4 @@
-"""The journal index against a plain search: the last entry not after a seq, for any range, chunks large or few."""
+"""The journal index against a plain search: the last entry not after a seq, for any range."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def write_index(
         writer.add_times(seq, times)
         seq += len(times)
     data_bytes, tail_bytes, checksum = writer.finish()
-    os.pwrite(fd, ObjectHeader(ObjectKind.JOURNAL_INDEX, HISTORY, 2, data_bytes, tail_bytes, checksum).encode(), 0)
+    os.pwrite(
+        fd, ObjectHeader(ObjectKind.JOURNAL_INDEX, HISTORY, 2, data_bytes, tail_bytes, checksum).encode(), 0
+    )
     os.close(fd)
     last = FROM_SEQ + len(times_ns)
     interval = Interval(2, 1, FROM_SEQ, 0, last, int(times_ns[-1]), int(times_ns[0]), 0, "", 0)
@@ -115,9 +117,9 @@ def test_a_damaged_chunk_or_fence_table_is_noticed(tmp_path: Path) -> None:
         with pytest.raises(CorruptionError, match="checksum"):
             index.range(0, 0, 40, FROM_SEQ + 300)
     path.write_bytes(good[:-1] + b"\xff")
+    facts = ObjectFacts(path.name, ObjectKind.JOURNAL_INDEX, 2, 300 * 40, 80, 12345)
     with pytest.raises(CorruptionError, match="checksum"):
-        write_facts = ObjectFacts(path.name, 3, 2, 300 * 40, 80, 12345)
-        JournalIndex(pool, index.interval, write_facts, chunk_cache())
+        JournalIndex(pool, index.interval, facts, chunk_cache())
     path.write_bytes(good[:5000])
     with pytest.raises(CorruptionError, match="ends before"):
         index.range(0, 0, 40, FROM_SEQ + 300)

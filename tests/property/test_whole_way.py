@@ -35,7 +35,9 @@ def check_every_seq(pipeline: Pipeline, sequences: range) -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_seq_is_exactly_the_model(tmp_path: Path, layout: tuple[list[int], list[int]], seed: int) -> None:
+def test_every_seq_is_exactly_the_model(
+    tmp_path: Path, layout: tuple[list[int], list[int]], seed: int
+) -> None:
     pipeline = Pipeline(tmp_path, *layout, seed=seed)
     marks = 0
     for _ in range(int(pipeline.random.integers(1, 60))):
@@ -56,7 +58,9 @@ def test_the_first_copy_is_the_state_at_ready_however_writes_race_with_it(tmp_pa
     assert isinstance(copy, Copy)
     from pitfs.production import copying, shipment
 
-    resume = pipeline.ingest.begin(shipment.copy_manifest(copy, pipeline.hello.history, pipeline.ingest.welcome()))
+    resume = pipeline.ingest.begin(
+        shipment.copy_manifest(copy, pipeline.hello.history, pipeline.ingest.welcome())
+    )
     read, copying._read = copying._read, _writing_around(pipeline, copying._read)  # type: ignore[assignment]
     limit, copying.MAX_PAYLOAD_BYTES = copying.MAX_PAYLOAD_BYTES, 16384  # type: ignore[misc]
     try:

@@ -54,7 +54,9 @@ def test_a_map_has_the_golden_bytes() -> None:
         return pointer(3, len(emitted) - 1)
 
     builder = MapBuilder(1000, EMPTY, lambda *_: new_node(), emit)
-    builder.update(np.array([1, 513], "<i8"), np.array([pointer(6, 8), pointer(7, 0)], "<u8"), np.array([17, 18], "<u8"))
+    builder.update(
+        np.array([1, 513], "<i8"), np.array([pointer(6, 8), pointer(7, 0)], "<u8"), np.array([17, 18], "<u8")
+    )
     root = builder.finish()
     assert b"".join(data.rstrip(b"\0") for data in emitted) == golden("store-map-nodes.hex")
     assert root == Entry(pointer(3, 2), xxh3_64_intdigest(emitted[-1]))
@@ -64,7 +66,10 @@ def test_a_map_has_the_golden_bytes() -> None:
 def test_a_journal_index_has_the_golden_bytes(tmp_path: Path) -> None:
     fd = os.open(tmp_path / "index", os.O_RDWR | os.O_CREAT)
     writer = JournalWriter(fd)
-    columns = [np.array(c, d) for c, d in (([4, 4], "<i8"), ([11, 12], "<i8"), ([0, 1 << 37], "<u8"), ([0, 99], "<u8"))]
+    columns = [
+        np.array(c, d)
+        for c, d in (([4, 4], "<i8"), ([11, 12], "<i8"), ([0, 1 << 37], "<u8"), ([0, 99], "<u8"))
+    ]
     writer.add_rows(0, *columns)
     writer.add_rows(1, *(column[1:] for column in columns))
     writer.add_times(11, np.array([1000, 2000], "<i8"))
@@ -108,7 +113,12 @@ def test_pointers_lead_to_objects_and_back() -> None:
 def test_object_files_are_told_from_others() -> None:
     assert object_file(ObjectKind.MAP, 10) == "snapshot-000000000000000a.map"
     assert all(is_object_file(object_file(kind, 5)) for kind in ObjectKind)
-    for name in ("snapshot-5.map", "journal-0000000000000005.map", "lost+found", "snapshot-0000000000000005.map.tmp"):
+    for name in (
+        "snapshot-5.map",
+        "journal-0000000000000005.map",
+        "lost+found",
+        "snapshot-0000000000000005.map.tmp",
+    ):
         assert not is_object_file(name)
 
 

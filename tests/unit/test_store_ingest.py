@@ -1,0 +1,377 @@
+"""What a store takes, and what it refuses with words that say what is wrong and what to do."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from pitfs.errors import (
+    NoSuchInstantError,
+    PitfsError,
+    PositionMismatchError,
+    RemoteProtocolError,
+    StoreError,
+)
+from pitfs.model.transfer import (
+    DIFF_ENTRY,
+    JOURNAL_ENTRY,
+    MAX_PAYLOAD_BYTES,
+    Bookmark,
+    Data,
+    End,
+    Gap,
+    Hello,
+    Manifest,
+    Section,
+    VolumeInfo,
+)
+from pitfs.store.ingest import Ingest
+from pitfs.store.store import Store
+from tests.helpers.stores import ingest_transfer, read_image
+from tests.helpers.transfers import START_NS, History, Transfer
+
+VOLUMES = (VolumeInfo("a", 9_000, 1024), VolumeInfo("b", 5_000, 512))
+
+
+@pytest.fixture(autouse=True)
+def disk_that_needs_no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here loses power: that the syncs are made, and when, is what test_store_faults counts."""
+    for name in ("fsync", "fdatasync"):
+        monkeypatch.setattr(os, name, lambda fd: None)
+
+
+@pytest.fixture
+def history() -> History:
+    return History(9, VOLUMES)
+
+
+@pytest.fixture
+def ingest(tmp_path: Path, history: History) -> Iterator[Ingest]:
+    """A store that has the full copy."""
+    made = Ingest(str(tmp_path), history.hello)
+    ingest_transfer(made, history.close_interval())
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def interval(ingest: Ingest, history: History) -> Transfer:
+    """The transfer that the store waits for, with a journal."""
+    for _ in range(12):
+        history.write()
+    return history.close_interval()
+
+
+def send(ingest: Ingest, transfer: Transfer, **sections: bytes) -> None:
+    """The whole of a transfer in large frames, with other bytes for some sections."""
+    ingest.begin(transfer.manifest)
+    lengths = []
+    for section in Section:
+        data = sections.get(section.name, transfer.sections[section])
+        if data:
+            ingest.data(Data(section, 0, data))
+        lengths.append(len(data))
+    one, two, three, four, five = lengths
+    ingest.end(End((one, two, three, four, five)))
+
+
+def changed(manifest: Manifest, **values: object) -> Manifest:
+    return msgspec.structs.replace(manifest, **values)
+
+
+# Who may write, and whose store it is
+
+
+def test_a_second_writer_is_told_who_the_first_is(ingest: Ingest, tmp_path: Path, history: History) -> None:
+    with pytest.raises(StoreError, match=f"pid {os.getpid()} on .* is writing this store"):
+        Ingest(str(tmp_path), history.hello)
+
+
+def test_another_history_of_the_same_name_is_refused(
+    ingest: Ingest, tmp_path: Path, history: History
+) -> None:
+    ingest.close()
+    with pytest.raises(PositionMismatchError, match=r"state was made anew.*move this store away"):
+        Ingest(str(tmp_path), Hello("db1", "f" * 32, VOLUMES))
+
+
+def test_other_volumes_are_refused(ingest: Ingest, tmp_path: Path, history: History) -> None:
+    ingest.close()
+    with pytest.raises(PositionMismatchError, match="volumes can't change"):
+        Ingest(str(tmp_path), Hello("db1", history.hello.history, VOLUMES[:1]))
+
+
+def test_a_group_name_cannot_leave_the_root(tmp_path: Path, history: History) -> None:
+    with pytest.raises(RemoteProtocolError, match="group name"):
+        Ingest(str(tmp_path), Hello("../out", history.hello.history, VOLUMES))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_is_not_made_among_other_files(tmp_path: Path, history: History) -> None:
+    (tmp_path / "db1").mkdir()
+    (tmp_path / "db1" / "holiday.jpg").write_text("x")
+    with pytest.raises(StoreError, match=r"not empty either \(holiday.jpg"):
+        Ingest(str(tmp_path), history.hello)
+    assert [path.name for path in (tmp_path / "db1").iterdir()] == ["holiday.jpg"]
+
+
+def test_an_empty_store_has_no_instants(tmp_path: Path, history: History) -> None:
+    made = Ingest(str(tmp_path), history.hello)
+    assert made.welcome().mark == 0
+    store = Store.open(made.path)
+    assert store.first() is None and store.latest() is None and store.protected_through_ns() == 0
+    assert not list(store.snapshots()) and not list(store.days())
+    for ask in (store.at_time, store.at_seq):
+        with pytest.raises(NoSuchInstantError, match="empty"):
+            ask(0)
+    store.close()
+    made.close()
+
+
+def test_a_reader_sees_that_something_was_committed(ingest: Ingest, interval: Transfer) -> None:
+    store = Store.open(ingest.path)
+    before = store.data_version()
+    assert store.data_version() == before
+    latest = store.latest()
+    ingest_transfer(ingest, interval)
+    assert store.data_version() != before
+    assert latest is not None and store.latest() != latest
+    store.close()
+
+
+# Where it stands
+
+
+def test_only_the_next_mark_is_taken(ingest: Ingest, interval: Transfer) -> None:
+    for mark in (1, 3):
+        with pytest.raises(PositionMismatchError, match="the store has 1 and takes 2"):
+            ingest.begin(changed(interval.manifest, mark=mark))
+
+
+def test_an_interval_must_follow_the_last_position(ingest: Ingest, interval: Transfer) -> None:
+    with pytest.raises(PositionMismatchError, match="the store is at seq 0"):
+        ingest.begin(changed(interval.manifest, from_seq=1))
+    with pytest.raises(PositionMismatchError, match="restored from an older"):
+        ingest.begin(changed(interval.manifest, from_time_ns=START_NS - 1))
+
+
+def test_an_empty_store_wants_a_full_copy(tmp_path: Path, history: History) -> None:
+    history.close_interval()
+    history.write()
+    transfer = history.close_interval()
+    made = Ingest(str(tmp_path), history.hello)
+    with pytest.raises(PositionMismatchError, match="full copy first"):
+        made.begin(changed(transfer.manifest, mark=1))
+    made.close()
+
+
+def test_a_hole_is_refused_and_a_repetition_passed_over(ingest: Ingest, interval: Transfer) -> None:
+    diff = interval.sections[Section.DIFF]
+    ingest.begin(interval.manifest)
+    ingest.data(Data(Section.DIFF, 0, diff[:64]))
+    ingest.data(Data(Section.DIFF, 0, diff[:96]))
+    ingest.data(Data(Section.DIFF, 32, diff[32:64]))
+    assert ingest.checkpoint((4, 5)).lengths == (96, 0, 0, 0, 0)
+    with pytest.raises(PositionMismatchError, match="bytes 96 to 128 are missing"):
+        ingest.data(Data(Section.DIFF, 128, diff[128:160]))
+    with pytest.raises(RemoteProtocolError, match="begin first"):
+        ingest.data(Data(Section.DIFF, 96, diff[96:128]))
+    assert ingest.begin(interval.manifest).cursor == (4, 5)
+
+
+def test_another_transfer_does_not_go_on_from_the_staged_one(ingest: Ingest, interval: Transfer) -> None:
+    ingest.begin(interval.manifest)
+    ingest.data(Data(Section.DIFF, 0, interval.sections[Section.DIFF][:64]))
+    ingest.checkpoint((1,))
+    assert ingest.begin(interval.manifest).lengths[0] == 64
+    assert ingest.begin(changed(interval.manifest, identity="another")).lengths == (0, 0, 0, 0, 0)
+    assert ingest.begin(interval.manifest).lengths == (0, 0, 0, 0, 0)
+
+
+def test_an_empty_interval_only_moves_protected_through_on(ingest: Ingest, history: History) -> None:
+    transfer = history.close_interval(bookmarks=("quiet",))
+    send(ingest, transfer)
+    store = Store.open(ingest.path)
+    assert len(list(store.snapshots())) == 1 and not list(store.intervals())
+    assert store.protected_through_ns() == transfer.manifest.protected_through_ns
+    assert store.at_time(transfer.manifest.protected_through_ns) == (store.first(), True)
+    bookmark = store.bookmark("quiet")
+    assert bookmark is not None and bookmark.seq == 0
+    assert store.bookmark("loud") is None
+    assert len(os.listdir(os.path.join(ingest.path, "objects"))) == 2
+    store.close()
+
+
+def test_a_bookmark_is_never_moved(ingest: Ingest, history: History) -> None:
+    send(ingest, history.close_interval(bookmarks=("x",)))
+    history.write()
+    send(ingest, history.close_interval(bookmarks=("x",)))
+    store = Store.open(ingest.path)
+    assert [(b.name, b.seq) for b in store.bookmarks()] == [("x", 0)]
+    store.close()
+
+
+# What can't be
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"to_seq": 0},
+        {"to_time_ns": START_NS},
+        {"first_time_ns": START_NS - 5},
+        {"protected_through_ns": START_NS + 1},
+        {"granularity_ns": 1_000_000},
+        {"granularity_ns": None},
+        {"diff_count": 1 << 40},
+        {"journal_count": -1},
+        {"protected_through_ns": 1 << 63},
+        {"bookmarks": (Bookmark("../x", 12, 0),)},
+        {"bookmarks": (Bookmark("fine", 11, 0),)},
+        {"gaps": (Gap(5, 5, 4, 6, "backwards"),)},
+    ],
+    ids=str,
+)
+def test_a_manifest_that_cannot_be_is_refused(
+    ingest: Ingest, interval: Transfer, values: dict[str, object]
+) -> None:
+    with pytest.raises(PitfsError, match="manifest"):
+        ingest.begin(changed(interval.manifest, **values))
+
+
+def rows_with(data: bytes, dtype: np.dtype, row: int, field: str, value: int) -> bytes:
+    rows = np.frombuffer(data, dtype).copy()
+    rows[field][row] = value
+    return rows.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("volume", 2), ("block", 9), ("block", 0), ("source", 2), ("source", 9), ("reserved", 1),
+        ("unit", 1), ("unit", 1 << 40), ("unit", 1 << 63), ("checksum", 5),
+    ],
+)  # fmt: skip
+def test_a_diff_row_that_cannot_be_is_refused(
+    ingest: Ingest, interval: Transfer, field: str, value: int
+) -> None:
+    data = interval.sections[Section.DIFF]
+    stored = np.flatnonzero(np.frombuffer(data, DIFF_ENTRY)["source"] == 1)[1]
+    with pytest.raises(RemoteProtocolError):
+        send(ingest, interval, DIFF=rows_with(data, DIFF_ENTRY, int(stored), field, value))
+    send(ingest, interval)
+
+
+@pytest.mark.parametrize("source", [1, 2])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("volume", 2), ("block", 1 << 20), ("block", 0), ("seq", 0), ("seq", 13), ("source", 3),
+        ("source", 0), ("reserved", 1), ("unit", 1 << 40), ("unit", 77), ("checksum", 5),
+    ],
+)  # fmt: skip
+def test_a_journal_row_that_cannot_be_is_refused(
+    ingest: Ingest, interval: Transfer, source: int, field: str, value: int
+) -> None:
+    data = interval.sections[Section.JOURNAL]
+    rows = np.frombuffer(data, JOURNAL_ENTRY)
+    candidates = [
+        row for row in np.flatnonzero((rows["source"] == source) & (rows["unit"] > 0)).tolist() if row
+    ]
+    assert candidates
+    with pytest.raises(RemoteProtocolError):
+        send(ingest, interval, JOURNAL=rows_with(data, JOURNAL_ENTRY, candidates[-1], field, value))
+    send(ingest, interval)
+
+
+@pytest.mark.parametrize("section", [Section.DIFF_BLOCKS, Section.JOURNAL_BLOCKS])
+def test_contents_are_compared_with_the_rows_that_named_them(
+    ingest: Ingest, interval: Transfer, section: Section
+) -> None:
+    data = bytearray(interval.sections[section])
+    data[-1] ^= 1
+    with pytest.raises(RemoteProtocolError, match="doesn't match its checksum"):
+        send(ingest, interval, **{section.name: bytes(data)})
+    with pytest.raises(RemoteProtocolError, match="whole blocks"):
+        send(ingest, interval, **{section.name: bytes(data[:-1])})
+    with pytest.raises(RemoteProtocolError, match="missing"):
+        send(ingest, interval, **{section.name: b""})
+    with pytest.raises(RemoteProtocolError, match="no row named"):
+        send(ingest, interval, **{section.name: interval.sections[section] + bytes(1024)})
+    send(ingest, interval)
+
+
+def test_contents_before_their_rows_are_refused(ingest: Ingest, interval: Transfer) -> None:
+    ingest.begin(interval.manifest)
+    with pytest.raises(RemoteProtocolError, match="no row named"):
+        ingest.data(Data(Section.DIFF_BLOCKS, 0, interval.sections[Section.DIFF_BLOCKS]))
+
+
+@pytest.mark.parametrize("section", [Section.DIFF, Section.TIMES, Section.JOURNAL])
+def test_missing_repeated_or_broken_rows_are_refused(
+    ingest: Ingest, interval: Transfer, section: Section
+) -> None:
+    data, size = (
+        interval.sections[section],
+        {Section.DIFF: 32, Section.TIMES: 8, Section.JOURNAL: 40}[section],
+    )
+    for wrong in (data[:-size], data + data[-size:], data[:-1], data[size:] + data[:size], b""):
+        with pytest.raises(RemoteProtocolError):
+            send(ingest, interval, **{section.name: wrong})
+    send(ingest, interval)
+
+
+def test_the_lengths_at_the_end_must_be_those_that_came(ingest: Ingest, interval: Transfer) -> None:
+    ingest.begin(interval.manifest)
+    with pytest.raises(RemoteProtocolError, match="have come"):
+        ingest.end(interval.end)
+
+
+def test_a_journal_is_refused_where_only_the_snapshot_was_announced(ingest: Ingest, history: History) -> None:
+    history.write()
+    transfer = history.close_interval(granular=False)
+    ingest.begin(transfer.manifest)
+    with pytest.raises(RemoteProtocolError, match="isn't part"):
+        ingest.data(Data(Section.TIMES, 0, bytes(8)))
+
+
+def test_a_frame_larger_than_the_limit_is_refused(ingest: Ingest, interval: Transfer) -> None:
+    ingest.begin(interval.manifest)
+    with pytest.raises(RemoteProtocolError, match="at most"):
+        ingest.data(Data(Section.DIFF, 0, bytes(MAX_PAYLOAD_BYTES + 1)))
+
+
+# Windows of expected contents
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_contents_larger_than_the_window_are_verified_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setattr("pitfs.store.staging.WINDOW_SLOTS", 40)  # of 512 bytes: one frame of the helper fits
+    monkeypatch.setattr("pitfs.store.staging.BATCH_ROWS", 3)
+    history = History(seed, (VolumeInfo("a", 100_000, 512), VolumeInfo("b", 90_000, 2048)))
+    made = Ingest(str(tmp_path), history.hello)
+    for number in range(3):
+        for _ in range(60 * number):
+            history.write()
+        transfer = history.close_interval()
+        section = Section.JOURNAL_BLOCKS if number else Section.DIFF_BLOCKS
+        wrong = bytearray(transfer.sections[section])
+        wrong[-300] ^= 8
+        good, transfer.sections[section] = transfer.sections[section], bytes(wrong)
+        with pytest.raises(RemoteProtocolError, match="doesn't match"):
+            ingest_transfer(made, transfer, seed)
+        transfer.sections[section] = good
+        ingest_transfer(made, transfer, seed)
+    store = Store.open(made.path)
+    for seq in range(0, history.at[0] + 1, 7):
+        for volume in range(2):
+            assert read_image(store, store.at_seq(seq), volume) == history.states[seq][volume]
+    store.close()
+    made.close()
