@@ -53,9 +53,10 @@ class SplitterService:
                     progress = splitter.snapshot_progress()
                     await trio.to_thread.run_sync(splitter.checkpoint, progress)
                     last_segment, last_lsn, last_checkpoint = segment, lsn, trio.current_time()
+                if splitter.standing.passing:
+                    await trio.to_thread.run_sync(splitter.journal.sync)  # only durable segments are given back
                 await self._release()
                 if splitter.standing.passing:
-                    await trio.sleep(1)
                     splitter.resume_journal(splitter.standing.passing)
             except (OSError, PitfsError) as error:
                 shown = (

@@ -100,7 +100,11 @@ def open_splitter(
             volumes, journal, standing, progress_file, generation, clock_ns, boot, block_when_full
         )
         cause = _copy_cause(progress, boot, volumes)
-        if cause is not None:
+        if progress is not None and progress.passing:
+            # The copy begins when there is room; production doesn't wait for it.
+            splitter.standing.passing = progress.passing
+            splitter.checkpoint(splitter.snapshot_progress())
+        elif cause is not None:
             if cause:
                 log.warning("%s: a complete copy follows, instants until now stay as they are", cause)
             splitter.start_copy(cause)
@@ -116,8 +120,6 @@ def _copy_cause(progress: Progress | None, boot: str, volumes: list[Volume]) -> 
     """Why a complete copy must begin now: "" for the first one, None for none."""
     if progress is None:
         return ""
-    if progress.passing:
-        return progress.passing
     if not progress.clean:
         # Writes that reached the backing volume but neither fsync nor the journal's disk can't be told.
         return None if progress.boot_id == boot else "power was lost on the production host"

@@ -15,14 +15,11 @@ from tests.helpers.load import FSYNC, WRITE, read_log
 from tests.helpers.stamps import Plan
 
 
-def seq_of(path: Path) -> int:
-    return int(os.getxattr(path, "user.pitfs.seq"))
-
-
 def check_image(image: Path, plan: Plan) -> int:
     """The image is exactly the state after write `user.pitfs.seq`; that seq."""
-    seq = seq_of(image)
-    plan.check(image.read_bytes(), seq)
+    with image.open("rb") as file:  # once: a name such as `latest` may lead elsewhere a moment later
+        seq = int(os.getxattr(file.fileno(), "user.pitfs.seq"))
+        plan.check(file.read(), seq)
     return seq
 
 

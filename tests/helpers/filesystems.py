@@ -56,7 +56,7 @@ def protected_filesystem(kind: str, tmp: Path, size_bytes: int, load_s: float) -
     """mkfs, mount, copy and change files, commit rows in WAL and rollback mode; then a last snapshot."""
     with (
         Replica(tmp) as replica,
-        Production(tmp, {"root": size_bytes}, port=replica.port, interval="2s") as production,
+        Production(tmp, {"root": size_bytes}, port=replica.port, interval="2s", rate="10Gbit") as production,
         LoopDevice(production.volume()) as device,
     ):
         run([*MAKE[kind], device])

@@ -82,6 +82,8 @@ class Production(Daemon):
 
     Args:
         volumes: name -> size in bytes (a sparse backing is made) or the path of a backing that exists.
+        rate: cap of the link. A high one also fixes the decision at every write, where the measured rate of a
+            busy machine might decide for snapshots only.
     """
 
     def __init__(self, tmp: Path, volumes: Mapping[str, int | Path], *, port: int, interval: str = "2s",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.helpers.processes import ROOT, pitfs_command
@@ -36,6 +37,13 @@ def check_refusal(done: subprocess.CompletedProcess[str], code: int, *words: str
     for word in words:
         assert word in done.stderr, (word, done.stderr)
     return done.stderr
+
+
+def together(*checks: Callable[[], object]) -> None:
+    """Runs independent checks at the same time: most of each is the start of a Python."""
+    with ThreadPoolExecutor(4) as pool:
+        for future in [pool.submit(check) for check in checks]:
+            future.result()
 
 
 def config_text(tmp: Path, volumes: Mapping[str, Path], *, replica: str = "127.0.0.1:1", group: str = "g",

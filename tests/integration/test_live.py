@@ -24,7 +24,9 @@ def test_new_points_appear_while_writes_shipping_reads_and_new_mounts_go_on(tmp_
     random_ = random.Random(1)
     with (
         Replica(tmp_path) as replica,
-        Production(tmp_path, {"root": VOLUME_BYTES}, port=replica.port, interval="1s") as production,
+        Production(
+            tmp_path, {"root": VOLUME_BYTES}, port=replica.port, interval="1s", rate="10Gbit"
+        ) as production,
     ):
         production.snapshot()
         store = replica.store()

@@ -215,7 +215,7 @@ def test_an_empty_store_has_no_latest() -> None:
 
 
 def test_many_entries_are_listed_in_flat_memory() -> None:
-    store = FakeStore(range(T0, T0 + 50_000), range(1, 50_000))
+    store = FakeStore(range(T0, T0 + 15_000), range(1, 15_000))
     tree = Tree(store, lambda: T0)  # type: ignore[arg-type]
     tracemalloc.start()
     try:

@@ -74,6 +74,7 @@ def run(setting: Setting) -> list[Measure]:
             measures.append(
                 Measure("volume, its image and `pitfs digest` agree", float(equal), "", "", None, 1, equal)
             )
+            measures += _granularity(replica)
             measures += _memory(production, replica, mount)
             measures += _disk(production.state, replica.store())
             complaints = production.complaints() + replica.complaints()
@@ -104,6 +105,15 @@ def _load(production: Production, load_s: int) -> list[Measure]:
         plain("the patent's load: longest write", report["clat_ns"]["max"] / 1e6, "ms"),
         at_most("greatest lag of the replica under it", worst_lag / INTERVAL_S, "intervals", 2),
     ]
+
+
+def _granularity(replica: Replica) -> list[Measure]:
+    intervals = replica.listing()["intervals"]
+    every = sum(interval["granularity_ns"] == 0 for interval in intervals)
+    for interval in intervals:
+        if interval["granularity_ns"] != 0:
+            note(f"interval to {interval['to']}: {interval['cause']}")
+    return [plain(f"of {len(intervals)} intervals, with every write", every, "")]
 
 
 def _memory(production: Production, replica: Replica, mount: Mount) -> list[Measure]:

@@ -1,0 +1,165 @@
+"""list, resolve, digest and export of a store, as a user calls them, against the model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from xxhash import xxh3_128_hexdigest
+
+from pitfs.cli.main import main
+from pitfs.model.position import format_instant
+from pitfs.model.transfer import VolumeInfo
+from pitfs.store.ingest import Ingest
+from tests.helpers.processes import run
+from tests.helpers.stores import ingest_transfer
+from tests.helpers.transfers import History
+
+VOLUMES = (VolumeInfo("root", 3_300_001, 4096), VolumeInfo("data", 12_345, 512))
+
+
+@pytest.fixture
+def history(tmp_path: Path) -> Iterator[History]:
+    history = History(4, VOLUMES)
+    ingest = Ingest(str(tmp_path), history.hello)
+    for writes, granular, marks in ((0, True, ["start"]), (20, True, []), (15, False, []), (25, True, ["5m-ago"])):
+        for _ in range(writes):
+            history.write()
+        ingest_transfer(ingest, history.close_interval(granular, marks))
+    yield history
+    ingest.close()
+
+
+@pytest.fixture
+def store(history: History, tmp_path: Path) -> str:
+    return str(tmp_path / history.group)
+
+
+def name(history: History, seq: int) -> str:
+    return format_instant(history.times_ns[seq])
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
+    capsys.readouterr()
+    assert main(list(arguments)) == code
+    output = capsys.readouterr()
+    assert code == 0 or (output.out == "" and output.err.count("\n") == 1)
+    return output.out if code == 0 else output.err
+
+
+def test_resolve_leads_to_the_newest_state_not_after(
+    store: str, history: History, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for text, seq, kind, granularity, exact in (
+        (name(history, 7), 7, "intermediary", 0, True),
+        (format_instant(history.times_ns[7] + 1), 7, "intermediary", 0, True),
+        ("seq-30", 20, "snapshot", 0, False),
+        (name(history, 30), 20, "snapshot", 0, False),
+        ("latest", 60, "snapshot", 0, True),
+        ("start", 0, "snapshot", None, True),
+        ("bookmarks/5m-ago", 60, "snapshot", 0, True),
+    ):
+        assert said(capsys, "resolve", store, text) == name(history, seq) + "\n"
+        assert json.loads(said(capsys, "resolve", store, text, "--json")) == {
+            "instant": name(history, seq), "seq": seq, "kind": kind, "granularity_ns": granularity, "exact": exact,
+        }  # fmt: skip
+        said(capsys, "resolve", store, text, "--strict", code=0 if exact else 1)
+
+
+def test_what_resolve_can_not_answer_is_one_line(store: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "not a time" in said(capsys, "resolve", store, "rubbish", code=2)
+    assert "no state answers" in said(capsys, "resolve", store, "2020-01-01", code=1)
+    assert "no state answers" in said(capsys, "resolve", store, "5m-ago", code=1)
+    assert "no bookmark" in said(capsys, "resolve", store, "bookmarks/none", code=1)
+    assert "time zone" in said(capsys, "resolve", store, "latest", "--tz", "Mars", code=2)
+    assert "no such directory" in said(capsys, "resolve", store + "x", "latest", code=2)
+
+
+def test_list_has_the_keys_of_the_contract(
+    store: str, history: History, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = json.loads(said(capsys, "list", store, "--json"))
+    assert found["group"] == history.group
+    assert found["protected_through"] == format_instant(history.protected_ns)
+    snapshots = [(each["instant"], each["seq"]) for each in found["snapshots"]]
+    assert snapshots == [(name(history, seq), seq) for seq in (0, 20, 35, 60)]
+    intervals = [(each["from"], each["to"], each["granularity_ns"]) for each in found["intervals"]]
+    assert intervals == [
+        (name(history, 0), name(history, 20), 0),
+        (name(history, 20), name(history, 35), None),
+        (name(history, 35), name(history, 60), 0),
+    ]
+    assert all(each["cause"] for each in found["intervals"])
+    assert [(each["name"], each["instant"]) for each in found["bookmarks"]] == [
+        ("start", name(history, 0)), ("5m-ago", name(history, 60)),
+    ]  # fmt: skip
+    assert found["gaps"] == []
+    part = json.loads(said(capsys, "list", store, "--from", "seq-20", "--to", "latest", "--json"))
+    assert [each["seq"] for each in part["snapshots"]] == [20, 35]
+    text = said(capsys, "list", store)
+    assert all(name(history, seq) in text for seq in (0, 20, 35, 60)) and "snapshots only" in text
+
+
+def test_digest_is_that_of_the_image(store: str, history: History, capsys: pytest.CaptureFixture[str]) -> None:
+    for seq in (0, 7, 20, 35, 50, 60):
+        for index, volume in enumerate(VOLUMES):
+            digest = xxh3_128_hexdigest(history.states[seq][index])
+            assert said(capsys, "digest", store, f"seq-{seq}", volume.name) == digest + "\n"
+    assert json.loads(said(capsys, "digest", store, "seq-7", "data", "--json"))["seq"] == 7
+    assert "no volume 'swap'" in said(capsys, "digest", store, "latest", "swap", code=2)
+
+
+def test_export_writes_the_image_sparse_and_whole(
+    store: str, history: History, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "out.img"
+    for seq, more in ((7, ["--verify"]), (60, ["--force"])):
+        said(capsys, "export", store, f"seq-{seq}", "root", str(file), *more)
+        assert file.read_bytes() == history.states[seq][0]
+        assert not list(tmp_path.glob("*.partial"))
+    assert file.stat().st_blocks * 512 < file.stat().st_size
+    assert "exists" in said(capsys, "export", store, "latest", "root", str(file), code=2)
+    assert "neither a regular file" in said(capsys, "export", store, "latest", "root", str(tmp_path), code=2)
+
+
+def test_a_failed_export_leaves_nothing(
+    store: str, history: History, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocks = sorted((Path(store) / "objects").glob("snapshot-*.blocks"))[0]
+    contents = bytearray(blocks.read_bytes())
+    for place in range(4096 + 100, len(contents), 4096):
+        contents[place] ^= 1
+    blocks.write_bytes(contents)
+    assert "damaged" in said(capsys, "export", store, "start", "root", str(tmp_path / "out.img"), code=1)
+    assert "damaged" in said(capsys, "digest", store, "start", "root", code=1)
+    assert not list(tmp_path.glob("out.img*"))
+
+
+@pytest.mark.loop
+def test_export_overwrites_a_device_that_is_free_and_large_enough(
+    store: str, history: History, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backing = tmp_path / "backing"
+    backing.write_bytes(os.urandom(4 << 20))
+    small = tmp_path / "small"
+    small.write_bytes(bytes(1 << 20))
+    devices = [run(["losetup", "--find", "--show", path]).stdout.strip() for path in (backing, small)]
+    place = tmp_path / "place"
+    place.mkdir()
+    try:
+        said(capsys, "export", store, "seq-50", "root", devices[0], "--verify")
+        with open(devices[0], "rb") as device:
+            assert device.read(VOLUMES[0].size_bytes) == history.states[50][0]
+        assert "too small" in said(capsys, "export", store, "seq-50", "root", devices[1], code=2)
+        run(["mkfs.ext4", "-q", devices[0]])
+        run(["mount", devices[0], place])
+        try:
+            assert "in use" in said(capsys, "export", store, "seq-50", "root", devices[0], code=2)
+        finally:
+            run(["umount", place])
+    finally:
+        for device in devices:
+            run(["losetup", "--detach", device])
