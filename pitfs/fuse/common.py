@@ -39,17 +39,22 @@ def guard(
                 raise
             except Exception as error:
                 number = answers.get(type(error))
-                if number is None:
-                    number = errno.EIO
-                    if isinstance(error, PitfsError | OSError):
-                        log.error("%s: %s", function.__name__, error)
-                    else:
-                        log.exception("%s: a bug in pitfs", function.__name__)
-                raise pyfuse3.FUSEError(number) from error
+                if number is not None:
+                    raise pyfuse3.FUSEError(number) from None
+                raise failed(function.__name__, error) from error
 
         return guarded
 
     return decorate
+
+
+def failed(name: str, error: Exception) -> pyfuse3.FUSEError:
+    """EIO for an error of the handler `name`, after a line in the log, with a traceback if it's our mistake."""
+    if isinstance(error, PitfsError | OSError):
+        log.error("%s: %s", name, error)
+    else:
+        log.error("%s: a bug in pitfs", name, exc_info=error)
+    return pyfuse3.FUSEError(errno.EIO)
 
 
 async def in_thread(function: Callable[..., T], *args: object, limiter: trio.CapacityLimiter) -> T:

@@ -65,29 +65,22 @@ class ReadBuffer:
 
 
 class TableCache:
-    """Resolved tables of all views of a process, least recently used first out.
+    """Resolved tables of all views of a process; the one resolved first goes first.
 
     Keys are plain integers (number of the view, leaf): hashing (third, journal, seq, volume, leaf) on every
-    read would cost as much as the lookup. Threads may share it: each step is one dict operation.
+    read would cost as much as the lookup, and so would keeping the order of use. Threads may share it: each
+    step is one dict operation.
     """
 
     def __init__(self, max_bytes: int = MAX_TABLE_CACHE_BYTES) -> None:
         self._max_count = max(max_bytes // TABLE_BYTES, 8)
         self._tables: collections.OrderedDict[int, Table] = collections.OrderedDict()
         self._numbers = itertools.count()
+        self.get = self._tables.get
 
     def new_view(self) -> int:
         """First key of a view; its leaf n has this + n."""
         return next(self._numbers) << _LEAF_BITS
-
-    def get(self, key: int) -> Table | None:
-        table = self._tables.get(key)
-        if table is not None:
-            try:
-                self._tables.move_to_end(key)
-            except KeyError:  # another thread has just evicted it: the table is good all the same
-                return table
-        return table
 
     def put(self, key: int, table: Table) -> None:
         self._tables[key] = table
@@ -119,6 +112,7 @@ class PointInTimeView:
         self._shift = info.block_size.bit_length() - 1
         self._units = np.uint64(info.block_size // UNIT_BYTES)
         self._can_nowait = True
+        self._inline: tuple[ReadBuffer | None, tuple[memoryview]] = (None, (_ZEROS,))
 
     def read(self, offset: int, size: int, buffer: ReadBuffer) -> memoryview:
         """Bytes [offset, offset + size) of the image, short only at its end; waits for the disk.
@@ -149,15 +143,18 @@ class PointInTimeView:
             return _ZEROS[:size]
         if not self._can_nowait:
             return None
-        target = buffer.blocks(self.block_size)[0]
+        inline = self._inline
+        if inline[0] is not buffer:
+            inline = self._inline = (buffer, (buffer.blocks(self.block_size)[0],))
         position = DATA_OFFSET_BYTES + (pointer & UNIT_MASK) * UNIT_BYTES
         try:
-            count = os.preadv(self._fd(pointer >> OBJECT_SHIFT), (target,), position, _NOWAIT)
+            count = os.preadv(self._fd(pointer >> OBJECT_SHIFT), inline[1], position, _NOWAIT)
         except OSError as error:
             self._not_now(error)
             return None
         if count != self.block_size:
             return None
+        target = inline[1][0]
         if xxh3_64_intdigest(target) != table[1].item(index):
             raise self._corruption(block, pointer)
         if size == self.block_size:

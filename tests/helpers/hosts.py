@@ -15,7 +15,7 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -57,15 +57,22 @@ def instant_ns(name: str) -> int:
 
 
 class Replica(Daemon):
-    """`pitfs receive --insecure` on loopback, its stores under tmp/stores."""
+    """`pitfs receive` on loopback, its stores under tmp/stores (or `root`); without TLS unless told."""
 
-    def __init__(self, tmp: Path, port: int | None = None) -> None:
-        self.root = tmp / "stores"
+    def __init__(
+        self,
+        tmp: Path,
+        port: int | None = None,
+        *,
+        root: Path | None = None,
+        tls: Sequence[str] = ("--insecure",),
+    ) -> None:
+        self.root = root or tmp / "stores"
         self.root.mkdir(exist_ok=True)
         self.port = port or free_port()
         listen = f"127.0.0.1:{self.port}"
         super().__init__(
-            [*pitfs_command(), "receive", "--root", str(self.root), "--listen", listen, "--insecure"],
+            [*pitfs_command(), "receive", "--root", str(self.root), "--listen", listen, *tls],
             tmp / "receive.log", "receive",
         )  # fmt: skip
 
@@ -89,11 +96,12 @@ class Production(Daemon):
     def __init__(self, tmp: Path, volumes: Mapping[str, int | Path], *, port: int, interval: str = "2s",
                  mode: str = "dynamic", rate: str | None = None, capacity: str | None = None,
                  on_full: str | None = None, block_sizes: Mapping[str, int] | None = None,
-                 group: str = GROUP) -> None:  # fmt: skip
-        self.group = group
+                 group: str = GROUP, host: str = "127.0.0.1", state: Path | None = None,
+                 tls: Sequence[str] = ("insecure = true",)) -> None:  # fmt: skip
+        self.group, self.host, self.port = group, host, port
         self.mountpoint = tmp / f"{group}.volumes"
         self.mountpoint.mkdir(exist_ok=True)
-        self.state = tmp / f"{group}.state"
+        self.state = state or tmp / f"{group}.state"
         self.backings: dict[str, Path] = {}
         for name, backing in volumes.items():
             if isinstance(backing, int):
@@ -106,12 +114,12 @@ class Production(Daemon):
             if block_sizes and name in block_sizes:
                 lines += [f"block_size = {block_sizes[name]}"]
         lines += ["[splitter]", f'mountpoint = "{self.mountpoint}"', "[replication]"]
-        lines += [f'replica = "127.0.0.1:{port}"', f'mode = "{mode}"', f'interval = "{interval}"']
+        lines += [f'replica = "{host}:{port}"', f'mode = "{mode}"', f'interval = "{interval}"']
         lines += [f'rate = "{rate}"'] if rate else []
         journal = [f'capacity = "{capacity}"'] if capacity else []
         journal += [f'on_full = "{on_full}"'] if on_full else []
         lines += ["[journal]", *journal] if journal else []
-        lines += ["[tls]", "insecure = true"]
+        lines += ["[tls]", *tls]
         self.config.write_text("\n".join(lines) + "\n")
         super().__init__(
             [*pitfs_command(), "protect", str(self.config)], tmp / f"{group}.protect.log", "protect"

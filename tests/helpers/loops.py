@@ -74,3 +74,16 @@ def free_file(path: Path, size_bytes: int) -> Path:
     with path.open("wb") as file:
         file.truncate(size_bytes)
     return path
+
+
+def fill(ballast: Path, leave_bytes: int = 0) -> None:
+    """Fills a filesystem with one file but for that much; remove the file to make room again."""
+    with ballast.open("ab", buffering=0) as file:
+        free = os.statvfs(ballast).f_bavail * os.statvfs(ballast).f_frsize - leave_bytes
+        if free > 0 and leave_bytes:
+            os.posix_fallocate(file.fileno(), 0, free)
+        for size in () if leave_bytes else (1 << 20, 1 << 16, 1 << 12, 1 << 10):
+            with contextlib.suppress(OSError):
+                while file.write(bytes(size)) == size:
+                    pass
+        os.fsync(file.fileno())

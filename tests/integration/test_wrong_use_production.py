@@ -167,27 +167,28 @@ def test_a_state_that_can_not_be_made_is_refused(tmp_path: Path, backing: Path) 
 def test_a_damaged_state_is_named_and_left_as_it_is(tmp_path: Path) -> None:
     with Production(tmp_path, {"root": MIB}, port=1) as production:
         production.terminate()
-    for name, damage, words in (
-        ("group.json", b"{", ("damaged",)),
-        ("group.json", b'{"format": 9, "history": "00", "group": "g", "volumes": []}', ("format 9", "newer pitfs")),
-        ("progress", b"\1" * 8192, ("damaged",)),
-    ):
-        path = production.state / name
-        before = path.read_bytes()
-        path.write_bytes(damage)
-        code = 2 if "newer pitfs" in words else 1
-        pitfs_refused(code, str(path), *words, args=["protect", production.config])
-        assert path.read_bytes() == damage
-        path.write_bytes(before)
-    segments = sorted((production.state / "journal").glob("*"))
-    shutil.move(production.state / "journal", tmp_path / "aside")
-    pitfs_refused(2, f"{production.state}/journal: the journal ends before its checkpoint", "put them back",
-                  args=["protect", production.config])  # fmt: skip
-    shutil.rmtree(production.state / "journal")
-    shutil.move(tmp_path / "aside", production.state / "journal")
-    assert sorted((production.state / "journal").glob("*")) == segments
-    with production:
-        production.terminate()
+
+    def refuse(copy: str, name: str, damage: bytes | None, code: int, *words: str) -> None:
+        state, backing = tmp_path / copy, tmp_path / f"{copy}.backing"
+        shutil.copytree(production.state, state, ignore=shutil.ignore_patterns("*.sock"))
+        shutil.copy2(production.backings["root"], backing)
+        if damage is None:
+            shutil.rmtree(state / name)
+        else:
+            (state / name).write_bytes(damage)
+        config = write_config(
+            tmp_path, {"root": backing}, f"{copy}.toml", state=state, mountpoint=tmp_path / f"{copy}.volumes"
+        )
+        pitfs_refused(code, f"{state}/{name}: ", *words, args=["protect", config])
+        assert damage is None or (state / name).read_bytes() == damage
+
+    newer = b'{"format": 9, "history": "00", "group": "g", "volumes": []}'
+    together(
+        lambda: refuse("a", "group.json", b"{", 1, "damaged at byte 0"),
+        lambda: refuse("b", "group.json", newer, 2, "format 9, this pitfs knows 1", "newer pitfs"),
+        lambda: refuse("c", "progress", b"\1" * 8192, 1, "damaged at byte 0"),
+        lambda: refuse("d", "journal", None, 2, "the journal ends before its checkpoint", "put them back"),
+    )
 
 
 # -- the mountpoint

@@ -16,6 +16,7 @@ import pytest
 from pitfs.errors import CapacityError, CorruptionError, PitfsError
 from pitfs.model.transfer import Begin, End, VolumeInfo
 from pitfs.store.catalog import Catalog
+from pitfs.store.facts import Commit
 from pitfs.store.ingest import Ingest
 from pitfs.store.layout import CATALOG, STORE_JSON
 from pitfs.store.store import Store
@@ -263,3 +264,35 @@ def test_a_damaged_catalog_or_store_json_is_one_clear_error(before: tuple[Histor
         with pytest.raises(PitfsError, match=part.replace(".", r"\.")):
             Store.open(str(path)).latest()
         (path / CATALOG).write_bytes(good)
+
+
+def test_each_file_is_durable_before_its_name_and_both_before_the_commit(
+    monkeypatch: pytest.MonkeyPatch, before: tuple[History, Transfer, str]
+) -> None:
+    history, transfer, root = before
+    ingest = Ingest(root, history.hello)
+    events: list[tuple[str, str]] = []
+    rename, commit = os.rename, Catalog.commit
+
+    def note_rename(source: str, target: str) -> None:
+        events.append(("rename", os.path.basename(target)))
+        rename(source, target)
+
+    def note_commit(catalog: Catalog, added: Commit) -> None:
+        events.append(("commit", ""))
+        commit(catalog, added)
+
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: events.append(("fsync", os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))))
+    )
+    monkeypatch.setattr(os, "rename", note_rename)
+    monkeypatch.setattr(Catalog, "commit", note_commit)
+    send(ingest, transfer)
+    ingest.close()
+    committed = events.index(("commit", ""))
+    objects = [event for event in events[:committed] if event[0] == "rename" and "-" in event[1]]
+    assert len(objects) == 4
+    for event in objects:
+        assert ("fsync", event[1]) in events[: events.index(event)]
+    after_the_last = events[events.index(objects[-1]) : committed]
+    assert {("fsync", "objects"), ("fsync", "staging")} <= set(after_the_last)

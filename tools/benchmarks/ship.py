@@ -21,13 +21,14 @@ from tests.helpers.processes import HostError, resident_bytes
 
 VOLUME_BYTES = 8 << 30
 WRITES_PER_S = 5000
+MEAN_BYTES = 10 << 10
 LOAD_S, QUICK_LOAD_S = 60, 20
 INTERVAL_S = 10
 MAX_RESIDENT_MIB = 200
 MIB = 1 << 20
 LOAD = {
     "rw": "randwrite", "blockalign": 512, "bssplit": "2k/10:6k/20:10k/40:14k/20:18k/10", "direct": 1,
-    "iodepth": 16, "random_distribution": "zoned:30/1:70/99", "rate_iops": WRITES_PER_S,
+    "iodepth": 16, "random_distribution": "zoned:30/1:70/99", "rate": WRITES_PER_S * MEAN_BYTES,  # fio takes rate_iops times the *smallest* size
     "rate_process": "linear",
 }  # fmt: skip
 
