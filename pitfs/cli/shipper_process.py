@@ -15,7 +15,7 @@ from typing import Any, Final
 import trio
 
 from pitfs.cli.processes import link_context, run_process, set_process_name, told_to_stop
-from pitfs.cli.shipping import Shipper
+from pitfs.cli.shipping import InGapError, Shipper
 from pitfs.config import Config
 from pitfs.errors import PitfsError, UsageError
 from pitfs.link.tls import LinkContext
@@ -58,6 +58,11 @@ class ShipperControl:
             instant = format_instant(reply["position_time_ns"])
             try:
                 await self._shipper.wait_committed(reply["mark"], SNAPSHOT_GRACE_S)
+            except InGapError as error:
+                raise PitfsError(
+                    f"{self._group}: the snapshot {instant} lies in a gap ({error}): the replica got a complete "
+                    "copy of a later state instead: take another snapshot"
+                ) from error
             except PitfsError as error:
                 raise PitfsError(
                     f"{self._group}: the snapshot {instant} is set but not on the replica yet: {error}; "

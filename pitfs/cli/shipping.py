@@ -46,6 +46,7 @@ class Standing:
             it: the replica may refuse what is sent on it, again and again.
         down_since: trio's clock when it began.
         failures: how often a connection failed.
+        lost: marks from the first (exclusive) to the second (exclusive) lie in the last gap, and its cause.
     """
 
     committed: Welcome | None = None
@@ -53,6 +54,7 @@ class Standing:
     link_error: PitfsError | None = None
     down_since: float = 0.0
     failures: int = 0
+    lost: tuple[int, int, str] = (0, 0, "")
     connected: bool = False
     last_decision: Decision | None = None
     rates: deque[float] = field(default_factory=lambda: deque(maxlen=MEASUREMENTS))
@@ -65,6 +67,10 @@ class Standing:
         """Wakes who waits for a change."""
         self.changed.set()
         self.changed = trio.Event()
+
+
+class InGapError(PitfsError):
+    """A mark lies in a gap: the replica got a complete copy of a later state instead."""
 
 
 class Shipper:
@@ -243,6 +249,7 @@ class Shipper:
     # -- transfers ---------------------------------------------------------------------------------------
 
     async def _ship_copy(self, session: SenderSession, copy: Copy) -> None:
+        before = session.welcome.mark
         manifest = shipment.copy_manifest(copy, self._hello.history, session.welcome)
         resume = await session.begin(manifest)
         log.info(
@@ -270,6 +277,7 @@ class Shipper:
                 os.close(fd)
         await self._splitter.request("copied", mark=copy.start.mark, volume=len(self._volumes), block=0)
         self._getting_through()
+        self.standing.lost = (before, copy.start.mark, copy.start.cause)
         self._committed(session.welcome, copy.location)
         log.info("complete copy committed, mark %d", copy.start.mark)
 
@@ -350,6 +358,7 @@ class Shipper:
         """Returns when the replica has acknowledged `mark`.
 
         Raises:
+            InGapError: it never will: a complete copy of a later state went instead.
             PitfsError: nothing got through for `grace_s`, or can't until somebody changes something.
         """
         standing = self.standing
@@ -366,6 +375,9 @@ class Shipper:
                 raise PitfsError(str(error)) from error
             with trio.move_on_after(left):
                 await changed.wait()
+        before, after, cause = standing.lost
+        if before < mark < after:
+            raise InGapError(cause)
 
     async def status(self, now_ns: int) -> dict[str, Any]:
         """The keys of INTERFACE: status --json, and more."""

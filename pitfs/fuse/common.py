@@ -60,4 +60,5 @@ def failed(name: str, error: Exception) -> pyfuse3.FUSEError:
 async def in_thread(function: Callable[..., T], *args: object, limiter: trio.CapacityLimiter) -> T:
     """`function(*args)` in a thread, never cancelled: a handler that is cancelled gives no reply."""
     with trio.CancelScope(shield=True):
-        return await trio.to_thread.run_sync(function, *args, limiter=limiter)
+        result = await trio.to_thread.run_sync(function, *args, limiter=limiter)
+    return result

@@ -46,10 +46,13 @@ class PlainStream:
         """Some bytes, valid until the next call; empty at the end of the connection.
 
         Raises:
-            OSError: the connection broke.
+            trio.BrokenResourceError: the connection broke; its cause says why.
             trio.ClosedResourceError: we closed it.
         """
-        return self._received[: await self.inner.socket.recv_into(self._received)]
+        try:
+            return self._received[: await self.inner.socket.recv_into(self._received)]
+        except OSError as error:
+            raise trio.BrokenResourceError from error
 
     async def send_all(self, data: Buffer) -> None:
         await self.inner.send_all(data)
@@ -109,7 +112,7 @@ class TlsStream(PlainStream):
                 raise
             else:
                 break
-            data = await self.inner.receive_some(RECEIVE_BYTES)
+            data = await super().receive_some()
             if not data:
                 raise EOFError
             self._incoming.write(data)
@@ -137,7 +140,7 @@ class TlsStream(PlainStream):
                 await self._flush()
             if filled:
                 return view[:filled]
-            data = await self.inner.receive_some(RECEIVE_BYTES)
+            data = await super().receive_some()
             if not data:
                 return b""
             self._incoming.write(data)

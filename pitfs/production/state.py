@@ -2,7 +2,7 @@
 
 `group.json`: format, history, volumes; written once.
 
-`progress`: two slots of 4096 bytes, written in turn in place, so that it can be written on a full disk and
+`progress`: two slots of 16384 bytes, written in turn in place, so that it can be written on a full disk and
 a torn write leaves the other slot. A slot is the length of a message (4 bytes, little-endian), its xxh3_64
 (8 bytes), and the message (msgpack of `Progress`); the valid slot with the greater generation counts.
 """
@@ -23,8 +23,7 @@ from pitfs.model.transfer import VolumeInfo
 from pitfs.storage.files import durable_replace, fsync_directory, write_all
 
 FORMAT: Final = 1
-SLOT_BYTES: Final = 4096
-MAX_VOLUMES: Final = 64  # their state fits into a slot
+SLOT_BYTES: Final = 16384  # a group's 256 volumes take 40 bytes each; the cause of passing names a path
 _SLOT: Final = struct.Struct("<IQ")
 
 

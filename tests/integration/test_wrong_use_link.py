@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import os
 import socket
+import subprocess
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -26,7 +27,6 @@ from tests.helpers.refusals import refused, together
 
 pytestmark = [pytest.mark.fuse, pytest.mark.timeout(120)]
 MIB = 1 << 20
-GRACE_S = 10.0  # how long `pitfs snapshot` tries before it gives up on a cause that may pass
 
 
 def write(production: Production, number: int) -> None:
@@ -46,6 +46,15 @@ def snapshot_fails(production: Production, *words: str, within_s: float) -> None
     refused([*pitfs_command(), "snapshot", production.config], 1, "g: the snapshot ", "not on the replica yet",
             f"{production.host}:{production.port}: ", *words)  # fmt: skip
     assert time.monotonic() - begun < within_s
+
+
+def wait_for_cause(production: Production, cause: str) -> None:
+    """Until status says that; somebody who waits for a snapshot makes the shipper try at once."""
+    with subprocess.Popen([*pitfs_command(), "snapshot", production.config], stderr=subprocess.DEVNULL) as waiting:
+        try:
+            wait_until(lambda: cause in production.status()["link"], cause, 25, 0.2)
+        finally:
+            waiting.kill()
 
 
 def log_says_each_cause_once(production: Production, *causes: str) -> None:
@@ -71,12 +80,13 @@ def test_a_replica_that_is_not_there_or_says_nothing_stops_snapshots_only(tmp_pa
     (tmp_path / "unknown").mkdir()
     ours = trustme.CA()
     files = issue(tmp_path, "production", ours, "production.example")
+    silent_port = free_port()
     with (
+        peer_that_says(None, silent_port),
         Production(tmp_path, {"root": MIB}, port=free_port(), interval="60s") as refusing,
-        Production(tmp_path / "silent", {"root": MIB}, port=free_port(), interval="60s") as silent,
+        Production(tmp_path / "silent", {"root": MIB}, port=silent_port, interval="60s") as silent,
         Production(tmp_path / "unknown", {"root": MIB}, port=7420, interval="60s", host="replica.invalid",
                    tls=in_config(files)) as unknown,
-        peer_that_says(None, silent.port),
     ):  # fmt: skip
         for production in (refusing, silent, unknown):
             production.wait_for_shipper()
@@ -162,7 +172,7 @@ def test_peers_that_are_not_this_pitfs_get_nothing_and_the_right_one_everything(
 
     peers: tuple[tuple[str, Callable[[], AbstractContextManager[object]]], ...] = (
         ("speaks versions 2 of the protocol", lambda: peer_that_says(newer, port)),
-        ("not a pitfs", lambda: peer_that_says(b"HTTP/1.1 400 Bad Request\r\n\r\n", port)),
+        ("the peer isn't pitfs", lambda: peer_that_says(b"HTTP/1.1 400 Bad Request\r\n\r\n", port)),
         ("closed the connection without an answer; does it want TLS?", lambda: peer_that_says(b"", port)),
         ("TLS", tls_replica),
     )
@@ -171,7 +181,7 @@ def test_peers_that_are_not_this_pitfs_get_nothing_and_the_right_one_everything(
         for number, (cause, peer) in enumerate(peers):
             with peer():
                 write(production, number)
-                wait_until(lambda: cause in production.status()["link"], cause, 25, 0.2)
+                wait_for_cause(production, cause)
         with Replica(tmp_path, port) as replica:
             everything_arrives(production, replica)
         log_says_each_cause_once(production, *(cause for cause, _ in peers[:3]))
@@ -202,7 +212,7 @@ def test_senders_with_a_wrong_or_no_certificate_are_refused_and_others_go_on(
             with Production(directory, {"root": MIB}, port=replica.port, group=name, tls=tls) as production:
                 production.wait_for_shipper()
                 write(production, 1)
-                wait_until(lambda: cause in production.status()["link"], cause, 15, 0.2)
+                wait_for_cause(production, cause)
         with Production(
             tmp_path, {"root": MIB}, port=replica.port, tls=in_config(pki["production"])
         ) as production:

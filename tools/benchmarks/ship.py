@@ -28,7 +28,8 @@ MAX_RESIDENT_MIB = 200
 MIB = 1 << 20
 LOAD = {
     "rw": "randwrite", "blockalign": 512, "bssplit": "2k/10:6k/20:10k/40:14k/20:18k/10", "direct": 1,
-    "iodepth": 16, "random_distribution": "zoned:30/1:70/99", "rate": WRITES_PER_S * MEAN_BYTES,  # fio takes rate_iops times the *smallest* size
+    "iodepth": 16, "random_distribution": "zoned:30/1:70/99",
+    "rate": WRITES_PER_S * MEAN_BYTES,  # not rate_iops, which fio multiplies by the smallest size
     "rate_process": "linear",
 }  # fmt: skip
 

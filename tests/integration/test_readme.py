@@ -1,0 +1,256 @@
+"""Everything that README.rst tells people to type is held to: it parses, or it is run here, or by the demo."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pitfs.cli.main import full_parser
+from pitfs.cli.mount import parse_options
+from pitfs.config import load_config
+from pitfs.model.position import parse_time
+from tests.helpers.hosts import Mount, digest, free_port, xxhsum
+from tests.helpers.loops import LoopDevice, force_unmount
+from tests.helpers.processes import ROOT, Daemon, HostError, pitfs_command, run, wait_until
+from tests.helpers.readme import blocks, commands, configuration, fstab_lines
+
+SERVICES = ("pitfs-protect@.service", "pitfs-receive.service")
+# Programs of others whose long options are looked up in what they print for --help.
+OTHERS = frozenset(
+    "apt-get cp dd diff e2fsck fsfreeze getfattr install ln losetup ls mkdir mkfs.ext4 mount openssl python3 "
+    "systemctl truncate umount".split()
+)
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_each_command_is_one_that_exists(words: list[str]) -> None:
+    program, arguments = words[0], words[1:]
+    if program == "pitfs":
+        full_parser().parse_args(arguments)
+    elif program.startswith("tools/"):
+        assert os.access(ROOT / program, os.X_OK)
+        for option in arguments:
+            assert option in (ROOT / program).read_text()
+    elif program != "/opt/pitfs/bin/pip":
+        assert program in OTHERS
+        if program != "openssl" and shutil.which(program):  # openssl's are run below
+            options = [word.partition("=")[0] for word in arguments if word.startswith("--")]
+            text = help_of(program) if options else ""
+            assert [option for option in options if option not in text] == []
+
+
+def help_of(program: str) -> str:
+    done = subprocess.run([program, "--help"], capture_output=True, text=True, check=False, timeout=20)
+    return done.stdout + done.stderr
+
+
+def test_the_table_of_commands_has_those_that_there_are() -> None:
+    text = (ROOT / "README.rst").read_text(encoding="utf-8")
+    named = set(re.findall(r"^``pitfs (\w+)[ `]", text, re.MULTILINE))
+    assert named == {"protect", "snapshot", "bookmark", "status", "receive", "list", "resolve", "digest", "export"}
+    for command in re.findall(r"^``pitfs ([^`]+)``", text, re.MULTILINE):
+        full_parser().parse_args(command.replace("HOST:PORT", "127.0.0.1:7420").split())
+
+
+def test_each_way_to_say_a_time_is_understood() -> None:
+    section = (ROOT / "README.rst").read_text(encoding="utf-8").partition("Ways to say a time")[2]
+    table = section.split("=\n")[1]
+    ways = [way for line in table.splitlines() for way in re.findall(r"``([^`]+)``", line[:38])]
+    assert len(ways) >= 10
+    for way in ways:
+        if way != "latest" and not way.startswith("bookmarks/"):
+            parse_time(way, now_ns=10**18)
+
+
+def test_the_files_that_are_installed_by_hand_are_there() -> None:
+    for words in commands("Install"):
+        for word in words:
+            if word.startswith("pitfs/"):
+                assert (ROOT / word).is_file()
+    written = (ROOT / "tools" / "setup").read_text()
+    (wanted,) = (words[2:] for words in commands("Install") if words[0] == "apt-get")
+    assert [package for package in wanted if not re.search(rf"\b{re.escape(package)}\b", written)] == []
+
+
+def test_the_configuration_loads_as_it_stands(tmp_path: Path) -> None:
+    path = tmp_path / "db1.toml"
+    path.write_text(configuration())
+    config = load_config(str(path))
+    assert (config.group.name, config.replication.host) == ("db1", "replica.example")
+    (settings,) = (block.text for block in blocks() if block.language == "ini")
+    unit = (ROOT / "pitfs" / "data" / "pitfs-receive.service").read_text()
+    for line in settings.splitlines():
+        assert line in unit, "the README says that these are the defaults"
+
+
+def test_the_fstab_lines_are_right(tmp_path: Path) -> None:
+    lines = fstab_lines()
+    assert len(lines) == 3
+    table = tmp_path / "fstab"
+    table.write_text("\n".join(lines) + "\n")
+    verified = run(["findmnt", "--verify", "--tab-file", table], accept=(0, 1))
+    assert "0 parse errors" in verified.stdout + verified.stderr
+    for source, _, kind, options, *_ in map(str.split, lines):
+        assert "_netdev" in options.split(",")
+        if kind == "pitfs":
+            parse_options(options, store=source, mountpoint="/mnt")
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
+def test_the_units_are_right(tmp_path: Path) -> None:
+    for name in SERVICES:
+        text = (ROOT / "pitfs" / "data" / name).read_text()
+        path = tmp_path / name.replace("@", "@db1")
+        path.write_text(text.replace("/usr/local/bin/pitfs", "/bin/true"))  # it may not be installed here
+        done = subprocess.run(
+            ["systemd-analyze", "verify", "--man=no", str(path)], capture_output=True, text=True, check=False
+        )
+        assert [line for line in done.stderr.splitlines() if name.partition("@")[0] in line] == []
+
+
+# ------------------------------------------------------------------ the two hosts, for real
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the README's openssl commands make; its replica host is this machine."""
+    directory = tmp_path_factory.mktemp("certificates")
+    made = [words for words in commands("1. Certificates") if words[0] == "openssl"]
+    assert len(made) == 5
+    for words in made:
+        words = [word.replace("replica.example", "localhost") for word in words]
+        subprocess.run(words, cwd=directory, check=True, capture_output=True)
+    assert {path.stat().st_mode & 0o077 for path in directory.glob("*.key")} == {0}
+    return directory
+
+
+class Hosts:
+    """`pitfs receive` and `pitfs protect` of the README, with TLS, moved to loopback and under `tmp`."""
+
+    def __init__(self, tmp: Path, certificates: Path, group: str = "db1") -> None:
+        self.tmp, self.group = tmp, group
+        port = free_port()
+        places = {
+            "/srv/root.img": tmp / "root.img",
+            "/var/lib/pitfs/db1": tmp / "state",
+            "/run/pitfs/db1": tmp / "volumes",
+            "/etc/pitfs/receive/certificate.pem": certificates / "replica.pem",
+            "/etc/pitfs/receive/key.pem": certificates / "replica.key",
+            "/etc/pitfs/receive/authority.pem": certificates / "ca.pem",
+            "/etc/pitfs/": f"{certificates}/",
+            "/srv/pitfs/db1": tmp / "stores" / "db1",
+            "/srv/pitfs": tmp / "stores",
+            "/srv/db1": tmp / "live",
+            "/mnt/db1": tmp / "mount",
+            "/mnt/latest": tmp / "latest",
+            "replica.example:7420": f"localhost:{port}",
+            "[::]:7420": f"localhost:{port}",
+            '"db1"': f'"{group}"',
+            "10GiB": "64MiB",
+        }
+        self._places = {name: str(place) for name, place in places.items()}
+        with (tmp / "root.img").open("wb") as file:
+            file.truncate(64 << 20)
+        self.config = tmp / "db1.toml"
+        self.config.write_text(self.moved(configuration()))
+        (words,) = (words for words in commands("2. The replica host") if words[:2] == ["pitfs", "receive"])
+        receive = [self.moved(word) for word in words[1:]]
+        self.receive = Daemon([*pitfs_command(), *receive], tmp / "receive.log", "receive")
+        self.protect = Daemon([*pitfs_command(), "protect", str(self.config)], tmp / "protect.log", "protect")
+
+    def moved(self, text: str) -> str:
+        """The README's text with its hosts and paths replaced by those of this test; longest names first."""
+        return re.sub("|".join(map(re.escape, self._places)), lambda match: self._places[match[0]], text)
+
+    def pitfs(self, *arguments: str | Path) -> str:
+        return run([*pitfs_command(), *arguments]).stdout.strip()
+
+    def __enter__(self) -> Hosts:
+        self.receive.start()
+        self.protect.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.protect.clean_up()
+        force_unmount(self.tmp / "volumes")
+        self.receive.clean_up()
+
+
+@pytest.fixture
+def hosts(tmp_path: Path, certificates: Path) -> Iterator[Hosts]:
+    with Hosts(tmp_path, certificates) as running:
+        yield running
+
+
+@pytest.mark.fuse
+@pytest.mark.loop
+def test_two_hosts_with_these_certificates_and_fstab_lines_work(hosts: Hosts) -> None:
+    tmp, store, volume = hosts.tmp, hosts.tmp / "stores" / "db1", hosts.tmp / "volumes" / "root"
+    table = tmp / "fstab"
+    table.write_text(hosts.moved("\n".join(fstab_lines()) + "\n"))
+    live, latest = tmp / "live", tmp / "latest"
+    live.mkdir()
+    latest.mkdir()
+    with LoopDevice(volume) as device:
+        run(["mkfs.ext4", "-q", device])
+    try:
+        run(["mount", "-T", table, live])
+        (live / "ledger").write_text("monday,100\n")
+        run(["fsfreeze", "--freeze", live])
+        try:
+            instant = hosts.pitfs("snapshot", hosts.config)
+            assert digest(store, instant) == xxhsum(volume)
+        finally:
+            run(["fsfreeze", "--unfreeze", live])
+        with Mount(store, tmp):
+            run(["mount", "-T", table, latest])
+            assert (latest / "ledger").read_text() == "monday,100\n"
+            run(["umount", latest])
+        run(["umount", live])
+        wait_until(lambda: not run(["losetup", "-j", volume]).stdout, "umount detaches the loop device", 10)
+    finally:
+        force_unmount(latest)
+        force_unmount(live)
+    hosts.protect.terminate()
+    hosts.receive.terminate()
+
+
+@pytest.mark.fuse
+def test_a_certificate_for_another_group_sends_nothing(tmp_path: Path, certificates: Path) -> None:
+    with Hosts(tmp_path, certificates, group="db2") as hosts:
+        wait_until(lambda: "db2" in hosts.receive.logged(), "the receiver refuses", 20)
+        with pytest.raises(HostError, match="db2"):
+            hosts.pitfs("snapshot", hosts.config)
+        assert not (tmp_path / "stores" / "db2").exists()
+
+
+@pytest.mark.fuse
+@pytest.mark.loop
+def test_a_volume_goes_back_through_the_splitter(hosts: Hosts) -> None:
+    """The recipe with dd, and that it is an interval like any other."""
+    store, volume, image = hosts.tmp / "stores" / "db1", hosts.tmp / "volumes" / "root", hosts.tmp / "root.copy"
+    written = []
+    for byte in (b"1", b"2"):
+        with volume.open("r+b") as file:
+            file.write(byte * (1 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+        written.append((hosts.pitfs("snapshot", hosts.config), xxhsum(volume)))
+    (good, wanted), (bad, found) = written
+    assert wanted != found
+    (export,) = (words for words in commands("The night") if words[:2] == ["pitfs", "export"] and "--verify" in words
+                 and words[-2].endswith(".img"))  # fmt: skip
+    hosts.pitfs(*(str({"/srv/pitfs/db1": store, "/var/tmp/root.img": image}.get(word, word))
+                  if not word.startswith("2026-") else good for word in export[1:]))  # fmt: skip
+    (dd,) = (words for words in commands("The night") if words[0] == "dd")
+    run(shlex.split(hosts.moved(shlex.join(dd)).replace("/var/tmp/root.img", str(image))))
+    assert xxhsum(volume) == wanted
+    again = hosts.pitfs("snapshot", hosts.config)
+    assert [digest(store, instant) for instant in (good, bad, again)] == [wanted, found, wanted]
