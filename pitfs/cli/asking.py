@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Final
 
 import trio
 
 from pitfs.config import Config
 from pitfs.errors import PitfsError, UsageError
 from pitfs.production import control
+
+STARTING_S: Final = 10.0  # the shipper answers some time after writes are accepted
+POLL_S: Final = 0.1
 
 
 def ask(config: Config, op: str, **arguments: Any) -> dict[str, Any]:
@@ -23,7 +26,7 @@ def ask(config: Config, op: str, **arguments: Any) -> dict[str, Any]:
         name = config.group.name
         hint = f"{name}: 'pitfs protect {config.path}' isn't running"
         try:
-            connection = await control.Connection.open(config.group.state, control.SHIPPER_SOCKET)
+            connection = await _connect(config)
         except FileNotFoundError:
             if os.path.isdir(config.group.state):
                 raise PitfsError(f"{hint}: start it first") from None
@@ -40,3 +43,32 @@ def ask(config: Config, op: str, **arguments: Any) -> dict[str, Any]:
             await connection.aclose()
 
     return trio.run(request)
+
+
+async def _connect(config: Config) -> control.Connection:
+    """A connection to the shipper, as soon as it answers if `pitfs protect` has just started it.
+
+    Raises:
+        OSError: nothing of the group runs.
+        PitfsError: the splitter does, the shipper doesn't.
+    """
+    state = config.group.state
+    deadline = trio.current_time() + STARTING_S
+    while True:
+        try:
+            return await control.Connection.open(state, control.SHIPPER_SOCKET)
+        except (FileNotFoundError, ConnectionRefusedError):
+            try:
+                await (await control.Connection.open(state, control.SPLITTER_SOCKET)).aclose()
+            except OSError:
+                splitting = False
+            else:
+                splitting = True
+            if not splitting:
+                raise
+            if trio.current_time() > deadline:
+                raise PitfsError(
+                    f"{config.group.name}: writes are journalled, but the shipper doesn't run: see the log of "
+                    f"'pitfs protect {config.path}'"
+                ) from None
+        await trio.sleep(POLL_S)

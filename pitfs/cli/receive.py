@@ -46,9 +46,10 @@ examples:
 def run(args: argparse.Namespace) -> int:
     import trio
 
-    from pitfs.cli.processes import set_up_daemon_logging
+    from pitfs.cli.processes import bound_heap, set_up_daemon_logging
     from pitfs.cli.service import run_until_signal
 
+    bound_heap()
     host, port = parse_address(args.listen)
     tls = _context(args, host)
     root = _make_root(args.root)

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import trio
 
-from pitfs.cli.processes import link_context, run_process, set_process_name, told_to_stop
+from pitfs.cli.processes import bound_heap, link_context, run_process, set_process_name, told_to_stop
 from pitfs.cli.shipping import InGapError, Shipper
 from pitfs.config import Config
 from pitfs.errors import PitfsError, UsageError
@@ -114,6 +114,7 @@ async def _stop_when_told(scope: trio.CancelScope) -> None:
 def serve(config: Config) -> int:
     """Ships until SIGTERM; returns the exit code."""
     set_process_name("pitfs-shipper")
+    bound_heap()
     group = read_group(config.group.state)
     if group is None:
         raise UsageError(f"{config.group.state}: no state of a group: it is made by 'pitfs protect'")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import logging
 import os
 import sys
@@ -63,19 +64,41 @@ def set_io_flusher() -> None:
         log.debug("PR_SET_IO_FLUSHER: %s: going on without", os.strerror(ctypes.get_errno()))
 
 
-async def _serve(service: SplitterService, state: str) -> None:
+async def _serve(service: SplitterService, state: str, mountpoint: str) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(service.run)
         await nursery.start(control.serve, state, control.SPLITTER_SOCKET, service.handle)
-        nursery.start_soon(_stop_when_told)
+        nursery.start_soon(_stop_when_told, mountpoint)
         print("ready", flush=True)
         await pyfuse3.main()
         nursery.cancel_scope.cancel()
 
 
-async def _stop_when_told() -> None:
+async def _stop_when_told(mountpoint: str) -> None:
     await told_to_stop()
+    for device, file in attached_loops(mountpoint):
+        log.warning(
+            "%s: %s is still attached to it: its users get I/O errors from now on, and what they haven't synced is "
+            "lost: next time unmount and detach it (losetup -d %s) before this ends",
+            file,
+            device,
+            device,
+        )
     pyfuse3.terminate()
+
+
+def attached_loops(mountpoint: str) -> list[tuple[str, str]]:
+    """(device, file) of the loop devices over files below the mountpoint."""
+    found = []
+    for path in glob.glob("/sys/block/loop*/loop/backing_file"):
+        try:
+            with open(path, encoding="utf-8", errors="surrogateescape") as file:
+                backing = file.read().rstrip("\n")
+        except OSError:  # detached since it was listed
+            continue
+        if os.path.dirname(backing) == mountpoint:
+            found.append((f"/dev/{path.split('/')[3]}", backing))
+    return sorted(found)
 
 
 def serve(config: Config) -> int:
@@ -103,7 +126,7 @@ def serve(config: Config) -> int:
             f"{mountpoint}: can't be mounted: {error}: is /dev/fuse there, and are you root?"
         ) from error
     try:
-        trio.run(_serve, service, state)
+        trio.run(_serve, service, state, os.path.realpath(mountpoint))
     finally:
         pyfuse3.close(unmount=True)
         try:

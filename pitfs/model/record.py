@@ -18,7 +18,8 @@ A record is a header of 64 bytes and a body, little-endian:
     56      8   checksum      xxh3_64 of bytes 0..56 and of the body without its contents,
                               seeded with the segment's own seed
 
-Body of WRITE and BEFORE_IMAGE: one xxh3_64 (8 bytes) for each block, then the blocks' contents, whole.
+Body of WRITE and BEFORE_IMAGE: one xxh3_64 (8 bytes) for each block, then the blocks' contents, whole. A
+BEFORE_IMAGE without contents: all of its blocks are zeros.
 Body of the other kinds: a message (msgpack), all of it under the checksum.
 
 The seed makes records that a recycled segment still holds from its former life fail verification, so the

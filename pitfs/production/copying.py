@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 from collections.abc import Callable, Iterator
 from typing import Final
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CorruptionError, PositionMismatchError
-from pitfs.model.record import CopyProgress, Kind, Record
+from pitfs.model.record import CopyProgress, Kind, Record, block_checksums
 from pitfs.model.transfer import (
     DIFF_ENTRY,
     MAX_PAYLOAD_BYTES,
@@ -34,23 +36,20 @@ from pitfs.model.transfer import (
 from pitfs.production.journal import Location, journal_path
 from pitfs.production.reader import JournalReader
 
-# What is read before the replica is asked to make it durable: until then its before-images are kept.
-CHECKPOINT_BYTES: Final = 8 << 20
-CHECKPOINT_SKIPPED_BYTES: Final = 1 << 30  # of holes: no content to send, but progress worth keeping
-_PRESERVED: Final = np.dtype(
-    [
-        ("volume", "<u4"),
-        ("block_size", "<u4"),
-        ("block", "<i8"),
-        ("segment", "<i8"),
-        ("offset", "<i8"),
-        ("checksum", "<u8"),
-    ]
-)
+STRETCH_BYTES: Final = 16 << 20  # of a backing volume, read at a time
+CHECKPOINT_BYTES: Final = 8 << 20  # sent before the replica is asked to make it durable
+CHECKPOINT_READ_BYTES: Final = (
+    256 << 20
+)  # read or skipped: zeros send nothing, but their before-images are kept
+_PRESERVED: Final = np.dtype([("block", "<i8"), ("segment", "<i8"), ("offset", "<i8"), ("checksum", "<u8")])
+_PACK_PRESERVED: Final = struct.Struct("<qqqQ").pack
 
 
 class _BeforeImages:
-    """Where the before-images of blocks not yet copied stand in the journal; 40 bytes for each."""
+    """Where the before-images of blocks not yet copied stand in the journal; 32 bytes for each.
+
+    Kept by stretch of the volume, so that each stretch finds its own at once; offset 0 stands for zeros.
+    """
 
     def __init__(self, directory: str, volumes: tuple[VolumeInfo, ...], start: Location, mark: int) -> None:
         self._reader = JournalReader(directory, [volume.block_size for volume in volumes])
@@ -58,7 +57,8 @@ class _BeforeImages:
         self._directory = directory
         self._volumes = volumes
         self._mark = mark
-        self._rows = np.empty(0, dtype=_PRESERVED)
+        self._stretches: dict[tuple[int, int], bytearray] = {}
+        self._done = (0, 0)  # stretches before this one are copied
         self.progress = CopyProgress(mark, 0, 0)
 
     def close(self) -> None:
@@ -66,17 +66,10 @@ class _BeforeImages:
 
     def follow(self, until: Location) -> None:
         """Takes in what the splitter preserved until then. Raises CorruptionError."""
-        fresh: list[tuple[int, int, int, int, int, int]] = []
 
         def visit(location: Location, record: Record) -> bool:
             if record.kind is Kind.BEFORE_IMAGE:
-                size = self._volumes[record.volume].block_size
-                begin = location.offset + record.contents_offset
-                for index, checksum in enumerate(record.checksums):
-                    offset = begin + index * size
-                    fresh.append(
-                        (record.volume, size, record.block + index, location.segment, offset, checksum)
-                    )
+                self._add(location, record)
             elif record.kind is Kind.COPY_PROGRESS:
                 progress = msgspec.msgpack.decode(record.covered, type=CopyProgress)
                 if progress.mark == self._mark:
@@ -84,35 +77,52 @@ class _BeforeImages:
             return False
 
         self._reader.follow(until, visit)
-        if fresh:
-            self._rows = np.concatenate((self._rows, np.array(fresh, dtype=_PRESERVED)))
 
-    def forget_before(self, volume: int, block: int) -> None:
-        """Blocks before that are copied."""
-        rows = self._rows
-        self._rows = rows[(rows["volume"] > volume) | ((rows["volume"] == volume) & (rows["block"] >= block))]
+    def _add(self, location: Location, record: Record) -> None:
+        size = self._volumes[record.volume].block_size
+        zeros = record.size_bytes == record.contents_offset
+        for index, checksum in enumerate(record.checksums):
+            block = record.block + index
+            key = record.volume, block * size // STRETCH_BYTES
+            if key >= self._done:
+                offset = 0 if zeros else location.offset + record.contents_offset + index * size
+                rows = self._stretches.setdefault(key, bytearray())
+                rows += _PACK_PRESERVED(block, location.segment, offset, checksum)
 
-    def next_block(self, volume: int, block: int) -> int | None:
-        """The first preserved block of a volume from `block` on."""
-        blocks = self._rows["block"][(self._rows["volume"] == volume) & (self._rows["block"] >= block)]
-        return int(blocks.min()) if len(blocks) else None
+    def done(self, volume: int, stretch: int) -> None:
+        """This stretch is copied, and all before it."""
+        self._done = volume, stretch + 1
+        for key in [key for key in self._stretches if key < self._done]:
+            del self._stretches[key]
 
-    def apply(self, volume: int, first: int, buffer: bytearray) -> None:
-        """Puts the before-images of blocks in `buffer`, which begins with block `first`, over what was read."""
+    def apply(self, volume: int, stretch: int, first: int, buffer: bytearray) -> None:
+        """Puts the before-images of a stretch over what was read; `buffer` begins with block `first`.
+
+        Raises:
+            CorruptionError: one of them isn't what was preserved.
+        """
+        found = self._stretches.get((volume, stretch))
+        if found is None:
+            return
         block_size = self._volumes[volume].block_size
-        rows = self._rows
-        end = first + len(buffer) // block_size
-        for row in rows[(rows["volume"] == volume) & (rows["block"] >= first) & (rows["block"] < end)]:
-            path = journal_path(self._directory, int(row["segment"]))
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                image = os.pread(fd, block_size, int(row["offset"]))
-            finally:
+        rows = np.frombuffer(bytes(found), dtype=_PRESERVED)
+        rows = rows[rows["block"] >= first]
+        blocks = np.frombuffer(buffer, dtype=np.uint64).reshape(-1, block_size // 8)
+        blocks[rows["block"][rows["offset"] == 0] - first] = 0
+        fds: dict[int, int] = {}
+        try:
+            for block, segment, offset, checksum in rows[rows["offset"] != 0].tolist():
+                path = journal_path(self._directory, segment)
+                if segment not in fds:
+                    fds[segment] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                image = os.pread(fds[segment], block_size, offset)
+                if len(image) != block_size or xxh3_64_intdigest(image) != checksum:
+                    raise CorruptionError(path, offset, "a before-image doesn't match its checksum")
+                at = (block - first) * block_size
+                buffer[at : at + block_size] = image
+        finally:
+            for fd in fds.values():
                 os.close(fd)
-            if xxh3_64_intdigest(image) != int(row["checksum"]):
-                raise CorruptionError(path, int(row["offset"]), "a before-image doesn't match its checksum")
-            at = (int(row["block"]) - first) * block_size
-            buffer[at : at + block_size] = image
 
 
 def frames(
@@ -143,76 +153,89 @@ def frames(
         if (images.progress.volume, images.progress.block) > (at_volume, at_block):
             raise PositionMismatchError("the replica lost a part of the full copy that it had acknowledged")
         rows_bytes, contents_bytes = resume.lengths[0], resume.lengths[1]
-        sent = skipped = 0
-        for volume in range(at_volume, len(volumes)):
-            block = at_block if volume == at_volume else 0
-            while (
-                chunk := _next_chunk(volumes[volume], volume, block, backing_fds[volume], images)
-            ) is not None:
-                first, end = chunk
-                buffer = _read(volumes[volume], first, end, backing_fds[volume])
+        sent = read = 0
+        for index in range(at_volume, len(volumes)):
+            volume, block = volumes[index], at_block if index == at_volume else 0
+            while (first := _next_data(volume, block, backing_fds[index])) is not None:
+                stretch = first * volume.block_size // STRETCH_BYTES
+                end = min(volume.block_count, (stretch + 1) * STRETCH_BYTES // volume.block_size)
+                buffer = _read(volume, first, end, backing_fds[index])
                 images.follow(tail())
-                images.apply(volume, first, buffer)
-                entries, payload = _rows_of(volumes[volume], volume, first, buffer, contents_bytes)
-                if len(entries):
+                images.apply(index, stretch, first, buffer)
+                for entries, payload in _pieces(volume, index, first, buffer, contents_bytes):
                     yield Data(Section.DIFF, rows_bytes, entries.tobytes())
                     yield Data(Section.DIFF_BLOCKS, contents_bytes, payload)
                     rows_bytes, contents_bytes = rows_bytes + entries.nbytes, contents_bytes + len(payload)
-                skipped += (first - block) * volumes[volume].block_size
-                sent += len(buffer)
+                    sent += len(payload)
+                images.done(index, stretch)
+                read += (end - block) * volume.block_size
                 block = end
-                if sent >= CHECKPOINT_BYTES or skipped >= CHECKPOINT_SKIPPED_BYTES:
-                    sent = skipped = 0
-                    images.forget_before(volume, block)
-                    yield Checkpoint((volume, block))
+                if sent >= CHECKPOINT_BYTES or read >= CHECKPOINT_READ_BYTES:
+                    sent = read = 0
+                    yield Checkpoint((index, block))
         yield End((rows_bytes, contents_bytes, 0, 0, 0))
     finally:
         images.close()
 
 
-def _next_chunk(
-    volume: VolumeInfo, index: int, block: int, fd: int, images: _BeforeImages
-) -> tuple[int, int] | None:
-    """The next stretch that may hold anything but zeros: blocks [first, end), None at the volume's end."""
-    if block >= volume.block_count:
-        return None
-    first = block
+def _seek_data(fd: int, offset: int) -> int | None:
+    """Where the next bytes are that aren't in a hole of the backing file, None where only holes are left.
+
+    What is a hole now was one at the copy's position: the splitter fills holes, and nobody makes them.
+    """
     try:
-        first = os.lseek(fd, block * volume.block_size, os.SEEK_DATA) // volume.block_size
+        return os.lseek(fd, offset, os.SEEK_DATA)
     except OSError as error:
         if error.errno == errno.ENXIO:
-            first = volume.block_count  # only a hole is left
-        elif error.errno != errno.EINVAL:  # a block device: everything is data
-            raise
-    preserved = images.next_block(index, block)
-    if preserved is not None:
-        first = min(first, preserved)
-    if first >= volume.block_count:
+            return None
+        if error.errno == errno.EINVAL:  # a block device: everything is data
+            return offset
+        raise
+
+
+def _next_data(volume: VolumeInfo, block: int, fd: int) -> int | None:
+    """The next block that isn't in a hole."""
+    if block >= volume.block_count:
         return None
-    return first, min(volume.block_count, first + MAX_PAYLOAD_BYTES // volume.block_size)
+    offset = _seek_data(fd, block * volume.block_size)
+    return None if offset is None else offset // volume.block_size
 
 
 def _read(volume: VolumeInfo, first: int, end: int, fd: int) -> bytearray:
-    """Blocks [first, end), the last one of the volume padded with zeros."""
+    """Blocks [first, end), holes not read, the last block of the volume padded with zeros."""
     buffer = bytearray((end - first) * volume.block_size)
-    offset = first * volume.block_size
-    wanted = min(len(buffer), volume.size_bytes - offset)
-    if os.preadv(fd, [memoryview(buffer)[:wanted]], offset) != wanted:
-        raise CorruptionError(f"backing of volume {volume.name}", offset, "it ends before its size")
+    view = memoryview(buffer)
+    start = first * volume.block_size
+    stop = min(end * volume.block_size, volume.size_bytes)
+    offset = _seek_data(fd, start)
+    while offset is not None and offset < stop:
+        try:
+            hole = min(stop, os.lseek(fd, offset, os.SEEK_HOLE))
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            hole = stop
+        wanted = hole - offset
+        if os.preadv(fd, [view[offset - start : hole - start]], offset) != wanted:
+            raise CorruptionError(f"backing of volume {volume.name}", offset, "it ends before its size")
+        offset = _seek_data(fd, hole) if hole < stop else None
     return buffer
 
 
-def _rows_of(
+def _pieces(
     volume: VolumeInfo, index: int, first: int, buffer: bytearray, contents_bytes: int
-) -> tuple[np.ndarray[tuple[int], np.dtype[np.void]], bytes | bytearray]:
-    """Rows and contents of the blocks in `buffer` that aren't zero."""
+) -> Iterator[tuple[npt.NDArray[np.void], bytes]]:
+    """Rows and contents of the blocks in `buffer` that aren't zero, a payload's worth at a time."""
     size = volume.block_size
     blocks = np.frombuffer(buffer, dtype=np.uint64).reshape(-1, size // 8)
     present = np.flatnonzero(blocks.any(axis=1))
-    payload = buffer if len(present) == len(blocks) else blocks[present].tobytes()
-    view = memoryview(payload)
-    entries = np.zeros(len(present), dtype=DIFF_ENTRY)
-    entries["block"], entries["volume"], entries["source"] = first + present, index, int(Source.FOURTH)
-    entries["unit"] = (contents_bytes + np.arange(len(present)) * size) // UNIT_BYTES
-    entries["checksum"] = [xxh3_64_intdigest(view[at : at + size]) for at in range(0, len(view), size)]
-    return entries, payload
+    step = MAX_PAYLOAD_BYTES // size
+    for start in range(0, len(present), step):
+        picked = present[start : start + step]
+        payload = blocks[picked].tobytes()
+        entries = np.zeros(len(picked), dtype=DIFF_ENTRY)
+        entries["block"], entries["volume"], entries["source"] = first + picked, index, int(Source.FOURTH)
+        entries["unit"] = (contents_bytes + np.arange(len(picked)) * size) // UNIT_BYTES
+        entries["checksum"] = block_checksums(payload, size)
+        contents_bytes += len(payload)
+        yield entries, payload

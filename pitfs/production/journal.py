@@ -89,6 +89,7 @@ class Journal:
         self.synced_bytes = 0
         self._numbers = list_segments(directory)
         self._lock = threading.RLock()  # guards _segment, _unsynced, _spare and _numbers
+        self._sync_lock = threading.Lock()  # taken first: held while descriptors of _unsynced are in use
         self._spare_names = itertools.count(1)
         self._spare = self._find_spare()
         self._unsynced: list[_Open] = []
@@ -267,36 +268,43 @@ class Journal:
         return self.appended_bytes - self.synced_bytes
 
     def sync(self) -> None:
-        """Makes all that was appended before the call durable. Blocks; one caller at a time.
+        """Makes all that was appended before the call durable. Blocks.
 
         Raises:
             OSError: the disk refused; what isn't known to be durable stays so, no retry is believed.
         """
-        with self._lock:
-            sealed = list(self._unsynced)
-            current, lsn, appended = self._segment, self.lsn, self.appended_bytes
-        for segment in (*sealed, current):
-            os.fdatasync(segment.fd)
-            if not segment.named:
-                fsync_directory(self.directory)
-                segment.named = True
-        with self._lock:
-            self._unsynced = [segment for segment in self._unsynced if segment not in sealed]
-        for segment in sealed:
-            os.close(segment.fd)
-        self.durable_lsn = max(self.durable_lsn, lsn)
-        self.synced_bytes = appended
-        self._syncs_since_roll += 1
+        with self._sync_lock:
+            with self._lock:
+                sealed = list(self._unsynced)
+                current, lsn, appended = self._segment, self.lsn, self.appended_bytes
+            for segment in (*sealed, current):
+                os.fdatasync(segment.fd)
+                if not segment.named:
+                    fsync_directory(self.directory)
+                    segment.named = True
+            with self._lock:
+                self._unsynced = [segment for segment in self._unsynced if segment not in sealed]
+            for segment in sealed:
+                os.close(segment.fd)
+            self.durable_lsn = max(self.durable_lsn, lsn)
+            self.synced_bytes = appended
+            self._syncs_since_roll += 1
 
     def release(self, first_needed: int) -> None:
-        """Gives segments before number `first_needed` back: one becomes the spare, the others are removed."""
+        """Gives segments before number `first_needed` back: one becomes the spare, the others are removed.
+
+        Synced or not: whoever needed them has what they hold durably elsewhere. A load that never calls
+        fsync would fill the journal otherwise.
+        """
         while True:
-            with self._lock:
-                open_numbers = {segment.number for segment in (*self._unsynced, self._segment)}
-                if not self._numbers or self._numbers[0] >= first_needed or self._numbers[0] in open_numbers:
+            with self._sync_lock, self._lock:
+                if not self._numbers or self._numbers[0] >= min(first_needed, self._segment.number):
                     return
                 number = self._numbers.pop(0)
                 recycle = self._spare is None
+                for segment in [each for each in self._unsynced if each.number == number]:
+                    self._unsynced.remove(segment)
+                    os.close(segment.fd)
             path = self.path_of(number)
             if recycle and os.path.getsize(path) == self.segment_bytes:
                 spare = self._spare_path()

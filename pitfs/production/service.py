@@ -54,9 +54,12 @@ class SplitterService:
                     await trio.to_thread.run_sync(splitter.checkpoint, progress)
                     last_segment, last_lsn, last_checkpoint = segment, lsn, trio.current_time()
                 if splitter.standing.passing:
-                    await trio.to_thread.run_sync(splitter.journal.sync)  # only durable segments are given back
+                    await trio.to_thread.run_sync(
+                        splitter.journal.sync
+                    )  # only durable segments are given back
                 await self._release()
-                if splitter.standing.passing:
+                # With room for a segment only: what is left of this one would be full again at once.
+                if splitter.standing.passing and await trio.to_thread.run_sync(splitter.journal.prepare_spare):
                     splitter.resume_journal(splitter.standing.passing)
             except (OSError, PitfsError) as error:
                 shown = (

@@ -114,6 +114,7 @@ class Splitter:
         self._boot_id = boot_id
         self._block_when_full = block_when_full
         self._released_segment = 0
+        self._full_at_seq = -1
         self.checkpoint_segment = 0
 
     # -- the path of a write ---------------------------------------------------------------------------
@@ -149,6 +150,7 @@ class Splitter:
             self.journal.append(Kind.WRITE, index, first, count, standing.seq + 1, now, covered, contents)
         except (PitfsError, OSError) as error:
             if self._block_when_full and isinstance(error, CapacityError):
+                self._close_full_interval()
                 raise
             self._pass_writes(f"the local journal can't be written: {error}")
         else:
@@ -195,6 +197,8 @@ class Splitter:
             size = length * volume.block_size
             image = os.pread(volume.backing.fd, size, todo[0] * volume.block_size).ljust(size, b"\0")
             covered = struct.pack(f"<{length}Q", *block_checksums(image, volume.block_size))
+            if not any(image[:64]) and not image.strip(b"\0"):
+                image = b""  # zeros, as before the first write to a sparse volume: said without contents
             self.journal.append(
                 Kind.BEFORE_IMAGE,
                 index,
@@ -207,6 +211,16 @@ class Splitter:
             )
             preserved.add_range(todo[0], todo[0] + length)
             del todo[:length]
+
+    def _close_full_interval(self) -> None:
+        """Closes the open interval where the journal is full, once: room only comes when it has been shipped."""
+        if self.standing.seq == self._full_at_seq:
+            return
+        self._full_at_seq = self.standing.seq
+        try:
+            self.mark()
+        except (PitfsError, OSError) as error:
+            log.warning("the open interval can't be closed: %s", error)
 
     # -- passing -----------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from pitfs.production.journal import Journal, Location
 from pitfs.production.recovery import Tail, replay
 from pitfs.production.splitter import Splitter, Standing, Volume
 from pitfs.production.state import Progress, ProgressFile, boot_id, open_group
-from pitfs.storage.files import fsync_directory, storage_error, write_all
+from pitfs.storage.files import FULL_ERRNOS, fsync_directory, storage_error, write_all
 from pitfs.storage.segment import SegmentReader, list_segments, segment_name
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,8 @@ def lock_state(state: str) -> int:
         fsync_directory(state)
         fd = os.open(os.path.join(state, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
+        if error.errno in FULL_ERRNOS:
+            raise storage_error(error, state, "making the state directory") from error
         raise UsageError(f"{error.filename}: state directory: {os.strerror(error.errno or 0)}") from error
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

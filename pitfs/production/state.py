@@ -143,7 +143,11 @@ class ProgressFile:
         self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._lock = threading.Lock()
         self._generation = 0
-        if os.fstat(self.fd).st_size < 2 * SLOT_BYTES:
+        size = os.fstat(self.fd).st_size
+        if size < 2 * SLOT_BYTES:
+            if any(os.pread(self.fd, size, 0)):  # taken for new, the journal would be thrown away
+                os.close(self.fd)
+                raise CorruptionError(self.path, 0, f"neither slot is valid: {size} bytes of {2 * SLOT_BYTES} are left")
             write_all(self.fd, bytes(2 * SLOT_BYTES), 0)
             os.fsync(self.fd)
             fsync_directory(state)

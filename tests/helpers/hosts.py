@@ -99,6 +99,7 @@ class Production(Daemon):
                  group: str = GROUP, host: str = "127.0.0.1", state: Path | None = None,
                  tls: Sequence[str] = ("insecure = true",)) -> None:  # fmt: skip
         self.group, self.host, self.port = group, host, port
+        self._answered: subprocess.Popen[str] | None = None  # the start whose shipper answered already
         self.mountpoint = tmp / f"{group}.volumes"
         self.mountpoint.mkdir(exist_ok=True)
         self.state = state or tmp / f"{group}.state"
@@ -152,12 +153,15 @@ class Production(Daemon):
 
     def wait_for_shipper(self) -> None:
         """Until the second process answers: `ready` only says that writes are accepted."""
+        if self.process is self._answered:
+            return
         wait_until(
             lambda: run([*pitfs_command(), "status", self.config], accept=(0, 1)).returncode == 0,
             "status answers",
             20,
             0.1,
         )
+        self._answered = self.process
 
     def wait_protected(self, time_ns: int, timeout_s: float = 60) -> None:
         """Until the replica is protected through that time."""

@@ -62,12 +62,12 @@ def test_the_first_copy_is_the_state_at_ready_however_writes_race_with_it(tmp_pa
         shipment.copy_manifest(copy, pipeline.hello.history, pipeline.ingest.welcome())
     )
     read, copying._read = copying._read, _writing_around(pipeline, copying._read)  # type: ignore[assignment]
-    limit, copying.MAX_PAYLOAD_BYTES = copying.MAX_PAYLOAD_BYTES, 16384  # type: ignore[misc]
+    limit, copying.STRETCH_BYTES = copying.STRETCH_BYTES, 16384  # type: ignore[misc]
     try:
         for frame in pipeline.copy_frames(copy, resume):
             feed(pipeline.ingest, frame)
     finally:
-        copying._read, copying.MAX_PAYLOAD_BYTES = read, limit  # type: ignore[misc]
+        copying._read, copying.STRETCH_BYTES = read, limit  # type: ignore[misc]
     pipeline.splitter.standing.copy = None
     pipeline.random_write()
     pipeline.splitter.mark()

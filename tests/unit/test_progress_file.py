@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from pitfs.config import MAX_VOLUMES
-from pitfs.production.state import BackingState, Progress, ProgressFile
+from pitfs.errors import CorruptionError
+from pitfs.production.state import SLOT_BYTES, BackingState, Progress, ProgressFile
 
 LARGE = 2**63 - 1
 
@@ -34,3 +37,21 @@ def test_the_largest_group_s_progress_is_read_back_from_either_slot(tmp_path: Pa
         file.write(progress(generation))
         assert file.read() == progress(generation)
     file.close()
+
+
+@pytest.mark.parametrize("size", [1, SLOT_BYTES, 2 * SLOT_BYTES - 1])
+def test_one_cut_short_is_damage_and_not_a_new_one(tmp_path: Path, size: int) -> None:
+    file = ProgressFile(str(tmp_path))
+    for generation in (1, 2):
+        file.write(progress(generation))
+    file.close()
+    path = tmp_path / "progress"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(CorruptionError, match="neither slot"):
+        ProgressFile(str(tmp_path))
+    assert path.stat().st_size == size
+
+
+def test_one_whose_making_was_interrupted_is_made_again(tmp_path: Path) -> None:
+    (tmp_path / "progress").write_bytes(bytes(100))
+    assert ProgressFile(str(tmp_path)).read() is None

@@ -39,10 +39,6 @@ def compare(measure: str, values: Sequence[float], others: Sequence[float], unit
     return Measure(measure, round(value, 1), unit, name, ratio, goal, None if goal is None else ratio >= goal)
 
 
-def at_least(measure: str, value: float, unit: str, goal: float) -> Measure:
-    return Measure(measure, round(value, 2), unit, "goal: at least", None, goal, value >= goal)
-
-
 def at_most(measure: str, value: float, unit: str, goal: float) -> Measure:
     return Measure(measure, round(value, 2), unit, "goal: at most", None, goal, value <= goal)
 
