@@ -43,6 +43,16 @@ def bound_heap() -> None:
             mallopt(parameter, value)
 
 
+def ignore_signals_later() -> None:
+    """To be called before `trio.open_signal_receiver`, which puts back what it found when it ends.
+
+    Ctrl-C goes to all processes of a terminal, and a minder tells its parts as well: the second signal must
+    not kill what is closing in order because of the first.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 async def told_to_stop() -> None:
     """Returns on SIGTERM or SIGINT, or when the minder is gone: two splitters of a group must never be.
 
@@ -52,6 +62,7 @@ async def told_to_stop() -> None:
     async with trio.open_nursery() as nursery:
 
         async def signalled() -> None:
+            ignore_signals_later()
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
                 async for _ in signals:
                     nursery.cancel_scope.cancel()

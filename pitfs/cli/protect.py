@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Any, Final
 
 from pitfs.config import Config, load_config
+from pitfs.errors import EXIT_FAILED
 
 if TYPE_CHECKING:
     import trio
@@ -67,7 +68,10 @@ class _Minder:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._stop_on_signal, nursery.cancel_scope)
             if not await self._start(SPLITTER):
-                self._exit_code = await self._processes[SPLITTER].wait()
+                code = await self._processes[SPLITTER].wait()
+                self._exit_code = code if code > 0 else EXIT_FAILED
+                if code <= 0:  # else it said itself why
+                    log.error("the splitter ended (%s) before it was ready", _how(code))
                 nursery.cancel_scope.cancel()
             else:
                 nursery.start_soon(self._mind, SPLITTER)
@@ -127,7 +131,10 @@ class _Minder:
         if process.returncode is None:
             process.send_signal(signal.SIGTERM)
         with trio.move_on_after(STOP_S):
-            return await process.wait()
+            code = await process.wait()
+            if code == -signal.SIGTERM:
+                return 0  # it hadn't got as far as having anything to close
+            return code if code >= 0 else EXIT_FAILED
         log.error(
             "the %s doesn't end within %g s: it is killed; nothing acknowledged is lost",
             _part(module),
@@ -140,6 +147,9 @@ class _Minder:
     async def _stop_on_signal(self, scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
         import trio
 
+        from pitfs.cli.processes import ignore_signals_later
+
+        ignore_signals_later()
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             task_status.started()
             async for number in signals:

@@ -40,6 +40,8 @@ async def run_until_signal(serve: Callable[[], Awaitable[None]]) -> None:
 
     A reader of standard output that left, or a terminal that is gone, is no reason to end.
     """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # what the receiver puts back: a second signal doesn't kill
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async with trio.open_nursery() as nursery:
 

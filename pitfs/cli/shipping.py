@@ -19,7 +19,17 @@ from pitfs.link.tls import LinkContext
 from pitfs.link.transport import SenderSession, connect
 from pitfs.model.granularity import Decision, decide
 from pitfs.model.position import format_instant
-from pitfs.model.transfer import Checkpoint, Data, End, Hello, TransferFrame, VolumeInfo, Welcome
+from pitfs.model.transfer import (
+    Checkpoint,
+    Data,
+    End,
+    Hello,
+    Manifest,
+    ResumePoint,
+    TransferFrame,
+    VolumeInfo,
+    Welcome,
+)
 from pitfs.production import copying, shipment
 from pitfs.production.control import Connection, ControlError
 from pitfs.production.journal import Location, segment_bytes_for
@@ -42,9 +52,9 @@ class Standing:
 
     Attributes:
         committed: the replica's last word, None before the first.
-        link_error: why nothing gets through, None once something did. A new connection alone doesn't clear
+        link_error: why nothing gets through, None once something does. A new connection alone doesn't clear
             it: the replica may refuse what is sent on it, again and again.
-        down_since: trio's clock when it began.
+        down_since: trio's clock when something had got through last.
         failures: how often a connection failed.
         lost: marks from the first (exclusive) to the second (exclusive) lie in the last gap, and its cause.
     """
@@ -95,6 +105,7 @@ class Shipper:
         self._wake = trio.Event()
         self._hurry = trio.Event()  # somebody waits: connect now, not after the backoff
         self._moved = False  # whether anything got through on this connection
+        self._said = ""  # the last cause that was logged, since anything got through
         self.standing = Standing()
 
     # -- marks -------------------------------------------------------------------------------------------
@@ -131,12 +142,12 @@ class Shipper:
 
     def _link_down(self, error: PitfsError) -> None:
         standing = self.standing
-        said = standing.link_error
-        if said is None or str(said) != str(error):
+        if self._said != str(error):
             level = logging.INFO if error.retryable else logging.ERROR
             log.log(level, "not replicating: %s; writes go on and are journalled", error)
-        if standing.link_error is None:
+        if not self._said:
             standing.down_since = trio.current_time()
+        self._said = str(error)
         standing.connected, standing.link_error = False, error
         standing.failures += 1
         standing.change()
@@ -146,10 +157,19 @@ class Shipper:
         standing = self.standing
         if self._moved:
             return
-        self._moved = True
+        self._moved, self._said = True, ""
         log.info("replicating to %s", self._peer)
         standing.link_error = None
         standing.change()
+
+    async def _begin(self, session: SenderSession, manifest: Manifest) -> ResumePoint:
+        """Begins a transfer. A large one may take long until something of it is durable: it is under way."""
+        resume = await session.begin(manifest)
+        error = self.standing.link_error
+        if error is not None and error.retryable and not isinstance(error, CapacityError):
+            self.standing.link_error = None
+            self.standing.change()
+        return resume
 
     async def _connect(self) -> None:
         replication = self._config.replication
@@ -251,7 +271,7 @@ class Shipper:
     async def _ship_copy(self, session: SenderSession, copy: Copy) -> None:
         before = session.welcome.mark
         manifest = shipment.copy_manifest(copy, self._hello.history, session.welcome)
-        resume = await session.begin(manifest)
+        resume = await self._begin(session, manifest)
         log.info(
             "complete copy begins, mark %d%s",
             copy.start.mark,
@@ -298,7 +318,7 @@ class Shipper:
                 shipment.prepare, interval, self._volumes, source, self._decide, mode != "snapshot"
             )
             self.standing.last_decision = prepared.decision
-            resume = await session.begin(prepared.manifest)
+            resume = await self._begin(session, prepared.manifest)
             iterator = shipment.frames(prepared, source, self._volumes, resume)
             await self._send(session, iterator, None)
         except CorruptionError as error:

@@ -68,13 +68,13 @@ async def _serve(service: SplitterService, state: str, mountpoint: str) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(service.run)
         await nursery.start(control.serve, state, control.SPLITTER_SOCKET, service.handle)
-        nursery.start_soon(_stop_when_told, mountpoint)
+        nursery.start_soon(_stop_when_told, service, mountpoint)
         print("ready", flush=True)
         await pyfuse3.main()
         nursery.cancel_scope.cancel()
 
 
-async def _stop_when_told(mountpoint: str) -> None:
+async def _stop_when_told(service: SplitterService, mountpoint: str) -> None:
     await told_to_stop()
     for device, file in attached_loops(mountpoint):
         log.warning(
@@ -84,6 +84,7 @@ async def _stop_when_told(mountpoint: str) -> None:
             device,
             device,
         )
+    service.stop()
     pyfuse3.terminate()
 
 
@@ -108,6 +109,7 @@ def serve(config: Config) -> int:
     mountpoint, state = config.splitter.mountpoint, config.group.state
     lock = lock_state(state)
     prepare_mountpoint(mountpoint, config.group.name)
+    resolved = os.path.realpath(mountpoint)  # here: once it is mounted, nobody answers until the loop runs
     splitter = open_splitter(
         state,
         config.group.name,
@@ -126,7 +128,7 @@ def serve(config: Config) -> int:
             f"{mountpoint}: can't be mounted: {error}: is /dev/fuse there, and are you root?"
         ) from error
     try:
-        trio.run(_serve, service, state, os.path.realpath(mountpoint))
+        trio.run(_serve, service, state, resolved)
     finally:
         pyfuse3.close(unmount=True)
         try:

@@ -74,14 +74,14 @@ class SplitterOperations(pyfuse3.Operations):
     Args:
         splitter: what writes and reads go to.
         syncer: what fsync goes to.
-        wait_for_room: waits until the journal may have room again (on_full = "block").
+        wait_for_room: waits until the journal may have room again (on_full = "block"); False: it won't.
     """
 
     supports_dot_lookup = False
     enable_writeback_cache = False  # it would merge writes, and seq and time would be wrong
 
     def __init__(
-        self, splitter: Splitter, syncer: Syncer, wait_for_room: Callable[[], Awaitable[None]]
+        self, splitter: Splitter, syncer: Syncer, wait_for_room: Callable[[], Awaitable[bool]]
     ) -> None:
         super().__init__()
         self._splitter = splitter
@@ -109,7 +109,8 @@ class SplitterOperations(pyfuse3.Operations):
                 if not self._waiting:
                     log.warning("%s; writes wait for it", error)
                 self._waiting = True
-                await self._wait_for_room()
+                if not await self._wait_for_room():
+                    raise pyfuse3.FUSEError(errno.EIO) from error
             except OSError as error:
                 raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
             except Exception:

@@ -34,10 +34,18 @@ class SplitterService:
     def __init__(self, splitter: Splitter) -> None:
         self._splitter = splitter
         self._room = trio.Event()
+        self._stopping = False
 
-    async def wait_for_room(self) -> None:
-        """Returns when room may have come into the journal."""
-        await self._room.wait()
+    async def wait_for_room(self) -> bool:
+        """Returns when room may have come into the journal; False: there will be none, the splitter stops."""
+        if not self._stopping:
+            await self._room.wait()
+        return not self._stopping
+
+    def stop(self) -> None:
+        """Lets go of writes that wait for room: they weren't answered, and the end mustn't wait for them."""
+        self._stopping = True
+        self._room.set()
 
     async def run(self) -> None:
         """Prepares spares, writes checkpoints, releases segments, leaves passing when there is room."""
@@ -54,13 +62,14 @@ class SplitterService:
                     await trio.to_thread.run_sync(splitter.checkpoint, progress)
                     last_segment, last_lsn, last_checkpoint = segment, lsn, trio.current_time()
                 if splitter.standing.passing:
-                    await trio.to_thread.run_sync(
-                        splitter.journal.sync
-                    )  # only durable segments are given back
+                    # Only durable segments are given back.
+                    await trio.to_thread.run_sync(splitter.journal.sync)
                 await self._release()
-                # With room for a segment only: what is left of this one would be full again at once.
-                if splitter.standing.passing and await trio.to_thread.run_sync(splitter.journal.prepare_spare):
-                    splitter.resume_journal(splitter.standing.passing)
+                if splitter.standing.passing:
+                    # With room for a segment only: what is left of this one would be full again at once.
+                    roomy = await trio.to_thread.run_sync(splitter.journal.prepare_spare)
+                    if roomy:
+                        splitter.resume_journal(splitter.standing.passing)
             except (OSError, PitfsError) as error:
                 shown = (
                     storage_error(error, splitter.journal.directory, "keeping the journal")

@@ -82,9 +82,9 @@ def open_splitter(
     volumes = [Volume(spec.name, open_backing(spec.backing), spec.block_size) for spec in specs]
     infos = tuple(VolumeInfo(volume.name, volume.size_bytes, volume.block_size) for volume in volumes)
     history = bytes.fromhex(open_group(state, group, infos).history)
-    progress_file = ProgressFile(state)
-    progress = progress_file.read()
     directory = journal_directory(state)
+    progress_file = ProgressFile(state, begins=not list_segments(directory))
+    progress = progress_file.read()
     boot = boot_id()
     try:
         standing, tail = _recover(directory, history, volumes, progress)

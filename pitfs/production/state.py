@@ -136,10 +136,24 @@ def open_group(state: str, name: str, volumes: tuple[VolumeInfo, ...]) -> GroupF
 
 
 class ProgressFile:
-    """The `progress` file of a state directory. One process writes it at a time."""
+    """The `progress` file of a state directory. One process writes it at a time.
 
-    def __init__(self, state: str) -> None:
+    Args:
+        begins: the journal has no segment yet; else a missing file is damage.
+
+    Raises:
+        CorruptionError: it is missing beside a journal, or cut short.
+    """
+
+    def __init__(self, state: str, begins: bool = True) -> None:
         self.path = os.path.join(state, "progress")
+        if not begins and not os.path.exists(self.path):  # taken for new, the journal would be thrown away
+            raise CorruptionError(
+                self.path,
+                0,
+                "it is missing, and there is a journal: put it back, or move the state directory away "
+                "to begin anew with a full copy",
+            )
         self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._lock = threading.Lock()
         self._generation = 0
@@ -147,7 +161,9 @@ class ProgressFile:
         if size < 2 * SLOT_BYTES:
             if any(os.pread(self.fd, size, 0)):  # taken for new, the journal would be thrown away
                 os.close(self.fd)
-                raise CorruptionError(self.path, 0, f"neither slot is valid: {size} bytes of {2 * SLOT_BYTES} are left")
+                raise CorruptionError(
+                    self.path, 0, f"neither slot is valid: {size} bytes of {2 * SLOT_BYTES} are left"
+                )
             write_all(self.fd, bytes(2 * SLOT_BYTES), 0)
             os.fsync(self.fd)
             fsync_directory(state)

@@ -55,3 +55,9 @@ def test_one_cut_short_is_damage_and_not_a_new_one(tmp_path: Path, size: int) ->
 def test_one_whose_making_was_interrupted_is_made_again(tmp_path: Path) -> None:
     (tmp_path / "progress").write_bytes(bytes(100))
     assert ProgressFile(str(tmp_path)).read() is None
+
+
+def test_one_that_is_missing_beside_a_journal_is_damage(tmp_path: Path) -> None:
+    with pytest.raises(CorruptionError, match="missing"):
+        ProgressFile(str(tmp_path), begins=False)
+    assert not (tmp_path / "progress").exists()

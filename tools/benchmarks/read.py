@@ -21,7 +21,8 @@ from common import (
 )
 from report import Measure, compare, note, plain
 
-from tests.helpers.hosts import Mount, Production, Replica, ask, instant_name, instant_ns
+from tests.helpers.hosts import Mount, Production, Replica, ask
+from tests.helpers.processes import HostError
 from tests.helpers.processes import run as command
 
 VOLUME_BYTES = 1 << 30
@@ -45,9 +46,10 @@ def run(setting: Setting) -> list[Measure]:
             last = production.snapshot(timeout_s=600)
             production.terminate()
         with Mount(replica.store(), tmp) as mount:
-            wanted = instant_name((instant_ns(first) + instant_ns(last)) // 2)
-            found = ask("resolve", replica.store(), wanted, "--json")
-            assert found["kind"] == "intermediary", found
+            ends = [ask("resolve", replica.store(), name, "--json")["seq"] for name in (first, last)]
+            found = ask("resolve", replica.store(), f"seq-{sum(ends) // 2}", "--json")
+            if found["kind"] != "intermediary":
+                raise HostError(f"the instant to read isn't between two snapshots: {found}")
             image = mount.image(found["instant"])
             flat = tmp / "flat"
             command(["cp", "--sparse=never", image, flat], timeout_s=600)
