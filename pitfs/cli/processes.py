@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import signal
 import sys
 from collections.abc import Callable
 from typing import Final
@@ -12,6 +11,7 @@ from typing import Final
 import trio
 
 from pitfs.cli.main import report
+from pitfs.cli.service import stop_signals
 from pitfs.config import Config, load_config
 from pitfs.errors import UsageError
 from pitfs.link.tls import LinkContext, client_context, require_loopback
@@ -43,16 +43,6 @@ def bound_heap() -> None:
             mallopt(parameter, value)
 
 
-def ignore_signals_later() -> None:
-    """To be called before `trio.open_signal_receiver`, which puts back what it found when it ends.
-
-    Ctrl-C goes to all processes of a terminal, and a minder tells its parts as well: the second signal must
-    not kill what is closing in order because of the first.
-    """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
 async def told_to_stop() -> None:
     """Returns on SIGTERM or SIGINT, or when the minder is gone: two splitters of a group must never be.
 
@@ -62,8 +52,7 @@ async def told_to_stop() -> None:
     async with trio.open_nursery() as nursery:
 
         async def signalled() -> None:
-            ignore_signals_later()
-            with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            with stop_signals() as signals:
                 async for _ in signals:
                     nursery.cancel_scope.cancel()
 

@@ -130,6 +130,8 @@ class _Minder:
             return 0
         if process.returncode is None:
             process.send_signal(signal.SIGTERM)
+            if process.stdin is not None:
+                await process.stdin.aclose()  # and this it hears also where it was only just starting
         with trio.move_on_after(STOP_S):
             code = await process.wait()
             if code == -signal.SIGTERM:
@@ -145,12 +147,9 @@ class _Minder:
         return 1
 
     async def _stop_on_signal(self, scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
-        import trio
+        from pitfs.cli.service import stop_signals
 
-        from pitfs.cli.processes import ignore_signals_later
-
-        ignore_signals_later()
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        with stop_signals() as signals:
             task_status.started()
             async for number in signals:
                 log.info("%s: stopping", signal.Signals(number).name)

@@ -7,7 +7,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 
 import trio
 
@@ -35,14 +36,32 @@ def notify_ready() -> None:
     print("ready", flush=True)
 
 
+def _do_nothing(number: int, frame: object) -> None:
+    """A handler instead of SIG_IGN, which processes that are started would inherit."""
+
+
+@contextmanager
+def stop_signals() -> Iterator[AsyncIterator[int]]:
+    """SIGTERM and SIGINT as they come; once this is left, and for good, they do nothing.
+
+    Ctrl-C goes to all processes of a terminal, and a minder tells its parts as well: the second signal must
+    not kill what is closing in order because of the first.
+    """
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # one that comes now waits for the receiver
+    for number in numbers:
+        signal.signal(number, _do_nothing)  # what the receiver puts back when it ends
+    with trio.open_signal_receiver(*numbers) as signals:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+        yield signals
+
+
 async def run_until_signal(serve: Callable[[], Awaitable[None]]) -> None:
     """Runs `serve` until it returns, or SIGTERM or SIGINT cancels it; what it has to finish it shields.
 
     A reader of standard output that left, or a terminal that is gone, is no reason to end.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # what the receiver puts back: a second signal doesn't kill
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    with stop_signals() as signals:
         async with trio.open_nursery() as nursery:
 
             async def stop() -> None:

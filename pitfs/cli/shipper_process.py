@@ -15,7 +15,8 @@ from typing import Any, Final
 import trio
 
 from pitfs.cli.processes import bound_heap, link_context, run_process, set_process_name, told_to_stop
-from pitfs.cli.shipping import InGapError, Shipper
+from pitfs.cli.shipping import Shipper
+from pitfs.cli.standing import InGapError
 from pitfs.config import Config
 from pitfs.errors import PitfsError, UsageError
 from pitfs.link.tls import LinkContext
@@ -57,7 +58,7 @@ class ShipperControl:
             reply = await self._shipper.mark()
             instant = format_instant(reply["position_time_ns"])
             try:
-                await self._shipper.wait_committed(reply["mark"], SNAPSHOT_GRACE_S)
+                await self._shipper.standing.wait_committed(reply["mark"], SNAPSHOT_GRACE_S)
             except InGapError as error:
                 raise PitfsError(
                     f"{self._group}: the snapshot {instant} lies in a gap ({error}): the replica got a complete "

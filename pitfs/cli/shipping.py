@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import statistics
-from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 import trio
 
+from pitfs.cli.standing import Standing
 from pitfs.config import Config
 from pitfs.errors import CapacityError, CorruptionError, LinkError, PitfsError, PositionMismatchError
 from pitfs.link.stream import address_text
@@ -24,8 +22,6 @@ from pitfs.model.transfer import (
     Data,
     End,
     Hello,
-    Manifest,
-    ResumePoint,
     TransferFrame,
     VolumeInfo,
     Welcome,
@@ -40,47 +36,8 @@ from pitfs.storage.segment import DATA_OFFSET, list_segments
 log = logging.getLogger(__name__)
 
 POLL_S: Final = 0.5  # how often the journal is followed between marks, to spread the work of reading it
-BACKOFF_S: Final = (0.5, 1.0, 2.0, 5.0, 10.0)
 BATCH_BYTES: Final = 4 << 20  # frames made for each hop to a thread
 MEASURABLE_BYTES: Final = 4 << 20  # smaller transfers measure delay, not rate
-MEASUREMENTS: Final = 5
-
-
-@dataclass(slots=True)
-class Standing:
-    """Where shipping stands, for status and for who waits.
-
-    Attributes:
-        committed: the replica's last word, None before the first.
-        link_error: why nothing gets through, None once something does. A new connection alone doesn't clear
-            it: the replica may refuse what is sent on it, again and again.
-        down_since: trio's clock when something had got through last.
-        failures: how often a connection failed.
-        lost: marks from the first (exclusive) to the second (exclusive) lie in the last gap, and its cause.
-    """
-
-    committed: Welcome | None = None
-    committed_location: Location | None = None
-    link_error: PitfsError | None = None
-    down_since: float = 0.0
-    failures: int = 0
-    lost: tuple[int, int, str] = (0, 0, "")
-    connected: bool = False
-    last_decision: Decision | None = None
-    rates: deque[float] = field(default_factory=lambda: deque(maxlen=MEASUREMENTS))
-    wire_ratio: float = (
-        1.0  # bytes on the wire for each byte of payload, of the last transfer that was measurable
-    )
-    changed: trio.Event = field(default_factory=trio.Event)
-
-    def change(self) -> None:
-        """Wakes who waits for a change."""
-        self.changed.set()
-        self.changed = trio.Event()
-
-
-class InGapError(PitfsError):
-    """A mark lies in a gap: the replica got a complete copy of a later state instead."""
 
 
 class Shipper:
@@ -99,14 +56,10 @@ class Shipper:
         self._volumes: tuple[VolumeInfo, ...] = hello.volumes
         self._splitter = splitter
         self._tls = tls
-        self._peer = address_text(config.replication.host, config.replication.port)
         self._directory = journal_directory(config.group.state)
         self._reader = JournalReader(self._directory, [volume.block_size for volume in self._volumes])
         self._wake = trio.Event()
-        self._hurry = trio.Event()  # somebody waits: connect now, not after the backoff
-        self._moved = False  # whether anything got through on this connection
-        self._said = ""  # the last cause that was logged, since anything got through
-        self.standing = Standing()
+        self.standing = Standing(address_text(config.replication.host, config.replication.port))
 
     # -- marks -------------------------------------------------------------------------------------------
 
@@ -128,48 +81,13 @@ class Shipper:
     # -- the link ----------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Ships for ever; reconnects with backoff, says each new cause once."""
-        attempt = 0
+        """Ships for ever; reconnects with backoff."""
         while True:
-            self._moved, self._hurry = False, trio.Event()
             try:
                 await self._connect()
             except (LinkError, CapacityError, PositionMismatchError, CorruptionError, ControlError) as error:
-                attempt = 0 if self._moved else attempt + 1
-                self._link_down(error)
-            with trio.move_on_after(BACKOFF_S[min(attempt, len(BACKOFF_S) - 1)]):
-                await self._hurry.wait()
-
-    def _link_down(self, error: PitfsError) -> None:
-        standing = self.standing
-        if self._said != str(error):
-            level = logging.INFO if error.retryable else logging.ERROR
-            log.log(level, "not replicating: %s; writes go on and are journalled", error)
-        if not self._said:
-            standing.down_since = trio.current_time()
-        self._said = str(error)
-        standing.connected, standing.link_error = False, error
-        standing.failures += 1
-        standing.change()
-
-    def _getting_through(self, *_: object) -> None:
-        """Something arrived, or there is nothing to send: the link works."""
-        standing = self.standing
-        if self._moved:
-            return
-        self._moved, self._said = True, ""
-        log.info("replicating to %s", self._peer)
-        standing.link_error = None
-        standing.change()
-
-    async def _begin(self, session: SenderSession, manifest: Manifest) -> ResumePoint:
-        """Begins a transfer. A large one may take long until something of it is durable: it is under way."""
-        resume = await session.begin(manifest)
-        error = self.standing.link_error
-        if error is not None and error.retryable and not isinstance(error, CapacityError):
-            self.standing.link_error = None
-            self.standing.change()
-        return resume
+                self.standing.link_down(error)
+            await self.standing.back_off()
 
     async def _connect(self) -> None:
         replication = self._config.replication
@@ -182,8 +100,8 @@ class Shipper:
         ) as session:
             log.debug("connected to %s, which has mark %d", session.peer, session.welcome.mark)
             self.standing.connected = True
-            session.on_progress = self._getting_through
-            self._committed(session.welcome, None)
+            session.on_progress = self.standing.getting_through
+            self.standing.arrived(session.welcome, None)
             await self._locate(session.welcome)
             while True:
                 item = await self._next_item()
@@ -191,12 +109,6 @@ class Shipper:
                     await self._ship_copy(session, item)
                 else:
                     await self._ship_interval(session, item)
-
-    def _committed(self, welcome: Welcome, location: Location | None) -> None:
-        self.standing.committed = welcome
-        if location is not None:
-            self.standing.committed_location = location
-        self.standing.change()
 
     async def _tail(self) -> tuple[Location, dict[str, Any]]:
         reply = await self._splitter.request("tail")
@@ -262,7 +174,7 @@ class Shipper:
                 continue  # given up when writes passed unjournalled: the next one is behind it
             if item is not None:
                 return item
-            self._getting_through()
+            self.standing.getting_through()
             with trio.move_on_after(POLL_S):
                 await wake.wait()
 
@@ -271,7 +183,8 @@ class Shipper:
     async def _ship_copy(self, session: SenderSession, copy: Copy) -> None:
         before = session.welcome.mark
         manifest = shipment.copy_manifest(copy, self._hello.history, session.welcome)
-        resume = await self._begin(session, manifest)
+        resume = await session.begin(manifest)
+        self.standing.begun()
         log.info(
             "complete copy begins, mark %d%s",
             copy.start.mark,
@@ -296,9 +209,9 @@ class Shipper:
             for fd in fds:
                 os.close(fd)
         await self._splitter.request("copied", mark=copy.start.mark, volume=len(self._volumes), block=0)
-        self._getting_through()
+        self.standing.getting_through()
         self.standing.lost = (before, copy.start.mark, copy.start.cause)
-        self._committed(session.welcome, copy.location)
+        self.standing.arrived(session.welcome, copy.location)
         log.info("complete copy committed, mark %d", copy.start.mark)
 
     async def _abandon(self, cause: str) -> None:
@@ -318,7 +231,8 @@ class Shipper:
                 shipment.prepare, interval, self._volumes, source, self._decide, mode != "snapshot"
             )
             self.standing.last_decision = prepared.decision
-            resume = await self._begin(session, prepared.manifest)
+            resume = await session.begin(prepared.manifest)
+            self.standing.begun()
             iterator = shipment.frames(prepared, source, self._volumes, resume)
             await self._send(session, iterator, None)
         except CorruptionError as error:
@@ -326,8 +240,8 @@ class Shipper:
         finally:
             source.close()
         await self._splitter.request("release", segment=interval.end.segment)
-        self._getting_through()
-        self._committed(session.welcome, interval.end)
+        self.standing.getting_through()
+        self.standing.arrived(session.welcome, interval.end)
         log.debug("interval committed, mark %d, %d writes", interval.mark, len(interval.times))
 
     def _decide(self, diff_bytes: int, journal_bytes: int) -> Decision:
@@ -340,13 +254,8 @@ class Shipper:
             diff_bytes=int(diff_bytes * ratio),
             journal_bytes=int(journal_bytes * ratio),
             interval_ns=replication.interval_ns,
-            rate_bytes_per_s=configured if configured is not None else self.measured_rate,
+            rate_bytes_per_s=configured if configured is not None else self.standing.measured_rate,
         )
-
-    @property
-    def measured_rate(self) -> float | None:
-        """Bytes of payload per second that the replica acknowledged of late; None before the first measurement."""
-        return statistics.median(self.standing.rates) if self.standing.rates else None
 
     async def _send(
         self, session: SenderSession, iterator: Iterator[TransferFrame], copy: Copy | None
@@ -374,31 +283,6 @@ class Shipper:
 
     # -- for people --------------------------------------------------------------------------------------
 
-    async def wait_committed(self, mark: int, grace_s: float) -> None:
-        """Returns when the replica has acknowledged `mark`.
-
-        Raises:
-            InGapError: it never will: a complete copy of a later state went instead.
-            PitfsError: nothing got through for `grace_s`, or can't until somebody changes something.
-        """
-        standing = self.standing
-        begun, failures = trio.current_time(), standing.failures
-        self._hurry.set()
-        while standing.committed is None or standing.committed.mark < mark:
-            changed, error = standing.changed, standing.link_error
-            if error is None and standing.connected:
-                await changed.wait()
-                continue
-            error = error or LinkError(f"{self._peer}: no answer yet")
-            left = max(begun, standing.down_since) + grace_s - trio.current_time()
-            if left <= 0 or (not error.retryable and standing.failures > failures):
-                raise PitfsError(str(error)) from error
-            with trio.move_on_after(left):
-                await changed.wait()
-        before, after, cause = standing.lost
-        if before < mark < after:
-            raise InGapError(cause)
-
     async def status(self, now_ns: int) -> dict[str, Any]:
         """The keys of INTERFACE: status --json, and more."""
         standing, (tail, splitter) = self.standing, await self._tail()
@@ -418,12 +302,12 @@ class Shipper:
             "lag_intervals": splitter["mark"] - (committed.mark if committed else 0),
             "journal_bytes": splitter["used_bytes"],
             "journal_capacity_bytes": splitter["capacity_bytes"],
-            "rate_bytes_per_s": rate if rate is not None else self.measured_rate,
+            "rate_bytes_per_s": rate if rate is not None else self.standing.measured_rate,
             "last_decision": decision
             and {"granularity_ns": decision.granularity_ns, "reason": decision.reason},
             "holders": [],
             "seq": splitter["seq"],
-            "link": str(standing.link_error or ("connected" if standing.connected else "connecting")),
+            "link": standing.link,
             "passing": splitter["passing"] or None,
             "copying": splitter["copy_mark"] is not None,
         }

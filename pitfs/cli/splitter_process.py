@@ -10,6 +10,7 @@ import errno
 import glob
 import logging
 import os
+import signal
 import sys
 import time
 from typing import Final
@@ -121,6 +122,8 @@ def serve(config: Config) -> int:
     service = SplitterService(splitter)
     operations = SplitterOperations(splitter, Syncer(splitter), service.wait_for_room)
     options = {f"fsname={FILE_SYSTEM}:{config.group.name}", f"subtype={FILE_SYSTEM}"}
+    # A stop from here on waits until somebody can unmount in order; `stop_signals` lets it through.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
     try:
         pyfuse3.init(operations, mountpoint, options)
     except (RuntimeError, OSError) as error:

@@ -147,3 +147,18 @@ def test_a_killed_mount_harms_nothing_and_mounts_again(tmp_path: Path) -> None:
                 mount.start()
             check_image(mount.image("latest"), plan)
         check_all(tmp_path, replica, production, log)
+
+
+def test_without_its_minder_protection_ends_in_order_and_starts_again(tmp_path: Path) -> None:
+    log, plan = tmp_path / "log", Plan(1, VOLUME_BYTES)
+    with both_hosts(tmp_path) as (replica, production):
+        with running("stamped", production.volume(), log, *LOAD) as load:
+            time.sleep(1)
+            assert production.process is not None
+            production.process.kill()
+            production.process.wait(10)
+            wait_until(lambda: not production.pids(), "splitter and shipper end without their minder")
+            assert load.wait(20) == EXIT_IO_ERROR
+        production.restart()
+        assert plan.find(production.volume().read_bytes()) == last_acknowledged(log)
+        check_all(tmp_path, replica, production, log)

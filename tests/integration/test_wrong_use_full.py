@@ -154,7 +154,6 @@ def test_a_replica_too_full_to_begin_begins_when_there_is_room(tmp_path: Path) -
             assert "Traceback" not in replica.logged() + production.logged()
 
 
-
 @contextmanager
 def full_state_disk(tmp: Path) -> Iterator[tuple[Path, str, Callable[[], None], Callable[[], None]]]:
     """A state directory on a disk that can be filled: (directory, capacity, fill it, make room)."""
@@ -176,45 +175,44 @@ Full = Callable[[Path], AbstractContextManager[tuple[Path, str, Callable[[], Non
 def test_a_full_journal_with_degrade_passes_writes_and_shows_the_gap(tmp_path: Path, full: Full) -> None:
     states: dict[str, bytes] = {}
     cause = "No space left on device" if full is full_state_disk else "capacity of 16777216 bytes is used up"
-    with full(tmp_path) as (state, capacity, use_up, make_room):
-        with (
-            Replica(tmp_path) as replica,
-            Production(tmp_path, {"root": VOLUME_BYTES}, port=replica.port, interval="60s", state=state,
-                       capacity=capacity, on_full="degrade") as production,
-        ):  # fmt: skip
-            writer = Writer(production)
-            writer.write(2 * MIB)
-            states[production.snapshot()] = bytes(writer.content)
-            replica.terminate()
-            use_up()
-            begun = time.monotonic()
-            writer.write(20 * MIB)
-            assert time.monotonic() - begun < 15
-            assert production.volume().read_bytes() == writer.content
-            status = production.status()
-            assert status["passing"] and cause in status["passing"], production.logged()
-            assert f"{state}" in status["passing"]
-            refused([*pitfs_command(), "snapshot", production.config], 1, cause, "no snapshot can be taken")
-            refused([*pitfs_command(), "bookmark", production.config, "x"], 1, cause)
-            time.sleep(2)  # many tries to begin again: nothing of it may be said again and again
-            assert len(lines_with(production, "writes go on, but no instant")) == 1, production.logged()
-            assert lines_with(production, "journalling again") == []
-            make_room()
-            writer.write(MIB)
-            replica.start()
-            wait_until(lambda: production.status()["passing"] is None, "it journals again", 20, 0.2)
-            writer.write(MIB)
-            last = snapshot_outside_of_the_gap(production)
-            states[last] = bytes(writer.content)
-            writer.write(MIB)
-            states[production.snapshot()] = bytes(writer.content)
-            assert digest(replica.store(), "latest") == xxhsum(production.volume())
-            (gap,) = replica.listing()["gaps"]
-            assert cause in gap["cause"]
-            assert instant_ns(min(states)) < instant_ns(gap["from"]) < instant_ns(gap["to"]) <= instant_ns(last)
-            check_images(replica, tmp_path, states)
-            assert "Traceback" not in production.logged() + replica.logged()
-            assert len(lines_with(production, "writes go on, but no instant")) == 1
+    with (
+        full(tmp_path) as (state, capacity, use_up, make_room), Replica(tmp_path) as replica,
+        Production(tmp_path, {"root": VOLUME_BYTES}, port=replica.port, interval="60s", state=state,
+                   capacity=capacity, on_full="degrade") as production,
+    ):  # fmt: skip
+        writer = Writer(production)
+        writer.write(2 * MIB)
+        states[production.snapshot()] = bytes(writer.content)
+        replica.terminate()
+        use_up()
+        begun = time.monotonic()
+        writer.write(20 * MIB)
+        assert time.monotonic() - begun < 15
+        assert production.volume().read_bytes() == writer.content
+        status = production.status()
+        assert status["passing"] and cause in status["passing"], production.logged()
+        assert f"{state}" in status["passing"]
+        refused([*pitfs_command(), "snapshot", production.config], 1, cause, "no snapshot can be taken")
+        refused([*pitfs_command(), "bookmark", production.config, "x"], 1, cause)
+        time.sleep(2)  # many tries to begin again: nothing of it may be said again and again
+        assert len(lines_with(production, "writes go on, but no instant")) == 1, production.logged()
+        assert lines_with(production, "journalling again") == []
+        make_room()
+        writer.write(MIB)
+        replica.start()
+        wait_until(lambda: production.status()["passing"] is None, "it journals again", 20, 0.2)
+        writer.write(MIB)
+        last = snapshot_outside_of_the_gap(production)
+        states[last] = bytes(writer.content)
+        writer.write(MIB)
+        states[production.snapshot()] = bytes(writer.content)
+        assert digest(replica.store(), "latest") == xxhsum(production.volume())
+        (gap,) = replica.listing()["gaps"]
+        assert cause in gap["cause"]
+        assert instant_ns(min(states)) < instant_ns(gap["from"]) < instant_ns(gap["to"]) <= instant_ns(last)
+        check_images(replica, tmp_path, states)
+        assert "Traceback" not in production.logged() + replica.logged()
+        assert len(lines_with(production, "writes go on, but no instant")) == 1
 
 
 def snapshot_outside_of_the_gap(production: Production) -> str:
@@ -226,31 +224,30 @@ def snapshot_outside_of_the_gap(production: Production) -> str:
 @pytest.mark.parametrize("full", [full_state_disk, small_journal])
 def test_a_full_journal_with_block_makes_writes_wait_and_loses_nothing(tmp_path: Path, full: Full) -> None:
     states: dict[str, bytes] = {}
-    with full(tmp_path) as (state, capacity, use_up, make_room):
-        with (
-            Replica(tmp_path) as replica,
-            Production(tmp_path, {"root": VOLUME_BYTES}, port=replica.port, interval="60s", state=state,
-                       capacity=capacity, on_full="block") as production,
-        ):  # fmt: skip
-            writer = Writer(production)
-            writer.write(2 * MIB)
-            states[production.snapshot()] = bytes(writer.content)
-            replica.terminate()
-            use_up()
-            writer.begin(30 * MIB)
-            wait_until(lambda: not writer.goes_on(), "writes wait", 20)
-            assert production.volume().stat().st_size == VOLUME_BYTES, "others aren't held up"
-            status = production.status()
-            assert status["passing"] is None and status["link"]
-            assert len(lines_with(production, "writes wait for it")) == 1, production.logged()
-            make_room()
-            replica.start()
-            writer.end()
-            states[production.snapshot()] = bytes(writer.content)
-            listing = replica.listing()
-            assert listing["gaps"] == [] and all(each["granularity_ns"] == 0 for each in listing["intervals"])
-            check_images(replica, tmp_path, states)
-            assert "Traceback" not in production.logged() + replica.logged()
+    with (
+        full(tmp_path) as (state, capacity, use_up, make_room), Replica(tmp_path) as replica,
+        Production(tmp_path, {"root": VOLUME_BYTES}, port=replica.port, interval="60s", state=state,
+                   capacity=capacity, on_full="block") as production,
+    ):  # fmt: skip
+        writer = Writer(production)
+        writer.write(2 * MIB)
+        states[production.snapshot()] = bytes(writer.content)
+        replica.terminate()
+        use_up()
+        writer.begin(30 * MIB)
+        wait_until(lambda: not writer.goes_on(), "writes wait", 20)
+        assert production.volume().stat().st_size == VOLUME_BYTES, "others aren't held up"
+        status = production.status()
+        assert status["passing"] is None and status["link"]
+        assert len(lines_with(production, "writes wait for it")) == 1, production.logged()
+        make_room()
+        replica.start()
+        writer.end()
+        states[production.snapshot()] = bytes(writer.content)
+        listing = replica.listing()
+        assert listing["gaps"] == [] and all(each["granularity_ns"] == 0 for each in listing["intervals"])
+        check_images(replica, tmp_path, states)
+        assert "Traceback" not in production.logged() + replica.logged()
 
 
 def test_a_start_with_a_full_state_disk_says_so_and_a_passing_one_starts_again(tmp_path: Path) -> None:

@@ -50,7 +50,9 @@ def snapshot_fails(production: Production, *words: str, within_s: float) -> None
 
 def wait_for_cause(production: Production, cause: str) -> None:
     """Until status says that; somebody who waits for a snapshot makes the shipper try at once."""
-    with subprocess.Popen([*pitfs_command(), "snapshot", production.config], stderr=subprocess.DEVNULL) as waiting:
+    with subprocess.Popen(
+        [*pitfs_command(), "snapshot", production.config], stderr=subprocess.DEVNULL
+    ) as waiting:
         try:
             wait_until(lambda: cause in production.status()["link"], cause, 25, 0.2)
         finally:
@@ -92,7 +94,9 @@ def test_a_replica_that_is_not_there_or_says_nothing_stops_snapshots_only(tmp_pa
             production.wait_for_shipper()
             write(production, 1)
         together(
-            lambda: snapshot_fails(refusing, "connection refused: is `pitfs receive` running there?", within_s=15),
+            lambda: snapshot_fails(
+                refusing, "connection refused: is `pitfs receive` running there?", within_s=15
+            ),
             lambda: snapshot_fails(silent, "no answer yet", within_s=15),
             lambda: snapshot_fails(unknown, "the name can't be resolved", within_s=15),
         )
@@ -164,7 +168,9 @@ def test_peers_that_are_not_this_pitfs_get_nothing_and_the_right_one_everything(
     tmp_path: Path, pki: dict[str, Files]
 ) -> None:
     port = free_port()
-    newer = PREFACE + b"".join(encode(Refuse("version", "this replica speaks versions 2 of the protocol", False)))
+    newer = PREFACE + b"".join(
+        encode(Refuse("version", "this replica speaks versions 2 of the protocol", False))
+    )
 
     def tls_replica() -> AbstractContextManager[object]:
         (tmp_path / "tls").mkdir()
@@ -205,7 +211,10 @@ def test_senders_with_a_wrong_or_no_certificate_are_refused_and_others_go_on(
     tmp_path: Path, pki: dict[str, Files]
 ) -> None:
     with Replica(tmp_path, tls=in_options(pki["replica"])) as replica:
-        for name, cause in (("plain", "TLS"), ("foreign", "doesn't know the authority that signed our certificate")):
+        for name, cause in (
+            ("plain", "TLS"),
+            ("foreign", "doesn't know the authority that signed our certificate"),
+        ):
             directory = tmp_path / name
             directory.mkdir()
             tls = in_config(pki[name]) if name in pki else ["insecure = true"]
@@ -220,6 +229,3 @@ def test_senders_with_a_wrong_or_no_certificate_are_refused_and_others_go_on(
             everything_arrives(production, replica)
         assert [path.name for path in replica.root.iterdir()] == ["g"]
         assert "Traceback" not in replica.logged()
-
-
-

@@ -43,7 +43,11 @@ def backing(tmp_path: Path) -> Path:
     ],
 )
 def test_a_wrong_configuration_is_one_line_with_file_line_and_key(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, change: tuple[str, str], words: tuple[str, ...]
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    change: tuple[str, str],
+    words: tuple[str, ...],
 ) -> None:
     path = tmp_path / "c.toml"
     path.write_text(config_text(tmp_path, {"root": tmp_path / "backing"}).replace(*change))
@@ -57,9 +61,15 @@ def test_a_wrong_configuration_is_one_line_with_file_line_and_key(
 
 def test_a_configuration_that_is_none_is_named(tmp_path: Path) -> None:
     together(
-        lambda: pitfs_refused(2, f"{tmp_path}/no.toml", "No such file", args=["protect", tmp_path / "no.toml"]),
-        lambda: pitfs_refused(2, f"{tmp_path}/no.toml", "No such file", args=["snapshot", tmp_path / "no.toml"]),
-        lambda: pitfs_refused(2, f"{tmp_path}/no.toml", "no such file", args=["status", tmp_path / "no.toml"]),
+        lambda: pitfs_refused(
+            2, f"{tmp_path}/no.toml", "No such file", args=["protect", tmp_path / "no.toml"]
+        ),
+        lambda: pitfs_refused(
+            2, f"{tmp_path}/no.toml", "No such file", args=["snapshot", tmp_path / "no.toml"]
+        ),
+        lambda: pitfs_refused(
+            2, f"{tmp_path}/no.toml", "no such file", args=["status", tmp_path / "no.toml"]
+        ),
         lambda: pitfs_refused(2, f"{tmp_path}: ", "Is a directory", args=["protect", tmp_path]),
     )
 
@@ -145,7 +155,9 @@ def test_a_state_made_for_other_volumes_is_refused_and_goes_on_with_the_right_on
     state, backing = production.state, production.backings["root"]
     other = free_file(tmp_path / "other", MIB)
 
-    def refuse(words: tuple[str, ...], volumes: dict[str, Path], name: str = "c.toml", **options: object) -> None:
+    def refuse(
+        words: tuple[str, ...], volumes: dict[str, Path], name: str = "c.toml", **options: object
+    ) -> None:
         config = write_config(tmp_path, volumes, name, state=state, **options)
         pitfs_refused(2, *words, args=["protect", config])
 
@@ -239,10 +251,13 @@ def test_a_bookmark_is_never_moved_nor_misnamed(tmp_path: Path, capsys: pytest.C
     with Production(tmp_path, {"root": MIB}, port=1) as production:
         production.wait_for_shipper()
         production.bookmark("one")
-        for name, words in (("one", "exists already"), ("a/b", "a/b"), ("", "bookmark"), ("x" * 300, "bookmark")):
+        for name, words in (
+            ("one", "exists already"),
+            ("a/b", "a/b"),
+            ("", "bookmark"),
+            ("x" * 300, "bookmark"),
+        ):
             assert main(["bookmark", str(production.config), name]) == 2
             said = capsys.readouterr().err
             assert said.count("\n") == 1 and words in said
         production.terminate()
-
-

@@ -50,7 +50,11 @@ def test_a_newer_or_damaged_store_is_refused_and_taken_again_when_it_is_put_back
         production.snapshot()
         info, catalog = replica.store() / "store.json", replica.store() / "catalog.sqlite"
         for path, damage, words in (
-            (info, info.read_bytes().replace(b'"version": 1', b'"version": 9'), ("store of version 9", "newer pitfs")),
+            (
+                info,
+                info.read_bytes().replace(b'"version": 1', b'"version": 9'),
+                ("store of version 9", "newer pitfs"),
+            ),
             (catalog, b"this is no database" * 1000, (f"{catalog}: damaged", "pitfs check --rebuild")),
         ):
             replica.terminate()
@@ -73,26 +77,30 @@ def test_a_newer_or_damaged_store_is_refused_and_taken_again_when_it_is_put_back
         assert "Traceback" not in production.logged() + replica.logged()
 
 
-def test_a_store_of_another_history_is_refused_until_it_is_moved_away_and_stays_readable(tmp_path: Path) -> None:
-    with Replica(tmp_path) as replica:
-        with Production(tmp_path, {"root": MIB}, port=replica.port, interval="60s") as production:
-            write(production, 1)
-            before = production.snapshot()
-            content = production.volume().read_bytes()
-            production.terminate()
-            shutil.rmtree(production.state)
-            production.restart()
-            content_2 = write(production, 2)
-            production.wait_for_shipper()
-            snapshot_fails(production, f"{replica.store()}: has history", "its state was made anew",
-                           "move this store away")  # fmt: skip
-            assert digest(replica.store(), before) == xxhsum_of(tmp_path, content)
-            replica.store().rename(tmp_path / "aside")
-            last = production.snapshot()
-            assert digest(replica.store(), last) == xxhsum_of(tmp_path, content_2)
-            assert digest(tmp_path / "aside", before) == xxhsum_of(tmp_path, content)
-            assert len(refusals_said(production)) == 1, production.logged()
-            assert "Traceback" not in production.logged() + replica.logged()
+def test_a_store_of_another_history_is_refused_until_it_is_moved_away_and_stays_readable(
+    tmp_path: Path,
+) -> None:
+    with (
+        Replica(tmp_path) as replica,
+        Production(tmp_path, {"root": MIB}, port=replica.port, interval="60s") as production,
+    ):
+        write(production, 1)
+        before = production.snapshot()
+        content = production.volume().read_bytes()
+        production.terminate()
+        shutil.rmtree(production.state)
+        production.restart()
+        content_2 = write(production, 2)
+        production.wait_for_shipper()
+        snapshot_fails(production, f"{replica.store()}: has history", "its state was made anew",
+                       "move this store away")  # fmt: skip
+        assert digest(replica.store(), before) == xxhsum_of(tmp_path, content)
+        replica.store().rename(tmp_path / "aside")
+        last = production.snapshot()
+        assert digest(replica.store(), last) == xxhsum_of(tmp_path, content_2)
+        assert digest(tmp_path / "aside", before) == xxhsum_of(tmp_path, content)
+        assert len(refusals_said(production)) == 1, production.logged()
+        assert "Traceback" not in production.logged() + replica.logged()
 
 
 def xxhsum_of(tmp: Path, content: bytes) -> str:

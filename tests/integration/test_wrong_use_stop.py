@@ -63,7 +63,11 @@ def test_a_stop_during_the_first_full_copy_and_snapshots_that_wait_is_in_order(t
         production.backings["root"].write_bytes(os.urandom(VOLUME_BYTES))
         with production:
             production.wait_for_shipper()
-            wait_until(lambda: production.status()["copying"] and "complete copy begins" in production.logged(), "it copies", 10)
+            wait_until(
+                lambda: production.status()["copying"] and "complete copy begins" in production.logged(),
+                "it copies",
+                10,
+            )
             waiting = subprocess.Popen(
                 [*pitfs_command(), "snapshot", production.config], stderr=subprocess.PIPE, text=True
             )
@@ -107,11 +111,10 @@ def test_a_stop_while_writes_wait_for_a_full_journal_does_not_hang(tmp_path: Pat
         writer.join(10)
         assert not writer.is_alive()
         content = production.backings["root"].read_bytes()
-        for number in done[-32:]:
+        for number in done[-32:]:  # the write that waited may be the one 64 behind, nothing of these
             found = content[(number % 64) << 17 : ((number % 64) + 1) << 17]
-            assert set(found) <= {number, done[-1] + 1} and number in found or number == done[-1] - 63
-        production.port = free_port()
-        with Replica(tmp_path, int(production.config.read_text().split("127.0.0.1:")[1].split('"')[0])) as replica:
+            assert set(found) == {number}
+        with Replica(tmp_path, production.port) as replica:
             production.restart()
             last = production.snapshot()
             assert digest(replica.store(), last) == xxhsum(production.volume())
@@ -134,7 +137,10 @@ def test_a_stop_with_a_loop_device_attached_says_so_and_does_not_hang(tmp_path: 
             os.sync()
             terminate_within(production, 20)
             (line,) = [line for line in production.logged().splitlines() if str(device) in line]
-            assert f"{production.volume()}: {device} is still attached" in line and f"losetup -d {device}" in line
+            assert (
+                f"{production.volume()}: {device} is still attached" in line
+                and f"losetup -d {device}" in line
+            )
             with pytest.raises(OSError), (live / "later").open("w") as file:
                 file.write("x")
                 file.flush()
@@ -142,7 +148,9 @@ def test_a_stop_with_a_loop_device_attached_says_so_and_does_not_hang(tmp_path: 
         finally:
             force_unmount(live)
         run(["losetup", "-d", device])
-        wait_until(lambda: not run(["losetup", "-j", production.volume()]).stdout, "the device is detached", 10)
+        wait_until(
+            lambda: not run(["losetup", "-j", production.volume()]).stdout, "the device is detached", 10
+        )
         production.restart()
         last = production.snapshot()
         assert digest(replica.store(), last) == xxhsum(production.volume())

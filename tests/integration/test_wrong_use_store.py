@@ -114,7 +114,13 @@ def test_a_root_on_a_read_only_filesystem_is_refused(tmp_path: Path, capsys: Sai
     try:
         for root in (tmp_path / "root", tmp_path / "root" / "stores"):
             args = ["receive", "--root", root, "--listen", "127.0.0.1:0", "--insecure"]
-            say(capsys, 1, f"{root}: ", "Read-only" if root.name == "stores" else "can't be written", args=args)
+            say(
+                capsys,
+                1,
+                f"{root}: ",
+                "Read-only" if root.name == "stores" else "can't be written",
+                args=args,
+            )
     finally:
         run(["umount", tmp_path / "root"])
 
@@ -122,7 +128,9 @@ def test_a_root_on_a_read_only_filesystem_is_refused(tmp_path: Path, capsys: Sai
 # -- what isn't a store
 
 
-@pytest.mark.parametrize("command", [["list"], ["status"], ["resolve", "latest"], ["digest", "latest", "root"]])
+@pytest.mark.parametrize(
+    "command", [["list"], ["status"], ["resolve", "latest"], ["digest", "latest", "root"]]
+)
 def test_what_is_no_store_is_refused(store: Given, tmp_path: Path, capsys: Said, command: list[str]) -> None:
     name, *more = command
 
@@ -130,7 +138,12 @@ def test_what_is_no_store_is_refused(store: Given, tmp_path: Path, capsys: Said,
         say(capsys, code, *words, args=[name, path, *more])
 
     refuse(2, "no such", path=tmp_path / "nowhere")
-    refuse(2, f"{store.path.parent}: not a store", "there are stores in it: " + store.path.name, path=store.path.parent)
+    refuse(
+        2,
+        f"{store.path.parent}: not a store",
+        "there are stores in it: " + store.path.name,
+        path=store.path.parent,
+    )
     info = store.path / "store.json"
     good = info.read_bytes()
     info.write_bytes(good.replace(b'"version": 1', b'"version": 7'))
@@ -170,14 +183,26 @@ def test_a_time_that_leads_nowhere_is_refused(store: Given, capsys: Said) -> Non
     say(capsys, 1, "the state at exactly 'seq-20' can't be given", f"before it is {store.name(15)}", "--strict",
         args=["resolve", store.path, "seq-20", "--strict"])  # fmt: skip
     say(capsys, 2, "'Mars'", "Europe/Vienna", args=["resolve", store.path, "latest", "--tz", "Mars"])
-    say(capsys, 2, f"{store.path}: no volume 'boot': there are root, data", args=["digest", store.path, "latest", "boot"])
+    say(
+        capsys,
+        2,
+        f"{store.path}: no volume 'boot': there are root, data",
+        args=["digest", store.path, "latest", "boot"],
+    )
     say(capsys, 2, "no volume 'boot'", args=["export", store.path, "latest", "boot", store.path / "x"])
 
 
-@pytest.mark.parametrize("args", [["check"], ["check", "--data"], ["check", "--rebuild"], ["prune"], ["prune", "--dry-run"]])
+@pytest.mark.parametrize(
+    "args", [["check"], ["check", "--data"], ["check", "--rebuild"], ["prune"], ["prune", "--dry-run"]]
+)
 def test_what_this_version_does_not_have_says_so(store: Given, capsys: Said, args: list[str]) -> None:
     before = sorted(store.path.rglob("*"))
-    say(capsys, 2, f"{args[0]} {store.path}: not available in this version yet", args=[args[0], store.path, *args[1:]])
+    say(
+        capsys,
+        2,
+        f"{args[0]} {store.path}: not available in this version yet",
+        args=[args[0], store.path, *args[1:]],
+    )
     assert sorted(store.path.rglob("*")) == before
 
 
@@ -218,7 +243,12 @@ def test_damage_in_an_object_is_one_line_with_object_and_offset_and_eio_for_that
 ) -> None:
     image = store.history.states[25][0]
     flipped = damage(store)
-    say(capsys, 1, f"{flipped[0]}: damaged at byte {flipped[1]}: ", args=["digest", store.path, "latest", "root"])
+    say(
+        capsys,
+        1,
+        f"{flipped[0]}: damaged at byte {flipped[1]}: ",
+        args=["digest", store.path, "latest", "root"],
+    )
     target = tmp_path / "image"
     say(capsys, 1, f"{flipped[0]}: damaged at byte", args=["export", store.path, "latest", "root", target])
     assert not target.exists() and not target.with_name("image.partial").exists()

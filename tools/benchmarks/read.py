@@ -25,7 +25,7 @@ from tests.helpers.hosts import Mount, Production, Replica, ask
 from tests.helpers.processes import HostError
 from tests.helpers.processes import run as command
 
-VOLUME_BYTES = 1 << 30
+VOLUME_BYTES = 512 << 20
 QUICK_VOLUME_BYTES = 256 << 20
 
 
