@@ -28,6 +28,7 @@ from pitfs.storage.files import durable_replace
 
 log = logging.getLogger(__name__)
 
+NICENESS: Final = 10  # production first: the splitter, and what writes through it, go before
 SNAPSHOT_GRACE_S: Final = 10.0  # how long `pitfs snapshot` waits for a link that is down
 BOOKMARKS_FILE: Final = "bookmarks"
 
@@ -115,6 +116,7 @@ async def _stop_when_told(scope: trio.CancelScope) -> None:
 def serve(config: Config) -> int:
     """Ships until SIGTERM; returns the exit code."""
     set_process_name("pitfs-shipper")
+    os.nice(NICENESS)
     bound_heap()
     group = read_group(config.group.state)
     if group is None:

@@ -61,4 +61,4 @@ async def in_thread(function: Callable[..., T], *args: object, limiter: trio.Cap
     """`function(*args)` in a thread, never cancelled: a handler that is cancelled gives no reply."""
     with trio.CancelScope(shield=True):
         result = await trio.to_thread.run_sync(function, *args, limiter=limiter)
-    return result
+    return result  # noqa: RET504 — returned inside, mypy thinks that the scope may swallow it
