@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import trio
@@ -228,7 +228,7 @@ class Shipper:
         mode = self._config.replication.mode
         try:
             prepared = await trio.to_thread.run_sync(
-                shipment.prepare, interval, self._volumes, source, self._decide, mode != "snapshot"
+                shipment.prepare, interval, self._volumes, source, self._decider(interval), mode != "snapshot"
             )
             self.standing.last_decision = prepared.decision
             resume = await session.begin(prepared.manifest)
@@ -244,17 +244,19 @@ class Shipper:
         self.standing.arrived(session.welcome, interval.end)
         log.debug("interval committed, mark %d, %d writes", interval.mark, len(interval.times))
 
-    def _decide(self, diff_bytes: int, journal_bytes: int) -> Decision:
+    def _decider(self, interval: Interval) -> Callable[[int, int], Decision]:
         """Figure 7 with the configured rate, in bytes on the wire, or the measured one, in bytes of payload."""
-        replication = self._config.replication
+        replication, standing = self._config.replication, self.standing
         configured = replication.rate_bytes_per_s
-        ratio = self.standing.wire_ratio if configured is not None else 1.0
-        return decide(
+        ratio = standing.wire_ratio if configured is not None else 1.0
+        # An interval that became longer, since nothing was shipped for a while, had as much more time.
+        before = standing.committed.protected_through_ns if standing.committed else interval.mark_time_ns
+        return lambda diff_bytes, journal_bytes: decide(
             mode=replication.mode,
             diff_bytes=int(diff_bytes * ratio),
             journal_bytes=int(journal_bytes * ratio),
-            interval_ns=replication.interval_ns,
-            rate_bytes_per_s=configured if configured is not None else self.standing.measured_rate,
+            interval_ns=max(replication.interval_ns, interval.mark_time_ns - before),
+            rate_bytes_per_s=configured if configured is not None else standing.measured_rate,
         )
 
     async def _send(

@@ -7,7 +7,11 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+from pitfs.cli.asking import ask
+from pitfs.config import load_config
+from tests.helpers.hosts import Production
 from tests.helpers.processes import ROOT, pitfs_command
 
 TIMEOUT_S = 40.0
@@ -44,6 +48,11 @@ def together(*checks: Callable[[], object]) -> None:
     with ThreadPoolExecutor(4) as pool:
         for future in [pool.submit(check) for check in checks]:
             future.result()
+
+
+def status_of(production: Production) -> dict[str, Any]:
+    """What `pitfs status --json` says, without a Python started for it: for polling."""
+    return ask(load_config(str(production.config)), "status")
 
 
 def config_text(tmp: Path, volumes: Mapping[str, Path], *, replica: str = "127.0.0.1:1", group: str = "g",

@@ -20,7 +20,7 @@ import pytest
 from tests.helpers.hosts import Mount, Production, Replica, digest, free_port, instant_ns, xxhsum
 from tests.helpers.loops import LoopDevice, MountedFilesystem, fill, free_file
 from tests.helpers.processes import pitfs_command, run, wait_until
-from tests.helpers.refusals import pitfs_refused, refused, write_config
+from tests.helpers.refusals import pitfs_refused, refused, status_of, together, write_config
 
 pytestmark = [pytest.mark.fuse, pytest.mark.loop, pytest.mark.timeout(120)]
 MIB = 1 << 20
@@ -111,18 +111,27 @@ def test_a_full_replica_stops_acknowledging_and_goes_on_when_there_is_room(tmp_p
         with Mount(replica.store(), tmp_path) as mount:
             fill(disk / "ballast")
             writer.write(8 * MIB)
-            begun = time.monotonic()
-            refused([*pitfs_command(), "snapshot", production.config], 1, "not on the replica yet",
-                    "No space left on device", "make room")  # fmt: skip
-            assert 5 < time.monotonic() - begun < 15
-            assert "No space left on device" in production.status()["link"]
-            assert production.status()["passing"] is None
-            # Reading goes on, by the mount that is there, by a new one, and by the commands.
-            check_images(replica, tmp_path, states)
             (instant,) = states
-            assert mount.image(instant).read_bytes() == states[instant]
-            assert digest(replica.store(), "latest") == digest(replica.store(), instant)
-            assert replica.listing()["snapshots"][-1]["instant"] == instant
+
+            def snapshot_gives_up() -> None:
+                begun = time.monotonic()
+                refused([*pitfs_command(), "snapshot", production.config], 1, "not on the replica yet",
+                        "No space left on device", "make room")  # fmt: skip
+                assert 5 < time.monotonic() - begun < 15
+
+            def reading_goes_on() -> None:
+                """By the mount that is there, by a new one, and by the commands."""
+                wait_until(
+                    lambda: "No space left on device" in status_of(production)["link"], "it is full", 10
+                )
+                check_images(replica, tmp_path, states)
+                assert mount.image(instant).read_bytes() == states[instant]
+                assert digest(replica.store(), "latest") == digest(replica.store(), instant)
+                assert replica.listing()["snapshots"][-1]["instant"] == instant
+
+            together(snapshot_gives_up, reading_goes_on)
+            assert "No space left on device" in status_of(production)["link"]
+            assert status_of(production)["passing"] is None
             writer.write(MIB)
             (disk / "ballast").unlink()
             last = production.snapshot(30)
@@ -132,7 +141,7 @@ def test_a_full_replica_stops_acknowledging_and_goes_on_when_there_is_room(tmp_p
         assert listing["gaps"] == [] and all(each["granularity_ns"] == 0 for each in listing["intervals"])
         check_images(replica, tmp_path, states)
         assert len(lines_with(production, "No space left on device")) == 1, production.logged()
-        assert production.status()["link"] == "connected"
+        assert status_of(production)["link"] == "connected"
         assert "Traceback" not in replica.logged() + production.logged()
         assert len(replica.complaints()) < 12, replica.logged()
 
@@ -148,7 +157,7 @@ def test_a_replica_too_full_to_begin_begins_when_there_is_room(tmp_path: Path) -
             writer = Writer(production)
             writer.write(MIB)
             production.wait_for_shipper()
-            wait_until(lambda: "make room" in production.status()["link"], "status says why", 10)
+            wait_until(lambda: "make room" in status_of(production)["link"], "status says why", 10)
             (disk / "ballast").unlink()
             assert digest(replica.store(), production.snapshot()) == xxhsum(production.volume())
             assert "Traceback" not in replica.logged() + production.logged()
@@ -189,7 +198,7 @@ def test_a_full_journal_with_degrade_passes_writes_and_shows_the_gap(tmp_path: P
         writer.write(20 * MIB)
         assert time.monotonic() - begun < 15
         assert production.volume().read_bytes() == writer.content
-        status = production.status()
+        status = status_of(production)
         assert status["passing"] and cause in status["passing"], production.logged()
         assert f"{state}" in status["passing"]
         refused([*pitfs_command(), "snapshot", production.config], 1, cause, "no snapshot can be taken")
@@ -200,7 +209,7 @@ def test_a_full_journal_with_degrade_passes_writes_and_shows_the_gap(tmp_path: P
         make_room()
         writer.write(MIB)
         replica.start()
-        wait_until(lambda: production.status()["passing"] is None, "it journals again", 20, 0.2)
+        wait_until(lambda: status_of(production)["passing"] is None, "it journals again", 20, 0.2)
         writer.write(MIB)
         last = snapshot_outside_of_the_gap(production)
         states[last] = bytes(writer.content)
@@ -237,7 +246,7 @@ def test_a_full_journal_with_block_makes_writes_wait_and_loses_nothing(tmp_path:
         writer.begin(30 * MIB)
         wait_until(lambda: not writer.goes_on(), "writes wait", 20)
         assert production.volume().stat().st_size == VOLUME_BYTES, "others aren't held up"
-        status = production.status()
+        status = status_of(production)
         assert status["passing"] is None and status["link"]
         assert len(lines_with(production, "writes wait for it")) == 1, production.logged()
         make_room()
@@ -262,14 +271,14 @@ def test_a_start_with_a_full_state_disk_says_so_and_a_passing_one_starts_again(t
             writer = Writer(production)
             fill(disk / "ballast")
             writer.write(16 * MIB)
-            assert "No space" in production.status()["passing"]
+            assert "No space" in status_of(production)["passing"]
             production.terminate()
             production.restart()
             assert production.volume().read_bytes() == writer.content
             writer.write(8 * MIB)
             assert production.volume().read_bytes() == writer.content
             production.wait_for_shipper()
-            assert "No space" in production.status()["passing"]
+            assert "No space" in status_of(production)["passing"]
             assert "Traceback" not in production.logged()
 
 
@@ -289,7 +298,7 @@ def test_a_full_disk_below_the_backing_fails_that_write_and_is_no_end(tmp_path: 
                 writer.write(20 * MIB)
             assert caught.value.errno == errno.ENOSPC
             (disk / "ballast").unlink()
-            wait_until(lambda: production.status()["passing"] is None, "it journals again", 20, 0.2)
+            wait_until(lambda: status_of(production)["passing"] is None, "it journals again", 20, 0.2)
             Writer(production).write(MIB)
             last = snapshot_outside_of_the_gap(production)
             assert digest(replica.store(), last) == xxhsum(production.volume())

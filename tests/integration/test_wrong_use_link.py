@@ -23,7 +23,7 @@ from tests.helpers.hosts import Production, Replica, digest, free_port, xxhsum
 from tests.helpers.links import Files, issue
 from tests.helpers.peers import peer_that_says
 from tests.helpers.processes import pitfs_command, wait_until
-from tests.helpers.refusals import refused, together
+from tests.helpers.refusals import refused, status_of, together
 
 pytestmark = [pytest.mark.fuse, pytest.mark.timeout(120)]
 MIB = 1 << 20
@@ -54,7 +54,7 @@ def wait_for_cause(production: Production, cause: str) -> None:
         [*pitfs_command(), "snapshot", production.config], stderr=subprocess.DEVNULL
     ) as waiting:
         try:
-            wait_until(lambda: cause in production.status()["link"], cause, 25, 0.2)
+            wait_until(lambda: cause in status_of(production)["link"], cause, 25, 0.2)
         finally:
             waiting.kill()
 
@@ -73,7 +73,7 @@ def everything_arrives(production: Production, replica: Replica) -> None:
     listing = replica.listing(production.group)
     assert listing["gaps"] == [] and listing["snapshots"][-1]["instant"] == last
     assert all(interval["granularity_ns"] == 0 for interval in listing["intervals"])
-    assert production.status()["link"] == "connected"
+    assert status_of(production)["link"] == "connected"
 
 
 def test_a_replica_that_is_not_there_or_says_nothing_stops_snapshots_only(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_replica_that_is_not_there_or_says_nothing_stops_snapshots_only(tmp_pa
         )
         for production, word in ((refusing, "connection refused"), (unknown, "can't be resolved")):
             write(production, 2)
-            assert word in production.status()["link"]
+            assert word in status_of(production)["link"]
             log_says_each_cause_once(production, word)
             assert len(production.logged().splitlines()) < 6
         silent.terminate()

@@ -14,7 +14,7 @@ import pytest
 
 from tests.helpers.hosts import Mount, Production, Replica, digest, instant_ns, xxhsum
 from tests.helpers.processes import pitfs_command, run, wait_until
-from tests.helpers.refusals import refused
+from tests.helpers.refusals import refused, status_of
 
 pytestmark = [pytest.mark.fuse, pytest.mark.timeout(120)]
 MIB = 1 << 20
@@ -64,7 +64,7 @@ def test_a_newer_or_damaged_store_is_refused_and_taken_again_when_it_is_put_back
             write(production, 2)
             snapshot_fails(production, *words)
             assert path.read_bytes() == damage, "what is refused is left as it is"
-            assert words[0] in production.status()["link"]
+            assert words[0] in status_of(production)["link"]
             replica.terminate()
             path.write_bytes(good)
             replica.start()

@@ -17,6 +17,7 @@ from tests.helpers.hosts import Mount, Production, Replica, digest, free_port, x
 from tests.helpers.load import EXIT_IO_ERROR, running
 from tests.helpers.loops import LoopDevice, force_unmount, is_mounted
 from tests.helpers.processes import pitfs_command, run, wait_until
+from tests.helpers.refusals import status_of
 from tests.helpers.stamps import Plan
 
 pytestmark = [pytest.mark.fuse, pytest.mark.timeout(120)]
@@ -64,7 +65,7 @@ def test_a_stop_during_the_first_full_copy_and_snapshots_that_wait_is_in_order(t
         with production:
             production.wait_for_shipper()
             wait_until(
-                lambda: production.status()["copying"] and "complete copy begins" in production.logged(),
+                lambda: status_of(production)["copying"] and "complete copy begins" in production.logged(),
                 "it copies",
                 10,
             )
