@@ -34,9 +34,7 @@ examples:
     parser.add_argument("store", metavar="STORE", help="directory of the store")
     parser.add_argument("--from", dest="from_time", metavar="TIME", help="only what is at or after it")
     parser.add_argument("--to", dest="to_time", metavar="TIME", help="only what is before it")
-    parser.add_argument(
-        "--tz", metavar="ZONE", default="UTC", help="zone of times without one (default UTC)"
-    )
+    parser.add_argument("--tz", metavar="ZONE", default="UTC", help="zone of times without one (default UTC)")
     parser.add_argument(
         "--json", action="store_true", help="group, protected_through, snapshots, intervals, bookmarks, gaps"
     )

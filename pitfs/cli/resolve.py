@@ -43,9 +43,7 @@ examples:
 def add_store_and_time(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", metavar="STORE", help="directory of the store")
     parser.add_argument("time", metavar="TIME", help=TIME_HELP)
-    parser.add_argument(
-        "--tz", metavar="ZONE", default="UTC", help="zone of times without one (default UTC)"
-    )
+    parser.add_argument("--tz", metavar="ZONE", default="UTC", help="zone of times without one (default UTC)")
 
 
 def run(args: argparse.Namespace) -> int:

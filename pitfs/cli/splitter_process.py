@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import glob
 import logging
 import os
@@ -48,9 +49,13 @@ def prepare_mountpoint(mountpoint: str, group: str) -> None:
     try:
         os.makedirs(mountpoint, exist_ok=True)
     except FileExistsError:
-        raise UsageError(f"{mountpoint}: mountpoint: not a directory: give one, or a path to make one at") from None
+        raise UsageError(
+            f"{mountpoint}: mountpoint: not a directory: give one, or a path to make one at"
+        ) from None
     except OSError as error:
-        raise UsageError(f"{mountpoint}: mountpoint: can't be made: {os.strerror(error.errno or 0)}") from error
+        raise UsageError(
+            f"{mountpoint}: mountpoint: can't be made: {os.strerror(error.errno or 0)}"
+        ) from error
     present = mounted_at(mountpoint)
     if present is not None:
         raise UsageError(
@@ -130,6 +135,8 @@ def serve(config: Config) -> int:
         raise UsageError(
             f"{mountpoint}: can't be mounted: {error}: is /dev/fuse there, and are you root?"
         ) from error
+    gc.collect()
+    gc.freeze()  # what is there now stays: collections needn't look at it, in the middle of a write
     try:
         trio.run(_serve, service, state, resolved)
     finally:

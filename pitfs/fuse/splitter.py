@@ -40,6 +40,23 @@ class Syncer:
         self._lock = trio.Lock()
         self._average_ns = 0.0  # of late: each new sync counts for an eighth
 
+    def sync_now(self) -> bool:
+        """Syncs at once if that is short and nobody else is at it; False: `sync` must. Raises OSError.
+
+        Without an await: each one costs a turn of the event loop, as much as the sync itself.
+        """
+        journal = self._splitter.journal
+        if (
+            self._splitter.standing.passing
+            or self._lock.locked()
+            or self._average_ns >= INLINE_SYNC_NS
+            or journal.unsynced_bytes > INLINE_SYNC_BYTES
+        ):
+            return False
+        if journal.unsynced_bytes:
+            self._sync()
+        return True
+
     async def sync(self) -> None:
         """Returns when every write answered before the call is durable. Raises OSError."""
         splitter = self._splitter
@@ -47,25 +64,15 @@ class Syncer:
         async with self._lock:
             if splitter.standing.passing:
                 await trio.to_thread.run_sync(splitter.sync)
-                return
-            if splitter.journal.synced_bytes >= target:
-                return
-            inline = (
-                self._average_ns < INLINE_SYNC_NS and splitter.journal.unsynced_bytes <= INLINE_SYNC_BYTES
-            )
-            try:
-                if inline:
-                    self._sync()
-                else:
-                    await trio.to_thread.run_sync(self._sync)
-            except OSError as error:
-                splitter.sync_failed(error)
-                raise
+            elif splitter.journal.synced_bytes < target:
+                await trio.to_thread.run_sync(self._sync)
 
     def _sync(self) -> None:
         start = self._clock_ns()
-        self._splitter.sync()
-        self._average_ns += (self._clock_ns() - start - self._average_ns) / 8
+        try:
+            self._splitter.sync()
+        finally:
+            self._average_ns += (self._clock_ns() - start - self._average_ns) / 8
 
 
 class SplitterOperations(pyfuse3.Operations):
@@ -124,14 +131,16 @@ class SplitterOperations(pyfuse3.Operations):
             raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
 
     async def fsync(self, fh: Any, datasync: bool) -> None:
-        # A cancelled handler gives no answer, and its caller would hang.
-        with trio.CancelScope(shield=True):
-            try:
-                await self._syncer.sync()
-            except OSError as error:
-                raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
-            except Exception:
-                raise _mistake("fsync") from None
+        try:
+            if not self._syncer.sync_now():
+                # A cancelled handler gives no answer, and its caller would hang.
+                with trio.CancelScope(shield=True):
+                    await self._syncer.sync()
+        except OSError as error:
+            self._splitter.sync_failed(error)
+            raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
+        except Exception:
+            raise _mistake("fsync") from None
 
     # -- names and attributes ----------------------------------------------------------------------------
 

@@ -321,7 +321,8 @@ class Splitter:
 
     def _append_message(self, kind: Kind, time_ns: int, message: msgspec.Struct) -> Location:
         body = msgspec.msgpack.encode(message)
-        return self.journal.append(kind, 0, 0, 0, self.standing.seq, time_ns, body)
+        self.journal.append(kind, 0, 0, 0, self.standing.seq, time_ns, body)
+        return self.journal.last_location
 
     # -- checkpoints -------------------------------------------------------------------------------------
 

@@ -180,7 +180,7 @@ def small_journal(tmp: Path) -> Iterator[tuple[Path, str, Callable[[], None], Ca
 Full = Callable[[Path], AbstractContextManager[tuple[Path, str, Callable[[], None], Callable[[], None]]]]
 
 
-@pytest.mark.parametrize("full", [full_state_disk, small_journal])
+@pytest.mark.parametrize("full", [full_state_disk, pytest.param(small_journal, marks=pytest.mark.slow)])
 def test_a_full_journal_with_degrade_passes_writes_and_shows_the_gap(tmp_path: Path, full: Full) -> None:
     states: dict[str, bytes] = {}
     cause = "No space left on device" if full is full_state_disk else "capacity of 16777216 bytes is used up"
@@ -230,7 +230,7 @@ def snapshot_outside_of_the_gap(production: Production) -> str:
     return done.stdout.strip() if done.returncode == 0 else production.snapshot()
 
 
-@pytest.mark.parametrize("full", [full_state_disk, small_journal])
+@pytest.mark.parametrize("full", [pytest.param(full_state_disk, marks=pytest.mark.slow), small_journal])
 def test_a_full_journal_with_block_makes_writes_wait_and_loses_nothing(tmp_path: Path, full: Full) -> None:
     states: dict[str, bytes] = {}
     with (

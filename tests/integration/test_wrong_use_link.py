@@ -207,6 +207,7 @@ def test_senders_that_are_not_this_pitfs_are_refused_and_others_go_on(tmp_path: 
         assert "Traceback" not in replica.logged() and len(replica.complaints()) == 3
 
 
+@pytest.mark.slow  # each side of the handshake is tested without daemons too
 def test_senders_with_a_wrong_or_no_certificate_are_refused_and_others_go_on(
     tmp_path: Path, pki: dict[str, Files]
 ) -> None:

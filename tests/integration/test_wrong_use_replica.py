@@ -108,7 +108,7 @@ def xxhsum_of(tmp: Path, content: bytes) -> str:
     return xxhsum(tmp / "expected")
 
 
-@pytest.mark.parametrize("journal_has_it", [False, True])
+@pytest.mark.parametrize("journal_has_it", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_replica_restored_from_an_old_copy_is_noticed_and_made_whole(
     tmp_path: Path, journal_has_it: bool
 ) -> None:

@@ -56,6 +56,7 @@ def test_a_stop_under_load_loses_no_acknowledged_write_and_needs_no_full_copy(tm
         assert production.complaints() == []
 
 
+@pytest.mark.slow
 def test_a_stop_during_the_first_full_copy_and_snapshots_that_wait_is_in_order(tmp_path: Path) -> None:
     with Replica(tmp_path) as replica:
         production = Production(
@@ -184,6 +185,7 @@ def test_a_second_signal_and_one_before_ready_end_it_too(tmp_path: Path) -> None
     assert "Traceback" not in production.logged()
 
 
+@pytest.mark.slow
 def test_a_receiver_stopped_within_a_transfer_goes_on_with_it(tmp_path: Path) -> None:
     with Replica(tmp_path) as replica:
         production = Production(
