@@ -84,7 +84,7 @@ def _errors(path: str) -> Iterator[None]:
         ) from None
     except (apsw.CorruptError, apsw.NotADBError) as error:
         raise CorruptionError(
-            path, 0, f"{error}: `pitfs check --rebuild` makes it again from the objects"
+            path, 0, f"{error}: put a copy of it back, or move the store away for a new full copy"
         ) from None
     except apsw.CantOpenError:
         raise StoreError(f"{path}: can't be opened: is it there, and may this user read it?") from None
@@ -140,7 +140,7 @@ class Catalog:
                     self._db.execute(f"PRAGMA user_version = {CATALOG_VERSION}")
         elif version == 0:
             raise StoreError(
-                f"{self.path}: no catalog of a store: `pitfs receive` makes it, or check --rebuild"
+                f"{self.path}: no catalog of a store: put a copy of it back, or move the store away for a new full copy"
             )
         else:
             self._db.execute("PRAGMA query_only = 1")

@@ -45,7 +45,7 @@ def test_a_stop_under_load_loses_no_acknowledged_write_and_needs_no_full_copy(tm
             terminate_within(production, 10)
             assert load.wait(20) == EXIT_IO_ERROR
         production.restart()
-        assert plan.find(production.volume().read_bytes()) in range(
+        assert plan.find_at(production.volume().read_bytes(), last_acknowledged(log)) in range(
             last_acknowledged(log), last_acknowledged(log) + 2
         )
         last = production.snapshot()
