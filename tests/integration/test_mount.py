@@ -261,7 +261,8 @@ def test_owner_and_mode_are_those_of_the_options(replica: Replica, tmp_path: Pat
         assert stat.S_IMODE(mount.path.stat().st_mode) == 0o550
         for user, group, allowed in ((1234, 1, True), (1, 4321, True), (1, 1, False)):
             done = subprocess.run(
-                ["cat", mount.path / "latest" / "data.img"], user=user, group=group, extra_groups=[], capture_output=True,
+                ["cat", mount.path / "latest" / "data.img"],
+                user=user, group=group, extra_groups=[], capture_output=True,
                 check=False,
             )  # fmt: skip
             assert (done.returncode == 0) is allowed, (user, group)
