@@ -11,7 +11,7 @@ import trio
 
 from pitfs.cli.standing import Standing
 from pitfs.config import Config
-from pitfs.errors import CapacityError, CorruptionError, LinkError, PitfsError, PositionMismatchError
+from pitfs.errors import CorruptionError, LinkError, PitfsError, PositionMismatchError
 from pitfs.link.stream import address_text
 from pitfs.link.tls import LinkContext
 from pitfs.link.transport import SenderSession, connect
@@ -27,10 +27,11 @@ from pitfs.model.transfer import (
     Welcome,
 )
 from pitfs.production import copying, shipment
-from pitfs.production.control import Connection, ControlError
-from pitfs.production.journal import Location, segment_bytes_for
+from pitfs.production.control import Connection
+from pitfs.production.journal import Location, journal_path, segment_bytes_for
 from pitfs.production.reader import BlockSource, Copy, Interval, JournalReader
 from pitfs.production.start import journal_directory
+from pitfs.storage.files import fsync_directory, storage_error
 from pitfs.storage.segment import DATA_OFFSET, list_segments
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class Shipper:
         self._directory = journal_directory(config.group.state)
         self._reader = JournalReader(self._directory, [volume.block_size for volume in self._volumes])
         self._wake = trio.Event()
+        self._durable_segment = 0  # segments before it were made durable before they were shipped
         self.standing = Standing(address_text(config.replication.host, config.replication.port))
 
     # -- marks -------------------------------------------------------------------------------------------
@@ -85,7 +87,7 @@ class Shipper:
         while True:
             try:
                 await self._connect()
-            except (LinkError, CapacityError, PositionMismatchError, CorruptionError, ControlError) as error:
+            except PitfsError as error:
                 self.standing.link_down(error)
             await self.standing.back_off()
 
@@ -134,7 +136,7 @@ class Shipper:
                 self._reader.seek(Location(numbers[0], DATA_OFFSET), (0, 0))
                 found = await self._skip_to_copy(splitter)
             else:
-                found = await trio.to_thread.run_sync(self._reader.seek_mark, welcome.mark, tail)
+                found = await self._seek(welcome.mark, tail)
         except CorruptionError as error:
             await self._rescan(str(error))
             return
@@ -145,23 +147,48 @@ class Shipper:
         elif self.standing.committed_location is None:
             self.standing.committed_location = self._reader.location
 
+    async def _seek(self, mark: int, tail: Location) -> bool:
+        """As `JournalReader.seek_mark`, while the splitter may give segments back. Raises CorruptionError."""
+        while True:
+            numbers = await trio.to_thread.run_sync(list_segments, self._directory)
+            try:
+                return await trio.to_thread.run_sync(self._reader.seek_mark, mark, tail)
+            except (CorruptionError, FileNotFoundError):
+                # Removed or recycled under our eyes? Then it is looked for in what is left.
+                if numbers[:1] == (await trio.to_thread.run_sync(list_segments, self._directory))[:1]:
+                    raise
+
     async def _skip_to_copy(self, splitter: dict[str, Any]) -> bool:
         """For a replica that has nothing: the copy that is under way is what it begins with."""
         if splitter["copy_mark"] is None:
-            return bool(splitter["passing"])  # one begins when the journal can be written again
+            return await self._wait_for_copy(splitter)
         self._reader.seek(Location(splitter["copy_segment"], splitter["copy_offset"]), (0, 0))
+        return True
+
+    async def _wait_for_copy(self, splitter: dict[str, Any]) -> bool:
+        """Gives the journal's room back while writes pass: a copy begins then, and nothing before it can be used.
+
+        False where writes don't pass.
+        """
+        if not splitter["passing"]:
+            return False
+        await self._splitter.request("release", segment=splitter["segment"])
+        self._reader.seek(Location(splitter["segment"], splitter["offset"]), (0, 0))
         return True
 
     async def _rescan(self, cause: str) -> None:
         """Has a complete copy begun, with a gap before it, unless one is under way."""
         _, reply = await self._tail()
         if reply["copy_mark"] is None:
+            if await self._wait_for_copy(reply):
+                return
             reply = await self._splitter.request("rescan", cause=cause)
             log.error("%s: a complete copy follows", cause)
         self._reader.seek(Location(reply["copy_segment"], reply["copy_offset"]), (0, 0))
 
     async def _next_item(self) -> Interval | Copy:
         """Follows the journal until the next mark or copy."""
+        given_up = False
         while True:
             wake = self._wake = trio.Event()
             tail, splitter = await self._tail()
@@ -170,8 +197,13 @@ class Shipper:
             except CorruptionError as error:
                 await self._rescan(str(error))
                 continue
-            if isinstance(item, Copy) and splitter["copy_mark"] != item.start.mark:
-                continue  # given up when writes passed unjournalled: the next one is behind it
+            if isinstance(item, Copy):
+                given_up = splitter["copy_mark"] != item.start.mark  # when writes passed unjournalled
+            if given_up and item is not None:
+                # What rests on it can't be applied either: only its room is wanted, for the copy that follows.
+                if isinstance(item, Interval):
+                    await self._splitter.request("release", segment=item.end.segment)
+                continue
             if item is not None:
                 return item
             self.standing.getting_through()
@@ -227,6 +259,7 @@ class Shipper:
         source = BlockSource(self._directory, interval, sizes)
         mode = self._config.replication.mode
         try:
+            await trio.to_thread.run_sync(self._make_durable, interval.end.segment)
             prepared = await trio.to_thread.run_sync(
                 shipment.prepare, interval, self._volumes, source, self._decider(interval), mode != "snapshot"
             )
@@ -243,6 +276,25 @@ class Shipper:
         self.standing.getting_through()
         self.standing.arrived(session.welcome, interval.end)
         log.debug("interval committed, mark %d, %d writes", interval.mark, len(interval.times))
+
+    def _make_durable(self, last_segment: int) -> None:
+        """The replica mustn't have what a power loss takes from this host: its marks couldn't be led on from.
+
+        Raises:
+            PitfsError: the journal's disk refuses.
+        """
+        try:
+            for number in list_segments(self._directory):
+                if self._durable_segment <= number <= last_segment:
+                    fd = os.open(journal_path(self._directory, number), os.O_RDWR | os.O_CLOEXEC)
+                    try:
+                        os.fdatasync(fd)
+                    finally:
+                        os.close(fd)
+            fsync_directory(self._directory)
+        except OSError as error:
+            raise storage_error(error, self._directory, "making the journal durable") from error
+        self._durable_segment = last_segment
 
     def _decider(self, interval: Interval) -> Callable[[int, int], Decision]:
         """Figure 7 with the configured rate, in bytes on the wire, or the measured one, in bytes of payload."""

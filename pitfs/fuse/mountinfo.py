@@ -42,9 +42,9 @@ def mounted_at(path: str) -> MountInfo | None:
 
 
 def is_dead(path: str) -> bool:
-    """Whether a FUSE mount's daemon is gone."""
+    """Whether a FUSE mount's daemon is gone. Opened, not stat'ed: attributes may still be in the kernel's cache."""
     try:
-        os.stat(path)
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
     except OSError as error:
         return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
     return False

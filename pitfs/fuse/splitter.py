@@ -49,6 +49,7 @@ class Syncer:
         if (
             self._splitter.standing.passing
             or self._lock.locked()
+            or journal.syncing
             or self._average_ns >= INLINE_SYNC_NS
             or journal.unsynced_bytes > INLINE_SYNC_BYTES
         ):

@@ -97,6 +97,7 @@ class Journal:
         self._spare_names = itertools.count(1)
         self._spare = self._find_spare()
         self._unsynced: list[_Open] = []
+        self._failed: OSError | None = None  # a sync failed: what wasn't durable isn't
         self._sync_heavy = True  # whether little was written between the last two syncs
         self._written = (
             0  # up to where the blocks of the segment's file are written, so need no extent converted
@@ -274,6 +275,11 @@ class Journal:
         return self._spare is None
 
     @property
+    def syncing(self) -> bool:
+        """Whether a thread is at it: who came now would wait for all of that."""
+        return self._sync_lock.locked()
+
+    @property
     def unsynced_bytes(self) -> int:
         return self.appended_bytes - self.synced_bytes
 
@@ -287,11 +293,17 @@ class Journal:
             with self._lock:
                 sealed = list(self._unsynced)
                 current, lsn, appended = self._segment, self.lsn, self.appended_bytes
-            for segment in (*sealed, current):
-                os.fdatasync(segment.fd)
-                if not segment.named:
-                    fsync_directory(self.directory)
-                    segment.named = True
+            if self._failed is not None:  # the kernel says it once: a retry would be believed for nothing
+                raise self._failed
+            try:
+                for segment in (*sealed, current):
+                    os.fdatasync(segment.fd)
+                    if not segment.named:
+                        fsync_directory(self.directory)
+                        segment.named = True
+            except OSError as error:
+                self._failed = OSError(error.errno, error.strerror, self.directory)
+                raise self._failed from error
             with self._lock:
                 self._unsynced = [segment for segment in self._unsynced if segment not in sealed]
             for segment in sealed:
@@ -299,6 +311,18 @@ class Journal:
             self.durable_lsn = max(self.durable_lsn, lsn)
             self._sync_heavy = appended - self.synced_bytes < SYNC_HEAVY_BYTES
             self.synced_bytes = appended
+
+    def begin_anew(self) -> None:
+        """After a failed sync: what wasn't durable is given up, what comes stands in a new segment."""
+        with self._sync_lock, self._lock:
+            if self._failed is None:
+                return
+            before = [*self._unsynced, self._segment]
+            self._start_segment()
+            self._unsynced = []
+            for segment in before:
+                os.close(segment.fd)
+            self._failed = None  # the segments before stay in _unsynced no longer: nobody may count on them
 
     def release(self, first_needed: int) -> None:
         """Gives segments before number `first_needed` back: one becomes the spare, the others are removed.

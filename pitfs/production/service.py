@@ -61,9 +61,6 @@ class SplitterService:
                     progress = splitter.snapshot_progress()
                     await trio.to_thread.run_sync(splitter.checkpoint, progress)
                     last_segment, last_lsn, last_checkpoint = segment, lsn, trio.current_time()
-                if splitter.standing.passing:
-                    # Only durable segments are given back.
-                    await trio.to_thread.run_sync(splitter.journal.sync)
                 await self._release()
                 if splitter.standing.passing:
                     # With room for a segment only: what is left of this one would be full again at once.

@@ -7,6 +7,7 @@ but `checkpoint` and those of the journal that say so run in one thread.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import struct
@@ -115,6 +116,8 @@ class Splitter:
         self._block_when_full = block_when_full
         self._released_segment = 0
         self._full_at_seq = -1
+        self._passing_durable = True
+        self._backing_failed: OSError | None = None
         self.checkpoint_segment = 0
 
     # -- the path of a write ---------------------------------------------------------------------------
@@ -129,6 +132,8 @@ class Splitter:
         volume = self.volumes[index]
         standing = self.standing
         if standing.passing:
+            if not self._passing_durable:
+                self._write_progress(clean=False)  # a redo over this write would undo it
             self._write_backing(volume, data, offset)
             return
         block_size = volume.block_size
@@ -233,6 +238,7 @@ class Splitter:
             log.warning("the open interval can't be closed: %s", error)
         self.standing.passing = cause
         self.standing.copy = None
+        self._passing_durable = False
         self._write_progress(clean=False)
 
     def resume_journal(self, cause: str) -> bool:
@@ -241,9 +247,11 @@ class Splitter:
         if journal.used_bytes > journal.capacity_bytes // 2:
             return False
         try:
+            journal.begin_anew()
             self._start_copy(cause)
             journal.sync()
         except (PitfsError, OSError) as error:
+            standing.copy = None  # begun in vain: writes go on passing beside it
             log.warning("%s: journalling can't begin again yet: %s", standing.passing, error)
             return False
         standing.passing = ""
@@ -306,7 +314,13 @@ class Splitter:
         standing = self.standing
         if standing.copy is None or progress.mark != standing.copy.mark:
             return
-        self._append_message(Kind.COPY_PROGRESS, standing.time_ns, progress)
+        try:
+            self._append_message(Kind.COPY_PROGRESS, standing.time_ns, progress)
+        except CapacityError:
+            # The end may go without its record: the replica's mark says it again. What comes before may not:
+            # the record is how the shipper notices that the replica lost a part.
+            if progress.volume < len(self.volumes):
+                return
         self.apply_progress(progress)
 
     def apply_progress(self, progress: CopyProgress) -> None:
@@ -328,20 +342,34 @@ class Splitter:
 
     def sync_backings(self) -> None:
         """Blocks until the backing volumes are durable. Runs in a thread. Raises OSError."""
+        if (
+            self._backing_failed is not None
+        ):  # the kernel says it once, and drops the pages: only a redo helps
+            raise self._backing_failed
         for volume in self.volumes:
-            os.fdatasync(volume.backing.fd)
+            try:
+                os.fdatasync(volume.backing.fd)
+            except OSError as error:
+                self._backing_failed = OSError(error.errno, error.strerror, volume.backing.path)
+                raise self._backing_failed from error
 
     def sync(self) -> None:
         """What fsync promises: all earlier writes are durable. Runs in a thread or inline. Raises OSError."""
         if self.standing.passing:
+            if not self._passing_durable:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
             self.sync_backings()
         else:
             self.journal.sync()
 
     def sync_failed(self, error: OSError) -> None:
         """A failed fsync poisons what wasn't durable yet: nothing of it is believed, a rescan must follow."""
-        if not self.standing.passing:
+        if self.standing.passing:
+            return
+        try:
             self._pass_writes(f"{self.journal.directory}: fsync failed: {os.strerror(error.errno or 0)}")
+        except OSError as worse:  # writes are refused until this can be recorded
+            log.error("%s: passing can't be recorded: %s", self.journal.directory, worse)
 
     def snapshot_progress(self, clean: bool = False) -> Progress:
         """The progress as of now, to be written once the backing volumes are durable. O(volumes)."""
@@ -368,10 +396,13 @@ class Splitter:
         progress = self.snapshot_progress(clean)
         self._progress.write(progress)
         self.checkpoint_segment = progress.checkpoint_segment
+        self._passing_durable = True
 
     def checkpoint(self, progress: Progress) -> None:
         """Syncs the backing volumes, then records `progress`, taken before. Runs in a thread. Raises OSError."""
         self.sync_backings()
+        if not progress.passing:
+            self.journal.sync()  # a checkpoint ahead of the journal's durable end couldn't be recovered
         self._progress.write(progress)
         self.checkpoint_segment = progress.checkpoint_segment
 

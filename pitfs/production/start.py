@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 import msgspec
 
@@ -22,6 +23,8 @@ from pitfs.storage.files import FULL_ERRNOS, fsync_directory, storage_error, wri
 from pitfs.storage.segment import SegmentReader, list_segments, segment_name
 
 log = logging.getLogger(__name__)
+
+MTIME_MARGIN_NS: Final = 2_000_000_000  # from journalling a write to its place in the backing volume, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +89,10 @@ def open_splitter(
     progress_file = ProgressFile(state, begins=not list_segments(directory))
     progress = progress_file.read()
     boot = boot_id()
+    mtimes_ns = [volume.backing.mtime_ns for volume in volumes]  # before redo changes them
     try:
         standing, tail = _recover(directory, history, volumes, progress)
-        next_lsn = tail.next_lsn if tail else 1
+        next_lsn = tail.next_lsn if tail else progress.checkpoint_lsn + 1 if progress else 1
         journal = Journal(
             directory,
             history,
@@ -101,10 +105,11 @@ def open_splitter(
         splitter = Splitter(
             volumes, journal, standing, progress_file, generation, clock_ns, boot, block_when_full
         )
-        cause = _copy_cause(progress, boot, volumes)
+        cause = _copy_cause(progress, boot, volumes, mtimes_ns, standing.time_ns)
         if progress is not None and progress.passing:
             # The copy begins when there is room; production doesn't wait for it.
             splitter.standing.passing = progress.passing
+            splitter.standing.copy = None  # given up, or begun and not made durable: writes pass beside it
             splitter.checkpoint(splitter.snapshot_progress())
         elif cause is not None:
             if cause:
@@ -118,15 +123,27 @@ def open_splitter(
     return splitter
 
 
-def _copy_cause(progress: Progress | None, boot: str, volumes: list[Volume]) -> str | None:
-    """Why a complete copy must begin now: "" for the first one, None for none."""
+def _copy_cause(
+    progress: Progress | None, boot: str, volumes: list[Volume], mtimes_ns: list[int], last_time_ns: int
+) -> str | None:
+    """Why a complete copy must begin now: "" for the first one, None for none.
+
+    Args:
+        mtimes_ns: of the backing volumes as they were found. last_time_ns: of the last record of the journal.
+    """
     if progress is None:
         return ""
     if not progress.clean:
         # Writes that reached the backing volume but neither fsync nor the journal's disk can't be told.
-        return None if progress.boot_id == boot else "power was lost on the production host"
-    for volume, before in zip(volumes, progress.backings, strict=True):
-        if before.mtime_ns != volume.backing.mtime_ns:
+        if progress.boot_id != boot:
+            return "power was lost on the production host"
+        # What the splitter wrote, it had just journalled.
+        changed = [mtime_ns > last_time_ns + MTIME_MARGIN_NS for mtime_ns in mtimes_ns]
+    else:
+        pairs = zip(mtimes_ns, progress.backings, strict=True)
+        changed = [mtime_ns != before.mtime_ns for mtime_ns, before in pairs]
+    for volume, by_others in zip(volumes, changed, strict=True):
+        if by_others:
             return f"{volume.backing.path}: was changed while pitfs wasn't running"
     return None
 
@@ -168,6 +185,10 @@ def _recover(
             _advance(standing, record)
 
     tail = replay(directory, first_segment, visit, history)
+    if progress.passing and (tail is None or tail.next_lsn <= checkpoint_lsn):
+        # The journal refused what it was given: the end of it never became durable. A copy follows anyway.
+        standing.copy = None
+        return standing, None
     if tail is None or tail.next_lsn <= checkpoint_lsn:
         raise UsageError(
             f"{directory}: the journal ends before its checkpoint: segments are missing; put them back, or move the "
