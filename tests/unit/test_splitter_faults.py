@@ -1,0 +1,121 @@
+"""The splitter where a disk refuses: nothing that was answered is undone, no failed sync is believed later."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pitfs.model.record import CopyProgress
+from tests.helpers.pipeline import Pipeline
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path) -> Pipeline:
+    return Pipeline(tmp_path, [200_000], [4096], capacity_bytes=16 << 20)
+
+
+def refuse_once(monkeypatch: pytest.MonkeyPatch, path_part: str) -> None:
+    """The next fdatasync of a file with that in its name fails, as a kernel says it: once."""
+    real: Callable[[int], None] = os.fdatasync
+    said = False
+
+    def fdatasync(fd: int) -> None:
+        nonlocal said
+        if not said and path_part in os.readlink(f"/proc/self/fd/{fd}"):
+            said = True
+            raise OSError(errno.EIO, "Input/output error")
+        real(fd)
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+
+
+def test_a_failed_fsync_of_the_journal_is_not_believed_when_it_is_tried_again(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline.random_write()
+    refuse_once(monkeypatch, "segment-")
+    for _ in range(2):
+        with pytest.raises(OSError, match="Input/output"):
+            pipeline.splitter.journal.sync()
+    pipeline.splitter.journal.begin_anew()
+    pipeline.splitter.journal.sync()
+    pipeline.close()
+
+
+def test_a_failed_fsync_of_the_backing_stops_checkpoints_until_a_redo(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline.random_write()
+    before = pipeline.splitter.checkpoint_segment
+    refuse_once(monkeypatch, "backing0")
+    for _ in range(2):
+        with pytest.raises(OSError, match="Input/output"):
+            pipeline.splitter.checkpoint(pipeline.splitter.snapshot_progress())
+    assert pipeline.splitter.checkpoint_segment == before
+    pipeline.close()
+
+
+def test_a_write_that_passes_is_answered_only_once_passing_is_on_disk(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline.splitter.copied(CopyProgress(1, 1, 0))
+    pipeline.write(0, 0, b"1" * 4096)
+    refuse_once(monkeypatch, "progress")
+    pipeline.splitter.sync_failed(OSError(errno.EIO, "Input/output error"))
+    assert pipeline.splitter.standing.passing
+    pipeline.write(0, 0, b"3" * 4096)  # records it first
+    pipeline.crash()
+    pipeline.start()
+    assert pipeline.splitter.standing.passing
+    assert pipeline.backings[0].read_bytes() == pipeline.states[-1][0], "the redo undid an answered write"
+    pipeline.close()
+
+
+def test_a_copy_that_was_given_up_does_not_come_back_with_a_restart(pipeline: Pipeline) -> None:
+    assert pipeline.splitter.standing.copy is not None
+    pipeline.splitter.sync_failed(OSError(errno.EIO, "Input/output error"))
+    pipeline.crash()
+    pipeline.start()
+    assert pipeline.splitter.standing.passing and pipeline.splitter.standing.copy is None
+    pipeline.close()
+
+
+def test_a_checkpoint_never_runs_ahead_of_the_durable_journal(pipeline: Pipeline) -> None:
+    pipeline.random_write()
+    assert pipeline.splitter.journal.unsynced_bytes
+    pipeline.splitter.checkpoint(pipeline.splitter.snapshot_progress())
+    assert not pipeline.splitter.journal.unsynced_bytes
+    pipeline.close()
+
+
+def test_a_change_after_an_unclean_stop_leads_to_a_copy(pipeline: Pipeline) -> None:
+    pipeline.random_write()
+    pipeline.splitter.copied(CopyProgress(1, 1, 0))
+    pipeline.crash()
+    with open(pipeline.backings[0], "r+b") as file:
+        file.write(b"somebody else")
+    pipeline.start()
+    copy = pipeline.splitter.standing.copy
+    assert copy is not None and "changed while pitfs wasn't running" in copy.cause
+    pipeline.close()
+
+
+def test_the_end_of_a_copy_is_taken_though_the_journal_is_full(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pitfs.errors import CapacityError
+
+    def full(*arguments: object) -> None:
+        raise CapacityError("full")
+
+    monkeypatch.setattr(pipeline.splitter.journal, "append", full)
+    pipeline.splitter.copied(CopyProgress(1, 0, 5))
+    assert pipeline.splitter.volumes[0].copied_block == 0, "without its record it isn't believed"
+    pipeline.splitter.copied(CopyProgress(1, 1, 0))
+    assert pipeline.splitter.standing.copy is None
+    monkeypatch.undo()
+    pipeline.close()
