@@ -99,9 +99,8 @@ class Journal:
         self._unsynced: list[_Open] = []
         self._failed: OSError | None = None  # a sync failed: what wasn't durable isn't
         self._sync_heavy = True  # whether little was written between the last two syncs
-        self._written = (
-            0  # up to where the blocks of the segment's file are written, so need no extent converted
-        )
+        # Up to where the blocks of the segment's file are written, so need no extent converted.
+        self._written = 0
         if tail is None:
             self._start_segment()
         else:
@@ -322,7 +321,7 @@ class Journal:
             self._unsynced = []
             for segment in before:
                 os.close(segment.fd)
-            self._failed = None  # the segments before stay in _unsynced no longer: nobody may count on them
+            self._failed = None
 
     def release(self, first_needed: int) -> None:
         """Gives segments before number `first_needed` back: one becomes the spare, the others are removed.

@@ -27,7 +27,6 @@ from pitfs.model.transfer import (
     JOURNAL_ENTRY,
     MAX_CHECKPOINT_BYTES,
     MAX_PAYLOAD_BYTES,
-    Begin,
     Bookmark,
     Checkpoint,
     Data,
@@ -214,10 +213,6 @@ def frames(
                 unacknowledged = 0
                 yield Checkpoint(())
     yield End((lengths[0], lengths[1], lengths[2], lengths[3], lengths[4]))
-
-
-def begin(shipment: Shipment) -> Begin:
-    return Begin(shipment.manifest)
 
 
 def _plain(section: Section, content: bytes, row_bytes: int, resume: ResumePoint) -> Iterator[Data]:

@@ -342,9 +342,8 @@ class Splitter:
 
     def sync_backings(self) -> None:
         """Blocks until the backing volumes are durable. Runs in a thread. Raises OSError."""
-        if (
-            self._backing_failed is not None
-        ):  # the kernel says it once, and drops the pages: only a redo helps
+        if self._backing_failed is not None:
+            # The kernel says it once, and drops the pages: only a redo helps.
             raise self._backing_failed
         for volume in self.volumes:
             try:
