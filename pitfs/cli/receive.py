@@ -112,6 +112,9 @@ def _make_root(path: str) -> str:
 async def _receive(root: str, host: str, port: int, tls: LinkContext | None) -> None:
     import logging
 
+    import trio
+
+    from pitfs.cli.processes import trim_heap
     from pitfs.cli.service import notify_ready
     from pitfs.link.stream import address_text
     from pitfs.link.transport import serve
@@ -122,7 +125,9 @@ async def _receive(root: str, host: str, port: int, tls: LinkContext | None) -> 
     for listener in listeners:
         log.info("listening at %s, stores in %s", address_text(*listener.socket.getsockname()[:2]), root)
     notify_ready()
-    await serve(listeners, partial(Ingest, root), tls=tls)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trim_heap)
+        await serve(listeners, partial(Ingest, root), tls=tls)
 
 
 async def _listen(host: str, port: int) -> list[trio.SocketListener]:

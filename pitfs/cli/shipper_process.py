@@ -14,7 +14,14 @@ from typing import Any, Final
 
 import trio
 
-from pitfs.cli.processes import bound_heap, link_context, run_process, set_process_name, told_to_stop
+from pitfs.cli.processes import (
+    bound_heap,
+    link_context,
+    run_process,
+    set_process_name,
+    told_to_stop,
+    trim_heap,
+)
 from pitfs.cli.shipping import Shipper
 from pitfs.cli.standing import InGapError
 from pitfs.config import Config
@@ -103,6 +110,7 @@ async def _main(config: Config, hello: Hello, tls: LinkContext | None) -> None:
             await nursery.start(control.serve, state, control.SHIPPER_SOCKET, handler.handle)
             nursery.start_soon(shipper.tick)
             nursery.start_soon(shipper.run)
+            nursery.start_soon(trim_heap)
             print("ready", flush=True)
     except* trio.BrokenResourceError:
         raise PitfsError(f"{state}: the splitter ended") from None
