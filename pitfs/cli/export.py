@@ -51,6 +51,7 @@ examples:
 
 
 def run(args: argparse.Namespace) -> int:
+    from pitfs.production.backing import written_by_others
     from pitfs.store.store import Store
     from pitfs.view.view import PointInTimeView
 
@@ -65,6 +66,11 @@ def run(args: argparse.Namespace) -> int:
         else:
             if stat.S_ISREG(mode) and not args.force:
                 raise UsageError(f"{args.file}: exists: give another name, or --force to replace it")
+            if stat.S_ISREG(mode) and written_by_others(args.file):
+                raise UsageError(
+                    f"{args.file}: in use: whoever writes it (see fuser -v {args.file}) would go on with the old file: "
+                    "stop that first"
+                )
         try:
             if stat.S_ISBLK(mode):
                 _export_to_device(view, args.file, args.verify)
@@ -90,7 +96,15 @@ def _export_to_file(view: PointInTimeView, path: str, verify: bool) -> None:
     path = os.path.realpath(path)  # of a symbolic link the target is replaced, not the link
     partial = path + PARTIAL
     # Images hold the whole system's data: readable for the owner only, as in the mount.
-    fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOSYS, errno.EROFS):
+            raise
+        raise UsageError(
+            f"{os.path.dirname(path)}: no file can be made there ({os.strerror(error.errno)}): export to another "
+            "directory, or to a loop device over the file"
+        ) from error
     try:
         os.ftruncate(fd, view.size_bytes)
         digest = _write(view, fd, sparse=True, hashed=verify)

@@ -31,7 +31,7 @@ from pitfs.model.position import format_instant
 from pitfs.model.transfer import Hello
 from pitfs.production import control
 from pitfs.production.state import read_group
-from pitfs.storage.files import durable_replace
+from pitfs.storage.files import durable_replace, storage_error
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ class ShipperControl:
         self._shipper = shipper
         self._state = state
         self._group = group
+        self._naming = trio.Lock()
 
     async def handle(self, request: dict[str, Any]) -> dict[str, Any]:
         """Answers one request. Raises PitfsError; KeyError and TypeError for what isn't one."""
@@ -83,17 +84,27 @@ class ShipperControl:
         raise PitfsError(f"unknown request {op!r}")
 
     async def _bookmark(self, name: str) -> dict[str, Any]:
-        known = _read_bookmarks(self._state)
-        if name in known:
-            raise UsageError(
-                f"bookmark {name!r} exists already: a bookmark is never moved, choose another name"
-            )
-        reply = await self._shipper.mark(name)
-        content = "".join(f"{each}\n" for each in sorted(known | {name}))
-        await trio.to_thread.run_sync(
-            durable_replace, os.path.join(self._state, BOOKMARKS_FILE), content.encode("ascii")
-        )
+        async with self._naming:  # of two that give the same name at the same time the second is refused
+            known = _read_bookmarks(self._state)
+            if name in known:
+                raise UsageError(
+                    f"bookmark {name!r} exists already: a bookmark is never moved, choose another name"
+                )
+            # Before the mark: a name that is lost with a crash does less harm than one that is given twice.
+            await self._write_bookmarks(known | {name})
+            try:
+                reply = await self._shipper.mark(name)
+            except PitfsError:
+                await self._write_bookmarks(known)
+                raise
         return {"name": name, "instant": format_instant(reply["position_time_ns"]), "seq": reply["seq"]}
+
+    async def _write_bookmarks(self, names: set[str]) -> None:
+        path, content = os.path.join(self._state, BOOKMARKS_FILE), "".join(f"{name}\n" for name in sorted(names))
+        try:
+            await trio.to_thread.run_sync(durable_replace, path, content.encode("ascii"))
+        except OSError as error:
+            raise storage_error(error, path, "remembering the bookmark's name") from error
 
 
 async def _main(config: Config, hello: Hello, tls: LinkContext | None) -> None:

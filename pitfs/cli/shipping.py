@@ -202,6 +202,8 @@ class Shipper:
             if given_up and item is not None:
                 # What rests on it can't be applied either: only its room is wanted, for the copy that follows.
                 if isinstance(item, Interval):
+                    if item.bookmark is not None:
+                        log.error("bookmark %r lies in the gap: the replica won't have it", item.bookmark)
                     await self._splitter.request("release", segment=item.end.segment)
                 continue
             if item is not None:
@@ -363,6 +365,7 @@ class Shipper:
             "seq": splitter["seq"],
             "link": standing.link,
             "passing": splitter["passing"] or None,
+            "writes_waiting": splitter["waiting"] or None,
             "copying": splitter["copy_mark"] is not None,
         }
 

@@ -43,8 +43,8 @@ def open_backing(path: str) -> Backing:
         ) from error
     if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
         raise UsageError(f"{path}: backing volume: neither a regular file nor a block device")
-    if stat.S_ISREG(mode):
-        _refuse_other_writers(path)
+    if stat.S_ISREG(mode) and written_by_others(path):
+        raise in_use(path)
     flags = os.O_RDWR | os.O_CLOEXEC | (os.O_EXCL if stat.S_ISBLK(mode) else 0)  # EXCL: EBUSY if mounted
     try:
         fd = os.open(path, flags)
@@ -73,15 +73,16 @@ def in_use(path: str) -> UsageError:
     )
 
 
-def _refuse_other_writers(path: str) -> None:
-    """A read lease is given only while nobody has the file open for writing (a loop device has)."""
+def written_by_others(path: str) -> bool:
+    """Whether somebody has the regular file open for writing (a loop device has), as far as the kernel can tell."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
+        # A read lease is given only while nobody has.
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
     except OSError as error:
-        if error.errno == errno.EAGAIN:
-            raise in_use(path) from error
-        # Other errors: this file system has no leases, or we aren't the owner; flock is left.
+        # Other errors: this file system has no leases, or we aren't the owner.
+        return error.errno == errno.EAGAIN
     finally:
         os.close(fd)
+    return False

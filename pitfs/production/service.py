@@ -3,7 +3,7 @@
 Serves these requests (`splitter.sock`):
 
     tail                            {"segment", "offset", "seq", "position_time_ns", "time_ns", "mark", "used_bytes",
-                                     "capacity_bytes", "passing", "copy_mark", "copy_segment", "copy_offset"}
+                                     "capacity_bytes", "passing", "waiting", "copy_mark", "copy_segment", "copy_offset"}
     mark [bookmark]                 the same, and "mark" is the one just set
     copied mark volume block        the replica durably has the running copy up to there
     release segment                 earlier segments aren't needed for shipping any more
@@ -35,11 +35,16 @@ class SplitterService:
         self._splitter = splitter
         self._room = trio.Event()
         self._stopping = False
+        self._waiting = 0  # writes that wait for room
 
     async def wait_for_room(self) -> bool:
         """Returns when room may have come into the journal; False: there will be none, the splitter stops."""
         if not self._stopping:
-            await self._room.wait()
+            self._waiting += 1
+            try:
+                await self._room.wait()
+            finally:
+                self._waiting -= 1
         return not self._stopping
 
     def stop(self) -> None:
@@ -122,6 +127,7 @@ class SplitterService:
             "used_bytes": journal.used_bytes,
             "capacity_bytes": journal.capacity_bytes,
             "passing": standing.passing,
+            "waiting": self._waiting,
             "copy_mark": standing.copy.mark if standing.copy else None,
             "copy_segment": standing.copy_location.segment,
             "copy_offset": standing.copy_location.offset,

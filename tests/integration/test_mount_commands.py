@@ -122,6 +122,9 @@ def test_export_writes_the_image_sparse_and_whole(
         assert not list(tmp_path.glob("*.partial"))
     assert file.stat().st_blocks * 512 < file.stat().st_size
     assert "exists" in said(capsys, "export", store, "latest", "root", str(file), code=2)
+    with open(file, "r+b"):
+        assert "in use" in said(capsys, "export", store, "latest", "root", str(file), "--force", code=2)
+    assert file.read_bytes() == history.states[60][0]
     assert "neither a regular file" in said(capsys, "export", store, "latest", "root", str(tmp_path), code=2)
 
 

@@ -15,9 +15,10 @@ from typing import Any, cast
 import pytest
 import trio
 
+from pitfs.cli.shipper_process import ShipperControl
 from pitfs.cli.shipping import Shipper
 from pitfs.config import load_config
-from pitfs.errors import LinkError, PitfsError
+from pitfs.errors import CapacityError, LinkError, PitfsError, UsageError
 from pitfs.link.sender import SenderSession
 from pitfs.model.transfer import Checkpoint, Data, End, Manifest, ResumePoint, Welcome
 from pitfs.production.control import Connection
@@ -149,19 +150,21 @@ async def test_a_journal_that_fills_during_the_first_copy_is_mended(parts: Parts
     await recovers(parts)
 
 
-async def test_what_rests_on_a_copy_that_was_given_up_is_never_sent(parts: Parts) -> None:
+async def test_what_rests_on_a_copy_that_was_given_up_is_never_sent(
+    parts: Parts, caplog: pytest.LogCaptureFixture
+) -> None:
     await parts.locate()
     await parts.ship()
     await parts.request("rescan", cause="to try it")
-    for _ in range(3):
-        parts.write()
-        parts.mark()
+    parts.write()
+    parts.pipeline.splitter.mark("in-the-gap")
     parts.fill()
     assert isinstance(await parts.ship(), Interval), "what came before that copy"
     begun = parts.session.begun
     await recovers(parts)
     assert parts.session.begun == begun + 2, "one copy and one interval"
     assert parts.shipper.standing.lost[2].startswith("the local journal can't be written")
+    assert "bookmark 'in-the-gap' lies in the gap" in caplog.text
 
 
 async def test_segments_recycled_under_the_search_are_searched_again(
@@ -246,3 +249,40 @@ async def test_an_interval_whose_journal_cannot_be_made_durable_is_not_sent(
     with pytest.raises(PitfsError, match="making the journal durable"):
         await parts.ship()
     assert parts.session.begun == begun
+
+
+async def test_of_two_that_give_a_name_at_the_same_time_one_is_refused(parts: Parts) -> None:
+    control = ShipperControl(parts.shipper, parts.pipeline.state, "g")
+    refused = []
+
+    async def name() -> None:
+        try:
+            await control.handle({"op": "bookmark", "name": "noon"})
+        except UsageError as error:
+            refused.append(str(error))
+
+    before = parts.pipeline.splitter.standing.mark
+    async with trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(name)
+    assert len(refused) == 2 and parts.pipeline.splitter.standing.mark == before + 1
+
+
+async def test_a_name_that_could_not_be_given_can_be_given_later(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control = ShipperControl(parts.shipper, parts.pipeline.state, "g")
+    parts.fill()
+    with pytest.raises(CapacityError, match="capacity"):
+        await control.handle({"op": "bookmark", "name": "noon"})
+    parts.pipeline.splitter.standing.passing = ""
+    await control.handle({"op": "bookmark", "name": "noon"})
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = parts.pipeline.splitter.standing.mark
+    monkeypatch.setattr("pitfs.storage.files.os.fsync", full)
+    with pytest.raises(CapacityError, match="bookmarks: remembering the bookmark's name: No space left"):
+        await control.handle({"op": "bookmark", "name": "later"})
+    assert parts.pipeline.splitter.standing.mark == before, "not set without its name being kept"
