@@ -26,6 +26,8 @@ MAX_SEGMENT_BYTES: Final = 64 << 20
 SYNC_HEAVY_BYTES: Final = 256 << 10
 ZERO_AHEAD_BYTES: Final = 1 << 20
 _ZEROS: Final = bytes(ZERO_AHEAD_BYTES)
+PAGE_BYTES: Final = 4096
+_PAGE_OF_ZEROS: Final = memoryview(bytes(PAGE_BYTES))
 # Left free behind the last write of a segment, for SEAL and for the MARK that closes the interval where the
 # journal is full: without it that interval could never be shipped, and its room never come back.
 RESERVE_BYTES: Final = 1024
@@ -158,7 +160,10 @@ class Journal:
         head = encode_head(
             kind, volume, block, block_count, seq, time_ns, lsn, self.durable_lsn, covered, len(contents), self._seed
         )  # fmt: skip
-        if os.pwritev(self._segment.fd, (head, contents), offset) != size:
+        # To the end of its last page: a segment that is used again may have left the page cache, and the kernel
+        # would read each page from the disk that isn't written whole (measured: 80 instead of 5 µs).
+        padding = _PAGE_OF_ZEROS[: -end % PAGE_BYTES]
+        if os.pwritev(self._segment.fd, (head, contents, padding), offset) != size + len(padding):
             # A short write means a full disk or a failing one: writing on says which.
             write_all(self._segment.fd, head + contents, offset)
         self.lsn = lsn

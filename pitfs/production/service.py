@@ -24,8 +24,9 @@ from pitfs.storage.files import storage_error
 
 log = logging.getLogger(__name__)
 
-KEEP_INTERVAL_S: Final = 0.25  # how soon a rolled segment is followed by a new spare and a checkpoint
+KEEP_INTERVAL_S: Final = 0.25  # how soon a rolled segment is followed by a new spare
 CHECKPOINT_INTERVAL_S: Final = 30.0  # bounds what a crash leaves to redo where little is written
+ROLLED_CHECKPOINT_S: Final = 5.0  # the same where much is: each one writes all that is dirty
 
 
 class SplitterService:
@@ -61,8 +62,10 @@ class SplitterService:
                 if splitter.journal.needs_spare and not splitter.standing.passing:
                     await trio.to_thread.run_sync(splitter.journal.prepare_spare)
                 segment, lsn = splitter.journal.tail.segment, splitter.journal.lsn
-                due = trio.current_time() - last_checkpoint > CHECKPOINT_INTERVAL_S and lsn != last_lsn
-                if (segment != last_segment or due) and not splitter.standing.passing:
+                since = trio.current_time() - last_checkpoint
+                rolled = segment != last_segment and (since > ROLLED_CHECKPOINT_S or self._is_filling)
+                due = since > CHECKPOINT_INTERVAL_S and lsn != last_lsn
+                if (rolled or due) and not splitter.standing.passing:
                     progress = splitter.snapshot_progress()
                     await trio.to_thread.run_sync(splitter.checkpoint, progress)
                     last_segment, last_lsn, last_checkpoint = segment, lsn, trio.current_time()
@@ -81,6 +84,11 @@ class SplitterService:
                 log.error("%s", shown)
                 await trio.sleep(5)
             await trio.sleep(KEEP_INTERVAL_S)
+
+    @property
+    def _is_filling(self) -> bool:
+        """Whether room is more urgent than sparing the disk: segments are only released behind a checkpoint."""
+        return self._splitter.journal.used_bytes > self._splitter.journal.capacity_bytes // 2
 
     async def _release(self) -> None:
         await trio.to_thread.run_sync(self._splitter.journal.release, self._splitter.releasable_segment)

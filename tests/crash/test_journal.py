@@ -50,6 +50,22 @@ def segment_path(directory: Path, number: int = 1) -> Path:
     return directory / f"segment-{number:016x}.journal"
 
 
+def test_a_record_writes_its_last_page_whole(tmp_path: Path) -> None:
+    """Of a segment that is used again, the kernel would read what isn't written: the write would wait for the disk."""
+    (tmp_path / "journal").mkdir()
+    (tmp_path / "journal" / "spare-1-used").write_bytes(b"\xff" * MIN_SEGMENT_BYTES)
+    journal = new_journal(tmp_path / "journal")
+    for seq in range(1, 40):
+        append(journal, seq)
+        end = journal.tail.offset
+        behind = segment_path(tmp_path / "journal").read_bytes()[end : end + 8192]
+        page = -end % 4096
+        assert behind[:page] == bytes(page) and behind[page:] == b"\xff" * (8192 - page)
+    journal.close()
+    found, tail = recover(tmp_path / "journal")
+    assert found == list(range(1, 40)) and tail is not None and tail.location.offset == end
+
+
 @pytest.fixture
 def three_records(tmp_path: Path) -> tuple[Path, list[int]]:
     """A journal with three records, none of them synced, and where each ends."""
