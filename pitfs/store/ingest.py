@@ -4,9 +4,10 @@ A transfer is staged (checked as it comes, resumable at each checkpoint); at its
 
     made in staging/ → each file synced → renamed to objects/ → both directories synced → the catalog commits
 
-Until the commit nothing of it can be seen. Where this is cut off before the commit, files in objects/ that
+Until the commit nothing of it can be seen. Where this is cut off before the commit, the files in objects/ that
 the catalog doesn't know are found when the store is opened the next time, or the next transfer begins:
-contents go back to staging/, so the transfer resumes; all else is removed.
+contents go back to staging/, so the transfer resumes; what was built of it is removed. All this while the
+staged transfer says that they are its files: nothing else in objects/ is ever removed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import fcntl
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import msgspec
@@ -103,15 +104,23 @@ class Ingest:
         for directory in (self._objects_path, self._staging):
             os.makedirs(directory, 0o700, exist_ok=True)
         self._check_same_group()
-        self._catalog = Catalog(os.path.join(self.path, CATALOG), "write")
-        if not os.path.exists(os.path.join(self.path, STORE_JSON)):
-            fsync_directory(self.path)  # what a store has is there before what says that it is one
-            info = StoreInfo(FORMAT, VERSION, self.hello.group, self.hello.history, self.hello.volumes)
-            durable_replace(
-                os.path.join(self.path, STORE_JSON), msgspec.json.format(msgspec.json.encode(info)) + b"\n"
-            )
-            fsync_directory(os.path.dirname(self.path) or ".")
+        known = os.path.exists(os.path.join(self.path, STORE_JSON))
+        self._catalog = Catalog(os.path.join(self.path, CATALOG), "write" if known else "make")
+        if not known:
+            self._make_store_json(self._catalog)
+        fsync_directory(os.path.dirname(self.path) or ".")  # each time: a kill may have come before it
         self._settle(os.listdir(self._objects_path))
+
+    def _make_store_json(self, catalog: Catalog) -> None:
+        if catalog.meta("mark"):
+            raise StoreError(
+                f"{self.path}: has a catalog but no {STORE_JSON}: put that back from another copy of the store"
+            )
+        fsync_directory(self.path)  # what a store has is there before what says that it is one
+        info = StoreInfo(FORMAT, VERSION, self.hello.group, self.hello.history, self.hello.volumes)
+        durable_replace(
+            os.path.join(self.path, STORE_JSON), msgspec.json.format(msgspec.json.encode(info)) + b"\n"
+        )
 
     def _check_place(self) -> None:
         """Refuses to make a store among other files."""
@@ -189,7 +198,7 @@ class Ingest:
             snapshot = catalog.next_snapshot_id()
             if snapshot > MAX_SNAPSHOT_ID:
                 raise CapacityError(f"{self.path}: no more than {MAX_SNAPSHOT_ID} snapshots fit in a store")
-            self._settle([object_file(kind, snapshot) for kind in ObjectKind])
+            self._settle_transfer(snapshot)
             self._staged = self._resume(manifest, snapshot)
             if self._staged is None:
                 self._clear_staging()
@@ -229,6 +238,7 @@ class Ingest:
                 self._commit(staged)
             except (RemoteProtocolError, CorruptionError):
                 self._close_staged()
+                self._settle_transfer(staged.snapshot)
                 self._clear_staging()
                 raise
         self._close_staged()
@@ -313,28 +323,42 @@ class Ingest:
         fsync_directory(self._objects_path)
         fsync_directory(self._staging)
 
-    def _settle(self, names: list[str]) -> None:
-        """Deals with files in objects/ that the catalog doesn't know.
+    def _settle(self, names: Sequence[str]) -> None:
+        """Deals with files in objects/ that the catalog doesn't know: of a commit that didn't come about.
 
-        Of a commit that didn't come about, or of pruning. Contents of the staged transfer go back to it.
+        Contents of the staged transfer go back to it, what was built of it is removed. Others are nobody's to
+        remove here: rather than theirs, the catalog isn't this store's newest.
+
+        Raises:
+            StoreError: there are others.
         """
         catalog = self._opened()
         progress = read_progress(self._staging)
-        staged = set()
+        ours = set()
         if progress is not None and progress.snapshot == catalog.next_snapshot_id():
-            kinds = (ObjectKind.SNAPSHOT_BLOCKS, ObjectKind.JOURNAL_BLOCKS)
-            staged = {object_file(kind, progress.snapshot) for kind in kinds}
-        for name in names:
-            path = os.path.join(self._objects_path, name)
-            if not is_object_file(name) or catalog.object(name) is not None or not os.path.exists(path):
-                continue
-            back = os.path.join(self._staging, name)
-            if name in staged and not os.path.exists(back):
+            ours = {object_file(kind, progress.snapshot) for kind in ObjectKind}
+        unknown = [name for name in names if is_object_file(name) and catalog.object(name) is None]
+        found = [name for name in unknown if os.path.exists(os.path.join(self._objects_path, name))]
+        for name in found:
+            if name not in ours:
+                raise StoreError(
+                    f"{os.path.join(self._objects_path, name)}: the catalog doesn't have it: {CATALOG} is older "
+                    f"than the objects, or damaged: put the newest copy of it back, or move the store away "
+                    f"(what it has stays readable) and a new one is made"
+                )
+        if found:
+            catalog.write_over()
+        for name in found:
+            path, back = os.path.join(self._objects_path, name), os.path.join(self._staging, name)
+            if name.endswith(".blocks") and not os.path.exists(back):
                 log.info("%s: goes back to staging, its commit didn't come about", path)
                 os.rename(path, back)
             else:
-                log.info("%s: removed, the catalog doesn't have it", path)
+                log.info("%s: removed, its commit didn't come about", path)
                 os.unlink(path)
+
+    def _settle_transfer(self, snapshot: int) -> None:
+        self._settle([object_file(kind, snapshot) for kind in ObjectKind])
 
     def _clear_staging(self) -> None:
         for name in os.listdir(self._staging):

@@ -59,6 +59,7 @@ UNIT_MASK: Final = (1 << UNIT_BITS) - 1
 MAX_UNITS: Final = 1 << UNIT_BITS  # of one object: 32 TiB
 MAX_SNAPSHOT_ID: Final = (1 << (64 - UNIT_BITS - 1)) - 1
 MAX_VOLUMES: Final = 1024
+MAX_SEQ: Final = (1 << 46) - 1  # what an inode number has room for: 447 years of 5,000 writes a second
 
 STORE_JSON: Final = "store.json"
 CATALOG: Final = "catalog.sqlite"
@@ -178,9 +179,14 @@ class StoreInfo(msgspec.Struct, frozen=True):
     volumes: tuple[VolumeInfo, ...]
 
 
+def is_name(text: str) -> bool:
+    """Whether it can name a group, a volume or a bookmark, and so a file."""
+    return _NAME.fullmatch(text) is not None and text not in (".", "..")
+
+
 def check_identity(group: str, history: str, volumes: tuple[VolumeInfo, ...]) -> str | None:
     """What is wrong with a group's description, which comes from a peer or a file and names a directory."""
-    if not _NAME.fullmatch(group) or group in (".", ".."):
+    if not is_name(group):
         return f"group name {group[:80]!r}: must be 1 to 64 of A-Z a-z 0-9 . _ -"
     if not _HISTORY.fullmatch(history):
         return "history: must be 32 lower-case hex digits"
@@ -189,7 +195,7 @@ def check_identity(group: str, history: str, volumes: tuple[VolumeInfo, ...]) ->
     if len({volume.name for volume in volumes}) != len(volumes):
         return "two volumes of the same name"
     for volume in volumes:
-        if not _NAME.fullmatch(volume.name) or volume.name in (".", ".."):
+        if not is_name(volume.name):
             return f"volume name {volume.name[:80]!r}: must be 1 to 64 of A-Z a-z 0-9 . _ -"
         size = volume.block_size
         if not 512 <= size <= 65536 or size & (size - 1):

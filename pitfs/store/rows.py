@@ -15,7 +15,7 @@ from pitfs.errors import RemoteProtocolError
 from pitfs.model.blockmap import I64Array
 from pitfs.model.transfer import UNIT_BYTES, Kind, Manifest, Source, VolumeInfo
 from pitfs.store.expected import Rows
-from pitfs.store.layout import MAX_UNITS
+from pitfs.store.layout import MAX_SEQ, MAX_UNITS, is_name
 
 RowArray = npt.NDArray[np.void]  # DIFF_ENTRY or JOURNAL_ENTRY
 _EMPTY = -1
@@ -176,6 +176,8 @@ def check_manifest(manifest: Manifest, volumes: Sequence[VolumeInfo]) -> None:
     problem = None
     if any(not 0 <= n < 1 << 62 for n in (*numbers, m.first_time_ns or 0, m.diff_count or 0)):
         problem = "a number out of range"
+    elif m.to_seq > MAX_SEQ:
+        problem = f"seq {m.to_seq}: a store has room for {MAX_SEQ} writes"
     elif m.to_seq < m.from_seq or (m.to_seq == m.from_seq) != (m.to_time_ns == m.from_time_ns):
         problem = "positions that don't go forward"
     elif m.to_time_ns < m.from_time_ns or m.protected_through_ns < m.to_time_ns:
@@ -192,8 +194,8 @@ def check_manifest(manifest: Manifest, volumes: Sequence[VolumeInfo]) -> None:
         problem = "more rows than blocks"
     for bookmark in m.bookmarks:
         name = bookmark.name
-        if not name or len(name.encode()) > 255 or name in (".", "..") or "/" in name or "\0" in name:
-            problem = f"bookmark {name[:80]!r}: not a file name"
+        if not is_name(name):
+            problem = f"bookmark {name[:80]!r}: must be 1 to 64 of A-Z a-z 0-9 . _ -"
         elif (bookmark.seq, bookmark.time_ns) != (m.to_seq, m.to_time_ns):
             problem = f"bookmark {name!r} isn't at the position that the transfer leads to"
     for gap in m.gaps:

@@ -116,6 +116,7 @@ class Store:
             NoSuchInstantError: before the first state, or after protected-through.
         """
         protected_ns = self.protected_through_ns()  # first: what is committed after this only adds
+        last = self._catalog.last_snapshot()
         snapshot = self._catalog.snapshot_at_time(time_ns)
         if snapshot is None:
             first = self._catalog.first_snapshot()
@@ -127,7 +128,9 @@ class Store:
             )
         if snapshot.time_ns == time_ns:
             return self._of_snapshot(snapshot), True
-        interval = self._catalog.interval_from(snapshot.id)
+        interval = self._interval_behind(snapshot, last)
+        if interval is not None and time_ns >= interval.to_time_ns:
+            raise self._broken_chain(snapshot)
         resolution, known_ns = None, protected_ns + 1  # writes before known_ns are all known
         if interval is not None and interval.granularity_ns == 0:
             seq = self._journal(interval.snapshot).last_seq_at(time_ns)
@@ -145,16 +148,34 @@ class Store:
         Raises:
             NoSuchInstantError: before the first state, or after the last.
         """
-        snapshot = self._catalog.snapshot_at_seq(seq)
         last = self._catalog.last_snapshot()
+        snapshot = self._catalog.snapshot_at_seq(seq)
         if snapshot is None or last is None or seq > last.seq:
             first = self._catalog.first_snapshot()
             has = f"has {first.seq} to {last.seq}" if first and last else "is empty"
             raise NoSuchInstantError(f"{self.path}: no state at seq {seq}: the store {has}")
-        interval = self._catalog.interval_from(snapshot.id) if seq > snapshot.seq else None
+        interval = self._interval_behind(snapshot, last) if seq > snapshot.seq else None
+        if seq > snapshot.seq and (interval is None or seq >= interval.to_seq):
+            raise self._broken_chain(snapshot)
         if interval is not None and interval.granularity_ns == 0:
             return self._intermediary(interval, seq)
         return self._of_snapshot(snapshot)
+
+    def _interval_behind(self, snapshot: Snapshot, last: Snapshot | None) -> Interval | None:
+        """The interval that begins at a snapshot; only `last`, which was read before it, may have none."""
+        interval = self._catalog.interval_from(snapshot.id)
+        if interval is None:
+            broken = last is not None and snapshot.id < last.id
+        else:
+            broken = (interval.from_seq, interval.from_time_ns) != (snapshot.seq, snapshot.time_ns)
+        if broken:
+            raise self._broken_chain(snapshot)
+        return interval
+
+    def _broken_chain(self, snapshot: Snapshot) -> CorruptionError:
+        return CorruptionError(
+            self._catalog.path, 0, f"what follows snapshot {snapshot.id} doesn't fit to it: an index is damaged"
+        )
 
     def at_instant(self, time_ns: int) -> Resolution | None:
         """The reachable state of exactly that time, if there is one."""

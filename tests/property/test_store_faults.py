@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pitfs.errors import CapacityError, CorruptionError, PitfsError
+from pitfs.errors import CapacityError, CorruptionError, PitfsError, StoreError
 from pitfs.model.transfer import Begin, End, VolumeInfo
 from pitfs.store.catalog import Catalog
 from pitfs.store.facts import Commit
@@ -296,3 +296,70 @@ def test_each_file_is_durable_before_its_name_and_both_before_the_commit(
         assert ("fsync", event[1]) in events[: events.index(event)]
     after_the_last = events[events.index(objects[-1]) : committed]
     assert {("fsync", "objects"), ("fsync", "staging")} <= set(after_the_last)
+
+
+# A catalog that isn't the one that was written
+
+
+def store_of(tmp: Path, count: int = 3) -> tuple[History, Path]:
+    """A store with the first marks of the small history."""
+    history, transfers = small_history()
+    ingest = Ingest(str(tmp), history.hello)
+    for transfer in transfers[:count]:
+        send(ingest, transfer)
+    ingest.close()
+    return history, Path(ingest.path)
+
+
+def test_a_flipped_bit_in_the_catalog_never_gives_another_state(tmp_path: Path) -> None:
+    history, path = store_of(tmp_path)
+    whole = (path / CATALOG).read_bytes()
+    random = np.random.default_rng(3)
+    used = np.flatnonzero(np.frombuffer(whole, np.uint8))
+    last_seq = len(history.states) - 1
+    refused = 0
+    for place in random.choice(used, 700, replace=False).tolist():
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(random.integers(8))
+        (path / CATALOG).write_bytes(damaged)
+        seq = int(random.integers(last_seq + 1))
+        try:
+            store = Store.open(str(path))
+        except PitfsError:
+            refused += 1
+            continue
+        try:
+            by_seq = store.at_seq(seq)
+            by_time, _ = store.at_time(history.times_ns[seq])
+            for found in (by_seq, by_time):
+                assert found.seq == seq
+                for volume, content in enumerate(history.states[seq]):
+                    assert read_image(store, found, volume) == content
+        except PitfsError:
+            refused += 1
+        finally:
+            store.close()
+    assert 50 < refused < 650, "some of it matters, some doesn't"
+
+
+def test_objects_that_the_catalog_does_not_know_are_never_removed(tmp_path: Path) -> None:
+    """An older copy of the catalog put back, or one cut to nothing: `receive` must not sweep the history away."""
+    history, path = store_of(tmp_path / "a")
+    objects = sorted((path / "objects").iterdir())
+    newest = (path / CATALOG).read_bytes()
+    _, older = store_of(tmp_path / "b", 2)
+    (path / CATALOG).write_bytes((older / CATALOG).read_bytes())
+    with pytest.raises(StoreError, match="older than the objects"):
+        Ingest(str(tmp_path / "a"), history.hello)
+    (path / CATALOG).write_bytes(b"")
+    with pytest.raises(StoreError, match="no catalog of a store"):
+        Ingest(str(tmp_path / "a"), history.hello)
+    (path / CATALOG).write_bytes(newest)
+    store_json = (path / STORE_JSON).read_bytes()
+    (path / STORE_JSON).unlink()
+    with pytest.raises(StoreError, match=r"no store\.json: put that back"):
+        Ingest(str(tmp_path / "a"), history.hello)
+    (path / STORE_JSON).write_bytes(store_json)
+    assert sorted((path / "objects").iterdir()) == objects
+    Ingest(str(tmp_path / "a"), history.hello).close()
+
