@@ -270,9 +270,16 @@ class Journal:
             path = self._make_spare()
         except CapacityError:
             return False
-        with self._lock:
-            self._spare = path
+        self._offer_spare(path)
         return True
+
+    def _offer_spare(self, path: str) -> None:
+        """Keeps the file as the spare unless another thread has brought one meanwhile."""
+        with self._lock:
+            if self._spare is None:
+                self._spare = path
+                return
+        os.unlink(path)
 
     @property
     def needs_spare(self) -> bool:
@@ -317,9 +324,14 @@ class Journal:
             self.synced_bytes = appended
 
     def begin_anew(self) -> None:
-        """After a failed sync: what wasn't durable is given up, what comes stands in a new segment."""
+        """What comes stands in a new segment: this one's disk may have refused. What wasn't durable is given up.
+
+        Raises:
+            CapacityError: there is no room for one.
+        """
         with self._sync_lock, self._lock:
             if self._failed is None:
+                self._roll()
                 return
             before = [*self._unsynced, self._segment]
             self._start_segment()
@@ -347,8 +359,7 @@ class Journal:
             if recycle and os.path.getsize(path) == self.segment_bytes:
                 spare = self._spare_path(_USED_SUFFIX)
                 os.rename(path, spare)
-                with self._lock:
-                    self._spare = spare
+                self._offer_spare(spare)
             else:
                 os.unlink(path)
 

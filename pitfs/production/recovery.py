@@ -1,35 +1,48 @@
-"""Reading the local journal after a stop: the chain of segments, its tail, tears and damage."""
+"""Reading the local journal after a stop: the chain of segments, its tail, tears and damage.
+
+What stands behind the first record that can't be read is a tear if no fsync had returned for it: it is cut.
+It is damage if that record had been durable, which three things can tell: the last checkpoint, any later
+record (each says what was durable when it was written), and a segment's header, which is synced with the first
+record behind it and so may be missing or of the file's former use, but never half.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from pitfs.errors import CorruptionError
 from pitfs.model.record import Kind, Record
-from pitfs.production.journal import Location
-from pitfs.storage.segment import DATA_OFFSET, SegmentReader, list_segments, segment_name
+from pitfs.production.journal import Location, journal_path
+from pitfs.storage.segment import DATA_OFFSET, SegmentReader, is_blank, list_segments
+
+log = logging.getLogger(__name__)
 
 Visit = Callable[[SegmentReader, int, Record], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """Where the journal goes on: behind its last verifiable record."""
+    """Where the journal goes on: behind its last verifiable record, or in the place of a SEAL."""
 
     location: Location
     seed: int
     next_lsn: int
-    torn: bool  # something unverifiable stood behind it and was cut
 
 
-def replay(directory: str, first_segment: int, visit: Visit, history: bytes) -> Tail | None:
+def replay(
+    directory: str, first_segment: int, visit: Visit, history: bytes, durable_lsn: int = 0
+) -> Tail | None:
     """Visits every record from segment `first_segment` on, in order, and finds the tail.
 
     `visit` may raise CorruptionError for a record whose contents aren't right; that counts as its end.
-    What stands behind a tear was never promised to anybody (no fsync had returned for it), and is cut:
-    segments behind it are removed. Returns None if there is no segment.
+    Segments behind a tear are removed. Returns None if there is no segment.
+
+    Args:
+        first_segment: must be there, unless it is 0.
+        durable_lsn: known to be durable.
 
     Raises:
         CorruptionError: a record that had been durable can't be read: damage, nothing is cut.
@@ -37,85 +50,96 @@ def replay(directory: str, first_segment: int, visit: Visit, history: bytes) -> 
     numbers = [number for number in list_segments(directory) if number >= first_segment]
     tail: Tail | None = None
     for index, number in enumerate(numbers):
-        path = os.path.join(directory, segment_name(number))
-        if tail is not None and number != numbers[index - 1] + 1:
-            raise CorruptionError(path, 0, f"segment {number - 1:016x} is missing before it")
+        path = journal_path(directory, number)
+        expected = numbers[index - 1] + 1 if index else first_segment or number
+        if number != expected:
+            raise CorruptionError(path, 0, f"segment {expected:016x} is missing before it")
+        reader = _open_next(path, tail, history)
+        if reader is None:
+            assert tail is not None
+            _cut(directory, numbers[index:], tail, durable_lsn, "the next segment was never written")
+            return tail
         try:
-            reader = SegmentReader(path)
-            if reader.header.history != history:
-                reader.close()
-                raise CorruptionError(path, 0, "a segment of another group's journal")
-        except CorruptionError as error:
-            if tail is None:
-                raise
-            _cut(directory, numbers[index:], tail.next_lsn, error)
-            return Tail(tail.location, tail.seed, tail.next_lsn, torn=True)
-        try:
-            tail, sealed, problem = _replay_segment(reader, tail, visit)
-            if sealed:
-                continue
-            _refuse_damage(reader, tail, problem)
+            tail, problem = _replay_segment(reader, visit)
+            if problem is not None:
+                known = max(durable_lsn, _known_durable(reader, tail.location.offset))
+                _cut(directory, numbers[index + 1 :], tail, known, problem)
+                return tail
         finally:
             reader.close()
-        _cut(directory, numbers[index + 1 :], tail.next_lsn, problem)
-        return tail
-    if tail is None:
+    # The last segment was sealed and its successor never reached the disk: on in place of the SEAL.
+    return tail
+
+
+def _open_next(path: str, before: Tail | None, history: bytes) -> SegmentReader | None:
+    """The segment that follows; None if what the file holds isn't it yet: blank, or of its former use.
+
+    Raises:
+        CorruptionError: the first one isn't what its name says, or a header is damaged.
+    """
+    if before is not None and is_blank(path):
         return None
-    # The last segment was sealed and its successor never reached the disk: go on in place of the SEAL.
-    return Tail(tail.location, tail.seed, tail.next_lsn - 1, torn=True)
+    reader = SegmentReader(path)
+    if reader.header.history != history:
+        reader.close()
+        raise CorruptionError(path, 0, "a segment of another group's journal")
+    # In place of the SEAL is the tail, and the SEAL takes an lsn.
+    follows = before is None or reader.header.first_lsn == before.next_lsn + 1
+    if reader.is_as_named and follows:
+        return reader
+    reader.close()
+    if before is None:
+        raise CorruptionError(path, 0, f"holds segment {reader.header.number:016x}: the disk lost a rename")
+    return None
 
 
-def _replay_segment(
-    reader: SegmentReader, before: Tail | None, visit: Visit
-) -> tuple[Tail, bool, CorruptionError | None]:
-    lsn = reader.header.first_lsn
-    offset = DATA_OFFSET
-    if before is not None and lsn != before.next_lsn:
-        error = CorruptionError(reader.path, 0, f"begins with lsn {lsn}, expected {before.next_lsn}")
-        return before, False, error
+def _replay_segment(reader: SegmentReader, visit: Visit) -> tuple[Tail, str | None]:
+    """Visits its records; the tail, and why it ends there, None behind a SEAL."""
+    number, seed = reader.header.number, reader.header.seed
+    lsn, offset = reader.header.first_lsn, DATA_OFFSET
+    problem = "it ends without a SEAL"
     try:
         for at, record in reader.heads():
             if record.lsn != lsn:
                 raise CorruptionError(reader.path, at, f"lsn {record.lsn}, expected {lsn}")
+            if record.kind is Kind.SEAL:
+                return Tail(Location(number, at), seed, lsn), None
             visit(reader, at, record)
             lsn, offset = lsn + 1, at + record.size_bytes
-            if record.kind is Kind.SEAL:
-                return Tail(Location(reader.header.number, at), reader.header.seed, lsn, False), True, None
     except CorruptionError as error:
-        torn = any(os.pread(reader.fd, 4, offset))
-        return Tail(Location(reader.header.number, offset), reader.header.seed, lsn, torn), False, error
-    return Tail(Location(reader.header.number, offset), reader.header.seed, lsn, False), False, None
+        problem = error.problem
+    return Tail(Location(number, offset), seed, lsn), problem
 
 
-def _refuse_damage(reader: SegmentReader, tail: Tail, error: CorruptionError | None) -> None:
-    later = reader.find_record_after(tail.location.offset)
-    if later is not None and later.durable_lsn >= tail.next_lsn:
-        raise CorruptionError(
-            reader.path,
-            tail.location.offset,
-            f"record {tail.next_lsn} had been durable and can't be read ({error.problem if error else 'cut short'}): "
-            "the disk lost or changed it; nothing was cut. Move the state directory away to begin anew "
-            "with a full copy",
-        )
+def _known_durable(reader: SegmentReader, offset: int) -> int:
+    """The last record that records behind `offset` say was durable."""
+    return max((record.durable_lsn for record in reader.records_after(offset)), default=0)
 
 
-def _cut(directory: str, numbers: list[int], next_lsn: int, error: CorruptionError | None) -> None:
-    """Removes segments behind a tear, newest first, unless one of them shows that it is damage."""
+def _cut(directory: str, numbers: list[int], tail: Tail, durable_lsn: int, problem: str) -> None:
+    """Removes the segments behind a tear, newest first, unless anything shows that it is damage."""
+    where = journal_path(directory, tail.location.segment)
     for number in numbers:
-        path = os.path.join(directory, segment_name(number))
-        try:
-            reader = SegmentReader(path)
-        except CorruptionError:
+        path = journal_path(directory, number)
+        if is_blank(path):
             continue
+        reader = SegmentReader(path)
         try:
-            record = reader.find_record_after(DATA_OFFSET - 1)
+            if reader.is_as_named:
+                durable_lsn = max(durable_lsn, _known_durable(reader, DATA_OFFSET - 1))
         finally:
             reader.close()
-        if record is not None and record.durable_lsn >= next_lsn:
-            raise CorruptionError(
-                error.what if error else path,
-                error.offset if error else 0,
-                f"record {next_lsn} had been durable and can't be read; nothing was cut",
-            )
+    if durable_lsn >= tail.next_lsn:
+        raise CorruptionError(
+            where,
+            tail.location.offset,
+            f"record {tail.next_lsn} had been durable and can't be read ({problem}): the disk lost or changed it; "
+            "nothing was cut. Move the state directory away to begin anew with a full copy",
+        )
+    if numbers:
+        log.warning(
+            "%s: the journal ends at record %d: %d segments behind it, which no fsync had waited for, are removed",
+            where, tail.next_lsn - 1, len(numbers),
+        )  # fmt: skip
     for number in reversed(numbers):
-        os.unlink(os.path.join(directory, segment_name(number)))
+        os.unlink(journal_path(directory, number))

@@ -13,6 +13,8 @@ Serves these requests (`splitter.sock`):
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 import trio
@@ -26,6 +28,7 @@ log = logging.getLogger(__name__)
 
 KEEP_INTERVAL_S: Final = 0.25  # how soon a rolled segment is followed by a new spare
 CHECKPOINT_INTERVAL_S: Final = 30.0  # bounds what a crash leaves to redo where little is written
+RETRY_S: Final = 5.0  # after an error
 ROLLED_CHECKPOINT_S: Final = 5.0  # the same where much is: each one writes all that is dirty
 
 
@@ -37,6 +40,7 @@ class SplitterService:
         self._room = trio.Event()
         self._stopping = False
         self._waiting = 0  # writes that wait for room
+        self._checkpoint_at, self._checkpoint_segment, self._checkpoint_lsn = -math.inf, 0, -1  # the last one
 
     async def wait_for_room(self) -> bool:
         """Returns when room may have come into the journal; False: there will be none, the splitter stops."""
@@ -55,35 +59,47 @@ class SplitterService:
 
     async def run(self) -> None:
         """Prepares spares, writes checkpoints, releases segments, leaves passing when there is room."""
-        last_segment, last_checkpoint, last_lsn = 0, trio.current_time(), -1
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._repeat, self._prepare_spare)  # a checkpoint may take long: not behind it
+            nursery.start_soon(self._repeat, self._keep)
+
+    async def _repeat(self, step: Callable[[], Awaitable[None]]) -> None:
         while True:
-            splitter = self._splitter
             try:
-                if splitter.journal.needs_spare and not splitter.standing.passing:
-                    await trio.to_thread.run_sync(splitter.journal.prepare_spare)
-                segment, lsn = splitter.journal.tail.segment, splitter.journal.lsn
-                since = trio.current_time() - last_checkpoint
-                rolled = segment != last_segment and (since > ROLLED_CHECKPOINT_S or self._is_filling)
-                due = since > CHECKPOINT_INTERVAL_S and lsn != last_lsn
-                if (rolled or due) and not splitter.standing.passing:
-                    progress = splitter.snapshot_progress()
-                    await trio.to_thread.run_sync(splitter.checkpoint, progress)
-                    last_segment, last_lsn, last_checkpoint = segment, lsn, trio.current_time()
-                await self._release()
-                if splitter.standing.passing:
-                    # With room for a segment only: what is left of this one would be full again at once.
-                    roomy = await trio.to_thread.run_sync(splitter.journal.prepare_spare)
-                    if roomy:
-                        splitter.resume_journal(splitter.standing.passing)
+                await step()
             except (OSError, PitfsError) as error:
-                shown = (
-                    storage_error(error, splitter.journal.directory, "keeping the journal")
+                directory = self._splitter.journal.directory
+                log.error(
+                    "%s",
+                    storage_error(error, directory, "keeping the journal")
                     if isinstance(error, OSError)
-                    else error
+                    else error,
                 )
-                log.error("%s", shown)
-                await trio.sleep(5)
+                await trio.sleep(RETRY_S)
             await trio.sleep(KEEP_INTERVAL_S)
+
+    async def _prepare_spare(self) -> None:
+        splitter = self._splitter
+        if splitter.journal.needs_spare and not splitter.standing.passing:
+            await trio.to_thread.run_sync(splitter.journal.prepare_spare)
+
+    async def _keep(self) -> None:
+        splitter = self._splitter
+        segment, lsn = splitter.journal.tail.segment, splitter.journal.lsn
+        since = trio.current_time() - self._checkpoint_at
+        rolled = segment != self._checkpoint_segment and (since > ROLLED_CHECKPOINT_S or self._is_filling)
+        due = since > CHECKPOINT_INTERVAL_S and lsn != self._checkpoint_lsn
+        if (rolled or due) and not splitter.standing.passing:
+            progress = splitter.snapshot_progress()
+            await trio.to_thread.run_sync(splitter.checkpoint, progress)
+            self._checkpoint_segment, self._checkpoint_lsn = segment, lsn
+            self._checkpoint_at = trio.current_time()
+        await self._release()
+        if splitter.standing.passing:
+            # With room for a segment only: what is left of this one would be full again at once.
+            roomy = await trio.to_thread.run_sync(splitter.journal.prepare_spare)
+            if roomy:
+                splitter.resume_journal(splitter.standing.passing)
 
     @property
     def _is_filling(self) -> bool:

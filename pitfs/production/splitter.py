@@ -50,6 +50,17 @@ class Volume:
         return -(-self.backing.size_bytes // self.block_size)
 
 
+def is_copied(volumes: list[Volume], progress: CopyProgress) -> bool:
+    """Notes how far the running copy is on the replica: before that nothing needs preserving. True: it is complete."""
+    for index, volume in enumerate(volumes):
+        if index < progress.volume:
+            volume.copied_block = volume.block_count
+        elif index == progress.volume:
+            volume.copied_block = progress.block
+        volume.preserved.remove_range(0, volume.copied_block)
+    return progress.volume >= len(volumes)
+
+
 @dataclass(slots=True)
 class Standing:
     """Where the splitter stands; what recovery gives it and checkpoints keep.
@@ -118,7 +129,7 @@ class Splitter:
         self._full_at_seq = -1
         self._passing_durable = True
         self._backing_failed: OSError | None = None
-        self.checkpoint_segment = 0
+        self.recovery_segment = 0  # where a recovery would begin to read
 
     # -- the path of a write ---------------------------------------------------------------------------
 
@@ -243,19 +254,20 @@ class Splitter:
 
     def resume_journal(self, cause: str) -> bool:
         """Journals again after passing, with a complete copy to follow. False where there's no room for it yet."""
-        standing, journal = self.standing, self.journal
+        standing, journal, passing = self.standing, self.journal, self.standing.passing
         if journal.used_bytes > journal.capacity_bytes // 2:
             return False
         try:
             journal.begin_anew()
             self._start_copy(cause)
             journal.sync()
+            standing.passing = ""
+            self._write_progress(clean=False)
         except (PitfsError, OSError) as error:
-            standing.copy = None  # begun in vain: writes go on passing beside it
-            log.warning("%s: journalling can't begin again yet: %s", standing.passing, error)
+            # Begun in vain: writes go on passing beside it, once that is on disk again.
+            standing.copy, standing.passing, self._passing_durable = None, passing, False
+            log.warning("%s: journalling can't begin again yet: %s", passing, error)
             return False
-        standing.passing = ""
-        self._write_progress(clean=False)
         log.info("journalling again; a complete copy follows")
         return True
 
@@ -321,17 +333,8 @@ class Splitter:
             # the record is how the shipper notices that the replica lost a part.
             if progress.volume < len(self.volumes):
                 return
-        self.apply_progress(progress)
-
-    def apply_progress(self, progress: CopyProgress) -> None:
-        for index, volume in enumerate(self.volumes):
-            if index < progress.volume:
-                volume.copied_block = volume.block_count
-            elif index == progress.volume:
-                volume.copied_block = progress.block
-            volume.preserved.remove_range(0, volume.copied_block)
-        if progress.volume >= len(self.volumes):
-            self.standing.copy = None
+        if is_copied(self.volumes, progress):
+            standing.copy = None
 
     def _append_message(self, kind: Kind, time_ns: int, message: msgspec.Struct) -> Location:
         body = msgspec.msgpack.encode(message)
@@ -393,8 +396,7 @@ class Splitter:
         """A checkpoint right now. Blocks: for the rare turns at which it must be done before going on."""
         self.sync_backings()
         progress = self.snapshot_progress(clean)
-        self._progress.write(progress)
-        self.checkpoint_segment = progress.checkpoint_segment
+        self._record(progress)
         self._passing_durable = True
 
     def checkpoint(self, progress: Progress) -> None:
@@ -402,8 +404,12 @@ class Splitter:
         self.sync_backings()
         if not progress.passing:
             self.journal.sync()  # a checkpoint ahead of the journal's durable end couldn't be recovered
+        self._record(progress)
+
+    def _record(self, progress: Progress) -> None:
         self._progress.write(progress)
-        self.checkpoint_segment = progress.checkpoint_segment
+        begins = progress.checkpoint_segment
+        self.recovery_segment = min(begins, progress.copy_segment or begins)
 
     def release(self, first_needed_segment: int) -> None:
         """The shipper needs segments from that one on; earlier ones go once redo doesn't need them either."""
@@ -412,7 +418,7 @@ class Splitter:
     @property
     def releasable_segment(self) -> int:
         """Segments before this one are needed by nobody."""
-        needed = min(self._released_segment, self.checkpoint_segment)
+        needed = min(self._released_segment, self.recovery_segment)
         if self.standing.copy is not None:
             needed = min(needed, self.standing.copy_location.segment)
         return needed
@@ -421,6 +427,8 @@ class Splitter:
         """Closes in order: everything durable, the state marked clean. Raises OSError."""
         if not self.standing.passing:
             self.journal.sync()
+        for volume in self.volumes:
+            os.fsync(volume.backing.fd)  # the modification times as well, which the progress has
         self._write_progress(clean=True)
         self.journal.close()
         self._progress.close()

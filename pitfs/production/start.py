@@ -11,13 +11,13 @@ from typing import Final
 
 import msgspec
 
-from pitfs.errors import UsageError
+from pitfs.errors import CorruptionError, UsageError
 from pitfs.model.record import CopyProgress, CopyStart, Kind, Mark, Record
 from pitfs.model.transfer import VolumeInfo
 from pitfs.production.backing import open_backing
 from pitfs.production.journal import Journal, Location
 from pitfs.production.recovery import Tail, replay
-from pitfs.production.splitter import Splitter, Standing, Volume
+from pitfs.production.splitter import Splitter, Standing, Volume, is_copied
 from pitfs.production.state import Progress, ProgressFile, boot_id, open_group
 from pitfs.storage.files import FULL_ERRNOS, fsync_directory, storage_error, write_all
 from pitfs.storage.segment import SegmentReader, list_segments, segment_name
@@ -184,17 +184,16 @@ def _recover(
         if record.lsn > checkpoint_lsn and record.kind in (Kind.WRITE, Kind.MARK, Kind.COPY_START):
             _advance(standing, record)
 
-    tail = replay(directory, first_segment, visit, history)
-    if progress.passing and (tail is None or tail.next_lsn <= checkpoint_lsn):
-        # The journal refused what it was given: the end of it never became durable. A copy follows anyway.
-        standing.copy = None
-        return standing, None
+    if progress.passing:
+        return standing, _tail_while_passing(directory, history, progress, standing)
+    tail = replay(directory, first_segment, visit, history, checkpoint_lsn)
     if tail is None or tail.next_lsn <= checkpoint_lsn:
         raise UsageError(
             f"{directory}: the journal ends before its checkpoint: segments are missing; put them back, or move the "
             "state directory away to begin anew with a full copy"
         )
-    _apply_progress(latest, standing, volumes)
+    if latest and standing.copy and latest.mark == standing.copy.mark and is_copied(volumes, latest):
+        standing.copy = None
     if redone:
         log.info("recovered: %d journalled writes redone", redone)
     for number in list_segments(directory):
@@ -202,17 +201,24 @@ def _recover(
     return standing, tail
 
 
-def _apply_progress(latest: CopyProgress | None, standing: Standing, volumes: list[Volume]) -> None:
-    """How far the running copy is on the replica, by the last of its COPY_PROGRESS records."""
-    if latest is None or standing.copy is None or latest.mark != standing.copy.mark:
-        return
-    for index, volume in enumerate(volumes):
-        if index < latest.volume:
-            volume.copied_block = volume.block_count
-        elif index == latest.volume:
-            volume.copied_block = latest.block
-    if latest.volume >= len(volumes):
-        standing.copy = None
+def _tail_while_passing(
+    directory: str, history: bytes, progress: Progress, standing: Standing
+) -> Tail | None:
+    """The tail of a journal that wasn't written any more; None, for a new segment, where it can't be read.
+
+    Nothing is redone: the backing volumes are ahead. But marks that an attempt to go on left aren't given twice.
+    """
+
+    def visit(reader: SegmentReader, offset: int, record: Record) -> None:
+        if record.lsn > progress.checkpoint_lsn and record.kind in (Kind.WRITE, Kind.MARK, Kind.COPY_START):
+            _advance(standing, record)
+
+    try:
+        tail = replay(directory, progress.checkpoint_segment, visit, history)
+    except CorruptionError as error:
+        log.warning("%s; a complete copy follows anyway", error)
+        return None
+    return tail if tail is not None and tail.next_lsn > progress.checkpoint_lsn else None
 
 
 def _advance(standing: Standing, record: Record) -> None:

@@ -39,6 +39,7 @@ from pitfs.model.record import (
     block_checksums,
     decode_head,
 )
+from pitfs.model.record import MAGIC as RECORD_MAGIC
 from pitfs.storage.files import read_exactly
 
 HEADER: Final = struct.Struct("<8sIIQQQQ16s")
@@ -160,17 +161,30 @@ class SegmentReader:
             raise CorruptionError(self.path, offset, "a block doesn't match its checksum")
         return data
 
-    def find_record_after(self, offset: int) -> Record | None:
-        """The first verifiable record behind `offset`, where there should be none: to tell a tear from damage."""
+    @property
+    def is_as_named(self) -> bool:
+        """Whether the file's name is that of the segment in it: not where the disk lost a rename."""
+        return segment_number(os.path.basename(self.path)) == self.header.number
+
+    def records_after(self, offset: int) -> Iterator[Record]:
+        """Every verifiable record behind `offset`, where there should be none: to tell a tear from damage."""
         step, overlap = 4 << 20, HEADER_BYTES + MAX_BODY_BYTES
         position = offset + 1
         while position < self.header.size_bytes:
             piece = os.pread(self.fd, step + overlap, position)
-            at = piece.find(b"PJR1")
+            at = piece.find(RECORD_MAGIC)
             while 0 <= at < step:
                 try:
-                    return decode_head(piece, at, self.header.seed, self.path, position)
+                    record = decode_head(piece, at, self.header.seed, self.path, position)
                 except (CorruptionError, IndexError):
-                    at = piece.find(b"PJR1", at + 1)
-            position += step
-        return None
+                    at = piece.find(RECORD_MAGIC, at + 1)
+                else:
+                    yield record
+                    at = piece.find(RECORD_MAGIC, at + record.size_bytes)
+            position += max(step, at)
+
+
+def is_blank(path: str) -> bool:
+    """Whether no header was ever written to the file."""
+    with open(path, "rb") as file:
+        return not any(file.read(DATA_OFFSET))

@@ -12,7 +12,7 @@ from pitfs.errors import CapacityError, CorruptionError
 from pitfs.model.record import Kind, Record, block_checksums
 from pitfs.production.journal import MIN_SEGMENT_BYTES, Journal, Location
 from pitfs.production.recovery import Tail, replay
-from pitfs.storage.segment import DATA_OFFSET, SegmentReader, list_segments
+from pitfs.storage.segment import DATA_OFFSET, SegmentHeader, SegmentReader, list_segments
 
 HISTORY = bytes(range(16))
 BLOCK = 512
@@ -193,6 +193,99 @@ def test_a_successor_without_its_seal_is_cut(tmp_path: Path) -> None:
     assert found == list(range(1, count))
     assert tail is not None and tail.location == Location(1, before.offset)
     assert list_segments(str(directory)) == [1]
+
+
+def rolled(directory: Path) -> tuple[int, Path]:
+    """A journal whose last segment holds nothing yet but its header; how many records, and its path."""
+    journal = new_journal(directory)
+    count = 0
+    while len(list_segments(str(directory))) < 2:
+        count += 1
+        append(journal, count, blocks=900)
+    last, offset = segment_path(directory, 2), DATA_OFFSET
+    journal.close()
+    with open(last, "r+b") as file:  # the record that made it roll
+        file.seek(offset)
+        file.write(bytes(1 << 20))
+    return count - 1, last
+
+
+@pytest.mark.parametrize("header", ["blank", "of its former use"])
+def test_a_successor_without_its_header_is_cut_and_the_journal_goes_on(tmp_path: Path, header: str) -> None:
+    """Power was lost behind a roll: SEAL and name are on the disk, the new segment's header isn't."""
+    directory = tmp_path / "journal"
+    count, last = rolled(directory)
+    former = SegmentHeader(1, 7, 1, MIN_SEGMENT_BYTES, HISTORY).encode()
+    with open(last, "r+b") as file:
+        file.write(bytes(DATA_OFFSET) if header == "blank" else former)
+    for _ in range(3):  # each time it starts again, writes, and stops
+        found, tail = recover(directory)
+        assert found == list(range(1, count + 1)) and tail is not None
+        journal = Journal(
+            str(directory), HISTORY, 16 * MIN_SEGMENT_BYTES, tail.location, tail.seed, tail.next_lsn
+        )
+        for _ in range(5):
+            count += 1
+            append(journal, count, blocks=900)
+        journal.sync()
+        journal.close()
+    assert recover(directory)[0] == list(range(1, count + 1))
+
+
+def test_damage_before_the_last_fsync_but_one_is_no_tear(tmp_path: Path) -> None:
+    """The records right behind the bad one were written before any fsync: a later one tells."""
+    directory = tmp_path / "journal"
+    journal = new_journal(directory)
+    ends = [DATA_OFFSET]
+    for count in (100, 10):
+        for _ in range(count):
+            append(journal, len(ends))
+            ends.append(journal.tail.offset)
+        journal.sync()
+    journal.close()
+    damaged = bytearray(segment_path(directory).read_bytes())
+    damaged[ends[9] + 100] ^= 1
+    segment_path(directory).write_bytes(damaged)
+    with pytest.raises(CorruptionError, match="record 10 had been durable"):
+        recover(directory)
+
+
+def test_a_damaged_header_is_no_tear(tmp_path: Path) -> None:
+    directory = tmp_path / "journal"
+    _, last = rolled(directory)
+    with open(last, "r+b") as file:
+        file.seek(20)
+        file.write(b"\xff")
+    before = {path: path.read_bytes() for path in directory.iterdir()}
+    with pytest.raises(CorruptionError, match="no header"):
+        recover(directory)
+    assert {path: path.read_bytes() for path in directory.iterdir()} == before
+
+
+def test_what_a_checkpoint_counts_on_is_never_cut(three_records: tuple[Path, list[int]]) -> None:
+    directory, ends = three_records
+    whole = bytearray(segment_path(directory).read_bytes())
+    whole[ends[1] + 10] ^= 1
+    segment_path(directory).write_bytes(whole)
+    with pytest.raises(CorruptionError, match="record 3 had been durable"):
+        replay(str(directory), 0, lambda *_: None, HISTORY, 3)
+    assert replay(str(directory), 0, lambda *_: None, HISTORY, 2) is not None
+
+
+def test_a_file_whose_renaming_was_lost_is_damage(tmp_path: Path) -> None:
+    directory = tmp_path / "journal"
+    rolled(directory)
+    os.replace(segment_path(directory, 2), segment_path(directory, 1))
+    with pytest.raises(CorruptionError, match="holds segment 0000000000000002"):
+        recover(directory)
+
+
+def test_the_segment_of_the_checkpoint_must_be_there(tmp_path: Path) -> None:
+    directory = tmp_path / "journal"
+    rolled(directory)
+    os.unlink(segment_path(directory, 1))
+    with pytest.raises(CorruptionError, match="missing"):
+        replay(str(directory), 1, lambda *_: None, HISTORY)
 
 
 def test_a_missing_segment_is_damage(tmp_path: Path) -> None:

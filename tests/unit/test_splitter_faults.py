@@ -50,12 +50,12 @@ def test_a_failed_fsync_of_the_backing_stops_checkpoints_until_a_redo(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline.random_write()
-    before = pipeline.splitter.checkpoint_segment
+    before = pipeline.splitter.recovery_segment
     refuse_once(monkeypatch, "backing0")
     for _ in range(2):
         with pytest.raises(OSError, match="Input/output"):
             pipeline.splitter.checkpoint(pipeline.splitter.snapshot_progress())
-    assert pipeline.splitter.checkpoint_segment == before
+    assert pipeline.splitter.recovery_segment == before
     pipeline.close()
 
 
@@ -118,4 +118,48 @@ def test_the_end_of_a_copy_is_taken_though_the_journal_is_full(
     pipeline.splitter.copied(CopyProgress(1, 1, 0))
     assert pipeline.splitter.standing.copy is None
     monkeypatch.undo()
+    pipeline.close()
+
+
+def test_segments_stay_until_the_progress_on_disk_needs_them_no_more(pipeline: Pipeline) -> None:
+    """The running copy ended, but a recovery would begin where the progress on disk says that it began."""
+    splitter = pipeline.splitter
+    assert splitter.standing.copy is not None and splitter.standing.copy_location.segment == 1
+    while splitter.journal.tail.segment < 3:
+        pipeline.write(0, 0, bytes(pipeline.random.bytes(150_000)))
+    splitter.checkpoint(splitter.snapshot_progress())
+    splitter.release(3)
+    splitter.copied(CopyProgress(1, 1, 0))
+    assert splitter.standing.copy is None and splitter.releasable_segment == 1
+    splitter.checkpoint(splitter.snapshot_progress())
+    assert splitter.releasable_segment == 3
+    pipeline.close()
+
+
+def test_journalling_does_not_begin_again_while_the_backing_refuses(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splitter = pipeline.splitter
+    splitter.sync_failed(OSError(errno.EIO, "Input/output error"))
+    pipeline.write(0, 0, b"1" * 4096)
+    refuse_once(monkeypatch, "backing0")
+    assert not splitter.resume_journal("it was full")
+    assert splitter.standing.passing and splitter.standing.copy is None
+    with pytest.raises(OSError, match="Input/output"):
+        splitter.sync()
+    pipeline.close()
+
+
+def test_marks_of_an_attempt_to_go_on_are_not_given_again_after_a_restart(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splitter = pipeline.splitter
+    splitter.sync_failed(OSError(errno.EIO, "Input/output error"))
+    refuse_once(monkeypatch, "progress")
+    assert not splitter.resume_journal("it was full")
+    tried = splitter.standing.mark
+    pipeline.write(0, 0, b"2" * 4096)  # passes
+    pipeline.crash()
+    pipeline.start()
+    assert pipeline.splitter.standing.passing and pipeline.splitter.standing.mark == tried
     pipeline.close()
