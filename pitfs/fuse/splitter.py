@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -14,7 +15,7 @@ import pyfuse3
 import trio
 
 from pitfs.errors import CapacityError
-from pitfs.production.splitter import Splitter
+from pitfs.production.splitter import NotCachedError, Splitter
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ ATTRIBUTES_S: Final = 300.0  # nothing but this mount changes a volume
 # 300 µs, and no request waits longer than a millisecond for it.
 INLINE_SYNC_NS: Final = 1_000_000
 INLINE_SYNC_BYTES: Final = 256 << 10
+EDGE_BYTES: Final = 64 << 10  # the largest block: at most that much around a write is read
 
 
 class Syncer:
@@ -108,11 +110,17 @@ class SplitterOperations(pyfuse3.Operations):
             if room <= 0:
                 raise pyfuse3.FUSEError(errno.ENOSPC)  # as a block device answers
             buf = buf[:room]
+        may_wait = False
         while True:
             try:
-                self._splitter.write(fh - FIRST_INODE, off, buf)
+                self._splitter.write(fh - FIRST_INODE, off, buf, may_wait)
                 self._waiting = False
                 return len(buf)
+            except NotCachedError:
+                # What is around the write comes from the disk into memory; meanwhile others are served.
+                with contextlib.suppress(OSError):  # the write will meet it as well, and say it
+                    await self._read_from_disk(fh, off - EDGE_BYTES, len(buf) + 2 * EDGE_BYTES)
+                may_wait = True  # it may have left again
             except CapacityError as error:
                 if not self._waiting:
                     log.warning("%s; writes wait for it", error)
@@ -126,10 +134,20 @@ class SplitterOperations(pyfuse3.Operations):
 
     async def read(self, fh: Any, off: int, size: int) -> bytes:
         try:
-            return self._splitter.read(fh - FIRST_INODE, off, size)
+            try:
+                return self._splitter.read(fh - FIRST_INODE, off, size, may_wait=False)
+            except NotCachedError:
+                return await self._read_from_disk(fh, off, size)
         except OSError as error:
             log.error("%s: read at %d: %s", self._splitter.volumes[fh - FIRST_INODE].backing.path, off, error)
             raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
+
+    async def _read_from_disk(self, fh: Any, off: int, size: int) -> bytes:
+        # A cancelled handler gives no answer, and its caller would hang.
+        content = b""
+        with trio.CancelScope(shield=True):
+            content = await trio.to_thread.run_sync(self._splitter.read, fh - FIRST_INODE, max(off, 0), size)
+        return content
 
     async def fsync(self, fh: Any, datasync: bool) -> None:
         try:

@@ -49,6 +49,24 @@ class Volume:
     def block_count(self) -> int:
         return -(-self.backing.size_bytes // self.block_size)
 
+    def read(self, offset: int, size: int, may_wait: bool) -> bytes:
+        """The current content, short at the end of the volume. Raises OSError, or NotCachedError."""
+        if may_wait:
+            return os.pread(self.backing.fd, size, offset)
+        wanted = min(size, self.backing.size_bytes - offset)
+        content = bytearray(wanted)
+        try:
+            if os.preadv(self.backing.fd, [content], offset, os.RWF_NOWAIT) == wanted:
+                return bytes(content)
+        except OSError as error:  # or this file system can't tell
+            if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
+                raise
+        raise NotCachedError
+
+
+class NotCachedError(Exception):
+    """Content isn't in memory: who may wait for the disk asks again."""
+
 
 def is_copied(volumes: list[Volume], progress: CopyProgress) -> bool:
     """Notes how far the running copy is on the replica: before that nothing needs preserving. True: it is complete."""
@@ -133,10 +151,14 @@ class Splitter:
 
     # -- the path of a write ---------------------------------------------------------------------------
 
-    def write(self, index: int, offset: int, data: bytes) -> None:
+    def write(self, index: int, offset: int, data: bytes, may_wait: bool = True) -> None:
         """Journals `data` (bytes) at byte `offset` of volume `index` and writes the backing volume.
 
+        Args:
+            may_wait: whether content that must be read first may come from the disk.
+
         Raises:
+            NotCachedError: it would have to, and may not; nothing happened that doesn't hold for the next try.
             CapacityError: the journal is full and on_full is "block"; nothing happened.
             OSError: the backing volume refuses.
         """
@@ -150,7 +172,9 @@ class Splitter:
         block_size = volume.block_size
         first = offset // block_size
         contents = (
-            data if not (offset % block_size or len(data) % block_size) else self._fill(volume, offset, data)
+            self._fill(volume, offset, data, may_wait)
+            if offset % block_size or len(data) % block_size
+            else data
         )
         count = len(contents) // block_size
         if count == 1:
@@ -162,7 +186,7 @@ class Splitter:
             now = standing.time_ns + 1
         try:
             if standing.copy is not None:
-                self._preserve(index, volume, first, count)
+                self._preserve(index, volume, first, count, may_wait)
             self.journal.append(Kind.WRITE, index, first, count, standing.seq + 1, now, covered, contents)
         except (PitfsError, OSError) as error:
             if self._block_when_full and isinstance(error, CapacityError):
@@ -174,10 +198,15 @@ class Splitter:
             standing.time_ns = standing.position_time_ns = now
         self._write_backing(volume, data, offset)
 
-    def read(self, index: int, offset: int, size: int) -> bytes:
-        """Reads the volume: the backing has every write that was answered. Raises OSError."""
+    def read(self, index: int, offset: int, size: int, may_wait: bool = True) -> bytes:
+        """Reads the volume: the backing has every write that was answered.
+
+        Raises:
+            NotCachedError: it isn't in memory, and may not come from the disk.
+            OSError: the backing volume refuses.
+        """
         volume = self.volumes[index]
-        return os.pread(volume.backing.fd, max(0, min(size, volume.size_bytes - offset)), offset)
+        return volume.read(offset, max(0, min(size, volume.size_bytes - offset)), may_wait)
 
     def _write_backing(self, volume: Volume, data: bytes, offset: int) -> None:
         try:
@@ -190,17 +219,17 @@ class Splitter:
                 self._pass_writes(f"{volume.backing.path}: a write failed: {os.strerror(error.errno or 0)}")
             raise
 
-    def _fill(self, volume: Volume, offset: int, data: bytes) -> bytes:
+    def _fill(self, volume: Volume, offset: int, data: bytes, may_wait: bool) -> bytes:
         """Whole blocks around an unaligned write: edges from the current content, zeros behind the volume's end."""
-        block_size, fd = volume.block_size, volume.backing.fd
+        block_size = volume.block_size
         head = offset % block_size
         end = offset + len(data)
         tail = -end % block_size
-        before = os.pread(fd, head, offset - head) if head else b""
-        after = os.pread(fd, tail, end).ljust(tail, b"\0") if tail else b""
+        before = volume.read(offset - head, head, may_wait) if head else b""
+        after = volume.read(end, tail, may_wait).ljust(tail, b"\0") if tail else b""
         return b"".join((before, data, after))
 
-    def _preserve(self, index: int, volume: Volume, first: int, count: int) -> None:
+    def _preserve(self, index: int, volume: Volume, first: int, count: int, may_wait: bool) -> None:
         """Copy before write: keeps the before-image of blocks that the running copy may not have read yet."""
         copied, preserved = volume.copied_block, volume.preserved
         if first + count <= copied:
@@ -211,7 +240,7 @@ class Splitter:
             while length < len(todo) and todo[length] == todo[0] + length:
                 length += 1
             size = length * volume.block_size
-            image = os.pread(volume.backing.fd, size, todo[0] * volume.block_size).ljust(size, b"\0")
+            image = volume.read(todo[0] * volume.block_size, size, may_wait).ljust(size, b"\0")
             covered = struct.pack(f"<{length}Q", *block_checksums(image, volume.block_size))
             if not any(image[:64]) and not image.strip(b"\0"):
                 image = b""  # zeros, as before the first write to a sparse volume: said without contents

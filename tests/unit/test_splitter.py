@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from pitfs.errors import CapacityError, UsageError
 from pitfs.model.record import CopyProgress
 from pitfs.production.reader import Interval
+from pitfs.production.splitter import NotCachedError
 from pitfs.production.start import VolumeSpec, lock_state, open_splitter
 from pitfs.production.state import BackingState, Progress, ProgressFile
 from pitfs.store.store import Store
@@ -147,3 +149,27 @@ def test_a_torn_slot_of_the_progress_leaves_the_one_before(tmp_path: Path) -> No
     file.write(progress(1, 5))  # an older checkpoint that comes late
     assert file.read() == progress(1, 10)
     file.close()
+
+
+def test_what_is_not_in_memory_is_not_waited_for(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event loop asks so; nothing of the write has happened then, and it is done on the second try."""
+    splitter = pipeline.splitter
+    before = splitter.standing.seq
+
+    def cold(*_: object) -> int:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", cold)
+        for write in ((0, 100, b"x"), (0, 0, b"y" * 4096)):  # an edge to fill; a before-image to keep
+            with pytest.raises(NotCachedError):
+                splitter.write(*write, may_wait=False)
+        with pytest.raises(NotCachedError):
+            splitter.read(0, 0, 100, may_wait=False)
+    assert splitter.standing.seq == before
+    for write in ((0, 100, b"x"), (0, 0, b"y" * 4096)):
+        splitter.write(*write, may_wait=False)
+    assert splitter.read(0, 0, 200, may_wait=False)[:200] == b"y" * 200
+    size = splitter.volumes[0].size_bytes
+    assert len(splitter.read(0, size - 10, 4096, may_wait=False)) == 10
+    pipeline.close()
