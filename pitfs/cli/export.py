@@ -1,6 +1,6 @@
 """`pitfs export`: writes an image to a file or block device at full speed.
 
-Into a file: under FILE.partial, made durable, then renamed, so FILE is never half an image; zeros are holes.
+Into a file: under FILE.partial (locked), made durable, then renamed, so FILE is never half an image; zeros are holes.
 One that exists is only replaced with --force. Into a block device: in place, zeros included, since what the
 device holds now isn't known; it must be at least as large as the volume, not mounted and not otherwise in use
 (opened with O_EXCL). What is behind the volume's end on a larger device stays as it is, as with dd.
@@ -9,7 +9,9 @@ device holds now isn't known; it must be at least as large as the volume, not mo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
+import fcntl
 import os
 import stat
 import sys
@@ -21,6 +23,7 @@ from xxhash import xxh3_128
 from pitfs.cli.resolve import add_store_and_time, resolve, volume_index
 from pitfs.errors import CapacityError, CorruptionError, PitfsError, UsageError
 from pitfs.model.position import format_instant
+from pitfs.storage.files import fsync_directory, write_all
 
 if TYPE_CHECKING:
     from pitfs.view.view import PointInTimeView
@@ -95,34 +98,59 @@ def run(args: argparse.Namespace) -> int:
 def _export_to_file(view: PointInTimeView, path: str, verify: bool) -> None:
     path = os.path.realpath(path)  # of a symbolic link the target is replaced, not the link
     partial = path + PARTIAL
-    # Images hold the whole system's data: readable for the owner only, as in the mount.
+    fd = _open_partial(partial)
     try:
-        fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(fd, 0)
+            os.ftruncate(fd, view.size_bytes)
+            digest = _write(view, fd, sparse=True, hashed=verify)
+            os.fsync(fd)  # data before the name
+            if verify:
+                _verify(fd, partial, view.size_bytes, digest)
+            os.rename(partial, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(partial)
+            raise
+        fsync_directory(os.path.dirname(path))
+    finally:
+        os.close(fd)
+
+
+def _open_partial(partial: str) -> int:
+    """The file that becomes the image, locked: only one export writes it, renames it or removes it.
+
+    Raises:
+        UsageError: another export writes it, something else has its name, or no file can be made there.
+    """
+    try:
+        # Not O_TRUNC: it may be another export's. Nor through a link: its target isn't ours to overwrite.
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        fd = os.open(partial, flags, 0o600)
     except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise UsageError(f"{partial}: not a regular file: remove it, export writes there first") from None
         if error.errno not in (errno.EPERM, errno.ENOSYS, errno.EROFS):
             raise
         raise UsageError(
-            f"{os.path.dirname(path)}: no file can be made there ({os.strerror(error.errno)}): export to another "
+            f"{os.path.dirname(partial)}: no file can be made there ({os.strerror(error.errno)}): export to another "
             "directory, or to a loop device over the file"
         ) from error
     try:
-        os.ftruncate(fd, view.size_bytes)
-        digest = _write(view, fd, sparse=True, hashed=verify)
-        os.fsync(fd)  # data before the name
-        if verify:
-            _verify(fd, partial, view.size_bytes, digest)
-        os.rename(partial, path)
-        directory = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise UsageError(f"{partial}: not a regular file: remove it, export writes there first")
         try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = os.path.samestat(os.fstat(fd), os.lstat(partial))
+        except (BlockingIOError, FileNotFoundError):
+            ours = False
+        if not ours:  # or the other has just ended, and renamed or removed what was opened here
+            raise UsageError(f"{partial}: another export writes it: wait for its end, or give another name")
+        os.fchmod(fd, 0o600)  # images hold the whole system's data: for the owner only, as in the mount
     except BaseException:
-        if os.path.exists(partial):
-            os.unlink(partial)
-        raise
-    finally:
         os.close(fd)
+        raise
+    return fd
 
 
 def _export_to_device(view: PointInTimeView, path: str, verify: bool) -> None:
@@ -159,7 +187,7 @@ def _write(view: PointInTimeView, fd: int, *, sparse: bool, hashed: bool) -> str
             if hashed:
                 state.update(data)
             if is_data or not sparse:
-                _write_all(fd, data, start)
+                write_all(fd, data, start)
                 written += len(data)
             if written - flushed >= WRITEBACK_BYTES:
                 _start_writeback(fd, start)
@@ -183,12 +211,6 @@ def _cut(start: int, end: int, is_data: bool, max_bytes: int) -> Iterator[tuple[
         middle = min(end, start - start % max_bytes + max_bytes)
         yield start, middle, is_data
         start = middle
-
-
-def _write_all(fd: int, data: memoryview, offset: int) -> None:
-    while data:
-        count = os.pwrite(fd, data, offset)
-        data, offset = data[count:], offset + count
 
 
 def _start_writeback(fd: int, offset: int) -> None:

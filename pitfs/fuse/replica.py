@@ -1,8 +1,8 @@
 """The replica's mount: translates requests to the tree and the view, errors to errno. Nothing else.
 
-Handlers keep no state: a file handle is the inode number, and the inode number says which image of which
-instant it is. Data in the page cache are read inline into one buffer; what needs the disk goes to a thread,
-so that one slow block doesn't keep the others waiting.
+Handlers keep no state that an answer hangs on: a file handle is the inode number, and the inode number says
+which image of which instant it is. What is in memory is answered inline, data in the page cache are read inline
+into one buffer; what may need the disk goes to a thread, so that one slow block doesn't keep the others waiting.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ from __future__ import annotations
 import collections
 import dataclasses
 import errno
+import itertools
 import os
 import stat
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final, Never
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Final, Never, TypeVar
 
 import pyfuse3
 import trio
 
 from pitfs.fuse.common import failed, guard, in_thread
 from pitfs.model.position import format_instant
-from pitfs.view.tree import Entry, Kind, NoEntryError, Tree, Type, unpack_inode
+from pitfs.view.tree import ROOT_INODE, Entry, Kind, NoEntryError, Tree, Type, unpack_inode
 from pitfs.view.view import PointInTimeView, ReadBuffer, TableCache
 
 if TYPE_CHECKING:
@@ -29,10 +30,16 @@ if TYPE_CHECKING:
     from pitfs.store.store import Resolution, Store
 
 PERMANENT_TIMEOUT_S: Final = 300.0  # what never changes may only be pruned
+# The kernel asks for the root on the way of every path; its mtime, which needs the catalog, may be this late.
+# Not a timeout of the kernel's: the root of a dead mount would seem alive for as long.
+ROOT_LATE_S: Final = 1.0
 MAX_VIEWS: Final = 1024  # images with resolved tables at hand; a view is some 300 bytes
 MAX_THREADS: Final = 16  # cold reads under way: what a disk likes to have queued
+MAX_LISTINGS: Final = 16  # begun ones kept at hand; each holds at most a page of the catalog, and of bookmarks
 NAME_MAX: Final = 255
 
+T = TypeVar("T")
+Listed = tuple[str, Entry, int]  # name, entry, cookie of what follows
 handler = guard({NoEntryError: errno.ENOENT})
 
 
@@ -70,6 +77,12 @@ class Replica(pyfuse3.Operations):
         self._buffer = ReadBuffer()
         self._spare_buffers: list[ReadBuffer] = []
         self._limiter = trio.CapacityLimiter(MAX_THREADS)
+        # Listings whose last reply was full, by directory and the cookie to go on from: (what had no room, the
+        # rest). One that isn't here any more begins at its cookie again, which takes longer.
+        self._listings: dict[tuple[int, int], tuple[Listed, Iterator[Listed]]] = {}
+        self._root: pyfuse3.EntryAttributes | None = None
+        self._root_until = 0.0
+        self._tree_limiter = trio.CapacityLimiter(1)  # the tree isn't made for several threads
 
     # -------------------------------------------------------------- names and attributes
 
@@ -77,31 +90,52 @@ class Replica(pyfuse3.Operations):
     async def lookup(
         self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext
     ) -> pyfuse3.EntryAttributes:
-        return self._attributes(self._tree.lookup(parent_inode, name))
+        return self._attributes(await self._ask(self._tree.lookup, parent_inode, name))
 
     @handler
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> pyfuse3.EntryAttributes:
-        return self._attributes(self._tree.entry(inode))
+        if inode != ROOT_INODE:
+            return self._attributes(await self._ask(self._tree.entry, inode))
+        if self._root is None or trio.current_time() >= self._root_until:
+            self._root = self._attributes(await self._ask(self._tree.entry, inode))
+            self._root_until = trio.current_time() + ROOT_LATE_S
+        return self._root
 
     @handler
     async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
-        return self._tree.target(inode).encode()
+        return (await self._ask(self._tree.target, inode)).encode()
 
     @handler
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
-        if self._tree.entry(inode).type is not Type.DIRECTORY:
-            raise pyfuse3.FUSEError(errno.ENOTDIR)
-        return inode
+        return inode  # the kernel has asked whether it is a directory; that it is gone, readdir says
 
     @handler
     async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
-        for name, entry, cookie in self._tree.listing(fh, start_id):
+        if start_id == 0:  # what was read ahead before is too old
+            self._forget_listings(fh)
+        await self._ask(self._reply_listing, fh, start_id, token)
+
+    def _reply_listing(self, inode: int, start: int, token: ReaddirToken) -> None:
+        first, rest = self._listings.pop((inode, start), (None, None))
+        rest = self._tree.listing(inode, start) if rest is None else rest
+        reached = start
+        for each in itertools.chain((first,) if first else (), rest):
+            name, entry, cookie = each
             if not pyfuse3.readdir_reply(token, name.encode(), self._attributes(entry), cookie):
+                if len(self._listings) >= MAX_LISTINGS:
+                    self._listings.clear()
+                self._listings[inode, reached] = each, rest
                 return
+            reached = cookie
+
+    def _forget_listings(self, inode: int) -> None:
+        for key in list(self._listings):  # a copy: a thread may be adding one
+            if key[0] == inode:
+                self._listings.pop(key, None)
 
     @handler
     async def releasedir(self, fh: FileHandleT) -> None:
-        return
+        self._forget_listings(fh)
 
     @handler
     async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
@@ -115,7 +149,7 @@ class Replica(pyfuse3.Operations):
 
     @handler
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
-        resolution = self._tree.resolution_of(inode)
+        resolution = await self._ask(self._tree.resolution_of, inode)
         value = extended_attributes(resolution).get(name) if resolution else None
         if value is None:
             raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
@@ -123,7 +157,7 @@ class Replica(pyfuse3.Operations):
 
     @handler
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
-        resolution = self._tree.resolution_of(inode)
+        resolution = await self._ask(self._tree.resolution_of, inode)
         return list(extended_attributes(resolution)) if resolution else []
 
     # -------------------------------------------------------------- images
@@ -132,7 +166,7 @@ class Replica(pyfuse3.Operations):
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> pyfuse3.FileInfo:
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             raise pyfuse3.FUSEError(errno.EROFS)
-        self._view(inode)
+        await self._view(inode)
         return pyfuse3.FileInfo(fh=inode, keep_cache=True)
 
     async def read(self, fh: FileHandleT, off: int, size: int) -> memoryview:  # type: ignore[override]
@@ -149,7 +183,7 @@ class Replica(pyfuse3.Operations):
 
     @handler
     async def _read_in_thread(self, fh: FileHandleT, off: int, size: int) -> memoryview:
-        view = self._view(fh)
+        view = await self._view(fh)
         buffer = self._spare_buffers.pop() if self._spare_buffers else ReadBuffer()
         try:
             return await in_thread(view.read, off, size, buffer, limiter=self._limiter)
@@ -162,19 +196,24 @@ class Replica(pyfuse3.Operations):
     async def release(self, fh: FileHandleT) -> None:
         return
 
-    def _view(self, inode: int) -> PointInTimeView:
-        view = self._views.get(inode)
-        if view is None:
-            kind, volume, seq = unpack_inode(inode)
-            if kind is not Kind.IMAGE or volume >= len(self._store.volumes):
+    async def _view(self, inode: int) -> PointInTimeView:
+        if inode not in self._views:
+            kind, volume, _ = unpack_inode(inode)
+            resolution = await self._ask(self._tree.resolution_of, inode)
+            if resolution is None or kind is not Kind.IMAGE or volume >= len(self._store.volumes):
                 raise NoEntryError
-            view = PointInTimeView(self._store, self._tree.resolution(seq), volume, self._tables)
-            self._views[inode] = view
+            # Another may have made one meanwhile: which of the two stays doesn't matter.
+            self._views[inode] = PointInTimeView(self._store, resolution, volume, self._tables)
             if len(self._views) > MAX_VIEWS:
                 self._views.popitem(last=False)
-        else:
-            self._views.move_to_end(inode)
-        return view
+        self._views.move_to_end(inode)
+        return self._views[inode]
+
+    async def _ask(self, question: Callable[..., T], inode: int, *args: object) -> T:
+        """`question(inode, …)`, one of the tree's: inline where it knows the answer, else in a thread."""
+        if self._tree.knows(inode):
+            return question(inode, *args)
+        return await in_thread(question, inode, *args, limiter=self._tree_limiter)
 
     def _attributes(self, entry: Entry) -> pyfuse3.EntryAttributes:
         attributes = pyfuse3.EntryAttributes()

@@ -15,7 +15,8 @@ import pyfuse3
 import trio
 
 from pitfs.errors import CapacityError
-from pitfs.production.splitter import NotCachedError, Splitter
+from pitfs.production.splitter import Splitter
+from pitfs.production.volume import NotCachedError
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ class SplitterOperations(pyfuse3.Operations):
         content = b""
         with trio.CancelScope(shield=True):
             content = await trio.to_thread.run_sync(self._splitter.read, fh - FIRST_INODE, max(off, 0), size)
-        return content
+        return content  # noqa: RET504 - the scope might have swallowed it, says mypy
 
     async def fsync(self, fh: Any, datasync: bool) -> None:
         try:

@@ -17,8 +17,9 @@ from pitfs.model.transfer import VolumeInfo
 from pitfs.production.backing import open_backing
 from pitfs.production.journal import Journal, Location
 from pitfs.production.recovery import Tail, replay
-from pitfs.production.splitter import Splitter, Standing, Volume, is_copied
+from pitfs.production.splitter import Splitter, Standing
 from pitfs.production.state import Progress, ProgressFile, boot_id, open_group
+from pitfs.production.volume import Volume, is_copied
 from pitfs.storage.files import FULL_ERRNOS, fsync_directory, storage_error, write_all
 from pitfs.storage.segment import SegmentReader, list_segments, segment_name
 

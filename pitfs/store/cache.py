@@ -39,8 +39,3 @@ class Cache(Generic[K, V]):
             while self._total > self.limit and len(self._values) > 1:
                 self._total -= self._weight(self._values.popitem(last=False)[1])
         return value
-
-    def clear(self) -> None:
-        with self._lock:
-            self._values.clear()
-            self._total = 0

@@ -292,10 +292,11 @@ class Catalog:
         for row in self._paged("intervals", "to_time_ns, *", sql, (_high(to_ns),), (_low(from_ns),)):
             yield Interval(*row)
 
-    def bookmarks(self) -> Iterator[Bookmark]:
+    def bookmarks(self, from_ns: int | None = None) -> Iterator[Bookmark]:
         """By time, then name."""
         sql = "WHERE (time_ns, name) > (?, ?) ORDER BY time_ns, name"
-        for row in self._paged("bookmarks", "time_ns, name, *", sql, (), (_low(None), "")):
+        first = _low(None) if from_ns is None else from_ns  # all names come after ""
+        for row in self._paged("bookmarks", "time_ns, name, *", sql, (), (first, "")):
             yield _bookmark(row)
 
     def gaps(self) -> Iterator[Gap]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from typing import Final
 
 from xxhash import xxh3_64_intdigest
@@ -24,7 +24,19 @@ from pitfs.store.layout import (
 
 MAX_OPEN_OBJECTS: Final = 256  # well below the usual soft limit of 1024 descriptors
 _CONTENTS: Final = (ObjectKind.SNAPSHOT_BLOCKS, ObjectKind.JOURNAL_BLOCKS)
-MAX_CLOSING_OBJECTS: Final = 64  # descriptors that stay open for a while for a reader who still uses them
+
+
+class Descriptor(int):
+    """A file descriptor, closed when the last one who holds it lets go.
+
+    A thread may be kept waiting between asking for an object's descriptor and reading from it, for as long as
+    others need to open any number of objects. Were it closed by then, the read would fail, or be of another file.
+    """
+
+    __slots__ = ()
+
+    def __del__(self) -> None:
+        os.close(self)
 
 
 class ObjectPool:
@@ -33,24 +45,23 @@ class ObjectPool:
     Args:
         directory: objects/ of the store.
         history: 16 bytes; an object of another history isn't this store's.
-        limit: descriptors that are kept.
+        limit: descriptors that are kept; those in use at the moment come on top.
     """
 
     def __init__(self, directory: str, history: bytes, limit: int = MAX_OPEN_OBJECTS) -> None:
         self.directory = directory
         self._history = history
         self._limit = limit
-        self._open: OrderedDict[tuple[ObjectKind, int], int] = OrderedDict()
+        self._open: OrderedDict[tuple[ObjectKind, int], Descriptor] = OrderedDict()
         # The contents objects among them by number: what every read asks, without the lock. A hit doesn't
         # count as a use: at worst an object is opened once more.
-        self._contents: dict[int, int] = {}
-        self._closing: deque[int] = deque()
+        self._contents: dict[int, Descriptor] = {}
         self._lock = threading.Lock()
+        # Descriptor of the contents object with that number (of a pointer) if it is open: never waits.
+        self.opened = self._contents.get
 
-    def fd(self, object_number: int) -> int:
-        """Descriptor of the contents object with that number (of a pointer).
-
-        It stays open until at least MAX_CLOSING_OBJECTS others were opened after it: use it at once.
+    def fd(self, object_number: int) -> Descriptor:
+        """As `opened`, but opens it if need be; good for as long as the caller holds it.
 
         Raises:
             CorruptionError: it is missing, or it isn't that object.
@@ -66,7 +77,7 @@ class ObjectPool:
         """Byte of a contents object where `unit` stands."""
         return data_offset(unit)
 
-    def fd_of(self, kind: ObjectKind, snapshot: int) -> int:
+    def fd_of(self, kind: ObjectKind, snapshot: int) -> Descriptor:
         """As `fd`, for an object of any kind."""
         key = (kind, snapshot)
         with self._lock:
@@ -74,18 +85,16 @@ class ObjectPool:
             if fd is not None:
                 self._open.move_to_end(key)
                 return fd
-            fd = self._open_checked(kind, snapshot)
-            self._open[key] = fd
+        fd = self._open_checked(kind, snapshot)  # without the lock: one slow object doesn't keep others waiting
+        with self._lock:
+            fd = self._open.setdefault(key, fd)  # another thread may have been faster
             if kind in _CONTENTS:
                 self._contents[contents_object(snapshot, kind)] = fd
             if len(self._open) > self._limit:
-                (kind, snapshot), old_fd = self._open.popitem(last=False)
+                (kind, snapshot), _ = self._open.popitem(last=False)
                 if kind in _CONTENTS:
                     del self._contents[contents_object(snapshot, kind)]
-                self._closing.append(old_fd)
-            if len(self._closing) > MAX_CLOSING_OBJECTS:
-                os.close(self._closing.popleft())
-            return fd
+        return fd
 
     def path_of(self, kind: ObjectKind, snapshot: int) -> str:
         return os.path.join(self.directory, object_file(kind, snapshot))
@@ -109,28 +118,21 @@ class ObjectPool:
 
     def close(self) -> None:
         with self._lock:
-            for fd in [*self._open.values(), *self._closing]:
-                os.close(fd)
             self._open.clear()
             self._contents.clear()
-            self._closing.clear()
 
-    def _open_checked(self, kind: ObjectKind, snapshot: int) -> int:
+    def _open_checked(self, kind: ObjectKind, snapshot: int) -> Descriptor:
         path = self.path_of(kind, snapshot)
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = Descriptor(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         except OSError as error:
             if error.errno == errno.ENOENT:
                 raise CorruptionError(path, 0, "the object is missing") from None
             raise storage_error(error, path, "opening") from error
         try:
             header = ObjectHeader.decode(read_exactly(fd, HEADER_BYTES, 0, path), path)
-            if (header.kind, header.snapshot, header.history) != (kind, snapshot, self._history):
-                raise CorruptionError(path, 0, "it is another object than its name says")
         except OSError as error:
-            os.close(fd)
             raise storage_error(error, path, "reading") from error
-        except BaseException:
-            os.close(fd)
-            raise
+        if (header.kind, header.snapshot, header.history) != (kind, snapshot, self._history):
+            raise CorruptionError(path, 0, "it is another object than its name says")
         return fd

@@ -195,9 +195,9 @@ class Store:
         """Intervals that have an instant in that time, by time."""
         return self._catalog.intervals(from_ns, to_ns)
 
-    def bookmarks(self) -> Iterator[Bookmark]:
+    def bookmarks(self, from_ns: int | None = None) -> Iterator[Bookmark]:
         """Bookmarks by time, then name."""
-        return self._catalog.bookmarks()
+        return self._catalog.bookmarks(from_ns)
 
     def bookmark(self, name: str) -> Bookmark | None:
         return self._catalog.bookmark(name)
@@ -206,9 +206,9 @@ class Store:
         """Gaps by time."""
         return self._catalog.gaps()
 
-    def days(self) -> Iterator[int]:
+    def days(self, from_day: int = 0) -> Iterator[int]:
         """Days since 1970-01-01 (UTC) that have a reachable instant; one look-up for each."""
-        minute = self._catalog.next_minute(-(1 << 62))
+        minute = self._catalog.next_minute(from_day * _MINUTES_OF_DAY)
         while minute is not None:
             day = minute // _MINUTES_OF_DAY
             yield day

@@ -38,6 +38,7 @@ from pitfs.model.position import (
     parse_time,
 )
 from pitfs.model.transfer import VolumeInfo
+from pitfs.view.bookmarks import bookmarks_behind
 
 if TYPE_CHECKING:
     from pitfs.store.store import Resolution, Store
@@ -55,7 +56,6 @@ _KIND_SHIFT: Final = 56
 MAX_RESOLUTIONS: Final = 4096  # instants kept resolved, some 300 bytes each
 
 _COOKIE_BASE: Final = 16  # cookies below are those of the fixed entries
-_BOOKMARKS_OF_SEQ_BITS: Final = 12  # cookie of a bookmark: its seq, and which of the bookmarks there
 
 _DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", re.ASCII)
 _MINUTE = re.compile(r"([01][0-9]|2[0-3])-([0-5][0-9])", re.ASCII)
@@ -74,6 +74,8 @@ class Kind(enum.IntEnum):
     DAY = 4
     MINUTE = 5
 
+
+_OF_AN_INSTANT: Final = (Kind.INSTANT, Kind.IMAGE, Kind.LINK)
 
 ROOT_INODE: Final = 1
 LATEST_INODE: Final = 2
@@ -229,18 +231,19 @@ class Tree:
             raise NoEntryError
         return "../" * depth + format_instant(self.resolution(seq).time_ns)
 
+    def knows(self, inode: int) -> bool:
+        """Whether anything asked of this entry is answered from memory, without waiting for the disk."""
+        return inode >> _KIND_SHIFT in _OF_AN_INSTANT and inode & MAX_SEQ in self._resolutions
+
     def resolution(self, seq: int) -> Resolution:
-        """The reachable state at exactly `seq`.
+        """The reachable state at exactly `seq`; one that is known isn't asked for again.
 
         Raises:
             NoEntryError: it can't be reached (any more).
         """
-        version = self._store.data_version()
-        if version != self._data_version or len(self._resolutions) >= MAX_RESOLUTIONS:
-            self._resolutions.clear()
-            self._data_version = version
         resolution = self._resolutions.get(seq)
         if resolution is None:
+            self._forget_if_changed()
             try:
                 resolution = self._store.at_seq(seq)
             except NoSuchInstantError:
@@ -249,6 +252,13 @@ class Tree:
                 raise NoEntryError
             self._resolutions[seq] = resolution
         return resolution
+
+    def _forget_if_changed(self) -> None:
+        """Before a state is resolved: what was taken back since the last commit isn't known for ever."""
+        version = self._store.data_version()
+        if version != self._data_version or len(self._resolutions) >= MAX_RESOLUTIONS:
+            self._resolutions.clear()
+            self._data_version = version
 
     def resolution_of(self, inode: int) -> Resolution | None:
         """What an instant's directory or image shows; None for any other entry."""
@@ -297,18 +307,12 @@ class Tree:
                 yield image_name(volume), self._image(resolution, index), index + 1
 
     def _list_bookmarks(self, cookie: int) -> Iterator[tuple[str, Entry, int]]:
-        seq, number = -1, 0
-        for bookmark in self._store.bookmarks():
-            number = number + 1 if bookmark.seq == seq else 0
-            seq = bookmark.seq
-            following = _COOKIE_BASE + (seq << _BOOKMARKS_OF_SEQ_BITS | number) + 1
-            if following > cookie:
-                yield bookmark.name, self._link(seq, bookmark.time_ns, 1), following
+        for bookmark, following in bookmarks_behind(self._store, max(cookie - _COOKIE_BASE, 0)):
+            yield bookmark.name, self._link(bookmark.seq, bookmark.time_ns, 1), following + _COOKIE_BASE
 
     def _list_days(self, cookie: int) -> Iterator[tuple[str, Entry, int]]:
-        for day in self._store.days():
-            if day + _COOKIE_BASE >= cookie:
-                yield format_day(day), self._day(day), day + _COOKIE_BASE + 1
+        for day in self._store.days(max(cookie - _COOKIE_BASE, 0)):
+            yield format_day(day), self._day(day), day + _COOKIE_BASE + 1
 
     def _list_minutes(self, day: int, cookie: int) -> Iterator[tuple[str, Entry, int]]:
         for minute in self._store.minutes(day):
@@ -333,10 +337,12 @@ class Tree:
             return self._fixed(BOOKMARKS_INODE)
         if name == TIMES:
             return self._fixed(TIMES_INODE)
+        self._forget_if_changed()
         canonical_ns = parse_instant(name)
         if canonical_ns is not None:
             resolution = self._store.at_instant(canonical_ns)
             if resolution is not None:
+                self._resolutions[resolution.seq] = resolution  # its images are asked for next
                 return self._instant(resolution.seq, resolution.time_ns)
         try:
             resolution, exact = resolve_time(self._store, name, self._clock_ns(), self._zone)
@@ -344,6 +350,7 @@ class Tree:
             raise NoEntryError from None
         if self._strict and not exact:
             raise NoEntryError
+        self._resolutions[resolution.seq] = resolution  # the link is read next
         return self._link(resolution.seq, resolution.time_ns, 0)
 
     def _lookup_day(self, name: str) -> Entry:

@@ -22,19 +22,27 @@ import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
-from pitfs.errors import CorruptionError
+from pitfs.errors import CorruptionError, PitfsError
+from pitfs.model.blockmap import FANOUT, FANOUT_BITS, NODE_BYTES, U64Array
 from pitfs.model.transfer import UNIT_BYTES
+from pitfs.storage.files import storage_error
+from pitfs.store.layout import (
+    HEADER_BYTES,
+    OBJECTS,
+    UNIT_BITS,
+    UNIT_MASK,
+    contents_kind,
+    data_offset,
+    object_file,
+    pointer_object,
+    pointer_unit,
+)
 
 if TYPE_CHECKING:
     from pitfs.store.store import Resolution, Store
 
-FANOUT: Final = 512  # blocks per table: a leaf of the block map
-OBJECT_SHIFT: Final = 36  # pointer = object << 36 | unit
-UNIT_MASK: Final = (1 << OBJECT_SHIFT) - 1
-DATA_OFFSET_BYTES: Final = 4096  # an object's data begin after its header
 MAX_BLOCK_BYTES: Final = 64 << 10
 MAX_REQUEST_BYTES: Final = 1 << 20  # the largest read that FUSE sends
-TABLE_BYTES: Final = FANOUT * 16
 # 64 MiB of tables lead to 16 GiB of image in blocks of 4 KiB: enough for random reads.
 MAX_TABLE_CACHE_BYTES: Final = 64 << 20
 
@@ -42,7 +50,7 @@ _LEAF_BITS: Final = 40  # leaves of a volume: 2**40 * 512 blocks is beyond any s
 _ZEROS: Final = memoryview(bytes(MAX_REQUEST_BYTES))
 _NOWAIT: Final = os.RWF_NOWAIT
 
-Table = tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]
+Table = tuple[U64Array, U64Array]  # a leaf of the block map: pointers and checksums
 
 
 class ReadBuffer:
@@ -73,7 +81,7 @@ class TableCache:
     """
 
     def __init__(self, max_bytes: int = MAX_TABLE_CACHE_BYTES) -> None:
-        self._max_count = max(max_bytes // TABLE_BYTES, 8)
+        self._max_count = max(max_bytes // NODE_BYTES, 8)
         self._tables: collections.OrderedDict[int, Table] = collections.OrderedDict()
         self._numbers = itertools.count()
         self.get = self._tables.get
@@ -107,6 +115,7 @@ class PointInTimeView:
         self.block_size: int = info.block_size
         self._store = store
         self._fd = store.objects.fd
+        self._opened = store.objects.opened
         self._tables = TableCache() if tables is None else tables
         self._first_key = self._tables.new_view()
         self._shift = info.block_size.bit_length() - 1
@@ -119,14 +128,15 @@ class PointInTimeView:
 
         Raises:
             CorruptionError: a block isn't what was written; nothing of it is returned.
-            OSError: the disk says so.
+            PitfsError: the disk refuses.
         """
         data = self._read(offset, size, buffer, 0)
         assert data is not None
         return data
 
     def try_read_cached(self, offset: int, size: int, buffer: ReadBuffer) -> memoryview | None:
-        """The same if it needs no waiting: tables resolved, data in the page cache. Else None: call `read`.
+        """The same if it needs no waiting: tables resolved, objects open, data in the page cache. Else None:
+        call `read`.
 
         The way of a read of one block is written out: it is what random reads are made of.
         """
@@ -134,10 +144,10 @@ class PointInTimeView:
         block = offset >> shift
         if (offset + size - 1) >> shift != block or offset + size > self.size_bytes or offset < 0:
             return self._read(offset, size, buffer, _NOWAIT) if self._can_nowait else None
-        table = self._tables.get(self._first_key + (block >> 9))
+        table = self._tables.get(self._first_key + (block >> FANOUT_BITS))
         if table is None:
             return None
-        index = block & 511
+        index = block & (FANOUT - 1)
         pointer = table[0].item(index)
         if not pointer:
             return _ZEROS[:size]
@@ -146,11 +156,13 @@ class PointInTimeView:
         inline = self._inline
         if inline[0] is not buffer:
             inline = self._inline = (buffer, (buffer.blocks(self.block_size)[0],))
-        position = DATA_OFFSET_BYTES + (pointer & UNIT_MASK) * UNIT_BYTES
+        fd = self._opened(pointer >> UNIT_BITS)
+        if fd is None:  # to open one may wait for the disk
+            return None
         try:
-            count = os.preadv(self._fd(pointer >> OBJECT_SHIFT), inline[1], position, _NOWAIT)
+            count = os.preadv(fd, inline[1], HEADER_BYTES + (pointer & UNIT_MASK) * UNIT_BYTES, _NOWAIT)
         except OSError as error:
-            self._not_now(error)
+            self._not_now(error, pointer)
             return None
         if count != self.block_size:
             return None
@@ -192,11 +204,11 @@ class PointInTimeView:
     def _entries(self, first: int, last: int, flags: int) -> Table | None:
         """Pointers and checksums of the blocks [first, last); None if flags say not to resolve any now."""
         parts: list[Table] = []
-        for leaf in range(first >> 9, ((last - 1) >> 9) + 1):
+        for leaf in range(first >> FANOUT_BITS, ((last - 1) >> FANOUT_BITS) + 1):
             table = self._tables.get(self._first_key + leaf) if flags else self._table(leaf)
             if table is None:
                 return None
-            low, high = max(first - (leaf << 9), 0), min(last - (leaf << 9), FANOUT)
+            low, high = max(first - leaf * FANOUT, 0), min(last - leaf * FANOUT, FANOUT)
             parts.append((table[0][low:high], table[1][low:high]))
         if len(parts) == 1:
             return parts[0]
@@ -235,14 +247,17 @@ class PointInTimeView:
 
         False if that would wait and flags say not to.
         """
-        position = DATA_OFFSET_BYTES + (pointer & UNIT_MASK) * UNIT_BYTES
+        number, position = pointer_object(pointer), data_offset(pointer_unit(pointer))
+        fd = self._opened(number) if flags else self._fd(number)
+        if fd is None:
+            return False
         while True:
             try:
-                count = os.preadv(self._fd(pointer >> OBJECT_SHIFT), (target,), position, flags)
+                count = os.preadv(fd, (target,), position, flags)
             except OSError as error:
                 if not flags:
-                    raise
-                self._not_now(error)
+                    raise self._refused(error, pointer, position) from error
+                self._not_now(error, pointer)
                 return False
             if count == len(target):
                 return True
@@ -256,8 +271,8 @@ class PointInTimeView:
     def _verify(
         self,
         first: int,
-        pointers: npt.NDArray[np.uint64],
-        checksums: npt.NDArray[np.uint64],
+        pointers: U64Array,
+        checksums: U64Array,
         is_data: npt.NDArray[np.bool_],
         buffer: ReadBuffer,
     ) -> None:
@@ -274,23 +289,24 @@ class PointInTimeView:
             index = int(np.flatnonzero(is_data)[bad])
             raise self._corruption(first + index, pointers.item(index))
 
-    def _not_now(self, error: OSError) -> None:
+    def _not_now(self, error: OSError, pointer: int) -> None:
         """Returns where the error of a read that mustn't wait means "it would"; raises it otherwise."""
         if error.errno == errno.EOPNOTSUPP:  # this filesystem can't tell: always read in a thread
             self._can_nowait = False
         elif error.errno != errno.EAGAIN:
-            raise error
+            raise self._refused(error, pointer, data_offset(pointer_unit(pointer))) from error
+
+    def _refused(self, error: OSError, pointer: int, position: int) -> PitfsError:
+        return storage_error(error, self._object(pointer), f"reading at byte {position}")
 
     def _object(self, pointer: int) -> str:
-        number = pointer >> OBJECT_SHIFT
-        name = f"{'journal' if number & 1 else 'snapshot'}-{number >> 1:016x}.blocks"
-        return f"{self._store.path}/objects/{name}"
+        return os.path.join(self._store.path, OBJECTS, object_file(*contents_kind(pointer_object(pointer))))
 
     def _corruption(self, block: int, pointer: int) -> CorruptionError:
         volume = self._store.volumes[self.volume].name
         return CorruptionError(
             self._object(pointer),
-            DATA_OFFSET_BYTES + (pointer & UNIT_MASK) * UNIT_BYTES,
+            data_offset(pointer_unit(pointer)),
             f"block {block} of volume {volume} doesn't match its checksum",
         )
 

@@ -8,15 +8,26 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import pyfuse3
 import pytest
+import trio
+import trio.testing
 
+from pitfs.fuse.replica import Ownership
+from pitfs.fuse.replica import Replica as Handlers
 from pitfs.model.position import format_instant
 from pitfs.model.transfer import VolumeInfo
+from pitfs.store.catalog import Catalog
 from pitfs.store.ingest import Ingest
+from pitfs.store.objects import ObjectPool
+from pitfs.store.store import Store
+from pitfs.view.tree import Tree
 from tests.helpers.hosts import Mount
 from tests.helpers.loops import force_unmount, is_mounted
 from tests.helpers.processes import pitfs_command, run, wait_until
@@ -336,6 +347,133 @@ def test_damage_is_eio_for_its_range_and_a_line_in_the_log(replica: Replica, mou
         assert os.pread(reader.fileno(), 4096, other * 4096) == expected[other * 4096 : other * 4096 + 4096]
     assert any(objects[0].name in line and f"block {block} of volume root" in line for line in mount.complaints())
     assert not any("Traceback" in line for line in mount.complaints())
+
+
+def test_only_what_is_in_memory_is_answered_in_the_event_loop(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The handlers without a mount: whatever reaches the catalog or an object does so in a thread."""
+    store = Store.open(str(replica.path))
+    handlers = Handlers(store, Tree(store, time.time_ns), Ownership())
+    asked: list[int] = []
+    replies: list[bytes] = []
+
+    def noting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any) -> Any:
+            asked.append(threading.get_ident())
+            return function(*args)
+
+        return noted
+
+    monkeypatch.setattr(Catalog, "_rows", noting(Catalog._rows))
+    monkeypatch.setattr(ObjectPool, "read_verified", noting(ObjectPool.read_verified))
+    monkeypatch.setattr(ObjectPool, "fd_of", noting(ObjectPool.fd_of))
+    monkeypatch.setattr(pyfuse3, "readdir_reply", lambda token, name, *_: replies.append(name) or True)
+
+    async def use() -> None:
+        ctx: Any = None
+        for inode in (1, 3, 4):
+            await handlers.getattr(inode, ctx)
+            await handlers.readdir(await handlers.opendir(inode, ctx), 0, None)
+        assert b"latest" in replies and b"before-upgrade" in replies
+        await handlers.readlink(2, ctx)
+        await handlers.readlink((await handlers.lookup(1, b"seq-13", ctx)).st_ino, ctx)
+        instant = (await handlers.lookup(1, replica.name(7).encode(), ctx)).st_ino
+        assert len(asked) > 20
+        asked.clear()
+        # the next are known
+        image = (await handlers.lookup(instant, b"root.img", ctx)).st_ino
+        await handlers.getattr(image, ctx)
+        await handlers.getxattr(image, b"user.pitfs.seq", ctx)
+        await handlers.readdir(instant, 0, None)
+        file = await handlers.open(image, os.O_RDONLY, ctx)
+        assert asked == []
+        assert bytes(await handlers.read(file.fh, 0, 4096)) == replica.history.states[7][0][:4096]
+        fresh = Handlers(store, Tree(store, time.time_ns), Ownership())
+        assert bytes(await fresh.read(image, 0, 4096)) == replica.history.states[7][0][:4096]
+
+    try:
+        trio.run(use)
+    finally:
+        store.close()
+    assert asked and threading.get_ident() not in asked
+
+
+def test_a_listing_in_pieces_is_whole_whoever_reads_beside_it(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(30):
+        replica.add(0, bookmark=f"mark-{number}")
+    store = Store.open(str(replica.path))
+    handlers = Handlers(store, Tree(store, time.time_ns), Ownership())
+    begun: list[int] = []
+    real = Tree.listing
+    monkeypatch.setattr(Tree, "listing", lambda tree, inode, start: begun.append(start) or real(tree, inode, start))
+
+    def reply(token: Any, name: bytes, attributes: object, cookie: int) -> bool:
+        if len(token) == 4:
+            return False
+        token.append((name, cookie))
+        return True
+
+    monkeypatch.setattr(pyfuse3, "readdir_reply", reply)
+
+    async def piece(names: list[bytes], start: int) -> int:
+        token: Any = []
+        await handlers.readdir(3, start, token)
+        names += [name for name, _ in token]
+        return token[-1][1] if token else -1
+
+    async def use() -> None:
+        alone: list[bytes] = []
+        cookie = 0
+        while cookie >= 0:
+            cookie = await piece(alone, cookie)
+        assert begun == [0, begun[-1]]  # the last piece had room: that nothing follows is asked anew
+        assert len(alone) == len(set(alone)) == 32
+        first: list[bytes] = []
+        second: list[bytes] = []
+        places = [0, 0]
+        while max(places) >= 0:
+            for index, names in enumerate((first, second)):
+                if places[index] >= 0:
+                    places[index] = await piece(names, places[index])
+        assert first == second == alone
+        places[0] = await piece([], 0)
+        replica.add(0, bookmark="newest")
+        again: list[bytes] = []
+        cookie = 0
+        while cookie >= 0:
+            cookie = await piece(again, cookie)
+        assert sorted(again) == sorted([*alone, b"newest"])
+        await handlers.releasedir(3)
+        assert handlers._listings == {}
+
+    try:
+        trio.run(use)
+    finally:
+        store.close()
+
+
+def test_the_root_has_a_new_mtime_a_second_after_a_new_point(replica: Replica) -> None:
+    store = Store.open(str(replica.path))
+    handlers = Handlers(store, Tree(store, time.time_ns), Ownership())
+    clock = trio.testing.MockClock()
+
+    async def use() -> None:
+        ctx: Any = None
+        for seq in (60, 60, 70):
+            root = await handlers.getattr(1, ctx)
+            assert (root.st_mtime_ns, root.attr_timeout) == (replica.history.times_ns[seq], 0)
+            if replica.last_seq == 60:
+                replica.add(10)
+            else:
+                clock.jump(1)
+
+    try:
+        trio.run(use, clock=clock)
+    finally:
+        store.close()
 
 
 def test_mount_finds_the_helper_and_fstab_lines_work(replica: Replica, tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -126,6 +129,59 @@ def test_export_writes_the_image_sparse_and_whole(
         assert "in use" in said(capsys, "export", store, "latest", "root", str(file), "--force", code=2)
     assert file.read_bytes() == history.states[60][0]
     assert "neither a regular file" in said(capsys, "export", store, "latest", "root", str(tmp_path), code=2)
+
+
+def test_two_exports_to_one_file_do_not_mix(
+    store: str, history: History, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first is the test itself, in the middle of its work."""
+    file, partial = tmp_path / "out.img", tmp_path / "out.img.partial"
+    partial.write_bytes(b"the other's image so far")
+    with open(partial, "rb") as first:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        assert "another export" in said(capsys, "export", store, "latest", "root", str(file), code=2)
+        assert partial.read_bytes() == b"the other's image so far" and not file.exists()
+    said(capsys, "export", store, "latest", "root", str(file))  # what a killed one left isn't in the way
+    assert file.read_bytes() == history.states[60][0]
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert not partial.exists()
+
+
+def test_an_export_that_ends_while_the_next_one_begins_keeps_its_image(
+    store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, partial = tmp_path / "out.img", tmp_path / "out.img.partial"
+    partial.write_bytes(b"a whole image")
+    real = fcntl.flock
+
+    def ends_before(fd: int, operation: int) -> None:
+        partial.rename(file)
+        real(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", ends_before)
+    assert "another export" in said(capsys, "export", store, "latest", "root", str(file), code=2)
+    assert file.read_bytes() == b"a whole image"
+
+
+def test_export_does_not_write_through_a_link_left_at_its_partial_file(
+    store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").write_bytes(b"mine")
+    (tmp_path / "out.img.partial").symlink_to("mine")
+    assert "not a regular file" in said(capsys, "export", store, "latest", "root", str(tmp_path / "out.img"), code=2)
+    assert (tmp_path / "mine").read_bytes() == b"mine"
+
+
+def test_an_error_of_the_disk_names_object_and_byte(
+    store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", broken)
+    for command, more in (("digest", []), ("export", [str(tmp_path / "out.img")])):
+        said_line = said(capsys, command, store, "start", "root", *more, code=1)
+        assert re.search(r"objects/snapshot-0{15}1\.blocks: reading at byte 4096: Input/output error", said_line)
 
 
 def test_a_failed_export_leaves_nothing(

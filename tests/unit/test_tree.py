@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import tracemalloc
 import zoneinfo
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from pitfs.model.position import format_instant
-from pitfs.model.transfer import VolumeInfo
+from pitfs.model.transfer import Bookmark, VolumeInfo
+from pitfs.view import bookmarks as bookmarks_module
 from pitfs.view.tree import (
     BOOKMARKS_INODE,
     LATEST_INODE,
@@ -33,14 +36,41 @@ TIMES = [T0, T0 + 5, T0 + SECOND, T0 + 90 * SECOND, T0 + 90 * SECOND + 1, T0 + 6
 VOLUMES = (VolumeInfo("root", 1 << 20, 4096), VolumeInfo("data", 12_345, 512))
 
 
-def make(strict: bool = False, zone: str = "UTC", **more: Any) -> tuple[Tree, FakeStore]:
+class PagedStore(FakeStore):
+    """Listings begin where they are asked to; `fetched` counts what they gave."""
+
+    fetched = 0
+
+    def bookmarks(self, from_ns: int | None = None) -> Iterator[Bookmark]:
+        for each in super().bookmarks():
+            if from_ns is None or each.time_ns >= from_ns:
+                self.fetched += 1
+                yield each
+
+    def days(self, from_day: int = 0) -> Iterator[int]:
+        for day in super().days():
+            if day >= from_day:
+                self.fetched += 1
+                yield day
+
+
+def make(strict: bool = False, zone: str = "UTC", **more: Any) -> tuple[Tree, PagedStore]:
     more.setdefault("bookmarks", [("before-upgrade", 3), ("a", 3), ("start", 0)])
-    store = FakeStore(TIMES, [3, 5], VOLUMES, **more)
+    store = PagedStore(TIMES, [3, 5], VOLUMES, **more)
     return Tree(store, lambda: T0 + 700 * SECOND, zoneinfo.ZoneInfo(zone), strict), store  # type: ignore[arg-type]
 
 
 def listed(tree: Tree, inode: int) -> dict[str, Entry]:
     return {name: entry for name, entry, _ in tree.listing(inode, 0)}
+
+
+def pages(tree: Tree, inode: int, size: int) -> Iterator[list[str]]:
+    """Names as a caller gets them who has room for `size` at a time."""
+    cookie = 0
+    while page := list(itertools.islice(tree.listing(inode, cookie), size)):
+        yield [name for name, _, _ in page]
+        cookie = page[-1][2]
+        assert 0 < cookie < 1 << 63
 
 
 def leads_to(tree: Tree, name: str, parent: int = ROOT_INODE) -> str:
@@ -134,7 +164,8 @@ def test_strict_gives_only_what_can_be_given_exactly() -> None:
 
 def test_bookmarks_are_links_one_directory_up() -> None:
     tree, _ = make()
-    assert list(listed(tree, BOOKMARKS_INODE)) == ["start", "a", "before-upgrade"]
+    names = list(listed(tree, BOOKMARKS_INODE))
+    assert names[0] == "start" and sorted(names[1:]) == ["a", "before-upgrade"]
     assert leads_to(tree, "a", BOOKMARKS_INODE) == "../" + format_instant(TIMES[3])
 
 
@@ -190,8 +221,29 @@ def test_a_state_that_is_gone_is_no_entry() -> None:
     assert tree.entry(inode)
     store.coarse.add(3)
     store.version += 1
+    tree.lookup(ROOT_INODE, b"seq-5")  # whatever has to ask the store notices
+    assert not tree.knows(inode)
     with pytest.raises(NoEntryError):
         tree.entry(inode)
+
+
+def test_what_is_known_is_answered_without_the_store() -> None:
+    tree, store = make()
+    instant = tree.lookup(ROOT_INODE, format_instant(TIMES[1]).encode()).inode
+    link = tree.lookup(ROOT_INODE, b"seq-1").inode
+    assert tree.knows(instant) and tree.knows(link)
+    for inode in (ROOT_INODE, LATEST_INODE, BOOKMARKS_INODE, TIMES_INODE, 0, 9 << 56 | 1, (1 << 64) - 1):
+        assert not tree.knows(inode)
+
+    def asked(*_: object) -> Any:
+        raise AssertionError("the store was asked")
+
+    for name in ("data_version", "at_seq", "at_time", "at_instant", "latest"):
+        setattr(store, name, asked)
+    image = tree.lookup(instant, b"root.img").inode
+    assert [name for name, _, _ in tree.listing(instant, 0)] == ["root.img", "data.img"]
+    assert tree.entry(instant).inode == instant and tree.target(link) == format_instant(TIMES[1])
+    assert tree.entry(image).size == 1 << 20 and tree.resolution_of(image)
 
 
 def test_a_listing_goes_on_behind_any_entry_also_when_others_come() -> None:
@@ -204,6 +256,48 @@ def test_a_listing_goes_on_behind_any_entry_also_when_others_come() -> None:
     whole = list(tree.listing(ROOT_INODE, 0))
     store.ends.insert(1, 1)  # a snapshot appears before the place where the listing goes on
     assert list(tree.listing(ROOT_INODE, whole[4][2])) == whole[5:]
+
+
+@pytest.mark.parametrize("mask", [bookmarks_module.HASH_MASK, 0x3FF, 0xFF])
+def test_many_bookmarks_at_one_position_are_each_listed_once(mask: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where hashes collide, and when more come than are held at once."""
+    monkeypatch.setattr(bookmarks_module, "HASH_MASK", mask)
+    monkeypatch.setattr(bookmarks_module, "MAX_PAGE", 200)
+    count = 900 if mask > 0x3FF else 50
+    marks = [(f"mark-{i}", seq) for seq in (2, 3, 4) for i in range(seq * 1000, seq * 1000 + count)]
+    tree, _ = make(bookmarks=marks)
+    for size in (1 if count == 50 else 37, 250):
+        found = [name for page in pages(tree, BOOKMARKS_INODE, size) for name in page]
+        assert sorted(found) == sorted(name for name, _ in marks)
+
+
+def test_more_bookmarks_at_one_position_than_a_page_holds() -> None:
+    tree, _ = make(bookmarks=[(f"mark-{i}", 3) for i in range(10_000)])
+    assert len({name for page in pages(tree, BOOKMARKS_INODE, 3000) for name in page}) == 10_000
+    assert len(list(tree.listing(BOOKMARKS_INODE, 0))) == 10_000
+
+
+def test_a_bookmark_that_comes_while_others_are_listed_moves_none() -> None:
+    for new in ("!", "mark-", "mark-20x", "zzz"):
+        tree, store = make(bookmarks=[(f"mark-{i}", seq) for seq in (0, 3) for i in range(seq * 10, seq * 10 + 30)])
+        before = [each.name for each in store.marked]
+        found: list[str] = []
+        for number, page in enumerate(pages(tree, BOOKMARKS_INODE, 7)):
+            found += page
+            if number == 6:  # in the middle of the second position
+                store.marked.append(Bookmark(new, 3, TIMES[3]))
+        assert sorted(name for name in found if name != new) == sorted(before)
+        assert found.count(new) <= 1
+
+
+def test_a_listing_goes_on_where_it_stopped_not_from_the_start() -> None:
+    times = [T0 + i * 86_400 * SECOND for i in range(400)]
+    store = PagedStore(times, range(1, 400), VOLUMES, bookmarks=[(f"mark-{i}", i) for i in range(400)])
+    tree = Tree(store, lambda: T0)  # type: ignore[arg-type]
+    for directory in (BOOKMARKS_INODE, TIMES_INODE):
+        store.fetched = 0
+        assert sum(len(page) for page in pages(tree, directory, 10)) == 400
+        assert store.fetched < 400 + 41 * 3  # each page: the one before, and one that had no room
 
 
 def test_an_empty_store_has_no_latest() -> None:

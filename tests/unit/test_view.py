@@ -5,18 +5,47 @@ from __future__ import annotations
 import errno
 import os
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pitfs.errors import CorruptionError
+from pitfs.errors import CorruptionError, PitfsError
+from pitfs.store.layout import ObjectHeader, ObjectKind, object_file
+from pitfs.store.objects import ObjectPool
 from pitfs.view import view as view_module
 from pitfs.view.view import PointInTimeView, ReadBuffer, TableCache
-from tests.helpers.fake_store import FakeImageStore
+from tests.helpers.fake_store import FakeImageStore, FakeObjects
 
 
-def make(size: int = 3_000_001, block_size: int = 4096, **more: Any) -> tuple[PointInTimeView, FakeImageStore]:
-    store = FakeImageStore(size, block_size, seed=7, **more)
+class PooledObjects(FakeObjects):
+    """Objects of which some aren't open: asking for one of these opens it."""
+
+    def __init__(self, objects: FakeObjects) -> None:
+        self._fds, objects._fds = objects._fds, {}
+        self.cold: set[int] = set()
+        self.opened_now: list[int] = []
+
+    def fd(self, number: int) -> int:
+        if number in self.cold:
+            self.opened_now.append(number)
+            self.cold.remove(number)
+        return super().fd(number)
+
+    def opened(self, number: int) -> int | None:
+        return None if number in self.cold else self._fds.get(number)
+
+
+class ImageStore(FakeImageStore):
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.objects: PooledObjects = PooledObjects(self.objects)
+
+
+def make(size: int = 3_000_001, block_size: int = 4096, **more: Any) -> tuple[PointInTimeView, ImageStore]:
+    store = ImageStore(size, block_size, seed=7, **more)
     return PointInTimeView(store, store.resolution, 0), store  # type: ignore[arg-type]
 
 
@@ -57,6 +86,75 @@ def test_what_is_not_resolved_yet_is_not_read_inline() -> None:
     assert store.loads == 1
 
 
+@pytest.mark.parametrize("size", [4096, 100_000])
+def test_an_object_that_is_not_open_is_not_opened_inline(size: int) -> None:
+    view, store = make(zeros=0.0, neighbours=1.0)
+    buffer = ReadBuffer()
+    view.read(0, 1, buffer)
+    store.objects.cold = {2}
+    assert view.try_read_cached(0, size, buffer) is None
+    assert store.objects.opened_now == []
+    assert view.read(0, size, buffer) == store.image[:size]
+    assert store.objects.opened_now == [2]
+    assert view.try_read_cached(0, size, buffer) == store.image[:size]
+
+
+def make_pool(path: Path, count: int, limit: int) -> ObjectPool:
+    """A pool of `count` objects; byte 4096 of each is its number's."""
+    for number in range(count):
+        header = ObjectHeader(ObjectKind.SNAPSHOT_BLOCKS, b"h" * 16, number)
+        (path / object_file(header.kind, number)).write_bytes(header.encode() + bytes([number]))
+    return ObjectPool(str(path), b"h" * 16, limit)
+
+
+def test_a_descriptor_is_good_as_long_as_somebody_holds_it(tmp_path: Path) -> None:
+    pool = make_pool(tmp_path, 200, limit=4)
+    held = pool.fd(2 * 7)
+    for _ in range(2):
+        for number in range(200):
+            assert os.pread(pool.fd(2 * number), 1, 4096) == bytes([number])
+    assert pool.opened(2 * 7) is None
+    assert os.pread(held, 1, 4096) == bytes([7])
+    pool.close()
+    assert os.pread(held, 1, 4096) == bytes([7])
+
+
+def test_no_more_descriptors_stay_open_than_the_limit_says(tmp_path: Path) -> None:
+    pool = make_pool(tmp_path, 50, limit=4)
+    before = len(os.listdir("/proc/self/fd"))
+    for number in range(50):
+        pool.fd(2 * number)
+    assert len(os.listdir("/proc/self/fd")) == before + 4
+    assert [number for number in range(50) if pool.opened(2 * number) is not None] == [46, 47, 48, 49]
+    pool.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_an_object_that_opens_slowly_keeps_no_other_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = make_pool(tmp_path, 2, limit=4)
+    real, opening, go_on = os.open, threading.Event(), threading.Event()
+
+    def slow(path: str, *more: Any) -> int:
+        if path.endswith(object_file(ObjectKind.SNAPSHOT_BLOCKS, 0)) and not opening.is_set():
+            opening.set()
+            assert go_on.wait(60)
+        return real(path, *more)
+
+    monkeypatch.setattr(os, "open", slow)
+    with ThreadPoolExecutor(2) as threads:
+        try:
+            first = threads.submit(pool.fd, 0)
+            assert opening.wait(60)
+            assert os.pread(threads.submit(pool.fd, 2).result(60), 1, 4096) == b"\1"
+            faster = threads.submit(pool.fd, 0).result(60)  # while the first one is still opening it
+        finally:
+            go_on.set()
+        assert first.result(60) is faster is pool.opened(0)
+    pool.close()
+
+
 def test_zeros_replace_what_the_buffer_held() -> None:
     view, store = make(zeros=1.0)
     buffer = ReadBuffer()
@@ -90,8 +188,8 @@ def test_an_object_that_ends_too_early_is_an_error() -> None:
             view.read(offset, 100_000, buffer)
 
 
-def test_errors_of_the_disk_are_errors_of_the_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    view, store = make(zeros=0.0)
+def test_errors_of_the_disk_name_object_and_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    view, _ = make(zeros=0.0, neighbours=1.0)
     buffer = ReadBuffer()
     view.read(0, 1, buffer)
 
@@ -101,7 +199,7 @@ def test_errors_of_the_disk_are_errors_of_the_read(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(view_module.os, "preadv", broken)
     for read in (view.read, view.try_read_cached):
         for size in (4096, 100_000):
-            with pytest.raises(OSError, match="Input/output"):
+            with pytest.raises(PitfsError, match=r"objects/snapshot-\w+\.blocks: reading at byte 4096: Input/output"):
                 read(0, size, buffer)
 
 
