@@ -19,6 +19,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
+from urllib.parse import quote
 
 import apsw
 import msgspec
@@ -136,10 +137,19 @@ class Catalog:
     def _connect(self, mode: str) -> apsw.Connection:
         if mode != "read":
             return apsw.Connection(self.path, flags=apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE)
-        writable = os.access(self.path, os.W_OK)  # a reader needs the -shm file; read-only where it can't
-        return apsw.Connection(
-            self.path, flags=apsw.SQLITE_OPEN_READWRITE if writable else apsw.SQLITE_OPEN_READONLY
-        )
+        if not os.statvfs(self.path).f_flag & os.ST_RDONLY:
+            writable = os.access(self.path, os.W_OK)  # a reader needs the -shm file; read-only where it can't
+            flags = apsw.SQLITE_OPEN_READWRITE if writable else apsw.SQLITE_OPEN_READONLY
+            return apsw.Connection(self.path, flags=flags)
+        # There nobody writes, and SQLite can't make its -shm file. It wouldn't look into the log either.
+        log = f"{self.path}-wal"
+        if os.path.exists(log) and os.path.getsize(log):
+            raise StoreError(
+                f"{self.path}: on a read-only file system with a log ({log}) that isn't merged: mount it read-write "
+                "once, or copy the store to where it can be written"
+            )
+        uri = f"file:{quote(self.path)}?immutable=1"
+        return apsw.Connection(uri, flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI)
 
     def _prepare(self, mode: str) -> None:
         self._db.set_busy_timeout(BUSY_MS)

@@ -9,6 +9,7 @@ import socket
 from pathlib import Path
 
 import pytest
+from xxhash import xxh3_128_hexdigest
 
 from pitfs.cli.main import main
 from pitfs.model.position import format_instant
@@ -125,6 +126,23 @@ def test_a_root_on_a_read_only_filesystem_is_refused(tmp_path: Path, capsys: Sai
         run(["umount", tmp_path / "root"])
 
 
+def test_a_store_on_a_read_only_filesystem_can_be_read(store: Given, tmp_path: Path, capsys: Said) -> None:
+    """The filesystem of the last copy went read-only because of errors, or is a snapshot of it."""
+    place = tmp_path / "read-only"
+    place.mkdir()
+    run(["mount", "--bind", store.root, place])
+    try:
+        run(["mount", "-o", "remount,bind,ro", place])
+        there = place / store.path.name
+        assert main(["digest", str(there), "seq-7", "root"]) == 0
+        assert capsys.readouterr().out == xxh3_128_hexdigest(store.history.states[7][0]) + "\n"
+        (store.path / "catalog.sqlite-wal").write_bytes(b"x" * 100)
+        say(capsys, 2, "read-only file system with a log", "catalog.sqlite-wal", "mount it read-write",
+            args=["digest", there, "seq-7", "root"])  # fmt: skip
+    finally:
+        run(["umount", place])
+
+
 # -- what isn't a store
 
 
@@ -173,6 +191,8 @@ def test_a_time_that_leads_nowhere_is_refused(store: Given, capsys: Said) -> Non
         (2, "seq-", "time"),
         (1, "2000-01-01", "no state answers to '2000-01-01'", can),
         (1, "2999-01-01T00:00:00Z", "no state answers to", can),
+        (1, "seq-99999999999999999999999999", "no state answers to", can),
+        (2, os.fsdecode(b"\xff"), "is not a time", "nor is there a bookmark"),
         (1, "seq-26", "no state answers to 'seq-26'", can),
         (1, "100000h-ago", can),
         (1, "bookmarks/none", "no bookmark 'none'", "pitfs list"),
@@ -180,6 +200,8 @@ def test_a_time_that_leads_nowhere_is_refused(store: Given, capsys: Said) -> Non
         for command in (["resolve"], ["digest"]):
             more = ["root"] if command == ["digest"] else []
             say(capsys, code, *words, args=[*command, store.path, time, *more])
+    assert main(["list", str(store.path), "--from", "1600", "--to", "9999-12-31"]) == 0
+    capsys.readouterr()
     say(capsys, 1, "the state at exactly 'seq-20' can't be given", f"before it is {store.name(15)}", "--strict",
         args=["resolve", store.path, "seq-20", "--strict"])  # fmt: skip
     say(capsys, 2, "'Mars'", "Europe/Vienna", args=["resolve", store.path, "latest", "--tz", "Mars"])
