@@ -41,12 +41,24 @@ BOOKMARKS_FILE: Final = "bookmarks"
 
 
 def _read_bookmarks(state: str) -> set[str]:
-    """Names given so far: a bookmark is never moved, and the replica may be out of reach to ask."""
+    """Names given so far: a bookmark is never moved, and the replica may be out of reach to ask.
+
+    Raises:
+        PitfsError: the file can't be read, or isn't a list of names.
+    """
+    path = os.path.join(state, BOOKMARKS_FILE)
     try:
-        with open(os.path.join(state, BOOKMARKS_FILE), encoding="ascii") as file:
+        with open(path, encoding="ascii") as file:
             return set(file.read().split())
     except FileNotFoundError:
         return set()
+    except OSError as error:
+        raise storage_error(error, path, "reading the names of bookmarks") from error
+    except UnicodeDecodeError as error:
+        raise PitfsError(
+            f"{path}: damaged at byte {error.start}: the names of bookmarks given so far, one a line, should be "
+            "there: mend it, or move it away and see to it that no name is given twice"
+        ) from error
 
 
 class ShipperControl:
@@ -90,13 +102,14 @@ class ShipperControl:
                 raise UsageError(
                     f"bookmark {name!r} exists already: a bookmark is never moved, choose another name"
                 )
-            # Before the mark: a name that is lost with a crash does less harm than one that is given twice.
-            await self._write_bookmarks(known | {name})
-            try:
-                reply = await self._shipper.mark(name)
-            except PitfsError:
-                await self._write_bookmarks(known)
-                raise
+            with trio.CancelScope(shield=True):  # whoever asked may leave: a name isn't kept without its mark
+                # Before the mark: a name that is lost with a crash does less harm than one that is given twice.
+                await self._write_bookmarks(known | {name})
+                try:
+                    reply = await self._shipper.mark(name)
+                except PitfsError:
+                    await self._write_bookmarks(known)
+                    raise
         return {"name": name, "instant": format_instant(reply["position_time_ns"]), "seq": reply["seq"]}
 
     async def _write_bookmarks(self, names: set[str]) -> None:
@@ -120,6 +133,7 @@ async def _main(config: Config, hello: Hello, tls: LinkContext | None) -> None:
             nursery.start_soon(_stop_when_told, nursery.cancel_scope)
             await nursery.start(control.serve, state, control.SHIPPER_SOCKET, handler.handle)
             nursery.start_soon(shipper.tick)
+            nursery.start_soon(shipper.watch)
             nursery.start_soon(shipper.run)
             nursery.start_soon(trim_heap)
             print("ready", flush=True)

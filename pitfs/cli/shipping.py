@@ -28,17 +28,19 @@ from pitfs.model.transfer import (
 )
 from pitfs.production import copying, shipment
 from pitfs.production.control import Connection
-from pitfs.production.journal import Location, journal_path, segment_bytes_for
-from pitfs.production.reader import BlockSource, Copy, Interval, JournalReader
+from pitfs.production.journal import Location, segment_bytes_for
+from pitfs.production.reader import BlockSource, Copy, Interval, JournalReader, make_durable
 from pitfs.production.start import journal_directory
-from pitfs.storage.files import fsync_directory, storage_error
-from pitfs.storage.segment import DATA_OFFSET, list_segments
+from pitfs.storage.files import storage_error
+from pitfs.storage.segment import list_segments
 
 log = logging.getLogger(__name__)
 
 POLL_S: Final = 0.5  # how often the journal is followed between marks, to spread the work of reading it
 BATCH_BYTES: Final = 4 << 20  # frames made for each hop to a thread
 MEASURABLE_BYTES: Final = 4 << 20  # smaller transfers measure delay, not rate
+MAX_INTERVAL_ROWS: Final = 1 << 20  # blocks written: building the difference takes some 300 B of RAM for each
+WATCH_S: Final = 2.0  # how often that is looked at: seldom for the splitter, often for what may be written
 
 
 class Shipper:
@@ -61,6 +63,9 @@ class Shipper:
         self._reader = JournalReader(self._directory, [volume.block_size for volume in self._volumes])
         self._wake = trio.Event()
         self._durable_segment = 0  # segments before it were made durable before they were shipped
+        self._damaged = (-1, "")  # mark of an interval whose contents are damaged here, and how
+        self._last_mark, self._marked_at = -1, Location(0, 0)  # as `watch` saw it
+        self._early: set[int] = set()  # marks to be shipped that `watch` set; as few as fit into the journal
         self.standing = Standing(address_text(config.replication.host, config.replication.port))
 
     # -- marks -------------------------------------------------------------------------------------------
@@ -80,6 +85,33 @@ class Shipper:
             except PitfsError as error:
                 log.debug("no mark: %s", error)
 
+    async def watch(self) -> None:
+        """Closes an interval early that would take too much memory to ship, for ever."""
+        while True:
+            try:
+                await self._close_large()
+            except PitfsError as error:
+                log.debug("no mark: %s", error)
+            await trio.sleep(WATCH_S)
+
+    async def _close_large(self) -> None:
+        """Closes the interval where it may have more than MAX_INTERVAL_ROWS.
+
+        Told by the journal's bytes (each row has its block there), not by what the reader has seen: that one
+        stands still while something is sent or the link is down, just when an interval grows. What was written
+        while the shipper was away can't be split any more: a mark only ever stands at the tail.
+        """
+        tail, splitter = await self._tail()
+        smallest = min(volume.block_size for volume in self._volumes)
+        if splitter["mark"] != self._last_mark:  # whoever set it
+            self._last_mark, self._marked_at = splitter["mark"], tail
+        elif self._bytes_between(self._marked_at, tail) > MAX_INTERVAL_ROWS * smallest:
+            self._early.add((await self.mark())["mark"])
+
+    def _bytes_between(self, start: Location, end: Location) -> int:
+        segment_bytes = segment_bytes_for(self._config.journal.capacity_bytes)
+        return (end.segment - start.segment) * segment_bytes + end.offset - start.offset
+
     # -- the link ----------------------------------------------------------------------------------------
 
     async def run(self) -> None:
@@ -89,6 +121,9 @@ class Shipper:
                 await self._connect()
             except PitfsError as error:
                 self.standing.link_down(error)
+            except OSError as error:  # where no complete copy would help: it reads the same
+                where = error.filename or f"{self._hello.group}: a backing volume or the journal"
+                self.standing.link_down(storage_error(error, where, "reading"))
             await self.standing.back_off()
 
     async def _connect(self) -> None:
@@ -106,7 +141,7 @@ class Shipper:
             self.standing.arrived(session.welcome, None)
             await self._locate(session.welcome)
             while True:
-                item = await self._next_item()
+                item = await self._next_item(session)
                 if isinstance(item, Copy):
                     await self._ship_copy(session, item)
                 else:
@@ -132,8 +167,6 @@ class Shipper:
             )
         try:
             if welcome.mark == 0:
-                numbers = await trio.to_thread.run_sync(list_segments, self._directory)
-                self._reader.seek(Location(numbers[0], DATA_OFFSET), (0, 0))
                 found = await self._skip_to_copy(splitter)
             else:
                 found = await self._seek(welcome.mark, tail)
@@ -153,7 +186,7 @@ class Shipper:
             numbers = await trio.to_thread.run_sync(list_segments, self._directory)
             try:
                 return await trio.to_thread.run_sync(self._reader.seek_mark, mark, tail)
-            except (CorruptionError, FileNotFoundError):
+            except CorruptionError:
                 # Removed or recycled under our eyes? Then it is looked for in what is left.
                 if numbers[:1] == (await trio.to_thread.run_sync(list_segments, self._directory))[:1]:
                     raise
@@ -176,9 +209,20 @@ class Shipper:
         self._reader.seek(Location(splitter["segment"], splitter["offset"]), (0, 0))
         return True
 
-    async def _rescan(self, cause: str) -> None:
-        """Has a complete copy begun, with a gap before it, unless one is under way."""
+    async def _rescan(self, cause: str, read_from: Location | None = None) -> None:
+        """Has a complete copy begun, with a gap before it, unless one is under way.
+
+        Args:
+            read_from: where reading began that led to this.
+
+        Raises:
+            LinkError: the one under way has an unreadable beginning; another was begun.
+        """
         _, reply = await self._tail()
+        if reply["copy_mark"] is not None and read_from == Location(
+            reply["copy_segment"], reply["copy_offset"]
+        ):
+            await self._abandon(cause)  # going there once more would lead back here, for ever
         if reply["copy_mark"] is None:
             if await self._wait_for_copy(reply):
                 return
@@ -186,19 +230,24 @@ class Shipper:
             log.error("%s: a complete copy follows", cause)
         self._reader.seek(Location(reply["copy_segment"], reply["copy_offset"]), (0, 0))
 
-    async def _next_item(self) -> Interval | Copy:
-        """Follows the journal until the next mark or copy."""
+    async def _next_item(self, session: SenderSession) -> Interval | Copy:
+        """Follows the journal until the next mark or copy. Raises the session's failure."""
         given_up = False
         while True:
+            if session.failure is not None:  # nothing else would tell while there is nothing to send
+                raise session.failure
             wake = self._wake = trio.Event()
             tail, splitter = await self._tail()
+            read_from = self._reader.location
             try:
                 item = await trio.to_thread.run_sync(self._reader.next, tail)
             except CorruptionError as error:
-                await self._rescan(str(error))
+                await self._rescan(str(error), read_from)
                 continue
             if isinstance(item, Copy):
-                given_up = splitter["copy_mark"] != item.start.mark  # when writes passed unjournalled
+                # When writes passed unjournalled. Of an attempt that never became durable the number may come again.
+                running = Location(splitter["copy_segment"], splitter["copy_offset"])
+                given_up = splitter["copy_mark"] != item.start.mark or item.location != running
             if given_up and item is not None:
                 # What rests on it can't be applied either: only its room is wanted, for the copy that follows.
                 if isinstance(item, Interval):
@@ -206,8 +255,18 @@ class Shipper:
                         log.error("bookmark %r lies in the gap: the replica won't have it", item.bookmark)
                     await self._splitter.request("release", segment=item.end.segment)
                 continue
+            if isinstance(item, Interval) and item.mark == self._damaged[0]:
+                await self._rescan(self._damaged[1])
+                continue
             if item is not None:
                 return item
+            if given_up and not splitter["passing"] and splitter["copy_mark"] is None:
+                # No other copy follows, so that one was completed, and what rests on it isn't for this replica.
+                await self._rescan(
+                    "the replica stands before a complete copy that it had acknowledged (was its store put back "
+                    "to an older state?)"
+                )
+                continue
             self.standing.getting_through()
             with trio.move_on_after(POLL_S):
                 await wake.wait()
@@ -219,6 +278,8 @@ class Shipper:
         manifest = shipment.copy_manifest(copy, self._hello.history, session.welcome)
         resume = await session.begin(manifest)
         self.standing.begun()
+        # Now, not when the word of the commit comes: that may be lost, and the marks before are so in any case.
+        self.standing.lost = (before, copy.start.mark, copy.start.cause)
         log.info(
             "complete copy begins, mark %d%s",
             copy.start.mark,
@@ -238,18 +299,22 @@ class Shipper:
             )
             await self._send(session, iterator, copy)
         except (CorruptionError, PositionMismatchError) as error:
+            # Only what we see for ourselves makes all be copied again: damage here, or a replica that resumes
+            # before what it had acknowledged. A peer's word needs no copy to get on: the next session's resume
+            # point says where it stands.
+            if error is session.failure:
+                raise
             await self._abandon(str(error))
         finally:
             for fd in fds:
                 os.close(fd)
         await self._splitter.request("copied", mark=copy.start.mark, volume=len(self._volumes), block=0)
         self.standing.getting_through()
-        self.standing.lost = (before, copy.start.mark, copy.start.cause)
         self.standing.arrived(session.welcome, copy.location)
         log.info("complete copy committed, mark %d", copy.start.mark)
 
     async def _abandon(self, cause: str) -> None:
-        """What the journal or the replica had of this transfer can't be used: begin anew."""
+        """What the journal or the replica had of this copy can't be used: begins it anew. Raises LinkError."""
         reply = (await self._tail())[1]
         if reply["copy_mark"] is not None or not reply["passing"]:
             log.error("%s: a complete copy follows", cause)
@@ -261,7 +326,10 @@ class Shipper:
         source = BlockSource(self._directory, interval, sizes)
         mode = self._config.replication.mode
         try:
-            await trio.to_thread.run_sync(self._make_durable, interval.end.segment)
+            # The replica mustn't have what a power loss takes from here: its marks couldn't be led on from.
+            last = interval.end.segment
+            await trio.to_thread.run_sync(make_durable, self._directory, self._durable_segment, last)
+            self._durable_segment = last
             prepared = await trio.to_thread.run_sync(
                 shipment.prepare, interval, self._volumes, source, self._decider(interval), mode != "snapshot"
             )
@@ -271,32 +339,17 @@ class Shipper:
             iterator = shipment.frames(prepared, source, self._volumes, resume)
             await self._send(session, iterator, None)
         except CorruptionError as error:
-            await self._abandon(str(error))
+            # On the next connection the replica wants this one again: then it's passed over for the copy.
+            self._damaged = interval.mark, str(error)
+            await self._rescan(str(error))
+            raise LinkError(f"{error}: connecting anew for a complete copy") from error
         finally:
             source.close()
         await self._splitter.request("release", segment=interval.end.segment)
         self.standing.getting_through()
         self.standing.arrived(session.welcome, interval.end)
+        self._early = {mark for mark in self._early if mark > interval.mark}
         log.debug("interval committed, mark %d, %d writes", interval.mark, len(interval.times))
-
-    def _make_durable(self, last_segment: int) -> None:
-        """The replica mustn't have what a power loss takes from this host: its marks couldn't be led on from.
-
-        Raises:
-            PitfsError: the journal's disk refuses.
-        """
-        try:
-            for number in list_segments(self._directory):
-                if self._durable_segment <= number <= last_segment:
-                    fd = os.open(journal_path(self._directory, number), os.O_RDWR | os.O_CLOEXEC)
-                    try:
-                        os.fdatasync(fd)
-                    finally:
-                        os.close(fd)
-            fsync_directory(self._directory)
-        except OSError as error:
-            raise storage_error(error, self._directory, "making the journal durable") from error
-        self._durable_segment = last_segment
 
     def _decider(self, interval: Interval) -> Callable[[int, int], Decision]:
         """Figure 7 with the configured rate, in bytes on the wire, or the measured one, in bytes of payload."""
@@ -305,11 +358,13 @@ class Shipper:
         ratio = standing.wire_ratio if configured is not None else 1.0
         # An interval that became longer, since nothing was shipped for a while, had as much more time.
         before = standing.committed.protected_through_ns if standing.committed else interval.mark_time_ns
+        # One that was closed early has its own time only: else each of the parts had the whole interval's room.
+        least_ns = 0 if interval.mark in self._early else replication.interval_ns
         return lambda diff_bytes, journal_bytes: decide(
             mode=replication.mode,
             diff_bytes=int(diff_bytes * ratio),
             journal_bytes=int(journal_bytes * ratio),
-            interval_ns=max(replication.interval_ns, interval.mark_time_ns - before),
+            interval_ns=max(least_ns, interval.mark_time_ns - before),
             rate_bytes_per_s=configured if configured is not None else standing.measured_rate,
         )
 
@@ -346,8 +401,7 @@ class Shipper:
         protected = committed.protected_through_ns if committed and committed.mark else None
         lag_bytes = splitter["used_bytes"]
         if location is not None:
-            segment_bytes = segment_bytes_for(self._config.journal.capacity_bytes)
-            lag_bytes = (tail.segment - location.segment) * segment_bytes + tail.offset - location.offset
+            lag_bytes = self._bytes_between(location, tail)
         decision, rate = standing.last_decision, self._config.replication.rate_bytes_per_s
         return {
             "role": "production",

@@ -93,6 +93,7 @@ class TlsStream(PlainStream):
         )
         self._sending = trio.Lock()  # what the BIO gives must reach the socket in that order
         self._buffer = bytearray(RECEIVE_BYTES + TLS_RECORD_BYTES)
+        self._ended = False  # the peer sent close_notify
 
     async def do_handshake(self) -> None:
         """
@@ -127,23 +128,30 @@ class TlsStream(PlainStream):
         Raises:
             ssl.SSLError: an alert of the peer, or bytes that aren't TLS.
         """
-        while True:
+        # What comes behind close_notify isn't received: nothing would ever take it out of the BIO again.
+        while not self._ended:
             view = memoryview(self._buffer)
             filled = 0
-            with suppress(ssl.SSLWantReadError, ssl.SSLZeroReturnError):
-                while filled < RECEIVE_BYTES:
+            try:
+                while filled < RECEIVE_BYTES and not self._ended:
                     count = self._tls.read(TLS_RECORD_BYTES, view[filled:])
-                    if not count:
-                        break
                     filled += int(count)
+                    self._ended = not count
+            except ssl.SSLZeroReturnError:
+                self._ended = True
+            except ssl.SSLWantReadError:
+                pass
             if self._outgoing.pending and not self._sending.locked():  # else the sending task takes it along
                 await self._flush()
             if filled:
                 return view[:filled]
+            if self._ended:
+                break
             data = await super().receive_some()
             if not data:
                 return b""
             self._incoming.write(data)
+        return b""
 
     async def send_all(self, data: Buffer) -> None:
         view = memoryview(data)

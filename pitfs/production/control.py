@@ -1,6 +1,7 @@
 """The control sockets of the production host: one JSON document per line, request and reply.
 
 A request is `{"op": NAME, …}`; a reply `{"ok": {…}}` or `{"error": MESSAGE, "exit_code": N, "retryable": B}`.
+A client that closes its sending direction before the reply has left: its request is given up.
 The splitter serves `splitter.sock`, the shipper `control.sock`, both in the group's state directory.
 """
 
@@ -54,6 +55,7 @@ class Connection:
         self._stream = stream
         self._buffer = bytearray()
         self._lock = trio.Lock()
+        self._owed = 0  # replies to come; more than one where who asked was cancelled
 
     @classmethod
     async def open(cls, directory: str, name: str) -> Connection:
@@ -68,17 +70,23 @@ class Connection:
         return cls(trio.SocketStream(sock))
 
     async def request(self, op: str, **arguments: Any) -> dict[str, Any]:
-        """Sends a request and returns the reply's values.
+        """Sends a request and returns the reply's values. Cancelled, it may be done or not.
 
         Raises:
             ControlError: the other side says so.
             trio.BrokenResourceError: the other side is gone.
         """
         async with self._lock:
-            await self._stream.send_all(msgspec.json.encode({"op": op, **arguments}) + b"\n")
-            line = await self._read_line()
-        if line is None:
-            raise trio.BrokenResourceError("closed by the other side")
+            with trio.CancelScope(shield=True):  # a request that was cut short would spoil the next one
+                await self._stream.send_all(msgspec.json.encode({"op": op, **arguments}) + b"\n")
+            self._owed += 1
+            while True:  # replies come in order: ours is the last
+                line = await self._read_line()
+                if line is None:
+                    raise trio.BrokenResourceError("closed by the other side")
+                self._owed -= 1
+                if not self._owed:
+                    break
         reply = msgspec.json.decode(line)
         if "ok" not in reply:
             raise ControlError(
@@ -100,21 +108,50 @@ class Connection:
         return line
 
     async def serve(self, handler: Handler) -> None:
-        """Answers requests until the other side closes."""
+        """Answers requests until the other side closes; the one that is being worked on is cancelled then."""
         while (line := await self._read_line()) is not None:
+            reply = b""
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch, nursery.cancel_scope)
+                reply = await _answer(line, handler)
+                nursery.cancel_scope.cancel()
+            if not reply:
+                return
+            await self._stream.send_all(reply)
+
+    async def _watch(self, scope: trio.CancelScope) -> None:
+        """Cancels when the other side closes. Requests that come early are kept, up to the limit of a line."""
+        while len(self._buffer) <= MAX_LINE_BYTES:
             try:
-                request = msgspec.json.decode(line)
-                if not isinstance(request, dict) or not isinstance(request.get("op"), str):
-                    raise PitfsError("a request is an object with 'op'")
-                reply: dict[str, Any] = {"ok": await handler(request)}
-            except PitfsError as error:
-                reply = {"error": str(error), "exit_code": error.exit_code, "retryable": error.retryable}
-            except (msgspec.DecodeError, KeyError, TypeError) as error:
-                reply = {"error": f"not a request: {error!r}"}
-            await self._stream.send_all(msgspec.json.encode(reply) + b"\n")
+                data = await self._stream.receive_some()
+            except trio.BrokenResourceError:
+                data = b""
+            if not data:
+                scope.cancel()
+                return
+            self._buffer += data
 
     async def aclose(self) -> None:
         await self._stream.aclose()
+
+
+async def _answer(line: bytes, handler: Handler) -> bytes:
+    """The line that answers a request. Never raises: a mistake in one request mustn't end the process."""
+    try:
+        request = msgspec.json.decode(line)
+        if not isinstance(request, dict) or not isinstance(request.get("op"), str):
+            raise PitfsError("a request is an object with 'op'")
+        reply: dict[str, Any] = {"ok": await handler(request)}
+    except PitfsError as error:
+        reply = {"error": str(error), "exit_code": error.exit_code, "retryable": error.retryable}
+    except (msgspec.DecodeError, KeyError, TypeError) as error:
+        reply = {"error": f"not a request: {error!r}"}
+    except (trio.BrokenResourceError, trio.ClosedResourceError):
+        reply = {"error": "the splitter ended before it answered: see the log of 'pitfs protect'"}
+    except Exception as error:
+        log.exception("a bug in pitfs: request %.200r: please report it", line)
+        reply = {"error": f"a bug in pitfs: {type(error).__name__}: {error}: see the log of 'pitfs protect'"}
+    return msgspec.json.encode(reply) + b"\n"
 
 
 async def serve(

@@ -6,6 +6,7 @@ segments until they are sent.
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from collections.abc import Callable
@@ -16,10 +17,11 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from pitfs.errors import CorruptionError
+from pitfs.errors import CorruptionError, PitfsError
 from pitfs.model.difference import Columns, Rows
 from pitfs.model.record import CopyStart, Kind, Mark, Record
 from pitfs.production.journal import Location, journal_path
+from pitfs.storage.files import fsync_directory, storage_error
 from pitfs.storage.segment import DATA_OFFSET, SegmentReader, list_segments
 
 _WRITE: Final = np.dtype(
@@ -34,6 +36,17 @@ _WRITE: Final = np.dtype(
     ]
 )
 _PACK_WRITE: Final = struct.Struct("<qqqqqii").pack
+_NOT_THE_FILES: Final = frozenset({errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM})
+
+
+def _unreadable(error: OSError, path: str, offset: int) -> PitfsError:
+    """A segment that is missing or has a bad sector is damaged: what it held must come from elsewhere.
+
+    Not so where this process has no memory, descriptors or rights: then it is all still there.
+    """
+    if error.errno in _NOT_THE_FILES:
+        return storage_error(error, path, "reading the journal")
+    return CorruptionError(path, offset, f"it can't be read: {os.strerror(error.errno or errno.EIO)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,23 +186,28 @@ class JournalReader:
         """Visits records up to `until` (exclusive); stops behind one for which `visit` returns True.
 
         Raises:
-            CorruptionError.
+            CorruptionError: the journal is damaged, or can't be read there.
+            PitfsError: this process can't read it just now.
         """
-        while self.location < until:
-            reader = self._open(self.location.segment)
-            end = until.offset if reader.header.number == until.segment else None
-            for offset, record in reader.heads(self.location.offset, end):
-                if record.kind is Kind.SEAL:
-                    self.location = Location(reader.header.number + 1, DATA_OFFSET)
-                    break
-                here = Location(reader.header.number, offset)
-                self.location = Location(reader.header.number, offset + record.size_bytes)
-                if visit(here, record):
+        try:
+            while self.location < until:
+                reader = self._open(self.location.segment)
+                end = until.offset if reader.header.number == until.segment else None
+                for offset, record in reader.heads(self.location.offset, end):
+                    if record.kind is Kind.SEAL:
+                        self.location = Location(reader.header.number + 1, DATA_OFFSET)
+                        break
+                    here = Location(reader.header.number, offset)
+                    self.location = Location(reader.header.number, offset + record.size_bytes)
+                    if visit(here, record):
+                        return
+                else:
+                    if end is None:
+                        raise CorruptionError(reader.path, self.location.offset, "the segment has no end")
                     return
-            else:
-                if end is None:
-                    raise CorruptionError(reader.path, self.location.offset, "the segment has no end")
-                return
+        except OSError as error:
+            path = journal_path(self.directory, self.location.segment)
+            raise _unreadable(error, path, self.location.offset) from error
 
     def _open(self, number: int) -> SegmentReader:
         if self._reader is None or self._reader.header.number != number:
@@ -235,6 +253,25 @@ class JournalReader:
         return interval
 
 
+def make_durable(directory: str, first_segment: int, last_segment: int) -> None:
+    """Makes these segments (both inclusive) and their names durable, whatever the splitter has synced. Blocks.
+
+    Raises:
+        PitfsError: the journal's disk refuses.
+    """
+    try:
+        for number in list_segments(directory):
+            if first_segment <= number <= last_segment:
+                fd = os.open(journal_path(directory, number), os.O_RDWR | os.O_CLOEXEC)
+                try:
+                    os.fdatasync(fd)
+                finally:
+                    os.close(fd)
+        fsync_directory(directory)
+    except OSError as error:
+        raise storage_error(error, directory, "making the journal durable") from error
+
+
 class BlockSource:
     """Contents of an interval's rows, read from the segments and verified. Keeps few files open.
 
@@ -270,7 +307,8 @@ class BlockSource:
         """The rows' blocks one behind the other, not verified; one read for each stretch that stands together.
 
         Raises:
-            CorruptionError: a segment is too short.
+            CorruptionError: a segment is too short, missing, or can't be read there.
+            PitfsError: this process can't read it just now.
         """
         sizes = self._block_sizes[self._interval.columns.volume[rows]]
         segment, offset = self._interval.segment[rows], self._interval.offset[rows]
@@ -284,8 +322,11 @@ class BlockSource:
         for number, at, start, end in zip(
             segment[firsts].tolist(), offset[firsts].tolist(), places[:-1], places[1:], strict=True
         ):
-            if os.preadv(self._fd(number), [view[start:end]], at) != end - start:
-                raise CorruptionError(
-                    journal_path(self._directory, number), at, "the file ends inside a record"
-                )
+            path = journal_path(self._directory, number)
+            try:
+                done = os.preadv(self._fd(number), [view[start:end]], at)
+            except OSError as error:
+                raise _unreadable(error, path, at) from error
+            if done != end - start:
+                raise CorruptionError(path, at, "the file ends inside a record")
         return buffer

@@ -44,6 +44,7 @@ from pitfs.production.reader import BlockSource, Copy, Interval
 
 COMPARE_BYTES: Final = 4 << 20  # blocks compared at once: bounds what is held
 FORMAT: Final = 1  # of the sections' order; part of the identity
+MAX_CAUSE_LENGTH: Final = 1000  # characters: what the link's manifest takes; errors with long paths have more
 
 
 def zero_checksums(volumes: tuple[VolumeInfo, ...]) -> npt.NDArray[np.uint64]:
@@ -161,10 +162,13 @@ def copy_manifest(copy: Copy, history: str, welcome: Welcome) -> Manifest:
         welcome: where the replica stands: what lies between that and the copy is a gap.
     """
     start = copy.start
+    cause = start.cause
+    if len(cause) > MAX_CAUSE_LENGTH:
+        cause = cause[: MAX_CAUSE_LENGTH - 1] + "…"
     before = (welcome.seq, welcome.time_ns) if welcome.mark else (copy.seq, copy.time_ns)
     gaps: tuple[Gap, ...] = ()
     if welcome.mark:
-        gaps = (Gap(*before, copy.seq, copy.time_ns, start.cause),)
+        gaps = (Gap(*before, copy.seq, copy.time_ns, cause),)
     return Manifest(
         mark=start.mark,
         kind=Kind.FULL,
@@ -175,7 +179,7 @@ def copy_manifest(copy: Copy, history: str, welcome: Welcome) -> Manifest:
         first_time_ns=None,
         protected_through_ns=copy.time_ns,
         granularity_ns=None,
-        cause=start.cause or "the first full copy",
+        cause=cause or "the first full copy",
         diff_count=None,
         journal_count=0,
         identity=f"{FORMAT} {history} full {start.mark}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import ssl
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -13,6 +14,7 @@ import trio
 import trustme
 
 from pitfs.errors import LinkError, LinkRefusedError, PitfsError, RemoteProtocolError, UsageError
+from pitfs.link.stream import TlsStream
 from pitfs.link.tls import client_context, is_granted, is_loopback, require_loopback, server_context
 from pitfs.link.transport import connect
 from tests.helpers.links import HELLO, MANIFEST, FakeIngest, Files, issue, replica
@@ -230,3 +232,27 @@ def test_loopback_addresses_are_known_in_every_form() -> None:
 
 def test_a_remote_protocol_error_is_a_link_error_that_may_be_retried() -> None:
     assert issubclass(RemoteProtocolError, LinkError) and RemoteProtocolError("x").retryable
+
+
+async def test_what_comes_behind_the_end_of_tls_is_not_received(pki: dict[str, Files]) -> None:
+    pair = [trio.SocketStream(side) for side in trio.socket.socketpair()]
+    sender = TlsStream(pair[0], client(pki["production"]), "127.0.0.1")
+    receiver = TlsStream(pair[1], server_context(*pki["replica"].as_arguments()))
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(sender.do_handshake)
+            nursery.start_soon(receiver.do_handshake)
+        await sender.send_all(b"the last words")
+        with suppress(ssl.SSLWantReadError):
+            sender._tls.unwrap()
+        await sender._flush()
+        for _ in range(3):
+            await pair[0].send_all(b"more and more" * 100)
+        assert bytes(await receiver.receive_some()) == b"the last words"
+        for _ in range(3):
+            assert await receiver.receive_some() == b""
+        held = receiver._incoming.pending
+        await pair[0].send_all(b"more and more" * 100)
+        assert await receiver.receive_some() == b"" and receiver._incoming.pending == held
+    for side in (sender, receiver):
+        await side.aclose()

@@ -16,101 +16,11 @@ import pytest
 import trio
 
 from pitfs.cli.shipper_process import ShipperControl
-from pitfs.cli.shipping import Shipper
-from pitfs.config import load_config
 from pitfs.errors import CapacityError, LinkError, PitfsError, UsageError
 from pitfs.link.sender import SenderSession
-from pitfs.model.transfer import Checkpoint, Data, End, Manifest, ResumePoint, Welcome
-from pitfs.production.control import Connection
-from pitfs.production.journal import Location
 from pitfs.production.reader import Copy, Interval
-from pitfs.production.service import SplitterService
-from pitfs.store.ingest import Ingest
-from pitfs.store.store import Store
-from tests.helpers.pipeline import Pipeline
-from tests.helpers.refusals import write_config
-from tests.helpers.stores import feed, read_image
-
-VOLUME_BYTES = 300_000
-MARGIN_S = 30.0
-
-
-class Here:
-    """A session with a replica that is in this process. `begun` counts the transfers that were offered to it."""
-
-    def __init__(self, ingest: Ingest) -> None:
-        self._ingest = ingest
-        self.welcome: Welcome = ingest.welcome()
-        self.durable = ResumePoint()
-        self.wire_bytes = self.payload_bytes = self.begun = 0
-
-    async def begin(self, manifest: Manifest) -> ResumePoint:
-        self.begun += 1
-        return self._ingest.begin(manifest)
-
-    async def send(self, frame: Data | Checkpoint) -> None:
-        feed(self._ingest, frame)
-
-    async def finish(self, end: End) -> Welcome:
-        self.welcome = self._ingest.end(end)
-        return self.welcome
-
-
-class Parts:
-    """A pipeline whose journal a shipper follows."""
-
-    def __init__(self, tmp: Path) -> None:
-        self.pipeline = Pipeline(tmp, [VOLUME_BYTES], [4096], capacity_bytes=16 << 20)
-        self.service = SplitterService(self.pipeline.splitter)
-        config = load_config(str(write_config(tmp, {"v0": self.pipeline.backings[0]})))
-        self.session = Here(self.pipeline.ingest)
-        self.shipper = Shipper(config, self.pipeline.hello, cast(Connection, self), None)
-
-    async def request(self, op: str, **arguments: Any) -> dict[str, Any]:
-        return await self.service.handle({"op": op, **arguments})
-
-    async def locate(self) -> None:
-        await self.shipper._locate(self.session.welcome)
-
-    async def next(self) -> Interval | Copy:
-        with trio.fail_after(MARGIN_S):
-            return await self.shipper._next_item()
-
-    async def ship(self) -> Interval | Copy:
-        """The next item, to its end."""
-        item, session = await self.next(), cast(SenderSession, self.session)
-        if isinstance(item, Copy):
-            await self.shipper._ship_copy(session, item)
-        else:
-            await self.shipper._ship_interval(session, item)
-        return item
-
-    def fill(self) -> None:
-        """Writes until they pass, and one more."""
-        while not self.pipeline.splitter.standing.passing:
-            self.write(100_000)
-        self.write(100_000)
-
-    def write(self, length: int = 5000) -> None:
-        pipeline = self.pipeline
-        at = int(pipeline.random.integers(VOLUME_BYTES - length))
-        pipeline.write(0, at, pipeline.random.bytes(length))
-
-    def mark(self) -> None:
-        self.pipeline.splitter.mark()
-
-    def assert_replica_has_all(self) -> None:
-        store = Store.open(self.pipeline.ingest.path)
-        try:
-            latest = store.latest()
-            assert latest is not None
-            assert read_image(store, latest, 0) == self.pipeline.states[-1][0]
-        finally:
-            store.close()
-
-    def close(self) -> None:
-        self.shipper._reader.close()
-        self.pipeline.close()
+from pitfs.storage.segment import SegmentReader
+from tests.helpers.shipper import Parts, recovers
 
 
 @pytest.fixture
@@ -118,19 +28,6 @@ def parts(tmp_path: Path) -> Any:
     made = Parts(tmp_path)
     yield made
     made.close()
-
-
-async def recovers(parts: Parts) -> None:
-    """A new copy comes by itself, then intervals as ever."""
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(parts.service.run)
-        assert isinstance(await parts.ship(), Copy)
-        parts.assert_replica_has_all()
-        parts.write()
-        parts.mark()
-        assert isinstance(await parts.ship(), Interval)
-        parts.assert_replica_has_all()
-        nursery.cancel_scope.cancel()
 
 
 async def test_a_journal_that_fills_before_the_first_copy_is_mended(parts: Parts) -> None:
@@ -178,20 +75,18 @@ async def test_segments_recycled_under_the_search_are_searched_again(
     parts.mark()
     await parts.ship()
     mark = parts.session.welcome.mark
-    real = parts.shipper._reader.seek_mark
-    asked = 0
+    real = parts.shipper._reader._open
+    asked = []
 
-    def seek_mark(wanted: int, until: Location) -> bool:
-        nonlocal asked
-        asked += 1
-        if asked == 1:  # the first segment goes as it is being opened
+    def open_segment(number: int) -> SegmentReader:
+        if not asked:  # the first segment goes as it is being opened
             splitter.journal.release(splitter.journal.tail.segment)
-            raise FileNotFoundError(errno.ENOENT, "gone")
-        return real(wanted, until)
+        asked.append(number)
+        return real(number)
 
-    monkeypatch.setattr(parts.shipper._reader, "seek_mark", seek_mark)
+    monkeypatch.setattr(parts.shipper._reader, "_open", open_segment)
     await parts.locate()
-    assert asked == 2 and splitter.standing.mark == mark, "found, without a complete copy"
+    assert asked[0] == 1 and asked[1] > 1 and splitter.standing.mark == mark, "found, without a complete copy"
     parts.write()
     parts.mark()
     assert isinstance(await parts.ship(), Interval)

@@ -1,0 +1,136 @@
+"""A shipper beside the real splitter, its service and the store, in this process: without processes and a link."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+import trio
+
+from pitfs.cli.shipping import Shipper
+from pitfs.config import load_config
+from pitfs.link.sender import SenderSession
+from pitfs.model.transfer import Checkpoint, Data, End, Manifest, ResumePoint, Welcome
+from pitfs.production.control import Connection
+from pitfs.production.reader import Copy, Interval
+from pitfs.production.service import SplitterService
+from pitfs.store.ingest import Ingest
+from pitfs.store.store import Store
+from tests.helpers.pipeline import Pipeline
+from tests.helpers.refusals import write_config
+from tests.helpers.stores import feed, read_image
+
+VOLUME_BYTES = 300_000
+MARGIN_S = 30.0
+
+
+class Here:
+    """A session with a replica that is in this process. `begun` counts the transfers that were offered to it."""
+
+    peer = "here"
+
+    def __init__(self, ingest: Ingest) -> None:
+        self._ingest = ingest
+        self.failure: Exception | None = None
+        self.welcome: Welcome = ingest.welcome()
+        self.durable = ResumePoint()
+        self.wire_bytes = self.payload_bytes = self.begun = 0
+
+    async def begin(self, manifest: Manifest) -> ResumePoint:
+        self.begun += 1
+        return self._ingest.begin(manifest)
+
+    async def send(self, frame: Data | Checkpoint) -> None:
+        feed(self._ingest, frame)
+
+    async def finish(self, end: End) -> Welcome:
+        self.welcome = self._ingest.end(end)
+        return self.welcome
+
+
+class Parts:
+    """A pipeline whose journal a shipper follows."""
+
+    def __init__(self, tmp: Path) -> None:
+        self.pipeline = Pipeline(tmp, [VOLUME_BYTES], [4096], capacity_bytes=16 << 20)
+        self.service = SplitterService(self.pipeline.splitter)
+        config = load_config(str(write_config(tmp, {"v0": self.pipeline.backings[0]})))
+        self.session = Here(self.pipeline.ingest)
+        self.shipper = Shipper(config, self.pipeline.hello, cast(Connection, self), None)
+
+    async def request(self, op: str, **arguments: Any) -> dict[str, Any]:
+        return await self.service.handle({"op": op, **arguments})
+
+    async def locate(self) -> None:
+        await self.shipper._locate(self.session.welcome)
+
+    async def connect_anew(self) -> None:
+        """As after a connection that broke."""
+        self.session = Here(self.pipeline.ingest)
+        self.shipper.standing.arrived(self.session.welcome, None)
+        await self.locate()
+
+    def save_replica(self) -> Path:
+        """A copy of the store as it is now, as a backup has it."""
+        return Path(shutil.copytree(self.pipeline.ingest.path, self.pipeline.tmp / "saved"))
+
+    def restore_replica(self, saved: Path) -> None:
+        ingest = self.pipeline.ingest
+        ingest.close()
+        shutil.rmtree(ingest.path)
+        saved.rename(ingest.path)
+        self.pipeline.ingest = Ingest(str(self.pipeline.tmp), self.pipeline.hello)
+
+    async def next(self) -> Interval | Copy:
+        with trio.fail_after(MARGIN_S):
+            return await self.shipper._next_item(cast(SenderSession, self.session))
+
+    async def ship(self) -> Interval | Copy:
+        """The next item, to its end."""
+        item, session = await self.next(), cast(SenderSession, self.session)
+        if isinstance(item, Copy):
+            await self.shipper._ship_copy(session, item)
+        else:
+            await self.shipper._ship_interval(session, item)
+        return item
+
+    def fill(self) -> None:
+        """Writes until they pass, and one more."""
+        while not self.pipeline.splitter.standing.passing:
+            self.write(100_000)
+        self.write(100_000)
+
+    def write(self, length: int = 5000) -> None:
+        pipeline = self.pipeline
+        at = int(pipeline.random.integers(VOLUME_BYTES - length))
+        pipeline.write(0, at, pipeline.random.bytes(length))
+
+    def mark(self) -> None:
+        self.pipeline.splitter.mark()
+
+    def assert_replica_has_all(self) -> None:
+        store = Store.open(self.pipeline.ingest.path)
+        try:
+            latest = store.latest()
+            assert latest is not None
+            assert read_image(store, latest, 0) == self.pipeline.states[-1][0]
+        finally:
+            store.close()
+
+    def close(self) -> None:
+        self.shipper._reader.close()
+        self.pipeline.close()
+
+
+async def recovers(parts: Parts) -> None:
+    """A new copy comes by itself, then intervals as ever."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(parts.service.run)
+        assert isinstance(await parts.ship(), Copy)
+        parts.assert_replica_has_all()
+        parts.write()
+        parts.mark()
+        assert isinstance(await parts.ship(), Interval)
+        parts.assert_replica_has_all()
+        nursery.cancel_scope.cancel()

@@ -1,0 +1,207 @@
+"""The control sockets: who leaves, who is too early, and what a mistake in one request does to the others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from pitfs.cli.shipper_process import BOOKMARKS_FILE, ShipperControl
+from pitfs.errors import EXIT_FAILED, PitfsError
+from pitfs.production.control import MAX_CONNECTIONS, Connection, ControlError, Handler, serve
+from tests.helpers.shipper import Parts
+
+NAME = "s.sock"
+MARGIN_S = 30.0
+
+
+class Slow:
+    """Answers `slow` when `go` is set, everything else at once with its own name."""
+
+    def __init__(self) -> None:
+        self.go = trio.Event()
+        self.begun = self.cancelled = 0
+
+    async def handle(self, request: dict[str, Any]) -> dict[str, Any]:
+        op = request["op"]
+        if op == "slow":
+            self.begun += 1
+            try:
+                await self.go.wait()
+            except trio.Cancelled:
+                self.cancelled += 1
+                raise
+        return {"op": op}
+
+
+@asynccontextmanager
+async def served(directory: Path, handler: Handler) -> AsyncIterator[None]:
+    with trio.fail_after(MARGIN_S):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(serve, str(directory), NAME, handler)
+            yield
+            nursery.cancel_scope.cancel()
+
+
+async def connected(directory: Path) -> Connection:
+    return await Connection.open(str(directory), NAME)
+
+
+async def ask(connection: Connection, op: str) -> str:
+    return str((await connection.request(op))["op"])
+
+
+async def test_a_request_whose_client_leaves_is_cancelled_and_makes_room(tmp_path: Path) -> None:
+    slow = Slow()
+    async with served(tmp_path, slow.handle):
+        clients = [await connected(tmp_path) for _ in range(MAX_CONNECTIONS)]
+        for client in clients:
+            await client._stream.send_all(b'{"op": "slow"}\n')
+        await wait_all_tasks_blocked()
+        assert slow.begun == MAX_CONNECTIONS
+        for client in clients:
+            await client.aclose()
+        one_more = await connected(tmp_path)
+        assert await ask(one_more, "status") == "status"
+        assert slow.cancelled == MAX_CONNECTIONS
+        await one_more.aclose()
+
+
+async def test_a_request_that_comes_early_is_answered_in_its_turn(tmp_path: Path) -> None:
+    slow = Slow()
+    async with served(tmp_path, slow.handle):
+        client = await connected(tmp_path)
+        answers = []
+
+        async def ask_slow() -> None:
+            answers.append(await ask(client, "slow"))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask_slow)
+            await wait_all_tasks_blocked()
+            await client._stream.send_all(b'{"op": "early"}\n{"op": "ear')
+            await wait_all_tasks_blocked()
+            await client._stream.send_all(b'lier"}\n')
+            await wait_all_tasks_blocked()
+            slow.go.set()
+        assert answers == ["slow"]
+        for op in (b"early", b"earlier"):
+            assert await client._read_line() == b'{"ok":{"op":"%s"}}' % op
+        await client.aclose()
+
+
+async def test_more_early_requests_than_are_kept_break_that_connection_only(tmp_path: Path) -> None:
+    slow = Slow()
+    async with served(tmp_path, slow.handle):
+        client, other = await connected(tmp_path), await connected(tmp_path)
+        sent = []
+
+        async def send_much() -> None:
+            with pytest.raises(trio.BrokenResourceError):
+                await client._stream.send_all(b'{"op": "slow"}\n' + b"x" * (4 << 20))
+                sent.append(True)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send_much)
+            await wait_all_tasks_blocked()
+            assert not sent, "what isn't kept waits in the sender"
+            assert not slow.cancelled and await ask(other, "status") == "status"
+            slow.go.set()
+        assert await client._read_line() == b'{"ok":{"op":"slow"}}'
+        await client.aclose()
+        await other.aclose()
+
+
+async def test_a_request_that_was_cancelled_leaves_the_next_its_own_reply(tmp_path: Path) -> None:
+    slow = Slow()
+    async with served(tmp_path, slow.handle):
+        client = await connected(tmp_path)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask, client, "slow")
+            await wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+        assert slow.begun == 1 and not slow.cancelled, "the connection stays"
+        slow.go.set()
+        assert await ask(client, "next") == "next"
+        await client.aclose()
+
+
+async def test_a_mistake_of_ours_is_logged_and_answered_and_ends_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def handle(request: dict[str, Any]) -> dict[str, Any]:
+        return {"value": int(request["value"])}
+
+    async with served(tmp_path, handle):
+        client = await connected(tmp_path)
+        with pytest.raises(
+            ControlError, match=r"^a bug in pitfs: ValueError: invalid literal.*log"
+        ) as caught:
+            await client.request("copied", value="x")
+        assert caught.value.exit_code == EXIT_FAILED and "\n" not in str(caught.value)
+        assert await client.request("copied", value="7") == {"value": 7}, "the same connection"
+        await client.aclose()
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "a bug in pitfs" in record.message and record.exc_info is not None
+
+
+async def test_who_asks_is_told_that_the_splitter_ended(tmp_path: Path) -> None:
+    async def handle(request: dict[str, Any]) -> dict[str, Any]:
+        raise trio.BrokenResourceError("closed by the other side")
+
+    async with served(tmp_path, handle):
+        client = await connected(tmp_path)
+        with pytest.raises(ControlError, match="the splitter ended"):
+            await client.request("status")
+        await client.aclose()
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Any:
+    made = Parts(tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (
+            lambda path: path.write_bytes("noon\nn\xf6\xf6n\n".encode("latin-1")),
+            "damaged at byte 6: .* mend it",
+        ),
+        (lambda path: path.mkdir(), "reading the names of bookmarks: Is a directory"),
+    ],
+)
+async def test_a_list_of_bookmarks_that_cannot_be_read_is_named(parts: Parts, spoil: Any, words: str) -> None:
+    path = Path(parts.pipeline.state) / BOOKMARKS_FILE
+    spoil(path)
+    control = ShipperControl(parts.shipper, parts.pipeline.state, "g")
+    with pytest.raises(PitfsError, match=f"^{path}: {words}"):
+        await control.handle({"op": "bookmark", "name": "late"})
+    assert parts.pipeline.splitter.standing.mark == 1, "not set without its name being kept"
+
+
+async def test_a_bookmark_whose_client_leaves_is_set_or_not_named(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    control = ShipperControl(parts.shipper, parts.pipeline.state, "g")
+    before = parts.pipeline.splitter.standing.mark
+    with trio.CancelScope() as scope:
+        mark = parts.shipper.mark
+
+        async def leaving(name: str) -> dict[str, Any]:
+            scope.cancel()
+            await trio.lowlevel.checkpoint()
+            return await mark(name)
+
+        monkeypatch.setattr(parts.shipper, "mark", leaving)
+        await control.handle({"op": "bookmark", "name": "noon"})
+    assert parts.pipeline.splitter.standing.mark == before + 1
+    assert os.path.exists(os.path.join(parts.pipeline.state, BOOKMARKS_FILE))

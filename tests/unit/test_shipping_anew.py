@@ -1,0 +1,321 @@
+"""The shipper where the replica went back, the journal can't be read, or the link ends without a word."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from pitfs.cli.standing import InGapError
+from pitfs.errors import LinkError, PitfsError, PositionMismatchError
+from pitfs.link import checks
+from pitfs.link.sender import SenderSession
+from pitfs.model.transfer import Begin, Checkpoint, Data, End, Welcome
+from pitfs.production import shipment
+from pitfs.production.journal import Location
+from pitfs.production.reader import Copy, Interval
+from tests.helpers.shipper import MARGIN_S, VOLUME_BYTES, Here, Parts, recovers
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Any:
+    made = Parts(tmp_path)
+    yield made
+    made.close()
+
+
+async def ship_interval(parts: Parts, length: int = 5000) -> None:
+    parts.write(length)
+    parts.mark()
+    assert isinstance(await parts.ship(), Interval)
+
+
+def unreadable(monkeypatch: pytest.MonkeyPatch, path: str, call: str, number: int) -> None:
+    """Reads of that file by os.`call` fail from now on."""
+    real: Callable[..., Any] = getattr(os, call)
+
+    def failing(fd: int, *rest: Any) -> Any:
+        if os.readlink(f"/proc/self/fd/{fd}") == path:
+            raise OSError(number, os.strerror(number))
+        return real(fd, *rest)
+
+    monkeypatch.setattr(os, call, failing)
+
+
+async def three_segments(parts: Parts) -> str:
+    """A replica that has the first copy, and an interval over three segments for it; path of the second one."""
+    await parts.locate()
+    await parts.ship()
+    while parts.pipeline.splitter.journal.tail.segment < 3:
+        parts.write(100_000)
+    parts.mark()
+    return parts.pipeline.splitter.journal.path_of(2)
+
+
+# -- a replica that was put back ------------------------------------------------------------------------
+
+
+async def test_a_replica_from_before_a_completed_copy_gets_another_one(parts: Parts) -> None:
+    await parts.locate()
+    await parts.ship()
+    saved = parts.save_replica()
+    await ship_interval(parts)
+    await parts.request("rescan", cause="to try it")
+    assert isinstance(await parts.ship(), Interval), "what came before that copy"
+    assert isinstance(await parts.ship(), Copy)
+    await ship_interval(parts)
+    parts.restore_replica(saved)
+    await parts.connect_anew()
+    for _ in range(2):
+        assert isinstance(await parts.ship(), Interval), (
+            "the journal still leads on from there, up to the copy"
+        )
+    await recovers(parts)
+    assert "a complete copy that it had acknowledged" in parts.shipper.standing.lost[2]
+
+
+# -- the word of a commit that is lost --------------------------------------------------------------------
+
+
+async def test_a_mark_in_the_gap_is_said_to_be_so_though_the_copys_commit_was_not_heard(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await parts.locate()
+    await parts.ship()
+    parts.write()
+    in_gap = (await parts.shipper.mark())["mark"]
+    parts.pipeline.splitter.start_copy("to try it")
+    parts.shipper._reader.seek(parts.pipeline.splitter.standing.copy_location, (0, 0))
+    finish = parts.session.finish
+
+    async def cut(end: End) -> Welcome:
+        await finish(end)
+        raise LinkError("it closed the connection")
+
+    monkeypatch.setattr(parts.session, "finish", cut)
+    with pytest.raises(LinkError):
+        await parts.ship()
+    await parts.connect_anew()
+    assert parts.pipeline.splitter.standing.copy is None, "the replica's mark said that it was committed"
+    with trio.fail_after(MARGIN_S), pytest.raises(InGapError, match="to try it"):
+        await parts.shipper.standing.wait_committed(in_gap, 0)
+
+
+# -- a journal that can't be read -------------------------------------------------------------------------
+
+
+async def test_a_bad_sector_under_a_record_leads_to_a_copy(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unreadable(monkeypatch, await three_segments(parts), "pread", errno.EIO)
+    await recovers(parts)
+    lost = parts.shipper.standing.lost[2]
+    assert "segment-" in lost and lost.endswith("damaged at byte 4096: it can't be read: Input/output error")
+
+
+async def test_a_bad_sector_under_contents_leads_to_a_copy(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unreadable(monkeypatch, await three_segments(parts), "preadv", errno.EIO)
+    mark = parts.pipeline.splitter.standing.mark
+    with pytest.raises(LinkError, match="it can't be read: Input/output error: connecting anew"):
+        await parts.ship()
+    await parts.connect_anew()
+    await recovers(parts)
+    assert parts.pipeline.splitter.standing.mark == mark + 3, (
+        "closed, copied once, and the interval after that"
+    )
+
+
+async def test_a_segment_that_is_missing_leads_to_a_copy(parts: Parts) -> None:
+    os.unlink(await three_segments(parts))
+    await recovers(parts)
+    assert "No such file or directory" in parts.shipper.standing.lost[2]
+
+
+@pytest.mark.parametrize("call", ["pread", "preadv"])
+async def test_a_process_without_memory_has_no_damaged_journal(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    path = await three_segments(parts)
+    mark = parts.pipeline.splitter.standing.mark
+    with monkeypatch.context() as patch:
+        unreadable(patch, path, call, errno.ENOMEM)
+        with pytest.raises(PitfsError, match=f"{path}: reading the journal: Cannot allocate memory"):
+            await parts.ship()
+    await parts.connect_anew()
+    assert isinstance(await parts.ship(), Interval)
+    assert parts.pipeline.splitter.standing.mark == mark, "without a complete copy"
+    parts.assert_replica_has_all()
+
+
+async def test_a_copy_whose_beginning_is_damaged_is_begun_anew(parts: Parts) -> None:
+    await parts.locate()
+    await parts.ship()
+    await parts.request("rescan", cause="to try it")
+    splitter = parts.pipeline.splitter
+    first, place = splitter.standing.mark, splitter.standing.copy_location
+    with open(splitter.journal.path_of(place.segment), "r+b") as file:
+        file.seek(place.offset)
+        file.write(b"\xff" * 64)
+    assert isinstance(await parts.ship(), Interval), "what came before that copy"
+    with pytest.raises(LinkError, match="connecting anew for a complete copy"):
+        await parts.next()
+    await parts.connect_anew()
+    item = await parts.ship()
+    assert isinstance(item, Copy) and item.start.mark > first
+    parts.assert_replica_has_all()
+
+
+def in_its_place(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Shipper.run` finds the session of these parts."""
+
+    @asynccontextmanager
+    async def connect(*_: Any, **__: Any) -> AsyncIterator[Here]:
+        yield parts.session
+
+    monkeypatch.setattr("pitfs.cli.shipping.connect", connect)
+
+
+async def test_a_backing_volume_that_is_gone_is_said_and_tried_again(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_its_place(parts, monkeypatch)
+    backing = parts.pipeline.backings[0]
+    away = backing.rename(backing.with_name("away"))
+    standing = parts.shipper.standing
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(parts.shipper.run)
+        with pytest.raises(PitfsError, match=f"{backing}: reading: No such file or directory"):
+            await standing.wait_committed(1, MARGIN_S)
+        away.rename(backing)
+        await standing.wait_committed(1, MARGIN_S)
+        nursery.cancel_scope.cancel()
+    parts.assert_replica_has_all()
+
+
+# -- the session ------------------------------------------------------------------------------------------
+
+
+async def test_a_link_that_fails_while_there_is_nothing_to_send_ends_the_waiting(parts: Parts) -> None:
+    await parts.locate()
+    await parts.ship()
+    caught = []
+
+    async def follow() -> None:
+        with pytest.raises(LinkError) as error:
+            await parts.next()
+        caught.append(error.value)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(follow)
+        await wait_all_tasks_blocked()
+        parts.session.failure = LinkError("nothing heard from it for 20 s")
+        parts.shipper._wake.set()
+    assert caught == [parts.session.failure]
+
+
+async def test_a_peers_word_alone_makes_nothing_be_copied_again(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await parts.locate()
+    mark = parts.pipeline.splitter.standing.mark
+
+    async def faulty(frame: Data | Checkpoint) -> None:
+        parts.session.failure = PositionMismatchError("here: I don't believe you")
+        raise parts.session.failure
+
+    monkeypatch.setattr(parts.session, "send", faulty)
+    with pytest.raises(PositionMismatchError, match="I don't believe you"):
+        await parts.ship()
+    await parts.connect_anew()
+    assert isinstance(await parts.ship(), Copy)
+    assert parts.pipeline.splitter.standing.mark == mark, "the same copy"
+    parts.assert_replica_has_all()
+
+
+async def test_a_cause_of_any_length_can_be_sent(parts: Parts) -> None:
+    assert shipment.MAX_CAUSE_LENGTH == checks.MAX_TEXT_LENGTH, (
+        "the link's limit, which production can't import"
+    )
+    await parts.locate()
+    await parts.ship()
+    for cause in ("x" * 4000, "x" * 1000):
+        await parts.request("rescan", cause=cause)
+        assert isinstance(await parts.ship(), Interval)
+        item = await parts.next()
+        assert isinstance(item, Copy)
+        manifest = shipment.copy_manifest(item, parts.pipeline.hello.history, parts.session.welcome)
+        checks.check(Begin(manifest))
+        assert len(manifest.cause) == 1000 and manifest.gaps[0].cause == manifest.cause
+        assert manifest.cause.endswith("…") == (len(cause) > 1000)
+        await parts.shipper._ship_copy(cast(SenderSession, parts.session), item)
+
+
+# -- long intervals ---------------------------------------------------------------------------------------
+
+
+async def test_an_interval_that_grows_too_large_is_closed_early(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pitfs.cli.shipping.MAX_INTERVAL_ROWS", 100)
+    shipper, splitter = parts.shipper, parts.pipeline.splitter
+    await parts.locate()
+    await parts.ship()
+    await shipper._close_large()
+    for _ in range(3):
+        parts.write(4096 * 30)
+        await shipper._close_large()
+    assert splitter.standing.mark == 1, "90 blocks"
+    parts.write(4096 * 30)
+    await shipper._close_large()
+    assert splitter.standing.mark == 2
+    await shipper._close_large()
+    assert splitter.standing.mark == 2, "the next one has hardly begun"
+    item = await parts.ship()
+    assert isinstance(item, Interval) and len(item.times) == 4
+    parts.assert_replica_has_all()
+    assert VOLUME_BYTES > 4096 * 30
+
+
+async def test_an_interval_that_was_closed_early_has_only_its_own_time_to_be_sent_in(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pitfs.cli.shipping.MAX_INTERVAL_ROWS", 1)
+    shipper = parts.shipper
+    shipper.standing.rates.append(1e6)  # 2 MB in the whole interval of 2 s, next to nothing in a microsecond
+    await parts.locate()
+    await parts.ship()
+    await shipper._close_large()
+    decisions = []
+    for early in (True, False):
+        parts.write(8192)
+        parts.write(8192)
+        if early:
+            await shipper._close_large()
+        else:
+            parts.mark()
+        await parts.ship()
+        assert shipper.standing.last_decision is not None
+        decisions.append(shipper.standing.last_decision.granularity_ns)
+    assert decisions == [None, 0]
+
+
+async def test_a_mark_is_counted_from_whoever_set_it(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pitfs.cli.shipping.MAX_INTERVAL_ROWS", 100)
+    shipper, splitter = parts.shipper, parts.pipeline.splitter
+    await shipper._close_large()
+    parts.write(4096 * 60)
+    parts.mark()
+    await shipper._close_large()
+    parts.write(4096 * 60)
+    await shipper._close_large()
+    assert splitter.standing.mark == 2
+    assert shipper._marked_at > Location(1, 4096)
