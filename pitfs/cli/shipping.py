@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import trio
@@ -63,6 +63,7 @@ class Shipper:
         self._reader = JournalReader(self._directory, [volume.block_size for volume in self._volumes])
         self._wake = trio.Event()
         self._durable_segment = 0  # segments before it were made durable before they were shipped
+        self._decided = (-1, Decision(None, ""))  # of the interval with that mark
         self._damaged = (-1, "")  # mark of an interval whose contents are damaged here, and how
         self._last_mark, self._marked_at = -1, Location(0, 0)  # as `watch` saw it
         self._early: set[int] = set()  # marks to be shipped that `watch` set; as few as fit into the journal
@@ -333,6 +334,7 @@ class Shipper:
             prepared = await trio.to_thread.run_sync(
                 shipment.prepare, interval, self._volumes, source, self._decider(interval), mode != "snapshot"
             )
+            self._decided = interval.mark, prepared.decision
             self.standing.last_decision = prepared.decision
             resume = await session.begin(prepared.manifest)
             self.standing.begun()
@@ -351,9 +353,14 @@ class Shipper:
         self._early = {mark for mark in self._early if mark > interval.mark}
         log.debug("interval committed, mark %d, %d writes", interval.mark, len(interval.times))
 
-    def _decider(self, interval: Interval) -> Callable[[int, int], Decision]:
-        """Figure 7 with the configured rate, in bytes on the wire, or the measured one, in bytes of payload."""
+    def _decider(self, interval: Interval) -> Callable[[int, Sequence[int | None]], Decision]:
+        """Figure 7 with the configured rate, in bytes on the wire, or the measured one, in bytes of payload.
+
+        Once for each interval: a transfer that was decided anew on each connection couldn't resume.
+        """
         replication, standing = self._config.replication, self.standing
+        if self._decided[0] == interval.mark:
+            return lambda diff_bytes, journal_bytes: self._decided[1]
         configured = replication.rate_bytes_per_s
         ratio = standing.wire_ratio if configured is not None else 1.0
         # An interval that became longer, since nothing was shipped for a while, had as much more time.
@@ -363,7 +370,7 @@ class Shipper:
         return lambda diff_bytes, journal_bytes: decide(
             mode=replication.mode,
             diff_bytes=int(diff_bytes * ratio),
-            journal_bytes=int(journal_bytes * ratio),
+            journal_bytes=[None if size is None else int(size * ratio) for size in journal_bytes],
             interval_ns=max(least_ns, interval.mark_time_ns - before),
             rate_bytes_per_s=configured if configured is not None else standing.measured_rate,
         )

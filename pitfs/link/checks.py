@@ -109,7 +109,7 @@ def _check_manifest(manifest: Manifest) -> None:
     optional = (manifest.first_time_ns, manifest.granularity_ns, manifest.diff_count)
     _check_numbers("time", times)
     _check_numbers("number", tuple(value for value in optional if value is not None))
-    _check_numbers("journal_count", (manifest.journal_count,))
+    _check_numbers("number of rows", (manifest.journal_count, manifest.position_count))
     if manifest.to_seq < manifest.from_seq or manifest.to_time_ns < manifest.from_time_ns:
         raise ValueError("manifest goes back")
     _check_text("cause", manifest.cause, MAX_TEXT_LENGTH)

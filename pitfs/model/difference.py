@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from pitfs.model.ladder import Layers, layers_of
 from pitfs.model.transfer import DIFF_ENTRY, JOURNAL_ENTRY, UNIT_BYTES, Source
 
 Int64s = npt.NDArray[np.int64]
@@ -59,13 +60,29 @@ class DifferenceJournal:
 
     Attributes:
         entries: JOURNAL_ENTRY[n], ascending by (volume, block, seq).
-        data_rows: rows whose contents JOURNAL_BLOCKS holds, in its order, which is that of writing.
-        size_bytes: of JOURNAL_BLOCKS.
+        layers: the layer of the ladder that each entry comes with.
+        data_rows: rows whose contents JOURNAL_BLOCKS holds, in its order: by layer, then in that of writing.
+        data_sizes: int64, bytes of each; data_layers: its layer.
     """
 
     entries: npt.NDArray[np.void]
+    layers: Layers
     data_rows: Rows
-    size_bytes: int
+    data_sizes: Int64s
+    data_layers: Layers
+
+    @property
+    def size_bytes(self) -> int:
+        """Of JOURNAL_BLOCKS."""
+        return int(self.data_sizes.sum())
+
+    def up_to(self, layer: int) -> DifferenceJournal:
+        """What layers up to and with that one hold: its JOURNAL_BLOCKS is the beginning of this one's."""
+        entries, data = self.layers <= layer, self.data_layers <= layer
+        return DifferenceJournal(
+            self.entries[entries], self.layers[entries],
+            self.data_rows[data], self.data_sizes[data], self.data_layers[data],
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,42 +144,53 @@ def snapshot_diff(
 
 def difference_journal(
     columns: Columns,
+    times_ns: Int64s,
+    to_time_ns: int,
     diff: SnapshotDiff,
     block_sizes: Int64s,
     zero_checksums: UInt64s,
     contents: Contents,
 ) -> DifferenceJournal:
-    """Figure 9: metadata for every write, data only for contents that are nowhere else.
+    """Figure 9: metadata for every write, data only for contents that are nowhere else; in layers.
 
     Args:
+        times_ns: int64[n], of each row. to_time_ns: of the interval's end.
         diff: the snapshot diff of the same columns.
     """
     count = len(columns.seq)
+    order = np.lexsort((columns.seq, columns.block, columns.volume))
+    volume, block = columns.volume[order], columns.block[order]
+    followed = np.zeros(count, dtype=np.bool_)
+    followed[:-1] = (volume[1:] == volume[:-1]) & (block[1:] == block[:-1])
+    layers = np.empty(count, dtype=np.uint8)
+    layers[order] = layers_of(times_ns[order], followed, to_time_ns)
     zero = _zero_rows(columns, zero_checksums, contents)
     in_diff = np.zeros(count, dtype=np.bool_)
     in_diff[diff.data_rows] = True
-    carrier = _carriers(columns, zero, in_diff, block_sizes, contents)
+    carrier = _carriers(columns, zero, in_diff, layers, block_sizes, contents)
     own = np.flatnonzero((carrier == np.arange(count)) & ~in_diff & ~zero)
-    units, size_bytes = _units(columns, own, block_sizes)
+    own = own[np.argsort(layers[own], kind="stable")]
+    units, _ = _units(columns, own, block_sizes)
     unit = np.zeros(count, dtype=np.uint64)
     unit[diff.data_rows] = diff.entries["unit"][diff.entries["source"] == int(Source.FOURTH)]
     unit[own] = units
     source = np.where(in_diff[carrier], int(Source.FOURTH), int(Source.JOURNAL))
-    order = np.lexsort((columns.seq, columns.block, columns.volume))
     entries = np.zeros(count, dtype=JOURNAL_ENTRY)
-    entries["volume"], entries["block"] = columns.volume[order], columns.block[order]
+    entries["volume"], entries["block"] = volume, block
     entries["seq"], entries["checksum"] = columns.seq[order], columns.checksum[order]
     entries["source"] = np.where(zero, int(Source.ZERO), source)[order]
     entries["unit"] = np.where(zero, np.uint64(0), unit[carrier])[order]
-    return DifferenceJournal(entries, own, size_bytes)
+    return DifferenceJournal(entries, layers[order], own, block_sizes[columns.volume[own]], layers[own])
 
 
-def _carriers(columns: Columns, zero: Mask, in_diff: Mask, block_sizes: Int64s, contents: Contents) -> Rows:
-    """For each row the row that carries its content: one of the diff if there is one, else the first; else itself."""
+def _carriers(
+    columns: Columns, zero: Mask, in_diff: Mask, layers: Layers, block_sizes: Int64s, contents: Contents
+) -> Rows:
+    """For each row the one that carries its content: of the diff, else the first in the coarsest layer; or itself."""
     count = len(columns.seq)
     carrier = np.arange(count)
     size = block_sizes[columns.volume]
-    order = np.lexsort((columns.seq, ~in_diff, size, columns.checksum))
+    order = np.lexsort((columns.seq, layers, ~in_diff, size, columns.checksum))
     first = np.ones(count, dtype=np.bool_)
     checksum, sizes = columns.checksum[order], size[order]
     first[1:] = (checksum[1:] != checksum[:-1]) | (sizes[1:] != sizes[:-1])

@@ -7,14 +7,15 @@ durable length of each section, and the sender's cursor.
     kind FULL       the complete state at one position (the first full copy, or a rescan after a gap):
                     DIFF has every block that isn't zero, its length isn't known in advance
     kind INTERVAL   what changed in (from_seq, to_seq]; DIFF is the last content of each block written;
-                    with granularity 0 also TIMES, JOURNAL and JOURNAL_BLOCKS (the difference journal,
-                    figure 6B)
+                    with a granularity also POSITIONS, JOURNAL and JOURNAL_BLOCKS (the difference
+                    journal, figure 6B, as far as that granularity needs it: see `model.ladder`)
 
 Sections:
 
     DIFF            DIFF_ENTRY rows, strictly ascending by (volume, block)
     DIFF_BLOCKS     contents of the rows of DIFF that aren't zero, whole blocks, in the order of DIFF
-    TIMES           int64 time_ns of seq from_seq+1 .. to_seq, strictly ascending
+    POSITIONS       POSITION rows, strictly ascending: the states inside the interval that can be given; with
+                    granularity 0 all of from_seq+1 .. to_seq
     JOURNAL         JOURNAL_ENTRY rows, strictly ascending by (volume, block, seq)
     JOURNAL_BLOCKS  contents that only the difference journal has, whole blocks
 
@@ -37,7 +38,7 @@ MAX_CHECKPOINT_BYTES: Final = 16 << 20  # a sender checkpoints at least this oft
 class Section(enum.IntEnum):
     DIFF = 1
     DIFF_BLOCKS = 2
-    TIMES = 3
+    POSITIONS = 3
     JOURNAL = 4
     JOURNAL_BLOCKS = 5
 
@@ -71,6 +72,7 @@ JOURNAL_ENTRY: Final = np.dtype(
         ("reserved", "<u4"),
     ]
 )
+POSITION: Final = np.dtype([("seq", "<u8"), ("time_ns", "<i8")])
 assert DIFF_ENTRY.itemsize == 32 and JOURNAL_ENTRY.itemsize == 40
 
 
@@ -118,9 +120,10 @@ class Manifest(msgspec.Struct, frozen=True):
             transfer only moves protected_through_ns on.
         first_time_ns: time of the first write in it, None if there is none.
         protected_through_ns: time of the mark itself: every write up to it is in.
-        granularity_ns: 0 every write, None snapshots only.
+        granularity_ns: a rung of the ladder, 0 every write, or None, snapshots only.
         cause: why the granularity is what it is, in words.
-        diff_count, journal_count: rows of DIFF and JOURNAL; None for diff_count where not known (FULL).
+        diff_count, journal_count, position_count: rows of DIFF, JOURNAL and POSITIONS; None for diff_count
+            where not known (FULL).
         identity: equal exactly if the sections' bytes are equal; a staged transfer resumes only then.
     """
 
@@ -136,6 +139,7 @@ class Manifest(msgspec.Struct, frozen=True):
     cause: str
     diff_count: int | None
     journal_count: int
+    position_count: int
     identity: str
     bookmarks: tuple[Bookmark, ...] = ()
     gaps: tuple[Gap, ...] = ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -20,13 +20,15 @@ from pitfs.model.difference import (
     difference_journal,
     snapshot_diff,
 )
-from pitfs.model.granularity import Decision
+from pitfs.model.granularity import EVERY_WRITE, Decision
+from pitfs.model.ladder import RUNGS_NS, Layers, layers_of_positions
 from pitfs.model.record import block_checksums
 from pitfs.model.transfer import (
     DIFF_ENTRY,
     JOURNAL_ENTRY,
     MAX_CHECKPOINT_BYTES,
     MAX_PAYLOAD_BYTES,
+    POSITION,
     Bookmark,
     Checkpoint,
     Data,
@@ -54,12 +56,16 @@ def zero_checksums(volumes: tuple[VolumeInfo, ...]) -> npt.NDArray[np.uint64]:
 
 @dataclass(frozen=True, slots=True)
 class Shipment:
-    """An interval ready to go. `journal` is None where the decision erases it."""
+    """An interval ready to go. `journal` is what the decision leaves of it, None if that is nothing.
+
+    positions: POSITION[n], the states inside the interval that can be given.
+    """
 
     manifest: Manifest
     interval: Interval
     diff: SnapshotDiff
     journal: DifferenceJournal | None
+    positions: npt.NDArray[np.void]
     decision: Decision
 
 
@@ -67,13 +73,13 @@ def prepare(
     interval: Interval,
     volumes: tuple[VolumeInfo, ...],
     source: BlockSource,
-    decide: Callable[[int, int], Decision],
+    decide: Callable[[int, Sequence[int | None]], Decision],
     wants_journal: bool,
 ) -> Shipment:
     """Builds the difference of an interval and decides what of it goes.
 
     Args:
-        decide: (bytes of the diff, bytes of the difference journal) → decision, figure 7.
+        decide: (bytes of the diff, of the difference journal on each rung) → decision, figure 7.
         wants_journal: False where the mode never sends one: then none is built.
 
     Raises:
@@ -83,15 +89,44 @@ def prepare(
     zeros = zero_checksums(volumes)
     contents = _contents(source, block_sizes, interval)
     diff = snapshot_diff(interval.columns, block_sizes, zeros, contents)
-    journal = None
-    if wants_journal:
-        journal = difference_journal(interval.columns, diff, block_sizes, zeros, contents)
-    diff_bytes = diff.size_bytes + diff.entries.nbytes
-    journal_bytes = journal.size_bytes + journal.entries.nbytes + interval.times.nbytes if journal else 0
-    decision = decide(diff_bytes, journal_bytes)
+    journal, positions = None, np.zeros(0, dtype=POSITION)
+    rung_bytes: list[int | None] = [0] * len(RUNGS_NS)
+    if wants_journal and len(interval.times):
+        times_ns = interval.times[interval.columns.seq - interval.from_seq - 1]
+        journal = difference_journal(
+            interval.columns, times_ns, interval.to_time_ns, diff, block_sizes, zeros, contents
+        )
+        positions, position_layers = _positions(interval)
+        rung_bytes = _bytes_of_rungs(journal, position_layers)
+    decision = decide(diff.size_bytes + diff.entries.nbytes, rung_bytes)
     if decision.granularity_ns is None:
-        journal = None
-    return Shipment(_manifest(interval, diff, journal, decision), interval, diff, journal, decision)
+        journal, positions = None, positions[:0]
+    elif journal is not None and decision.granularity_ns > 0:
+        layer = RUNGS_NS.index(decision.granularity_ns)
+        journal, positions = journal.up_to(layer), positions[position_layers <= layer]
+    manifest = _manifest(interval, diff, journal, positions, decision)
+    return Shipment(manifest, interval, diff, journal, positions, decision)
+
+
+def _positions(interval: Interval) -> tuple[npt.NDArray[np.void], Layers]:
+    """The state after each write, and the layer that each comes with."""
+    positions = np.empty(len(interval.times), dtype=POSITION)
+    positions["seq"] = np.arange(interval.from_seq + 1, interval.to_seq + 1)
+    positions["time_ns"] = interval.times
+    return positions, layers_of_positions(interval.times, interval.to_time_ns)
+
+
+def _bytes_of_rungs(journal: DifferenceJournal, position_layers: Layers) -> list[int | None]:
+    """What the difference journal takes on each rung; None where there is no position on it."""
+    count = len(RUNGS_NS)
+    positions = np.bincount(position_layers, minlength=count)
+    rows = np.bincount(journal.layers, minlength=count)
+    data = np.bincount(journal.data_layers, weights=journal.data_sizes, minlength=count)
+    sizes = np.cumsum(positions * POSITION.itemsize + rows * JOURNAL_ENTRY.itemsize + data)
+    return [
+        int(size) if reached else None
+        for size, reached in zip(sizes.tolist(), np.cumsum(positions).tolist(), strict=True)
+    ]
 
 
 def _contents(source: BlockSource, block_sizes: npt.NDArray[np.int64], interval: Interval) -> Contents:
@@ -127,13 +162,17 @@ def _contents(source: BlockSource, block_sizes: npt.NDArray[np.int64], interval:
 
 
 def _manifest(
-    interval: Interval, diff: SnapshotDiff, journal: DifferenceJournal | None, decision: Decision
+    interval: Interval,
+    diff: SnapshotDiff,
+    journal: DifferenceJournal | None,
+    positions: npt.NDArray[np.void],
+    decision: Decision,
 ) -> Manifest:
     identity = xxh3_128(f"{FORMAT} {interval.mark} {interval.from_seq} {decision.granularity_ns}".encode())
     identity.update(diff.entries.tobytes())
     if journal is not None:
         identity.update(journal.entries.tobytes())
-        identity.update(interval.times.tobytes())
+        identity.update(positions.tobytes())
     bookmarks: tuple[Bookmark, ...] = ()
     if interval.bookmark is not None:
         bookmarks = (Bookmark(interval.bookmark, interval.to_seq, interval.to_time_ns),)
@@ -147,9 +186,10 @@ def _manifest(
         first_time_ns=int(interval.times[0]) if len(interval.times) else None,
         protected_through_ns=interval.mark_time_ns,
         granularity_ns=decision.granularity_ns,
-        cause=decision.reason if decision.granularity_ns is None else "",
+        cause=decision.reason if decision.granularity_ns != EVERY_WRITE else "",
         diff_count=len(diff.entries),
         journal_count=len(journal.entries) if journal else 0,
+        position_count=len(positions),
         identity=identity.hexdigest(),
         bookmarks=bookmarks,
     )
@@ -182,6 +222,7 @@ def copy_manifest(copy: Copy, history: str, welcome: Welcome) -> Manifest:
         cause=cause or "the first full copy",
         diff_count=None,
         journal_count=0,
+        position_count=0,
         identity=f"{FORMAT} {history} full {start.mark}",
         gaps=gaps,
     )
@@ -202,9 +243,9 @@ def frames(
         _blocks(Section.DIFF_BLOCKS, diff.data_rows, shipment.interval, source, volumes, resume),
     ]
     if journal is not None:
-        lengths[2:] = shipment.interval.times.nbytes, journal.entries.nbytes, journal.size_bytes
+        lengths[2:] = shipment.positions.nbytes, journal.entries.nbytes, journal.size_bytes
         parts += [
-            _plain(Section.TIMES, shipment.interval.times.tobytes(), 8, resume),
+            _plain(Section.POSITIONS, shipment.positions.tobytes(), POSITION.itemsize, resume),
             _plain(Section.JOURNAL, journal.entries.tobytes(), JOURNAL_ENTRY.itemsize, resume),
             _blocks(Section.JOURNAL_BLOCKS, journal.data_rows, shipment.interval, source, volumes, resume),
         ]

@@ -10,7 +10,7 @@ import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 import numpy as np
@@ -116,7 +116,7 @@ def build(
         os.close(fd)
     minutes = {staged.manifest.to_time_ns // 60_000_000_000: _second_bit(staged.manifest.to_time_ns)}
     if staged.has_journal:
-        index_facts, minutes = _build_journal(staged, history)
+        index_facts = _build_journal(staged, history, minutes)
         facts.append(index_facts)
     for section, kind in (
         (Section.DIFF_BLOCKS, ObjectKind.SNAPSHOT_BLOCKS),
@@ -182,9 +182,8 @@ def _build_maps(
     return roots
 
 
-def _build_journal(staged: StagedTransfer, history: bytes) -> tuple[ObjectFacts, dict[int, int]]:
-    """Writes the index; also says which seconds of which minutes have writes."""
-    minutes: dict[int, int] = {}
+def _build_journal(staged: StagedTransfer, history: bytes, minutes: dict[int, int]) -> ObjectFacts:
+    """Writes the index; also notes which seconds of which minutes have a position."""
     fd = _create(os.path.join(staged.directory, object_file(ObjectKind.JOURNAL_INDEX, staged.snapshot)))
     try:
         writer = JournalWriter(fd)
@@ -193,18 +192,15 @@ def _build_journal(staged: StagedTransfer, history: bytes) -> tuple[ObjectFacts,
             writer.add_rows(
                 volume, rows["block"].astype("<i8"), rows["seq"].astype("<i8"), pointers, checksums
             )
-        seq = staged.manifest.from_seq + 1
-        for batch in staged.rows(Section.TIMES):
-            times_ns: np.ndarray[Any, Any] = batch
-            writer.add_times(seq, times_ns)
-            seq += len(times_ns)
-            for second in np.unique(times_ns // 1_000_000_000).tolist():
+        for positions in staged.rows(Section.POSITIONS):
+            writer.add_positions(positions["seq"].astype("<i8"), positions["time_ns"])
+            for second in np.unique(positions["time_ns"] // 1_000_000_000).tolist():
                 minutes[second // 60] = minutes.get(second // 60, 0) | 1 << (second % 60)
         data_bytes, tail_bytes, tail_checksum = writer.finish()
         header = ObjectHeader(
             ObjectKind.JOURNAL_INDEX, history, staged.snapshot, data_bytes, tail_bytes, tail_checksum
         )
-        return _complete(fd, header), minutes
+        return _complete(fd, header)
     finally:
         os.close(fd)
 

@@ -312,7 +312,7 @@ class Ingest:
         if last is not None:
             interval = Interval(
                 staged.snapshot, last.id, last.seq, last.time_ns, m.to_seq, m.to_time_ns, m.first_time_ns,
-                0 if staged.has_journal else None, m.cause, m.journal_count,
+                m.granularity_ns if staged.has_journal else None, m.cause, m.journal_count,
             )  # fmt: skip
         catalog.commit(Commit(m, snapshot, built.roots, interval, built.objects, built.minutes))
 

@@ -2,8 +2,8 @@
 
 The data area of journal-<s>.index is chunks one behind the other, its tail is the fence table. A chunk of
 entries has the rows of one volume, sorted by (block, seq), at most 2048, column by column: block int64, seq
-int64, pointer uint64, checksum uint64. A chunk of times has at most 8192 time_ns, int64, of consecutive seq.
-So a chunk has at most 64 KiB. The fence table has a row of 40 bytes for each chunk, in the order of writing:
+int64, pointer uint64, checksum uint64. A chunk of positions has at most 4096: seq int64, time_ns int64. So a
+chunk has at most 64 KiB. The fence table has a row of 40 bytes for each chunk, in the order of writing:
 
     offset size
      0      8   first      int64   first block, or first time_ns
@@ -11,7 +11,7 @@ So a chunk has at most 64 KiB. The fence table has a row of 40 bytes for each ch
     16      8   checksum   uint64  xxh3_64 of the chunk
     24      8   offset     uint64  byte in the file where the chunk begins
     32      4   rows       uint32
-    36      2   volume     uint16  0xffff: a chunk of times
+    36      2   volume     uint16  0xffff: a chunk of positions
     38      2   reserved   uint16
 
 The catalog has the checksum of the fence table, so it vouches for every row. Pointers lead to the fourth
@@ -35,9 +35,9 @@ from pitfs.store.layout import HEADER_BYTES, ObjectKind
 from pitfs.store.objects import ObjectPool
 
 CHUNK_ROWS: Final = 2048
-CHUNK_TIMES: Final = 8192
+CHUNK_POSITIONS: Final = 4096
 CHUNK_BYTES: Final = CHUNK_ROWS * 32
-TIMES_VOLUME: Final = 0xFFFF
+POSITIONS_VOLUME: Final = 0xFFFF
 MAX_CACHED_CHUNKS: Final = 256  # 16 MiB
 FENCE: Final = np.dtype(
     [
@@ -50,9 +50,10 @@ FENCE: Final = np.dtype(
         ("reserved", "<u2"),
     ]
 )
-assert FENCE.itemsize == 40 and CHUNK_TIMES * 8 == CHUNK_BYTES
+assert FENCE.itemsize == 40 and CHUNK_POSITIONS * 16 == CHUNK_BYTES
 
-Chunk = npt.NDArray[np.uint64]  # shape (4, rows), or (rows,) for times
+Chunk = npt.NDArray[np.uint64]  # shape (4, rows), or (2, rows) for positions
+Position = tuple[int, int]  # seq, time_ns
 ChunkCache = Cache[tuple[int, int], Chunk]  # by (snapshot id, number of the chunk)
 
 
@@ -74,8 +75,7 @@ class JournalWriter:
         self._fence: list[tuple[int, int, int, int, int, int, int]] = []
         self._volume = -1
         self._rows = np.zeros((4, 0), "<u8")
-        self._times = np.zeros(0, "<i8")
-        self._times_seq = 0
+        self._positions = np.zeros((2, 0), "<i8")
 
     def add_rows(
         self, volume: int, blocks: I64Array, seqs: I64Array, pointers: U64Array, checksums: U64Array
@@ -90,17 +90,15 @@ class JournalWriter:
         self._rows = np.concatenate([self._rows, new], axis=1)
         self._write_rows(CHUNK_ROWS)
 
-    def add_times(self, first_seq: int, times_ns: I64Array) -> None:
-        """Times of first_seq, first_seq + 1, …; calls go on where the one before ended."""
-        if not len(self._times):
-            self._times_seq = first_seq
-        self._times = np.concatenate([self._times, times_ns])
-        self._write_times(CHUNK_TIMES)
+    def add_positions(self, seqs: I64Array, times_ns: I64Array) -> None:
+        """Positions; over all calls strictly ascending."""
+        self._positions = np.concatenate([self._positions, np.stack([seqs, times_ns])], axis=1)
+        self._write_positions(CHUNK_POSITIONS)
 
     def finish(self) -> tuple[int, int, int]:
         """Writes what is left and the fence table; (data_bytes, tail_bytes, tail_checksum)."""
         self._write_rows(0)
-        self._write_times(0)
+        self._write_positions(0)
         tail = np.array(self._fence, FENCE).tobytes()
         write_all(self._fd, tail, self._offset)
         return self._offset - HEADER_BYTES, len(tail), xxh3_64_intdigest(tail) if tail else 0
@@ -114,14 +112,13 @@ class JournalWriter:
             start += chunk.shape[1]
         self._rows = self._rows[:, start:]
 
-    def _write_times(self, least: int) -> None:
-        start = 0
-        while len(self._times) - start >= max(least, 1):
-            chunk = np.ascontiguousarray(self._times[start : start + CHUNK_TIMES])
-            self._write_chunk(chunk, int(chunk[0]), self._times_seq, len(chunk), TIMES_VOLUME)
-            start += len(chunk)
-            self._times_seq += len(chunk)
-        self._times = self._times[start:]
+    def _write_positions(self, least: int) -> None:
+        start, count = 0, self._positions.shape[1]
+        while count - start >= max(least, 1):
+            chunk = np.ascontiguousarray(self._positions[:, start : start + CHUNK_POSITIONS])
+            self._write_chunk(chunk, int(chunk[1, 0]), int(chunk[0, 0]), chunk.shape[1], POSITIONS_VOLUME)
+            start += chunk.shape[1]
+        self._positions = self._positions[:, start:]
 
     def _write_chunk(
         self, chunk: npt.NDArray[np.generic], first: int, seq: int, rows: int, volume: int
@@ -190,22 +187,41 @@ class JournalIndex:
         last = _ends_of_runs(blocks)  # a block's entries may go on in the next chunk
         return blocks[last], pointers[last], checksums[last]
 
-    def time_of(self, seq: int) -> int:
-        """Time of a write in the interval, from_seq < seq <= to_seq."""
-        index = seq - self.interval.from_seq - 1
-        chunk = self._chunk(int(self._numbers[TIMES_VOLUME][index // CHUNK_TIMES]))
-        return int(chunk.view("<i8")[index % CHUNK_TIMES])
+    def position_at_seq(self, seq: int) -> Position | None:
+        """The last position in the interval not after write `seq`, None if all are after it."""
+        return self._position(0, self._first_seqs, seq)
 
-    def last_seq_at(self, time_ns: int) -> int | None:
-        """seq of the last write in the interval not after `time_ns`, None if all are after it."""
-        if TIMES_VOLUME not in self._firsts:
+    def position_at_time(self, time_ns: int) -> Position | None:
+        """The last position in the interval not after `time_ns`, None if all are after it."""
+        return self._position(1, self._firsts, time_ns)
+
+    def next_time(self, time_ns: int) -> int:
+        """Time of the first position after `time_ns`, the interval's end if there is none."""
+        firsts = self._firsts.get(POSITIONS_VOLUME)
+        if firsts is None:
+            return self.interval.to_time_ns
+        place = int(np.searchsorted(firsts, np.int64(time_ns), "right"))
+        if place:
+            times_ns = self._positions(place - 1)[1]
+            behind = int(np.searchsorted(times_ns, np.int64(time_ns), "right"))
+            if behind < len(times_ns):
+                return int(times_ns[behind])
+        return int(firsts[place]) if place < len(firsts) else self.interval.to_time_ns
+
+    def _position(self, row: int, firsts: dict[int, I64Array], value: int) -> Position | None:
+        """The last position whose seq (row 0) or time (row 1) isn't after `value`."""
+        if POSITIONS_VOLUME not in firsts:
             return None
-        place = int(np.searchsorted(self._firsts[TIMES_VOLUME], np.int64(time_ns), "right")) - 1
+        place = int(np.searchsorted(firsts[POSITIONS_VOLUME], np.int64(value), "right")) - 1
         if place < 0:
             return None
-        chunk = self._chunk(int(self._numbers[TIMES_VOLUME][place])).view("<i8")
-        count = int(np.searchsorted(chunk, np.int64(time_ns), "right"))
-        return int(self._first_seqs[TIMES_VOLUME][place]) + count - 1
+        chunk = self._positions(place)
+        found = int(np.searchsorted(chunk[row], np.int64(value), "right")) - 1
+        return int(chunk[0, found]), int(chunk[1, found])
+
+    def _positions(self, place: int) -> I64Array:
+        """A chunk of positions: seq and time_ns, shape (2, rows)."""
+        return self._chunk(int(self._numbers[POSITIONS_VOLUME][place])).view("<i8")
 
     def _chunks_for(self, volume: int, block_start: int, block_end: int, seq: int) -> list[int]:
         """Numbers of the chunks that may have an answer.
@@ -245,8 +261,8 @@ class JournalIndex:
     def _reader(self, number: int) -> Callable[[], Chunk]:
         def read() -> Chunk:
             row = self._fence[number]
-            count, times = int(row["rows"]), int(row["volume"]) == TIMES_VOLUME
-            size = count * (8 if times else 32)
+            count, columns = int(row["rows"]), 2 if int(row["volume"]) == POSITIONS_VOLUME else 4
+            size = count * columns * 8
             data = self._objects.read_verified(
                 ObjectKind.JOURNAL_INDEX,
                 self.interval.snapshot,
@@ -254,7 +270,6 @@ class JournalIndex:
                 int(row["offset"]),
                 int(row["checksum"]),
             )
-            chunk = np.frombuffer(data, "<u8")
-            return chunk if times else chunk.reshape(4, count)
+            return np.frombuffer(data, "<u8").reshape(columns, count)
 
         return read

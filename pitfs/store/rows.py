@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pitfs.errors import RemoteProtocolError
-from pitfs.model.blockmap import I64Array
+from pitfs.model.ladder import is_rung
 from pitfs.model.transfer import UNIT_BYTES, Kind, Manifest, Source, VolumeInfo
 from pitfs.store.expected import Rows
 from pitfs.store.layout import MAX_SEQ, MAX_UNITS, is_name
@@ -125,35 +125,51 @@ class JournalCheck:
         return rows["unit"][chosen], sizes, rows["checksum"][chosen]
 
 
-class TimesCheck:
-    """TIMES: one for each write of the interval, strictly ascending."""
+class PositionsCheck:
+    """POSITIONS: strictly ascending inside the interval; all writes, or the ends of granules but the last."""
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
-        self._last_ns = manifest.from_time_ns
+        self._last = manifest.from_seq, manifest.from_time_ns
         self.count = 0
 
-    def take(self, times_ns: I64Array) -> None:
-        """Checks the next times.
+    def take(self, positions: RowArray) -> None:
+        """Checks the next positions.
 
         Raises:
             RemoteProtocolError: they can't be.
         """
-        if not len(times_ns):
+        if not len(positions):
             return
-        if not _ascends((times_ns,), (self._last_ns,)):
-            raise refuse("times", "times that don't strictly ascend")
-        if self.count == 0 and self._manifest.first_time_ns != int(times_ns[0]):
-            raise refuse("times", "a first time other than announced")
-        self.count += len(times_ns)
-        if self.count > self._manifest.to_seq - self._manifest.from_seq:
-            raise refuse("times", "more times than writes")
-        self._last_ns = int(times_ns[-1])
-        if (
-            self.count == self._manifest.to_seq - self._manifest.from_seq
-            and self._last_ns != self._manifest.to_time_ns
-        ):
-            raise refuse("times", "a last time other than announced")
+        m, (last_seq, last_ns) = self._manifest, self._last
+        seq = np.concatenate([np.array([last_seq], "<i8"), positions["seq"].astype("<i8")])
+        times_ns = np.concatenate([np.array([last_ns], "<i8"), positions["time_ns"]])
+        if not ((seq[1:] > seq[:-1]).all() and (times_ns[1:] > times_ns[:-1]).all()):
+            raise refuse("positions", "positions that don't strictly ascend")
+        if self.count == 0:
+            self._check_first(int(times_ns[1]))
+        rung_ns = m.granularity_ns
+        if rung_ns:
+            granules = times_ns[(0 if self.count else 1) :] // rung_ns
+            if (granules[1:] == granules[:-1]).any() or granules[-1] >= m.to_time_ns // rung_ns:
+                raise refuse("positions", f"positions that aren't the ends of granules of {rung_ns} ns")
+        elif (seq[1:] != seq[:-1] + 1).any():
+            raise refuse("positions", "a write without its position")
+        self.count += len(positions)
+        self._last = int(seq[-1]), int(times_ns[-1])
+        if self._last[0] > m.to_seq or self._last[1] > m.to_time_ns:
+            raise refuse("positions", "positions behind the interval's end")
+        if self.count > m.position_count:
+            raise refuse("positions", f"more than the {m.position_count} announced")
+        if not rung_ns and self.count == m.position_count and self._last != (m.to_seq, m.to_time_ns):
+            raise refuse("positions", "a last one other than announced")
+
+    def _check_first(self, first_ns: int) -> None:
+        m = self._manifest
+        if m.first_time_ns is None or first_ns < m.first_time_ns:
+            raise refuse("positions", "a first time other than announced")
+        if m.granularity_ns == 0 and first_ns != m.first_time_ns:
+            raise refuse("positions", "a first time other than announced")
 
 
 def check_manifest(manifest: Manifest, volumes: Sequence[VolumeInfo]) -> None:
@@ -172,6 +188,7 @@ def check_manifest(manifest: Manifest, volumes: Sequence[VolumeInfo]) -> None:
         m.protected_through_ns,
         m.mark,
         m.journal_count,
+        m.position_count,
     )
     problem = None
     if any(not 0 <= n < 1 << 62 for n in (*numbers, m.first_time_ns or 0, m.diff_count or 0)):
@@ -184,11 +201,13 @@ def check_manifest(manifest: Manifest, volumes: Sequence[VolumeInfo]) -> None:
         problem = "times that don't go forward"
     elif m.first_time_ns is not None and not m.from_time_ns <= m.first_time_ns <= m.to_time_ns:
         problem = "a first time outside of the interval"
-    elif m.granularity_ns not in (0, None):
-        problem = f"granularity {m.granularity_ns} ns: this pitfs knows every write, or snapshots only"
-    elif (m.granularity_ns is None or m.kind is Kind.FULL) and m.journal_count:
+    elif m.granularity_ns is not None and not is_rung(m.granularity_ns):
+        problem = f"granularity {m.granularity_ns} ns: isn't a rung of the ladder that this pitfs knows"
+    elif not has_journal(m) and (m.journal_count or m.position_count):
         problem = "a journal where only the snapshot is announced"
-    elif empty and (m.journal_count or m.diff_count):
+    elif has_journal(m) and not (m.position_count if m.granularity_ns else m.position_count == m.to_seq - m.from_seq):
+        problem = f"{m.position_count} positions of {m.to_seq - m.from_seq} writes"
+    elif empty and m.diff_count:
         problem = "rows where nothing was written"
     elif m.diff_count is not None and m.diff_count > sum(volume.block_count for volume in volumes):
         problem = "more rows than blocks"
@@ -211,6 +230,6 @@ def has_journal(manifest: Manifest) -> bool:
     """Whether the transfer brings a difference journal."""
     return (
         manifest.kind is Kind.INTERVAL
-        and manifest.granularity_ns == 0
+        and manifest.granularity_ns is not None
         and manifest.to_seq > manifest.from_seq
     )

@@ -1,7 +1,7 @@
 """The transfer under way: its sections as files, checked as they come, resumable at the last checkpoint.
 
     staging/progress.json              manifest, lengths, cursor, digests of the rows; replaced durably
-    staging/diff.rows, times.rows, journal.rows
+    staging/diff.rows, positions.rows, journal.rows
     staging/snapshot-<s>.blocks, journal-<s>.blocks     with header: they become the objects
 
 Rows are staged as they came: block map and journal index are made of them at the end, so a checkpoint has
@@ -24,6 +24,7 @@ from pitfs.model.transfer import (
     DIFF_ENTRY,
     JOURNAL_ENTRY,
     MAX_PAYLOAD_BYTES,
+    POSITION,
     UNIT_BYTES,
     Data,
     End,
@@ -36,17 +37,17 @@ from pitfs.model.transfer import (
 from pitfs.storage.files import durable_replace, read_exactly, write_all
 from pitfs.store.expected import WINDOW_SLOTS, ExpectedContents, Rows
 from pitfs.store.layout import HEADER_BYTES, ObjectHeader, ObjectKind, object_file
-from pitfs.store.rows import DiffCheck, JournalCheck, RowArray, TimesCheck, has_journal, refuse
+from pitfs.store.rows import DiffCheck, JournalCheck, PositionsCheck, RowArray, has_journal, refuse
 
 PROGRESS: Final = "progress.json"
 MAX_PROGRESS_BYTES: Final = 16 << 20
 BATCH_ROWS: Final = 1 << 15  # rows in memory at a time when they are read again: about 1 MiB
 ROW_DTYPES: Final = {
     Section.DIFF: np.dtype(DIFF_ENTRY),
-    Section.TIMES: np.dtype("<i8"),
+    Section.POSITIONS: np.dtype(POSITION),
     Section.JOURNAL: np.dtype(JOURNAL_ENTRY),
 }
-_ROW_FILES: Final = {Section.DIFF: "diff.rows", Section.TIMES: "times.rows", Section.JOURNAL: "journal.rows"}
+_ROW_FILES: Final = {Section.DIFF: "diff.rows", Section.POSITIONS: "positions.rows", Section.JOURNAL: "journal.rows"}
 _CONTENTS: Final = {
     Section.DIFF_BLOCKS: ObjectKind.SNAPSHOT_BLOCKS,
     Section.JOURNAL_BLOCKS: ObjectKind.JOURNAL_BLOCKS,
@@ -55,7 +56,7 @@ _NO_JOURNAL: Final = (Section.DIFF, Section.DIFF_BLOCKS)
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """What is durable of a staged transfer; `digests` are xxh3_64 of DIFF, TIMES, JOURNAL up to `lengths`."""
+    """What is durable of a staged transfer; `digests` are xxh3_64 of DIFF, POSITIONS, JOURNAL up to `lengths`."""
 
     manifest: Manifest
     snapshot: int
@@ -109,7 +110,7 @@ class StagedTransfer:
         self.has_journal = has_journal(self.manifest)
         self.diff = DiffCheck(volumes, self.manifest)
         self.journal = JournalCheck(volumes, self.manifest)
-        self.times = TimesCheck(self.manifest)
+        self.positions = PositionsCheck(self.manifest)
         slot_units = min(volume.block_size for volume in volumes) // UNIT_BYTES
         self._diff_row = 0  # rows of DIFF before it name only contents that have been verified
         self._expected = {
@@ -233,8 +234,8 @@ class StagedTransfer:
             self._expected[contents].add(named)
 
     def _check_rows(self, section: Section, rows: np.ndarray[Any, Any]) -> Rows | None:
-        if section is Section.TIMES:
-            self.times.take(rows)
+        if section is Section.POSITIONS:
+            self.positions.take(rows)
             return None
         return self.diff.take(rows) if section is Section.DIFF else self.journal.take(rows)
 
@@ -269,8 +270,8 @@ class StagedTransfer:
             raise refuse("diff", f"{self.diff.count} rows, {m.diff_count} announced")
         if self.journal.count != m.journal_count:
             raise refuse("journal", f"{self.journal.count} rows, {m.journal_count} announced")
-        if self.has_journal and self.times.count != m.to_seq - m.from_seq:
-            raise refuse("times", f"{self.times.count} times of {m.to_seq - m.from_seq} writes")
+        if self.positions.count != m.position_count:
+            raise refuse("positions", f"{self.positions.count} rows, {m.position_count} announced")
         if lengths[Section.DIFF_BLOCKS] != self.diff.units * UNIT_BYTES:
             raise refuse("diff contents", "contents that rows name are missing")
         for rows in self.rows(Section.JOURNAL, verify=False):

@@ -17,7 +17,7 @@ from pitfs.model.transfer import Bookmark, Gap
 from pitfs.store.cache import Cache
 from pitfs.store.catalog import Catalog
 from pitfs.store.facts import Interval, Snapshot
-from pitfs.store.journals import JournalIndex, chunk_cache
+from pitfs.store.journals import JournalIndex, Position, chunk_cache
 from pitfs.store.layout import CATALOG, OBJECTS, ObjectKind, object_file, read_store_info
 from pitfs.store.objects import ObjectPool
 from pitfs.store.snapshots import NodeReader, SnapshotMap
@@ -109,8 +109,8 @@ class Store:
     def at_time(self, time_ns: int) -> tuple[Resolution, bool]:
         """The newest reachable state not after `time_ns`, and whether it is the state at exactly that time.
 
-        It isn't where writes that can't be told apart may lie between the two: inside an interval that has
-        snapshots only (from its first write on), and inside a gap.
+        It isn't where writes that can't be told apart may lie between the two: within a granule of the interval
+        that has writes, from the first write on where it has snapshots only, and inside a gap.
 
         Raises:
             NoSuchInstantError: before the first state, or after protected-through.
@@ -131,16 +131,19 @@ class Store:
         interval = self._interval_behind(snapshot, last)
         if interval is not None and time_ns >= interval.to_time_ns:
             raise self._broken_chain(snapshot)
-        resolution, known_ns = None, protected_ns + 1  # writes before known_ns are all known
-        if interval is not None and interval.granularity_ns == 0:
-            seq = self._journal(interval.snapshot).last_seq_at(time_ns)
-            resolution = self._intermediary(interval, seq) if seq is not None else None
+        resolution, known = self._of_snapshot(snapshot), True
+        if interval is not None and interval.granularity_ns is not None:
+            journal = self._journal(interval.snapshot)
+            position = journal.position_at_time(time_ns)
+            if position is not None:
+                resolution = self._intermediary(interval, position)
+            known = _is_known(interval, position, time_ns, journal)
         elif interval is not None:
-            known_ns = snapshot.time_ns + 1 if interval.first_time_ns is None else interval.first_time_ns
-        resolution = resolution or self._of_snapshot(snapshot)
+            first_ns = interval.first_time_ns
+            known = time_ns < (snapshot.time_ns + 1 if first_ns is None else first_ns)
         if resolution.time_ns == time_ns:
             return resolution, True
-        return resolution, time_ns < known_ns and not self._catalog.has_gap(resolution.time_ns, time_ns)
+        return resolution, known and not self._catalog.has_gap(resolution.time_ns, time_ns)
 
     def at_seq(self, seq: int) -> Resolution:
         """The newest reachable state not after write `seq`.
@@ -157,8 +160,10 @@ class Store:
         interval = self._interval_behind(snapshot, last) if seq > snapshot.seq else None
         if seq > snapshot.seq and (interval is None or seq >= interval.to_seq):
             raise self._broken_chain(snapshot)
-        if interval is not None and interval.granularity_ns == 0:
-            return self._intermediary(interval, seq)
+        if interval is not None and interval.granularity_ns is not None:
+            position = self._journal(interval.snapshot).position_at_seq(seq)
+            if position is not None:
+                return self._intermediary(interval, position)
         return self._of_snapshot(snapshot)
 
     def _interval_behind(self, snapshot: Snapshot, last: Snapshot | None) -> Interval | None:
@@ -279,8 +284,19 @@ class Store:
         granularity_ns = interval.granularity_ns if interval else None
         return Resolution(snapshot.seq, snapshot.time_ns, "snapshot", granularity_ns, snapshot.id, None)
 
-    def _intermediary(self, interval: Interval, seq: int) -> Resolution:
-        time_ns = self._journal(interval.snapshot).time_of(seq)
+    def _intermediary(self, interval: Interval, position: Position) -> Resolution:
         return Resolution(
-            seq, time_ns, "intermediary", interval.granularity_ns, interval.from_snapshot, interval.snapshot
+            *position, "intermediary", interval.granularity_ns, interval.from_snapshot, interval.snapshot
         )
+
+
+def _is_known(interval: Interval, position: Position | None, time_ns: int, journal: JournalIndex) -> bool:
+    """Whether no write can lie between a position and `time_ns` behind it, in an interval with a granularity."""
+    rung_ns = interval.granularity_ns
+    if not rung_ns or (interval.first_time_ns is not None and time_ns < interval.first_time_ns):
+        return True
+    granule = time_ns // rung_ns
+    # A position is the last write of its granule; a granule without one has no write.
+    return (position is not None and position[1] // rung_ns == granule) or (
+        journal.next_time(time_ns) // rung_ns > granule
+    )

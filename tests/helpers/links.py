@@ -60,6 +60,7 @@ MANIFEST = Manifest(
     cause="within budget",
     diff_count=2,
     journal_count=9,
+    position_count=9,
     identity="c0ffee",
     bookmarks=(Bookmark("before upgrade", 9, 50),),
     gaps=(Gap(1, 8, 3, 9, "journal full"),),

@@ -34,17 +34,19 @@ class Pipeline:
     block_sizes: list[int]
     capacity_bytes: int = 64 << 20
     seed: int = 0
+    tick_ns: int = 7
     states: list[list[bytes]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.random = np.random.default_rng(self.seed)
+        self.tmp.mkdir(exist_ok=True)
         self.backings = [self.tmp / f"backing{index}" for index in range(len(self.sizes))]
         for path, size in zip(self.backings, self.sizes, strict=True):
             content = bytearray(size)
             at = int(self.random.integers(size))
             content[at : at + 5000] = self.random.bytes(min(5000, size - at))
             path.write_bytes(content)
-        ticks = itertools.count(1_700_000_000_000_000_000, 7)
+        ticks = itertools.count(1_700_000_000_000_000_000, self.tick_ns)
         self._clock = lambda: next(ticks) // 50 * 50
         self.state = str(self.tmp / "state")
         self.start()

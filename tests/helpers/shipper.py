@@ -36,10 +36,12 @@ class Here:
         self.welcome: Welcome = ingest.welcome()
         self.durable = ResumePoint()
         self.wire_bytes = self.payload_bytes = self.begun = 0
+        self.resumed: list[ResumePoint] = []  # of each transfer, where it went on
 
     async def begin(self, manifest: Manifest) -> ResumePoint:
         self.begun += 1
-        return self._ingest.begin(manifest)
+        self.resumed.append(self._ingest.begin(manifest))
+        return self.resumed[-1]
 
     async def send(self, frame: Data | Checkpoint) -> None:
         feed(self._ingest, frame)

@@ -15,6 +15,7 @@ from xxhash import xxh3_64_intdigest
 from pitfs.model.transfer import (
     DIFF_ENTRY,
     JOURNAL_ENTRY,
+    POSITION,
     UNIT_BYTES,
     Begin,
     Bookmark,
@@ -65,9 +66,9 @@ class Transfer:
         yield Begin(self.manifest)
         at = dict(zip(Section, lengths, strict=True))
         order = (
-            [Section.DIFF, Section.DIFF_BLOCKS, Section.TIMES, Section.JOURNAL, Section.JOURNAL_BLOCKS]
+            [Section.DIFF, Section.DIFF_BLOCKS, Section.POSITIONS, Section.JOURNAL, Section.JOURNAL_BLOCKS]
             if interleave
-            else [Section.DIFF, Section.JOURNAL, Section.TIMES, Section.JOURNAL_BLOCKS, Section.DIFF_BLOCKS]
+            else [Section.DIFF, Section.JOURNAL, Section.POSITIONS, Section.JOURNAL_BLOCKS, Section.DIFF_BLOCKS]
         )
         for section in order:
             while at[section] < len(self.sections[section]):
@@ -80,7 +81,7 @@ class Transfer:
         yield self.end
 
     def _stop(self, section: Section, start: int, count: int) -> int:
-        size = {Section.DIFF: 32, Section.TIMES: 8, Section.JOURNAL: 40}.get(section)
+        size = {Section.DIFF: 32, Section.POSITIONS: 16, Section.JOURNAL: 40}.get(section)
         if size is not None:
             return min(start + count * size, len(self.sections[section]))
         ends = np.cumsum(self.block_sizes[section]).tolist()
@@ -96,6 +97,7 @@ class History:
         states: by seq, the images of all volumes, each of the volume's exact size.
         times_ns: by seq.
         reachable: seq of every state that the transfers made so far give.
+        granules: (from_time_ns, to_time_ns, granularity_ns) of intervals that have one other than every write.
     """
 
     seed: int
@@ -105,6 +107,7 @@ class History:
     states: list[list[bytes]] = field(default_factory=list)
     times_ns: list[int] = field(default_factory=list)
     reachable: set[int] = field(default_factory=set)
+    granules: list[tuple[int, int, int]] = field(default_factory=list)
     mark: int = 0
 
     def __post_init__(self) -> None:
@@ -162,12 +165,12 @@ class History:
         return write
 
     def close_interval(
-        self, granular: bool = True, bookmarks: Sequence[str] = (), full: bool = False
+        self, granularity_ns: int | None = 0, bookmarks: Sequence[str] = (), full: bool = False
     ) -> Transfer:
         """The transfer for all writes since the last mark; the first one is the full copy at seq 0.
 
         Args:
-            granular: with a difference journal.
+            granularity_ns: of the difference journal, None without one.
             full: a rescan: the complete state again, with a gap.
         """
         self.mark += 1
@@ -176,13 +179,16 @@ class History:
         seq, time_ns = (writes[-1].seq, writes[-1].time_ns) if writes else self.at
         self.protected_ns = max(self.times_ns[-1], time_ns, self.protected_ns) + 1_000
         protected_ns = time_ns if first and self.open else self.protected_ns
-        granular = granular and bool(writes) and not full
-        builder = _Sections(self, granular)
+        positions: list[Write] = []
+        if granularity_ns is not None and not full:
+            positions = ends_of_granules(writes, time_ns, granularity_ns)
+        granularity_ns = granularity_ns if positions else None
+        builder = _Sections(self)
         full = first or (full and bool(writes))
         builder.diff(self._all_blocks() if full else self._last_blocks(writes), zeros=not full)
-        if granular:
-            builder.journal(writes)
-        cause = "every write" if granular else "the link was too slow"
+        if granularity_ns is not None:
+            builder.journal(writes, time_ns, granularity_ns)
+        cause = "every write" if granularity_ns == 0 else "the link was too slow"
         gaps = (Gap(*self.at, seq, time_ns, "rescan"),) if full and not first else ()
         manifest = Manifest(
             mark=self.mark,
@@ -193,18 +199,21 @@ class History:
             to_time_ns=time_ns,
             first_time_ns=writes[0].time_ns if writes and not full else None,
             protected_through_ns=protected_ns,
-            granularity_ns=0 if granular else None,
+            granularity_ns=granularity_ns,
             cause=cause,
             diff_count=None if full else len(builder.diff_rows),
             journal_count=len(builder.journal_rows),
+            position_count=len(positions),
             identity=f"{self.seed}-{self.mark}",
             bookmarks=tuple(Bookmark(name, seq, time_ns) for name in bookmarks),
             gaps=gaps,
         )
-        self.reachable |= {seq, *((write.seq for write in writes) if granular else ())}
+        self.reachable |= {seq, *(write.seq for write in positions)}
+        if granularity_ns:
+            self.granules.append((self.at[1], time_ns, granularity_ns))
         self.at = (seq, time_ns)
         self.base = [bytes(image) for image in self.images]
-        return builder.transfer(manifest, writes if granular else [])
+        return builder.transfer(manifest, positions)
 
     def _all_blocks(self) -> dict[tuple[int, int], bytes]:
         images = self.base if self.mark == 1 else self.images
@@ -222,10 +231,31 @@ class History:
         return last
 
 
+def ends_of_granules(writes: Sequence[Write], to_time_ns: int, granularity_ns: int) -> list[Write]:
+    """The last write of each granule but that in which the interval ends; all of them for every write."""
+    if not granularity_ns:
+        return list(writes)
+    last = {write.time_ns // granularity_ns: write for write in writes}
+    return [write for granule, write in last.items() if granule < to_time_ns // granularity_ns]
+
+
+def last_of_granules(
+    writes: Sequence[Write], to_time_ns: int, granularity_ns: int
+) -> dict[tuple[int, int, int], int]:
+    """seq of the last write to (volume, block) in each granule but that in which the interval ends."""
+    last: dict[tuple[int, int, int], int] = {}
+    for write in writes if granularity_ns else ():
+        granule = write.time_ns // granularity_ns
+        if granule < to_time_ns // granularity_ns:
+            for i in range(len(write.contents)):
+                last[write.volume, write.block + i, granule] = write.seq
+    return last
+
+
 class _Sections:
     """Collects rows and contents of one transfer."""
 
-    def __init__(self, history: History, granular: bool) -> None:
+    def __init__(self, history: History) -> None:
         self.history = history
         self.diff_rows: list[tuple[int, int, int, int, int, int]] = []
         self.journal_rows: list[tuple[int, int, int, int, int, int, int]] = []
@@ -246,10 +276,15 @@ class _Sections:
             self.places.setdefault(content, (Source.FOURTH, unit))
             unit += len(content) // UNIT_BYTES
 
-    def journal(self, writes: Sequence[Write]) -> None:
+    def journal(self, writes: Sequence[Write], to_time_ns: int, granularity_ns: int) -> None:
         unit, rows = 0, []
+        last = last_of_granules(writes, to_time_ns, granularity_ns)
         for write in writes:
             for i, content in enumerate(write.contents):
+                if granularity_ns:
+                    granule = write.time_ns // granularity_ns
+                    if last.get((write.volume, write.block + i, granule)) != write.seq:
+                        continue
                 if not any(content):
                     source, place = Source.ZERO, 0
                 elif content in self.places:
@@ -262,13 +297,15 @@ class _Sections:
                 rows.append((write.block + i, write.seq, checksum, place, write.volume, source, 0))
         self.journal_rows = sorted(rows, key=lambda row: (row[4], row[0], row[1]))
 
-    def transfer(self, manifest: Manifest, writes: Sequence[Write]) -> Transfer:
+    def transfer(self, manifest: Manifest, positions: Sequence[Write]) -> Transfer:
         return Transfer(
             manifest,
             {
                 Section.DIFF: np.array(self.diff_rows, DIFF_ENTRY).tobytes(),
                 Section.DIFF_BLOCKS: b"".join(self.diff_contents),
-                Section.TIMES: np.array([write.time_ns for write in writes], "<i8").tobytes(),
+                Section.POSITIONS: np.array(
+                    [(write.seq, write.time_ns) for write in positions], POSITION
+                ).tobytes(),
                 Section.JOURNAL: np.array(self.journal_rows, JOURNAL_ENTRY).tobytes(),
                 Section.JOURNAL_BLOCKS: b"".join(self.journal_contents),
             },
@@ -299,7 +336,7 @@ def random_transfers(history: History, count: int, max_writes: int = 20) -> Iter
             for _ in range(int(random.integers(0, max_writes)) if random.random() < 0.85 else 0):
                 history.write()
         yield history.close_interval(
-            granular=bool(random.random() < 0.7),
+            granularity_ns=(0, 0, 0, 10_000_000, 50_000_000, 100_000_000, None)[int(random.integers(7))],
             bookmarks=(f"mark-{number}",) if random.random() < 0.3 else (),
             full=bool(number and random.random() < 0.1),
         )

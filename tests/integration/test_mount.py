@@ -48,13 +48,13 @@ class Replica:
         self.path = root / self.history.group
         self.add(0, bookmark="start")
         self.add(20)
-        self.add(15, granular=False)
+        self.add(15, granularity_ns=None)
         self.add(25, bookmark="before-upgrade")
 
-    def add(self, writes: int, granular: bool = True, bookmark: str = "") -> None:
+    def add(self, writes: int, granularity_ns: int | None = 0, bookmark: str = "") -> None:
         for _ in range(writes):
             self.history.write()
-        transfer = self.history.close_interval(granular, [bookmark] if bookmark else [])
+        transfer = self.history.close_interval(granularity_ns, [bookmark] if bookmark else [])
         ingest_transfer(self.ingest, transfer)
 
     def name(self, seq: int) -> str:

@@ -28,10 +28,10 @@ VOLUMES = (VolumeInfo("root", 3_300_001, 4096), VolumeInfo("data", 12_345, 512))
 def history(tmp_path: Path) -> Iterator[History]:
     history = History(4, VOLUMES)
     ingest = Ingest(str(tmp_path), history.hello)
-    for writes, granular, marks in ((0, True, ["start"]), (20, True, []), (15, False, []), (25, True, ["5m-ago"])):
+    for writes, granularity_ns, marks in ((0, 0, ["start"]), (20, 0, []), (15, None, []), (25, 0, ["5m-ago"])):
         for _ in range(writes):
             history.write()
-        ingest_transfer(ingest, history.close_interval(granular, marks))
+        ingest_transfer(ingest, history.close_interval(granularity_ns, marks))
     yield history
     ingest.close()
 

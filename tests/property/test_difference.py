@@ -7,13 +7,17 @@ import pytest
 from xxhash import xxh3_64_intdigest
 
 from pitfs.model.difference import Columns, Contents, Rows, difference_journal, entries_at, snapshot_diff
+from pitfs.model.ladder import LAST_LAYER, RUNGS_NS, layers_of_positions
 from pitfs.model.transfer import UNIT_BYTES, Source
 
 Write = tuple[int, int, bytes]  # volume, block, content
 
 
-def build(writes: list[Write], block_sizes: list[int], checksum=xxh3_64_intdigest):  # type: ignore[no-untyped-def]
+def build(  # type: ignore[no-untyped-def]
+    writes: list[Write], block_sizes: list[int], checksum=xxh3_64_intdigest, times_ns=None
+):
     """The difference of writes with seq 1, 2, 3 …, one block each."""
+    times = np.arange(1, len(writes) + 1, dtype=np.int64) if times_ns is None else times_ns
     columns = Columns(
         np.array([volume for volume, _, _ in writes], dtype=np.uint16),
         np.array([block for _, block, _ in writes], dtype=np.int64),
@@ -30,7 +34,8 @@ def build(writes: list[Write], block_sizes: list[int], checksum=xxh3_64_intdiges
     sizes = np.array(block_sizes, dtype=np.int64)
     zeros = np.array([checksum(bytes(size)) for size in block_sizes], dtype=np.uint64)
     diff = snapshot_diff(columns, sizes, zeros, contents)
-    return diff, difference_journal(columns, diff, sizes, zeros, contents), compared
+    to_time_ns = int(times[-1]) if len(times) else 0
+    return diff, difference_journal(columns, times, to_time_ns, diff, sizes, zeros, contents), compared
 
 
 def stream(rows: Rows, writes: list[Write]) -> bytes:
@@ -99,6 +104,41 @@ def test_every_seq_reads_what_the_naive_model_has(seed: int) -> None:
     assert [(e["volume"], e["block"]) for e in diff.entries] == sorted(last)
     for entry in diff.entries:
         assert content_of(entry, streams, block_sizes) == last[entry["volume"], entry["block"]]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_each_rung_gives_the_ends_of_its_granules(seed: int) -> None:
+    random = np.random.default_rng([seed, 5])
+    pool = [random.bytes(512) for _ in range(6)] + [bytes(512)]
+    count = int(random.integers(1, 120))
+    writes = [(0, int(random.integers(8)), pool[random.integers(len(pool))]) for _ in range(count)]
+    times_ns = np.cumsum(random.integers(1, int(random.choice([2e6, 5e7, 4e8])), count)) + 10**18
+    diff, journal, _ = build(writes, [512], times_ns=times_ns)
+    fourth, to_time_ns = stream(diff.data_rows, writes), int(times_ns[-1])
+    layers = layers_of_positions(times_ns, to_time_ns)
+    whole = stream(journal.data_rows, writes)
+    assert len(journal.up_to(LAST_LAYER).entries) == count and (layers <= LAST_LAYER).all()
+    for layer, rung_ns in enumerate(RUNGS_NS):
+        part = journal.up_to(layer)
+        streams = {Source.FOURTH: fourth, Source.JOURNAL: stream(part.data_rows, writes)}
+        assert len(streams[Source.JOURNAL]) == part.size_bytes
+        assert whole.startswith(streams[Source.JOURNAL]), "a finer rung adds behind"
+        given = (np.flatnonzero(layers <= layer) + 1).tolist()
+        if rung_ns:
+            granules = {t // rung_ns: seq for seq, t in enumerate(times_ns.tolist(), 1)}
+            del granules[to_time_ns // rung_ns]
+            assert given == list(granules.values())
+            # No more than these need: of each block the last content in each granule.
+            needed = {(b, times_ns[i] // rung_ns): i + 1 for i, (_, b, _) in enumerate(writes)}
+            wanted = sorted(seq for (_, granule), seq in needed.items() if granule in granules)
+            assert sorted(part.entries["seq"].tolist()) == wanted
+        for seq in given:
+            naive = {(0, block): content for _, block, content in writes[:seq]}
+            found = {
+                (0, int(entry["block"])): content_of(entry, streams, [512])
+                for entry in entries_at(part.entries, seq)
+            }
+            assert found == naive
 
 
 def test_a_content_written_twice_is_carried_once() -> None:

@@ -29,10 +29,8 @@ def write_index(
         for part in np.array_split(table, int(random.integers(1, 5)), axis=1):
             blocks, seqs = part[0].astype("<i8"), part[1].astype("<i8")
             writer.add_rows(volume, blocks, seqs, part[2].copy(), part[3].copy())
-    seq = FROM_SEQ + 1
-    for times in np.array_split(times_ns, 3):
-        writer.add_times(seq, times)
-        seq += len(times)
+    for positions in np.array_split(np.stack([FROM_SEQ + 1 + np.arange(len(times_ns)), times_ns]), 3, axis=1):
+        writer.add_positions(*positions)
     data_bytes, tail_bytes, checksum = writer.finish()
     os.pwrite(
         fd, ObjectHeader(ObjectKind.JOURNAL_INDEX, HISTORY, 2, data_bytes, tail_bytes, checksum).encode(), 0
@@ -72,7 +70,7 @@ def test_a_range_gives_the_last_entry_of_each_block(
 ) -> None:
     random = np.random.default_rng(seed)
     monkeypatch.setattr(journals, "CHUNK_ROWS", int(random.choice([1, 3, 16, 2048])))
-    monkeypatch.setattr(journals, "CHUNK_TIMES", 32)
+    monkeypatch.setattr(journals, "CHUNK_POSITIONS", 32)
     writes = int(random.integers(1, 600))
     rows = {volume: random_rows(random, writes, int(random.integers(1, 60))) for volume in (0, 2)}
     times_ns = np.cumsum(random.integers(1, 5, writes)).astype("<i8")
@@ -88,8 +86,14 @@ def test_a_range_gives_the_last_entry_of_each_block(
     assert not len(index.range(1, 0, 60, FROM_SEQ + writes)[0])
     for time_ns in range(int(times_ns[0]) - 1, min(int(times_ns[-1]) + 2, 300)):
         count = int((times_ns <= time_ns).sum())
-        assert index.last_seq_at(time_ns) == (FROM_SEQ + count if count else None)
-    assert [index.time_of(FROM_SEQ + 1 + i) for i in range(writes)] == times_ns.tolist()
+        assert index.position_at_time(time_ns) == (
+            (FROM_SEQ + count, int(times_ns[count - 1])) if count else None
+        )
+        assert index.next_time(time_ns) == int(times_ns[min(count, writes - 1)])
+    assert [index.position_at_seq(FROM_SEQ + 1 + i) for i in range(writes)] == [
+        (FROM_SEQ + 1 + i, time_ns) for i, time_ns in enumerate(times_ns.tolist())
+    ]
+    assert index.position_at_seq(FROM_SEQ) is None
     pool.close()
 
 

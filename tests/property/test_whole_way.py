@@ -118,6 +118,31 @@ def test_after_a_kill_everything_goes_on(tmp_path: Path, seed: int) -> None:
     pipeline.close()
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_with_less_room_granularity_falls_no_further_than_needed(tmp_path: Path, seed: int) -> None:
+    counts, rungs = [], []
+    for rate in (None, 450_000, 400_000, 350_000, 300_000, 250_000, 200_000, 150_000, 1):
+        pipeline = Pipeline(tmp_path / str(rate), [100_000], [4096], seed=seed, tick_ns=5_000_000)
+        for _ in range(80):
+            pipeline.random_write()
+        pipeline.splitter.mark()
+        (manifest,) = pipeline.ship(rate_bytes_per_s=rate)
+        store = Store.open(str(pipeline.tmp / "g"))
+        reached = set()
+        for seq in range(len(pipeline.states)):
+            resolution = store.at_seq(seq)
+            assert resolution.seq <= seq
+            assert read_image(store, resolution, 0) == pipeline.states[resolution.seq][0]
+            reached.add(resolution.seq)
+        assert len(reached) == {0: 81, None: 2}.get(manifest.granularity_ns, manifest.position_count + 2)
+        counts.append(len(reached))
+        rungs.append(manifest.granularity_ns)
+        store.close()
+        pipeline.close()
+    assert rungs[0] == 0 and rungs[-1] is None
+    assert counts == sorted(counts, reverse=True) and len(set(counts)) > 3, (rungs, counts)
+
+
 def test_without_room_for_it_the_difference_journal_is_erased(tmp_path: Path) -> None:
     pipeline = Pipeline(tmp_path, [100_000], [4096], seed=1)
     for _ in range(20):

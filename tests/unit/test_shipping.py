@@ -18,9 +18,11 @@ import trio
 from pitfs.cli.shipper_process import ShipperControl
 from pitfs.errors import CapacityError, LinkError, PitfsError, UsageError
 from pitfs.link.sender import SenderSession
+from pitfs.model.transfer import Checkpoint, Data
 from pitfs.production.reader import Copy, Interval
 from pitfs.storage.segment import SegmentReader
 from tests.helpers.shipper import Parts, recovers
+from tests.helpers.stores import feed
 
 
 @pytest.fixture
@@ -181,3 +183,38 @@ async def test_a_name_that_could_not_be_given_can_be_given_later(
     with pytest.raises(CapacityError, match="bookmarks: remembering the bookmark's name: No space left"):
         await control.handle({"op": "bookmark", "name": "later"})
     assert parts.pipeline.splitter.standing.mark == before, "not set without its name being kept"
+
+
+async def test_an_interval_is_decided_once_and_resumes_though_the_rate_changed(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await parts.locate()
+    await parts.ship()
+    for _ in range(300):
+        parts.write()
+    parts.mark()
+    cut = False
+
+    async def send(frame: Data | Checkpoint) -> None:
+        nonlocal cut
+        feed(parts.pipeline.ingest, frame)
+        if isinstance(frame, Data) and not cut:
+            cut = True
+            parts.pipeline.ingest.checkpoint(())
+            raise LinkError("cut")
+
+    monkeypatch.setattr(parts.session, "send", send)
+    with pytest.raises(LinkError, match="cut"):
+        await parts.ship()
+    first = parts.shipper.standing.last_decision
+    parts.shipper.standing.rates.append(1.0)
+    await parts.locate()
+    await parts.ship()
+    assert parts.shipper.standing.last_decision == first and first is not None and first.granularity_ns == 0
+    assert parts.session.resumed[-1].lengths[0] > 0, "it went on where it was"
+    parts.assert_replica_has_all()
+    parts.write()
+    parts.mark()
+    await parts.ship()
+    decision = parts.shipper.standing.last_decision
+    assert decision is not None and decision.granularity_ns is None, "the next one is decided anew"

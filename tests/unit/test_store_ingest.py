@@ -312,13 +312,13 @@ def test_contents_before_their_rows_are_refused(ingest: Ingest, interval: Transf
         ingest.data(Data(Section.DIFF_BLOCKS, 0, interval.sections[Section.DIFF_BLOCKS]))
 
 
-@pytest.mark.parametrize("section", [Section.DIFF, Section.TIMES, Section.JOURNAL])
+@pytest.mark.parametrize("section", [Section.DIFF, Section.POSITIONS, Section.JOURNAL])
 def test_missing_repeated_or_broken_rows_are_refused(
     ingest: Ingest, interval: Transfer, section: Section
 ) -> None:
     data, size = (
         interval.sections[section],
-        {Section.DIFF: 32, Section.TIMES: 8, Section.JOURNAL: 40}[section],
+        {Section.DIFF: 32, Section.POSITIONS: 16, Section.JOURNAL: 40}[section],
     )
     for wrong in (data[:-size], data + data[-size:], data[:-1], data[size:] + data[:size], b""):
         with pytest.raises(RemoteProtocolError):
@@ -334,10 +334,10 @@ def test_the_lengths_at_the_end_must_be_those_that_came(ingest: Ingest, interval
 
 def test_a_journal_is_refused_where_only_the_snapshot_was_announced(ingest: Ingest, history: History) -> None:
     history.write()
-    transfer = history.close_interval(granular=False)
+    transfer = history.close_interval(None)
     ingest.begin(transfer.manifest)
     with pytest.raises(RemoteProtocolError, match="isn't part"):
-        ingest.data(Data(Section.TIMES, 0, bytes(8)))
+        ingest.data(Data(Section.POSITIONS, 0, bytes(16)))
 
 
 def test_a_frame_larger_than_the_limit_is_refused(ingest: Ingest, interval: Transfer) -> None:

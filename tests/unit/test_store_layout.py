@@ -72,13 +72,13 @@ def test_a_journal_index_has_the_golden_bytes(tmp_path: Path) -> None:
     ]
     writer.add_rows(0, *columns)
     writer.add_rows(1, *(column[1:] for column in columns))
-    writer.add_times(11, np.array([1000, 2000], "<i8"))
+    writer.add_positions(np.array([11, 12], "<i8"), np.array([1000, 2000], "<i8"))
     data_bytes, tail_bytes, checksum = writer.finish()
     os.close(fd)
     data = (tmp_path / "index").read_bytes()
     assert not any(data[:HEADER_BYTES])
     assert data[HEADER_BYTES:] == golden("store-journal-index.hex")
-    assert (data_bytes, tail_bytes) == (2 * 32 + 32 + 16, 3 * 40)
+    assert (data_bytes, tail_bytes) == (2 * 32 + 32 + 32, 3 * 40)
     assert checksum == xxh3_64_intdigest(data[HEADER_BYTES + data_bytes :])
 
 
