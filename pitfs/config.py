@@ -21,16 +21,13 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final
 
-from pitfs.config_table import Source, Table
-from pitfs.errors import ConfigError
+from pitfs.config_table import Table, parse_table, read_text
 
-MAX_FILE_BYTES: Final = 1 << 20  # a configuration is a page; more is the wrong file
 MAX_VOLUMES: Final = 256  # each costs a descriptor and a map of its own on both sides
 MIN_INTERVAL_NS: Final = 100 * 10**6  # closing an interval costs some ms and two fsyncs on the replica
 MAX_INTERVAL_NS: Final = 24 * 3600 * 10**9  # all of an interval is held in the journal until it is shipped
@@ -113,36 +110,43 @@ def load_config(path: str) -> Config:
     Raises:
         ConfigError: it can't be read, isn't TOML, or says something that can't be meant.
     """
-    try:
-        with open(path, "rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise ConfigError(path, "", f"can't be read: {getattr(error, 'strerror', None) or error}") from error
-    if len(content) > MAX_FILE_BYTES:
-        raise ConfigError(
-            path, "", f"is larger than {MAX_FILE_BYTES >> 20} MiB: not a configuration of pitfs"
-        )
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ConfigError(path, f"line {line}", "isn't UTF-8 text") from error
-    return parse_config(text, path)
+    return parse_config(read_text(path), path)
+
+
+def load_grants(path: str) -> dict[str, frozenset[str]]:
+    """Reads the file of `pitfs receive --grants`: for each group, whose certificates may write it.
+
+        [groups]
+        db1 = ["db1.example.org", "sha256:5f36…"]
+
+    Each is a name in the certificate, or its fingerprint (lower case and without colons in what is returned).
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
+    top = parse_table(read_text(path), path)
+    top.only(("groups",))
+    groups = top.table("groups")
+    found = {}
+    for name in groups.values:
+        groups.check_name(name, name)
+        found[name] = frozenset(_fingerprint(groups, name, each) for each in groups.texts(name))
+    return found
+
+
+def _fingerprint(groups: Table, name: str, text: str) -> str:
+    prefix, colon, digits = text.partition(":")
+    if prefix.lower() != "sha256" or not colon:
+        return text
+    digits = digits.replace(":", "").lower()
+    if not re.fullmatch(r"[0-9a-f]{64}", digits):
+        groups.fail(name, "a fingerprint is sha256: and 64 hex digits, as of openssl x509 -fingerprint -sha256")
+    return f"sha256:{digits}"
 
 
 def parse_config(text: str, path: str) -> Config:
     """As load_config, from the text; `path` is for messages."""
-    try:
-        document = tomllib.loads(text)
-    except RecursionError as error:
-        raise ConfigError(path, "", "isn't valid TOML: nested too deeply") from error
-    except ValueError as error:  # TOMLDecodeError, or a number with more digits than Python converts
-        problem = " ".join(str(error).split())
-        place = re.search(r" \(at (line [0-9]+, column [0-9]+|end of document)\)$", problem)
-        where = place[1] if place else ""
-        problem = problem[: place.start()] if place else problem
-        raise ConfigError(path, where, f"isn't valid TOML: {problem}") from error
-    top = Table(Source(path, text), (), document)
+    top = parse_table(text, path)
     top.only(("group", "volumes", "splitter", "replication", "journal", "tls"))
     replication = _read_replication(top.table("replication"))
     config = Config(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import tomllib
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, Final, Never
@@ -13,6 +14,46 @@ from pitfs.errors import ConfigError
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _QUANTITY = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?([A-Za-z]+)")
 _KINDS: Final = {str: "text in quotes", int: "an integer", bool: "true or false"}
+
+
+MAX_FILE_BYTES: Final = 1 << 20  # a configuration is a page; more is the wrong file
+
+
+def read_text(path: str) -> str:
+    """The text of a file.
+
+    Raises:
+        ConfigError: it can't be read, is too large, or isn't text.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise ConfigError(path, "", f"can't be read: {getattr(error, 'strerror', None) or error}") from error
+    if len(content) > MAX_FILE_BYTES:
+        raise ConfigError(
+            path, "", f"is larger than {MAX_FILE_BYTES >> 20} MiB: not a configuration of pitfs"
+        )
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(path, f"line {line}", "isn't UTF-8 text") from error
+
+
+def parse_table(text: str, path: str) -> Table:
+    """The document's top table; `path` is for messages. Raises ConfigError: it isn't TOML."""
+    try:
+        document = tomllib.loads(text)
+    except RecursionError as error:
+        raise ConfigError(path, "", "isn't valid TOML: nested too deeply") from error
+    except ValueError as error:  # TOMLDecodeError, or a number with more digits than Python converts
+        problem = " ".join(str(error).split())
+        place = re.search(r" \(at (line [0-9]+, column [0-9]+|end of document)\)$", problem)
+        where = place[1] if place else ""
+        problem = problem[: place.start()] if place else problem
+        raise ConfigError(path, where, f"isn't valid TOML: {problem}") from error
+    return Table(Source(path, text), (), document)
 
 
 class Source:
@@ -88,6 +129,13 @@ class Table:
         if not value or not value.isprintable():
             self.fail(key, "is empty" if not value else "has characters that can't be printed")
         return value
+
+    def texts(self, key: str) -> list[str]:
+        """A list of at least one text."""
+        values = self.values[key]
+        if not isinstance(values, list) or not values or not all(isinstance(each, str) for each in values):
+            self.fail(key, 'must be a list of texts in quotes, as in ["one", "two"]')
+        return values
 
     def integer(self, key: str, default: int) -> int:
         value: int = self._get(key, int, default)

@@ -13,6 +13,7 @@ from pitfs.errors import PitfsError, UsageError
 if TYPE_CHECKING:
     import trio
 
+    from pitfs.link.receiver import ReadGrants
     from pitfs.link.tls import LinkContext
 
 NAME: Final = "receive"
@@ -40,6 +41,9 @@ examples:
     parser.add_argument(
         "--authority", metavar="FILE", help="PEM file of the authority whose certificates senders show"
     )
+    parser.add_argument(
+        "--grants", metavar="FILE", help="TOML file: whose certificates may write which groups; read anew each time"
+    )
     parser.add_argument("--insecure", action="store_true", help="no TLS; loopback addresses only")
 
 
@@ -48,13 +52,20 @@ def run(args: argparse.Namespace) -> int:
 
     from pitfs.cli.processes import bound_heap, set_up_daemon_logging
     from pitfs.cli.service import run_until_signal
+    from pitfs.config import load_grants
 
     bound_heap()
     host, port = parse_address(args.listen)
     tls = _context(args, host)
+    read_grants = None
+    if args.grants is not None:
+        if tls is None:
+            raise UsageError("--grants names certificates: it needs --certificate, --key and --authority")
+        read_grants = partial(load_grants, args.grants)
+        read_grants()  # its errors now, not when somebody connects
     root = _make_root(args.root)
     set_up_daemon_logging(getattr(args, "verbose", 0))
-    trio.run(run_until_signal, partial(_receive, root, host, port, tls))
+    trio.run(run_until_signal, partial(_receive, root, host, port, tls, read_grants))
     return 0
 
 
@@ -109,7 +120,9 @@ def _make_root(path: str) -> str:
     return root
 
 
-async def _receive(root: str, host: str, port: int, tls: LinkContext | None) -> None:
+async def _receive(
+    root: str, host: str, port: int, tls: LinkContext | None, read_grants: ReadGrants | None
+) -> None:
     import logging
 
     import trio
@@ -127,7 +140,7 @@ async def _receive(root: str, host: str, port: int, tls: LinkContext | None) -> 
     notify_ready()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(trim_heap)
-        await serve(listeners, partial(Ingest, root), tls=tls)
+        await serve(listeners, partial(Ingest, root), tls=tls, read_grants=read_grants)
 
 
 async def _listen(host: str, port: int) -> list[trio.SocketListener]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -47,6 +47,7 @@ FRAME_COST_BYTES: Final = 256  # what an empty frame counts for in a queue
 REPLIES_BYTES: Final = 256 << 10  # replies that may wait: 1,000, far more than a window has checkpoints
 
 T = TypeVar("T")
+ReadGrants = Callable[[], Mapping[str, frozenset[str]]]
 
 
 class IngestProtocol(Protocol):
@@ -89,14 +90,17 @@ async def serve(
     *,
     tls: LinkContext | None = None,
     limits: Limits = Limits(),
+    read_grants: ReadGrants | None = None,
 ) -> None:
     """Serves sessions until cancelled; then each finishes the call under way and tells its peer.
 
     Args:
         open_ingest: opens (or makes) the group's store; called in a thread, may raise any PitfsError.
         tls: of `server_context`; None for loopback only.
+        read_grants: called in a thread for each session, so that a change takes effect: of each group, whose
+            certificates (`identities_of`) may write it. None: whatever the certificates themselves say.
     """
-    receiver = _Receiver(open_ingest, tls, limits)
+    receiver = _Receiver(open_ingest, tls, limits, read_grants)
     async with trio.open_nursery() as nursery:
         await trio.serve_listeners(receiver.handle, listeners, handler_nursery=nursery)
 
@@ -105,9 +109,13 @@ class _Receiver:
     """All connections of one `serve`."""
 
     def __init__(
-        self, open_ingest: Callable[[Hello], IngestProtocol], tls: LinkContext | None, limits: Limits
+        self,
+        open_ingest: Callable[[Hello], IngestProtocol],
+        tls: LinkContext | None,
+        limits: Limits,
+        read_grants: ReadGrants | None,
     ) -> None:
-        self.open_ingest, self.tls, self.limits = open_ingest, tls, limits
+        self.open_ingest, self.tls, self.limits, self._read_grants = open_ingest, tls, limits, read_grants
         self.threads = trio.CapacityLimiter(limits.sessions)
         self._handshaking: dict[trio.CancelScope, None] = {}  # oldest first
         self._sessions = 0
@@ -176,7 +184,7 @@ class _Receiver:
         finally:
             self._sessions -= 1
 
-    def check(self, greeting: Greeting, stream: PlainStream) -> Hello:
+    async def check(self, greeting: Greeting, stream: PlainStream) -> Hello:
         """Whether this peer may have a session.
 
         Raises:
@@ -192,9 +200,23 @@ class _Receiver:
         group = greeting.hello.group
         if isinstance(stream, TlsStream) and not is_granted(stream.peer_certificate(), group):
             raise Told(failures.NOT_GRANTED, f"the certificate doesn't grant group {group}", retryable=False)
+        if self._read_grants is not None:
+            await self._check_grants(self._read_grants, group, stream)
         if self._sessions > self.limits.sessions:
             raise Told(failures.BUSY, f"{self.limits.sessions} sessions already", retryable=True)
         return greeting.hello
+
+    async def _check_grants(self, read_grants: ReadGrants, group: str, stream: PlainStream) -> None:
+        identities = stream.peer_identities() if isinstance(stream, TlsStream) else frozenset()
+        try:
+            granted = (await trio.to_thread.run_sync(read_grants, limiter=self.threads)).get(group, frozenset())
+        except PitfsError as error:
+            log.error("nobody gets in: %s", error)
+            words = "the replica can't read who may write which group: see its log"
+            raise Told(failures.NOT_GRANTED, words, retryable=True) from error
+        if not identities & granted:
+            words = f"the replica's grants don't let this certificate write group {group}"
+            raise Told(failures.NOT_GRANTED, words, retryable=False)
 
     async def take_over(self, group: str, session: _Session) -> None:
         """Makes this the group's session; an older one is ended first.
@@ -270,7 +292,7 @@ class _Session:
 
     async def _work(self, greeting: Greeting) -> None:
         """Opens the store, then feeds it what comes, until the peer has left and all is fed."""
-        hello = self._receiver.check(greeting, self._stream)
+        hello = await self._receiver.check(greeting, self._stream)
         await self._receiver.take_over(hello.group, self)
         welcome = await self._in_thread(lambda: self._open(hello))
         self._began = True

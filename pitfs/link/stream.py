@@ -14,6 +14,7 @@ import trio
 
 from pitfs.link.frames import Buffer
 from pitfs.link.rate import TokenBucket
+from pitfs.link.tls import identities_of
 
 RECEIVE_BYTES: Final = (
     256 << 10
@@ -121,6 +122,9 @@ class TlsStream(PlainStream):
 
     def peer_certificate(self) -> dict[str, Any]:
         return dict(self._tls.getpeercert() or {})
+
+    def peer_identities(self) -> frozenset[str]:
+        return identities_of(self.peer_certificate(), self._tls.getpeercert(binary_form=True) or b"")
 
     async def receive_some(self) -> Buffer:
         """As PlainStream; an end without close_notify counts as an end: the protocol knows if all is there.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import os
 import socket
@@ -123,6 +124,13 @@ def names_of(certificate: Mapping[str, Any]) -> str:
             if key == "commonName":
                 return str(value)
     return next((str(value) for _, value in certificate.get("subjectAltName", ())), "")
+
+
+def identities_of(certificate: Mapping[str, Any], encoded: bytes) -> frozenset[str]:
+    """What a grants file may call a certificate: its common and alternative names, and sha256:FINGERPRINT."""
+    common = (value for part in certificate.get("subject", ()) for key, value in part if key == "commonName")
+    others = (value for _, value in certificate.get("subjectAltName", ()))
+    return frozenset({*common, *others, f"sha256:{hashlib.sha256(encoded).hexdigest()}"})
 
 
 def is_granted(certificate: Mapping[str, Any], group: str) -> bool:

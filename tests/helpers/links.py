@@ -28,6 +28,7 @@ from pitfs.link.frames import (
     WireData,
 )
 from pitfs.link.protocol import LinkProtocol, Role
+from pitfs.link.receiver import ReadGrants
 from pitfs.link.tls import LinkContext
 from pitfs.link.transport import Limits, serve
 from pitfs.model.transfer import (
@@ -174,14 +175,17 @@ class FakeIngest:
 
 @asynccontextmanager
 async def replica(
-    open_ingest: Callable[[Hello], FakeIngest], tls: LinkContext | None = None, limits: Limits | None = None
+    open_ingest: Callable[[Hello], FakeIngest],
+    tls: LinkContext | None = None,
+    limits: Limits | None = None,
+    read_grants: ReadGrants | None = None,
 ) -> AsyncIterator[int]:
     """A receiver on a free port of 127.0.0.1 for as long as the context."""
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
     async with trio.open_nursery() as nursery:
 
         async def run() -> None:
-            await serve(listeners, open_ingest, tls=tls, limits=limits or Limits())
+            await serve(listeners, open_ingest, tls=tls, limits=limits or Limits(), read_grants=read_grants)
 
         nursery.start_soon(run)
         yield listeners[0].socket.getsockname()[1]

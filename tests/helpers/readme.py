@@ -57,5 +57,15 @@ def fstab_lines() -> list[str]:
 
 def configuration() -> str:
     """The configuration of the production host."""
-    (text,) = (block.text for block in blocks() if block.language == "toml")
+    (text,) = (text for text in tomls() if text.startswith("[group]"))
     return text
+
+
+def grants() -> str:
+    """The replica's grants file."""
+    (text,) = (text for text in tomls() if text.startswith("[groups]"))
+    return text
+
+
+def tomls() -> list[str]:
+    return [block.text for block in blocks() if block.language == "toml"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import ssl
 import warnings
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -13,12 +15,22 @@ import pytest
 import trio
 import trustme
 
-from pitfs.errors import LinkError, LinkRefusedError, PitfsError, RemoteProtocolError, UsageError
+from pitfs.config import load_grants
+from pitfs.errors import (
+    ConfigError,
+    LinkError,
+    LinkRefusedError,
+    PitfsError,
+    RemoteProtocolError,
+    UsageError,
+)
 from pitfs.link.stream import TlsStream
 from pitfs.link.tls import client_context, is_granted, is_loopback, require_loopback, server_context
 from pitfs.link.transport import connect
 from tests.helpers.links import HELLO, MANIFEST, FakeIngest, Files, issue, replica
 from tests.integration.test_link import NOISE, ship
+
+END = "-----END CERTIFICATE-----\n"
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +190,53 @@ async def test_a_certificate_for_other_groups_is_refused(
         context = client(pki["production"])
         async with connect("127.0.0.1", port, tls=context, hello=hello, rate_bytes_per_s=None):  # type: ignore[arg-type]
             pass
+
+
+async def test_a_grants_file_says_which_certificate_may_write_which_group(
+    pki: dict[str, Files], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "grants.toml"
+    der = ssl.PEM_cert_to_DER_cert(Path(pki["elsewhere"].certificate).read_text().split("-----END")[0] + END)
+    digest = hashlib.sha256(der).hexdigest().upper()
+    colons = ":".join(digest[i : i + 2] for i in range(0, 64, 2))
+    tls = server_context(*pki["replica"].as_arguments())
+    async with replica(FakeIngest, tls, read_grants=partial(load_grants, str(file))) as port:
+
+        async def may(who: str) -> bool:
+            try:
+                await attempt(port, client(pki[who]))
+            except LinkRefusedError as error:
+                assert "grants don't let this certificate write group db1" in str(error)
+                return False
+            return True
+
+        file.write_text('[groups]\ndb1 = ["production.example"]\n')
+        assert await may("production") and not await may("elsewhere")
+        file.write_text(f'[groups]\ndb2 = ["production.example"]\ndb1 = ["sha256:{colons}"]\n')
+        assert not await may("production") and await may("elsewhere")
+        file.write_text("[groups]\ndb1 = 7\n")
+        with pytest.raises(LinkError, match="can't read who may write which group"):
+            await attempt(port, client(pki["production"]))
+        assert f"nobody gets in: {file}: line 2, groups.db1: must be a list" in caplog.text
+        file.unlink()
+        with pytest.raises(LinkError, match="can't read who may write which group"):
+            await attempt(port, client(pki["production"]))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[group]\n", "did you mean 'groups'"),
+        ("[groups]\n'a/b' = ['x']\n", "a/b"),
+        ("[groups]\na = []\n", "must be a list of texts"),
+        ("[groups]\na = ['sha256:12']\n", "64 hex digits"),
+        ("a b", "isn't valid TOML"),
+    ],
+)
+def test_a_grants_file_that_can_not_be_meant_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "grants.toml").write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        load_grants(str(tmp_path / "grants.toml"))
 
 
 def test_a_certificate_without_grants_may_send_all_groups_and_one_with_grants_those() -> None:

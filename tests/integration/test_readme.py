@@ -14,12 +14,12 @@ import pytest
 
 from pitfs.cli.main import full_parser
 from pitfs.cli.mount import parse_options
-from pitfs.config import load_config
+from pitfs.config import load_config, load_grants
 from pitfs.model.position import parse_time
 from tests.helpers.hosts import Mount, digest, free_port, xxhsum
 from tests.helpers.loops import LoopDevice, force_unmount
 from tests.helpers.processes import ROOT, Daemon, HostError, pitfs_command, run, wait_until
-from tests.helpers.readme import blocks, commands, configuration, fstab_lines
+from tests.helpers.readme import blocks, commands, configuration, fstab_lines, grants
 
 SERVICES = ("pitfs-protect@.service", "pitfs-receive.service")
 # Programs of others whose long options are looked up in what they print for --help.
@@ -84,6 +84,8 @@ def test_the_configuration_loads_as_it_stands(tmp_path: Path) -> None:
     path.write_text(configuration())
     config = load_config(str(path))
     assert (config.group.name, config.replication.host) == ("db1", "replica.example")
+    (tmp_path / "grants.toml").write_text(grants())
+    assert load_grants(str(tmp_path / "grants.toml")) == {"db1": frozenset({"production.example"})}
     (settings,) = (block.text for block in blocks() if block.language == "ini")
     unit = (ROOT / "pitfs" / "data" / "pitfs-receive.service").read_text()
     for line in settings.splitlines():

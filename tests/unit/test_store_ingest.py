@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import msgspec
@@ -21,6 +22,7 @@ from pitfs.model.transfer import (
     DIFF_ENTRY,
     JOURNAL_ENTRY,
     MAX_PAYLOAD_BYTES,
+    POSITION,
     Bookmark,
     Data,
     End,
@@ -31,7 +33,9 @@ from pitfs.model.transfer import (
     VolumeInfo,
 )
 from pitfs.store.ingest import Ingest
+from pitfs.store.rows import PositionsCheck
 from pitfs.store.store import Store
+from tests.helpers.links import MANIFEST
 from tests.helpers.stores import ingest_transfer, read_image
 from tests.helpers.transfers import START_NS, History, Transfer
 
@@ -155,7 +159,7 @@ def test_only_the_next_mark_is_taken(ingest: Ingest, interval: Transfer) -> None
 
 def test_an_interval_must_follow_the_last_position(ingest: Ingest, interval: Transfer) -> None:
     with pytest.raises(PositionMismatchError, match="the store is at seq 0"):
-        ingest.begin(changed(interval.manifest, from_seq=1))
+        ingest.begin(changed(interval.manifest, from_seq=1, position_count=11))
     with pytest.raises(PositionMismatchError, match="restored from an older"):
         ingest.begin(changed(interval.manifest, from_time_ns=START_NS - 1))
 
@@ -226,7 +230,10 @@ def test_a_bookmark_is_never_moved(ingest: Ingest, history: History) -> None:
         {"to_time_ns": START_NS},
         {"first_time_ns": START_NS - 5},
         {"protected_through_ns": START_NS + 1},
-        {"granularity_ns": 1_000_000},
+        {"granularity_ns": 7_000_000},
+        {"granularity_ns": 1_000_000, "position_count": 0},
+        {"position_count": 11},
+        {"position_count": -1},
         {"granularity_ns": None},
         {"diff_count": 1 << 40},
         {"journal_count": -1},
@@ -375,3 +382,35 @@ def test_contents_larger_than_the_window_are_verified_all_the_same(
             assert read_image(store, store.at_seq(seq), volume) == history.states[seq][volume]
     store.close()
     made.close()
+
+
+MS = 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("batches", "words"),
+    [
+        ([[(2, 12), (3, 25)], [(5, 31)]], ""),
+        ([[(2, 12), (3, 19)]], "ends of granules"),
+        ([[(2, 12)], [(3, 19)]], "ends of granules"),
+        ([[(2, 12), (5, 41)]], "ends of granules"),
+        ([[(2, 25), (3, 12)]], "ascend"),
+        ([[(3, 12)], [(2, 25)]], "ascend"),
+        ([[(2, 4)]], "first time"),
+        ([[(9, 25)]], "behind"),
+        ([[(2, 12), (3, 25)], [(4, 31), (5, 39)]], "granules|announced"),
+    ],
+    ids=str,
+)
+def test_positions_of_a_rung_are_the_ends_of_granules(
+    batches: list[list[tuple[int, int]]], words: str
+) -> None:
+    """Writes from 5 ms on, an interval that ends at 45 ms with write 7, granules of 10 ms."""
+    manifest = changed(
+        MANIFEST, from_seq=1, from_time_ns=2 * MS, to_seq=7, to_time_ns=45 * MS, first_time_ns=5 * MS,
+        granularity_ns=10 * MS, position_count=3,
+    )  # fmt: skip
+    check = PositionsCheck(manifest)
+    with pytest.raises(RemoteProtocolError, match=words) if words else nullcontext():
+        for batch in batches:
+            check.take(np.array([(seq, at * MS) for seq, at in batch], POSITION))
