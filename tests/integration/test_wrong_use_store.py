@@ -37,7 +37,8 @@ class Given:
         for count, bookmark in ((0, "start"), (15, ""), (10, "end")):
             for _ in range(count):
                 self.history.write()
-            ingest_transfer(ingest, self.history.close_interval(count != 10, [bookmark] if bookmark else []))
+            granularity_ns, bookmarks = None if count == 10 else 0, [bookmark] if bookmark else []
+            ingest_transfer(ingest, self.history.close_interval(granularity_ns, bookmarks))
         ingest.close()
         self.path = root / self.history.group
 
