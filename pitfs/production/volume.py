@@ -34,7 +34,7 @@ class Volume:
         """The current content, short at the end of the volume. Raises OSError, or NotCachedError."""
         if may_wait:
             return os.pread(self.backing.fd, size, offset)
-        wanted = min(size, self.backing.size_bytes - offset)
+        wanted = max(0, min(size, self.backing.size_bytes - offset))
         content = bytearray(wanted)
         try:
             if os.preadv(self.backing.fd, [content], offset, os.RWF_NOWAIT) == wanted:

@@ -172,4 +172,5 @@ def test_what_is_not_in_memory_is_not_waited_for(pipeline: Pipeline, monkeypatch
     assert splitter.read(0, 0, 200, may_wait=False)[:200] == b"y" * 200
     size = splitter.volumes[0].size_bytes
     assert len(splitter.read(0, size - 10, 4096, may_wait=False)) == 10
+    assert splitter.read(0, size + 10, 4096, may_wait=False) == splitter.read(0, size + 10, 4096) == b""
     pipeline.close()
