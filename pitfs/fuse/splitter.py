@@ -142,6 +142,8 @@ class SplitterOperations(pyfuse3.Operations):
         except OSError as error:
             log.error("%s: read at %d: %s", self._splitter.volumes[fh - FIRST_INODE].backing.path, off, error)
             raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
+        except Exception:
+            raise _mistake("read") from None
 
     async def _read_from_disk(self, fh: Any, off: int, size: int) -> bytes:
         # A cancelled handler gives no answer, and its caller would hang.
