@@ -8,6 +8,7 @@ The splitter serves `splitter.sock`, the shipper `control.sock`, both in the gro
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 SPLITTER_SOCKET: Final = "splitter.sock"
 SHIPPER_SOCKET: Final = "control.sock"
 MAX_LINE_BYTES: Final = 1 << 16
+ACCEPT_AGAIN_S: Final = 1.0
+_NO_ROOM_TO_ACCEPT: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 MAX_CONNECTIONS: Final = 32  # tools asking at once; more wait in the kernel's backlog
 
 Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
@@ -177,8 +180,21 @@ async def serve(
             task_status.started()
             while True:
                 await limit.acquire_on_behalf_of(token := object())
-                client, _ = await sock.accept()
+                client = await _accept(sock)
                 nursery.start_soon(_serve_one, Connection(trio.SocketStream(client)), handler, limit, token)
+
+
+async def _accept(sock: trio.socket.SocketType) -> trio.socket.SocketType:
+    """The next client. For want of descriptors or memory a client waits: it's no reason to end the process."""
+    while True:
+        try:
+            client, _ = await sock.accept()
+            return client
+        except OSError as error:
+            if error.errno not in _NO_ROOM_TO_ACCEPT:
+                raise
+            log.error("a client of the control socket waits: %s", os.strerror(error.errno))
+        await trio.sleep(ACCEPT_AGAIN_S)
 
 
 async def _serve_one(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -205,3 +206,26 @@ async def test_a_bookmark_whose_client_leaves_is_set_or_not_named(
         await control.handle({"op": "bookmark", "name": "noon"})
     assert parts.pipeline.splitter.standing.mark == before + 1
     assert os.path.exists(os.path.join(parts.pipeline.state, BOOKMARKS_FILE))
+
+
+async def test_without_descriptors_a_client_waits_and_the_process_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with trio.socket.socket() as any_socket:
+        kind = type(any_socket)  # trio's name for it is abstract
+    real, refused = kind.accept, 0
+
+    async def accept(self: trio.socket.SocketType) -> Any:
+        nonlocal refused
+        if not refused:
+            refused += 1
+            raise OSError(errno.EMFILE, "Too many open files")
+        return await real(self)
+
+    monkeypatch.setattr(kind, "accept", accept)
+    monkeypatch.setattr("pitfs.production.control.ACCEPT_AGAIN_S", 0.01)
+    async with served(tmp_path, Slow().handle):
+        connection = await Connection.open(str(tmp_path), NAME)
+        assert await connection.request("quick") == {"op": "quick"}
+        await connection.aclose()
+    assert refused == 1 and "waits: Too many open files" in caplog.text
