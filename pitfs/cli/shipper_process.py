@@ -30,7 +30,7 @@ from pitfs.link.tls import LinkContext
 from pitfs.model.position import format_instant
 from pitfs.model.transfer import Hello
 from pitfs.production import control
-from pitfs.production.state import read_group
+from pitfs.production.state import next_epoch, read_group
 from pitfs.storage.files import durable_replace, storage_error
 
 log = logging.getLogger(__name__)
@@ -155,7 +155,9 @@ def serve(config: Config) -> int:
     if group is None:
         raise UsageError(f"{config.group.state}: no state of a group: it is made by 'pitfs protect'")
     tls = link_context(config)
-    trio.run(_main, config, Hello(group.group, group.history, group.volumes), tls)
+    epoch = next_epoch(config.group.state, time.time_ns() // 1_000_000)
+    hello = Hello(group.group, group.history, group.volumes, epoch.epoch, epoch.instance)
+    trio.run(_main, config, hello, tls)
     return 0
 
 

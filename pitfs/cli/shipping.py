@@ -178,6 +178,12 @@ class Shipper:
             await self._rescan(
                 f"the replica stands at mark {welcome.mark}, which the local journal has no more"
             )
+        elif welcome.mark and self._reader.position != (welcome.seq, welcome.time_ns):
+            raise PositionMismatchError(
+                f"the replica has mark {welcome.mark} of group {self._hello.group!r} at seq {welcome.seq}, this host "
+                f"at seq {self._reader.position[0]}: another host with a copy of this state has sent it: stop the one "
+                "that shouldn't; if this one shall go on, begin a new group"
+            )
         elif self.standing.committed_location is None:
             self.standing.committed_location = self._reader.location
 

@@ -86,6 +86,7 @@ def _check_hello(hello: Hello) -> None:
     check_name("group", hello.group)
     if not _HEX.fullmatch(hello.history):
         raise ValueError(f"history {hello.history[:40]!r} isn't hexadecimal")
+    _check_numbers("epoch", (hello.epoch, hello.instance))
     if not 1 <= len(hello.volumes) <= MAX_VOLUMES:
         raise ValueError(f"{len(hello.volumes)} volumes, limit {MAX_VOLUMES}")
     if len({volume.name for volume in hello.volumes}) != len(hello.volumes):

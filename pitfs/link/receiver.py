@@ -218,12 +218,22 @@ class _Receiver:
             words = f"the replica's grants don't let this certificate write group {group}"
             raise Told(failures.NOT_GRANTED, words, retryable=False)
 
-    async def take_over(self, group: str, session: _Session) -> None:
+    async def take_over(self, group: str, epoch: int, session: _Session) -> None:
         """Makes this the group's session; an older one is ended first.
 
-        Its peer is most likely the other end of a half-open connection of the same sender.
+        Its peer is most likely the other end of a half-open connection of the same sender, or of one before it.
+
+        Raises:
+            Told: the sender there began later than this one.
         """
+        session.epoch = epoch
         while (older := self._live.get(group)) is not None:
+            if older.epoch > epoch:
+                words = (
+                    f"another production host, {older.peer}, sends group {group} with a copy of this one's state "
+                    "and was started later: stop the one that shouldn't"
+                )
+                raise Told(failures.SUPERSEDED, words, retryable=True)
             older.stop(
                 Told(failures.SUPERSEDED, f"a connection from {session.peer} took over", retryable=True)
             )
@@ -242,6 +252,7 @@ class _Session:
     def __init__(self, receiver: _Receiver, stream: PlainStream, protocol: LinkProtocol, peer: str) -> None:
         self.peer = peer
         self.released = trio.Event()  # set once the ingest is closed
+        self.epoch = 0  # of its sender
         self._receiver, self._stream, self._protocol = receiver, stream, protocol
         self._limits = receiver.limits
         self._incoming: FrameQueue[Frame] = FrameQueue(self._limits.queue_bytes)
@@ -293,7 +304,7 @@ class _Session:
     async def _work(self, greeting: Greeting) -> None:
         """Opens the store, then feeds it what comes, until the peer has left and all is fed."""
         hello = await self._receiver.check(greeting, self._stream)
-        await self._receiver.take_over(hello.group, self)
+        await self._receiver.take_over(hello.group, hello.epoch, self)
         welcome = await self._in_thread(lambda: self._open(hello))
         self._began = True
         log.info("%s: session began, group %s at mark %d", self.peer, hello.group, welcome.mark)

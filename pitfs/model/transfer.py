@@ -153,11 +153,19 @@ class ResumePoint(msgspec.Struct, frozen=True):
 
 
 class Hello(msgspec.Struct, frozen=True):
-    """Who the sender is."""
+    """Who the sender is.
+
+    Attributes:
+        history: hex; drawn when the group's state is made: tells a group from another of its name.
+        epoch: of the sender: greater at each start. The replica takes transfers of the greatest that it knows.
+        instance: drawn with the epoch: tells two senders apart that began with copies of one state.
+    """
 
     group: str
-    history: str  # hex; drawn when the group's state is made: tells a group from another of its name
+    history: str
     volumes: tuple[VolumeInfo, ...]
+    epoch: int = 0
+    instance: int = 0
 
 
 class Welcome(msgspec.Struct, frozen=True):

@@ -2,6 +2,8 @@
 
 `group.json`: format, history, volumes; written once.
 
+`epoch`: of the sender and which one it is (JSON of `Epoch`); replaced at each start of it.
+
 `progress`: two slots of 16384 bytes, written in turn in place, so that it can be written on a full disk and
 a torn write leaves the other slot. A slot is the length of a message (4 bytes, little-endian), its xxh3_64
 (8 bytes), and the message (msgpack of `Progress`); the valid slot with the greater generation counts.
@@ -20,9 +22,10 @@ from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CorruptionError, StoreVersionError, UsageError
 from pitfs.model.transfer import VolumeInfo
-from pitfs.storage.files import durable_replace, fsync_directory, write_all
+from pitfs.storage.files import FULL_ERRNOS, durable_replace, fsync_directory, storage_error, write_all
 
 FORMAT: Final = 1
+INSTANCE_BITS: Final = 62  # a number that the link and SQLite take
 SLOT_BYTES: Final = 16384  # a group's 256 volumes take 40 bytes each; the cause of passing names a path
 _SLOT: Final = struct.Struct("<IQ")
 
@@ -32,6 +35,39 @@ class GroupFile(msgspec.Struct, frozen=True):
     history: str
     group: str
     volumes: tuple[VolumeInfo, ...]
+
+
+class Epoch(msgspec.Struct, frozen=True):
+    """See `Hello`."""
+
+    epoch: int
+    instance: int
+
+
+def next_epoch(state: str, now_ms: int) -> Epoch:
+    """The epoch of a sender that starts now: greater than any before it. Durable.
+
+    By the clock, so that a state put back, or a damaged file, doesn't go back behind what the replica knows.
+    On a full disk the one before it: sending, which gives room, goes on with that.
+
+    Raises:
+        PitfsError: the disk refuses.
+    """
+    path = os.path.join(state, "epoch")
+    before = Epoch(0, 0)
+    try:
+        try:
+            with open(path, "rb") as file:
+                before = msgspec.json.decode(file.read(), type=Epoch)
+        except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
+            pass  # the first one, or as good as that
+        epoch = Epoch(max(before.epoch + 1, now_ms), secrets.randbits(INSTANCE_BITS))
+        durable_replace(path, msgspec.json.encode(epoch))
+    except OSError as error:
+        if error.errno in FULL_ERRNOS:
+            return before
+        raise storage_error(error, path, "beginning an epoch") from error
+    return epoch
 
 
 class BackingState(msgspec.Struct, frozen=True):

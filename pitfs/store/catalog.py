@@ -207,7 +207,7 @@ class Catalog:
         return int(self._rows("PRAGMA data_version")[0][0])
 
     def meta(self, key: str) -> int:
-        """`mark`, `protected_through_ns`, `next_snapshot`; 0 where there is nothing yet."""
+        """`mark`, `protected_through_ns`, `next_snapshot`, `epoch`, `instance`; 0 where there is nothing yet."""
         row = self._row_of("meta", 0, "key", key)
         return int(row[1]) if row else 0
 
@@ -354,6 +354,14 @@ class Catalog:
                 self._put("minutes", minute, "ON CONFLICT DO UPDATE SET seconds = ?2, row_checksum = ?3")
             for key, value in numbers.items():
                 self._put_meta(key, value)
+
+    def fence(self, epoch: int, instance: int) -> None:
+        """From here on senders of an earlier epoch, or of the same and another instance, are refused."""
+        if (self.meta("epoch"), self.meta("instance")) == (epoch, instance):
+            return
+        with self._lock, _errors(self.path), self._db:
+            self._put_meta("epoch", epoch)
+            self._put_meta("instance", instance)
 
     def write_over(self) -> None:
         """Commits a number that means nothing.

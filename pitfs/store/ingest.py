@@ -109,7 +109,19 @@ class Ingest:
         if not known:
             self._make_store_json(self._catalog)
         fsync_directory(os.path.dirname(self.path) or ".")  # each time: a kill may have come before it
+        self._check_epoch()
         self._settle(os.listdir(self._objects_path))
+
+    def _check_epoch(self) -> None:
+        """Refuses a sender that was superseded: two with copies of one state would take turns otherwise."""
+        catalog, hello = self._opened(), self.hello
+        epoch, instance = catalog.meta("epoch"), catalog.meta("instance")
+        if hello.epoch < epoch or (hello.epoch == epoch and hello.instance != instance and epoch):
+            raise PositionMismatchError(
+                f"{self.path}: another production host sends group {hello.group} with a copy of this one's state "
+                f"(epoch {epoch}, this one has {hello.epoch}): stop the one that shouldn't; restarting `pitfs "
+                f"protect` here takes over"
+            )
 
     def _make_store_json(self, catalog: Catalog) -> None:
         if catalog.meta("mark"):
@@ -193,8 +205,10 @@ class Ingest:
         catalog = self._opened()
         self._close_staged()
         check_manifest(manifest, self.hello.volumes)
+        self._check_epoch()
         self._check_position(manifest)
         with self._errors("beginning a transfer"):
+            catalog.fence(self.hello.epoch, self.hello.instance)  # not before: an old copy must not shut out the host
             snapshot = catalog.next_snapshot_id()
             if snapshot > MAX_SNAPSHOT_ID:
                 raise CapacityError(f"{self.path}: no more than {MAX_SNAPSHOT_ID} snapshots fit in a store")

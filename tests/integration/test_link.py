@@ -247,6 +247,17 @@ async def test_a_second_session_of_a_group_ends_the_first() -> None:
             await ship(second, 8)
 
 
+async def test_a_sender_that_was_started_earlier_does_not_end_the_session_of_a_later_one() -> None:
+    earlier, later = (msgspec.structs.replace(HELLO, epoch=epoch) for epoch in (5, 6))
+    async with replica(Opener()) as port, link(port, later) as session:
+        await session.begin(MANIFEST)
+        with pytest.raises(LinkError, match="was started later: stop the one"):
+            async with link(port, earlier):
+                pass
+        await session.send(Data(Section.DIFF, 0, bytes(32)))
+        await session.finish(End((32, 0, 0, 0, 0)))
+
+
 async def test_groups_are_served_side_by_side() -> None:
     opener = Opener()
 

@@ -22,7 +22,7 @@ from pitfs.link.frames import PREFACE, Refuse, encode
 from tests.helpers.hosts import Production, Replica, digest, free_port, xxhsum
 from tests.helpers.links import Files, issue
 from tests.helpers.peers import peer_that_says
-from tests.helpers.processes import pitfs_command, wait_until
+from tests.helpers.processes import pitfs_command, run, wait_until
 from tests.helpers.refusals import refused, status_of, together
 
 pytestmark = [pytest.mark.fuse, pytest.mark.timeout(120)]
@@ -230,3 +230,30 @@ def test_senders_with_a_wrong_or_no_certificate_are_refused_and_others_go_on(
             everything_arrives(production, replica)
         assert [path.name for path in replica.root.iterdir()] == ["g"]
         assert "Traceback" not in replica.logged()
+
+
+def test_of_two_hosts_with_copies_of_one_state_the_one_started_last_goes_on(tmp_path: Path) -> None:
+    """A virtual machine that was cloned, or put back, while the other one still runs."""
+    other = tmp_path / "clone"
+    with (
+        Replica(tmp_path) as replica,
+        Production(tmp_path, {"root": MIB}, port=replica.port, interval="1h") as first,
+    ):
+        first.snapshot()
+        first.terminate()
+        other.mkdir()
+        run(["cp", "-a", first.backings["root"], other / "backing"])
+        run(["cp", "-a", first.state, other / "state"])
+        first.restart()
+        first.wait_for_shipper()
+        with Production(
+            other, {"root": other / "backing"}, port=replica.port, interval="1h", state=other / "state"
+        ) as second:
+            second.volume().write_bytes(b"2" * MIB)
+            last = second.snapshot()
+            first.volume().write_bytes(b"1" * MIB)
+            words = ("not on the replica yet", "another production host", "stop the one that shouldn't")
+            refused([*pitfs_command(), "snapshot", first.config], 1, *words)
+            assert digest(replica.store(), "latest") == digest(replica.store(), last)
+            assert second.snapshot() >= last
+            assert "Traceback" not in first.logged() + second.logged() + replica.logged()

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import pytest
 import trio
 
 from pitfs.cli.shipper_process import ShipperControl
-from pitfs.errors import CapacityError, LinkError, PitfsError, UsageError
+from pitfs.errors import CapacityError, LinkError, PitfsError, PositionMismatchError, UsageError
 from pitfs.link.sender import SenderSession
 from pitfs.model.transfer import Checkpoint, Data
 from pitfs.production.reader import Copy, Interval
@@ -218,3 +219,17 @@ async def test_an_interval_is_decided_once_and_resumes_though_the_rate_changed(
     await parts.ship()
     decision = parts.shipper.standing.last_decision
     assert decision is not None and decision.granularity_ns is None, "the next one is decided anew"
+
+
+async def test_a_mark_of_another_host_is_not_taken_for_ours(parts: Parts) -> None:
+    """It has the number of ours, but another position: what waits for ours must not be told that it arrived."""
+    await parts.locate()
+    await parts.ship()
+    parts.write()
+    parts.mark()
+    await parts.ship()
+    ours = parts.session.welcome
+    await parts.locate()
+    parts.session.welcome = msgspec.structs.replace(ours, time_ns=ours.time_ns + 1)
+    with pytest.raises(PositionMismatchError, match="another host with a copy of this state"):
+        await parts.locate()

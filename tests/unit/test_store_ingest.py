@@ -384,6 +384,33 @@ def test_contents_larger_than_the_window_are_verified_all_the_same(
     made.close()
 
 
+# Two senders of one group
+
+
+def sender(history: History, epoch: int, instance: int) -> Hello:
+    return msgspec.structs.replace(history.hello, epoch=epoch, instance=instance)
+
+
+def test_a_sender_that_was_superseded_is_refused(
+    ingest: Ingest, tmp_path: Path, history: History, interval: Transfer
+) -> None:
+    ingest.close()
+    for epoch, instance in ((5, 1), (5, 1), (7, 2)):
+        made = Ingest(str(tmp_path), sender(history, epoch, instance))
+        made.begin(interval.manifest)
+        made.close()
+    for epoch, instance in ((5, 1), (6, 9), (7, 3), (0, 0)):
+        with pytest.raises(PositionMismatchError, match=r"another production host.*stop the one that shouldn't"):
+            Ingest(str(tmp_path), sender(history, epoch, instance))
+    Ingest(str(tmp_path), sender(history, 8, 3)).close()
+    Ingest(str(tmp_path), sender(history, 7, 2)).close()  # it only looked: what it has may not lead on
+    made = Ingest(str(tmp_path), sender(history, 8, 3))
+    with pytest.raises(PositionMismatchError, match="begin the session anew"):
+        made.begin(changed(interval.manifest, mark=9))
+    made.close()
+    Ingest(str(tmp_path), sender(history, 7, 2)).close()
+
+
 MS = 1_000_000
 
 
