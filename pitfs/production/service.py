@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 
 KEEP_INTERVAL_S: Final = 0.25  # how soon a rolled segment is followed by a new spare
 CHECKPOINT_INTERVAL_S: Final = 30.0  # bounds what a crash leaves to redo where little is written
-RETRY_S: Final = 5.0  # after an error
 ROLLED_CHECKPOINT_S: Final = 5.0  # the same where much is: each one writes all that is dirty
+RETRY_S: Final = 5.0  # after an error
 
 
 class SplitterService:
