@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import trio
 
+from pitfs.cli.backfill import Backfill
+from pitfs.cli.budget import Budget
+from pitfs.cli.sending import payload_bytes_for, send
 from pitfs.cli.standing import Standing
 from pitfs.config import Config
 from pitfs.errors import CorruptionError, LinkError, PitfsError, PositionMismatchError
 from pitfs.link.stream import address_text
 from pitfs.link.tls import LinkContext
 from pitfs.link.transport import SenderSession, connect
-from pitfs.model.granularity import Decision, decide
+from pitfs.model import schedule
 from pitfs.model.position import format_instant
-from pitfs.model.transfer import (
-    Checkpoint,
-    Data,
-    End,
-    Hello,
-    TransferFrame,
-    VolumeInfo,
-    Welcome,
-)
+from pitfs.model.schedule import next_step
+from pitfs.model.transfer import Hello, ResumePoint, VolumeInfo, Welcome
 from pitfs.production import copying, shipment
 from pitfs.production.control import Connection
 from pitfs.production.journal import Location, segment_bytes_for
@@ -37,8 +32,6 @@ from pitfs.storage.segment import list_segments
 log = logging.getLogger(__name__)
 
 POLL_S: Final = 0.5  # how often the journal is followed between marks, to spread the work of reading it
-BATCH_BYTES: Final = 4 << 20  # frames made for each hop to a thread
-MEASURABLE_BYTES: Final = 4 << 20  # smaller transfers measure delay, not rate
 MAX_INTERVAL_ROWS: Final = 1 << 20  # blocks written: building the difference takes some 300 B of RAM for each
 WATCH_S: Final = 2.0  # how often that is looked at: seldom for the splitter, often for what may be written
 
@@ -63,11 +56,13 @@ class Shipper:
         self._reader = JournalReader(self._directory, [volume.block_size for volume in self._volumes])
         self._wake = trio.Event()
         self._durable_segment = 0  # segments before it were made durable before they were shipped
-        self._decided = (-1, Decision(None, ""))  # of the interval with that mark
+        self._needed_segment = 0  # what stands before it has been shipped, but for what is wanted for backfill
         self._damaged = (-1, "")  # mark of an interval whose contents are damaged here, and how
         self._last_mark, self._marked_at = -1, Location(0, 0)  # as `watch` saw it
         self._early: set[int] = set()  # marks to be shipped that `watch` set; as few as fit into the journal
         self.standing = Standing(address_text(config.replication.host, config.replication.port))
+        self._budget = Budget(config.replication, self.standing)
+        self._backfill = Backfill(self._directory, self._volumes, self.standing)
 
     # -- marks -------------------------------------------------------------------------------------------
 
@@ -80,7 +75,9 @@ class Shipper:
     async def tick(self) -> None:
         """Closes an interval each `interval`, for ever."""
         while True:
-            await trio.sleep(self._config.replication.interval_ns / 1e9)
+            interval_s = self._config.replication.interval_ns / 1e9
+            self._budget.tick_at = trio.current_time() + interval_s
+            await trio.sleep(interval_s)
             try:
                 await self.mark()
             except PitfsError as error:
@@ -106,6 +103,7 @@ class Shipper:
         smallest = min(volume.block_size for volume in self._volumes)
         if splitter["mark"] != self._last_mark:  # whoever set it
             self._last_mark, self._marked_at = splitter["mark"], tail
+            self._wake.set()
         elif self._bytes_between(self._marked_at, tail) > MAX_INTERVAL_ROWS * smallest:
             self._early.add((await self.mark())["mark"])
 
@@ -135,6 +133,7 @@ class Shipper:
             tls=self._tls,
             hello=self._hello,
             rate_bytes_per_s=replication.rate_bytes_per_s,
+            queue_bytes=4 * payload_bytes_for(self._budget.rate),
         ) as session:
             log.debug("connected to %s, which has mark %d", session.peer, session.welcome.mark)
             self.standing.connected = True
@@ -142,11 +141,17 @@ class Shipper:
             self.standing.arrived(session.welcome, None)
             await self._locate(session.welcome)
             while True:
-                item = await self._next_item(session)
-                if isinstance(item, Copy):
-                    await self._ship_copy(session, item)
-                else:
-                    await self._ship_interval(session, item)
+                await self._go_on(session)
+
+    async def _go_on(self, session: SenderSession) -> None:
+        """One turn: the next diff or copy; else layers of a journal that waits; else it is waited for something."""
+        item = await self._next_item(session, wait=not self._backfill.waiting)
+        if isinstance(item, Copy):
+            await self._ship_copy(session, item)
+        elif isinstance(item, Interval):
+            await self._ship_interval(session, item)
+        else:
+            await self._ship_layers(session)
 
     async def _tail(self) -> tuple[Location, dict[str, Any]]:
         reply = await self._splitter.request("tail")
@@ -184,8 +189,11 @@ class Shipper:
                 f"at seq {self._reader.position[0]}: another host with a copy of this state has sent it: stop the one "
                 "that shouldn't; if this one shall go on, begin a new group"
             )
-        elif self.standing.committed_location is None:
-            self.standing.committed_location = self._reader.location
+        else:
+            if self.standing.committed_location is None:
+                self.standing.committed_location = self._reader.location
+            if self._config.replication.mode != "snapshot":
+                self._backfill.restore(welcome.coarse, list(self._reader.seen))
 
     async def _seek(self, mark: int, tail: Location) -> bool:
         """As `JournalReader.seek_mark`, while the splitter may give segments back. Raises CorruptionError."""
@@ -212,7 +220,7 @@ class Shipper:
         """
         if not splitter["passing"]:
             return False
-        await self._splitter.request("release", segment=splitter["segment"])
+        await self._give_back(splitter["segment"])
         self._reader.seek(Location(splitter["segment"], splitter["offset"]), (0, 0))
         return True
 
@@ -237,8 +245,11 @@ class Shipper:
             log.error("%s: a complete copy follows", cause)
         self._reader.seek(Location(reply["copy_segment"], reply["copy_offset"]), (0, 0))
 
-    async def _next_item(self, session: SenderSession) -> Interval | Copy:
-        """Follows the journal until the next mark or copy. Raises the session's failure."""
+    async def _next_item(self, session: SenderSession, wait: bool = True) -> Interval | Copy | None:
+        """Follows the journal until the next mark or copy; None where there is none yet and it shan't wait.
+
+        Raises the session's failure.
+        """
         given_up = False
         while True:
             if session.failure is not None:  # nothing else would tell while there is nothing to send
@@ -260,7 +271,7 @@ class Shipper:
                 if isinstance(item, Interval):
                     if item.bookmark is not None:
                         log.error("bookmark %r lies in the gap: the replica won't have it", item.bookmark)
-                    await self._splitter.request("release", segment=item.end.segment)
+                    await self._give_back(item.end.segment)
                 continue
             if isinstance(item, Interval) and item.mark == self._damaged[0]:
                 await self._rescan(self._damaged[1])
@@ -275,6 +286,8 @@ class Shipper:
                 )
                 continue
             self.standing.getting_through()
+            if not wait and not given_up:
+                return None
             with trio.move_on_after(POLL_S):
                 await wake.wait()
 
@@ -304,7 +317,14 @@ class Shipper:
             iterator = copying.frames(
                 self._directory, self._volumes, fds, copy.location, copy.start.mark, resume, tail
             )
-            await self._send(session, iterator, copy)
+
+
+            async def on_durable(point: ResumePoint) -> None:
+                if len(point.cursor) == 2:
+                    volume, block = point.cursor
+                    await self._splitter.request("copied", mark=copy.start.mark, volume=volume, block=block)
+
+            await send(session, iterator, self.standing, on_durable=on_durable)
         except (CorruptionError, PositionMismatchError) as error:
             # Only what we see for ourselves makes all be copied again: damage here, or a replica that resumes
             # before what it had acknowledged. A peer's word needs no copy to get on: the next session's resume
@@ -318,6 +338,7 @@ class Shipper:
         await self._splitter.request("copied", mark=copy.start.mark, volume=len(self._volumes), block=0)
         self.standing.getting_through()
         self.standing.arrived(session.welcome, copy.location)
+        self.standing.settle(copy.start.mark)
         log.info("complete copy committed, mark %d", copy.start.mark)
 
     async def _abandon(self, cause: str) -> None:
@@ -329,81 +350,69 @@ class Shipper:
         raise LinkError(f"{cause}: connecting anew for a complete copy")
 
     async def _ship_interval(self, session: SenderSession, interval: Interval) -> None:
+        """The interval's snapshot diff; its difference journal waits then."""
         sizes = [volume.block_size for volume in self._volumes]
         source = BlockSource(self._directory, interval, sizes)
-        mode = self._config.replication.mode
+        wants_journal = self._config.replication.mode != "snapshot"
         try:
             # The replica mustn't have what a power loss takes from here: its marks couldn't be led on from.
             last = interval.end.segment
             await trio.to_thread.run_sync(make_durable, self._directory, self._durable_segment, last)
             self._durable_segment = last
             prepared = await trio.to_thread.run_sync(
-                shipment.prepare, interval, self._volumes, source, self._decider(interval), mode != "snapshot"
+                shipment.prepare, interval, self._volumes, source, wants_journal
             )
-            self._decided = interval.mark, prepared.decision
-            self.standing.last_decision = prepared.decision
-            resume = await session.begin(prepared.manifest)
+            decision = self._budget.decide(prepared, interval.mark in self._early)
+            cause = decision.reason if decision.granularity_ns is None else "its difference journal follows"
+            resume = await session.begin(shipment.diff_manifest(prepared, cause))
             self.standing.begun()
-            iterator = shipment.frames(prepared, source, self._volumes, resume)
-            await self._send(session, iterator, None)
+            payload_bytes = payload_bytes_for(self._budget.rate)
+            iterator = shipment.diff_frames(prepared, source, self._volumes, resume, payload_bytes)
+            await send(session, iterator, self.standing)
         except CorruptionError as error:
+            source.close()
             # On the next connection the replica wants this one again: then it's passed over for the copy.
             self._damaged = interval.mark, str(error)
             await self._rescan(str(error))
             raise LinkError(f"{error}: connecting anew for a complete copy") from error
-        finally:
+        except BaseException:
             source.close()
-        await self._splitter.request("release", segment=interval.end.segment)
+            raise
+        self.standing.last_decision = decision
+        self._backfill.add(prepared, source)
+        await self._give_back(interval.end.segment)
         self.standing.getting_through()
         self.standing.arrived(session.welcome, interval.end)
+        if decision.granularity_ns is None or prepared.journal is None:
+            self.standing.settle(interval.mark)
         self._early = {mark for mark in self._early if mark > interval.mark}
         log.debug("interval committed, mark %d, %d writes", interval.mark, len(interval.times))
 
-    def _decider(self, interval: Interval) -> Callable[[int, Sequence[int | None]], Decision]:
-        """Figure 7 with the configured rate, in bytes on the wire, or the measured one, in bytes of payload.
-
-        Once for each interval: a transfer that was decided anew on each connection couldn't resume.
-        """
-        replication, standing = self._config.replication, self.standing
-        if self._decided[0] == interval.mark:
-            return lambda diff_bytes, journal_bytes: self._decided[1]
-        configured = replication.rate_bytes_per_s
-        ratio = standing.wire_ratio if configured is not None else 1.0
-        # An interval that became longer, since nothing was shipped for a while, had as much more time.
-        before = standing.committed.protected_through_ns if standing.committed else interval.mark_time_ns
-        # One that was closed early has its own time only: else each of the parts had the whole interval's room.
-        least_ns = 0 if interval.mark in self._early else replication.interval_ns
-        return lambda diff_bytes, journal_bytes: decide(
-            mode=replication.mode,
-            diff_bytes=int(diff_bytes * ratio),
-            journal_bytes=[None if size is None else int(size * ratio) for size in journal_bytes],
-            interval_ns=max(least_ns, interval.mark_time_ns - before),
-            rate_bytes_per_s=configured if configured is not None else standing.measured_rate,
+    async def _ship_layers(self, session: SenderSession) -> None:
+        """What goes next of the journals that wait; puts it off where a diff is due."""
+        step = next_step(
+            diff_due=self._wake.is_set(), waiting=self._backfill.waiting, room_bytes=self._budget.room_bytes()
         )
+        if step.kind in (schedule.Kind.DIFF, schedule.Kind.WAIT):
+            return
+        log.debug("next: %s", step)
+        try:
+            await self._backfill.build(step.mark, (await self._tail())[0])
+            if step.kind is schedule.Kind.LAYERS:
+                await self._backfill.ship(session, step, self._budget.rate, lambda: self._wake.is_set())
+                self.standing.settle(step.mark)
+        except CorruptionError as error:
+            if error is session.failure:
+                raise
+            await self._backfill.give_up(session, step.mark, error)
+            self.standing.settle(step.mark)
+        await self._give_back(self._needed_segment)
 
-    async def _send(
-        self, session: SenderSession, iterator: Iterator[TransferFrame], copy: Copy | None
-    ) -> None:
-        """Sends a transfer's frames to its end, and measures. Of a copy, the splitter hears what is durable."""
-        begun, wire, payload = trio.current_time(), session.wire_bytes, session.payload_bytes
-        durable = session.durable
-        complete = False
-        while not complete:
-            for frame in await trio.to_thread.run_sync(_pull, iterator):
-                if isinstance(frame, End):
-                    await session.finish(frame)
-                    complete = True
-                elif isinstance(frame, Data | Checkpoint):
-                    await session.send(frame)
-            if copy is not None and session.durable is not durable and not complete:
-                durable = session.durable
-                if len(durable.cursor) == 2:
-                    volume, block = durable.cursor
-                    await self._splitter.request("copied", mark=copy.start.mark, volume=volume, block=block)
-        elapsed, sent = trio.current_time() - begun, session.payload_bytes - payload
-        if sent >= MEASURABLE_BYTES:
-            self.standing.rates.append(sent / max(elapsed, 1e-3))
-            self.standing.wire_ratio = (session.wire_bytes - wire) / sent
+    async def _give_back(self, segment: int) -> None:
+        """Segments before that one aren't needed for shipping any more; some are wanted for backfill."""
+        self._needed_segment = max(self._needed_segment, segment)
+        wanted = self._backfill.wanted_segment(self._needed_segment)
+        await self._splitter.request("release", segment=self._needed_segment, wanted=wanted)
 
     # -- for people --------------------------------------------------------------------------------------
 
@@ -422,6 +431,7 @@ class Shipper:
             "protected_through": format_instant(protected) if protected else None,
             "lag_bytes": lag_bytes,
             "lag_seconds": round(max(0, now_ns - protected) / 1e9, 3) if protected else None,
+            "backfill_intervals": len(self._backfill.waiting),
             "lag_intervals": splitter["mark"] - (committed.mark if committed else 0),
             "journal_bytes": splitter["used_bytes"],
             "journal_capacity_bytes": splitter["capacity_bytes"],
@@ -436,14 +446,3 @@ class Shipper:
             "copying": splitter["copy_mark"] is not None,
         }
 
-
-def _pull(iterator: Iterator[TransferFrame]) -> list[TransferFrame]:
-    """Some frames, made in a thread; the last list of a transfer ends with End."""
-    frames: list[TransferFrame] = []
-    size = 0
-    for frame in iterator:
-        frames.append(frame)
-        size += len(frame.payload) if isinstance(frame, Data) else 0
-        if size >= BATCH_BYTES or isinstance(frame, End):
-            break
-    return frames

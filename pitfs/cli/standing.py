@@ -38,6 +38,7 @@ class Standing:
             it: the replica may refuse what is sent on it, again and again.
         down_since: trio's clock when that began.
         failures: how often a connection failed.
+        settled: the last mark up to which the replica has what the link had room for at first; more may follow.
         lost: marks from the first (exclusive) to the second (exclusive) lie in the last gap, and its cause.
         wire_ratio: bytes on the wire for each byte of payload, of the last transfer that was measurable.
     """
@@ -49,6 +50,7 @@ class Standing:
     link_error: PitfsError | None = None
     down_since: float = 0.0
     failures: int = 0
+    settled: int = 0
     lost: tuple[int, int, str] = (0, 0, "")
     last_decision: Decision | None = None
     rates: deque[float] = field(default_factory=lambda: deque(maxlen=MEASUREMENTS))
@@ -104,6 +106,13 @@ class Standing:
         self.committed = welcome
         if location is not None:
             self.committed_location = location
+        else:
+            self.settled = max(self.settled, welcome.mark)
+        self._change()
+
+    def settle(self, mark: int) -> None:
+        """Of the intervals up to this mark the replica has what the link had room for at first."""
+        self.settled = max(self.settled, mark)
         self._change()
 
     # -- asked -------------------------------------------------------------------------------------------
@@ -141,3 +150,6 @@ class Standing:
         before, after, cause = self.lost
         if before < mark < after:
             raise InGapError(cause)
+        # Its difference journal follows at once. Whoever waits for a snapshot goes on to look at what lies before it.
+        while self.settled < mark and self.connected and self.link_error is None and self.committed.mark == mark:
+            await self._changed.wait()

@@ -18,6 +18,7 @@ from pitfs.model.transfer import (
     Gap,
     Hello,
     Manifest,
+    Park,
     ResumePoint,
     VolumeInfo,
     Welcome,
@@ -29,6 +30,7 @@ MAX_VERSIONS: Final = 64
 MAX_BOOKMARKS: Final = 4096  # for each transfer; with gaps they fit into BEGIN's limit of 4 MiB
 MAX_GAPS: Final = 512
 MAX_CURSOR: Final = 64
+MAX_COARSE: Final = 1024
 MAX_NAME_BYTES: Final = 255  # a directory entry
 MAX_TEXT_LENGTH: Final = 1000  # causes, identities
 MAX_MESSAGE_LENGTH: Final = 4000
@@ -47,10 +49,12 @@ def check(frame: object) -> None:
     match frame:
         case Begin(manifest=manifest):
             _check_manifest(manifest)
-        case Checkpoint(cursor=cursor):
+        case Checkpoint(cursor=cursor) | Park(cursor=cursor):
             _check_cursor(cursor)
-        case End(lengths=lengths):
+        case End(lengths=lengths, checksums=checksums):
             _check_numbers("lengths", lengths)
+            if any(not 0 <= each < 1 << 64 for each in checksums or ()):
+                raise ValueError("checksums that aren't 64 bits")
         case _:
             _check_parts(frame)
 
@@ -64,6 +68,11 @@ def _check_parts(frame: object) -> None:
                 _check_hello(value)
             case Welcome():
                 _check_numbers("welcome", (value.mark, value.seq, value.time_ns, value.protected_through_ns))
+                if len(value.coarse) > MAX_COARSE:
+                    raise ValueError(f"{len(value.coarse)} intervals, limit {MAX_COARSE}")
+                for each in value.coarse:
+                    numbers = each.to_seq, each.to_time_ns, each.granularity_ns or 0, each.journal_bytes
+                    _check_numbers("interval", numbers)
             case ResumePoint():
                 _check_numbers("lengths", value.lengths)
                 _check_cursor(value.cursor)
@@ -107,10 +116,12 @@ def _check_manifest(manifest: Manifest) -> None:
     _check_numbers("mark", (manifest.mark - 1,))
     _check_numbers("seq", (manifest.from_seq, manifest.to_seq))
     times = (manifest.from_time_ns, manifest.to_time_ns, manifest.protected_through_ns)
-    optional = (manifest.first_time_ns, manifest.granularity_ns, manifest.diff_count)
+    optional = (
+        manifest.first_time_ns, manifest.granularity_ns, manifest.base_granularity_ns, manifest.diff_count
+    )  # fmt: skip
     _check_numbers("time", times)
     _check_numbers("number", tuple(value for value in optional if value is not None))
-    _check_numbers("number of rows", (manifest.journal_count, manifest.position_count))
+    _check_numbers("number of rows", (manifest.journal_count, manifest.position_count, manifest.base_bytes))
     if manifest.to_seq < manifest.from_seq or manifest.to_time_ns < manifest.from_time_ns:
         raise ValueError("manifest goes back")
     _check_text("cause", manifest.cause, MAX_TEXT_LENGTH)

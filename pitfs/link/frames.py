@@ -32,6 +32,7 @@ from pitfs.model.transfer import (
     Checkpoint,
     End,
     Hello,
+    Park,
     ResumePoint,
     Section,
     Welcome,
@@ -60,6 +61,8 @@ class FrameType(enum.IntEnum):
     PING = 11
     PONG = 12
     FAULT = 13
+    PARK = 14
+    PARKED = 15
 
 
 class Encoding(enum.IntEnum):
@@ -117,6 +120,12 @@ class Committed(msgspec.Struct, frozen=True):
     welcome: Welcome
 
 
+class Parked(msgspec.Struct, frozen=True):
+    """PARKED, the answer to PARK: what is durable of the transfer that was put off."""
+
+    point: ResumePoint
+
+
 class Ping(msgspec.Struct, frozen=True):
     token: int
 
@@ -146,6 +155,8 @@ Frame = (
     | Progress
     | End
     | Committed
+    | Park
+    | Parked
     | Ping
     | Pong
     | Fault
@@ -165,13 +176,17 @@ KINDS: Final[dict[type, FrameType]] = {
     Ping: FrameType.PING,
     Pong: FrameType.PONG,
     Fault: FrameType.FAULT,
+    Park: FrameType.PARK,
+    Parked: FrameType.PARKED,
 }
 
 # Longest body of each type. HELLO and BEGIN hold as many volumes, bookmarks and gaps as `checks` allows; the
 # others are a few numbers or one message. Known before a byte of the body is kept.
 MAX_BODY_BYTES: Final[dict[FrameType, int]] = {
     FrameType.HELLO: 64 << 10,
-    FrameType.WELCOME: 1 << 10,
+    FrameType.WELCOME: 64 << 10,  # 256 intervals that could become finer take 20 KiB
+    FrameType.PARK: 4 << 10,
+    FrameType.PARKED: 4 << 10,
     FrameType.REFUSE: 16 << 10,
     FrameType.BEGIN: 4 << 20,
     FrameType.RESUME: 4 << 10,

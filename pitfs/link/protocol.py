@@ -10,8 +10,11 @@
                 CHECKPOINT  sender      TRANSFER    make it durable
                 PROGRESS    receiver    TRANSFER    it is; one for each CHECKPOINT
                 END         sender      ENDING
+                PARK        sender      PARKING     make it durable; something else goes first
     ENDING      PROGRESS    receiver    ENDING
                 COMMITTED   receiver    READY       only after all PROGRESS
+    PARKING     PROGRESS    receiver    PARKING
+                PARKED      receiver    READY       only after all PROGRESS
 
 PING and PONG may go either way after HELLO; FAULT from the receiver after WELCOME closes. The table is of the
 conversation, so both roles walk through the same one.
@@ -54,6 +57,7 @@ class State(enum.Enum):
     BEGINNING = enum.auto()
     TRANSFER = enum.auto()
     ENDING = enum.auto()
+    PARKING = enum.auto()
     CLOSED = enum.auto()
 
 
@@ -68,11 +72,17 @@ _TABLE: Final[dict[State, dict[FrameType, State]]] = {
         FrameType.CHECKPOINT: State.TRANSFER,
         FrameType.PROGRESS: State.TRANSFER,
         FrameType.END: State.ENDING,
+        FrameType.PARK: State.PARKING,
         FrameType.FAULT: State.CLOSED,
     },
     State.ENDING: {
         FrameType.PROGRESS: State.ENDING,
         FrameType.COMMITTED: State.READY,
+        FrameType.FAULT: State.CLOSED,
+    },
+    State.PARKING: {
+        FrameType.PROGRESS: State.PARKING,
+        FrameType.PARKED: State.READY,
         FrameType.FAULT: State.CLOSED,
     },
     State.CLOSED: {},
@@ -83,7 +93,15 @@ for _state, _moves in _TABLE.items():
 
 _MAY_SEND: Final = {
     Role.SENDER: frozenset(
-        {FrameType.HELLO, FrameType.BEGIN, FrameType.DATA, FrameType.CHECKPOINT, FrameType.END, *_ALIVE}
+        {
+            FrameType.HELLO,
+            FrameType.BEGIN,
+            FrameType.DATA,
+            FrameType.CHECKPOINT,
+            FrameType.END,
+            FrameType.PARK,
+            *_ALIVE,
+        }
     ),
     Role.RECEIVER: frozenset(
         {
@@ -92,6 +110,7 @@ _MAY_SEND: Final = {
             FrameType.RESUME,
             FrameType.PROGRESS,
             FrameType.COMMITTED,
+            FrameType.PARKED,
             FrameType.FAULT,
             *_ALIVE,
         }
@@ -246,8 +265,8 @@ class LinkProtocol:
                 self._durable = point.lengths
             case _ if frame_type is FrameType.CHECKPOINT:
                 self._checkpoints += 1
-            case _ if frame_type is FrameType.COMMITTED and self._checkpoints:
-                return f"COMMITTED with {self._checkpoints} CHECKPOINTs unanswered"
+            case _ if frame_type in (FrameType.COMMITTED, FrameType.PARKED) and self._checkpoints:
+                return f"{frame_type.name} with {self._checkpoints} CHECKPOINTs unanswered"
         return None
 
     def _error(self, problem: str) -> RemoteProtocolError:

@@ -28,6 +28,7 @@ from pitfs.link.frames import (
     Fault,
     Frame,
     Greeting,
+    Parked,
     Ping,
     Pong,
     Progress,
@@ -39,7 +40,7 @@ from pitfs.link.frames import (
 from pitfs.link.protocol import LinkProtocol, Role, State
 from pitfs.link.stream import FrameQueue, PlainStream, TlsStream, peer_name, send_buffers
 from pitfs.link.tls import LinkContext, is_granted, names_of
-from pitfs.model.transfer import Begin, Checkpoint, Data, End, Hello, Manifest, ResumePoint, Welcome
+from pitfs.model.transfer import Begin, Checkpoint, Data, End, Hello, Manifest, Park, ResumePoint, Welcome
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class IngestProtocol(Protocol):
     def begin(self, manifest: Manifest) -> ResumePoint: ...
     def data(self, frame: Data) -> None: ...
     def checkpoint(self, cursor: tuple[int, ...]) -> ResumePoint: ...
+    def park(self, cursor: tuple[int, ...]) -> ResumePoint: ...
     def end(self, end: End) -> Welcome: ...
     def close(self) -> None: ...
 
@@ -339,6 +341,8 @@ class _Session:
                     return Resume(ingest.begin(manifest))
                 case Checkpoint(cursor=cursor):
                     return Progress(ingest.checkpoint(cursor))
+                case Park(cursor=cursor):
+                    return Parked(ingest.park(cursor))
                 case End():
                     return Committed(ingest.end(frame))
                 case _:

@@ -26,6 +26,7 @@ from pitfs.link.frames import (
     Fault,
     Frame,
     Greeting,
+    Parked,
     Ping,
     Pong,
     Progress,
@@ -44,6 +45,7 @@ from pitfs.model.transfer import (
     End,
     Hello,
     Manifest,
+    Park,
     ResumePoint,
     TransferFrame,
     Welcome,
@@ -56,7 +58,7 @@ THREAD_BYTES: Final = 64 << 10  # compressing less costs less than the hop to a 
 FRAME_COST_BYTES: Final = 64  # what an empty frame counts for in a queue
 VERDICT_S: Final = 2.0  # after a failed write: time to read why the peer closed
 
-ReplyType = TypeVar("ReplyType", Accept, Resume, Committed)
+ReplyType = TypeVar("ReplyType", Accept, Resume, Committed, Parked)
 
 
 class SenderSession:
@@ -81,6 +83,7 @@ class SenderSession:
         tls: LinkContext | None,
         bucket: TokenBucket | None,
         timeouts: Timeouts,
+        queue_bytes: int = QUEUE_BYTES,
     ) -> None:
         self.peer = peer
         self.welcome = Welcome(0, 0, 0, 0)
@@ -92,10 +95,10 @@ class SenderSession:
         self._stream, self._tls, self._bucket, self._timeouts = stream, tls, bucket, timeouts
         self._protocol = LinkProtocol(Role.SENDER)
         self._encoder = PayloadEncoder()
-        self._pending: FrameQueue[Frame | Data] = FrameQueue(QUEUE_BYTES)
-        self._outgoing: FrameQueue[Frame] = FrameQueue(QUEUE_BYTES)
+        self._pending: FrameQueue[Frame | Data] = FrameQueue(queue_bytes)
+        self._outgoing: FrameQueue[Frame] = FrameQueue(queue_bytes)
         self._changed = trio.lowlevel.ParkingLot()  # a reply, PROGRESS or failure came
-        self._reply: Accept | Resume | Committed | None = None
+        self._reply: Accept | Resume | Committed | Parked | None = None
         self._accepted = False
         self._transferring = False
         self._given_bytes = 0  # payload that the caller gave
@@ -150,11 +153,27 @@ class SenderSession:
         if not self._transferring:
             raise LocalProtocolError("finish without a transfer")
         reply = await self._ask(end, Committed)
+        self._over()
+        self.welcome = reply.welcome
+        return reply.welcome
+
+    async def park(self) -> ResumePoint:
+        """Puts the transfer off, to be begun again later; returns what is durable of it.
+
+        Raises:
+            PitfsError: as `begin`.
+        """
+        self._raise_failure()
+        if not self._transferring:
+            raise LocalProtocolError("park without a transfer")
+        reply = await self._ask(Park(), Parked)
+        self._over()
+        return reply.point
+
+    def _over(self) -> None:
         self._transferring = False
         self._marks.clear()
         self._progressed_bytes = self._given_bytes
-        self.welcome = reply.welcome
-        return reply.welcome
 
     async def _ask(self, frame: Greeting | TransferFrame, reply_type: type[ReplyType]) -> ReplyType:
         self._reply = None
@@ -264,7 +283,7 @@ class SenderSession:
 
     def _follow(self, frame: Frame) -> None:
         match frame:
-            case Accept() | Resume() | Committed():
+            case Accept() | Resume() | Committed() | Parked():
                 if isinstance(frame, Accept):
                     self.welcome, self._accepted = frame.welcome, True
                 if isinstance(frame, Resume):

@@ -13,7 +13,7 @@ from pitfs.errors import LinkError, LinkRefusedError, UsageError
 from pitfs.link import failures
 from pitfs.link.rate import TokenBucket
 from pitfs.link.receiver import IngestProtocol, Limits, serve
-from pitfs.link.sender import SenderSession
+from pitfs.link.sender import QUEUE_BYTES, SenderSession
 from pitfs.link.stream import PlainStream, Timeouts, TlsStream, address_text
 from pitfs.link.tls import LinkContext, is_loopback
 from pitfs.model.transfer import Hello
@@ -36,12 +36,14 @@ async def connect(
     hello: Hello,
     rate_bytes_per_s: int | None,
     timeouts: Timeouts = DEFAULT_TIMEOUTS,
+    queue_bytes: int = QUEUE_BYTES,
 ) -> AsyncIterator[SenderSession]:
     """Opens a session with the replica at HOST:PORT; it ends with the context, with all its tasks.
 
     Args:
         tls: of `client_context`; None only where the address is loopback.
         rate_bytes_per_s: cap on what goes out, None for none.
+        queue_bytes: what waits between the caller and the socket, before compression and behind it.
 
     Raises:
         LinkRefusedError: a certificate, version or the group was refused, by us or by the replica.
@@ -58,7 +60,7 @@ async def connect(
     if rate_bytes_per_s is not None:
         burst_bytes = int(min(max(rate_bytes_per_s * BURST_S, MIN_BURST_BYTES), MAX_BURST_BYTES))
         bucket = TokenBucket(rate_bytes_per_s, burst_bytes, trio.current_time())
-    session = SenderSession(stream, peer, tls, bucket, timeouts)
+    session = SenderSession(stream, peer, tls, bucket, timeouts, queue_bytes)
     try:
         async with trio.open_nursery() as nursery:
             await session.start(nursery, hello)

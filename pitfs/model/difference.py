@@ -1,8 +1,8 @@
-"""An interval's writes → snapshot diff and difference journal (figures 6B and 9), and back (figure 8). Pure.
+"""An interval's writes → snapshot diff and difference journal (figures 6B and 9). Pure.
 
 The journal's records come as columns with a row for each block of each write, in the order of writing. The
-snapshot diff is the last row of each block. The difference journal is all rows, sorted for looking up, and
-carries data only where neither the diff, nor zeros, nor an earlier row of the interval has the same content.
+snapshot diff is the last row of each block. The difference journal is all rows, layer by layer, and carries data
+only where neither the diff, nor zeros, nor an earlier row of the interval has the same content.
 Equal checksums make rows candidates for that; the bytes decide (invariant 6).
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pitfs.model.ladder import Layers, layers_of
+from pitfs.model.ladder import RUNGS_NS, layers_of
 from pitfs.model.transfer import DIFF_ENTRY, JOURNAL_ENTRY, UNIT_BYTES, Source
 
 Int64s = npt.NDArray[np.int64]
@@ -44,44 +44,46 @@ class SnapshotDiff:
     Attributes:
         entries: DIFF_ENTRY[k], ascending by (volume, block).
         rows: the row behind each entry, int64[k].
-        data_rows: rows whose contents DIFF_BLOCKS holds, in its order.
+        data_rows: rows whose contents DIFF_BLOCKS holds, in its order; units: uint64, where they stand.
         size_bytes: of DIFF_BLOCKS.
     """
 
     entries: npt.NDArray[np.void]
     rows: Rows
     data_rows: Rows
+    units: UInt64s
     size_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class DifferenceJournal:
-    """The interval's writes in order, with data only where the fourth snapshot doesn't have them.
+    """The interval's writes, with data only where the fourth snapshot doesn't have them; layer after layer.
 
     Attributes:
-        entries: JOURNAL_ENTRY[n], ascending by (volume, block, seq).
-        layers: the layer of the ladder that each entry comes with.
-        data_rows: rows whose contents JOURNAL_BLOCKS holds, in its order: by layer, then in that of writing.
-        data_sizes: int64, bytes of each; data_layers: its layer.
+        entries: JOURNAL_ENTRY[n], ascending by (layer, volume, block, seq).
+        ends: int64[layers], where each layer ends in entries.
+        data_rows: rows whose contents JOURNAL_BLOCKS holds, in its order; data_sizes: int64, bytes of each.
+        data_ends: int64[layers], where each layer ends in these two.
     """
 
     entries: npt.NDArray[np.void]
-    layers: Layers
+    ends: Int64s
     data_rows: Rows
     data_sizes: Int64s
-    data_layers: Layers
+    data_ends: Int64s
 
-    @property
-    def size_bytes(self) -> int:
-        """Of JOURNAL_BLOCKS."""
-        return int(self.data_sizes.sum())
+    def bytes_up_to(self, layer: int) -> int:
+        """Of JOURNAL_BLOCKS, up to and with that layer; -1: none."""
+        return int(self.data_sizes[: self.data_ends[layer]].sum()) if layer >= 0 else 0
 
-    def up_to(self, layer: int) -> DifferenceJournal:
-        """What layers up to and with that one hold: its JOURNAL_BLOCKS is the beginning of this one's."""
-        entries, data = self.layers <= layer, self.data_layers <= layer
+    def layers(self, base: int, layer: int) -> DifferenceJournal:
+        """What layers after `base` (-1: from the first) up to and with `layer` add."""
+        start, data_start = (int(ends[base]) if base >= 0 else 0 for ends in (self.ends, self.data_ends))
+        end, data_end = int(self.ends[layer]), int(self.data_ends[layer])
         return DifferenceJournal(
-            self.entries[entries], self.layers[entries],
-            self.data_rows[data], self.data_sizes[data], self.data_layers[data],
+            self.entries[start:end], self.ends[: layer + 1].clip(start) - start,
+            self.data_rows[data_start:data_end], self.data_sizes[data_start:data_end],
+            self.data_ends[: layer + 1].clip(data_start) - data_start,
         )  # fmt: skip
 
 
@@ -136,10 +138,9 @@ def snapshot_diff(
     data_rows = rows[~zero]
     units, size_bytes = _units(columns, data_rows, block_sizes)
     entries = np.zeros(len(rows), dtype=DIFF_ENTRY)
-    entries["volume"], entries["block"], entries["checksum"] = picked.volume, picked.block, picked.checksum
+    entries["volume"], entries["block"] = picked.volume, picked.block
     entries["source"] = np.where(zero, int(Source.ZERO), int(Source.FOURTH))
-    entries["unit"][~zero] = units
-    return SnapshotDiff(entries, rows, data_rows, size_bytes)
+    return SnapshotDiff(entries, rows, data_rows, units, size_bytes)
 
 
 def difference_journal(
@@ -164,33 +165,39 @@ def difference_journal(
     followed[:-1] = (volume[1:] == volume[:-1]) & (block[1:] == block[:-1])
     layers = np.empty(count, dtype=np.uint8)
     layers[order] = layers_of(times_ns[order], followed, to_time_ns)
+    order = order[np.argsort(layers[order], kind="stable")]
+    place = np.empty(count, dtype=np.int64)  # of each row in that order
+    place[order] = np.arange(count)
     zero = _zero_rows(columns, zero_checksums, contents)
     in_diff = np.zeros(count, dtype=np.bool_)
     in_diff[diff.data_rows] = True
-    carrier = _carriers(columns, zero, in_diff, layers, block_sizes, contents)
-    own = np.flatnonzero((carrier == np.arange(count)) & ~in_diff & ~zero)
-    own = own[np.argsort(layers[own], kind="stable")]
-    units, _ = _units(columns, own, block_sizes)
+    carrier = _carriers(columns, zero, in_diff, place, block_sizes, contents)
+    carries = carrier == np.arange(count)
+    own = order[(carries & ~in_diff & ~zero)[order]]
     unit = np.zeros(count, dtype=np.uint64)
-    unit[diff.data_rows] = diff.entries["unit"][diff.entries["source"] == int(Source.FOURTH)]
-    unit[own] = units
-    source = np.where(in_diff[carrier], int(Source.FOURTH), int(Source.JOURNAL))
+    unit[diff.data_rows], unit[own] = diff.units, _units(columns, own, block_sizes)[0]
+    source = np.where(in_diff[carrier], int(Source.SHARED_FOURTH), int(Source.SHARED_JOURNAL))
+    source[in_diff], source[own], source[zero] = int(Source.FOURTH), int(Source.JOURNAL), int(Source.ZERO)
+    shared = ~carries
     entries = np.zeros(count, dtype=JOURNAL_ENTRY)
-    entries["volume"], entries["block"] = volume, block
-    entries["seq"], entries["checksum"] = columns.seq[order], columns.checksum[order]
-    entries["source"] = np.where(zero, int(Source.ZERO), source)[order]
-    entries["unit"] = np.where(zero, np.uint64(0), unit[carrier])[order]
-    return DifferenceJournal(entries, layers[order], own, block_sizes[columns.volume[own]], layers[own])
+    entries["volume"], entries["block"], entries["seq"] = columns.volume, columns.block, columns.seq
+    entries["source"] = source
+    entries["unit"][shared], entries["checksum"][shared] = unit[carrier[shared]], columns.checksum[shared]
+    everything = np.arange(len(RUNGS_NS))
+    return DifferenceJournal(
+        entries[order], np.searchsorted(layers[order], everything, side="right"),
+        own, block_sizes[columns.volume[own]], np.searchsorted(layers[own], everything, side="right"),
+    )  # fmt: skip
 
 
 def _carriers(
-    columns: Columns, zero: Mask, in_diff: Mask, layers: Layers, block_sizes: Int64s, contents: Contents
+    columns: Columns, zero: Mask, in_diff: Mask, place: Int64s, block_sizes: Int64s, contents: Contents
 ) -> Rows:
-    """For each row the one that carries its content: of the diff, else the first in the coarsest layer; or itself."""
+    """For each row the one that carries its content: of the diff, else the first by `place`; or itself."""
     count = len(columns.seq)
     carrier = np.arange(count)
     size = block_sizes[columns.volume]
-    order = np.lexsort((columns.seq, layers, ~in_diff, size, columns.checksum))
+    order = np.lexsort((place, ~in_diff, size, columns.checksum))
     first = np.ones(count, dtype=np.bool_)
     checksum, sizes = columns.checksum[order], size[order]
     first[1:] = (checksum[1:] != checksum[:-1]) | (sizes[1:] != sizes[:-1])
@@ -202,18 +209,3 @@ def _carriers(
         equal = contents.same(rows, proposed[rows])
         carrier[rows[equal]] = proposed[rows[equal]]
     return carrier
-
-
-def entries_at(entries: npt.NDArray[np.void], seq: int) -> npt.NDArray[np.void]:
-    """Figure 8: of each block the last entry of a difference journal not after `seq`.
-
-    Args:
-        entries: JOURNAL_ENTRY[n], ascending by (volume, block, seq).
-
-    Returns:
-        JOURNAL_ENTRY[m], ascending by (volume, block); blocks that aren't in it stand in the third snapshot.
-    """
-    until = entries[entries["seq"] <= np.uint64(seq)]
-    last = np.ones(len(until), dtype=np.bool_)
-    last[:-1] = (until["volume"][1:] != until["volume"][:-1]) | (until["block"][1:] != until["block"][:-1])
-    return until[last]

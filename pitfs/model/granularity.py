@@ -44,16 +44,17 @@ def decide(
     room = rate_bytes_per_s * interval_ns / 1e9 - diff_bytes
     whole = journal_bytes[-1] or 0
     figures = (
-        f"difference journal {_megabytes(whole)} MB, room {_megabytes(max(room, 0))} MB "
-        f"({_megabytes(rate_bytes_per_s)} MB/s for {interval_ns / 1e9:g} s, snapshot diff {_megabytes(diff_bytes)} MB)"
+        f"difference journal {megabytes(whole)} MB, room {megabytes(max(room, 0))} MB "
+        f"({megabytes(rate_bytes_per_s)} MB/s for {interval_ns / 1e9:g} s, snapshot diff {megabytes(diff_bytes)} MB)"
     )
     if whole <= room:
         return Decision(EVERY_WRITE, f"fits: {figures}")
     for rung_ns, size_bytes in reversed(list(zip(RUNGS_NS, journal_bytes, strict=True))):
         if size_bytes is not None and size_bytes <= room:
-            return Decision(rung_ns, f"{_megabytes(size_bytes)} MB of it fit: {figures}")
+            return Decision(rung_ns, f"{megabytes(size_bytes)} MB of it fit: {figures}")
     return Decision(SNAPSHOTS_ONLY, f"doesn't fit: {figures}")
 
 
-def _megabytes(size_bytes: float) -> str:
+def megabytes(size_bytes: float) -> str:
+    """For messages."""
     return f"{size_bytes / 1e6:.1f}"

@@ -17,6 +17,7 @@ _MS: Final = 1_000_000
 RUNGS_NS: Final = (
     10_000 * _MS, 5_000 * _MS, 1_000 * _MS, 500 * _MS, 100 * _MS, 50 * _MS, 10 * _MS, 5 * _MS, _MS, 0,
 )  # fmt: skip
+NO_LAYER: Final = -1  # before the first: snapshots only
 LAST_LAYER: Final = len(RUNGS_NS) - 1  # what only every write needs
 
 
@@ -46,6 +47,11 @@ def layers_of(
 def layers_of_positions(times_ns: npt.NDArray[np.int64], to_time_ns: int) -> Layers:
     """The layer that the state after each write of an interval comes with; `times_ns` strictly ascends."""
     return layers_of(times_ns, np.arange(1, len(times_ns) + 1) < len(times_ns), to_time_ns)
+
+
+def layer_of(granularity_ns: int | None) -> int:
+    """The last layer that this granularity has."""
+    return NO_LAYER if granularity_ns is None else RUNGS_NS.index(granularity_ns)
 
 
 def is_rung(granularity_ns: int) -> bool:

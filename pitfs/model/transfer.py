@@ -1,25 +1,27 @@
-"""What goes from production to replica: one transfer for each mark, as plain values. Pure.
+"""What goes from production to replica, as plain values. Pure.
 
-A transfer brings the replica from one mark to the next. It is a manifest and up to five *sections*,
-each a stream of bytes that only grows; a transfer that was interrupted resumes at a checkpoint: the
-durable length of each section, and the sender's cursor.
+A transfer is a manifest and up to five *sections*, each a stream of bytes that only grows; a transfer that was
+interrupted resumes at a checkpoint: the durable length of each section, and the sender's cursor.
 
     kind FULL       the complete state at one position (the first full copy, or a rescan after a gap):
                     DIFF has every block that isn't zero, its length isn't known in advance
-    kind INTERVAL   what changed in (from_seq, to_seq]; DIFF is the last content of each block written;
-                    with a granularity also POSITIONS, JOURNAL and JOURNAL_BLOCKS (the difference
-                    journal, figure 6B, as far as that granularity needs it: see `model.ladder`)
+    kind INTERVAL   what changed in (from_seq, to_seq]; DIFF is the last content of each block written
+    kind LAYERS     more of the difference journal (figure 6B) of an interval that the replica has: POSITIONS, JOURNAL
+                    and JOURNAL_BLOCKS of one layer of the ladder or of several (see `model.ladder`)
+
+FULL and INTERVAL lead to the next mark; LAYERS raises the granularity of an interval before it.
 
 Sections:
 
     DIFF            DIFF_ENTRY rows, strictly ascending by (volume, block)
     DIFF_BLOCKS     contents of the rows of DIFF that aren't zero, whole blocks, in the order of DIFF
-    POSITIONS       POSITION rows, strictly ascending: the states inside the interval that can be given; with
-                    granularity 0 all of from_seq+1 .. to_seq
-    JOURNAL         JOURNAL_ENTRY rows, strictly ascending by (volume, block, seq)
-    JOURNAL_BLOCKS  contents that only the difference journal has, whole blocks
+    POSITIONS       POSITION rows, strictly ascending: the states inside the interval that these layers add
+    JOURNAL         JOURNAL_ENTRY rows, layer after layer, each strictly ascending by (volume, block, seq)
+    JOURNAL_BLOCKS  contents of the rows of JOURNAL with source JOURNAL, whole blocks, in the order of JOURNAL
 
-All integers are little-endian. `unit` counts 512 bytes, the smallest block size.
+`unit` counts 512 bytes, the smallest block size. Of all layers of an interval JOURNAL_BLOCKS stand one behind the
+other, so a place in them means the same whatever transfers they came in. A row says nothing that the replica finds
+by itself: its `unit` and `checksum` are 0 unless it shares the content of another row. All integers are little-endian.
 """
 
 from __future__ import annotations
@@ -47,15 +49,17 @@ class Source(enum.IntEnum):
     """Where the content of a block of the difference journal stands (figure 6B)."""
 
     ZERO = 0  # all zeros, nothing stored
-    FOURTH = 1  # in DIFF_BLOCKS: the second (fourth) snapshot has it
-    JOURNAL = 2  # in JOURNAL_BLOCKS: only the difference journal has it
+    FOURTH = 1  # the second (fourth) snapshot has it in that block: the next in DIFF_BLOCKS, or what came there
+    JOURNAL = 2  # only the difference journal has it: the next in JOURNAL_BLOCKS
+    SHARED_FOURTH = 3  # that of another block, at `unit` of DIFF_BLOCKS
+    SHARED_JOURNAL = 4  # that of a row before, at `unit` of JOURNAL_BLOCKS
 
 
 DIFF_ENTRY: Final = np.dtype(
     [
         ("block", "<u8"),
-        ("checksum", "<u8"),  # xxh3_64 of the whole block (the last block of a volume padded with zeros)
-        ("unit", "<u8"),  # offset of the block in DIFF_BLOCKS, in units; 0 if source is ZERO
+        ("checksum", "<u8"),  # 0
+        ("unit", "<u8"),  # 0
         ("volume", "<u2"),  # index into Hello.volumes
         ("source", "<u2"),  # ZERO or FOURTH
         ("reserved", "<u4"),
@@ -65,8 +69,8 @@ JOURNAL_ENTRY: Final = np.dtype(
     [
         ("block", "<u8"),
         ("seq", "<u8"),
-        ("checksum", "<u8"),
-        ("unit", "<u8"),  # offset in DIFF_BLOCKS (FOURTH) or JOURNAL_BLOCKS (JOURNAL), in units
+        ("checksum", "<u8"),  # SHARED_…: xxh3_64 of the whole block (a volume's last padded with zeros), else 0
+        ("unit", "<u8"),  # SHARED_…: offset in DIFF_BLOCKS or in JOURNAL_BLOCKS of all layers, in units, else 0
         ("volume", "<u2"),
         ("source", "<u2"),
         ("reserved", "<u4"),
@@ -79,6 +83,7 @@ assert DIFF_ENTRY.itemsize == 32 and JOURNAL_ENTRY.itemsize == 40
 class Kind(enum.IntEnum):
     FULL = 1
     INTERVAL = 2
+    LAYERS = 3
 
 
 class VolumeInfo(msgspec.Struct, frozen=True):
@@ -114,16 +119,18 @@ class Manifest(msgspec.Struct, frozen=True):
 
     Attributes:
         mark: number of the mark it leads to: 1, 2, 3, … without gaps; the replica takes only the one
-            after its last.
+            after its last. LAYERS: of the mark at the interval's end.
         from_seq, from_time_ns: position of the snapshot before (equal to `to` for the first full copy).
         to_seq, to_time_ns: position that it leads to. With to_seq == from_seq nothing was written; such a
             transfer only moves protected_through_ns on.
         first_time_ns: time of the first write in it, None if there is none.
         protected_through_ns: time of the mark itself: every write up to it is in.
-        granularity_ns: a rung of the ladder, 0 every write, or None, snapshots only.
+        granularity_ns: a rung of the ladder, 0 every write, or None, snapshots only (FULL, INTERVAL).
+        base_granularity_ns: LAYERS: that of the interval on the replica before; else None.
         cause: why the granularity is what it is, in words.
         diff_count, journal_count, position_count: rows of DIFF, JOURNAL and POSITIONS; None for diff_count
             where not known (FULL).
+        base_bytes: LAYERS: of JOURNAL_BLOCKS that the replica has of coarser layers.
         identity: equal exactly if the sections' bytes are equal; a staged transfer resumes only then.
     """
 
@@ -141,6 +148,8 @@ class Manifest(msgspec.Struct, frozen=True):
     journal_count: int
     position_count: int
     identity: str
+    base_granularity_ns: int | None = None
+    base_bytes: int = 0
     bookmarks: tuple[Bookmark, ...] = ()
     gaps: tuple[Gap, ...] = ()
 
@@ -168,16 +177,32 @@ class Hello(msgspec.Struct, frozen=True):
     instance: int = 0
 
 
+class Coarse(msgspec.Struct, frozen=True):
+    """An interval that the replica doesn't have at every write: where it ends, and what it has of it.
+
+    `journal_bytes`: of its JOURNAL_BLOCKS.
+    """
+
+    to_seq: int
+    to_time_ns: int
+    granularity_ns: int | None
+    journal_bytes: int
+
+
 class Welcome(msgspec.Struct, frozen=True):
-    """Where the replica stands: its last committed mark, 0 and zeros if it has none."""
+    """Where the replica stands: its last committed mark, 0 and zeros if it has none.
+
+    `coarse` (at the start of a session): the newest intervals that could become finer, newest first.
+    """
 
     mark: int
     seq: int
     time_ns: int
     protected_through_ns: int
+    coarse: tuple[Coarse, ...] = ()
 
 
-# What a sender puts out for one transfer, in order: Begin, (Data | Checkpoint)*, End.
+# What a sender puts out for one transfer, in order: Begin, (Data | Checkpoint)*, then End or Park.
 
 
 class Begin(msgspec.Struct, frozen=True):
@@ -202,9 +227,22 @@ class Checkpoint(msgspec.Struct, frozen=True):
 
 
 class End(msgspec.Struct, frozen=True):
-    """The transfer is complete: lengths of all sections, to be checked before the commit."""
+    """The transfer is complete; what is checked before the commit.
+
+    Attributes:
+        lengths: of all sections.
+        checksums: xxh3_64 of the xxh3_64 (8 bytes each) of the blocks in DIFF_BLOCKS and JOURNAL_BLOCKS, as they were
+            taken at the splitter; None where blocks were read from the backing volume.
+    """
 
     lengths: tuple[int, int, int, int, int]
+    checksums: tuple[int, int] | None = None
 
 
-TransferFrame = Begin | Data | Checkpoint | End
+class Park(msgspec.Struct, frozen=True):
+    """Something else goes first: what came is made durable, and the transfer can be resumed later."""
+
+    cursor: tuple[int, ...] = ()
+
+
+TransferFrame = Begin | Data | Checkpoint | End | Park

@@ -19,11 +19,10 @@ import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CorruptionError, PositionMismatchError
-from pitfs.model.record import CopyProgress, Kind, Record, block_checksums
+from pitfs.model.record import CopyProgress, Kind, Record
 from pitfs.model.transfer import (
     DIFF_ENTRY,
     MAX_PAYLOAD_BYTES,
-    UNIT_BYTES,
     Checkpoint,
     Data,
     End,
@@ -162,7 +161,7 @@ def frames(
                 buffer = _read(volume, first, end, backing_fds[index])
                 images.follow(tail())
                 images.apply(index, stretch, first, buffer)
-                for entries, payload in _pieces(volume, index, first, buffer, contents_bytes):
+                for entries, payload in _pieces(volume, index, first, buffer):
                     yield Data(Section.DIFF, rows_bytes, entries.tobytes())
                     yield Data(Section.DIFF_BLOCKS, contents_bytes, payload)
                     rows_bytes, contents_bytes = rows_bytes + entries.nbytes, contents_bytes + len(payload)
@@ -223,7 +222,7 @@ def _read(volume: VolumeInfo, first: int, end: int, fd: int) -> bytearray:
 
 
 def _pieces(
-    volume: VolumeInfo, index: int, first: int, buffer: bytearray, contents_bytes: int
+    volume: VolumeInfo, index: int, first: int, buffer: bytearray
 ) -> Iterator[tuple[npt.NDArray[np.void], bytes]]:
     """Rows and contents of the blocks in `buffer` that aren't zero, a payload's worth at a time."""
     size = volume.block_size
@@ -235,7 +234,4 @@ def _pieces(
         payload = blocks[picked].tobytes()
         entries = np.zeros(len(picked), dtype=DIFF_ENTRY)
         entries["block"], entries["volume"], entries["source"] = first + picked, index, int(Source.FOURTH)
-        entries["unit"] = (contents_bytes + np.arange(len(picked)) * size) // UNIT_BYTES
-        entries["checksum"] = block_checksums(payload, size)
-        contents_bytes += len(payload)
         yield entries, payload

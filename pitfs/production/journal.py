@@ -129,6 +129,17 @@ class Journal:
     def capacity_bytes(self) -> int:
         return self.limit_count * self.segment_bytes
 
+    def room_needed_before(self, spared: int, needed: int) -> int:
+        """The segment before which all are to be given back so that there is room again.
+
+        Args:
+            spared: segments from there on are kept as long as there is room; needed: from there on in any case.
+        """
+        with self._lock:
+            excess = len(self._numbers) - (self.limit_count - max(2, self.limit_count // 8))
+            first = self._numbers[0] if self._numbers else 0
+        return min(needed, max(spared, first + max(excess, 0)))
+
     def append(
         self,
         kind: int,

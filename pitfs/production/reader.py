@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
@@ -36,6 +37,7 @@ _WRITE: Final = np.dtype(
     ]
 )
 _PACK_WRITE: Final = struct.Struct("<qqqqqii").pack
+MAX_SEEN: Final = 4096  # marks remembered from looking for one
 _NOT_THE_FILES: Final = frozenset({errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM})
 
 
@@ -59,7 +61,7 @@ class Interval:
         columns: a row for each block written.
         segment, offset: int64[n], where each row's block stands.
         times: int64[to_seq - from_seq], time_ns of each write.
-        end: behind the MARK.
+        start: behind the MARK or COPY_START before; end: behind the MARK.
     """
 
     mark: int
@@ -73,6 +75,7 @@ class Interval:
     segment: Rows
     offset: Rows
     times: npt.NDArray[np.int64]
+    start: Location
     end: Location
 
 
@@ -84,6 +87,21 @@ class Copy:
     seq: int
     time_ns: int
     location: Location
+
+
+@dataclass(frozen=True, slots=True)
+class SeenMark:
+    """A MARK or COPY_START that the journal has.
+
+    Attributes:
+        position: (seq, time_ns) that it names. location: behind it.
+        begins_anew: a COPY_START: the interval before it can't be given.
+    """
+
+    mark: int
+    position: tuple[int, int]
+    location: Location
+    begins_anew: bool
 
 
 @dataclass(slots=True)
@@ -121,6 +139,8 @@ class JournalReader:
         self.location = Location(0, 0)
         self.position: tuple[int, int] = (0, 0)  # seq, time_ns of the last snapshot
         self._pending = _Pending()
+        self._start = self.location  # of the open interval
+        self.seen: deque[SeenMark] = deque(maxlen=MAX_SEEN)  # by `seek_mark`: up to and with the one looked for
 
     def close(self) -> None:
         if self._reader is not None:
@@ -131,6 +151,7 @@ class JournalReader:
         """Goes on at `location`, where the snapshot at `position` (seq, time_ns) is the one before."""
         self.close()
         self.location, self.position, self._pending = location, position, _Pending()
+        self._start = location
 
     def seek_mark(self, mark: int, until: Location) -> bool:
         """Goes on behind MARK or COPY_START number `mark`. False where the journal doesn't have it any more.
@@ -142,23 +163,24 @@ class JournalReader:
         if not numbers:
             return False
         self.seek(Location(numbers[0], DATA_OFFSET), (0, 0))
-        found = False
+        self.seen.clear()
 
         def visit(location: Location, record: Record) -> bool:
-            nonlocal found
             if record.kind is Kind.MARK:
                 message = msgspec.msgpack.decode(record.covered, type=Mark)
-                found = message.mark == mark
                 position = record.seq, message.position_time_ns
+                self.seen.append(SeenMark(message.mark, position, self.location, begins_anew=False))
             elif record.kind is Kind.COPY_START:
-                found = msgspec.msgpack.decode(record.covered, type=CopyStart).mark == mark
+                start = msgspec.msgpack.decode(record.covered, type=CopyStart)
                 position = record.seq, record.time_ns
-            if found:
-                self.position = position
-            return found
+                self.seen.append(SeenMark(start.mark, position, self.location, begins_anew=True))
+            return bool(self.seen) and self.seen[-1].mark == mark
 
         self.follow(until, visit)
-        return found
+        if not self.seen or self.seen[-1].mark != mark:
+            return False
+        self.position, self._start = self.seen[-1].position, self.location
+        return True
 
     def next(self, until: Location) -> Interval | Copy | None:
         """Reads until the next MARK or COPY_START; None where `until` comes before it (call again later).
@@ -177,6 +199,7 @@ class JournalReader:
                 start = msgspec.msgpack.decode(record.covered, type=CopyStart)
                 result.append(Copy(start, record.seq, record.time_ns, location))
                 self._pending, self.position = _Pending(), (record.seq, record.time_ns)
+                self._start = self.location
             return bool(result)
 
         self.follow(until, visit)
@@ -240,6 +263,7 @@ class JournalReader:
             segment=np.repeat(writes["segment"], counts),
             offset=np.repeat(writes["contents"], counts) + within * self._block_sizes[volume],
             times=writes["time_ns"].copy(),
+            start=self._start,
             end=self.location,
         )
         if len(interval.times) != interval.to_seq - interval.from_seq:
@@ -250,6 +274,7 @@ class JournalReader:
                 f"and {interval.to_seq} in segment {location.segment:016x}",
             )
         self._pending, self.position = _Pending(), (interval.to_seq, interval.to_time_ns)
+        self._start = self.location
         return interval
 
 

@@ -6,7 +6,8 @@ Serves these requests (`splitter.sock`):
                                      "capacity_bytes", "passing", "waiting", "copy_mark", "copy_segment", "copy_offset"}
     mark [bookmark]                 the same, and "mark" is the one just set
     copied mark volume block        the replica durably has the running copy up to there
-    release segment                 earlier segments aren't needed for shipping any more
+    release segment [wanted]        earlier segments aren't needed for shipping any more; those from `wanted` on are
+                                    kept as long as there is room
     rescan cause                    begins a complete copy, with a gap before it
 """
 
@@ -126,7 +127,8 @@ class SplitterService:
                     CopyProgress(int(request["mark"]), int(request["volume"]), int(request["block"]))
                 )
             elif op == "release":
-                splitter.release(int(request["segment"]))
+                wanted = request.get("wanted")
+                splitter.release(int(request["segment"]), None if wanted is None else int(wanted))
             elif op == "rescan":
                 if splitter.standing.passing:
                     raise CapacityError(

@@ -1,10 +1,10 @@
-"""An interval as a transfer: the difference, the decision, the frames (figures 7 and 9)."""
+"""An interval as transfers: its snapshot diff, then the layers of its difference journal (figures 7 and 9)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +20,7 @@ from pitfs.model.difference import (
     difference_journal,
     snapshot_diff,
 )
-from pitfs.model.granularity import EVERY_WRITE, Decision
-from pitfs.model.ladder import RUNGS_NS, Layers, layers_of_positions
+from pitfs.model.ladder import NO_LAYER, RUNGS_NS, Layers, layers_of_positions
 from pitfs.model.record import block_checksums
 from pitfs.model.transfer import (
     DIFF_ENTRY,
@@ -45,7 +44,7 @@ from pitfs.model.transfer import (
 from pitfs.production.reader import BlockSource, Copy, Interval
 
 COMPARE_BYTES: Final = 4 << 20  # blocks compared at once: bounds what is held
-FORMAT: Final = 1  # of the sections' order; part of the identity
+FORMAT: Final = 2  # of the sections' order; part of the identity
 MAX_CAUSE_LENGTH: Final = 1000  # characters: what the link's manifest takes; errors with long paths have more
 
 
@@ -56,30 +55,38 @@ def zero_checksums(volumes: tuple[VolumeInfo, ...]) -> npt.NDArray[np.uint64]:
 
 @dataclass(frozen=True, slots=True)
 class Shipment:
-    """An interval ready to go. `journal` is what the decision leaves of it, None if that is nothing.
+    """An interval ready to go.
 
-    positions: POSITION[n], the states inside the interval that can be given.
+    Attributes:
+        journal: all layers; None where none is wanted, or nothing was written.
+        positions: POSITION[n], the states inside the interval; position_layers: the layer of each.
+        rung_bytes: of each rung what its layers and those before take, in payload; None where it has no position.
     """
 
-    manifest: Manifest
     interval: Interval
     diff: SnapshotDiff
     journal: DifferenceJournal | None
     positions: npt.NDArray[np.void]
-    decision: Decision
+    position_layers: Layers
+    rung_bytes: tuple[int | None, ...]
+
+    def journal_bytes(self, base: int, layer: int) -> int:
+        """What layers after `base` up to and with `layer` add to JOURNAL_BLOCKS."""
+        journal = self.journal
+        return 0 if journal is None else journal.bytes_up_to(layer) - journal.bytes_up_to(base)
+
+    @property
+    def diff_bytes(self) -> int:
+        """What the diff takes, in payload."""
+        return self.diff.size_bytes + self.diff.entries.nbytes
 
 
 def prepare(
-    interval: Interval,
-    volumes: tuple[VolumeInfo, ...],
-    source: BlockSource,
-    decide: Callable[[int, Sequence[int | None]], Decision],
-    wants_journal: bool,
+    interval: Interval, volumes: tuple[VolumeInfo, ...], source: BlockSource, wants_journal: bool
 ) -> Shipment:
-    """Builds the difference of an interval and decides what of it goes.
+    """Builds the difference of an interval.
 
     Args:
-        decide: (bytes of the diff, of the difference journal on each rung) → decision, figure 7.
         wants_journal: False where the mode never sends one: then none is built.
 
     Raises:
@@ -89,23 +96,16 @@ def prepare(
     zeros = zero_checksums(volumes)
     contents = _contents(source, block_sizes, interval)
     diff = snapshot_diff(interval.columns, block_sizes, zeros, contents)
-    journal, positions = None, np.zeros(0, dtype=POSITION)
-    rung_bytes: list[int | None] = [0] * len(RUNGS_NS)
-    if wants_journal and len(interval.times):
-        times_ns = interval.times[interval.columns.seq - interval.from_seq - 1]
-        journal = difference_journal(
-            interval.columns, times_ns, interval.to_time_ns, diff, block_sizes, zeros, contents
-        )
-        positions, position_layers = _positions(interval)
-        rung_bytes = _bytes_of_rungs(journal, position_layers)
-    decision = decide(diff.size_bytes + diff.entries.nbytes, rung_bytes)
-    if decision.granularity_ns is None:
-        journal, positions = None, positions[:0]
-    elif journal is not None and decision.granularity_ns > 0:
-        layer = RUNGS_NS.index(decision.granularity_ns)
-        journal, positions = journal.up_to(layer), positions[position_layers <= layer]
-    manifest = _manifest(interval, diff, journal, positions, decision)
-    return Shipment(manifest, interval, diff, journal, positions, decision)
+    nothing = np.zeros(0, dtype=POSITION), np.zeros(0, dtype=np.uint8)
+    if not wants_journal or not len(interval.times):
+        return Shipment(interval, diff, None, *nothing, (None,) * len(RUNGS_NS))
+    times_ns = interval.times[interval.columns.seq - interval.from_seq - 1]
+    journal = difference_journal(
+        interval.columns, times_ns, interval.to_time_ns, diff, block_sizes, zeros, contents
+    )
+    positions, position_layers = _positions(interval)
+    rung_bytes = _bytes_of_rungs(journal, position_layers)
+    return Shipment(interval, diff, journal, positions, position_layers, rung_bytes)
 
 
 def _positions(interval: Interval) -> tuple[npt.NDArray[np.void], Layers]:
@@ -116,17 +116,16 @@ def _positions(interval: Interval) -> tuple[npt.NDArray[np.void], Layers]:
     return positions, layers_of_positions(interval.times, interval.to_time_ns)
 
 
-def _bytes_of_rungs(journal: DifferenceJournal, position_layers: Layers) -> list[int | None]:
+def _bytes_of_rungs(journal: DifferenceJournal, position_layers: Layers) -> tuple[int | None, ...]:
     """What the difference journal takes on each rung; None where there is no position on it."""
     count = len(RUNGS_NS)
-    positions = np.bincount(position_layers, minlength=count)
-    rows = np.bincount(journal.layers, minlength=count)
-    data = np.bincount(journal.data_layers, weights=journal.data_sizes, minlength=count)
-    sizes = np.cumsum(positions * POSITION.itemsize + rows * JOURNAL_ENTRY.itemsize + data)
-    return [
+    positions = np.cumsum(np.bincount(position_layers, minlength=count))
+    data = [journal.bytes_up_to(layer) for layer in range(count)]
+    sizes = positions * POSITION.itemsize + journal.ends * JOURNAL_ENTRY.itemsize + data
+    return tuple(
         int(size) if reached else None
-        for size, reached in zip(sizes.tolist(), np.cumsum(positions).tolist(), strict=True)
-    ]
+        for size, reached in zip(sizes.tolist(), positions.tolist(), strict=True)
+    )
 
 
 def _contents(source: BlockSource, block_sizes: npt.NDArray[np.int64], interval: Interval) -> Contents:
@@ -161,38 +160,107 @@ def _contents(source: BlockSource, block_sizes: npt.NDArray[np.int64], interval:
     return Contents(same, zero)
 
 
-def _manifest(
-    interval: Interval,
-    diff: SnapshotDiff,
-    journal: DifferenceJournal | None,
-    positions: npt.NDArray[np.void],
-    decision: Decision,
-) -> Manifest:
-    identity = xxh3_128(f"{FORMAT} {interval.mark} {interval.from_seq} {decision.granularity_ns}".encode())
-    identity.update(diff.entries.tobytes())
-    if journal is not None:
-        identity.update(journal.entries.tobytes())
-        identity.update(positions.tobytes())
+def diff_manifest(shipment: Shipment, cause: str) -> Manifest:
+    """The manifest of an interval's snapshot diff; `cause`: why it has no more, as far as that is known."""
+    interval, entries = shipment.interval, shipment.diff.entries
     bookmarks: tuple[Bookmark, ...] = ()
     if interval.bookmark is not None:
         bookmarks = (Bookmark(interval.bookmark, interval.to_seq, interval.to_time_ns),)
     return Manifest(
         mark=interval.mark,
         kind=Kind.INTERVAL,
-        from_seq=interval.from_seq,
-        from_time_ns=interval.from_time_ns,
-        to_seq=interval.to_seq,
-        to_time_ns=interval.to_time_ns,
-        first_time_ns=int(interval.times[0]) if len(interval.times) else None,
-        protected_through_ns=interval.mark_time_ns,
-        granularity_ns=decision.granularity_ns,
-        cause=decision.reason if decision.granularity_ns != EVERY_WRITE else "",
-        diff_count=len(diff.entries),
-        journal_count=len(journal.entries) if journal else 0,
-        position_count=len(positions),
-        identity=identity.hexdigest(),
+        granularity_ns=None,
+        diff_count=len(entries),
+        journal_count=0,
+        position_count=0,
+        identity=_identity(f"diff {interval.mark}", entries),
+        cause=cause,
         bookmarks=bookmarks,
+        **_positions_of(interval),
     )
+
+
+def layers_manifest(shipment: Shipment, base: int, layer: int, cause: str) -> Manifest:
+    """The manifest of layers after `base` up to and with `layer`; the same for both: only its cause is new.
+
+    Args:
+        cause: why no finer ones come with it, empty for the last.
+    """
+    interval, journal = shipment.interval, shipment.journal
+    assert journal is not None
+    added, positions = _added(shipment, base, layer)
+    return Manifest(
+        mark=interval.mark,
+        kind=Kind.LAYERS,
+        granularity_ns=RUNGS_NS[layer],
+        base_granularity_ns=None if base == NO_LAYER else RUNGS_NS[base],
+        base_bytes=journal.bytes_up_to(base),
+        diff_count=0,
+        journal_count=len(added.entries),
+        position_count=len(positions),
+        identity=_identity(f"layers {interval.mark} {base} {layer}", added.entries, positions),
+        cause=cause,
+        **_positions_of(interval),
+    )
+
+
+def cause_manifest(
+    mark: int,
+    from_position: tuple[int, int],
+    to_position: tuple[int, int],
+    granularity_ns: int | None,
+    base_bytes: int,
+    cause: str,
+) -> Manifest:
+    """The manifest that says why an interval stays at the granularity that it has; nothing comes with it."""
+    return Manifest(
+        mark=mark,
+        kind=Kind.LAYERS,
+        from_seq=from_position[0],
+        from_time_ns=from_position[1],
+        to_seq=to_position[0],
+        to_time_ns=to_position[1],
+        first_time_ns=None,
+        protected_through_ns=to_position[1],
+        granularity_ns=granularity_ns,
+        base_granularity_ns=granularity_ns,
+        base_bytes=base_bytes,
+        cause=cause,
+        diff_count=0,
+        journal_count=0,
+        position_count=0,
+        identity=_identity(f"cause {mark}"),
+    )
+
+
+def no_frames() -> tuple[TransferFrame, ...]:
+    """The frames of a transfer without any content."""
+    return (End((0, 0, 0, 0, 0)),)
+
+
+def _positions_of(interval: Interval) -> dict[str, Any]:
+    return {
+        "from_seq": interval.from_seq,
+        "from_time_ns": interval.from_time_ns,
+        "to_seq": interval.to_seq,
+        "to_time_ns": interval.to_time_ns,
+        "first_time_ns": int(interval.times[0]) if len(interval.times) else None,
+        "protected_through_ns": interval.mark_time_ns,
+    }
+
+
+def _identity(what: str, *columns: npt.NDArray[np.void]) -> str:
+    identity = xxh3_128(f"{FORMAT} {what}".encode())
+    for column in columns:
+        identity.update(column.tobytes())
+    return identity.hexdigest()
+
+
+def _added(shipment: Shipment, base: int, layer: int) -> tuple[DifferenceJournal, npt.NDArray[np.void]]:
+    """What layers after `base` up to and with `layer` add: rows and contents, positions."""
+    assert shipment.journal is not None
+    layers = shipment.position_layers.astype(np.int64)
+    return shipment.journal.layers(base, layer), shipment.positions[(layers > base) & (layers <= layer)]
 
 
 def copy_manifest(copy: Copy, history: str, welcome: Welcome) -> Manifest:
@@ -228,27 +296,57 @@ def copy_manifest(copy: Copy, history: str, welcome: Welcome) -> Manifest:
     )
 
 
-def frames(
-    shipment: Shipment, source: BlockSource, volumes: tuple[VolumeInfo, ...], resume: ResumePoint
+def diff_frames(
+    shipment: Shipment,
+    source: BlockSource,
+    volumes: tuple[VolumeInfo, ...],
+    resume: ResumePoint,
+    payload_bytes: int = MAX_PAYLOAD_BYTES,
 ) -> Iterator[TransferFrame]:
-    """The frames of an interval's transfer behind what the replica durably has.
+    """The frames of a snapshot diff behind what the replica durably has.
+
+    Args:
+        payload_bytes: of a frame at most (but a block, or a row).
 
     Raises:
         CorruptionError: the local journal is damaged; what was sent so far was right.
     """
-    diff, journal = shipment.diff, shipment.journal
-    lengths = [diff.entries.nbytes, diff.size_bytes, 0, 0, 0]
-    parts = [
-        _plain(Section.DIFF, diff.entries.tobytes(), DIFF_ENTRY.itemsize, resume),
-        _blocks(Section.DIFF_BLOCKS, diff.data_rows, shipment.interval, source, volumes, resume),
-    ]
-    if journal is not None:
-        lengths[2:] = shipment.positions.nbytes, journal.entries.nbytes, journal.size_bytes
-        parts += [
-            _plain(Section.POSITIONS, shipment.positions.tobytes(), POSITION.itemsize, resume),
-            _plain(Section.JOURNAL, journal.entries.tobytes(), JOURNAL_ENTRY.itemsize, resume),
-            _blocks(Section.JOURNAL_BLOCKS, journal.data_rows, shipment.interval, source, volumes, resume),
-        ]
+    diff, interval = shipment.diff, shipment.interval
+    yield from _with_checkpoints(
+        _plain(Section.DIFF, diff.entries.tobytes(), DIFF_ENTRY.itemsize, resume, payload_bytes),
+        _blocks(Section.DIFF_BLOCKS, diff.data_rows, interval, source, volumes, resume, payload_bytes),
+    )
+    checksums = _checksums(interval, diff.data_rows), _checksums(interval, diff.data_rows[:0])
+    yield End((diff.entries.nbytes, diff.size_bytes, 0, 0, 0), checksums)
+
+
+def layers_frames(
+    shipment: Shipment,
+    base: int,
+    layer: int,
+    source: BlockSource,
+    volumes: tuple[VolumeInfo, ...],
+    resume: ResumePoint,
+    payload_bytes: int = MAX_PAYLOAD_BYTES,
+) -> Iterator[TransferFrame]:
+    """The frames of layers after `base` up to and with `layer`; as `diff_frames`."""
+    added, positions = _added(shipment, base, layer)
+    interval = shipment.interval
+    yield from _with_checkpoints(
+        _plain(Section.POSITIONS, positions.tobytes(), POSITION.itemsize, resume, payload_bytes),
+        _plain(Section.JOURNAL, added.entries.tobytes(), JOURNAL_ENTRY.itemsize, resume, payload_bytes),
+        _blocks(Section.JOURNAL_BLOCKS, added.data_rows, interval, source, volumes, resume, payload_bytes),
+    )
+    lengths = 0, 0, positions.nbytes, added.entries.nbytes, int(added.data_sizes.sum())
+    yield End(lengths, (_checksums(interval, added.data_rows[:0]), _checksums(interval, added.data_rows)))
+
+
+def _checksums(interval: Interval, rows: Rows) -> int:
+    """xxh3_64 of the rows' checksums."""
+    return xxh3_64_intdigest(interval.columns.checksum[rows].astype("<u8").tobytes())
+
+
+def _with_checkpoints(*parts: Iterator[Data]) -> Iterator[TransferFrame]:
     unacknowledged = 0
     for part in parts:
         for data in part:
@@ -257,12 +355,13 @@ def frames(
             if unacknowledged >= MAX_CHECKPOINT_BYTES:
                 unacknowledged = 0
                 yield Checkpoint(())
-    yield End((lengths[0], lengths[1], lengths[2], lengths[3], lengths[4]))
 
 
-def _plain(section: Section, content: bytes, row_bytes: int, resume: ResumePoint) -> Iterator[Data]:
+def _plain(
+    section: Section, content: bytes, row_bytes: int, resume: ResumePoint, payload_bytes: int
+) -> Iterator[Data]:
     """Rows, in frames of whole ones."""
-    step = MAX_PAYLOAD_BYTES // row_bytes * row_bytes
+    step = payload_bytes // row_bytes * row_bytes
     view = memoryview(content)
     for start in range(resume.lengths[section - 1], len(content), step):
         yield Data(section, start, view[start : start + step])
@@ -275,6 +374,7 @@ def _blocks(
     source: BlockSource,
     volumes: tuple[VolumeInfo, ...],
     resume: ResumePoint,
+    payload_bytes: int,
 ) -> Iterator[Data]:
     """The rows' blocks, verified, in frames of whole blocks."""
     sizes = np.array([volume.block_size for volume in volumes], dtype=np.int64)[interval.columns.volume[rows]]
@@ -282,7 +382,7 @@ def _blocks(
     start = int(np.searchsorted(ends, resume.lengths[section - 1], side="right"))
     while start < len(rows):
         offset = int(ends[start] - sizes[start])
-        stop = max(start + 1, int(np.searchsorted(ends, offset + MAX_PAYLOAD_BYTES, side="right")))
+        stop = max(start + 1, int(np.searchsorted(ends, offset + payload_bytes, side="right")))
         payload = source.read(rows[start:stop])
         _verify(payload, sizes[start:stop], interval.columns.checksum[rows[start:stop]])
         yield Data(section, offset, payload)

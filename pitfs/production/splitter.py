@@ -95,7 +95,7 @@ class Splitter:
         self._clock_ns = clock_ns
         self._boot_id = boot_id
         self._block_when_full = block_when_full
-        self._released_segment = 0
+        self._released_segment = self._wanted_segment = 0
         self._full_at_seq = -1
         self._passing_durable = True
         self._backing_failed: OSError | None = None
@@ -137,9 +137,16 @@ class Splitter:
         if now <= standing.time_ns:
             now = standing.time_ns + 1
         try:
-            if standing.copy is not None:
-                self._preserve(index, volume, first, count, may_wait)
-            self.journal.append(Kind.WRITE, index, first, count, standing.seq + 1, now, covered, contents)
+            try:
+                if standing.copy is not None:
+                    self._preserve(index, volume, first, count, may_wait)
+                self.journal.append(Kind.WRITE, index, first, count, standing.seq + 1, now, covered, contents)
+            except CapacityError:
+                if not self._give_up_wanted():
+                    raise
+                if standing.copy is not None:
+                    self._preserve(index, volume, first, count, may_wait)
+                self.journal.append(Kind.WRITE, index, first, count, standing.seq + 1, now, covered, contents)
         except (PitfsError, OSError) as error:
             if self._block_when_full and isinstance(error, CapacityError):
                 self._close_full_interval()
@@ -392,17 +399,34 @@ class Splitter:
         begins = progress.checkpoint_segment
         self.recovery_segment = min(begins, progress.copy_segment or begins)
 
-    def release(self, first_needed_segment: int) -> None:
-        """The shipper needs segments from that one on; earlier ones go once redo doesn't need them either."""
+    def release(self, first_needed_segment: int, first_wanted_segment: int | None = None) -> None:
+        """The shipper needs segments from that one on; earlier ones go once redo doesn't need them either.
+
+        Args:
+            first_wanted_segment: those from there on it would like to have as long as there is room.
+        """
         self._released_segment = max(self._released_segment, first_needed_segment)
+        wanted = first_needed_segment if first_wanted_segment is None else first_wanted_segment
+        self._wanted_segment = min(wanted, self._released_segment)
 
     @property
     def releasable_segment(self) -> int:
-        """Segments before this one are needed by nobody."""
+        """Segments before this one are given back: needed by nobody, or wanted only, and there is no more room."""
+        needed = self._needed_segment
+        return self.journal.room_needed_before(min(self._wanted_segment, needed), needed)
+
+    @property
+    def _needed_segment(self) -> int:
         needed = min(self._released_segment, self.recovery_segment)
         if self.standing.copy is not None:
             needed = min(needed, self.standing.copy_location.segment)
         return needed
+
+    def _give_up_wanted(self) -> bool:
+        """Gives back at once what is only wanted; False where nothing is."""
+        before = self.journal.used_bytes
+        self.journal.release(self._needed_segment)
+        return self.journal.used_bytes < before
 
     def close(self) -> None:
         """Closes in order: everything durable, the state marked clean. Raises OSError."""

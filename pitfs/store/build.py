@@ -1,31 +1,30 @@
-"""From a complete staged transfer to objects: the block map and the index of the difference journal.
+"""From a complete staged snapshot diff to objects: contents and block map.
 
-Both are made by streaming over the sorted rows; python's loops are over leaves of the map and chunks of the
-journal, never over blocks or writes.
+The map is made by streaming over the sorted rows; python's loops are over its leaves, never over blocks.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CapacityError
 from pitfs.model.blockmap import NODE_BYTES, Entry, LoadNode, MapBuilder, Node, U64Array
-from pitfs.model.transfer import Manifest, Section, Source, VolumeInfo
+from pitfs.model.ladder import LAST_LAYER
+from pitfs.model.transfer import UNIT_BYTES, Manifest, Section, Source, VolumeInfo
 from pitfs.storage.files import write_all
 from pitfs.store.facts import ObjectFacts
-from pitfs.store.journals import JournalWriter
 from pitfs.store.layout import (
     HEADER_BYTES,
     MAX_UNITS,
-    UNIT_BITS,
     ObjectHeader,
     ObjectKind,
     contents_object,
@@ -98,7 +97,7 @@ def build(
     snapshot = staged.snapshot
     facts = []
     path = os.path.join(staged.directory, object_file(ObjectKind.MAP, snapshot))
-    fd = _create(path)
+    fd = create(path)
     try:
         map_file = _MapFile(fd, snapshot)
         roots = _build_maps(staged, volumes, roots_before, load_node, map_file)
@@ -111,38 +110,33 @@ def build(
         header = ObjectHeader(
             ObjectKind.MAP, history, snapshot, data_bytes, len(tail), xxh3_64_intdigest(tail)
         )
-        facts.append(_complete(fd, header))
+        facts.append(complete(fd, header))
     finally:
         os.close(fd)
-    minutes = {staged.manifest.to_time_ns // 60_000_000_000: _second_bit(staged.manifest.to_time_ns)}
-    if staged.has_journal:
-        index_facts = _build_journal(staged, history, minutes)
-        facts.append(index_facts)
-    for section, kind in (
-        (Section.DIFF_BLOCKS, ObjectKind.SNAPSHOT_BLOCKS),
-        (Section.JOURNAL_BLOCKS, ObjectKind.JOURNAL_BLOCKS),
-    ):
-        length = staged.lengths[section - 1]
-        if length:
-            facts.append(_complete(staged.fd(section), ObjectHeader(kind, history, snapshot, length)))
+    minutes = {staged.manifest.to_time_ns // 60_000_000_000: second_bit(staged.manifest.to_time_ns)}
+    length = staged.lengths[Section.DIFF_BLOCKS - 1]
+    if length:
+        header = ObjectHeader(ObjectKind.SNAPSHOT_BLOCKS, history, snapshot, length)
+        facts.append(complete(staged.fd(Section.DIFF_BLOCKS), header))
     return Built(tuple(roots), tuple(facts), minutes)
 
 
-def _create(path: str) -> int:
+def create(path: str) -> int:
+    """A new file for an object, whose header is written when it is complete."""
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
 
 
-def _complete(fd: int, header: ObjectHeader) -> ObjectFacts:
+def complete(fd: int, header: ObjectHeader, layer: int = LAST_LAYER) -> ObjectFacts:
     """Writes the final header and makes the file durable."""
     write_all(fd, header.encode(), 0)
     os.fsync(fd)
     return ObjectFacts(
-        object_file(header.kind, header.snapshot), header.kind, header.snapshot,
+        object_file(header.kind, header.snapshot, layer), header.kind, header.snapshot,
         header.data_bytes, header.tail_bytes, header.tail_checksum,
     )  # fmt: skip
 
 
-def _by_volume(batches: Iterator[RowArray]) -> Iterator[tuple[int, RowArray]]:
+def by_volume(batches: Iterable[RowArray]) -> Iterator[tuple[int, RowArray]]:
     """The rows cut where the volume changes."""
     for rows in batches:
         volume = rows["volume"]
@@ -151,13 +145,30 @@ def _by_volume(batches: Iterator[RowArray]) -> Iterator[tuple[int, RowArray]]:
             yield int(volume[start]), rows[start:end]
 
 
-def _pointers(rows: RowArray, snapshot: int) -> tuple[U64Array, U64Array]:
-    """Pointers and checksums of rows of either kind; both 0 where the block is zeros."""
-    objects = np.zeros(len(Source), "<u8")
-    objects[Source.FOURTH] = contents_object(snapshot, ObjectKind.SNAPSHOT_BLOCKS) << UNIT_BITS
-    objects[Source.JOURNAL] = contents_object(snapshot, ObjectKind.JOURNAL_BLOCKS) << UNIT_BITS
-    checksums = np.where(rows["source"] == Source.ZERO, np.uint64(0), rows["checksum"])
-    return objects[rows["source"]] | rows["unit"], checksums
+class OwnContents:
+    """Pointers and checksums of rows that have contents of their own: these stand in the order of the rows.
+
+    Args:
+        section: of the contents.
+        first: pointer of the block that comes next; block: its number in the section.
+    """
+
+    def __init__(
+        self, staged: StagedTransfer, section: Section, volumes: Sequence[VolumeInfo], first: int, block: int = 0
+    ) -> None:
+        self._staged, self._section = staged, section
+        self._units = np.array([volume.block_size // UNIT_BYTES for volume in volumes], "<u8")
+        self._next, self._block = first, block
+
+    def of(self, volumes: npt.NDArray[np.uint16]) -> tuple[U64Array, U64Array]:
+        """Of the next rows, which lie in these volumes."""
+        sizes = self._units[volumes]
+        ends = np.cumsum(sizes, dtype="<u8")
+        pointers = np.uint64(self._next) + ends - sizes
+        checksums = self._staged.checksums(self._section, self._block, len(sizes))
+        self._next += int(ends[-1]) if len(ends) else 0
+        self._block += len(sizes)
+        return pointers, checksums
 
 
 def _build_maps(
@@ -169,41 +180,24 @@ def _build_maps(
 ) -> list[Entry]:
     roots = list(roots_before)
     current, builder = -1, None
-    for volume, rows in _by_volume(staged.rows(Section.DIFF)):
+    first = pointer(contents_object(staged.snapshot, ObjectKind.SNAPSHOT_BLOCKS), 0)
+    own = OwnContents(staged, Section.DIFF_BLOCKS, volumes, first)
+    for volume, rows in by_volume(staged.rows(Section.DIFF)):
         if volume != current:
             if builder is not None:
                 roots[current] = builder.finish()
             current = volume
             builder = MapBuilder(volumes[volume].block_count, roots[volume], load_node, map_file.emit)
         assert builder is not None
-        builder.update(rows["block"].astype("<i8"), *_pointers(rows, staged.snapshot))
+        pointers, checksums = np.zeros((2, len(rows)), "<u8")
+        stored = rows["source"] == Source.FOURTH
+        pointers[stored], checksums[stored] = own.of(rows["volume"][stored])
+        builder.update(rows["block"].astype("<i8"), pointers, checksums)
     if builder is not None:
         roots[current] = builder.finish()
     return roots
 
 
-def _build_journal(staged: StagedTransfer, history: bytes, minutes: dict[int, int]) -> ObjectFacts:
-    """Writes the index; also notes which seconds of which minutes have a position."""
-    fd = _create(os.path.join(staged.directory, object_file(ObjectKind.JOURNAL_INDEX, staged.snapshot)))
-    try:
-        writer = JournalWriter(fd)
-        for volume, rows in _by_volume(staged.rows(Section.JOURNAL)):
-            pointers, checksums = _pointers(rows, staged.snapshot)
-            writer.add_rows(
-                volume, rows["block"].astype("<i8"), rows["seq"].astype("<i8"), pointers, checksums
-            )
-        for positions in staged.rows(Section.POSITIONS):
-            writer.add_positions(positions["seq"].astype("<i8"), positions["time_ns"])
-            for second in np.unique(positions["time_ns"] // 1_000_000_000).tolist():
-                minutes[second // 60] = minutes.get(second // 60, 0) | 1 << (second % 60)
-        data_bytes, tail_bytes, tail_checksum = writer.finish()
-        header = ObjectHeader(
-            ObjectKind.JOURNAL_INDEX, history, staged.snapshot, data_bytes, tail_bytes, tail_checksum
-        )
-        return _complete(fd, header)
-    finally:
-        os.close(fd)
-
-
-def _second_bit(time_ns: int) -> int:
+def second_bit(time_ns: int) -> int:
+    """Bit of a second within its minute."""
     return 1 << (time_ns // 1_000_000_000 % 60)

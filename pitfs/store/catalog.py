@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -28,9 +29,9 @@ from xxhash import xxh3_64_intdigest
 from pitfs.errors import CapacityError, CorruptionError, PitfsError, StoreError, StoreVersionError
 from pitfs.model.blockmap import Entry
 from pitfs.model.transfer import Bookmark, Gap
-from pitfs.store.facts import Commit, Interval, ObjectFacts, Snapshot
+from pitfs.store.facts import Commit, Interval, LayersCommit, ObjectFacts, Snapshot
 
-CATALOG_VERSION: Final = 1
+CATALOG_VERSION: Final = 2  # 1: journals without layers; before the first release
 PAGE_ROWS: Final = 512  # rows that a listing holds at once
 BUSY_MS: Final = 10_000  # a commit or a checkpoint of another process takes far less
 
@@ -52,6 +53,7 @@ CREATE TABLE intervals (  -- snapshot is the one at its end
     first_time_ns INTEGER, granularity_ns INTEGER, cause TEXT NOT NULL, journal_rows INTEGER NOT NULL,
     row_checksum INTEGER NOT NULL
 ) STRICT;
+CREATE INDEX intervals_coarse ON intervals (snapshot) WHERE granularity_ns IS NOT 0;
 CREATE TABLE objects (
     name TEXT PRIMARY KEY, kind INTEGER NOT NULL, snapshot INTEGER NOT NULL,
     data_bytes INTEGER NOT NULL, tail_bytes INTEGER NOT NULL, tail_checksum INTEGER NOT NULL,
@@ -159,6 +161,11 @@ class Catalog:
                 f"{self.path}: catalog of version {version}, this pitfs knows up to {CATALOG_VERSION}: "
                 f"use a newer pitfs"
             )
+        if 0 < version < CATALOG_VERSION:
+            raise StoreVersionError(
+                f"{self.path}: catalog of version {version}, of a pitfs before the first release: read it with that "
+                "one, and receive into a new store with this one"
+            )
         if version == 0 and mode != "make":
             raise StoreError(
                 f"{self.path}: no catalog of a store: {_REMEDY}"
@@ -245,6 +252,11 @@ class Catalog:
         """The interval that ends at that snapshot."""
         row = self._row_of("intervals", 0, "snapshot", snapshot)
         return Interval(*row) if row else None
+
+    def coarse_intervals(self, limit: int) -> list[Interval]:
+        """The newest intervals that aren't at every write, newest first."""
+        sql = "SELECT * FROM intervals WHERE granularity_ns IS NOT 0 ORDER BY snapshot DESC LIMIT ?"
+        return [Interval(*self._verified("intervals", row)) for row in self._rows(sql, (limit,))]
 
     def roots(self, snapshot: int) -> list[Entry]:
         """Roots of the block maps, one for each volume in order."""
@@ -350,10 +362,22 @@ class Catalog:
                     "gaps (from_seq, from_time_ns, to_seq, to_time_ns, cause, row_checksum)",
                     (gap.from_seq, gap.from_time_ns, gap.to_seq, gap.to_time_ns, gap.cause),
                 )
-            for minute in minutes.items():
-                self._put("minutes", minute, "ON CONFLICT DO UPDATE SET seconds = ?2, row_checksum = ?3")
+            self._put_minutes(minutes)
             for key, value in numbers.items():
                 self._put_meta(key, value)
+
+    def commit_layers(self, commit: LayersCommit) -> None:
+        """Makes an interval finer, or nothing; durable when it returns."""
+        minutes = {m: bits | self.seconds(m) for m, bits in commit.minutes.items()}
+        with self._lock, _errors(self.path), self._db:
+            if commit.replaced is not None:
+                self._db.execute("DELETE FROM objects WHERE name = ?", (commit.replaced,))
+            for item in commit.objects:
+                self._db.execute("DELETE FROM objects WHERE name = ?", (item.name,))
+                self._put_object(item)
+            self._db.execute("DELETE FROM intervals WHERE snapshot = ?", (commit.base.snapshot,))
+            self._put("intervals", astuple(commit.interval))
+            self._put_minutes(minutes)
 
     def fence(self, epoch: int, instance: int) -> None:
         """From here on senders of an earlier epoch, or of the same and another instance, are refused."""
@@ -386,18 +410,18 @@ class Catalog:
         self._put("snapshots", (snapshot.id, snapshot.seq, snapshot.time_ns, snapshot.mark))
         for i, root in enumerate(commit.roots):
             self._put("roots", (snapshot.id, i, to_signed(root.pointer), to_signed(root.checksum)))
-        if (interval := commit.interval) is not None:
-            self._put(
-                "intervals",
-                (
-                    interval.snapshot, interval.from_snapshot, interval.from_seq, interval.from_time_ns,
-                    interval.to_seq, interval.to_time_ns, interval.first_time_ns, interval.granularity_ns,
-                    interval.cause, interval.journal_rows,
-                ),
-            )  # fmt: skip
+        if commit.interval is not None:
+            self._put("intervals", astuple(commit.interval))
         for item in commit.objects:
-            facts = (item.name, item.kind, item.snapshot, item.data_bytes, item.tail_bytes)
-            self._put("objects", (*facts, to_signed(item.tail_checksum)))
+            self._put_object(item)
+
+    def _put_object(self, item: ObjectFacts) -> None:
+        facts = (item.name, item.kind, item.snapshot, item.data_bytes, item.tail_bytes)
+        self._put("objects", (*facts, to_signed(item.tail_checksum)))
+
+    def _put_minutes(self, minutes: Mapping[int, int]) -> None:
+        for minute in minutes.items():
+            self._put("minutes", minute, "ON CONFLICT DO UPDATE SET seconds = ?2, row_checksum = ?3")
 
 
 def _low(from_ns: int | None) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pitfs.model.blockmap import Entry
+from pitfs.model.ladder import layer_of
 from pitfs.model.transfer import Manifest
 
 
@@ -42,6 +43,11 @@ class Interval:
     cause: str
     journal_rows: int
 
+    @property
+    def layer(self) -> int:
+        """The last layer of the ladder that its difference journal has; NO_LAYER without one."""
+        return layer_of(self.granularity_ns)
+
 
 @dataclass(frozen=True, slots=True)
 class ObjectFacts:
@@ -57,7 +63,7 @@ class ObjectFacts:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """All that one transfer adds; `snapshot` None if nothing was written in it."""
+    """All that one transfer adds to the history; `snapshot` None if nothing was written in it."""
 
     manifest: Manifest
     snapshot: Snapshot | None
@@ -65,3 +71,19 @@ class Commit:
     interval: Interval | None = None
     objects: Sequence[ObjectFacts] = ()
     minutes: Mapping[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayersCommit:
+    """What layers make of a committed interval.
+
+    Attributes:
+        base, interval: as it was and as it is then.
+        objects: new ones, and those that have grown. replaced: name of the index that they take the place of.
+    """
+
+    base: Interval
+    interval: Interval
+    objects: Sequence[ObjectFacts]
+    replaced: str | None
+    minutes: Mapping[int, int]

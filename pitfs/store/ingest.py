@@ -18,7 +18,9 @@ import logging
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Final
 
 import msgspec
 
@@ -30,33 +32,41 @@ from pitfs.errors import (
     StoreError,
 )
 from pitfs.model.blockmap import EMPTY
-from pitfs.model.transfer import Data, End, Hello, Kind, Manifest, ResumePoint, Welcome
-from pitfs.storage.files import durable_replace, fsync_directory, storage_error
-from pitfs.store.build import Built, build
+from pitfs.model.ladder import layer_of
+from pitfs.model.transfer import Coarse, Data, End, Hello, Kind, Manifest, ResumePoint, Section, Welcome
+from pitfs.storage.files import durable_replace, fsync_directory, read_exactly, storage_error, write_all
+from pitfs.store.build import build, complete
 from pitfs.store.catalog import Catalog
-from pitfs.store.facts import Commit, Interval, Snapshot
+from pitfs.store.facts import Commit, Interval, LayersCommit, ObjectFacts, Snapshot
+from pitfs.store.journals import JournalIndex, chunk_cache
+from pitfs.store.layers import LayersBuilder, interval_of
 from pitfs.store.layout import (
     CATALOG,
     FORMAT,
+    HEADER_BYTES,
     LOCK,
     MAX_SNAPSHOT_ID,
     OBJECTS,
     STAGING,
     STORE_JSON,
     VERSION,
+    ObjectHeader,
     ObjectKind,
     StoreInfo,
     check_identity,
-    is_object_file,
     object_file,
     read_store_info,
 )
+from pitfs.store.leftovers import StagingArea
 from pitfs.store.objects import ObjectPool
 from pitfs.store.rows import check_manifest
-from pitfs.store.snapshots import NodeReader
+from pitfs.store.snapshots import NodeReader, SnapshotMap
 from pitfs.store.staging import StagedTransfer, read_progress
 
 log = logging.getLogger(__name__)
+
+MAX_COARSE: Final = 256  # intervals that a welcome names: as many as production keeps journals of
+COPY_BYTES: Final = 1 << 20
 
 
 class Ingest:
@@ -88,6 +98,7 @@ class Ingest:
         self._catalog: Catalog | None = None
         self._objects = ObjectPool(self._objects_path, self._history)
         self._nodes = NodeReader(self._objects)
+        self._area: StagingArea
         try:
             with self._errors("opening"):
                 self._open()
@@ -110,7 +121,9 @@ class Ingest:
             self._make_store_json(self._catalog)
         fsync_directory(os.path.dirname(self.path) or ".")  # each time: a kill may have come before it
         self._check_epoch()
-        self._settle(os.listdir(self._objects_path))
+        self._area = StagingArea(self._staging, self._objects_path, self._catalog)
+        self._area.settle(os.listdir(self._objects_path))
+        self._area.clear_outdated()
 
     def _check_epoch(self) -> None:
         """Refuses a sender that was superseded: two with copies of one state would take turns otherwise."""
@@ -189,7 +202,15 @@ class Ingest:
     # The life of a transfer
 
     def welcome(self) -> Welcome:
-        """Where the store stands."""
+        """Where the store stands, and what could become finer."""
+        catalog, coarse = self._opened(), []
+        for interval in catalog.coarse_intervals(MAX_COARSE):
+            blocks = catalog.object(object_file(ObjectKind.JOURNAL_BLOCKS, interval.snapshot))
+            journal_bytes = blocks.data_bytes if blocks else 0
+            coarse.append(Coarse(interval.to_seq, interval.to_time_ns, interval.granularity_ns, journal_bytes))
+        return msgspec.structs.replace(self._standing(), coarse=tuple(coarse))
+
+    def _standing(self) -> Welcome:
         catalog = self._opened()
         last = catalog.last_snapshot()
         seq, time_ns = (last.seq, last.time_ns) if last else (0, 0)
@@ -205,18 +226,24 @@ class Ingest:
         catalog = self._opened()
         self._close_staged()
         check_manifest(manifest, self.hello.volumes)
-        self._check_position(manifest)
+        layers = manifest.kind is Kind.LAYERS
+        if not layers:
+            self._check_position(manifest)
         with self._errors("beginning a transfer"):
+            base = interval_of(catalog, manifest) if layers else None
             catalog.fence(self.hello.epoch, self.hello.instance)  # not before: an old copy must not shut out the host
-            snapshot = catalog.next_snapshot_id()
+            snapshot = catalog.next_snapshot_id() if base is None else base.snapshot
             if snapshot > MAX_SNAPSHOT_ID:
                 raise CapacityError(f"{self.path}: no more than {MAX_SNAPSHOT_ID} snapshots fit in a store")
-            self._settle_transfer(snapshot)
-            self._staged = self._resume(manifest, snapshot)
+            directory = self._staging if base is None else self._area.layers_directory(snapshot)
+            self._area.settle_transfer(snapshot)
+            self._staged = self._resume(manifest, snapshot, directory)
             if self._staged is None:
-                self._clear_staging()
+                self._area.clear(directory)
+                if base is not None:
+                    self._area.make_room_for_layers(directory)
                 self._staged = StagedTransfer.create(
-                    self._staging, manifest, snapshot, self._history, self.hello.volumes
+                    directory, manifest, snapshot, self._history, self.hello.volumes
                 )
         return self._staged.resume_point
 
@@ -237,6 +264,12 @@ class Ingest:
         with self._ends_on_error(), self._errors("making it durable"):
             return staged.checkpoint(tuple(cursor))
 
+    def park(self, cursor: tuple[int, ...]) -> ResumePoint:
+        """Puts the transfer off: what came is durable, and it can be begun again when another has been."""
+        point = self.checkpoint(cursor)
+        self._close_staged()
+        return point
+
     def end(self, end: End) -> Welcome:
         """Commits the transfer; when it returns the transfer survives power loss.
 
@@ -245,19 +278,20 @@ class Ingest:
             CorruptionError: the map before, or what was staged, is damaged.
         """
         staged = self._under_way()
+        commit = self._commit_layers if staged.manifest.kind is Kind.LAYERS else self._commit
         with self._ends_on_error(), self._errors("committing"):
             try:
                 staged.finish(end)
-                self._commit(staged)
+                commit(staged)
             except (RemoteProtocolError, CorruptionError):
                 self._close_staged()
-                self._settle_transfer(staged.snapshot)
-                self._clear_staging()
+                self._area.settle_transfer(staged.snapshot)
+                self._area.clear(staged.directory)
                 raise
         self._close_staged()
         with self._errors("clearing"):
-            self._clear_staging()
-        return self.welcome()
+            self._area.clear(staged.directory)
+        return self._standing()
 
     def close(self) -> None:
         """Ends the writing; a staged transfer stays, as of its last checkpoint."""
@@ -269,8 +303,6 @@ class Ingest:
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
-
-    # Steps
 
     def _check_position(self, manifest: Manifest) -> None:
         at = self.welcome()
@@ -299,13 +331,19 @@ class Ingest:
                 f"this lasts the store was restored from an older or another copy, and a new one is needed"
             )
 
-    def _resume(self, manifest: Manifest, snapshot: int) -> StagedTransfer | None:
+    def _resume(self, manifest: Manifest, snapshot: int, directory: str) -> StagedTransfer | None:
         """The staged transfer, if it is this one and whole up to its checkpoint."""
-        progress = read_progress(self._staging)
-        if progress is None or progress.manifest != manifest or progress.snapshot != snapshot:
+        progress = read_progress(directory)
+        if progress is None or progress.snapshot != snapshot:
+            return None
+        # Why it is no more than this may have changed since.
+        progress = msgspec.structs.replace(
+            progress, manifest=msgspec.structs.replace(progress.manifest, cause=manifest.cause)
+        )
+        if progress.manifest != manifest:
             return None
         try:
-            return StagedTransfer(self._staging, progress, self._history, self.hello.volumes)
+            return StagedTransfer(directory, progress, self._history, self.hello.volumes)
         except (CorruptionError, RemoteProtocolError, FileNotFoundError) as error:
             log.warning("%s: the staged transfer of mark %d begins anew: %s", self.path, manifest.mark, error)
             return None
@@ -319,63 +357,66 @@ class Ingest:
         fresh = last is None or m.kind is Kind.FULL
         roots = [EMPTY] * len(self.hello.volumes) if fresh or last is None else catalog.roots(last.id)
         built = build(staged, self._history, self.hello.volumes, roots, self._nodes.load)
-        self._publish(built)
+        self._publish(staged.directory, built.objects)
         snapshot = Snapshot(staged.snapshot, m.to_seq, m.to_time_ns, m.mark)
         interval = None
         if last is not None:
-            interval = Interval(
-                staged.snapshot, last.id, last.seq, last.time_ns, m.to_seq, m.to_time_ns, m.first_time_ns,
-                m.granularity_ns if staged.has_journal else None, m.cause, m.journal_count,
-            )  # fmt: skip
+            positions = last.seq, last.time_ns, m.to_seq, m.to_time_ns
+            interval = Interval(staged.snapshot, last.id, *positions, m.first_time_ns, None, m.cause, 0)
         catalog.commit(Commit(m, snapshot, built.roots, interval, built.objects, built.minutes))
 
-    def _publish(self, built: Built) -> None:
+    def _commit_layers(self, staged: StagedTransfer) -> None:
+        catalog, m = self._opened(), staged.manifest
+        base = interval_of(catalog, m)
+        if m.granularity_ns == m.base_granularity_ns:
+            catalog.commit_layers(LayersCommit(base, replace(base, cause=m.cause), (), None, {}))
+            return
+        layer, replaced, before = layer_of(m.granularity_ns), None, None
+        if base.granularity_ns is not None:
+            replaced = object_file(ObjectKind.JOURNAL_INDEX, base.snapshot, base.layer)
+            facts = catalog.object(replaced)
+            if facts is None:
+                raise CorruptionError(catalog.path, 0, f"it lists an interval but not {replaced}")
+            before = JournalIndex(self._objects, base, facts, chunk_cache())
+        fourth = SnapshotMap(self._nodes, catalog.roots(base.snapshot), self.hello.volumes)
+        built = LayersBuilder(
+            staged, self._history, self.hello.volumes, base, before, fourth, self._objects
+        ).build(layer)
+        objects = (*self._add_contents(staged), built.index)
+        self._publish(staged.directory, (built.index,))
+        interval = replace(base, granularity_ns=m.granularity_ns, cause=m.cause, journal_rows=built.row_count)
+        catalog.commit_layers(LayersCommit(base, interval, objects, replaced, built.minutes))
+        if replaced is not None:
+            with suppress(FileNotFoundError):
+                os.unlink(os.path.join(self._objects_path, replaced))
+
+    def _add_contents(self, staged: StagedTransfer) -> tuple[ObjectFacts, ...]:
+        """Puts the layers' contents behind those that the journal has: what is committed of it stays as it is."""
+        base_bytes, length = staged.manifest.base_bytes, staged.lengths[Section.JOURNAL_BLOCKS - 1]
+        if not length:
+            return ()
+        header = ObjectHeader(ObjectKind.JOURNAL_BLOCKS, self._history, staged.snapshot, base_bytes + length)
+        staged_fd = staged.fd(Section.JOURNAL_BLOCKS)
+        if not base_bytes:
+            facts = complete(staged_fd, header)
+            self._publish(staged.directory, (facts,))
+            return (facts,)
+        name = object_file(header.kind, header.snapshot)
+        fd = os.open(os.path.join(self._objects_path, name), os.O_RDWR | os.O_CLOEXEC)
+        try:
+            for at in range(0, length, COPY_BYTES):
+                data = read_exactly(staged_fd, min(COPY_BYTES, length - at), HEADER_BYTES + at, staged.directory)
+                write_all(fd, data, HEADER_BYTES + base_bytes + at)
+            return (complete(fd, header),)
+        finally:
+            os.close(fd)
+
+    def _publish(self, directory: str, objects: Sequence[ObjectFacts]) -> None:
         """Moves the synced files to objects/; durable before the catalog names them."""
-        for facts in built.objects:
-            os.rename(os.path.join(self._staging, facts.name), os.path.join(self._objects_path, facts.name))
+        for facts in objects:
+            os.rename(os.path.join(directory, facts.name), os.path.join(self._objects_path, facts.name))
         fsync_directory(self._objects_path)
-        fsync_directory(self._staging)
-
-    def _settle(self, names: Sequence[str]) -> None:
-        """Deals with files in objects/ that the catalog doesn't know: of a commit that didn't come about.
-
-        Contents of the staged transfer go back to it, what was built of it is removed. Others are nobody's to
-        remove here: rather than theirs, the catalog isn't this store's newest.
-
-        Raises:
-            StoreError: there are others.
-        """
-        catalog = self._opened()
-        progress = read_progress(self._staging)
-        ours = set()
-        if progress is not None and progress.snapshot == catalog.next_snapshot_id():
-            ours = {object_file(kind, progress.snapshot) for kind in ObjectKind}
-        unknown = [name for name in names if is_object_file(name) and catalog.object(name) is None]
-        found = [name for name in unknown if os.path.exists(os.path.join(self._objects_path, name))]
-        for name in found:
-            if name not in ours:
-                raise StoreError(
-                    f"{os.path.join(self._objects_path, name)}: the catalog doesn't have it: {CATALOG} is older "
-                    f"than the objects, or damaged: put the newest copy of it back, or move the store away "
-                    f"(what it has stays readable) and a new one is made"
-                )
-        if found:
-            catalog.write_over()
-        for name in found:
-            path, back = os.path.join(self._objects_path, name), os.path.join(self._staging, name)
-            if name.endswith(".blocks") and not os.path.exists(back):
-                log.info("%s: goes back to staging, its commit didn't come about", path)
-                os.rename(path, back)
-            else:
-                log.info("%s: removed, its commit didn't come about", path)
-                os.unlink(path)
-
-    def _settle_transfer(self, snapshot: int) -> None:
-        self._settle([object_file(kind, snapshot) for kind in ObjectKind])
-
-    def _clear_staging(self) -> None:
-        for name in os.listdir(self._staging):
-            os.unlink(os.path.join(self._staging, name))
+        fsync_directory(directory)
 
     def _close_staged(self) -> None:
         if self._staged is not None:

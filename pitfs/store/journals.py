@@ -1,6 +1,6 @@
 """Difference journals on disk: the index of one interval, written once, read in verified chunks.
 
-The data area of journal-<s>.index is chunks one behind the other, its tail is the fence table. A chunk of
+The data area of journal-<s>-<l>.index is chunks one behind the other, its tail is the fence table. A chunk of
 entries has the rows of one volume, sorted by (block, seq), at most 2048, column by column: block int64, seq
 int64, pointer uint64, checksum uint64. A chunk of positions has at most 4096: seq int64, time_ns int64. So a
 chunk has at most 64 KiB. The fence table has a row of 40 bytes for each chunk, in the order of writing:
@@ -20,7 +20,7 @@ snapshot's contents or to the journal's own; 0 is zeros.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import numpy as np
@@ -28,6 +28,7 @@ import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
 from pitfs.model.blockmap import I64Array, U64Array
+from pitfs.model.transfer import POSITION
 from pitfs.storage.files import write_all
 from pitfs.store.cache import Cache
 from pitfs.store.facts import Interval, ObjectFacts
@@ -54,7 +55,10 @@ assert FENCE.itemsize == 40 and CHUNK_POSITIONS * 16 == CHUNK_BYTES
 
 Chunk = npt.NDArray[np.uint64]  # shape (4, rows), or (2, rows) for positions
 Position = tuple[int, int]  # seq, time_ns
-ChunkCache = Cache[tuple[int, int], Chunk]  # by (snapshot id, number of the chunk)
+ChunkCache = Cache[tuple[int, int, int], Chunk]  # by (snapshot id, layer, number of the chunk)
+INDEX_ROW: Final = np.dtype(
+    [("volume", "<u2"), ("block", "<i8"), ("seq", "<i8"), ("pointer", "<u8"), ("checksum", "<u8")]
+)
 
 
 def chunk_cache(limit: int = MAX_CACHED_CHUNKS) -> ChunkCache:
@@ -77,16 +81,13 @@ class JournalWriter:
         self._rows = np.zeros((4, 0), "<u8")
         self._positions = np.zeros((2, 0), "<i8")
 
-    def add_rows(
-        self, volume: int, blocks: I64Array, seqs: I64Array, pointers: U64Array, checksums: U64Array
-    ) -> None:
-        """Rows of one volume; over all calls strictly ascending by (volume, block, seq)."""
+    def add_rows(self, volume: int, rows: npt.NDArray[np.void]) -> None:
+        """INDEX_ROWs of one volume; over all calls strictly ascending by (volume, block, seq)."""
         if volume != self._volume:
             self._write_rows(0)
             self._volume = volume
-        new = np.stack(
-            [blocks.astype("<i8").view("<u8"), seqs.astype("<i8").view("<u8"), pointers, checksums]
-        )
+        blocks, seqs = (np.ascontiguousarray(rows[name]).view("<u8") for name in ("block", "seq"))
+        new = np.stack([blocks, seqs, rows["pointer"], rows["checksum"]])
         self._rows = np.concatenate([self._rows, new], axis=1)
         self._write_rows(CHUNK_ROWS)
 
@@ -152,11 +153,12 @@ class JournalIndex:
         self, objects: ObjectPool, interval: Interval, facts: ObjectFacts, chunks: ChunkCache
     ) -> None:
         self.interval = interval
+        self._layer = interval.layer
         self._objects = objects
         self._chunks = chunks
         tail = objects.read_verified(
             ObjectKind.JOURNAL_INDEX, interval.snapshot, facts.tail_bytes,
-            HEADER_BYTES + facts.data_bytes, facts.tail_checksum,
+            HEADER_BYTES + facts.data_bytes, facts.tail_checksum, self._layer,
         ) if facts.tail_bytes else b""  # fmt: skip
         fence = np.frombuffer(tail, FENCE)
         self.fence_bytes = fence.nbytes
@@ -256,7 +258,25 @@ class JournalIndex:
         return found[last], chunk[2][rows], chunk[3][rows]
 
     def _chunk(self, number: int) -> Chunk:
-        return self._chunks.get((self.interval.snapshot, number), self._reader(number))
+        return self._chunks.get((self.interval.snapshot, self._layer, number), self._reader(number))
+
+    def all_rows(self) -> Iterator[npt.NDArray[np.void]]:
+        """All entries, INDEX_ROWs ascending by (volume, block, seq), chunk by chunk."""
+        for volume in sorted(set(self._numbers) - {POSITIONS_VOLUME}):
+            for number in self._numbers[volume].tolist():
+                chunk = self._reader(number)()  # not by the cache: each is read once
+                rows = np.empty(chunk.shape[1], INDEX_ROW)
+                rows["volume"], rows["block"], rows["seq"] = volume, chunk[0].view("<i8"), chunk[1].view("<i8")
+                rows["pointer"], rows["checksum"] = chunk[2], chunk[3]
+                yield rows
+
+    def all_positions(self) -> Iterator[npt.NDArray[np.void]]:
+        """All positions, POSITIONs ascending, chunk by chunk."""
+        for number in self._numbers.get(POSITIONS_VOLUME, np.zeros(0, "<i8")).tolist():
+            chunk = self._reader(number)()
+            positions = np.empty(chunk.shape[1], POSITION)
+            positions["seq"], positions["time_ns"] = chunk[0], chunk[1].view("<i8")
+            yield positions
 
     def _reader(self, number: int) -> Callable[[], Chunk]:
         def read() -> Chunk:
@@ -269,6 +289,7 @@ class JournalIndex:
                 size,
                 int(row["offset"]),
                 int(row["checksum"]),
+                self._layer,
             )
             return np.frombuffer(data, "<u8").reshape(columns, count)
 

@@ -6,11 +6,14 @@
       writer.lock                    held by the process that writes
       objects/snapshot-<s>.map       block map nodes written by snapshot s (8192 bytes each), then facts
       objects/snapshot-<s>.blocks    contents of its diff
-      objects/journal-<s>.index      difference journal of the interval that ends at s, then its fence table
+      objects/journal-<s>-<l>.index  difference journal of the interval that ends at s, layers up to l, then its
+                                     fence table; a finer one replaces it
       objects/journal-<s>.blocks     contents that only this journal has
       staging/                       the transfer under way
+      staging/layers-<s>/            layers of a difference journal under way, or put off
 
-<s> is the snapshot's id in 16 hex digits. Every object begins with a header of 4096 bytes, little-endian:
+<s> is the snapshot's id in 16 hex digits, <l> the number of a layer (see `model.ladder`). Every object begins
+with a header of 4096 bytes, little-endian:
 
     offset size
      0      8   magic          "PITFSOBJ"
@@ -43,6 +46,7 @@ import msgspec
 from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CorruptionError, StoreError, StoreVersionError
+from pitfs.model.ladder import LAST_LAYER
 from pitfs.model.transfer import UNIT_BYTES, VolumeInfo
 from pitfs.storage.files import storage_error
 
@@ -70,7 +74,7 @@ STAGING: Final = "staging"
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _HISTORY: Final = re.compile(r"[0-9a-f]{32}")
 _OBJECT_NAME: Final = re.compile(
-    r"(?:snapshot-([0-9a-f]{16})\.(?:map|blocks)|journal-([0-9a-f]{16})\.(?:index|blocks))"
+    r"(?:(?:snapshot-[0-9a-f]{16}\.map|(?:snapshot|journal)-[0-9a-f]{16}\.blocks)|journal-([0-9a-f]{16})-([0-9])\.index)"
 )
 
 
@@ -84,18 +88,24 @@ class ObjectKind(enum.IntEnum):
 _NAMES: Final = {
     ObjectKind.MAP: "snapshot-{:016x}.map",
     ObjectKind.SNAPSHOT_BLOCKS: "snapshot-{:016x}.blocks",
-    ObjectKind.JOURNAL_INDEX: "journal-{:016x}.index",
+    ObjectKind.JOURNAL_INDEX: "journal-{:016x}-{}.index",
     ObjectKind.JOURNAL_BLOCKS: "journal-{:016x}.blocks",
 }
 
 
-def object_file(kind: ObjectKind, snapshot: int) -> str:
-    """File name of an object in objects/."""
-    return _NAMES[kind].format(snapshot)
+def object_file(kind: ObjectKind, snapshot: int, layer: int = LAST_LAYER) -> str:
+    """File name of an object in objects/; `layer`: of an index."""
+    return _NAMES[kind].format(snapshot, layer)
 
 
 def is_object_file(name: str) -> bool:
     return _OBJECT_NAME.fullmatch(name) is not None
+
+
+def index_of(name: str) -> tuple[int, int] | None:
+    """(snapshot id, layer) where that is the name of a journal's index."""
+    found = _OBJECT_NAME.fullmatch(name)
+    return (int(found[1], 16), int(found[2])) if found and found[1] else None
 
 
 def contents_object(snapshot: int, kind: ObjectKind) -> int:

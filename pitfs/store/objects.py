@@ -11,6 +11,7 @@ from typing import Final
 from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CorruptionError
+from pitfs.model.ladder import LAST_LAYER
 from pitfs.storage.files import read_exactly, storage_error
 from pitfs.store.layout import (
     HEADER_BYTES,
@@ -24,6 +25,10 @@ from pitfs.store.layout import (
 
 MAX_OPEN_OBJECTS: Final = 256  # well below the usual soft limit of 1024 descriptors
 _CONTENTS: Final = (ObjectKind.SNAPSHOT_BLOCKS, ObjectKind.JOURNAL_BLOCKS)
+
+
+class MissingObjectError(CorruptionError):
+    """An object isn't there. Of an index that may be because a finer one took its place."""
 
 
 class Descriptor(int):
@@ -52,7 +57,7 @@ class ObjectPool:
         self.directory = directory
         self._history = history
         self._limit = limit
-        self._open: OrderedDict[tuple[ObjectKind, int], Descriptor] = OrderedDict()
+        self._open: OrderedDict[tuple[ObjectKind, int, int], Descriptor] = OrderedDict()
         # The contents objects among them by number: what every read asks, without the lock. A hit doesn't
         # count as a use: at worst an object is opened once more.
         self._contents: dict[int, Descriptor] = {}
@@ -77,37 +82,39 @@ class ObjectPool:
         """Byte of a contents object where `unit` stands."""
         return data_offset(unit)
 
-    def fd_of(self, kind: ObjectKind, snapshot: int) -> Descriptor:
-        """As `fd`, for an object of any kind."""
-        key = (kind, snapshot)
+    def fd_of(self, kind: ObjectKind, snapshot: int, layer: int = LAST_LAYER) -> Descriptor:
+        """As `fd`, for an object of any kind; `layer`: of an index."""
+        key = (kind, snapshot, layer)
         with self._lock:
             fd = self._open.get(key)
             if fd is not None:
                 self._open.move_to_end(key)
                 return fd
-        fd = self._open_checked(kind, snapshot)  # without the lock: one slow object doesn't keep others waiting
+        fd = self._open_checked(kind, snapshot, layer)  # without the lock: one slow object doesn't keep others waiting
         with self._lock:
             fd = self._open.setdefault(key, fd)  # another thread may have been faster
             if kind in _CONTENTS:
                 self._contents[contents_object(snapshot, kind)] = fd
             if len(self._open) > self._limit:
-                (kind, snapshot), _ = self._open.popitem(last=False)
+                (kind, snapshot, _), _ = self._open.popitem(last=False)
                 if kind in _CONTENTS:
                     del self._contents[contents_object(snapshot, kind)]
         return fd
 
-    def path_of(self, kind: ObjectKind, snapshot: int) -> str:
-        return os.path.join(self.directory, object_file(kind, snapshot))
+    def path_of(self, kind: ObjectKind, snapshot: int, layer: int = LAST_LAYER) -> str:
+        return os.path.join(self.directory, object_file(kind, snapshot, layer))
 
-    def read_verified(self, kind: ObjectKind, snapshot: int, size: int, offset: int, checksum: int) -> bytes:
+    def read_verified(
+        self, kind: ObjectKind, snapshot: int, size: int, offset: int, checksum: int, layer: int = LAST_LAYER
+    ) -> bytes:
         """Bytes of an object whose xxh3_64 is `checksum`.
 
         Raises:
             CorruptionError: they aren't those.
             PitfsError: the disk refuses.
         """
-        path = self.path_of(kind, snapshot)
-        fd = self.fd_of(kind, snapshot)
+        path = self.path_of(kind, snapshot, layer)
+        fd = self.fd_of(kind, snapshot, layer)
         try:
             data = read_exactly(fd, size, offset, path)
         except OSError as error:
@@ -121,13 +128,13 @@ class ObjectPool:
             self._open.clear()
             self._contents.clear()
 
-    def _open_checked(self, kind: ObjectKind, snapshot: int) -> Descriptor:
-        path = self.path_of(kind, snapshot)
+    def _open_checked(self, kind: ObjectKind, snapshot: int, layer: int) -> Descriptor:
+        path = self.path_of(kind, snapshot, layer)
         try:
             fd = Descriptor(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         except OSError as error:
             if error.errno == errno.ENOENT:
-                raise CorruptionError(path, 0, "the object is missing") from None
+                raise MissingObjectError(path, 0, "the object is missing") from None
             raise storage_error(error, path, "opening") from error
         try:
             header = ObjectHeader.decode(read_exactly(fd, HEADER_BYTES, 0, path), path)

@@ -6,19 +6,21 @@ next ones must follow: the last key, a count, a place.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from pitfs.errors import RemoteProtocolError
-from pitfs.model.ladder import is_rung
+from pitfs.model.ladder import RUNGS_NS, is_rung
 from pitfs.model.transfer import UNIT_BYTES, Kind, Manifest, Source, VolumeInfo
-from pitfs.store.expected import Rows
 from pitfs.store.layout import MAX_SEQ, MAX_UNITS, is_name
 
-RowArray = npt.NDArray[np.void]  # DIFF_ENTRY or JOURNAL_ENTRY
-_EMPTY = -1
+RowArray = npt.NDArray[np.void]  # DIFF_ENTRY, JOURNAL_ENTRY or POSITION
+_EMPTY: Final = -1
+_MAX_BLOCK_UNITS: Final = 128
 
 
 def refuse(section: str, problem: str) -> RemoteProtocolError:
@@ -33,35 +35,37 @@ class _Volumes:
         self.block_counts = np.array([volume.block_count for volume in volumes], "<u8")
         self.block_units = np.array([volume.block_size // UNIT_BYTES for volume in volumes], "<u8")
 
-    def sizes_in_units(self, section: str, rows: RowArray, sources: int) -> npt.NDArray[np.uint64]:
-        """Size of each row's block in units; refuses rows outside of the group's volumes."""
-        volume = rows["volume"]
+    def check(self, section: str, rows: RowArray, sources: int) -> None:
+        """Refuses rows outside of the group's volumes, and those that say what they may not."""
+        volume, shared = rows["volume"], rows["source"] >= Source.SHARED_FOURTH
         if (volume >= self.count).any():
             raise refuse(section, f"volume {int(volume.max())} of {self.count}")
         if (rows["block"] >= self.block_counts[volume]).any():
             raise refuse(section, "a block behind the end of its volume")
         if (rows["source"] >= sources).any() or rows["reserved"].any():
             raise refuse(section, "a source that this pitfs doesn't know")
-        if (rows["unit"] >= MAX_UNITS - 128).any():
+        if (rows["unit"] >= MAX_UNITS - _MAX_BLOCK_UNITS).any():
             raise refuse(section, "a place behind the 32 TiB that one object can have")
-        if rows["unit"][rows["source"] == Source.ZERO].any():
-            raise refuse(section, "a block of zeros that has a place")
-        units: npt.NDArray[np.uint64] = self.block_units[volume]
-        return units
+        if rows["unit"][~shared].any() or rows["checksum"][~shared].any():
+            raise refuse(section, "a place or a checksum that the replica finds by itself")
+
+    def own_units(self, rows: RowArray, own: Source) -> int:
+        """What the contents take that come with these rows."""
+        return int(self.block_units[rows["volume"][rows["source"] == own]].sum())
 
 
-def _ascends(keys: Sequence[npt.NDArray[np.generic]], last: tuple[int, ...]) -> bool:
-    """Whether the rows with these key columns, first column first, strictly ascend, and from `last` on."""
+def _begins(keys: Sequence[npt.NDArray[np.generic]], last: tuple[int, ...]) -> npt.NDArray[np.int64]:
+    """Which rows, by these key columns, first column first, don't come after the one before; `last` is before all."""
     after: npt.NDArray[np.bool_] | None = None
     for column, before in zip(reversed(keys), reversed(last), strict=True):
         values = np.concatenate([np.array([before], "<i8"), column.astype("<i8")])
         greater, equal = values[1:] > values[:-1], values[1:] == values[:-1]
         after = greater if after is None else greater | (equal & after)
-    return bool(after is None or after.all())
+    return np.flatnonzero(~after) if after is not None else np.zeros(0, "<i8")
 
 
 class DiffCheck:
-    """DIFF: strictly ascending by (volume, block); contents stand in the order of the rows, without holes."""
+    """DIFF: strictly ascending by (volume, block)."""
 
     def __init__(self, volumes: Sequence[VolumeInfo], manifest: Manifest) -> None:
         self._volumes = _Volumes(volumes)
@@ -70,63 +74,73 @@ class DiffCheck:
         self.count = 0
         self.units = 0  # of contents named so far
 
-    def take(self, rows: RowArray) -> Rows:
-        """Checks the next rows, returns those that name contents.
+    def take(self, rows: RowArray) -> None:
+        """Checks the next rows.
 
         Raises:
             RemoteProtocolError: they can't be.
         """
-        units = self._volumes.sizes_in_units("diff", rows, Source.FOURTH + 1)
-        if not _ascends((rows["volume"], rows["block"]), self._last):
+        self._volumes.check("diff", rows, Source.FOURTH + 1)
+        if len(_begins((rows["volume"], rows["block"]), self._last)):
             raise refuse("diff", "rows that don't strictly ascend by volume and block")
-        stored = rows["source"] == Source.FOURTH
-        sizes = units[stored]
-        ends = self.units + np.cumsum(sizes, dtype="<u8")
-        if (rows["unit"][stored] != ends - sizes).any():
-            raise refuse("diff", "contents that don't stand in the order of the rows")
         self.count += len(rows)
         if self._limit is not None and self.count > self._limit:
             raise refuse("diff", f"more than the {self._limit} rows announced")
-        if len(ends):
-            self.units = int(ends[-1])
+        self.units += self._volumes.own_units(rows, Source.FOURTH)
         if len(rows):
             self._last = (int(rows["volume"][-1]), int(rows["block"][-1]))
-        return rows["unit"][stored], sizes, rows["checksum"][stored]
+
+
+class Run(NamedTuple):
+    """Where rows of JOURNAL begin that ascend: which row it is, which block and unit of JOURNAL_BLOCKS comes next."""
+
+    row: int
+    block: int
+    unit: int
 
 
 class JournalCheck:
-    """JOURNAL: strictly ascending by (volume, block, seq), seq inside the interval."""
+    """JOURNAL: layer after layer strictly ascending by (volume, block, seq), seq inside the interval.
+
+    Attributes:
+        runs: where each layer that has rows begins, as far as the rows tell.
+    """
 
     def __init__(self, volumes: Sequence[VolumeInfo], manifest: Manifest) -> None:
         self._volumes = _Volumes(volumes)
         self._manifest = manifest
         self._last = (_EMPTY, _EMPTY, _EMPTY)
         self.count = 0
+        self.blocks = 0  # of contents named so far
+        self.units = 0
+        self.runs = [Run(0, 0, 0)]
 
-    def take(self, rows: RowArray) -> Rows:
-        """As DiffCheck; returns the rows that name contents of the journal's own."""
-        units = self._volumes.sizes_in_units("journal", rows, Source.JOURNAL + 1)
+    def take(self, rows: RowArray) -> None:
+        """As DiffCheck."""
+        self._volumes.check("journal", rows, Source.SHARED_JOURNAL + 1)
         seq = rows["seq"]
         if ((seq <= self._manifest.from_seq) | (seq > self._manifest.to_seq)).any():
             raise refuse("journal", f"a seq outside of ({self._manifest.from_seq}, {self._manifest.to_seq}]")
-        if not _ascends((rows["volume"], rows["block"], seq), self._last):
-            raise refuse("journal", "rows that don't strictly ascend by volume, block and seq")
-        self.count += len(rows)
-        if self.count > self._manifest.journal_count:
+        if self.count + len(rows) > self._manifest.journal_count:
             raise refuse("journal", f"more than the {self._manifest.journal_count} rows announced")
+        begins = set(_begins((rows["volume"], rows["block"], seq), self._last).tolist())
+        for start, end in itertools.pairwise(sorted({0, *begins, len(rows)})):
+            self._take_run(rows[start:end], start in begins)
         if len(rows):
             self._last = (int(rows["volume"][-1]), int(rows["block"][-1]), int(seq[-1]))
-        return self.named(rows, Source.JOURNAL, units)
 
-    def named(self, rows: RowArray, source: Source, units: npt.NDArray[np.uint64] | None = None) -> Rows:
-        """The rows of that source: places, sizes in units, checksums."""
-        chosen = rows["source"] == source
-        sizes = self._volumes.block_units[rows["volume"][chosen]] if units is None else units[chosen]
-        return rows["unit"][chosen], sizes, rows["checksum"][chosen]
+    def _take_run(self, rows: RowArray, begins: bool) -> None:
+        if begins:
+            self.runs.append(Run(self.count, self.blocks, self.units))
+            if len(self.runs) > len(RUNGS_NS):
+                raise refuse("journal", "rows that don't ascend by volume, block and seq")
+        self.count += len(rows)
+        self.blocks += int((rows["source"] == Source.JOURNAL).sum())
+        self.units += self._volumes.own_units(rows, Source.JOURNAL)
 
 
 class PositionsCheck:
-    """POSITIONS: strictly ascending inside the interval; all writes, or the ends of granules but the last."""
+    """POSITIONS: strictly ascending inside the interval; with those before, see `PositionsInOrder`."""
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
@@ -134,11 +148,7 @@ class PositionsCheck:
         self.count = 0
 
     def take(self, positions: RowArray) -> None:
-        """Checks the next positions.
-
-        Raises:
-            RemoteProtocolError: they can't be.
-        """
+        """As DiffCheck."""
         if not len(positions):
             return
         m, (last_seq, last_ns) = self._manifest, self._last
@@ -146,30 +156,48 @@ class PositionsCheck:
         times_ns = np.concatenate([np.array([last_ns], "<i8"), positions["time_ns"]])
         if not ((seq[1:] > seq[:-1]).all() and (times_ns[1:] > times_ns[:-1]).all()):
             raise refuse("positions", "positions that don't strictly ascend")
-        if self.count == 0:
-            self._check_first(int(times_ns[1]))
-        rung_ns = m.granularity_ns
-        if rung_ns:
-            granules = times_ns[(0 if self.count else 1) :] // rung_ns
-            if (granules[1:] == granules[:-1]).any() or granules[-1] >= m.to_time_ns // rung_ns:
-                raise refuse("positions", f"positions that aren't the ends of granules of {rung_ns} ns")
-        elif (seq[1:] != seq[:-1] + 1).any():
-            raise refuse("positions", "a write without its position")
+        if m.first_time_ns is None or times_ns[1] < m.first_time_ns:
+            raise refuse("positions", "a first time other than announced")
         self.count += len(positions)
         self._last = int(seq[-1]), int(times_ns[-1])
         if self._last[0] > m.to_seq or self._last[1] > m.to_time_ns:
             raise refuse("positions", "positions behind the interval's end")
         if self.count > m.position_count:
             raise refuse("positions", f"more than the {m.position_count} announced")
-        if not rung_ns and self.count == m.position_count and self._last != (m.to_seq, m.to_time_ns):
-            raise refuse("positions", "a last one other than announced")
 
-    def _check_first(self, first_ns: int) -> None:
+
+class PositionsInOrder:
+    """All positions of an interval on its rung, ascending: all writes, or the ends of granules but the last."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._last = manifest.from_seq, manifest.from_time_ns
+        self._count = 0
+
+    def take(self, seqs: npt.NDArray[np.int64], times_ns: npt.NDArray[np.int64]) -> None:
+        """Checks the next positions.
+
+        Raises:
+            RemoteProtocolError: they can't be.
+        """
+        m, rung_ns = self._manifest, self._manifest.granularity_ns
+        seqs = np.concatenate([np.array([self._last[0]], "<i8"), seqs])
+        times_ns = np.concatenate([np.array([self._last[1]], "<i8"), times_ns])
+        if not ((seqs[1:] > seqs[:-1]).all() and (times_ns[1:] > times_ns[:-1]).all()):
+            raise refuse("positions", "positions that don't fit to those that came before")
+        if rung_ns:
+            granules = times_ns[(0 if self._count else 1) :] // rung_ns
+            if (granules[1:] == granules[:-1]).any() or granules[-1] >= m.to_time_ns // rung_ns:
+                raise refuse("positions", f"positions that aren't the ends of granules of {rung_ns} ns")
+        elif (seqs[1:] != seqs[:-1] + 1).any():
+            raise refuse("positions", "a write without its position")
+        self._count += len(seqs) - 1
+        self._last = int(seqs[-1]), int(times_ns[-1])
+
+    def finish(self) -> None:
         m = self._manifest
-        if m.first_time_ns is None or first_ns < m.first_time_ns:
-            raise refuse("positions", "a first time other than announced")
-        if m.granularity_ns == 0 and first_ns != m.first_time_ns:
-            raise refuse("positions", "a first time other than announced")
+        if not m.granularity_ns and self._last != (m.to_seq, m.to_time_ns):
+            raise refuse("positions", "a last one other than announced")
 
 
 def check_manifest(manifest: Manifest, volumes: Sequence[VolumeInfo]) -> None:
@@ -189,6 +217,7 @@ def check_manifest(manifest: Manifest, volumes: Sequence[VolumeInfo]) -> None:
         m.mark,
         m.journal_count,
         m.position_count,
+        m.base_bytes,
     )
     problem = None
     if any(not 0 <= n < 1 << 62 for n in (*numbers, m.first_time_ns or 0, m.diff_count or 0)):
@@ -201,12 +230,10 @@ def check_manifest(manifest: Manifest, volumes: Sequence[VolumeInfo]) -> None:
         problem = "times that don't go forward"
     elif m.first_time_ns is not None and not m.from_time_ns <= m.first_time_ns <= m.to_time_ns:
         problem = "a first time outside of the interval"
-    elif m.granularity_ns is not None and not is_rung(m.granularity_ns):
-        problem = f"granularity {m.granularity_ns} ns: isn't a rung of the ladder that this pitfs knows"
-    elif not has_journal(m) and (m.journal_count or m.position_count):
+    elif m.kind is Kind.LAYERS:
+        problem = _problem_of_layers(m)
+    elif (m.granularity_ns, m.base_granularity_ns) != (None, None) or m.journal_count or m.position_count:
         problem = "a journal where only the snapshot is announced"
-    elif has_journal(m) and not (m.position_count if m.granularity_ns else m.position_count == m.to_seq - m.from_seq):
-        problem = f"{m.position_count} positions of {m.to_seq - m.from_seq} writes"
     elif empty and m.diff_count:
         problem = "rows where nothing was written"
     elif m.diff_count is not None and m.diff_count > sum(volume.block_count for volume in volumes):
@@ -226,10 +253,19 @@ def check_manifest(manifest: Manifest, volumes: Sequence[VolumeInfo]) -> None:
         raise refuse("manifest", problem)
 
 
-def has_journal(manifest: Manifest) -> bool:
-    """Whether the transfer brings a difference journal."""
-    return (
-        manifest.kind is Kind.INTERVAL
-        and manifest.granularity_ns is not None
-        and manifest.to_seq > manifest.from_seq
-    )
+def _problem_of_layers(m: Manifest) -> str | None:
+    base_ns = m.base_granularity_ns
+    if base_ns == m.granularity_ns and (m.journal_count or m.position_count):
+        return "rows where only another cause is announced"
+    if base_ns is m.granularity_ns is None:
+        return None
+    for granularity_ns in (m.granularity_ns, m.granularity_ns if base_ns is None else base_ns):
+        if granularity_ns is None or not is_rung(granularity_ns):
+            return f"granularity {granularity_ns} ns: isn't a rung of the ladder that this pitfs knows"
+    if m.to_seq == m.from_seq:
+        return "layers where nothing was written"
+    if base_ns is not None and m.granularity_ns is not None and base_ns < m.granularity_ns:
+        return f"granularity {m.granularity_ns} ns, coarser than the {base_ns} ns before it"
+    if m.position_count > m.to_seq - m.from_seq or m.diff_count or m.bookmarks or m.gaps:
+        return f"{m.position_count} positions of {m.to_seq - m.from_seq} writes, or what isn't part of a journal"
+    return None

@@ -1,12 +1,13 @@
 """The transfer under way: its sections as files, checked as they come, resumable at the last checkpoint.
 
-    staging/progress.json              manifest, lengths, cursor, digests of the rows; replaced durably
+    staging/progress.json              manifest, lengths, cursor, digests; replaced durably
     staging/diff.rows, positions.rows, journal.rows
+    staging/diff.checksums, journal.checksums           xxh3_64 of each block of contents that came
     staging/snapshot-<s>.blocks, journal-<s>.blocks     with header: they become the objects
 
 Rows are staged as they came: block map and journal index are made of them at the end, so a checkpoint has
-nothing but lengths to remember. A digest of the rows is kept, because a row that changes on disk could make
-another state (contents can't: each block is read against the checksum in its row).
+nothing but lengths to remember. Digests of rows and checksums are kept, because one that changes on disk could make
+another state (contents can't: each block is read against its checksum).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import numpy as np
 import xxhash
 
 from pitfs.errors import CorruptionError, PositionMismatchError, RemoteProtocolError
+from pitfs.model.blockmap import U64Array
+from pitfs.model.record import block_checksums
 from pitfs.model.transfer import (
     DIFF_ENTRY,
     JOURNAL_ENTRY,
@@ -28,6 +31,7 @@ from pitfs.model.transfer import (
     UNIT_BYTES,
     Data,
     End,
+    Kind,
     Manifest,
     ResumePoint,
     Section,
@@ -35,9 +39,8 @@ from pitfs.model.transfer import (
     VolumeInfo,
 )
 from pitfs.storage.files import durable_replace, read_exactly, write_all
-from pitfs.store.expected import WINDOW_SLOTS, ExpectedContents, Rows
 from pitfs.store.layout import HEADER_BYTES, ObjectHeader, ObjectKind, object_file
-from pitfs.store.rows import DiffCheck, JournalCheck, PositionsCheck, RowArray, has_journal, refuse
+from pitfs.store.rows import DiffCheck, JournalCheck, PositionsCheck, RowArray, refuse
 
 PROGRESS: Final = "progress.json"
 MAX_PROGRESS_BYTES: Final = 16 << 20
@@ -47,22 +50,32 @@ ROW_DTYPES: Final = {
     Section.POSITIONS: np.dtype(POSITION),
     Section.JOURNAL: np.dtype(JOURNAL_ENTRY),
 }
+_CHECKSUM: Final = np.dtype("<u8")
 _ROW_FILES: Final = {Section.DIFF: "diff.rows", Section.POSITIONS: "positions.rows", Section.JOURNAL: "journal.rows"}
+_CHECKSUM_FILES: Final = {Section.DIFF_BLOCKS: "diff.checksums", Section.JOURNAL_BLOCKS: "journal.checksums"}
 _CONTENTS: Final = {
     Section.DIFF_BLOCKS: ObjectKind.SNAPSHOT_BLOCKS,
     Section.JOURNAL_BLOCKS: ObjectKind.JOURNAL_BLOCKS,
 }
-_NO_JOURNAL: Final = (Section.DIFF, Section.DIFF_BLOCKS)
+_ROWS_OF: Final = {Section.DIFF_BLOCKS: Section.DIFF, Section.JOURNAL_BLOCKS: Section.JOURNAL}
+_OWN: Final = {Section.DIFF_BLOCKS: Source.FOURTH, Section.JOURNAL_BLOCKS: Source.JOURNAL}
+_OF_LAYERS: Final = frozenset({Section.POSITIONS, Section.JOURNAL, Section.JOURNAL_BLOCKS})
 
 
 class Progress(msgspec.Struct, frozen=True):
-    """What is durable of a staged transfer; `digests` are xxh3_64 of DIFF, POSITIONS, JOURNAL up to `lengths`."""
+    """What is durable of a staged transfer.
+
+    Attributes:
+        lengths: bytes of each section; blocks: of DIFF_BLOCKS and JOURNAL_BLOCKS.
+        digests: xxh3_64 of DIFF, POSITIONS, JOURNAL and of the checksums of both contents, up to there.
+    """
 
     manifest: Manifest
     snapshot: int
     lengths: tuple[int, int, int, int, int] = (0, 0, 0, 0, 0)
     cursor: tuple[int, ...] = ()
-    digests: tuple[int, int, int] = (0, 0, 0)
+    blocks: tuple[int, int] = (0, 0)
+    digests: tuple[int, int, int, int, int] = (0, 0, 0, 0, 0)
 
 
 def read_progress(directory: str) -> Progress | None:
@@ -84,7 +97,7 @@ class StagedTransfer:
     """One transfer in staging/. After an error it is closed and opened again at its last checkpoint.
 
     Args:
-        directory: staging/ of the store.
+        directory: where it is staged.
         progress: where it stands; files are cut to its lengths.
         history: 16 bytes.
         volumes: of the group.
@@ -107,23 +120,16 @@ class StagedTransfer:
         self.snapshot = progress.snapshot
         self._progress = progress
         self._history = history
-        self.has_journal = has_journal(self.manifest)
+        self._block_sizes = np.array([volume.block_size for volume in volumes], "<i8")
         self.diff = DiffCheck(volumes, self.manifest)
         self.journal = JournalCheck(volumes, self.manifest)
         self.positions = PositionsCheck(self.manifest)
-        slot_units = min(volume.block_size for volume in volumes) // UNIT_BYTES
-        self._diff_row = 0  # rows of DIFF before it name only contents that have been verified
-        self._expected = {
-            Section.DIFF_BLOCKS: ExpectedContents(
-                "diff contents", slot_units, self._reread_diff, WINDOW_SLOTS
-            ),
-            Section.JOURNAL_BLOCKS: ExpectedContents(
-                "journal contents", slot_units, self._reread_journal, WINDOW_SLOTS
-            ),
-        }
         self._lengths = dict.fromkeys(Section, 0)
-        self._digests = {section: xxhash.xxh3_64() for section in _ROW_FILES}
+        self._blocks = dict.fromkeys(_CONTENTS, 0)  # that have come
+        self._sizes = {section: _Sizes(self._own_sizes(section)) for section in _CONTENTS}
+        self._digests = {section: xxhash.xxh3_64() for section in (*_ROW_FILES, *_CONTENTS)}
         self._fds: dict[Section, int] = {}
+        self._checksum_fds: dict[Section, int] = {}
         try:
             self._open(progress)
         except BaseException:
@@ -134,11 +140,11 @@ class StagedTransfer:
     def create(
         cls, directory: str, manifest: Manifest, snapshot: int, history: bytes, volumes: Sequence[VolumeInfo]
     ) -> StagedTransfer:
-        """A new one, in an empty directory."""
+        """A new one, in a directory with none."""
         for kind in _CONTENTS.values():
             with open(os.path.join(directory, object_file(kind, snapshot)), "wb") as file:
                 file.write(ObjectHeader(kind, history, snapshot).encode())
-        for name in _ROW_FILES.values():
+        for name in (*_ROW_FILES.values(), *_CHECKSUM_FILES.values()):
             with open(os.path.join(directory, name), "wb"):
                 pass
         staged = cls(directory, Progress(manifest, snapshot), history, volumes)
@@ -151,30 +157,40 @@ class StagedTransfer:
 
     def _open(self, progress: Progress) -> None:
         for section, length in zip(Section, progress.lengths, strict=True):
-            fd = os.open(self.path(section), os.O_RDWR | os.O_CLOEXEC)
-            self._fds[section] = fd
-            end = self._base(section) + length
-            if os.fstat(fd).st_size < end:
-                raise CorruptionError(
-                    self.path(section), end, "the staged file is shorter than was acknowledged"
-                )
-            os.ftruncate(fd, end)
+            self._fds[section] = self._open_cut(self.path(section), self._base(section) + length)
             self._lengths[section] = length
-        for section, digest in zip(_ROW_FILES, progress.digests, strict=True):
+        for section, count in zip(_CONTENTS, progress.blocks, strict=True):
+            path = os.path.join(self.directory, _CHECKSUM_FILES[section])
+            self._checksum_fds[section] = self._open_cut(path, count * _CHECKSUM.itemsize)
+            self._blocks[section] = count
+        for section in _ROW_FILES:
             for rows in self.rows(section, verify=False):
                 self._digests[section].update(rows.view(np.uint8).data)
                 self._check_rows(section, rows)
-            if progress.lengths[section - 1] and self._digests[section].intdigest() != digest:
-                raise CorruptionError(
-                    self.path(section), 0, "the staged rows aren't those that were acknowledged"
-                )
-        for section, expected in self._expected.items():
-            expected.resume(self._lengths[section] // UNIT_BYTES)
+        for section, count in zip(_CONTENTS, progress.blocks, strict=True):
+            for checksums in self._checksums(section, 0, count):
+                self._digests[section].update(checksums.data.cast("B"))
+            if self._sizes[section].skip(count) != self._lengths[section]:
+                raise CorruptionError(self.path(section), 0, "the staged contents aren't those of the staged rows")
+        if any(progress.lengths) and self._digests_now() != progress.digests:
+            raise CorruptionError(self.directory, 0, "what is staged isn't what came")
+
+    def _open_cut(self, path: str, end: int) -> int:
+        """Opens a staged file and cuts what came after the checkpoint."""
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            if os.fstat(fd).st_size < end:
+                raise CorruptionError(path, end, "the staged file is shorter than was acknowledged")
+            os.ftruncate(fd, end)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
 
     def path(self, section: Section) -> str:
-        if section in _ROW_FILES:
-            return os.path.join(self.directory, _ROW_FILES[section])
-        return os.path.join(self.directory, object_file(_CONTENTS[section], self.snapshot))
+        """Where a section is staged."""
+        name = _ROW_FILES.get(section) or object_file(_CONTENTS[section], self.snapshot)
+        return os.path.join(self.directory, name)
 
     def fd(self, section: Section) -> int:
         return self._fds[section]
@@ -215,38 +231,75 @@ class StagedTransfer:
         payload = memoryview(frame.payload).cast("B")[have - frame.offset :]
         if not payload:
             return
-        if section not in _NO_JOURNAL and not self.has_journal:
+        if (section in _OF_LAYERS) != (self.manifest.kind is Kind.LAYERS):
             raise refuse(section.name, "it isn't part of such a transfer")
         if section in _CONTENTS:
-            self._expected[section].verify(payload, have // UNIT_BYTES)
-            write_all(self._fds[section], payload, self._base(section) + have)
-            self._lengths[section] = have + len(payload)
+            self._take_contents(section, payload)
             return
         dtype = ROW_DTYPES[section]
         if len(payload) % dtype.itemsize:
             raise refuse(section.name, "a frame that isn't whole rows")
+        self._check_rows(section, np.frombuffer(payload, dtype))
         write_all(self._fds[section], payload, have)
         self._lengths[section] = have + len(payload)
         self._digests[section].update(payload)
-        named = self._check_rows(section, np.frombuffer(payload, dtype))
-        if named is not None:
-            contents = Section.DIFF_BLOCKS if section is Section.DIFF else Section.JOURNAL_BLOCKS
-            self._expected[contents].add(named)
 
-    def _check_rows(self, section: Section, rows: np.ndarray[Any, Any]) -> Rows | None:
+    def _check_rows(self, section: Section, rows: np.ndarray[Any, Any]) -> None:
         if section is Section.POSITIONS:
             self.positions.take(rows)
-            return None
-        return self.diff.take(rows) if section is Section.DIFF else self.journal.take(rows)
+        elif section is Section.DIFF:
+            self.diff.take(rows)
+        else:
+            self.journal.take(rows)
+
+    def _take_contents(self, section: Section, payload: memoryview) -> None:
+        """Whole blocks of the next rows that have any; their checksums are taken here."""
+        have = self._lengths[section]
+        sizes = self._sizes[section].next(len(payload))
+        if sizes is None:
+            raise refuse(section.name, f"contents at byte {have} that no row named, or that aren't whole blocks")
+        if (sizes == sizes[0]).all():
+            found = block_checksums(payload, int(sizes[0]))
+        else:
+            ends = np.cumsum(sizes).tolist()
+            found = [
+                xxhash.xxh3_64_intdigest(payload[end - size : end])
+                for size, end in zip(sizes.tolist(), ends, strict=True)
+            ]
+        checksums = np.array(found, _CHECKSUM).data.cast("B")
+        write_all(self._fds[section], payload, self._base(section) + have)
+        write_all(self._checksum_fds[section], checksums, self._blocks[section] * _CHECKSUM.itemsize)
+        self._lengths[section] = have + len(payload)
+        self._blocks[section] += len(sizes)
+        self._digests[section].update(checksums)
+
+    def _own_sizes(self, section: Section) -> Iterator[np.ndarray[Any, Any] | None]:
+        """Sizes of the blocks in a section of contents, as its rows name them; None: no more have come yet."""
+        first = 0
+        while True:
+            before = first
+            for rows in self.rows(_ROWS_OF[section], first, verify=False):
+                first += len(rows)
+                yield self._block_sizes[rows["volume"][rows["source"] == _OWN[section]]]
+            if first == before:  # else more may have come while these were used
+                yield None
 
     def checkpoint(self, cursor: tuple[int, ...]) -> ResumePoint:
         """Makes all that has come durable, and remembers the cursor with it. Raises OSError."""
         for section, length in zip(Section, self._progress.lengths, strict=True):
             if self._lengths[section] != length:
                 os.fdatasync(self._fds[section])  # before the progress that counts on it
-        one, two, three = (self._digests[section].intdigest() for section in _ROW_FILES)
-        self._save(Progress(self.manifest, self.snapshot, self.lengths, cursor, (one, two, three)))
+                if section in _CONTENTS:
+                    os.fdatasync(self._checksum_fds[section])
+        blocks = self._blocks[Section.DIFF_BLOCKS], self._blocks[Section.JOURNAL_BLOCKS]
+        self._save(
+            Progress(self.manifest, self.snapshot, self.lengths, cursor, blocks, self._digests_now())
+        )
         return self.resume_point
+
+    def _digests_now(self) -> tuple[int, int, int, int, int]:
+        one, two, three, four, five = (digest.intdigest() for digest in self._digests.values())
+        return one, two, three, four, five
 
     def _save(self, progress: Progress) -> None:
         document = msgspec.json.encode(progress)
@@ -255,10 +308,10 @@ class StagedTransfer:
         self._progress = progress
 
     def finish(self, end: End) -> None:
-        """Checks that all is there.
+        """Checks that all is there, and is what the splitter took in.
 
         Raises:
-            RemoteProtocolError: it isn't, or the journal names contents that aren't those.
+            RemoteProtocolError: it isn't.
         """
         m, lengths = self.manifest, self._lengths
         if end.lengths != self.lengths:
@@ -272,21 +325,17 @@ class StagedTransfer:
             raise refuse("journal", f"{self.journal.count} rows, {m.journal_count} announced")
         if self.positions.count != m.position_count:
             raise refuse("positions", f"{self.positions.count} rows, {m.position_count} announced")
-        if lengths[Section.DIFF_BLOCKS] != self.diff.units * UNIT_BYTES:
-            raise refuse("diff contents", "contents that rows name are missing")
-        for rows in self.rows(Section.JOURNAL, verify=False):
-            for source, contents in (
-                (Source.FOURTH, Section.DIFF_BLOCKS), (Source.JOURNAL, Section.JOURNAL_BLOCKS),
-            ):  # fmt: skip
-                units, sizes, _ = self.journal.named(rows, source)
-                if len(units) and int((units + sizes).max()) > lengths[contents] // UNIT_BYTES:
-                    raise refuse("journal", "contents that rows name are missing")
-        if self.has_journal:
-            self._expected[Section.DIFF_BLOCKS].finish(self._fourth_rows)
-        self._expected[Section.JOURNAL_BLOCKS].finish()
+        for section, units in (
+            (Section.DIFF_BLOCKS, self.diff.units), (Section.JOURNAL_BLOCKS, self.journal.units)
+        ):  # fmt: skip
+            if lengths[section] != units * UNIT_BYTES:
+                raise refuse(section.name, "contents that rows name are missing")
+        found = tuple(self._digests[section].intdigest() for section in _CONTENTS)
+        if end.checksums is not None and end.checksums != found:
+            raise refuse("contents", "they aren't those whose checksums were taken at the splitter")
 
-    def rows(self, section: Section, first: int = 0, verify: bool = True) -> Iterator[RowArray]:
-        """The rows of a section from `first` on, in bounded batches.
+    def rows(self, section: Section, first: int = 0, end: int | None = None, verify: bool = True) -> Iterator[RowArray]:
+        """The rows of a section from `first` on, before `end`, in bounded batches.
 
         Args:
             verify: compare all of them (first 0) with the digest of what came, when the last batch was taken.
@@ -295,41 +344,82 @@ class StagedTransfer:
             CorruptionError: they aren't what came, or are missing.
         """
         dtype, path, digest = ROW_DTYPES[section], self.path(section), xxhash.xxh3_64()
-        offset, end = first * dtype.itemsize, self._lengths[section]
-        while offset < end:
-            size = min(BATCH_ROWS * dtype.itemsize, end - offset)
+        stop = self._lengths[section] if end is None else end * dtype.itemsize
+        for offset in range(first * dtype.itemsize, stop, BATCH_ROWS * dtype.itemsize):
+            size = min(BATCH_ROWS * dtype.itemsize, stop - offset)
             data = read_exactly(self._fds[section], size, offset, path)
             if verify:
                 digest.update(data)
             yield np.frombuffer(data, dtype)
-            offset += size
         if verify and digest.intdigest() != self._digests[section].intdigest():
             raise CorruptionError(path, 0, "the staged rows aren't those that came")
 
-    def _fourth_rows(self) -> Iterator[Rows]:
-        for rows in self.rows(Section.JOURNAL, verify=False):
-            yield self.journal.named(rows, Source.FOURTH)
+    def verify(self, section: Section) -> None:
+        """Compares what is staged with the digest of what came: rows, or the checksums of contents.
 
-    def _reread_journal(self, first_unit: int, end_unit: int) -> Iterator[Rows]:
-        for rows in self.rows(Section.JOURNAL, verify=False):
-            yield self.journal.named(rows, Source.JOURNAL)
+        Raises:
+            CorruptionError: it isn't that.
+        """
+        if section in _ROW_FILES:
+            for _ in self.rows(section):
+                pass
+            return
+        digest = xxhash.xxh3_64()
+        for checksums in self._checksums(section, 0, self._blocks[section]):
+            digest.update(checksums.data.cast("B"))
+        if digest.intdigest() != self._digests[section].intdigest():
+            path = os.path.join(self.directory, _CHECKSUM_FILES[section])
+            raise CorruptionError(path, 0, "the staged checksums aren't those of what came")
 
-    def _reread_diff(self, first_unit: int, end_unit: int) -> Iterator[Rows]:
-        """Places ascend in DIFF: begins where it last had to, ends where it may."""
-        if first_unit == 0:
-            self._diff_row = 0
-        row, before = self._diff_row, True
-        for rows in self.rows(Section.DIFF, row, verify=False):
-            units, sizes, checksums = self.journal.named(rows, Source.FOURTH)
-            if len(units) and units[0] >= end_unit:
-                return
-            yield units, sizes, checksums
-            row += len(rows)
-            before = before and (not len(units) or bool(units[-1] < first_unit))
-            if before:
-                self._diff_row = row
+    def checksums(self, section: Section, block: int, count: int) -> U64Array:
+        """Of `count` blocks of a section of contents from number `block` on."""
+        parts = list(self._checksums(section, block, block + count))
+        return np.concatenate(parts) if parts else np.zeros(0, _CHECKSUM)
+
+    def _checksums(self, section: Section, first: int, end: int) -> Iterator[U64Array]:
+        path = os.path.join(self.directory, _CHECKSUM_FILES[section])
+        for start in range(first, end, BATCH_ROWS):
+            size = min(BATCH_ROWS, end - start) * _CHECKSUM.itemsize
+            data = read_exactly(self._checksum_fds[section], size, start * _CHECKSUM.itemsize, path)
+            yield np.frombuffer(data, _CHECKSUM)
 
     def close(self) -> None:
-        for fd in self._fds.values():
+        for fd in (*self._fds.values(), *self._checksum_fds.values()):
             os.close(fd)
         self._fds.clear()
+        self._checksum_fds.clear()
+
+
+class _Sizes:
+    """Sizes of the blocks that come next, taken from batches; None among them: no more are known yet."""
+
+    def __init__(self, batches: Iterator[np.ndarray[Any, Any] | None]) -> None:
+        self._batches = batches
+        self._left = np.zeros(0, "<i8")
+
+    def next(self, total_bytes: int) -> np.ndarray[Any, Any] | None:
+        """Those that make up `total_bytes`; None if none do."""
+        while int(self._left.sum()) < total_bytes:
+            batch = next(self._batches)
+            if batch is None:
+                return None
+            self._left = np.concatenate([self._left, batch])
+        ends = np.cumsum(self._left)
+        count = int(np.searchsorted(ends, total_bytes)) + 1
+        if ends[count - 1] != total_bytes:
+            return None
+        sizes, self._left = self._left[:count], self._left[count:]
+        return sizes
+
+    def skip(self, count: int) -> int:
+        """Passes over so many blocks; returns their bytes, -1 if there aren't so many."""
+        passed = 0
+        while count:
+            if not len(self._left):
+                batch = next(self._batches)
+                if batch is None:
+                    return -1
+                self._left = batch
+            passed += int(self._left[:count].sum())
+            count, self._left = count - min(count, len(self._left)), self._left[count:]
+        return passed

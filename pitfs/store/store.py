@@ -7,9 +7,10 @@ committed isn't seen. A Store may be used from several threads; it is opened aft
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Final
+from functools import partial, wraps
+from typing import Final, ParamSpec, TypeVar
 
 from pitfs.errors import CorruptionError, NoSuchInstantError
 from pitfs.model.blockmap import FANOUT, FANOUT_BITS, U64Array
@@ -19,8 +20,11 @@ from pitfs.store.catalog import Catalog
 from pitfs.store.facts import Interval, Snapshot
 from pitfs.store.journals import JournalIndex, Position, chunk_cache
 from pitfs.store.layout import CATALOG, OBJECTS, ObjectKind, object_file, read_store_info
-from pitfs.store.objects import ObjectPool
+from pitfs.store.objects import MissingObjectError, ObjectPool
 from pitfs.store.snapshots import NodeReader, SnapshotMap
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 MAX_CACHED_MAPS: Final = 256  # snapshots whose roots are kept
 MAX_CACHED_FENCE_BYTES: Final = 8 << 20  # fence tables of journals: 40 bytes for 2048 entries
@@ -50,6 +54,19 @@ class Resolution:
     journal: int | None
 
 
+def _again_if_replaced(method: Callable[P, T]) -> Callable[P, T]:
+    """Asks once more where an index is missing: a finer one took its place between two looks at the catalog."""
+
+    @wraps(method)
+    def ask(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return method(*args, **kwargs)
+        except MissingObjectError:
+            return method(*args, **kwargs)
+
+    return ask
+
+
 class Store:
     """The read side of one group's store; made by `Store.open`.
 
@@ -68,7 +85,7 @@ class Store:
         self._nodes = NodeReader(self.objects)
         self._chunks = chunk_cache()
         self._maps: Cache[int, SnapshotMap] = Cache(MAX_CACHED_MAPS)
-        self._journals: Cache[int, JournalIndex] = Cache(
+        self._journals: Cache[tuple[int, int], JournalIndex] = Cache(
             MAX_CACHED_FENCE_BYTES, lambda journal: journal.fence_bytes + _FENCE_OVERHEAD_BYTES
         )
 
@@ -106,6 +123,7 @@ class Store:
         """Every write up to this time is in; 0 in an empty store."""
         return self._catalog.meta("protected_through_ns")
 
+    @_again_if_replaced
     def at_time(self, time_ns: int) -> tuple[Resolution, bool]:
         """The newest reachable state not after `time_ns`, and whether it is the state at exactly that time.
 
@@ -133,7 +151,8 @@ class Store:
             raise self._broken_chain(snapshot)
         resolution, known = self._of_snapshot(snapshot), True
         if interval is not None and interval.granularity_ns is not None:
-            journal = self._journal(interval.snapshot)
+            journal = self._journal(interval)
+            interval = journal.interval
             position = journal.position_at_time(time_ns)
             if position is not None:
                 resolution = self._intermediary(interval, position)
@@ -145,6 +164,7 @@ class Store:
             return resolution, True
         return resolution, known and not self._catalog.has_gap(resolution.time_ns, time_ns)
 
+    @_again_if_replaced
     def at_seq(self, seq: int) -> Resolution:
         """The newest reachable state not after write `seq`.
 
@@ -161,9 +181,10 @@ class Store:
         if seq > snapshot.seq and (interval is None or seq >= interval.to_seq):
             raise self._broken_chain(snapshot)
         if interval is not None and interval.granularity_ns is not None:
-            position = self._journal(interval.snapshot).position_at_seq(seq)
+            journal = self._journal(interval)
+            position = journal.position_at_seq(seq)
             if position is not None:
-                return self._intermediary(interval, position)
+                return self._intermediary(journal.interval, position)
         return self._of_snapshot(snapshot)
 
     def _interval_behind(self, snapshot: Snapshot, last: Snapshot | None) -> Interval | None:
@@ -234,6 +255,7 @@ class Store:
 
     # Blocks
 
+    @_again_if_replaced
     def leaf(self, resolution: Resolution, volume: int, leaf_index: int) -> tuple[U64Array, U64Array]:
         """Where blocks [leaf_index * 512, + 512) of a volume stand in that state (figure 8).
 
@@ -250,7 +272,10 @@ class Store:
         pointers, checksums = pointers.copy(), checksums.copy()
         if resolution.journal is not None:
             start = leaf_index << FANOUT_BITS
-            blocks, newer, sums = self._journal(resolution.journal).range(
+            interval = self._catalog.interval_to(resolution.journal)
+            if interval is None:
+                raise CorruptionError(self._catalog.path, 0, f"interval {resolution.journal} is missing")
+            blocks, newer, sums = self._journal(interval).range(
                 volume, start, start + FANOUT, resolution.seq
             )
             pointers[blocks - start] = newer
@@ -268,16 +293,23 @@ class Store:
 
         return self._maps.get(snapshot, read)
 
-    def _journal(self, snapshot: int) -> JournalIndex:
-        def read() -> JournalIndex:
-            interval = self._catalog.interval_to(snapshot)
-            name = object_file(ObjectKind.JOURNAL_INDEX, snapshot)
-            facts = self._catalog.object(name)
-            if interval is None or facts is None:
-                raise CorruptionError(self._catalog.path, 0, f"it lists an interval but not {name}")
-            return JournalIndex(self.objects, interval, facts, self._chunks)
+    def _journal(self, interval: Interval) -> JournalIndex:
+        """The interval's journal, or the finer one that took its place: that has the same states, and more."""
+        while True:
+            try:
+                return self._journals.get((interval.snapshot, interval.layer), partial(self._open_journal, interval))
+            except MissingObjectError:
+                now = self._catalog.interval_to(interval.snapshot)
+                if now is None or now.layer <= interval.layer:
+                    raise
+                interval = now
 
-        return self._journals.get(snapshot, read)
+    def _open_journal(self, interval: Interval) -> JournalIndex:
+        name = object_file(ObjectKind.JOURNAL_INDEX, interval.snapshot, interval.layer)
+        facts = self._catalog.object(name)
+        if facts is None:
+            raise MissingObjectError(self._catalog.path, 0, f"it lists an interval but not {name}")
+        return JournalIndex(self.objects, interval, facts, self._chunks)
 
     def _of_snapshot(self, snapshot: Snapshot) -> Resolution:
         interval = self._catalog.interval_to(snapshot.id)

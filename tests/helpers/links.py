@@ -21,6 +21,7 @@ from pitfs.link.frames import (
     Fault,
     Frame,
     Greeting,
+    Parked,
     Ping,
     Pong,
     Progress,
@@ -41,6 +42,7 @@ from pitfs.model.transfer import (
     Hello,
     Kind,
     Manifest,
+    Park,
     ResumePoint,
     Section,
     VolumeInfo,
@@ -57,11 +59,11 @@ MANIFEST = Manifest(
     to_time_ns=50,
     first_time_ns=7,
     protected_through_ns=60,
-    granularity_ns=0,
+    granularity_ns=None,
     cause="within budget",
     diff_count=2,
-    journal_count=9,
-    position_count=9,
+    journal_count=0,
+    position_count=0,
     identity="c0ffee",
     bookmarks=(Bookmark("before upgrade", 9, 50),),
     gaps=(Gap(1, 8, 3, 9, "journal full"),),
@@ -90,6 +92,10 @@ def conversation() -> list[tuple[Role, Frame]]:
         (receiver, Pong(2)),
         (sender, End((64, 8, 0, 0, 0))),
         (receiver, Committed(Welcome(4, 13, 71, 81))),
+        (sender, Begin(MANIFEST)),
+        (receiver, Resume(ResumePoint())),
+        (sender, Park()),
+        (receiver, Parked(ResumePoint())),
         (sender, Begin(MANIFEST)),
         (receiver, Fault("capacity", "the disk is full", True)),
     ]
@@ -153,6 +159,11 @@ class FakeIngest:
 
     def checkpoint(self, cursor: tuple[int, ...]) -> ResumePoint:
         self._enter("checkpoint")
+        self.durable = ResumePoint(self._lengths(), cursor)
+        return self.durable
+
+    def park(self, cursor: tuple[int, ...]) -> ResumePoint:
+        self._enter("park")
         self.durable = ResumePoint(self._lengths(), cursor)
         return self.durable
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from pitfs.model.granularity import decide
-from pitfs.model.transfer import End, Hello, Manifest, ResumePoint, TransferFrame, VolumeInfo
+from pitfs.model.ladder import NO_LAYER, layer_of
+from pitfs.model.transfer import Hello, Manifest, ResumePoint, TransferFrame, VolumeInfo
 from pitfs.production import copying, shipment
 from pitfs.production.journal import Location
 from pitfs.production.reader import BlockSource, Copy, Interval, JournalReader
@@ -149,27 +150,29 @@ class Pipeline:
         )
 
     def ship_interval(self, interval: Interval, rate_bytes_per_s: float | None) -> Manifest:
+        """Its diff, then the layers that fit; the last manifest."""
         source = BlockSource(journal_directory(self.state), interval, self.block_sizes)
-        prepared = shipment.prepare(
-            interval,
-            self.volumes,
-            source,
-            lambda diff, journal: decide(
-                mode="dynamic",
-                diff_bytes=diff,
-                journal_bytes=journal,
-                interval_ns=10**9,
-                rate_bytes_per_s=rate_bytes_per_s,
-            ),
-            True,
+        prepared = shipment.prepare(interval, self.volumes, source, True)
+        decision = decide(
+            mode="dynamic",
+            diff_bytes=prepared.diff_bytes,
+            journal_bytes=prepared.rung_bytes,
+            interval_ns=10**9,
+            rate_bytes_per_s=rate_bytes_per_s,
         )
-        resume = self.ingest.begin(prepared.manifest)
-        for frame in shipment.frames(prepared, source, self.volumes, resume):
-            feed(self.ingest, frame)
-            if isinstance(frame, End):
-                break
+        manifest = shipment.diff_manifest(prepared, decision.reason)
+        self._feed(shipment.diff_frames(prepared, source, self.volumes, self.ingest.begin(manifest)))
+        layer = layer_of(decision.granularity_ns)
+        if prepared.journal is not None and layer != NO_LAYER:
+            manifest = shipment.layers_manifest(prepared, NO_LAYER, layer, decision.reason)
+            resume = self.ingest.begin(manifest)
+            self._feed(shipment.layers_frames(prepared, NO_LAYER, layer, source, self.volumes, resume))
         source.close()
-        return prepared.manifest
+        return manifest
+
+    def _feed(self, frames: Iterator[TransferFrame]) -> None:
+        for frame in frames:
+            feed(self.ingest, frame)
 
     def close(self) -> None:
         self.reader.close()

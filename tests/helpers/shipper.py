@@ -15,6 +15,7 @@ from pitfs.model.transfer import Checkpoint, Data, End, Manifest, ResumePoint, W
 from pitfs.production.control import Connection
 from pitfs.production.reader import Copy, Interval
 from pitfs.production.service import SplitterService
+from pitfs.store.facts import Interval as Facts
 from pitfs.store.ingest import Ingest
 from pitfs.store.store import Store
 from tests.helpers.pipeline import Pipeline
@@ -45,6 +46,9 @@ class Here:
 
     async def send(self, frame: Data | Checkpoint) -> None:
         feed(self._ingest, frame)
+
+    async def park(self) -> ResumePoint:
+        return self._ingest.park(())
 
     async def finish(self, end: End) -> Welcome:
         self.welcome = self._ingest.end(end)
@@ -86,16 +90,48 @@ class Parts:
 
     async def next(self) -> Interval | Copy:
         with trio.fail_after(MARGIN_S):
-            return await self.shipper._next_item(cast(SenderSession, self.session))
+            item = await self.shipper._next_item(cast(SenderSession, self.session))
+            assert item is not None
+            return item
 
-    async def ship(self) -> Interval | Copy:
-        """The next item, to its end."""
+    async def ship(self, layers: bool = True) -> Interval | Copy:
+        """The next item, to its end; the layers of all journals that wait as well."""
         item, session = await self.next(), cast(SenderSession, self.session)
         if isinstance(item, Copy):
             await self.shipper._ship_copy(session, item)
         else:
             await self.shipper._ship_interval(session, item)
+            while layers and self.shipper._backfill.waiting and not self.shipper._wake.is_set():
+                await self.shipper._ship_layers(session)
         return item
+
+    async def ship_layers(self, steps: int | None = None) -> None:
+        """Layers of the journals that wait, as many steps; all of them if None."""
+        while self.shipper._backfill.waiting and steps != 0:
+            self.shipper._wake = trio.Event()
+            await self.shipper._ship_layers(cast(SenderSession, self.session))
+            steps = None if steps is None else steps - 1
+
+    def restart_shipper(self) -> None:
+        """Another one takes over, as after a kill."""
+        before = self.shipper
+        before._reader.close()
+        before._backfill.close()
+        self.shipper = Shipper(before._config, self.pipeline.hello, cast(Connection, self), None)
+
+    def granularities(self) -> list[int | None]:
+        """Of the replica's intervals, oldest first."""
+        return [interval.granularity_ns for interval in self._intervals()]
+
+    def causes(self) -> list[str]:
+        return [interval.cause for interval in self._intervals()]
+
+    def _intervals(self) -> list[Facts]:
+        store = Store.open(self.pipeline.ingest.path)
+        try:
+            return list(store.intervals())
+        finally:
+            store.close()
 
     def fill(self) -> None:
         """Writes until they pass, and one more."""
@@ -122,6 +158,7 @@ class Parts:
 
     def close(self) -> None:
         self.shipper._reader.close()
+        self.shipper._backfill.close()
         self.pipeline.close()
 
 

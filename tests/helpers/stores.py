@@ -8,7 +8,7 @@ import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CorruptionError
-from pitfs.model.transfer import Begin, Checkpoint, Data, ResumePoint, TransferFrame, Welcome
+from pitfs.model.transfer import Begin, Checkpoint, Data, Park, ResumePoint, TransferFrame, Welcome
 from pitfs.store.ingest import Ingest
 from pitfs.store.layout import pointer_object, pointer_unit
 from pitfs.store.store import Resolution, Store
@@ -24,16 +24,19 @@ def feed(ingest: Ingest, frame: TransferFrame) -> ResumePoint | Welcome | None:
         return None
     if isinstance(frame, Checkpoint):
         return ingest.checkpoint(frame.cursor)
+    if isinstance(frame, Park):
+        return ingest.park(frame.cursor)
     return ingest.end(frame)
 
 
 def ingest_transfer(ingest: Ingest, transfer: Transfer, seed: int = 0) -> Welcome:
-    """The whole of it, in frames of random sizes, from where the store resumes."""
+    """The whole of it, layers too, in frames of random sizes, from where the store resumes."""
     random = np.random.default_rng([seed, transfer.manifest.mark])
-    resumed = ingest.begin(transfer.manifest)
-    for frame in transfer.frames(random, resumed.lengths, interleave=bool(random.integers(2))):
-        if not isinstance(frame, Begin):
-            feed(ingest, frame)
+    for each in (transfer, *transfer.layers):
+        resumed = ingest.begin(each.manifest)
+        for frame in each.frames(random, resumed.lengths, interleave=bool(random.integers(2))):
+            if not isinstance(frame, Begin):
+                feed(ingest, frame)
     return ingest.welcome()
 
 

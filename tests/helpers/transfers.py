@@ -6,12 +6,15 @@ production would: sorted rows, contents where no other place has them. Determini
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
+from pitfs.model.ladder import RUNGS_NS
 from pitfs.model.transfer import (
     DIFF_ENTRY,
     JOURNAL_ENTRY,
@@ -48,16 +51,26 @@ class Write:
 
 @dataclass
 class Transfer:
-    """A manifest and the whole of each section; `frames` cuts it into frames of random sizes."""
+    """A manifest and the whole of each section; `frames` cuts it into frames of random sizes.
+
+    layers: transfers of the interval's difference journal, coarse to fine, to come after it.
+    """
 
     manifest: Manifest
     sections: dict[Section, bytes]
     block_sizes: dict[Section, list[int]]  # of contents, in order
+    layers: list[Transfer] = field(default_factory=list)
 
     @property
     def end(self) -> End:
         one, two, three, four, five = (len(self.sections[section]) for section in Section)
-        return End((one, two, three, four, five))
+        checksums = []
+        for section in (Section.DIFF_BLOCKS, Section.JOURNAL_BLOCKS):
+            ends = np.cumsum(self.block_sizes[section]).tolist()
+            blocks = [self.sections[section][a:b] for a, b in itertools.pairwise([0, *ends])]
+            found = b"".join(xxh3_64_intdigest(block).to_bytes(8, "little") for block in blocks)
+            checksums.append(xxh3_64_intdigest(found))
+        return End((one, two, three, four, five), (checksums[0], checksums[1]))
 
     def frames(
         self, random: np.random.Generator, lengths: Sequence[int] = (0, 0, 0, 0, 0), interleave: bool = True
@@ -165,12 +178,16 @@ class History:
         return write
 
     def close_interval(
-        self, granularity_ns: int | None = 0, bookmarks: Sequence[str] = (), full: bool = False
+        self,
+        granularity_ns: int | None = 0,
+        bookmarks: Sequence[str] = (),
+        full: bool = False,
+        before_ns: Sequence[int] = (),
     ) -> Transfer:
         """The transfer for all writes since the last mark; the first one is the full copy at seq 0.
 
         Args:
-            granularity_ns: of the difference journal, None without one.
+            granularity_ns: of the difference journal, None without one; before_ns: coarser ones that come before it.
             full: a rescan: the complete state again, with a gap.
         """
         self.mark += 1
@@ -185,10 +202,8 @@ class History:
         granularity_ns = granularity_ns if positions else None
         builder = _Sections(self)
         full = first or (full and bool(writes))
-        builder.diff(self._all_blocks() if full else self._last_blocks(writes), zeros=not full)
-        if granularity_ns is not None:
-            builder.journal(writes, time_ns, granularity_ns)
-        cause = "every write" if granularity_ns == 0 else "the link was too slow"
+        last = self._last_blocks(writes)
+        builder.diff(self._all_blocks() if full else last, zeros=not full)
         gaps = (Gap(*self.at, seq, time_ns, "rescan"),) if full and not first else ()
         manifest = Manifest(
             mark=self.mark,
@@ -199,21 +214,25 @@ class History:
             to_time_ns=time_ns,
             first_time_ns=writes[0].time_ns if writes and not full else None,
             protected_through_ns=protected_ns,
-            granularity_ns=granularity_ns,
-            cause=cause,
+            granularity_ns=None,
+            cause="the link was too slow",
             diff_count=None if full else len(builder.diff_rows),
-            journal_count=len(builder.journal_rows),
-            position_count=len(positions),
+            journal_count=0,
+            position_count=0,
             identity=f"{self.seed}-{self.mark}",
             bookmarks=tuple(Bookmark(name, seq, time_ns) for name in bookmarks),
             gaps=gaps,
         )
+        transfer = builder.transfer(manifest)
+        if granularity_ns is not None:
+            rungs = [*(each for each in before_ns if each > granularity_ns), granularity_ns]
+            transfer.layers = builder.layers(manifest, writes, last, rungs)
         self.reachable |= {seq, *(write.seq for write in positions)}
         if granularity_ns:
             self.granules.append((self.at[1], time_ns, granularity_ns))
         self.at = (seq, time_ns)
         self.base = [bytes(image) for image in self.images]
-        return builder.transfer(manifest, positions)
+        return transfer
 
     def _all_blocks(self) -> dict[tuple[int, int], bytes]:
         images = self.base if self.mark == 1 else self.images
@@ -253,67 +272,111 @@ def last_of_granules(
 
 
 class _Sections:
-    """Collects rows and contents of one transfer."""
+    """Collects rows and contents of an interval's transfers."""
 
     def __init__(self, history: History) -> None:
         self.history = history
         self.diff_rows: list[tuple[int, int, int, int, int, int]] = []
-        self.journal_rows: list[tuple[int, int, int, int, int, int, int]] = []
         self.diff_contents: list[bytes] = []
-        self.journal_contents: list[bytes] = []
         self.places: dict[bytes, tuple[Source, int]] = {}
 
     def diff(self, blocks: dict[tuple[int, int], bytes], zeros: bool) -> None:
         unit = 0
         for (volume, block), content in sorted(blocks.items()):
-            checksum = xxh3_64_intdigest(content)
             if not any(content):
                 if zeros:
-                    self.diff_rows.append((block, checksum, 0, volume, Source.ZERO, 0))
+                    self.diff_rows.append((block, 0, 0, volume, Source.ZERO, 0))
                 continue
-            self.diff_rows.append((block, checksum, unit, volume, Source.FOURTH, 0))
+            self.diff_rows.append((block, 0, 0, volume, Source.FOURTH, 0))
             self.diff_contents.append(content)
-            self.places.setdefault(content, (Source.FOURTH, unit))
+            self.places.setdefault(content, (Source.SHARED_FOURTH, unit))
             unit += len(content) // UNIT_BYTES
 
-    def journal(self, writes: Sequence[Write], to_time_ns: int, granularity_ns: int) -> None:
-        unit, rows = 0, []
-        last = last_of_granules(writes, to_time_ns, granularity_ns)
+    def layers(
+        self, diff: Manifest, writes: Sequence[Write], last: dict[tuple[int, int], bytes], rungs: Sequence[int]
+    ) -> list[Transfer]:
+        """One transfer for each of these rungs that adds a position."""
+        entries = self._entries(diff, writes)
+        transfers: list[Transfer] = []
+        base, base_bytes, base_seqs = -1, 0, set[int]()
+        for rung_ns in rungs:
+            layer = RUNGS_NS.index(rung_ns)
+            ends = ends_of_granules(writes, diff.to_time_ns, rung_ns)
+            positions = [write for write in ends if write.seq not in base_seqs]
+            if not positions:
+                continue
+            rows, contents = [], []
+            for _, volume, block, seq, content, is_last in (e for e in entries if base < e[0] <= layer):
+                checksum, unit = 0, 0
+                if not any(content):
+                    source = Source.ZERO
+                elif is_last:
+                    source = Source.FOURTH
+                elif content in self.places:
+                    source, unit = self.places[content]
+                    checksum = xxh3_64_intdigest(content)
+                else:
+                    source = Source.JOURNAL
+                    place = base_bytes + sum(map(len, contents))
+                    self.places[content] = (Source.SHARED_JOURNAL, place // UNIT_BYTES)
+                    contents.append(content)
+                rows.append((block, seq, checksum, unit, volume, source, 0))
+            manifest = msgspec.structs.replace(
+                diff, kind=Kind.LAYERS, granularity_ns=rung_ns, cause="every write" if rung_ns == 0 else "slow",
+                base_granularity_ns=None if base < 0 else RUNGS_NS[base], base_bytes=base_bytes,
+                diff_count=0, journal_count=len(rows), position_count=len(positions),
+                identity=f"{diff.identity}-{base}-{layer}", bookmarks=(), gaps=(),
+            )  # fmt: skip
+            transfers.append(_transfer(manifest, [], [], positions, rows, contents))
+            base, base_bytes, base_seqs = layer, base_bytes + sum(map(len, contents)), {w.seq for w in ends}
+        return transfers
+
+    def _entries(
+        self, diff: Manifest, writes: Sequence[Write]
+    ) -> list[tuple[int, int, int, int, bytes, bool]]:
+        """(layer, volume, block, seq, content, is the block's last) of every block written, in the order of JOURNAL."""
+        needed = [last_of_granules(writes, diff.to_time_ns, rung_ns) for rung_ns in RUNGS_NS[:-1]]
+        last = {(write.volume, write.block + i): write.seq for write in writes for i in range(len(write.contents))}
+        entries = []
         for write in writes:
             for i, content in enumerate(write.contents):
-                if granularity_ns:
-                    granule = write.time_ns // granularity_ns
-                    if last.get((write.volume, write.block + i, granule)) != write.seq:
-                        continue
-                if not any(content):
-                    source, place = Source.ZERO, 0
-                elif content in self.places:
-                    source, place = self.places[content]
-                else:
-                    source, place = self.places[content] = (Source.JOURNAL, unit)
-                    self.journal_contents.append(content)
-                    unit += len(content) // UNIT_BYTES
-                checksum = xxh3_64_intdigest(content)
-                rows.append((write.block + i, write.seq, checksum, place, write.volume, source, 0))
-        self.journal_rows = sorted(rows, key=lambda row: (row[4], row[0], row[1]))
+                block = write.block + i
+                layer = len(RUNGS_NS) - 1
+                for each in range(len(needed) - 1, -1, -1):
+                    granule = write.time_ns // RUNGS_NS[each]
+                    if needed[each].get((write.volume, block, granule)) != write.seq:
+                        break
+                    layer = each
+                is_last = last[write.volume, block] == write.seq
+                entries.append((layer, write.volume, block, write.seq, content, is_last))
+        return sorted(entries)
 
-    def transfer(self, manifest: Manifest, positions: Sequence[Write]) -> Transfer:
-        return Transfer(
-            manifest,
-            {
-                Section.DIFF: np.array(self.diff_rows, DIFF_ENTRY).tobytes(),
-                Section.DIFF_BLOCKS: b"".join(self.diff_contents),
-                Section.POSITIONS: np.array(
-                    [(write.seq, write.time_ns) for write in positions], POSITION
-                ).tobytes(),
-                Section.JOURNAL: np.array(self.journal_rows, JOURNAL_ENTRY).tobytes(),
-                Section.JOURNAL_BLOCKS: b"".join(self.journal_contents),
-            },
-            {
-                Section.DIFF_BLOCKS: [len(content) for content in self.diff_contents],
-                Section.JOURNAL_BLOCKS: [len(content) for content in self.journal_contents],
-            },
-        )
+    def transfer(self, manifest: Manifest) -> Transfer:
+        return _transfer(manifest, self.diff_rows, self.diff_contents, [], [], [])
+
+
+def _transfer(
+    manifest: Manifest,
+    diff_rows: Sequence[tuple[int, ...]],
+    diff_contents: Sequence[bytes],
+    positions: Sequence[Write],
+    journal_rows: Sequence[tuple[int, ...]],
+    journal_contents: Sequence[bytes],
+) -> Transfer:
+    return Transfer(
+        manifest,
+        {
+            Section.DIFF: np.array(list(diff_rows), DIFF_ENTRY).tobytes(),
+            Section.DIFF_BLOCKS: b"".join(diff_contents),
+            Section.POSITIONS: np.array([(w.seq, w.time_ns) for w in positions], POSITION).tobytes(),
+            Section.JOURNAL: np.array(list(journal_rows), JOURNAL_ENTRY).tobytes(),
+            Section.JOURNAL_BLOCKS: b"".join(journal_contents),
+        },
+        {
+            Section.DIFF_BLOCKS: [len(content) for content in diff_contents],
+            Section.JOURNAL_BLOCKS: [len(content) for content in journal_contents],
+        },
+    )
 
 
 def random_history(seed: int, max_block_count: int = 40) -> History:
@@ -339,4 +402,5 @@ def random_transfers(history: History, count: int, max_writes: int = 20) -> Iter
             granularity_ns=(0, 0, 0, 10_000_000, 50_000_000, 100_000_000, None)[int(random.integers(7))],
             bookmarks=(f"mark-{number}",) if random.random() < 0.3 else (),
             full=bool(number and random.random() < 0.1),
+            before_ns=(500_000_000, 100_000_000, 50_000_000, 10_000_000)[int(random.integers(5)) :],
         )

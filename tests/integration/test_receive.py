@@ -83,13 +83,16 @@ def refused(*arguments: str) -> tuple[int, str]:
 async def ship(
     session: SenderSession, transfer: Transfer, seed: int, stop_after: int | None = None
 ) -> Welcome | None:
-    """One transfer from where the replica wants it; with `stop_after` only so many frames of it."""
+    """One transfer from where the replica wants it, and its layers; with `stop_after` only so many frames of it."""
     point = await session.begin(transfer.manifest)
     for count, frame in enumerate(transfer.frames(np.random.default_rng(seed), point.lengths)):
         if count == stop_after:
             return None
         if isinstance(frame, End):
-            return await session.finish(frame)
+            welcome = await session.finish(frame)
+            for layers in transfer.layers:
+                await ship(session, layers, seed)
+            return welcome
         if not isinstance(frame, Begin):
             await session.send(frame)
     raise AssertionError("no End")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from xxhash import xxh3_64_intdigest
 
-from pitfs.model.difference import Columns, Contents, Rows, difference_journal, entries_at, snapshot_diff
-from pitfs.model.ladder import LAST_LAYER, RUNGS_NS, layers_of_positions
+from pitfs.model.difference import Columns, Contents, Rows, difference_journal, snapshot_diff
+from pitfs.model.ladder import LAST_LAYER, NO_LAYER, RUNGS_NS, layers_of_positions
 from pitfs.model.transfer import UNIT_BYTES, Source
 
 Write = tuple[int, int, bytes]  # volume, block, content
@@ -30,24 +30,61 @@ def build(  # type: ignore[no-untyped-def]
         compared.extend(zip(a.tolist(), b.tolist(), strict=True))
         return np.array([writes[i][2] == writes[j][2] for i, j in zip(a, b, strict=True)], dtype=np.bool_)
 
-    contents = Contents(same, lambda a: np.array([not any(writes[i][2]) for i in a], dtype=np.bool_))
+    looks = Contents(same, lambda a: np.array([not any(writes[i][2]) for i in a], dtype=np.bool_))
     sizes = np.array(block_sizes, dtype=np.int64)
     zeros = np.array([checksum(bytes(size)) for size in block_sizes], dtype=np.uint64)
-    diff = snapshot_diff(columns, sizes, zeros, contents)
+    diff = snapshot_diff(columns, sizes, zeros, looks)
     to_time_ns = int(times[-1]) if len(times) else 0
-    return diff, difference_journal(columns, times, to_time_ns, diff, sizes, zeros, contents), compared
+    return diff, difference_journal(columns, times, to_time_ns, diff, sizes, zeros, looks), compared
 
 
 def stream(rows: Rows, writes: list[Write]) -> bytes:
     return b"".join(writes[row][2] for row in rows)
 
 
-def content_of(entry: np.void, streams: dict[int, bytes], block_sizes: list[int]) -> bytes:
-    size = block_sizes[entry["volume"]]
-    if entry["source"] == Source.ZERO:
-        return bytes(size)
-    at = int(entry["unit"]) * UNIT_BYTES
-    return streams[int(entry["source"])][at : at + size]
+def contents(entries, fourth: bytes, journal: bytes, block_sizes: list[int], base: int = 0):  # type: ignore[no-untyped-def]
+    """The content of each entry, found as the replica does: own ones stand in the order of the entries."""
+    found, own = [], base
+    for entry in entries:
+        size, at = block_sizes[entry["volume"]], int(entry["unit"]) * UNIT_BYTES
+        match entry["source"]:
+            case Source.ZERO:
+                found.append(bytes(size))
+            case Source.JOURNAL:
+                found.append(journal[own : own + size])
+                own += size
+            case Source.SHARED_JOURNAL:
+                found.append(journal[at : at + size])
+            case Source.SHARED_FOURTH:
+                found.append(fourth[at : at + size])
+            case Source.FOURTH:
+                found.append((entry["volume"], entry["block"]))
+    return found
+
+
+def in_diff(diff, fourth: bytes, block_sizes: list[int]) -> dict[tuple[int, int], bytes]:  # type: ignore[no-untyped-def]
+    """The blocks of a snapshot diff: their contents stand in the order of its rows."""
+    found, at = {}, 0
+    for entry in diff.entries:
+        size = block_sizes[entry["volume"]]
+        if entry["source"] == Source.ZERO:
+            found[int(entry["volume"]), int(entry["block"])] = bytes(size)
+        else:
+            found[int(entry["volume"]), int(entry["block"])] = fourth[at : at + size]
+            at += size
+    return found
+
+
+def image_at(entries, diff, fourth, journal, block_sizes, seq):  # type: ignore[no-untyped-def]
+    """Figure 8: of each block the last content not after `seq`."""
+    blocks = in_diff(diff, fourth, block_sizes)
+    found, last = {}, {}
+    for entry, content in zip(entries, contents(entries, fourth, journal, block_sizes), strict=True):
+        key = int(entry["volume"]), int(entry["block"])
+        if entry["seq"] <= seq and entry["seq"] > last.get(key, 0):
+            last[key] = int(entry["seq"])
+            found[key] = blocks[key] if isinstance(content, tuple) else content
+    return found
 
 
 def test_the_patents_example_holds_data_for_the_first_write_only() -> None:
@@ -61,13 +98,10 @@ def test_the_patents_example_holds_data_for_the_first_write_only() -> None:
     assert stream(journal.data_rows, writes) == block["x"]
     by_seq = journal.entries[np.argsort(journal.entries["seq"])]
     assert by_seq["source"].tolist() == [Source.JOURNAL, Source.FOURTH, Source.FOURTH]
-    streams = {
-        Source.FOURTH: stream(diff.data_rows, writes),
-        Source.JOURNAL: stream(journal.data_rows, writes),
-    }
+    streams = stream(diff.data_rows, writes), stream(journal.data_rows, writes)
     image = list(third)
-    for entry in entries_at(journal.entries, 2):
-        image[entry["block"]] = content_of(entry, streams, [512])
+    for (_, number), content in image_at(journal.entries, diff, *streams, [512], 2).items():
+        image[number] = content
     assert image == [block["x"], block["b"], block["c"], block["f"]]
 
 
@@ -86,24 +120,14 @@ def test_every_seq_reads_what_the_naive_model_has(seed: int) -> None:
             (volume, int(random.integers(6)), pool[random.integers(len(pool))][: block_sizes[volume]])
         )
     diff, journal, _ = build(writes, block_sizes, checksum)
-    streams = {
-        Source.FOURTH: stream(diff.data_rows, writes),
-        Source.JOURNAL: stream(journal.data_rows, writes),
-    }
-    assert (
-        len(streams[Source.FOURTH]) == diff.size_bytes and len(streams[Source.JOURNAL]) == journal.size_bytes
-    )
+    fourth, own = stream(diff.data_rows, writes), stream(journal.data_rows, writes)
+    assert len(fourth) == diff.size_bytes and len(own) == journal.bytes_up_to(LAST_LAYER)
     for seq in range(len(writes) + 1):
         naive = {(volume, block): content for volume, block, content in writes[:seq]}
-        found = {
-            (int(entry["volume"]), int(entry["block"])): content_of(entry, streams, block_sizes)
-            for entry in entries_at(journal.entries, seq)
-        }
-        assert found == naive
+        assert image_at(journal.entries, diff, fourth, own, block_sizes, seq) == naive
     last = {(volume, block): content for volume, block, content in writes}
     assert [(e["volume"], e["block"]) for e in diff.entries] == sorted(last)
-    for entry in diff.entries:
-        assert content_of(entry, streams, block_sizes) == last[entry["volume"], entry["block"]]
+    assert in_diff(diff, fourth, block_sizes) == last
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -117,12 +141,17 @@ def test_each_rung_gives_the_ends_of_its_granules(seed: int) -> None:
     fourth, to_time_ns = stream(diff.data_rows, writes), int(times_ns[-1])
     layers = layers_of_positions(times_ns, to_time_ns)
     whole = stream(journal.data_rows, writes)
-    assert len(journal.up_to(LAST_LAYER).entries) == count and (layers <= LAST_LAYER).all()
+    assert len(journal.layers(NO_LAYER, LAST_LAYER).entries) == count and (layers <= LAST_LAYER).all()
     for layer, rung_ns in enumerate(RUNGS_NS):
-        part = journal.up_to(layer)
-        streams = {Source.FOURTH: fourth, Source.JOURNAL: stream(part.data_rows, writes)}
-        assert len(streams[Source.JOURNAL]) == part.size_bytes
-        assert whole.startswith(streams[Source.JOURNAL]), "a finer rung adds behind"
+        part = journal.layers(NO_LAYER, layer)
+        own = stream(part.data_rows, writes)
+        assert len(own) == journal.bytes_up_to(layer) == part.data_sizes.sum()
+        assert whole.startswith(own), "a finer rung adds behind"
+        base = int(random.integers(-1, layer + 1))
+        added = journal.layers(base, layer)
+        before = journal.layers(NO_LAYER, base).entries if base > NO_LAYER else part.entries[:0]
+        assert np.concatenate([before, added.entries]).tolist() == part.entries.tolist()
+        assert own.endswith(stream(added.data_rows, writes))
         given = (np.flatnonzero(layers <= layer) + 1).tolist()
         if rung_ns:
             granules = {t // rung_ns: seq for seq, t in enumerate(times_ns.tolist(), 1)}
@@ -134,11 +163,7 @@ def test_each_rung_gives_the_ends_of_its_granules(seed: int) -> None:
             assert sorted(part.entries["seq"].tolist()) == wanted
         for seq in given:
             naive = {(0, block): content for _, block, content in writes[:seq]}
-            found = {
-                (0, int(entry["block"])): content_of(entry, streams, [512])
-                for entry in entries_at(part.entries, seq)
-            }
-            assert found == naive
+            assert image_at(part.entries, diff, fourth, own, [512], seq) == naive
 
 
 def test_a_content_written_twice_is_carried_once() -> None:
@@ -152,4 +177,4 @@ def test_a_content_written_twice_is_carried_once() -> None:
 
 def test_an_interval_without_writes_is_empty() -> None:
     diff, journal, _ = build([], [512])
-    assert len(diff.entries) == len(journal.entries) == diff.size_bytes == journal.size_bytes == 0
+    assert len(diff.entries) == len(journal.entries) == diff.size_bytes == journal.bytes_up_to(LAST_LAYER) == 0

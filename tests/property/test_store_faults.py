@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from pitfs.errors import CapacityError, CorruptionError, PitfsError, StoreError
-from pitfs.model.transfer import Begin, End, VolumeInfo
+from pitfs.model.transfer import Begin, End, Kind, VolumeInfo
 from pitfs.store.catalog import Catalog
-from pitfs.store.facts import Commit
+from pitfs.store.facts import Commit, LayersCommit
 from pitfs.store.ingest import Ingest
 from pitfs.store.layout import CATALOG, STORE_JSON
 from pitfs.store.store import Store
@@ -44,7 +44,9 @@ def small_history() -> tuple[History, list[Transfer]]:
     for _ in range(2):
         for _ in range(8):
             history.write()
-        transfers.append(history.close_interval(bookmarks=(f"mark-{len(transfers)}",)))
+        marks = (f"mark-{len(transfers)}",)
+        transfers.append(history.close_interval(bookmarks=marks, before_ns=(50_000_000,)))
+    assert all(len(transfer.layers) == 2 for transfer in transfers[1:])
     return history, transfers
 
 
@@ -69,6 +71,7 @@ def failing(
         for name in CALLS:
             patch.setattr(os, name, wrap(name, getattr(os, name)))
         patch.setattr(Catalog, "commit", wrap("commit", Catalog.commit))
+        patch.setattr(Catalog, "commit_layers", wrap("commit", Catalog.commit_layers))
         yield seen
 
 
@@ -90,22 +93,43 @@ def assert_all_readable(path: str, history: History, up_to_seq: int) -> None:
     for interval in store.intervals():
         listed += range(interval.from_seq + 1, interval.to_seq + 1)
     for seq in set(listed):
+        found = store.at_seq(seq)
         for volume in range(len(history.volumes)):
-            assert read_image(store, store.at_seq(seq), volume) == history.states[seq][volume]
+            assert read_image(store, found, volume) == history.states[found.seq][volume]
     for bookmark in store.bookmarks():
         assert store.at_instant(bookmark.time_ns) is not None
     store.close()
 
 
-@pytest.fixture
-def before(tmp_path: Path) -> tuple[History, Transfer, str]:
-    """A store with all transfers but the last, which is given with it."""
+@pytest.fixture(params=["diff", "first layers", "more layers"])
+def before(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[History, Transfer, str]:
+    """A store with all transfers but the last, which is given with it: a diff, or layers of the last interval."""
     history, transfers = small_history()
+    last = transfers.pop()
+    parts = [last, *last.layers]
+    last.layers = []
+    number = ["diff", "first layers", "more layers"].index(request.param)
     ingest = Ingest(str(tmp_path / "before"), history.hello)
-    for transfer in transfers[:-1]:
+    for transfer in (*transfers, *parts[:number]):
         ingest_transfer(ingest, transfer)
     ingest.close()
-    return history, transfers[-1], str(tmp_path / "before")
+    return history, parts[number], str(tmp_path / "before")
+
+
+def position_of(ingest: Ingest) -> tuple[int, int, int]:
+    """The last mark, and how fine the last interval is."""
+    welcome = ingest.welcome()
+    coarse = [each.granularity_ns for each in welcome.coarse if each.to_seq == welcome.seq]
+    return welcome.mark, welcome.seq, (0 if not coarse else -1 if coarse[0] is None else coarse[0])
+
+
+def position_with(transfer: Transfer, committed: bool) -> tuple[int, int, int]:
+    """What `position_of` must be with that transfer, or before it."""
+    m = transfer.manifest
+    if m.kind is Kind.INTERVAL:
+        return (m.mark, m.to_seq, -1) if committed else (m.mark - 1, m.from_seq, 0)
+    granularity_ns = m.granularity_ns if committed else m.base_granularity_ns
+    return m.mark, m.to_seq, -1 if granularity_ns is None else granularity_ns
 
 
 def storage_calls(
@@ -136,9 +160,10 @@ def test_killed_at_any_step_the_store_opens_and_takes_the_transfer_again(
             send(ingest, transfer)
         ingest.close()
         committed = "commit" in calls[:number]
-        assert_all_readable(os.path.join(work, "db1"), history, m.to_seq if committed else m.from_seq)
+        wanted = position_with(transfer, committed)
+        assert_all_readable(os.path.join(work, "db1"), history, wanted[1])
         ingest = Ingest(work, history.hello)
-        assert ingest.welcome().mark == (m.mark if committed else m.mark - 1), name
+        assert position_of(ingest) == wanted, name
         if not committed:
             send(ingest, transfer)
         assert_all_readable(os.path.join(work, "db1"), history, m.to_seq)
@@ -182,6 +207,7 @@ def test_where_the_commit_fails_what_was_sent_is_kept(
     ingest = Ingest(root, history.hello)
     with monkeypatch.context() as patch:
         patch.setattr(Catalog, "commit", full)
+        patch.setattr(Catalog, "commit_layers", full)
         with pytest.raises(CapacityError):
             send(ingest, transfer)
     assert ingest.begin(transfer.manifest).lengths == transfer.end.lengths
@@ -242,10 +268,10 @@ def test_a_staged_row_that_changed_on_disk_makes_the_transfer_begin_anew(
     ingest = Ingest(root, history.hello)
     for frame in list(transfer.frames(np.random.default_rng(0)))[:-1]:
         feed(ingest, frame)
-    point = ingest.checkpoint((1,))
-    assert all(point.lengths)
+    ingest.checkpoint((1,))
     ingest.close()
-    rows = Path(ingest.path, "staging", "journal.rows")
+    name = "diff.rows" if transfer.manifest.kind is Kind.INTERVAL else "journal.rows"
+    (rows,) = (path for path in Path(ingest.path, "staging").rglob(name) if path.stat().st_size)
     data = bytearray(rows.read_bytes())
     data[0] ^= 1  # the block's number: contents and checksums would still agree
     rows.write_bytes(data)
@@ -272,7 +298,7 @@ def test_each_file_is_durable_before_its_name_and_both_before_the_commit(
     history, transfer, root = before
     ingest = Ingest(root, history.hello)
     events: list[tuple[str, str]] = []
-    rename, commit = os.rename, Catalog.commit
+    rename, commit, commit_layers = os.rename, Catalog.commit, Catalog.commit_layers
 
     def note_rename(source: str, target: str) -> None:
         events.append(("rename", os.path.basename(target)))
@@ -282,20 +308,31 @@ def test_each_file_is_durable_before_its_name_and_both_before_the_commit(
         events.append(("commit", ""))
         commit(catalog, added)
 
+    def note_commit_layers(catalog: Catalog, added: LayersCommit) -> None:
+        events.append(("commit", ""))
+        commit_layers(catalog, added)
+
     monkeypatch.setattr(
         os, "fsync", lambda fd: events.append(("fsync", os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))))
     )
     monkeypatch.setattr(os, "rename", note_rename)
     monkeypatch.setattr(Catalog, "commit", note_commit)
+    monkeypatch.setattr(Catalog, "commit_layers", note_commit_layers)
     send(ingest, transfer)
     ingest.close()
     committed = events.index(("commit", ""))
     objects = [event for event in events[:committed] if event[0] == "rename" and "-" in event[1]]
-    assert len(objects) == 4
+    first = transfer.manifest.base_granularity_ns is None
+    assert len(objects) == (2 if first else 1)
+    if not first:  # contents go behind those that are there
+        index = [event for event in objects if event[1].endswith(".index")]
+        blocks = ("fsync", f"journal-{3:016x}.blocks")
+        assert objects == index and blocks in events[: events.index(index[0])]
     for event in objects:
         assert ("fsync", event[1]) in events[: events.index(event)]
     after_the_last = events[events.index(objects[-1]) : committed]
-    assert {("fsync", "objects"), ("fsync", "staging")} <= set(after_the_last)
+    staging = "staging" if transfer.manifest.kind is Kind.INTERVAL else f"layers-{3:016x}"
+    assert {("fsync", "objects"), ("fsync", staging)} <= set(after_the_last)
 
 
 # A catalog that isn't the one that was written
@@ -306,7 +343,8 @@ def store_of(tmp: Path, count: int = 3) -> tuple[History, Path]:
     history, transfers = small_history()
     ingest = Ingest(str(tmp), history.hello)
     for transfer in transfers[:count]:
-        send(ingest, transfer)
+        for part in (transfer, *transfer.layers):
+            send(ingest, part)
     ingest.close()
     return history, Path(ingest.path)
 

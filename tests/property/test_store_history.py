@@ -100,7 +100,7 @@ def test_a_transfer_cut_anywhere_resumes_at_its_last_checkpoint(tmp_path: Path, 
     history = random_history(seed)
     random = np.random.default_rng(seed)
     ingest = Ingest(str(tmp_path), history.hello)
-    for transfer in random_transfers(history, 5):
+    for transfer in (each for made in random_transfers(history, 5) for each in (made, *made.layers)):
         point = None
         done = False
         while not done:
@@ -116,14 +116,49 @@ def test_a_transfer_cut_anywhere_resumes_at_its_last_checkpoint(tmp_path: Path, 
                     assert point is not None and point.cursor == frame.cursor
                 if isinstance(frame, End):
                     done = True
-                elif random.random() < 0.04:
-                    if random.random() < 0.5:  # the receiver goes down too
+                elif random.random() < 0.05:
+                    if random.random() < 0.3:
+                        point = ingest.park(tuple(ingest.checkpoint((9,)).lengths))
+                    elif random.random() < 0.5:  # the receiver goes down too
                         ingest.close()
                         ingest = Ingest(str(tmp_path), history.hello)
                     break
     store = Store.open(ingest.path)
     for seq in sorted(history.reachable)[::3]:
         assert_state(store, history, seq)
+    store.close()
+    ingest.close()
+
+
+@pytest.mark.parametrize("seed", range(50, 56))
+def test_each_layer_makes_an_interval_finer_and_an_open_image_stays_right(tmp_path: Path, seed: int) -> None:
+    """Layers of several intervals in any order, newest first or not; readers have resolved and go on reading."""
+    history = random_history(seed)
+    random = np.random.default_rng(seed)
+    ingest = Ingest(str(tmp_path), history.hello)
+    waiting = []
+    for made in random_transfers(history, 6):
+        layers, made.layers = made.layers, []
+        ingest_transfer(ingest, made)
+        waiting.append(layers)
+    store = Store.open(ingest.path)
+    opened = [store.at_seq(seq) for seq in range(history.at[0] + 1)]
+    while any(waiting):
+        layers = waiting[int(random.choice([n for n, each in enumerate(waiting) if each]))]
+        layer = layers.pop(0)
+        ingest_transfer(ingest, layer)
+        m = layer.manifest
+        interval = next(i for i in store.intervals() if i.to_seq == m.to_seq)
+        assert (interval.granularity_ns, interval.cause) == (m.granularity_ns, m.cause)
+        opened += [store.at_seq(seq) for seq in range(m.from_seq, m.to_seq + 1)]
+        objects = set(os.listdir(os.path.join(ingest.path, "objects")))
+        assert len([name for name in objects if name.startswith(f"journal-{interval.snapshot:016x}-")]) == 1
+        for resolution in random.permutation(np.array(opened, dtype=object))[:20]:
+            for volume in range(len(history.volumes)):
+                assert read_image(store, resolution, volume) == history.states[resolution.seq][volume]
+    for seq in sorted(history.reachable):
+        assert_state(store, history, seq)
+    assert os.listdir(os.path.join(ingest.path, "staging")) == []
     store.close()
     ingest.close()
 
@@ -160,7 +195,9 @@ def test_snapshots_intervals_bookmarks_and_gaps_are_listed(tmp_path: Path) -> No
         (m.to_seq, m.to_time_ns, m.mark) for m in new
     ]
     assert [(i.from_seq, i.to_seq, i.granularity_ns) for i in store.intervals()] == [
-        (m.from_seq, m.to_seq, m.granularity_ns) for m in new[1:]
+        (t.manifest.from_seq, t.manifest.to_seq, t.layers[-1].manifest.granularity_ns if t.layers else None)
+        for t in made
+        if t.manifest in new[1:]
     ]
     assert {b.name for b in store.bookmarks()} == {b.name for t in made for b in t.manifest.bookmarks}
     assert list(store.gaps()) == [gap for t in made for gap in t.manifest.gaps]

@@ -11,7 +11,7 @@ import pytest
 from pitfs.errors import CorruptionError
 from pitfs.store import journals
 from pitfs.store.facts import Interval, ObjectFacts
-from pitfs.store.journals import JournalIndex, JournalWriter, chunk_cache
+from pitfs.store.journals import INDEX_ROW, JournalIndex, JournalWriter, chunk_cache
 from pitfs.store.layout import ObjectHeader, ObjectKind, object_file
 from pitfs.store.objects import ObjectPool
 
@@ -27,8 +27,10 @@ def write_index(
     writer = JournalWriter(fd)
     for volume, table in rows.items():
         for part in np.array_split(table, int(random.integers(1, 5)), axis=1):
-            blocks, seqs = part[0].astype("<i8"), part[1].astype("<i8")
-            writer.add_rows(volume, blocks, seqs, part[2].copy(), part[3].copy())
+            found = np.zeros(part.shape[1], INDEX_ROW)
+            for name, column in zip(("block", "seq", "pointer", "checksum"), part, strict=True):
+                found[name] = column
+            writer.add_rows(volume, found)
     for positions in np.array_split(np.stack([FROM_SEQ + 1 + np.arange(len(times_ns)), times_ns]), 3, axis=1):
         writer.add_positions(*positions)
     data_bytes, tail_bytes, checksum = writer.finish()

@@ -216,7 +216,7 @@ def test_there_is_no_frame_that_deletes_or_rewrites() -> None:
     names = {frame_type.name for frame_type in FrameType}
     assert names == {
         *("HELLO", "WELCOME", "REFUSE", "BEGIN", "RESUME", "DATA", "CHECKPOINT"),
-        *("PROGRESS", "END", "COMMITTED", "PING", "PONG", "FAULT"),
+        *("PROGRESS", "END", "COMMITTED", "PING", "PONG", "FAULT", "PARK", "PARKED"),
     }
 
 

@@ -16,10 +16,11 @@ import msgspec
 import pytest
 import trio
 
+from pitfs.cli.backfill import ERASED
 from pitfs.cli.shipper_process import ShipperControl
 from pitfs.errors import CapacityError, LinkError, PitfsError, PositionMismatchError, UsageError
 from pitfs.link.sender import SenderSession
-from pitfs.model.transfer import Checkpoint, Data
+from pitfs.model.transfer import Checkpoint, Data, Section
 from pitfs.production.reader import Copy, Interval
 from pitfs.storage.segment import SegmentReader
 from tests.helpers.shipper import Parts, recovers
@@ -62,7 +63,7 @@ async def test_what_rests_on_a_copy_that_was_given_up_is_never_sent(
     assert isinstance(await parts.ship(), Interval), "what came before that copy"
     begun = parts.session.begun
     await recovers(parts)
-    assert parts.session.begun == begun + 2, "one copy and one interval"
+    assert parts.session.begun == begun + 3, "one copy, one interval and its layers"
     assert parts.shipper.standing.lost[2].startswith("the local journal can't be written")
     assert "bookmark 'in-the-gap' lies in the gap" in caplog.text
 
@@ -186,8 +187,9 @@ async def test_a_name_that_could_not_be_given_can_be_given_later(
     assert parts.pipeline.splitter.standing.mark == before, "not set without its name being kept"
 
 
-async def test_an_interval_is_decided_once_and_resumes_though_the_rate_changed(
-    parts: Parts, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("section", [Section.DIFF, Section.JOURNAL])
+async def test_what_was_cut_goes_on_where_it_was_though_the_rate_changed(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch, section: Section
 ) -> None:
     await parts.locate()
     await parts.ship()
@@ -199,7 +201,7 @@ async def test_an_interval_is_decided_once_and_resumes_though_the_rate_changed(
     async def send(frame: Data | Checkpoint) -> None:
         nonlocal cut
         feed(parts.pipeline.ingest, frame)
-        if isinstance(frame, Data) and not cut:
+        if isinstance(frame, Data) and frame.section == section and not cut:
             cut = True
             parts.pipeline.ingest.checkpoint(())
             raise LinkError("cut")
@@ -207,18 +209,92 @@ async def test_an_interval_is_decided_once_and_resumes_though_the_rate_changed(
     monkeypatch.setattr(parts.session, "send", send)
     with pytest.raises(LinkError, match="cut"):
         await parts.ship()
-    first = parts.shipper.standing.last_decision
     parts.shipper.standing.rates.append(1.0)
+    await parts.connect_anew()
+    if section is Section.DIFF:
+        await parts.ship()
+    else:
+        await parts.ship_layers()
+    assert parts.session.resumed[0].lengths[section - 1] > 0, "it went on where it was"
+    parts.assert_replica_has_all()
+    assert parts.granularities() == [0]
+
+
+async def test_a_diff_that_is_due_puts_layers_off(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both journals come all the same, the newest interval's first; nothing of what came is sent again."""
     await parts.locate()
     await parts.ship()
-    assert parts.shipper.standing.last_decision == first and first is not None and first.granularity_ns == 0
-    assert parts.session.resumed[-1].lengths[0] > 0, "it went on where it was"
-    parts.assert_replica_has_all()
-    parts.write()
+    sent: list[tuple[Section, int]] = []
+    real = parts.session.send
+
+    async def send(frame: Data | Checkpoint) -> None:
+        await real(frame)
+        if isinstance(frame, Data):
+            sent.append((frame.section, len(frame.payload)))
+            if frame.section is Section.JOURNAL and len(parts.granularities()) == 1:
+                parts.write()
+                await parts.shipper.mark()
+
+    monkeypatch.setattr(parts.session, "send", send)
+    for _ in range(40):
+        parts.write()
     parts.mark()
     await parts.ship()
-    decision = parts.shipper.standing.last_decision
-    assert decision is not None and decision.granularity_ns is None, "the next one is decided anew"
+    assert parts.granularities() == [None], "put off"
+    await parts.ship(layers=False)
+    assert parts.granularities() == [None, None], "the newer diff came first"
+    await parts.ship_layers(1)
+    assert parts.granularities() == [None, 0], "the newest interval's layers first"
+    await parts.ship_layers()
+    assert parts.granularities() == [0, 0]
+    assert [section for section, _ in sent].count(Section.JOURNAL) == 2, "what was put off wasn't sent again"
+    assert parts.pipeline.splitter.releasable_segment == parts.shipper._needed_segment
+
+
+async def test_journals_are_kept_until_the_room_is_needed(parts: Parts) -> None:
+    """What isn't sent within its interval waits; a full journal gives it up rather than let writes pass."""
+    await parts.locate()
+    await parts.ship()
+    for _ in range(3):
+        for _ in range(20):
+            parts.write()
+        parts.mark()
+        await parts.ship(layers=False)
+    assert parts.granularities() == [None] * 3
+    assert [each.mark for each in parts.shipper._backfill.waiting] == [4, 3, 2]
+    splitter = parts.pipeline.splitter
+    splitter.recovery_segment = splitter.journal.tail.segment + 100  # as after a checkpoint
+    first = splitter.journal.tail.segment
+    assert splitter.releasable_segment <= first
+    while splitter.journal.tail.segment < first + 6:  # more than the journal's capacity
+        parts.write(100_000)
+        if parts.pipeline.random.random() < 0.1:
+            parts.mark()
+            await parts.ship(layers=False)
+    assert not splitter.standing.passing
+    await parts.ship_layers()
+    found = parts.granularities()
+    assert found[0] is None and found[-1] == 0
+    assert ERASED in parts.causes()[0]
+    parts.mark()
+    await parts.ship()
+    parts.assert_replica_has_all()
+
+
+async def test_what_the_replica_lacks_is_found_again_after_a_restart(parts: Parts) -> None:
+    await parts.locate()
+    await parts.ship()
+    for _ in range(3):
+        for _ in range(10):
+            parts.write()
+        parts.mark()
+        await parts.ship(layers=False)
+    parts.restart_shipper()
+    await parts.connect_anew()
+    assert [each.mark for each in parts.shipper._backfill.waiting] == [4, 3, 2]
+    await parts.ship_layers()
+    assert parts.granularities() == [0, 0, 0]
+    parts.assert_replica_has_all()
 
 
 async def test_a_mark_of_another_host_is_not_taken_for_ours(parts: Parts) -> None:

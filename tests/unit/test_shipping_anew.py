@@ -302,7 +302,7 @@ async def test_an_interval_that_was_closed_early_has_only_its_own_time_to_be_sen
             await shipper._close_large()
         else:
             parts.mark()
-        await parts.ship()
+        await parts.ship(layers=False)
         assert shipper.standing.last_decision is not None
         decisions.append(shipper.standing.last_decision.granularity_ns)
     assert decisions == [None, 0]

@@ -33,7 +33,7 @@ from pitfs.model.transfer import (
     VolumeInfo,
 )
 from pitfs.store.ingest import Ingest
-from pitfs.store.rows import PositionsCheck
+from pitfs.store.rows import PositionsCheck, PositionsInOrder
 from pitfs.store.store import Store
 from tests.helpers.links import MANIFEST
 from tests.helpers.stores import ingest_transfer, read_image
@@ -51,7 +51,7 @@ def disk_that_needs_no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def history() -> History:
-    return History(9, VOLUMES)
+    return History(8, VOLUMES)
 
 
 @pytest.fixture
@@ -65,10 +65,18 @@ def ingest(tmp_path: Path, history: History) -> Iterator[Ingest]:
 
 @pytest.fixture
 def interval(ingest: Ingest, history: History) -> Transfer:
-    """The transfer that the store waits for, with a journal."""
+    """The snapshot diff that the store waits for."""
     for _ in range(12):
         history.write()
     return history.close_interval()
+
+
+@pytest.fixture
+def journal(ingest: Ingest, interval: Transfer) -> Transfer:
+    """All layers of that interval's journal; the store has its diff."""
+    (layers,), interval.layers = interval.layers, []
+    ingest_transfer(ingest, interval)
+    return layers
 
 
 def send(ingest: Ingest, transfer: Transfer, **sections: bytes) -> None:
@@ -81,7 +89,7 @@ def send(ingest: Ingest, transfer: Transfer, **sections: bytes) -> None:
             ingest.data(Data(section, 0, data))
         lengths.append(len(data))
     one, two, three, four, five = lengths
-    ingest.end(End((one, two, three, four, five)))
+    ingest.end(End((one, two, three, four, five), transfer.end.checksums))
 
 
 def changed(manifest: Manifest, **values: object) -> Manifest:
@@ -159,7 +167,7 @@ def test_only_the_next_mark_is_taken(ingest: Ingest, interval: Transfer) -> None
 
 def test_an_interval_must_follow_the_last_position(ingest: Ingest, interval: Transfer) -> None:
     with pytest.raises(PositionMismatchError, match="the store is at seq 0"):
-        ingest.begin(changed(interval.manifest, from_seq=1, position_count=11))
+        ingest.begin(changed(interval.manifest, from_seq=1))
     with pytest.raises(PositionMismatchError, match="restored from an older"):
         ingest.begin(changed(interval.manifest, from_time_ns=START_NS - 1))
 
@@ -230,11 +238,10 @@ def test_a_bookmark_is_never_moved(ingest: Ingest, history: History) -> None:
         {"to_time_ns": START_NS},
         {"first_time_ns": START_NS - 5},
         {"protected_through_ns": START_NS + 1},
-        {"granularity_ns": 7_000_000},
-        {"granularity_ns": 1_000_000, "position_count": 0},
+        {"granularity_ns": 0},
+        {"base_granularity_ns": 0},
         {"position_count": 11},
         {"position_count": -1},
-        {"granularity_ns": None},
         {"diff_count": 1 << 40},
         {"journal_count": -1},
         {"protected_through_ns": 1 << 63},
@@ -249,6 +256,73 @@ def test_a_manifest_that_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(PitfsError, match="manifest"):
         ingest.begin(changed(interval.manifest, **values))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"granularity_ns": 7_000_000}, {"granularity_ns": None}, {"base_granularity_ns": 7}, {"base_bytes": -1},
+        {"base_granularity_ns": 0}, {"granularity_ns": 1_000_000, "base_granularity_ns": 0}, {"position_count": 13},
+        {"diff_count": 1}, {"bookmarks": (Bookmark("fine", 12, 0),)}, {"protected_through_ns": 0},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_layers_that_cannot_be_are_refused(ingest: Ingest, journal: Transfer, values: dict[str, object]) -> None:
+    with pytest.raises(RemoteProtocolError, match="manifest"):
+        ingest.begin(changed(journal.manifest, **values))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"from_seq": 1, "position_count": 11}, {"to_seq": 11, "position_count": 11},
+        {"from_time_ns": START_NS - 1}, {"base_bytes": 512}, {"base_granularity_ns": 1_000_000},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_layers_of_another_interval_or_on_another_base_are_refused(
+    ingest: Ingest, journal: Transfer, values: dict[str, object]
+) -> None:
+    with pytest.raises(PositionMismatchError, match="begin the session anew"):
+        ingest.begin(changed(journal.manifest, **values))
+    send(ingest, journal)
+    with pytest.raises(PositionMismatchError, match="has 0 and"):
+        ingest.begin(journal.manifest)
+
+
+def test_a_cause_alone_changes_nothing_else(ingest: Ingest, journal: Transfer) -> None:
+    manifest = changed(
+        journal.manifest, granularity_ns=None, journal_count=0, position_count=0, cause="erased"
+    )
+    ingest.begin(manifest)
+    ingest.end(End((0, 0, 0, 0, 0)))
+    store = Store.open(ingest.path)
+    assert [(i.granularity_ns, i.cause) for i in store.intervals()] == [(None, "erased")]
+    send(ingest, journal)
+    assert [i.granularity_ns for i in store.intervals()] == [0]
+    store.close()
+
+
+def test_layers_that_were_put_off_too_long_give_way(tmp_path: Path, history: History) -> None:
+    ingest = Ingest(str(tmp_path), history.hello)
+    ingest_transfer(ingest, history.close_interval())
+    layers = []
+    for _ in range(11):
+        for _ in range(3):
+            history.write()
+        transfer = history.close_interval()
+        layers += transfer.layers
+        transfer.layers = []
+        ingest_transfer(ingest, transfer)
+    for each in layers:
+        ingest.begin(each.manifest)
+        ingest.data(Data(Section.JOURNAL, 0, each.sections[Section.JOURNAL][:40]))
+        ingest.park((5,))
+    staged = sorted(name for name in os.listdir(os.path.join(ingest.path, "staging")))
+    assert staged == [f"layers-{number:016x}" for number in range(5, 13)]
+    assert ingest.begin(layers[-1].manifest).lengths == (0, 0, 0, 40, 0)
+    assert ingest.begin(layers[0].manifest).lengths == (0, 0, 0, 0, 0)
+    ingest.close()
 
 
 def rows_with(data: bytes, dtype: np.dtype, row: int, field: str, value: int) -> bytes:
@@ -274,43 +348,53 @@ def test_a_diff_row_that_cannot_be_is_refused(
     send(ingest, interval)
 
 
-@pytest.mark.parametrize("source", [1, 2])
+@pytest.mark.parametrize("source", [1, 2, 3, 4])
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("volume", 2), ("block", 1 << 20), ("block", 0), ("seq", 0), ("seq", 13), ("source", 3),
-        ("source", 0), ("reserved", 1), ("unit", 1 << 40), ("unit", 77), ("checksum", 5),
+        ("volume", 2), ("block", 1 << 20), ("seq", 0), ("seq", 13), ("source", 9), ("reserved", 1),
+        ("unit", 1 << 40), ("unit", 77), ("checksum", 5),
     ],
 )  # fmt: skip
 def test_a_journal_row_that_cannot_be_is_refused(
-    ingest: Ingest, interval: Transfer, source: int, field: str, value: int
+    ingest: Ingest, journal: Transfer, source: int, field: str, value: int
 ) -> None:
-    data = interval.sections[Section.JOURNAL]
-    rows = np.frombuffer(data, JOURNAL_ENTRY)
-    candidates = [
-        row for row in np.flatnonzero((rows["source"] == source) & (rows["unit"] > 0)).tolist() if row
-    ]
+    data = journal.sections[Section.JOURNAL]
+    candidates = np.flatnonzero(np.frombuffer(data, JOURNAL_ENTRY)["source"] == source).tolist()
     assert candidates
     with pytest.raises(RemoteProtocolError):
-        send(ingest, interval, JOURNAL=rows_with(data, JOURNAL_ENTRY, candidates[-1], field, value))
-    send(ingest, interval)
+        send(ingest, journal, JOURNAL=rows_with(data, JOURNAL_ENTRY, candidates[-1], field, value))
+    send(ingest, journal)
+
+
+def test_a_row_that_leads_to_a_block_which_was_not_written_is_refused(ingest: Ingest, journal: Transfer) -> None:
+    data = journal.sections[Section.JOURNAL]
+    rows = np.frombuffer(data, JOURNAL_ENTRY)
+    written = {(int(row["volume"]), int(row["block"])) for row in rows}
+    own = next(n for n, row in enumerate(rows) if row["source"] == 1)
+    volume = int(rows[own]["volume"])
+    others = [block for block in range(9 if volume == 0 else 10) if (volume, block) not in written]
+    assert others
+    with pytest.raises(RemoteProtocolError, match="didn't write"):
+        send(ingest, journal, JOURNAL=rows_with(data, JOURNAL_ENTRY, own, "block", others[0]))
 
 
 @pytest.mark.parametrize("section", [Section.DIFF_BLOCKS, Section.JOURNAL_BLOCKS])
-def test_contents_are_compared_with_the_rows_that_named_them(
-    ingest: Ingest, interval: Transfer, section: Section
+def test_contents_must_be_what_the_splitter_took_in(
+    ingest: Ingest, interval: Transfer, request: pytest.FixtureRequest, section: Section
 ) -> None:
-    data = bytearray(interval.sections[section])
+    transfer = interval if section is Section.DIFF_BLOCKS else request.getfixturevalue("journal")
+    data = bytearray(transfer.sections[section])
     data[-1] ^= 1
-    with pytest.raises(RemoteProtocolError, match="doesn't match its checksum"):
-        send(ingest, interval, **{section.name: bytes(data)})
+    with pytest.raises(RemoteProtocolError, match=r"taken at the splitter|isn't there"):
+        send(ingest, transfer, **{section.name: bytes(data)})
     with pytest.raises(RemoteProtocolError, match="whole blocks"):
-        send(ingest, interval, **{section.name: bytes(data[:-1])})
+        send(ingest, transfer, **{section.name: bytes(data[:-1])})
     with pytest.raises(RemoteProtocolError, match="missing"):
-        send(ingest, interval, **{section.name: b""})
+        send(ingest, transfer, **{section.name: b""})
     with pytest.raises(RemoteProtocolError, match="no row named"):
-        send(ingest, interval, **{section.name: interval.sections[section] + bytes(1024)})
-    send(ingest, interval)
+        send(ingest, transfer, **{section.name: transfer.sections[section] + bytes(1024)})
+    send(ingest, transfer)
 
 
 def test_contents_before_their_rows_are_refused(ingest: Ingest, interval: Transfer) -> None:
@@ -321,16 +405,20 @@ def test_contents_before_their_rows_are_refused(ingest: Ingest, interval: Transf
 
 @pytest.mark.parametrize("section", [Section.DIFF, Section.POSITIONS, Section.JOURNAL])
 def test_missing_repeated_or_broken_rows_are_refused(
-    ingest: Ingest, interval: Transfer, section: Section
+    ingest: Ingest, interval: Transfer, request: pytest.FixtureRequest, section: Section
 ) -> None:
+    transfer = interval if section is Section.DIFF else request.getfixturevalue("journal")
     data, size = (
-        interval.sections[section],
+        transfer.sections[section],
         {Section.DIFF: 32, Section.POSITIONS: 16, Section.JOURNAL: 40}[section],
     )
-    for wrong in (data[:-size], data + data[-size:], data[:-1], data[size:] + data[:size], b""):
+    wrongs = [data[:-size], data + data[-size:], data[:-1], data[size:] + data[-size:], b""]
+    if section is not Section.JOURNAL:  # there another layer may begin
+        wrongs.append(data[size:] + data[:size])
+    for wrong in wrongs:
         with pytest.raises(RemoteProtocolError):
-            send(ingest, interval, **{section.name: wrong})
-    send(ingest, interval)
+            send(ingest, transfer, **{section.name: wrong})
+    send(ingest, transfer)
 
 
 def test_the_lengths_at_the_end_must_be_those_that_came(ingest: Ingest, interval: Transfer) -> None:
@@ -353,29 +441,20 @@ def test_a_frame_larger_than_the_limit_is_refused(ingest: Ingest, interval: Tran
         ingest.data(Data(Section.DIFF, 0, bytes(MAX_PAYLOAD_BYTES + 1)))
 
 
-# Windows of expected contents
+# Batches of rows
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_contents_larger_than_the_window_are_verified_all_the_same(
+def test_more_rows_than_a_batch_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    monkeypatch.setattr("pitfs.store.staging.WINDOW_SLOTS", 40)  # of 512 bytes: one frame of the helper fits
     monkeypatch.setattr("pitfs.store.staging.BATCH_ROWS", 3)
     history = History(seed, (VolumeInfo("a", 100_000, 512), VolumeInfo("b", 90_000, 2048)))
     made = Ingest(str(tmp_path), history.hello)
     for number in range(3):
         for _ in range(60 * number):
             history.write()
-        transfer = history.close_interval()
-        section = Section.JOURNAL_BLOCKS if number else Section.DIFF_BLOCKS
-        wrong = bytearray(transfer.sections[section])
-        wrong[-300] ^= 8
-        good, transfer.sections[section] = transfer.sections[section], bytes(wrong)
-        with pytest.raises(RemoteProtocolError, match="doesn't match"):
-            ingest_transfer(made, transfer, seed)
-        transfer.sections[section] = good
-        ingest_transfer(made, transfer, seed)
+        ingest_transfer(made, history.close_interval(before_ns=(100_000_000, 10_000_000)), seed)
     store = Store.open(made.path)
     for seq in range(0, history.at[0] + 1, 7):
         for volume in range(2):
@@ -415,29 +494,48 @@ MS = 1_000_000
 
 
 @pytest.mark.parametrize(
-    ("batches", "words"),
+    ("rung_ns", "batches", "words"),
     [
-        ([[(2, 12), (3, 25)], [(5, 31)]], ""),
-        ([[(2, 12), (3, 19)]], "ends of granules"),
-        ([[(2, 12)], [(3, 19)]], "ends of granules"),
-        ([[(2, 12), (5, 41)]], "ends of granules"),
-        ([[(2, 25), (3, 12)]], "ascend"),
-        ([[(3, 12)], [(2, 25)]], "ascend"),
-        ([[(2, 4)]], "first time"),
-        ([[(9, 25)]], "behind"),
-        ([[(2, 12), (3, 25)], [(4, 31), (5, 39)]], "granules|announced"),
+        (10 * MS, [[(2, 12), (3, 25)], [(5, 31)]], ""),
+        (10 * MS, [[(2, 12), (3, 19)]], "ends of granules"),
+        (10 * MS, [[(2, 12)], [(3, 19)]], "ends of granules"),
+        (10 * MS, [[(2, 12), (5, 41)]], "ends of granules"),
+        (10 * MS, [[(2, 25), (3, 12)]], "fit"),
+        (10 * MS, [[(3, 12)], [(2, 25)]], "fit"),
+        (0, [[(2, 12), (3, 25)], [(4, 31), (5, 32), (6, 33), (7, 45)]], ""),
+        (0, [[(2, 12), (4, 31)]], "without its position"),
+        (0, [[(2, 12), (3, 25)]], "last one"),
+        (0, [[(2, 12), (3, 25), (4, 31), (5, 32), (6, 33), (7, 44)]], "last one"),
     ],
     ids=str,
 )
-def test_positions_of_a_rung_are_the_ends_of_granules(
-    batches: list[list[tuple[int, int]]], words: str
+def test_positions_are_all_writes_or_the_ends_of_granules(
+    rung_ns: int, batches: list[list[tuple[int, int]]], words: str
 ) -> None:
     """Writes from 5 ms on, an interval that ends at 45 ms with write 7, granules of 10 ms."""
     manifest = changed(
         MANIFEST, from_seq=1, from_time_ns=2 * MS, to_seq=7, to_time_ns=45 * MS, first_time_ns=5 * MS,
-        granularity_ns=10 * MS, position_count=3,
+        granularity_ns=rung_ns, position_count=6,
     )  # fmt: skip
-    check = PositionsCheck(manifest)
+    check = PositionsInOrder(manifest)
     with pytest.raises(RemoteProtocolError, match=words) if words else nullcontext():
         for batch in batches:
-            check.take(np.array([(seq, at * MS) for seq, at in batch], POSITION))
+            seqs, times = zip(*batch, strict=True)
+            check.take(np.array(seqs, "<i8"), np.array(times, "<i8") * MS)
+        check.finish()
+
+
+@pytest.mark.parametrize(
+    ("positions", "words"),
+    [
+        ([(2, 4)], "first time"), ([(9, 25)], "behind"), ([(3, 12), (2, 13)], "ascend"),
+        ([(2, 12), (3, 13), (4, 14), (5, 15)], "announced"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_positions_that_cannot_be_are_refused(positions: list[tuple[int, int]], words: str) -> None:
+    manifest = changed(
+        MANIFEST, from_seq=1, from_time_ns=2 * MS, to_seq=7, to_time_ns=45 * MS, first_time_ns=5 * MS, position_count=3
+    )
+    with pytest.raises(RemoteProtocolError, match=words):
+        PositionsCheck(manifest).take(np.array([(seq, at * MS) for seq, at in positions], POSITION))

@@ -12,7 +12,7 @@ from xxhash import xxh3_64_intdigest
 from pitfs.errors import CorruptionError, StoreError, StoreVersionError
 from pitfs.model.blockmap import EMPTY, Entry, MapBuilder, decode_node, new_node
 from pitfs.model.transfer import VolumeInfo
-from pitfs.store.journals import JournalWriter
+from pitfs.store.journals import INDEX_ROW, JournalWriter
 from pitfs.store.layout import (
     HEADER_BYTES,
     ObjectHeader,
@@ -66,12 +66,9 @@ def test_a_map_has_the_golden_bytes() -> None:
 def test_a_journal_index_has_the_golden_bytes(tmp_path: Path) -> None:
     fd = os.open(tmp_path / "index", os.O_RDWR | os.O_CREAT)
     writer = JournalWriter(fd)
-    columns = [
-        np.array(c, d)
-        for c, d in (([4, 4], "<i8"), ([11, 12], "<i8"), ([0, 1 << 37], "<u8"), ([0, 99], "<u8"))
-    ]
-    writer.add_rows(0, *columns)
-    writer.add_rows(1, *(column[1:] for column in columns))
+    rows = np.array([(0, 4, 11, 0, 0), (0, 4, 12, 1 << 37, 99)], INDEX_ROW)
+    writer.add_rows(0, rows)
+    writer.add_rows(1, rows[1:])
     writer.add_positions(np.array([11, 12], "<i8"), np.array([1000, 2000], "<i8"))
     data_bytes, tail_bytes, checksum = writer.finish()
     os.close(fd)

@@ -1,0 +1,98 @@
+"""What goes to the replica next. Pure.
+
+The newest interval's snapshot diff goes before anything else. Then the layers of its difference journal, then those
+of intervals before it, newest first, for as long as no diff is due: a layer that is interrupted by one is put off, and
+what came of it counts.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pitfs.model.granularity import megabytes
+from pitfs.model.ladder import NO_LAYER, RUNGS_NS
+
+
+class Kind(enum.Enum):
+    DIFF = "diff"
+    BUILD = "build"  # the newest journal's layers have to be known first
+    LAYERS = "layers"
+    WAIT = "wait"
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A difference journal that isn't whole on the replica.
+
+    Attributes:
+        mark: of the interval's end.
+        layer: the last one that the replica has.
+        rung_bytes: of each rung what it takes with those before, None where it adds nothing; None: not built yet.
+        parked: the layer up to which a transfer was put off, None if there is none.
+    """
+
+    mark: int
+    layer: int
+    rung_bytes: tuple[int | None, ...] | None
+    parked: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What to do; `layer`: the last to send; `reason`: in words, for people."""
+
+    kind: Kind
+    mark: int = 0
+    layer: int = NO_LAYER
+    reason: str = ""
+
+
+def next_step(*, diff_due: bool, waiting: Sequence[Waiting], room_bytes: float | None) -> Step:
+    """The table:
+
+        a diff is due                          it
+        no journal waits                       wait
+        the newest isn't built                 build it
+        it was put off within a layer          go on with that
+        some of its layers fit                 up to the finest of these
+        none fits until the next diff is due   the next one: the link is idle, and it can be put off
+
+    Args:
+        waiting: newest interval first.
+        room_bytes: what the link carries until the next diff is due; None where its rate isn't known.
+    """
+    if diff_due:
+        return Step(Kind.DIFF, reason="a snapshot diff goes before anything else")
+    if not waiting:
+        return Step(Kind.WAIT, reason="all that was written is on the replica")
+    newest = waiting[0]
+    if newest.rung_bytes is None:
+        return Step(Kind.BUILD, newest.mark)
+    left = layers_left(newest.layer, newest.rung_bytes)
+    if not left:
+        raise ValueError(f"nothing is left of the journal to mark {newest.mark}")
+    if newest.parked is not None:
+        return Step(Kind.LAYERS, newest.mark, newest.parked, "going on where a diff came first")
+    if room_bytes is None:
+        last, _ = left[-1]
+        return Step(Kind.LAYERS, newest.mark, last, "no rate is configured or measured yet: everything is sent")
+    fitting = [(layer, size) for layer, size in left if size <= room_bytes]
+    if fitting:
+        layer, size = fitting[-1]
+        return Step(
+            Kind.LAYERS, newest.mark, layer, f"{megabytes(size)} MB fit into {megabytes(room_bytes)} MB of room"
+        )
+    layer, size = left[0]
+    return Step(Kind.LAYERS, newest.mark, layer, f"the link is idle: {megabytes(size)} MB as far as they get")
+
+
+def layers_left(layer: int, rung_bytes: Sequence[int | None]) -> list[tuple[int, int]]:
+    """The layers after `layer` that add something, and what each takes with those before it, coarse to fine."""
+    base = (rung_bytes[layer] or 0) if layer > NO_LAYER else 0
+    return [
+        (each, size - base)
+        for each, size in list(enumerate(rung_bytes))[layer + 1 :]
+        if size is not None and (layer == NO_LAYER or each == len(RUNGS_NS) - 1 or size > base)
+    ]
