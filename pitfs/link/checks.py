@@ -15,11 +15,13 @@ from pitfs.model.transfer import (
     Bookmark,
     Checkpoint,
     End,
+    Flush,
     Gap,
     Hello,
     Manifest,
     Park,
     ResumePoint,
+    StreamMark,
     VolumeInfo,
     Welcome,
 )
@@ -55,6 +57,14 @@ def check(frame: object) -> None:
             _check_numbers("lengths", lengths)
             if any(not 0 <= each < 1 << 64 for each in checksums or ()):
                 raise ValueError("checksums that aren't 64 bits")
+        case Flush(seq=seq, digest=digest, protected_through_ns=time_ns):
+            _check_numbers("flush", (seq, time_ns))
+            if not 0 <= digest < 1 << 64:
+                raise ValueError("digest that isn't 64 bits")
+        case StreamMark(bookmark=bookmark):
+            _check_numbers("mark", (frame.mark - 1, frame.seq, frame.time_ns, frame.protected_through_ns))
+            if bookmark is not None:
+                _check_bookmark(Bookmark(bookmark, frame.seq, frame.time_ns))
         case _:
             _check_parts(frame)
 
@@ -67,12 +77,13 @@ def _check_parts(frame: object) -> None:
             case Hello():
                 _check_hello(value)
             case Welcome():
-                _check_numbers("welcome", (value.mark, value.seq, value.time_ns, value.protected_through_ns))
+                numbers = value.mark, value.seq, value.time_ns, value.protected_through_ns
+                _check_numbers("welcome", (*numbers, value.tail_seq, value.tail_time_ns))
                 if len(value.coarse) > MAX_COARSE:
                     raise ValueError(f"{len(value.coarse)} intervals, limit {MAX_COARSE}")
                 for each in value.coarse:
-                    numbers = each.to_seq, each.to_time_ns, each.granularity_ns or 0, each.journal_bytes
-                    _check_numbers("interval", numbers)
+                    interval = each.to_seq, each.to_time_ns, each.granularity_ns or 0, each.journal_bytes
+                    _check_numbers("interval", interval)
             case ResumePoint():
                 _check_numbers("lengths", value.lengths)
                 _check_cursor(value.cursor)

@@ -30,11 +30,14 @@ from pitfs.model.transfer import (
     MAX_PAYLOAD_BYTES,
     Begin,
     Checkpoint,
+    Durable,
     End,
+    Flush,
     Hello,
     Park,
     ResumePoint,
     Section,
+    StreamMark,
     Welcome,
 )
 
@@ -63,6 +66,9 @@ class FrameType(enum.IntEnum):
     FAULT = 13
     PARK = 14
     PARKED = 15
+    FLUSH = 16
+    MARK = 17
+    DURABLE = 18
 
 
 class Encoding(enum.IntEnum):
@@ -157,6 +163,9 @@ Frame = (
     | Committed
     | Park
     | Parked
+    | Flush
+    | StreamMark
+    | Durable
     | Ping
     | Pong
     | Fault
@@ -178,6 +187,9 @@ KINDS: Final[dict[type, FrameType]] = {
     Fault: FrameType.FAULT,
     Park: FrameType.PARK,
     Parked: FrameType.PARKED,
+    Flush: FrameType.FLUSH,
+    StreamMark: FrameType.MARK,
+    Durable: FrameType.DURABLE,
 }
 
 # Longest body of each type. HELLO and BEGIN hold as many volumes, bookmarks and gaps as `checks` allows; the
@@ -198,6 +210,9 @@ MAX_BODY_BYTES: Final[dict[FrameType, int]] = {
     FrameType.PING: 64,
     FrameType.PONG: 64,
     FrameType.FAULT: 16 << 10,
+    FrameType.FLUSH: 256,
+    FrameType.MARK: 1 << 10,
+    FrameType.DURABLE: 256,
 }
 
 

@@ -18,6 +18,9 @@
 
 PING and PONG may go either way after HELLO; FAULT from the receiver after WELCOME closes. The table is of the
 conversation, so both roles walk through the same one.
+
+Beside it the stream of the open interval's writes goes, whatever the state, from WELCOME on: DATA of WRITES, its DATA
+of WRITE_BLOCKS, then FLUSH; or MARK. DURABLE of the receiver answers each FLUSH and MARK, in order.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ from pitfs.link.frames import (
     encode,
     read_header,
 )
+from pitfs.model.transfer import TRANSFER_SECTIONS, Durable, Flush, StreamMark
 
 
 class Role(enum.Enum):
@@ -87,9 +91,12 @@ _TABLE: Final[dict[State, dict[FrameType, State]]] = {
     },
     State.CLOSED: {},
 }
+_STREAM: Final = (FrameType.DATA, FrameType.FLUSH, FrameType.MARK, FrameType.DURABLE)
 for _state, _moves in _TABLE.items():
     if _state not in (State.GREETING, State.CLOSED):
         _moves.update(dict.fromkeys(_ALIVE, _state))
+    if _state not in (State.GREETING, State.ASKED, State.CLOSED):
+        _moves.update(dict.fromkeys(_STREAM, _state))
 
 _MAY_SEND: Final = {
     Role.SENDER: frozenset(
@@ -100,6 +107,8 @@ _MAY_SEND: Final = {
             FrameType.CHECKPOINT,
             FrameType.END,
             FrameType.PARK,
+            FrameType.FLUSH,
+            FrameType.MARK,
             *_ALIVE,
         }
     ),
@@ -112,6 +121,7 @@ _MAY_SEND: Final = {
             FrameType.COMMITTED,
             FrameType.PARKED,
             FrameType.FAULT,
+            FrameType.DURABLE,
             *_ALIVE,
         }
     ),
@@ -146,6 +156,8 @@ class LinkProtocol:
         self._wanted = len(PREFACE)  # bytes that `_frame` needs before it can be looked at
         self._failed = False
         self._checkpoints = 0  # CHECKPOINTs without their PROGRESS
+        self._flushes = 0  # FLUSHes and MARKs without their DURABLE
+        self._streamed_seq = self._durable_seq = 0
         self._ends = [0, 0, 0, 0, 0]  # furthest byte of each section that a PROGRESS may name
         self._durable = (0, 0, 0, 0, 0)
 
@@ -252,8 +264,10 @@ class LinkProtocol:
                 return f"WELCOME names version {version}, spoken are {VERSIONS}"
             case Resume(point=point):
                 self._ends, self._durable, self._checkpoints = list(point.lengths), point.lengths, 0
-            case WireData():
-                index = frame.section - 1
+            case WireData(section=section) if section in TRANSFER_SECTIONS:
+                if self.state is not State.TRANSFER:
+                    return f"DATA of {section.name} may not come in state {self.state.name}"
+                index = section - 1
                 self._ends[index] = max(self._ends[index], frame.offset + frame.raw_length)
             case Progress(point=point):
                 if not self._checkpoints:
@@ -265,6 +279,14 @@ class LinkProtocol:
                 self._durable = point.lengths
             case _ if frame_type is FrameType.CHECKPOINT:
                 self._checkpoints += 1
+            case Flush(seq=seq) | StreamMark(seq=seq):
+                self._flushes, self._streamed_seq = self._flushes + 1, seq
+            case Durable(seq=seq):
+                if not self._flushes:
+                    return "DURABLE without a FLUSH or MARK"
+                if self.role is Role.SENDER and not self._durable_seq <= seq <= self._streamed_seq:
+                    return f"DURABLE to seq {seq}, streamed {self._streamed_seq}, before {self._durable_seq}"
+                self._flushes, self._durable_seq = self._flushes - 1, seq
             case _ if frame_type in (FrameType.COMMITTED, FrameType.PARKED) and self._checkpoints:
                 return f"{frame_type.name} with {self._checkpoints} CHECKPOINTs unanswered"
         return None

@@ -19,6 +19,15 @@ Sections:
     JOURNAL         JOURNAL_ENTRY rows, layer after layer, each strictly ascending by (volume, block, seq)
     JOURNAL_BLOCKS  contents of the rows of JOURNAL with source JOURNAL, whole blocks, in the order of JOURNAL
 
+While the link keeps up the open interval's writes *stream*, beside these transfers:
+
+    WRITES          WRITE rows, consecutive seqs; Data.offset is the seq of the first
+    WRITE_BLOCKS    contents of their blocks, whole, in order; Data.offset counts bytes since the connection began
+
+Rows, then their contents, then a Flush: that is a batch. It is applied whole, made durable, and answered by a Durable.
+A StreamMark closes the interval: what was streamed becomes a snapshot and an interval at every write on the replica
+itself. LAYERS of earlier intervals may go in between; FULL and INTERVAL lead on from where the stream ended.
+
 `unit` counts 512 bytes, the smallest block size. Of all layers of an interval JOURNAL_BLOCKS stand one behind the
 other, so a place in them means the same whatever transfers they came in. A row says nothing that the replica finds
 by itself: its `unit` and `checksum` are 0 unless it shares the content of another row. All integers are little-endian.
@@ -27,14 +36,18 @@ by itself: its `unit` and `checksum` are 0 unless it shares the content of anoth
 from __future__ import annotations
 
 import enum
+from dataclasses import dataclass
 from typing import Final
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 UNIT_BYTES: Final = 512
 MAX_PAYLOAD_BYTES: Final = 1 << 20  # one Data frame; the limit of everything that is held at once
 MAX_CHECKPOINT_BYTES: Final = 16 << 20  # a sender checkpoints at least this often
+MAX_BATCH_BYTES: Final = 4 << 20  # contents of a batch of streamed writes, but for one write that is larger
+MAX_BATCH_ROWS: Final = 32 << 10
 
 
 class Section(enum.IntEnum):
@@ -43,6 +56,13 @@ class Section(enum.IntEnum):
     POSITIONS = 3
     JOURNAL = 4
     JOURNAL_BLOCKS = 5
+    WRITES = 6
+    WRITE_BLOCKS = 7
+
+
+TRANSFER_SECTIONS: Final = (
+    Section.DIFF, Section.DIFF_BLOCKS, Section.POSITIONS, Section.JOURNAL, Section.JOURNAL_BLOCKS,
+)  # fmt: skip
 
 
 class Source(enum.IntEnum):
@@ -77,7 +97,16 @@ JOURNAL_ENTRY: Final = np.dtype(
     ]
 )
 POSITION: Final = np.dtype([("seq", "<u8"), ("time_ns", "<i8")])
-assert DIFF_ENTRY.itemsize == 32 and JOURNAL_ENTRY.itemsize == 40
+WRITE: Final = np.dtype(
+    [
+        ("time_ns", "<i8"),
+        ("block", "<u8"),  # first
+        ("block_count", "<u4"),
+        ("volume", "<u2"),
+        ("reserved", "<u2"),
+    ]
+)
+assert DIFF_ENTRY.itemsize == 32 and JOURNAL_ENTRY.itemsize == 40 and WRITE.itemsize == 24
 
 
 class Kind(enum.IntEnum):
@@ -193,6 +222,7 @@ class Welcome(msgspec.Struct, frozen=True):
     """Where the replica stands: its last committed mark, 0 and zeros if it has none.
 
     `coarse` (at the start of a session): the newest intervals that could become finer, newest first.
+    `tail_seq`, `tail_time_ns`: the last write behind that mark which it has durably, from a stream; zeros if none.
     """
 
     mark: int
@@ -200,6 +230,8 @@ class Welcome(msgspec.Struct, frozen=True):
     time_ns: int
     protected_through_ns: int
     coarse: tuple[Coarse, ...] = ()
+    tail_seq: int = 0
+    tail_time_ns: int = 0
 
 
 # What a sender puts out for one transfer, in order: Begin, (Data | Checkpoint)*, then End or Park.
@@ -246,3 +278,61 @@ class Park(msgspec.Struct, frozen=True):
 
 
 TransferFrame = Begin | Data | Checkpoint | End | Park
+
+
+# The stream.
+
+
+@dataclass(frozen=True, slots=True)
+class Writes:
+    """A batch of streamed writes, whole.
+
+    Attributes:
+        first_seq: of the first row. rows: WRITE[n].
+        contents: the blocks of all rows, one behind the other.
+        digest: xxh3_64 of the xxh3_64 (8 bytes each) of these blocks, as they were taken at the splitter.
+    """
+
+    first_seq: int
+    rows: npt.NDArray[np.void]
+    contents: bytes | bytearray | memoryview
+    digest: int
+
+
+class Flush(msgspec.Struct, frozen=True):
+    """Ends a batch (one without rows says that time went on): it is to be made durable and readable.
+
+    Attributes:
+        seq: of the last write streamed so far.
+        digest: of the batch, as in Writes.
+        protected_through_ns: every write up to this time is in.
+    """
+
+    seq: int
+    digest: int
+    protected_through_ns: int
+
+
+class StreamMark(msgspec.Struct, frozen=True):
+    """The open interval ends at the last streamed write, (seq, time_ns); of an empty one the mark moves on alone."""
+
+    mark: int
+    seq: int
+    time_ns: int
+    protected_through_ns: int
+    bookmark: str | None = None
+
+
+class Durable(msgspec.Struct, frozen=True):
+    """The answer to each Flush and StreamMark, and cumulative.
+
+    Attributes:
+        seq, time_ns: the last write that survives power loss.
+        mark: the last one whose snapshot is committed: a closed interval is built while the stream goes on.
+        protected_through_ns: as readers see it.
+    """
+
+    seq: int
+    time_ns: int
+    mark: int
+    protected_through_ns: int

@@ -28,6 +28,7 @@ from pitfs.model.transfer import (
     JOURNAL_ENTRY,
     MAX_PAYLOAD_BYTES,
     POSITION,
+    TRANSFER_SECTIONS,
     UNIT_BYTES,
     Data,
     End,
@@ -124,7 +125,7 @@ class StagedTransfer:
         self.diff = DiffCheck(volumes, self.manifest)
         self.journal = JournalCheck(volumes, self.manifest)
         self.positions = PositionsCheck(self.manifest)
-        self._lengths = dict.fromkeys(Section, 0)
+        self._lengths = dict.fromkeys(TRANSFER_SECTIONS, 0)
         self._blocks = dict.fromkeys(_CONTENTS, 0)  # that have come
         self._sizes = {section: _Sizes(self._own_sizes(section)) for section in _CONTENTS}
         self._digests = {section: xxhash.xxh3_64() for section in (*_ROW_FILES, *_CONTENTS)}
@@ -156,7 +157,7 @@ class StagedTransfer:
         return staged
 
     def _open(self, progress: Progress) -> None:
-        for section, length in zip(Section, progress.lengths, strict=True):
+        for section, length in zip(TRANSFER_SECTIONS, progress.lengths, strict=True):
             self._fds[section] = self._open_cut(self.path(section), self._base(section) + length)
             self._lengths[section] = length
         for section, count in zip(_CONTENTS, progress.blocks, strict=True):
@@ -202,7 +203,7 @@ class StagedTransfer:
     @property
     def lengths(self) -> tuple[int, int, int, int, int]:
         """Bytes of each section that have come."""
-        one, two, three, four, five = (self._lengths[section] for section in Section)
+        one, two, three, four, five = (self._lengths[section] for section in TRANSFER_SECTIONS)
         return one, two, three, four, five
 
     @property
@@ -286,7 +287,7 @@ class StagedTransfer:
 
     def checkpoint(self, cursor: tuple[int, ...]) -> ResumePoint:
         """Makes all that has come durable, and remembers the cursor with it. Raises OSError."""
-        for section, length in zip(Section, self._progress.lengths, strict=True):
+        for section, length in zip(TRANSFER_SECTIONS, self._progress.lengths, strict=True):
             if self._lengths[section] != length:
                 os.fdatasync(self._fds[section])  # before the progress that counts on it
                 if section in _CONTENTS:

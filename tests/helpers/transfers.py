@@ -19,6 +19,7 @@ from pitfs.model.transfer import (
     DIFF_ENTRY,
     JOURNAL_ENTRY,
     POSITION,
+    TRANSFER_SECTIONS,
     UNIT_BYTES,
     Begin,
     Bookmark,
@@ -63,7 +64,7 @@ class Transfer:
 
     @property
     def end(self) -> End:
-        one, two, three, four, five = (len(self.sections[section]) for section in Section)
+        one, two, three, four, five = (len(self.sections[section]) for section in TRANSFER_SECTIONS)
         checksums = []
         for section in (Section.DIFF_BLOCKS, Section.JOURNAL_BLOCKS):
             ends = np.cumsum(self.block_sizes[section]).tolist()
@@ -77,7 +78,7 @@ class Transfer:
     ) -> Iterator[TransferFrame]:
         """Begin, data from `lengths` on, checkpoints with the lengths as cursor, End."""
         yield Begin(self.manifest)
-        at = dict(zip(Section, lengths, strict=True))
+        at = dict(zip(TRANSFER_SECTIONS, lengths, strict=True))
         order = (
             [Section.DIFF, Section.DIFF_BLOCKS, Section.POSITIONS, Section.JOURNAL, Section.JOURNAL_BLOCKS]
             if interleave
@@ -90,7 +91,7 @@ class Transfer:
                 yield Data(section, start, self.sections[section][start:stop])
                 at[section] = stop
                 if random.random() < 0.3:
-                    yield Checkpoint(tuple(at[each] for each in Section))
+                    yield Checkpoint(tuple(at[each] for each in TRANSFER_SECTIONS))
         yield self.end
 
     def _stop(self, section: Section, start: int, count: int) -> int:

@@ -34,7 +34,9 @@ from pitfs.model.transfer import (
     Begin,
     Bookmark,
     Checkpoint,
+    Durable,
     End,
+    Flush,
     Gap,
     Hello,
     Manifest,
@@ -216,7 +218,7 @@ def test_there_is_no_frame_that_deletes_or_rewrites() -> None:
     names = {frame_type.name for frame_type in FrameType}
     assert names == {
         *("HELLO", "WELCOME", "REFUSE", "BEGIN", "RESUME", "DATA", "CHECKPOINT"),
-        *("PROGRESS", "END", "COMMITTED", "PING", "PONG", "FAULT", "PARK", "PARKED"),
+        *("PROGRESS", "END", "COMMITTED", "PING", "PONG", "FAULT", "PARK", "PARKED", "FLUSH", "MARK", "DURABLE"),
     }
 
 
@@ -343,7 +345,7 @@ def test_msgpack_that_lies_nests_or_overflows_is_refused(body: bytes) -> None:
     ("section", "zeros", "raw_length", "offset", "flags", "payload"),
     [
         (0, b"\0\0\0", 1, 0, 0, b"x"),
-        (6, b"\0\0\0", 1, 0, 0, b"x"),
+        (8, b"\0\0\0", 1, 0, 0, b"x"),
         (1, b"\0\1\0", 1, 0, 0, b"x"),
         (1, b"\0\0\0", 2, 0, 0, b"x"),
         (1, b"\0\0\0", 0, 0, 1, b"x"),
@@ -426,3 +428,21 @@ def test_the_bytes_of_a_session_are_those_of_the_golden_file(request: pytest.Fix
     golden = (request.config.rootpath / "tests/golden/link-v1.hex").read_text().split()
     wire = wire_of(SESSION)
     assert [wire[Role.SENDER].hex(), wire[Role.RECEIVER].hex()] == golden
+
+
+@pytest.mark.parametrize("seq", [13, 15])
+def test_a_peer_that_acknowledges_what_was_not_streamed_or_takes_it_back_is_refused(seq: int) -> None:
+    at = next(i for i, (_, frame) in enumerate(SESSION) if isinstance(frame, Durable)) + 1
+    assert "DURABLE to seq" in refused(walked(Role.SENDER, at), packed(FrameType.DURABLE, Durable(seq, 71, 4, 82)))
+
+
+def test_a_stream_is_answered_once_for_each_flush() -> None:
+    at = next(i for i, (_, frame) in enumerate(SESSION) if isinstance(frame, Flush))
+    body = packed(FrameType.DURABLE, Durable(0, 71, 4, 82))
+    assert "without a FLUSH" in refused(walked(Role.SENDER, at), body)
+
+
+def test_contents_of_a_transfer_come_within_one_only() -> None:
+    wire = joined(walked(Role.SENDER, 7).send(WireData(Section.DIFF, 0, 64, Encoding.RAW, b"d" * 64)))
+    ready = next(i for i, (_, frame) in enumerate(SESSION) if isinstance(frame, Begin))
+    assert "DATA of DIFF may not come in state READY" in refused(walked(Role.RECEIVER, ready), wire)

@@ -23,6 +23,7 @@ from pitfs.model.transfer import (
     JOURNAL_ENTRY,
     MAX_PAYLOAD_BYTES,
     POSITION,
+    TRANSFER_SECTIONS,
     Bookmark,
     Data,
     End,
@@ -83,7 +84,7 @@ def send(ingest: Ingest, transfer: Transfer, **sections: bytes) -> None:
     """The whole of a transfer in large frames, with other bytes for some sections."""
     ingest.begin(transfer.manifest)
     lengths = []
-    for section in Section:
+    for section in TRANSFER_SECTIONS:
         data = sections.get(section.name, transfer.sections[section])
         if data:
             ingest.data(Data(section, 0, data))
