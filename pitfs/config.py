@@ -72,9 +72,10 @@ class SplitterConfig:
 class ReplicationConfig:
     host: str  # name or address, an IPv6 address without its brackets
     port: int
-    mode: str = "dynamic"  # dynamic | snapshot
+    mode: str = "dynamic"  # sync | async | snapshot | dynamic
     interval_ns: int = 60 * 10**9
     rate_bytes_per_s: int | None = None  # None: no cap, the measured rate
+    on_disconnect: str = "degrade"  # of mode sync: degrade | block
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,14 +195,15 @@ def _read_splitter(table: Table) -> SplitterConfig:
 
 
 def _read_replication(table: Table) -> ReplicationConfig:
-    table.only(("replica", "mode", "interval", "rate"))
+    table.only(("replica", "mode", "interval", "rate", "on_disconnect"))
     try:
         host, port = parse_endpoint(table.text("replica"))
     except ValueError as error:
         table.fail("replica", str(error))
     mode = table.choice("mode", ("dynamic", "snapshot", "sync", "async"), "dynamic")
-    if mode in ("sync", "async"):
-        table.fail("mode", f"mode '{mode}' isn't available yet: use 'dynamic' or 'snapshot'")
+    on_disconnect = table.choice("on_disconnect", ("degrade", "block"), "degrade")
+    if "on_disconnect" in table.values and mode != "sync":
+        table.fail("on_disconnect", f"is of mode 'sync', not of '{mode}': leave it out, or set mode = \"sync\"")
     interval_ns = table.quantity("interval", _DURATION_NS, '"60s"', 60 * 10**9)
     if interval_ns < MIN_INTERVAL_NS:
         table.fail("interval", f"{table.values['interval']!r} is too short: at least 100ms")
@@ -214,7 +216,7 @@ def _read_replication(table: Table) -> ReplicationConfig:
             table.fail(
                 "rate", f"{table.values['rate']!r}: must be 64kbit to 8000Tbit; without rate there is no cap"
             )
-    return ReplicationConfig(host, port, mode, interval_ns, rate)
+    return ReplicationConfig(host, port, mode, interval_ns, rate, on_disconnect)
 
 
 def _read_journal(table: Table) -> JournalConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -20,7 +20,7 @@ from pitfs.model.schedule import Step, Waiting, layers_left
 from pitfs.model.transfer import Coarse, VolumeInfo
 from pitfs.production import shipment
 from pitfs.production.journal import Location
-from pitfs.production.reader import BlockSource, Interval, JournalReader, SeenMark
+from pitfs.production.reader import BlockSource, Interval, JournalReader, SeenMark, after
 from pitfs.production.shipment import Shipment
 from pitfs.storage.segment import list_segments
 
@@ -36,7 +36,8 @@ class _Journal:
 
     mark: int
     start: Location
-    position: tuple[int, int]  # that the interval begins at
+    start_position: tuple[int, int]  # that stands there
+    position: tuple[int, int]  # that the interval begins at: behind `start_position` where a stream had got further
     to: tuple[int, int]  # that it ends at
     layer: int
     base_bytes: int  # of JOURNAL_BLOCKS that the replica has
@@ -76,7 +77,7 @@ class Backfill:
             return
         to = interval.to_seq, interval.to_time_ns
         position = interval.from_seq, interval.from_time_ns
-        journal = _Journal(interval.mark, interval.start, position, to, NO_LAYER, 0, shipment.rung_bytes)
+        journal = _Journal(interval.mark, interval.start, position, position, to, NO_LAYER, 0, shipment.rung_bytes)
         self._journals[interval.mark] = journal
         self._built = interval.mark, shipment, source
         if len(self._journals) > MAX_WAITING:
@@ -92,14 +93,14 @@ class Backfill:
         before, self._journals = self._journals, {}
         for start, end in itertools.pairwise(marks):
             found = lacks.get(end.position)
-            if found is None or start.position[0] == end.position[0] or end.begins_anew:
+            if found is None or end.begins_anew or not start.position[0] <= found.from_seq < end.position[0]:
                 continue
+            position = found.from_seq, found.from_time_ns
             journal = before.get(end.mark)
             layer = layer_of(found.granularity_ns)
-            if journal is None or journal.to != end.position:
-                journal = _Journal(
-                    end.mark, start.location, start.position, end.position, layer, found.journal_bytes
-                )
+            if journal is None or (journal.position, journal.to) != (position, end.position):
+                places = start.location, start.position, position, end.position
+                journal = _Journal(end.mark, *places, layer, found.journal_bytes)
             if journal.layer != layer:
                 journal.parked = None
             journal.layer, journal.base_bytes = layer, found.journal_bytes
@@ -135,12 +136,13 @@ class Backfill:
     def _read(self, journal: _Journal, until: Location) -> tuple[Shipment, BlockSource]:
         reader = JournalReader(self._directory, self._block_sizes)
         try:
-            reader.seek(journal.start, journal.position)
+            reader.seek(journal.start, journal.start_position)
             interval = reader.next(until)
         finally:
             reader.close()
         if not isinstance(interval, Interval) or (interval.to_seq, interval.to_time_ns) != journal.to:
             raise CorruptionError(self._directory, 0, f"another interval stands where mark {journal.mark} was")
+        interval = after(interval, journal.position)
         source = BlockSource(self._directory, interval, self._block_sizes)
         try:
             return shipment.prepare(interval, self._volumes, source, True), source
@@ -149,7 +151,11 @@ class Backfill:
             raise
 
     async def ship(
-        self, session: SenderSession, step: Step, rate_bytes_per_s: float | None, interrupted: Callable[[], bool]
+        self,
+        session: SenderSession,
+        step: Step,
+        rate_bytes_per_s: float | None,
+        interrupted: Callable[[], Awaitable[bool]],
     ) -> bool:
         """Sends the layers of a step; False where they were put off.
 

@@ -31,13 +31,13 @@ async def send(
     standing: Standing,
     *,
     batch_bytes: int = BATCH_BYTES,
-    interrupted: Callable[[], bool] | None = None,
+    interrupted: Callable[[], Awaitable[bool]] | None = None,
     on_durable: Callable[[ResumePoint], Awaitable[None]] | None = None,
 ) -> bool:
     """Sends a transfer's frames to its end; False where it was put off.
 
     Args:
-        interrupted: whether something else goes first, asked between frames.
+        interrupted: whether something else goes first, asked between frames; it may itself stream in between.
         on_durable: told what is durable on the replica, now and then.
     """
     begun, wire, payload = trio.current_time(), session.wire_bytes, session.payload_bytes
@@ -45,7 +45,7 @@ async def send(
     complete = False
     while not complete:
         for frame in await trio.to_thread.run_sync(_pull, iterator, batch_bytes):
-            if interrupted is not None and not isinstance(frame, End) and interrupted():
+            if interrupted is not None and not isinstance(frame, End) and await interrupted():
                 await session.park()
                 return False
             if isinstance(frame, End):

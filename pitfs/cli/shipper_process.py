@@ -124,9 +124,10 @@ async def _main(config: Config, hello: Hello, tls: LinkContext | None) -> None:
     state = config.group.state
     try:
         splitter = await control.Connection.open(state, control.SPLITTER_SOCKET)
+        follower = await control.Connection.open(state, control.SPLITTER_SOCKET)
     except OSError as error:
         raise PitfsError(f"{state}: the splitter isn't running: {os.strerror(error.errno or 0)}") from error
-    shipper = Shipper(config, hello, splitter, tls)
+    shipper = Shipper(config, hello, splitter, follower, tls)
     handler = ShipperControl(shipper, state, config.group.name)
     try:
         async with trio.open_nursery() as nursery:
@@ -135,6 +136,7 @@ async def _main(config: Config, hello: Hello, tls: LinkContext | None) -> None:
             nursery.start_soon(shipper.tick)
             nursery.start_soon(shipper.watch)
             nursery.start_soon(shipper.run)
+            nursery.start_soon(shipper.telling.run)
             nursery.start_soon(trim_heap)
             print("ready", flush=True)
     except* trio.BrokenResourceError:

@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from typing import Any, Final
 
 import trio
+from msgspec.structs import replace
 
 from pitfs.cli.backfill import Backfill
 from pitfs.cli.budget import Budget
+from pitfs.cli.following import Following
 from pitfs.cli.sending import payload_bytes_for, send
 from pitfs.cli.standing import Standing
+from pitfs.cli.streaming import TURN_S, Stream, Telling
 from pitfs.config import Config
 from pitfs.errors import CorruptionError, LinkError, PitfsError, PositionMismatchError
 from pitfs.link.stream import address_text
 from pitfs.link.tls import LinkContext
 from pitfs.link.transport import SenderSession, connect
 from pitfs.model import schedule
+from pitfs.model.granularity import EVERY_WRITE
 from pitfs.model.position import format_instant
-from pitfs.model.schedule import next_step
-from pitfs.model.transfer import Hello, ResumePoint, VolumeInfo, Welcome
+from pitfs.model.schedule import Way, behind_limit_s, next_step, way_to_go
+from pitfs.model.transfer import Hello, ResumePoint, VolumeInfo
 from pitfs.production import copying, shipment
 from pitfs.production.control import Connection
-from pitfs.production.journal import Location, segment_bytes_for
-from pitfs.production.reader import BlockSource, Copy, Interval, JournalReader, make_durable
-from pitfs.production.start import journal_directory
+from pitfs.production.journal import Location
+from pitfs.production.reader import BlockSource, Copy, Interval, make_durable
 from pitfs.storage.files import storage_error
-from pitfs.storage.segment import list_segments
 
 log = logging.getLogger(__name__)
 
-POLL_S: Final = 0.5  # how often the journal is followed between marks, to spread the work of reading it
 MAX_INTERVAL_ROWS: Final = 1 << 20  # blocks written: building the difference takes some 300 B of RAM for each
 WATCH_S: Final = 2.0  # how often that is looked at: seldom for the splitter, often for what may be written
 
@@ -42,34 +44,44 @@ class Shipper:
     Args:
         config: of the group.
         hello: who we are.
-        splitter: connection to the splitter's control socket.
+        splitter, follower: connections to the splitter's control socket; the second waits for writes.
         tls: for the link, None on loopback without TLS.
     """
 
-    def __init__(self, config: Config, hello: Hello, splitter: Connection, tls: LinkContext | None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        hello: Hello,
+        splitter: Connection,
+        follower: Connection,
+        tls: LinkContext | None,
+    ) -> None:
         self._config = config
         self._hello = hello
         self._volumes: tuple[VolumeInfo, ...] = hello.volumes
-        self._splitter = splitter
+        self._splitter, self._follower = splitter, follower
         self._tls = tls
-        self._directory = journal_directory(config.group.state)
-        self._reader = JournalReader(self._directory, [volume.block_size for volume in self._volumes])
-        self._wake = trio.Event()
         self._durable_segment = 0  # segments before it were made durable before they were shipped
         self._needed_segment = 0  # what stands before it has been shipped, but for what is wanted for backfill
-        self._damaged = (-1, "")  # mark of an interval whose contents are damaged here, and how
         self._last_mark, self._marked_at = -1, Location(0, 0)  # as `watch` saw it
         self._early: set[int] = set()  # marks to be shipped that `watch` set; as few as fit into the journal
         self.standing = Standing(address_text(config.replication.host, config.replication.port))
         self._budget = Budget(config.replication, self.standing)
+        self._following = following = Following(config, hello, splitter, self.standing, self._give_back)
+        self._directory = following.directory
         self._backfill = Backfill(self._directory, self._volumes, self.standing)
+        self._stream = Stream(following.reader, self._volumes, self.standing, self._budget, following.tail)
+        self._fitted = True  # every write of the last interval into the link's rate
+        self._turn_at = 0.0  # the last turn of the stream
+        self.telling = Telling(splitter)  # the splitter, in mode sync
+        self._stream.on_durable = self._durable_there
 
     # -- marks -------------------------------------------------------------------------------------------
 
     async def mark(self, bookmark: str | None = None) -> dict[str, Any]:
         """Closes the interval now. Raises CapacityError while writes pass unjournalled."""
         reply = await self._splitter.request("mark", bookmark=bookmark)
-        self._wake.set()
+        self._following.wake.set()
         return reply
 
     async def tick(self) -> None:
@@ -99,17 +111,13 @@ class Shipper:
         stands still while something is sent or the link is down, just when an interval grows. What was written
         while the shipper was away can't be split any more: a mark only ever stands at the tail.
         """
-        tail, splitter = await self._tail()
+        tail, splitter = await self._following.tail()
         smallest = min(volume.block_size for volume in self._volumes)
         if splitter["mark"] != self._last_mark:  # whoever set it
             self._last_mark, self._marked_at = splitter["mark"], tail
-            self._wake.set()
-        elif self._bytes_between(self._marked_at, tail) > MAX_INTERVAL_ROWS * smallest:
+            self._following.wake.set()
+        elif self._following.bytes_between(self._marked_at, tail) > MAX_INTERVAL_ROWS * smallest:
             self._early.add((await self.mark())["mark"])
-
-    def _bytes_between(self, start: Location, end: Location) -> int:
-        segment_bytes = segment_bytes_for(self._config.journal.capacity_bytes)
-        return (end.segment - start.segment) * segment_bytes + end.offset - start.offset
 
     # -- the link ----------------------------------------------------------------------------------------
 
@@ -139,13 +147,36 @@ class Shipper:
             self.standing.connected = True
             session.on_progress = self.standing.getting_through
             self.standing.arrived(session.welcome, None)
-            await self._locate(session.welcome)
-            while True:
-                await self._go_on(session)
+            await self._meet(session)
+            try:
+                while True:
+                    await self._go_on(session)
+            finally:
+                self._out_of_step("the link to the replica is down")
+
+    async def _meet(self, session: SenderSession) -> None:
+        """Finds out where the replica stands in the journal, and what it lacks of intervals that it has."""
+        welcome = session.welcome
+        self._stream.end()
+        await self._following.locate(welcome)
+        if self._config.replication.mode != "snapshot":
+            self._backfill.restore(welcome.coarse, list(self._following.reader.seen))
+        if welcome.tail_seq:
+            session.welcome = replace(welcome, seq=welcome.tail_seq, time_ns=welcome.tail_time_ns)
 
     async def _go_on(self, session: SenderSession) -> None:
-        """One turn: the next diff or copy; else layers of a journal that waits; else it is waited for something."""
-        item = await self._next_item(session, wait=not self._backfill.waiting)
+        """One turn: of the stream; or the next diff or copy, else layers that wait; else it is waited for something."""
+        if session.failure is not None:  # nothing else would tell while there is nothing to send
+            raise session.failure
+        if not self._stream.active and session.welcome.mark and not self._following.copy_ahead:
+            tail, _ = await self._following.tail()
+            if self._way(self._following.bytes_between(self._following.reader.start, tail)).streams:
+                log.info("streaming behind mark %d: %s", session.welcome.mark, self.standing.way)
+                self._stream.begin(session, session.welcome.mark)
+        if self._stream.active:
+            await self._go_on_streaming(session)
+            return
+        item = await self._following.next_item(session, wait=not self._backfill.waiting)
         if isinstance(item, Copy):
             await self._ship_copy(session, item)
         elif isinstance(item, Interval):
@@ -153,143 +184,73 @@ class Shipper:
         else:
             await self._ship_layers(session)
 
-    async def _tail(self) -> tuple[Location, dict[str, Any]]:
-        reply = await self._splitter.request("tail")
-        return Location(reply["segment"], reply["offset"]), reply
+    def _way(self, backlog_bytes: int) -> Way:
+        replication = self._config.replication
+        way = way_to_go(
+            mode=replication.mode,
+            streaming=self._stream.active,
+            behind_s=self._stream.behind_s() if self._stream.active else 0.0,
+            backlog_bytes=backlog_bytes,
+            interval_s=replication.interval_ns / 1e9,
+            rate_bytes_per_s=self._budget.rate,
+            fitted=self._fitted,
+        )
+        self.standing.way = way.reason
+        return way
 
-    async def _locate(self, welcome: Welcome) -> None:
-        """Puts the reader behind the replica's last mark, or has a complete copy begun where that is gone."""
-        tail, splitter = await self._tail()
-        if welcome.mark > splitter["mark"]:
-            raise PositionMismatchError(
-                f"the replica has mark {welcome.mark} of group {self._hello.group!r}, this host only "
-                f"{splitter['mark']}: "
-                "this state directory is an old copy: put the current one back, or begin a new group"
-            )
-        if splitter["copy_mark"] is not None and welcome.mark >= splitter["copy_mark"]:
-            # It was committed, and the word of it was lost.
-            await self._splitter.request(
-                "copied", mark=splitter["copy_mark"], volume=len(self._volumes), block=0
-            )
-        try:
-            if welcome.mark == 0:
-                found = await self._skip_to_copy(splitter)
-            else:
-                found = await self._seek(welcome.mark, tail)
-        except CorruptionError as error:
-            await self._rescan(str(error))
+    async def _go_on_streaming(self, session: SenderSession) -> None:
+        """What was written; then layers of a journal that waits, or it is waited for more."""
+        self._following.wake = trio.Event()
+        if await self._stream_turn(session):
             return
-        if not found:
-            await self._rescan(
-                f"the replica stands at mark {welcome.mark}, which the local journal has no more"
-            )
-        elif welcome.mark and self._reader.position != (welcome.seq, welcome.time_ns):
-            raise PositionMismatchError(
-                f"the replica has mark {welcome.mark} of group {self._hello.group!r} at seq {welcome.seq}, this host "
-                f"at seq {self._reader.position[0]}: another host with a copy of this state has sent it: stop the one "
-                "that shouldn't; if this one shall go on, begin a new group"
-            )
+        if self._stream.needed_segment > self._needed_segment:
+            await self._give_back(self._stream.needed_segment)
+        if self._backfill.waiting:
+            await self._ship_layers(session)
+        elif self._config.replication.mode == "sync":
+            await self._follower.request("follow", lsn=self._stream.journalled_lsn)
         else:
-            if self.standing.committed_location is None:
-                self.standing.committed_location = self._reader.location
-            if self._config.replication.mode != "snapshot":
-                self._backfill.restore(welcome.coarse, list(self._reader.seen))
+            with trio.move_on_after(TURN_S):
+                await self._following.wake.wait()
 
-    async def _seek(self, mark: int, tail: Location) -> bool:
-        """As `JournalReader.seek_mark`, while the splitter may give segments back. Raises CorruptionError."""
-        while True:
-            numbers = await trio.to_thread.run_sync(list_segments, self._directory)
-            try:
-                return await trio.to_thread.run_sync(self._reader.seek_mark, mark, tail)
-            except CorruptionError:
-                # Removed or recycled under our eyes? Then it is looked for in what is left.
-                if numbers[:1] == (await trio.to_thread.run_sync(list_segments, self._directory))[:1]:
-                    raise
-
-    async def _skip_to_copy(self, splitter: dict[str, Any]) -> bool:
-        """For a replica that has nothing: the copy that is under way is what it begins with."""
-        if splitter["copy_mark"] is None:
-            return await self._wait_for_copy(splitter)
-        self._reader.seek(Location(splitter["copy_segment"], splitter["copy_offset"]), (0, 0))
-        return True
-
-    async def _wait_for_copy(self, splitter: dict[str, Any]) -> bool:
-        """Gives the journal's room back while writes pass: a copy begins then, and nothing before it can be used.
-
-        False where writes don't pass.
-        """
-        if not splitter["passing"]:
+    async def _stream_turn(self, session: SenderSession) -> bool:
+        """One turn of the stream; True where it ended: the replica was behind, or can't be led on that way."""
+        replication, stream = self._config.replication, self._stream
+        dynamic = replication.mode == "dynamic"
+        limit_s = behind_limit_s(replication.interval_ns / 1e9) if dynamic else math.inf
+        damage = None
+        self._turn_at = trio.current_time()
+        try:
+            self._following.copy_ahead = await stream.turn(limit_s)
+        except CorruptionError as error:
+            if error is session.failure:
+                raise
+            damage = error
+        if damage is None and not self._following.copy_ahead and self._way(0).streams:
             return False
-        await self._give_back(splitter["segment"])
-        self._reader.seek(Location(splitter["segment"], splitter["offset"]), (0, 0))
+        log.info("no longer streaming: %s", damage or self.standing.way)
+        self._out_of_step(str(damage or "a complete copy goes first"))
+        self._fitted = damage is not None or self._following.copy_ahead
+        await stream.leave()
+        if damage is not None:
+            await self._following.rescan(str(damage))
         return True
 
-    async def _rescan(self, cause: str, read_from: Location | None = None) -> None:
-        """Has a complete copy begun, with a gap before it, unless one is under way.
+    def _durable_there(self) -> None:
+        if self._config.replication.mode == "sync":
+            self.telling.tell(self._stream.durable_seq, self.telling.in_step or self._stream.caught_up)
 
-        Args:
-            read_from: where reading began that led to this.
+    def _out_of_step(self, cause: str) -> None:
+        if self._config.replication.mode == "sync":
+            self.telling.tell(self._stream.durable_seq, False, cause)
 
-        Raises:
-            LinkError: the one under way has an unreadable beginning; another was begun.
-        """
-        _, reply = await self._tail()
-        if reply["copy_mark"] is not None and read_from == Location(
-            reply["copy_segment"], reply["copy_offset"]
-        ):
-            await self._abandon(cause)  # going there once more would lead back here, for ever
-        if reply["copy_mark"] is None:
-            if await self._wait_for_copy(reply):
-                return
-            reply = await self._splitter.request("rescan", cause=cause)
-            log.error("%s: a complete copy follows", cause)
-        self._reader.seek(Location(reply["copy_segment"], reply["copy_offset"]), (0, 0))
-
-    async def _next_item(self, session: SenderSession, wait: bool = True) -> Interval | Copy | None:
-        """Follows the journal until the next mark or copy; None where there is none yet and it shan't wait.
-
-        Raises the session's failure.
-        """
-        given_up = False
-        while True:
-            if session.failure is not None:  # nothing else would tell while there is nothing to send
-                raise session.failure
-            wake = self._wake = trio.Event()
-            tail, splitter = await self._tail()
-            read_from = self._reader.location
-            try:
-                item = await trio.to_thread.run_sync(self._reader.next, tail)
-            except CorruptionError as error:
-                await self._rescan(str(error), read_from)
-                continue
-            if isinstance(item, Copy):
-                # When writes passed unjournalled. Of an attempt that never became durable the number may come again.
-                running = Location(splitter["copy_segment"], splitter["copy_offset"])
-                given_up = splitter["copy_mark"] != item.start.mark or item.location != running
-            if given_up and item is not None:
-                # What rests on it can't be applied either: only its room is wanted, for the copy that follows.
-                if isinstance(item, Interval):
-                    if item.bookmark is not None:
-                        log.error("bookmark %r lies in the gap: the replica won't have it", item.bookmark)
-                    await self._give_back(item.end.segment)
-                continue
-            if isinstance(item, Interval) and item.mark == self._damaged[0]:
-                await self._rescan(self._damaged[1])
-                continue
-            if item is not None:
-                return item
-            if given_up and not splitter["passing"] and splitter["copy_mark"] is None:
-                # No other copy follows, so that one was completed, and what rests on it isn't for this replica.
-                await self._rescan(
-                    "the replica stands before a complete copy that it had acknowledged (was its store put back "
-                    "to an older state?)"
-                )
-                continue
-            self.standing.getting_through()
-            if not wait and not given_up:
-                return None
-            with trio.move_on_after(POLL_S):
-                await wake.wait()
+    async def _between(self, session: SenderSession) -> bool:
+        """Between two frames of layers: whether something else goes first. What was written is streamed at once."""
+        if not self._stream.active:
+            return self._following.wake.is_set()
+        if self._config.replication.mode != "sync" and trio.current_time() - self._turn_at < TURN_S:
+            return False
+        return await self._stream_turn(session)
 
     # -- transfers ---------------------------------------------------------------------------------------
 
@@ -308,7 +269,7 @@ class Shipper:
         fds = [os.open(volume.backing, os.O_RDONLY | os.O_CLOEXEC) for volume in self._config.volumes]
 
         def tail() -> Location:
-            location, splitter = trio.from_thread.run(self._tail)
+            location, splitter = trio.from_thread.run(self._following.tail)
             if splitter["copy_mark"] != copy.start.mark:
                 raise LinkError("the copy under way was given up: writes passed unjournalled meanwhile")
             return location
@@ -317,7 +278,6 @@ class Shipper:
             iterator = copying.frames(
                 self._directory, self._volumes, fds, copy.location, copy.start.mark, resume, tail
             )
-
 
             async def on_durable(point: ResumePoint) -> None:
                 if len(point.cursor) == 2:
@@ -331,7 +291,7 @@ class Shipper:
             # point says where it stands.
             if error is session.failure:
                 raise
-            await self._abandon(str(error))
+            await self._following.abandon(str(error))
         finally:
             for fd in fds:
                 os.close(fd)
@@ -339,15 +299,8 @@ class Shipper:
         self.standing.getting_through()
         self.standing.arrived(session.welcome, copy.location)
         self.standing.settle(copy.start.mark)
+        self._following.copy_ahead = False
         log.info("complete copy committed, mark %d", copy.start.mark)
-
-    async def _abandon(self, cause: str) -> None:
-        """What the journal or the replica had of this copy can't be used: begins it anew. Raises LinkError."""
-        reply = (await self._tail())[1]
-        if reply["copy_mark"] is not None or not reply["passing"]:
-            log.error("%s: a complete copy follows", cause)
-            await self._splitter.request("rescan", cause=cause)
-        raise LinkError(f"{cause}: connecting anew for a complete copy")
 
     async def _ship_interval(self, session: SenderSession, interval: Interval) -> None:
         """The interval's snapshot diff; its difference journal waits then."""
@@ -372,8 +325,8 @@ class Shipper:
         except CorruptionError as error:
             source.close()
             # On the next connection the replica wants this one again: then it's passed over for the copy.
-            self._damaged = interval.mark, str(error)
-            await self._rescan(str(error))
+            self._following.damaged = interval.mark, str(error)
+            await self._following.rescan(str(error))
             raise LinkError(f"{error}: connecting anew for a complete copy") from error
         except BaseException:
             source.close()
@@ -386,20 +339,23 @@ class Shipper:
         if decision.granularity_ns is None or prepared.journal is None:
             self.standing.settle(interval.mark)
         self._early = {mark for mark in self._early if mark > interval.mark}
+        self._fitted = decision.granularity_ns == EVERY_WRITE
         log.debug("interval committed, mark %d, %d writes", interval.mark, len(interval.times))
 
     async def _ship_layers(self, session: SenderSession) -> None:
         """What goes next of the journals that wait; puts it off where a diff is due."""
         step = next_step(
-            diff_due=self._wake.is_set(), waiting=self._backfill.waiting, room_bytes=self._budget.room_bytes()
+            diff_due=self._following.wake.is_set() and not self._stream.active,
+            waiting=self._backfill.waiting,
+            room_bytes=self._budget.room_bytes(),
         )
         if step.kind in (schedule.Kind.DIFF, schedule.Kind.WAIT):
             return
         log.debug("next: %s", step)
         try:
-            await self._backfill.build(step.mark, (await self._tail())[0])
+            await self._backfill.build(step.mark, (await self._following.tail())[0])
             if step.kind is schedule.Kind.LAYERS:
-                await self._backfill.ship(session, step, self._budget.rate, lambda: self._wake.is_set())
+                await self._backfill.ship(session, step, self._budget.rate, lambda: self._between(session))
                 self.standing.settle(step.mark)
         except CorruptionError as error:
             if error is session.failure:
@@ -418,12 +374,12 @@ class Shipper:
 
     async def status(self, now_ns: int) -> dict[str, Any]:
         """The keys of INTERFACE: status --json, and more."""
-        standing, (tail, splitter) = self.standing, await self._tail()
+        standing, (tail, splitter) = self.standing, await self._following.tail()
         committed, location = standing.committed, standing.committed_location
         protected = committed.protected_through_ns if committed and committed.mark else None
         lag_bytes = splitter["used_bytes"]
         if location is not None:
-            lag_bytes = self._bytes_between(location, tail)
+            lag_bytes = self._following.bytes_between(location, tail)
         decision, rate = standing.last_decision, self._config.replication.rate_bytes_per_s
         return {
             "role": "production",
@@ -441,6 +397,9 @@ class Shipper:
             "holders": [],
             "seq": splitter["seq"],
             "link": standing.link,
+            "mode": self._config.replication.mode,
+            "shipping": "streaming" if self._stream.active else standing.way,
+            "sync": splitter["sync"],
             "passing": splitter["passing"] or None,
             "writes_waiting": splitter["waiting"] or None,
             "copying": splitter["copy_mark"] is not None,

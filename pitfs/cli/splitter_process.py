@@ -25,6 +25,7 @@ from pitfs.errors import PitfsError, UsageError
 from pitfs.fuse.mountinfo import clear_dead_mount, is_dead, mounted_at
 from pitfs.fuse.splitter import SplitterOperations, Syncer
 from pitfs.production import control
+from pitfs.production.agreement import Agreement
 from pitfs.production.service import SplitterService
 from pitfs.production.start import VolumeSpec, lock_state, open_splitter
 
@@ -124,8 +125,11 @@ def serve(config: Config) -> int:
         config.journal.on_full == "block",
         time.time_ns,
     )
-    service = SplitterService(splitter)
-    operations = SplitterOperations(splitter, Syncer(splitter), service.wait_for_room)
+    replication = config.replication
+    copying = splitter.standing.copy is not None
+    agreement = Agreement(replication.mode == "sync", replication.on_disconnect == "block", copying)
+    service = SplitterService(splitter, agreement)
+    operations = SplitterOperations(splitter, Syncer(splitter), service.wait_for_room, service.written)
     options = {f"fsname={FILE_SYSTEM}:{config.group.name}", f"subtype={FILE_SYSTEM}"}
     # A stop from here on waits until somebody can unmount in order; `stop_signals` lets it through.
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))

@@ -40,6 +40,7 @@ class Standing:
         failures: how often a connection failed.
         settled: the last mark up to which the replica has what the link had room for at first; more may follow.
         lost: marks from the first (exclusive) to the second (exclusive) lie in the last gap, and its cause.
+        way: how writes go, and why so, in words.
         wire_ratio: bytes on the wire for each byte of payload, of the last transfer that was measurable.
     """
 
@@ -53,6 +54,7 @@ class Standing:
     settled: int = 0
     lost: tuple[int, int, str] = (0, 0, "")
     last_decision: Decision | None = None
+    way: str = "nothing yet"
     rates: deque[float] = field(default_factory=lambda: deque(maxlen=MEASUREMENTS))
     wire_ratio: float = 1.0
     _changed: trio.Event = field(default_factory=trio.Event)

@@ -86,18 +86,24 @@ class SplitterOperations(pyfuse3.Operations):
         splitter: what writes and reads go to.
         syncer: what fsync goes to.
         wait_for_room: waits until the journal may have room again (on_full = "block"); False: it won't.
+        written: waits until a write may be answered (mode sync); False: it can't be any more.
     """
 
     supports_dot_lookup = False
     enable_writeback_cache = False  # it would merge writes, and seq and time would be wrong
 
     def __init__(
-        self, splitter: Splitter, syncer: Syncer, wait_for_room: Callable[[], Awaitable[bool]]
+        self,
+        splitter: Splitter,
+        syncer: Syncer,
+        wait_for_room: Callable[[], Awaitable[bool]],
+        written: Callable[[], Awaitable[bool]],
     ) -> None:
         super().__init__()
         self._splitter = splitter
         self._syncer = syncer
         self._wait_for_room = wait_for_room
+        self._written = written
         self._names = [os.fsencode(volume.name) for volume in splitter.volumes]
         self._sizes = [volume.size_bytes for volume in splitter.volumes]
         self._started_ns = time.time_ns()
@@ -116,7 +122,7 @@ class SplitterOperations(pyfuse3.Operations):
             try:
                 self._splitter.write(fh - FIRST_INODE, off, buf, may_wait)
                 self._waiting = False
-                return len(buf)
+                break
             except NotCachedError:
                 # What is around the write comes from the disk into memory; meanwhile others are served.
                 with contextlib.suppress(OSError):  # the write will meet it as well, and say it
@@ -132,6 +138,9 @@ class SplitterOperations(pyfuse3.Operations):
                 raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
             except Exception:
                 raise _mistake("write") from None
+        if not await self._written():
+            raise pyfuse3.FUSEError(errno.EIO)
+        return len(buf)
 
     async def read(self, fh: Any, off: int, size: int) -> bytes:
         try:

@@ -82,8 +82,8 @@ def _check_parts(frame: object) -> None:
                 if len(value.coarse) > MAX_COARSE:
                     raise ValueError(f"{len(value.coarse)} intervals, limit {MAX_COARSE}")
                 for each in value.coarse:
-                    interval = each.to_seq, each.to_time_ns, each.granularity_ns or 0, each.journal_bytes
-                    _check_numbers("interval", interval)
+                    positions = each.from_seq, each.from_time_ns, each.to_seq, each.to_time_ns
+                    _check_numbers("interval", (*positions, each.granularity_ns or 0, each.journal_bytes))
             case ResumePoint():
                 _check_numbers("lengths", value.lengths)
                 _check_cursor(value.cursor)

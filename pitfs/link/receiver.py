@@ -19,6 +19,7 @@ import trio
 
 from pitfs.errors import LinkError, PitfsError, RemoteProtocolError
 from pitfs.link import failures
+from pitfs.link.batches import BatchJoiner
 from pitfs.link.compression import PayloadDecoder
 from pitfs.link.failures import Told
 from pitfs.link.frames import (
@@ -40,7 +41,22 @@ from pitfs.link.frames import (
 from pitfs.link.protocol import LinkProtocol, Role, State
 from pitfs.link.stream import FrameQueue, PlainStream, TlsStream, peer_name, send_buffers
 from pitfs.link.tls import LinkContext, is_granted, names_of
-from pitfs.model.transfer import Begin, Checkpoint, Data, End, Hello, Manifest, Park, ResumePoint, Welcome
+from pitfs.model.transfer import (
+    TRANSFER_SECTIONS,
+    Begin,
+    Checkpoint,
+    Data,
+    Durable,
+    End,
+    Flush,
+    Hello,
+    Manifest,
+    Park,
+    ResumePoint,
+    StreamMark,
+    Welcome,
+    Writes,
+)
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +76,9 @@ class IngestProtocol(Protocol):
     def checkpoint(self, cursor: tuple[int, ...]) -> ResumePoint: ...
     def park(self, cursor: tuple[int, ...]) -> ResumePoint: ...
     def end(self, end: End) -> Welcome: ...
+    def write(self, writes: Writes) -> None: ...
+    def flush(self, protected_through_ns: int) -> Durable: ...
+    def mark(self, mark: StreamMark) -> Durable: ...
     def close(self) -> None: ...
 
 
@@ -260,6 +279,7 @@ class _Session:
         self._incoming: FrameQueue[Frame] = FrameQueue(self._limits.queue_bytes)
         self._outgoing: FrameQueue[Frame] = FrameQueue(REPLIES_BYTES)
         self._decoder = PayloadDecoder()
+        self._joiner = BatchJoiner()
         self._ingest: IngestProtocol | None = None
         self._scope = trio.CancelScope()
         self._reason: Exception | None = None  # why it ends; None: the peer left in order
@@ -335,8 +355,10 @@ class _Session:
         assert ingest is not None
         for frame in batch:
             match frame:
-                case WireData():
-                    ingest.data(self._decoder.decode(frame))
+                case WireData(section=section):
+                    (ingest.data if section in TRANSFER_SECTIONS else self._joiner.take)(self._decoder.decode(frame))
+                case Flush() | StreamMark():
+                    return self._apply_stream(ingest, frame)
                 case Begin(manifest=manifest):
                     return Resume(ingest.begin(manifest))
                 case Checkpoint(cursor=cursor):
@@ -348,6 +370,16 @@ class _Session:
                 case _:
                     raise AssertionError(f"the protocol let {frame} through")
         return None
+
+    def _apply_stream(self, ingest: IngestProtocol, frame: Flush | StreamMark) -> Durable:
+        if isinstance(frame, StreamMark):
+            if self._joiner.is_open:
+                raise RemoteProtocolError("MARK within a batch")
+            return ingest.mark(frame)
+        writes = self._joiner.finish(frame)
+        if writes is not None:
+            ingest.write(writes)
+        return ingest.flush(frame.protected_through_ns)
 
     def _reply(self, frame: Frame) -> None:
         """Queues a reply. Each answers a frame that was taken from the bounded queue, so no limit is needed

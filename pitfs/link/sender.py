@@ -18,6 +18,7 @@ import trio
 
 from pitfs.errors import LinkError, LocalProtocolError, PitfsError, RemoteProtocolError
 from pitfs.link import failures
+from pitfs.link.batches import BatchCutter
 from pitfs.link.compression import PayloadEncoder
 from pitfs.link.frames import (
     VERSIONS,
@@ -42,13 +43,17 @@ from pitfs.model.transfer import (
     Begin,
     Checkpoint,
     Data,
+    Durable,
     End,
+    Flush,
     Hello,
     Manifest,
     Park,
     ResumePoint,
+    StreamMark,
     TransferFrame,
     Welcome,
+    Writes,
 )
 
 # Sent without PROGRESS: two checkpoints, so that one is on its way while the other becomes durable.
@@ -71,6 +76,7 @@ class SenderSession:
         welcome: where the replica stood at the start of the session, then after the last `finish`.
         durable: how far the present transfer is durable on the replica.
         on_progress: called (in the event loop) with each PROGRESS; must not block or raise.
+        on_durable: the same with each DURABLE.
         wire_bytes: sent on the connection so far (frames; without the overhead of TLS, TCP and IP).
         payload_bytes: of Data sent so far, before compression.
         failure: why the session is over, None while it lives.
@@ -89,6 +95,7 @@ class SenderSession:
         self.welcome = Welcome(0, 0, 0, 0)
         self.durable = ResumePoint()
         self.on_progress: Callable[[ResumePoint], None] | None = None
+        self.on_durable: Callable[[Durable], None] | None = None
         self.wire_bytes = 0
         self.payload_bytes = 0
         self.failure: Exception | None = None
@@ -104,6 +111,8 @@ class SenderSession:
         self._given_bytes = 0  # payload that the caller gave
         self._progressed_bytes = 0  # of these, made durable
         self._marks: deque[int] = deque()  # _given_bytes at each CHECKPOINT without PROGRESS
+        self._cutter = BatchCutter()
+        self._unflushed: deque[int] = deque()  # bytes of each batch without DURABLE
 
     async def begin(self, manifest: Manifest) -> ResumePoint:
         """Begins a transfer; returns from where the replica wants it.
@@ -169,6 +178,37 @@ class SenderSession:
         reply = await self._ask(Park(), Parked)
         self._over()
         return reply.point
+
+    async def stream(self, writes: Writes | None, flush: Flush, window_bytes: int = WINDOW_BYTES) -> None:
+        """Hands over a batch of streamed writes, within a transfer or not; the answer comes by `on_durable`.
+
+        Waits until with it at most `window_bytes` are without an answer, or it is alone. Its contents must not change
+        afterwards.
+
+        Raises:
+            PitfsError: as `begin`.
+        """
+        size = len(writes.contents) + writes.rows.nbytes if writes is not None else 0
+        while size and self._unflushed and sum(self._unflushed) + size > window_bytes:
+            await self._wait()
+        self._raise_failure()
+        self._unflushed.append(size)
+        if writes is not None:
+            for data in self._cutter.cut(writes):
+                await self._put(data, len(data.payload) + FRAME_COST_BYTES)
+        await self._put(flush, FRAME_COST_BYTES)
+
+    async def stream_mark(self, mark: StreamMark) -> None:
+        """Ends the open interval behind what was streamed; the answer comes by `on_durable`. Raises as `begin`."""
+        self._raise_failure()
+        self._unflushed.append(0)
+        await self._put(mark, FRAME_COST_BYTES)
+
+    async def wait_durable(self) -> None:
+        """Returns when all that was streamed has been answered. Raises as `begin`."""
+        while self._unflushed:
+            await self._wait()
+        self._raise_failure()
 
     def _over(self) -> None:
         self._transferring = False
@@ -294,6 +334,10 @@ class SenderSession:
                 self._progressed_bytes = self._marks.popleft()
                 if self.on_progress is not None:
                     self.on_progress(point)
+            case Durable():
+                self._unflushed.popleft()
+                if self.on_durable is not None:
+                    self.on_durable(frame)
             case Ping(token=token):
                 self._outgoing.put_control(Pong(token))
             case Refuse() | Fault():

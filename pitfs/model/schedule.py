@@ -10,9 +10,68 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from pitfs.model.granularity import megabytes
 from pitfs.model.ladder import NO_LAYER, RUNGS_NS
+
+MIN_BEHIND_S: Final = 1.0  # a stream that is less behind than this keeps up
+MAX_BACKLOG_S: Final = 1.0  # of the link's rate: a stream that begins catches up within that
+UNKNOWN_BACKLOG_BYTES: Final = 16 << 20  # the same while the rate isn't known
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How writes go: as a stream as they come, or by intervals; `reason`: in words, for people."""
+
+    streams: bool
+    reason: str
+
+
+def way_to_go(
+    *,
+    mode: str,
+    streaming: bool,
+    behind_s: float,
+    backlog_bytes: int,
+    interval_s: float,
+    rate_bytes_per_s: float | None,
+    fitted: bool,
+) -> Way:
+    """The table:
+
+        mode snapshot                                       intervals
+        mode async or sync                                  stream
+        dynamic, streaming, behind a quarter of an interval intervals
+        dynamic, streaming                                  stream
+        dynamic, the last interval didn't fit as a whole    intervals
+        dynamic, more waits than goes in a second           intervals
+        dynamic                                             stream
+
+    Args:
+        streaming: whether it streams now. behind_s: for how long the replica has lacked its oldest missing write.
+        backlog_bytes: of the local journal, that would be streamed first.
+        fitted: whether every write of the last interval that went as such fitted into the link's rate.
+    """
+    if mode == "snapshot":
+        return Way(False, "mode is snapshot")
+    if mode in ("async", "sync"):
+        return Way(True, f"mode is {mode}")
+    if streaming:
+        if behind_s > behind_limit_s(interval_s):
+            return Way(False, f"intervals: as a stream the replica was {behind_s:.1f} s behind")
+        return Way(True, "the link keeps up")
+    if not fitted:
+        return Way(False, "intervals: every write of the last one took more than the link carries")
+    room = UNKNOWN_BACKLOG_BYTES if rate_bytes_per_s is None else rate_bytes_per_s * MAX_BACKLOG_S
+    if backlog_bytes > room:
+        return Way(False, f"intervals: {megabytes(backlog_bytes)} MB wait, {megabytes(room)} MB go in a second")
+    return Way(True, "the link keeps up")
+
+
+def behind_limit_s(interval_s: float) -> float:
+    """How far the replica may be behind in mode dynamic before intervals go instead."""
+    return max(MIN_BEHIND_S, interval_s / 4)
 
 
 class Kind(enum.Enum):

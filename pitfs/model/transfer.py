@@ -207,11 +207,13 @@ class Hello(msgspec.Struct, frozen=True):
 
 
 class Coarse(msgspec.Struct, frozen=True):
-    """An interval that the replica doesn't have at every write: where it ends, and what it has of it.
+    """An interval that the replica doesn't have at every write: its positions, and what it has of it.
 
     `journal_bytes`: of its JOURNAL_BLOCKS.
     """
 
+    from_seq: int
+    from_time_ns: int
     to_seq: int
     to_time_ns: int
     granularity_ns: int | None

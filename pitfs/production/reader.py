@@ -11,7 +11,7 @@ import os
 import struct
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import msgspec
@@ -41,7 +41,7 @@ MAX_SEEN: Final = 4096  # marks remembered from looking for one
 _NOT_THE_FILES: Final = frozenset({errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM})
 
 
-def _unreadable(error: OSError, path: str, offset: int) -> PitfsError:
+def unreadable(error: OSError, path: str, offset: int) -> PitfsError:
     """A segment that is missing or has a bad sector is damaged: what it held must come from elsewhere.
 
     Not so where this process has no memory, descriptors or rights: then it is all still there.
@@ -153,8 +153,20 @@ class JournalReader:
         self.location, self.position, self._pending = location, position, _Pending()
         self._start = location
 
-    def seek_mark(self, mark: int, until: Location) -> bool:
+    def restart(self) -> None:
+        """Goes back to where the open interval begins."""
+        self.seek(self._start, self.position)
+
+    @property
+    def start(self) -> Location:
+        """Where the open interval begins."""
+        return self._start
+
+    def seek_mark(self, mark: int, until: Location, tail_seq: int = 0) -> bool:
         """Goes on behind MARK or COPY_START number `mark`. False where the journal doesn't have it any more.
+
+        Args:
+            tail_seq: if it isn't 0, behind that write instead.
 
         Raises:
             CorruptionError: the journal is damaged before it.
@@ -174,12 +186,18 @@ class JournalReader:
                 start = msgspec.msgpack.decode(record.covered, type=CopyStart)
                 position = record.seq, record.time_ns
                 self.seen.append(SeenMark(start.mark, position, self.location, begins_anew=True))
-            return bool(self.seen) and self.seen[-1].mark == mark
+            if tail_seq:
+                if record.kind is Kind.WRITE and record.seq == tail_seq:
+                    found.append((record.seq, record.time_ns))
+            elif self.seen and self.seen[-1].mark == mark:
+                found.append(self.seen[-1].position)
+            return bool(found)
 
+        found: list[tuple[int, int]] = []
         self.follow(until, visit)
-        if not self.seen or self.seen[-1].mark != mark:
+        if not found:
             return False
-        self.position, self._start = self.seen[-1].position, self.location
+        self.position, self._start = found[0], self.location
         return True
 
     def next(self, until: Location) -> Interval | Copy | None:
@@ -230,7 +248,7 @@ class JournalReader:
                     return
         except OSError as error:
             path = journal_path(self.directory, self.location.segment)
-            raise _unreadable(error, path, self.location.offset) from error
+            raise unreadable(error, path, self.location.offset) from error
 
     def _open(self, number: int) -> SegmentReader:
         if self._reader is None or self._reader.header.number != number:
@@ -276,6 +294,23 @@ class JournalReader:
         self._pending, self.position = _Pending(), (interval.to_seq, interval.to_time_ns)
         self._start = self.location
         return interval
+
+
+def after(interval: Interval, position: tuple[int, int]) -> Interval:
+    """What of an interval lies behind a position (seq, time_ns) in it."""
+    if position[0] == interval.from_seq:
+        return interval
+    kept = np.flatnonzero(interval.columns.seq > position[0])
+    columns = interval.columns
+    return replace(
+        interval,
+        from_seq=position[0],
+        from_time_ns=position[1],
+        columns=Columns(columns.volume[kept], columns.block[kept], columns.seq[kept], columns.checksum[kept]),
+        segment=interval.segment[kept],
+        offset=interval.offset[kept],
+        times=interval.times[position[0] - interval.from_seq :],
+    )
 
 
 def make_durable(directory: str, first_segment: int, last_segment: int) -> None:
@@ -351,7 +386,7 @@ class BlockSource:
             try:
                 done = os.preadv(self._fd(number), [view[start:end]], at)
             except OSError as error:
-                raise _unreadable(error, path, at) from error
+                raise unreadable(error, path, at) from error
             if done != end - start:
                 raise CorruptionError(path, at, "the file ends inside a record")
         return buffer

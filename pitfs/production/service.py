@@ -3,7 +3,10 @@
 Serves these requests (`splitter.sock`):
 
     tail                            {"segment", "offset", "seq", "position_time_ns", "time_ns", "mark", "used_bytes",
-                                     "capacity_bytes", "passing", "waiting", "copy_mark", "copy_segment", "copy_offset"}
+                                     "capacity_bytes", "passing", "waiting", "copy_mark", "copy_segment", "copy_offset",
+                                     "lsn", "now_ns", "sync"}; no later write has a time up to now_ns
+    follow lsn                      the same, as soon as the journal has more than that; at the latest after FOLLOW_S
+    replicated seq in_step cause    mode sync: what the replica durably has
     mark [bookmark]                 the same, and "mark" is the one just set
     copied mark volume block        the replica durably has the running copy up to there
     release segment [wanted]        earlier segments aren't needed for shipping any more; those from `wanted` on are
@@ -22,6 +25,7 @@ import trio
 
 from pitfs.errors import CapacityError, PitfsError
 from pitfs.model.record import CopyProgress
+from pitfs.production.agreement import Agreement
 from pitfs.production.splitter import Splitter
 from pitfs.storage.files import storage_error
 
@@ -31,13 +35,20 @@ KEEP_INTERVAL_S: Final = 0.25  # how soon a rolled segment is followed by a new 
 CHECKPOINT_INTERVAL_S: Final = 30.0  # bounds what a crash leaves to redo where little is written
 ROLLED_CHECKPOINT_S: Final = 5.0  # the same where much is: each one writes all that is dirty
 RETRY_S: Final = 5.0  # after an error
+FOLLOW_S: Final = 0.25  # who follows has something to tell the replica that often even if nothing is written
 
 
 class SplitterService:
-    """Keeps a splitter going. `run` until cancelled; `handle` answers control requests."""
+    """Keeps a splitter going. `run` until cancelled; `handle` answers control requests.
 
-    def __init__(self, splitter: Splitter) -> None:
+    Args:
+        agreement: of mode sync.
+    """
+
+    def __init__(self, splitter: Splitter, agreement: Agreement) -> None:
         self._splitter = splitter
+        self._agreement = agreement
+        self._followers = trio.lowlevel.ParkingLot()
         self._room = trio.Event()
         self._stopping = False
         self._waiting = 0  # writes that wait for room
@@ -53,10 +64,20 @@ class SplitterService:
                 self._waiting -= 1
         return not self._stopping
 
+    async def written(self) -> bool:
+        """A write was journalled; True when it may be answered, False: it can't be any more."""
+        if self._followers:
+            self._followers.unpark_all()
+        standing = self._splitter.standing
+        if not self._agreement.holds or standing.passing:
+            return True
+        return await self._agreement.wait(standing.seq, standing.copy is not None)
+
     def stop(self) -> None:
-        """Lets go of writes that wait for room: they weren't answered, and the end mustn't wait for them."""
+        """Lets go of writes that wait: they weren't answered, and the end mustn't wait for them."""
         self._stopping = True
         self._room.set()
+        self._agreement.stop()
 
     async def run(self) -> None:
         """Prepares spares, writes checkpoints, releases segments, leaves passing when there is room."""
@@ -126,6 +147,12 @@ class SplitterService:
                 splitter.copied(
                     CopyProgress(int(request["mark"]), int(request["volume"]), int(request["block"]))
                 )
+            elif op == "replicated":
+                self._agreement.replicated(
+                    int(request["seq"]), bool(request["in_step"]), str(request.get("cause", ""))
+                )
+            elif op == "follow":
+                await self._follow(int(request["lsn"]))
             elif op == "release":
                 wanted = request.get("wanted")
                 splitter.release(int(request["segment"]), None if wanted is None else int(wanted))
@@ -141,9 +168,17 @@ class SplitterService:
             raise storage_error(error, splitter.journal.directory, f"request {op}") from error
         return self._standing()
 
+    async def _follow(self, lsn: int) -> None:
+        with trio.move_on_after(FOLLOW_S):
+            while self._splitter.journal.lsn <= lsn:
+                await self._followers.park()
+
     def _standing(self) -> dict[str, Any]:
         standing, journal = self._splitter.standing, self._splitter.journal
         return {
+            "lsn": journal.lsn,
+            "now_ns": self._splitter.now_ns(),
+            "sync": self._agreement.text,
             "segment": journal.tail.segment,
             "offset": journal.tail.offset,
             "seq": standing.seq,
@@ -153,7 +188,7 @@ class SplitterService:
             "used_bytes": journal.used_bytes,
             "capacity_bytes": journal.capacity_bytes,
             "passing": standing.passing,
-            "waiting": self._waiting,
+            "waiting": self._waiting + self._agreement.waiting_count,
             "copy_mark": standing.copy.mark if standing.copy else None,
             "copy_segment": standing.copy_location.segment,
             "copy_offset": standing.copy_location.offset,

@@ -324,6 +324,11 @@ class Splitter:
         if is_copied(self.volumes, progress):
             standing.copy = None
 
+    def now_ns(self) -> int:
+        """The time that no later record's comes before; as the last record's, if the clock stands behind that."""
+        self.standing.time_ns = max(self.standing.time_ns, self._clock_ns())
+        return self.standing.time_ns
+
     def _append_message(self, kind: Kind, time_ns: int, message: msgspec.Struct) -> Location:
         body = msgspec.msgpack.encode(message)
         self.journal.append(kind, 0, 0, 0, self.standing.seq, time_ns, body)

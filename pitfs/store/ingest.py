@@ -207,7 +207,8 @@ class Ingest:
         for interval in catalog.coarse_intervals(MAX_COARSE):
             blocks = catalog.object(object_file(ObjectKind.JOURNAL_BLOCKS, interval.snapshot))
             journal_bytes = blocks.data_bytes if blocks else 0
-            coarse.append(Coarse(interval.to_seq, interval.to_time_ns, interval.granularity_ns, journal_bytes))
+            positions = interval.from_seq, interval.from_time_ns, interval.to_seq, interval.to_time_ns
+            coarse.append(Coarse(*positions, interval.granularity_ns, journal_bytes))
         return msgspec.structs.replace(self._standing(), coarse=tuple(coarse))
 
     def _standing(self) -> Welcome:

@@ -50,6 +50,7 @@ from pitfs.model.transfer import (
     StreamMark,
     VolumeInfo,
     Welcome,
+    Writes,
 )
 
 HELLO = Hello("db1", "00ff", (VolumeInfo("root", 1 << 30, 4096), VolumeInfo("data", 1 << 20, 512)))
@@ -132,9 +133,12 @@ class FakeIngest:
     sections: list[bytearray] = field(default_factory=lambda: [bytearray() for _ in range(5)])
     calls: list[str] = field(default_factory=list)
     durable: ResumePoint = NOWHERE
+    batches: list[Writes] = field(default_factory=list)
+    marks: list[StreamMark] = field(default_factory=list)
     closed: bool = False
     ended: bool = False  # the transfer; what begins next begins anew
     block: threading.Event | None = None  # `data` waits for it
+    hold_flush: threading.Event | None = None  # `flush` does
     _busy: threading.Lock = field(default_factory=threading.Lock)
 
     def _enter(self, name: str) -> None:
@@ -183,6 +187,23 @@ class FakeIngest:
         self.ended = True
         self.start = Welcome(self.start.mark + 1, 9, 50, 60)
         return self.start
+
+    def write(self, writes: Writes) -> None:
+        self._enter("write")
+        assert self.batches == [] or writes.first_seq == self.batches[-1].first_seq + len(self.batches[-1].rows)
+        self.batches.append(writes)
+
+    def flush(self, protected_through_ns: int) -> Durable:
+        if self.hold_flush is not None:
+            self.hold_flush.wait(10)
+        self._enter("flush")
+        last = self.batches[-1].first_seq + len(self.batches[-1].rows) - 1 if self.batches else 0
+        return Durable(last, 0, self.start.mark, protected_through_ns)
+
+    def mark(self, mark: StreamMark) -> Durable:
+        self._enter("mark")
+        self.marks.append(mark)
+        return Durable(mark.seq, mark.time_ns, mark.mark, mark.protected_through_ns)
 
     def close(self) -> None:
         self._enter("close")

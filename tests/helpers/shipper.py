@@ -12,6 +12,7 @@ from pitfs.cli.shipping import Shipper
 from pitfs.config import load_config
 from pitfs.link.sender import SenderSession
 from pitfs.model.transfer import Checkpoint, Data, End, Manifest, ResumePoint, Welcome
+from pitfs.production.agreement import Agreement
 from pitfs.production.control import Connection
 from pitfs.production.reader import Copy, Interval
 from pitfs.production.service import SplitterService
@@ -60,16 +61,16 @@ class Parts:
 
     def __init__(self, tmp: Path) -> None:
         self.pipeline = Pipeline(tmp, [VOLUME_BYTES], [4096], capacity_bytes=16 << 20)
-        self.service = SplitterService(self.pipeline.splitter)
+        self.service = SplitterService(self.pipeline.splitter, Agreement(holds=False, blocks=False, copying=False))
         config = load_config(str(write_config(tmp, {"v0": self.pipeline.backings[0]})))
         self.session = Here(self.pipeline.ingest)
-        self.shipper = Shipper(config, self.pipeline.hello, cast(Connection, self), None)
+        self.shipper = Shipper(config, self.pipeline.hello, cast(Connection, self), cast(Connection, self), None)
 
     async def request(self, op: str, **arguments: Any) -> dict[str, Any]:
         return await self.service.handle({"op": op, **arguments})
 
     async def locate(self) -> None:
-        await self.shipper._locate(self.session.welcome)
+        await self.shipper._meet(cast(SenderSession, self.session))
 
     async def connect_anew(self) -> None:
         """As after a connection that broke."""
@@ -90,7 +91,7 @@ class Parts:
 
     async def next(self) -> Interval | Copy:
         with trio.fail_after(MARGIN_S):
-            item = await self.shipper._next_item(cast(SenderSession, self.session))
+            item = await self.shipper._following.next_item(cast(SenderSession, self.session))
             assert item is not None
             return item
 
@@ -101,23 +102,24 @@ class Parts:
             await self.shipper._ship_copy(session, item)
         else:
             await self.shipper._ship_interval(session, item)
-            while layers and self.shipper._backfill.waiting and not self.shipper._wake.is_set():
+            while layers and self.shipper._backfill.waiting and not self.shipper._following.wake.is_set():
                 await self.shipper._ship_layers(session)
         return item
 
     async def ship_layers(self, steps: int | None = None) -> None:
         """Layers of the journals that wait, as many steps; all of them if None."""
         while self.shipper._backfill.waiting and steps != 0:
-            self.shipper._wake = trio.Event()
+            self.shipper._following.wake = trio.Event()
             await self.shipper._ship_layers(cast(SenderSession, self.session))
             steps = None if steps is None else steps - 1
 
     def restart_shipper(self) -> None:
         """Another one takes over, as after a kill."""
         before = self.shipper
-        before._reader.close()
+        before._following.reader.close()
         before._backfill.close()
-        self.shipper = Shipper(before._config, self.pipeline.hello, cast(Connection, self), None)
+        here = cast(Connection, self)
+        self.shipper = Shipper(before._config, self.pipeline.hello, here, here, None)
 
     def granularities(self) -> list[int | None]:
         """Of the replica's intervals, oldest first."""
@@ -157,7 +159,7 @@ class Parts:
             store.close()
 
     def close(self) -> None:
-        self.shipper._reader.close()
+        self.shipper._following.reader.close()
         self.shipper._backfill.close()
         self.pipeline.close()
 

@@ -152,8 +152,8 @@ def test_sizes(text: str, capacity: int) -> None:
         ('"replica.example:7420"', '"replica.example"', "line 15, replication.replica: "),
         ('"replica.example:7420"', '"replica.example:0"', "isn't HOST:PORT with a port from 1 to 65535"),
         ('"replica.example:7420"', '"::1:7420"', "write an IPv6 address in brackets"),
-        ('"snapshot"', '"sync"', "mode 'sync' isn't available yet: use 'dynamic' or 'snapshot'"),
-        ('"snapshot"', '"async"', "mode 'async' isn't available yet: use 'dynamic' or 'snapshot'"),
+        ('"snapshot"', '"async"\non_disconnect = "block"', "on_disconnect: is of mode 'sync', not of 'async'"),
+        ('"snapshot"', '"sync"\non_disconnect = "wait"', "'wait' isn't known; it is one of degrade, block"),
         (
             '"snapshot"',
             '"dynamik"',

@@ -79,7 +79,7 @@ async def test_segments_recycled_under_the_search_are_searched_again(
     parts.mark()
     await parts.ship()
     mark = parts.session.welcome.mark
-    real = parts.shipper._reader._open
+    real = parts.shipper._following.reader._open
     asked = []
 
     def open_segment(number: int) -> SegmentReader:
@@ -88,7 +88,7 @@ async def test_segments_recycled_under_the_search_are_searched_again(
         asked.append(number)
         return real(number)
 
-    monkeypatch.setattr(parts.shipper._reader, "_open", open_segment)
+    monkeypatch.setattr(parts.shipper._following.reader, "_open", open_segment)
     await parts.locate()
     assert asked[0] == 1 and asked[1] > 1 and splitter.standing.mark == mark, "found, without a complete copy"
     parts.write()

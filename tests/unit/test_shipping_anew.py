@@ -92,7 +92,7 @@ async def test_a_mark_in_the_gap_is_said_to_be_so_though_the_copys_commit_was_no
     parts.write()
     in_gap = (await parts.shipper.mark())["mark"]
     parts.pipeline.splitter.start_copy("to try it")
-    parts.shipper._reader.seek(parts.pipeline.splitter.standing.copy_location, (0, 0))
+    parts.shipper._following.reader.seek(parts.pipeline.splitter.standing.copy_location, (0, 0))
     finish = parts.session.finish
 
     async def cut(end: End) -> Welcome:
@@ -218,7 +218,7 @@ async def test_a_link_that_fails_while_there_is_nothing_to_send_ends_the_waiting
         nursery.start_soon(follow)
         await wait_all_tasks_blocked()
         parts.session.failure = LinkError("nothing heard from it for 20 s")
-        parts.shipper._wake.set()
+        parts.shipper._following.wake.set()
     assert caught == [parts.session.failure]
 
 
