@@ -17,7 +17,7 @@ from pitfs.link.transport import SenderSession
 from pitfs.model.granularity import Decision, megabytes
 from pitfs.model.ladder import LAST_LAYER, NO_LAYER, RUNGS_NS, layer_of
 from pitfs.model.schedule import Step, Waiting, layers_left
-from pitfs.model.transfer import Coarse, VolumeInfo
+from pitfs.model.transfer import WAITS, Coarse, VolumeInfo
 from pitfs.production import shipment
 from pitfs.production.journal import Location
 from pitfs.production.reader import BlockSource, Interval, JournalReader, SeenMark, after
@@ -57,6 +57,7 @@ class Backfill:
         self._block_sizes = [volume.block_size for volume in volumes]
         self._journals: dict[int, _Journal] = {}  # by mark, oldest first
         self._built: tuple[int, Shipment, BlockSource] | None = None
+        self._lost: list[_Journal] = []  # the replica believes that they will still come
 
     def close(self) -> None:
         self._forget()
@@ -80,14 +81,14 @@ class Backfill:
         journal = _Journal(interval.mark, interval.start, position, position, to, NO_LAYER, 0, shipment.rung_bytes)
         self._journals[interval.mark] = journal
         self._built = interval.mark, shipment, source
-        if len(self._journals) > MAX_WAITING:
-            del self._journals[min(self._journals)]
+        self._bound()
 
-    def restore(self, coarse: Sequence[Coarse], marks: Sequence[SeenMark]) -> None:
+    def restore(self, coarse: Sequence[Coarse], marks: Sequence[SeenMark], mark: int) -> None:
         """What a replica says that it lacks, as far as the local journal has it.
 
         Args:
             marks: those that the local journal has, in order.
+            mark: the replica's.
         """
         lacks = {(each.to_seq, each.to_time_ns): each for each in coarse}
         before, self._journals = self._journals, {}
@@ -105,8 +106,17 @@ class Backfill:
                 journal.parked = None
             journal.layer, journal.base_bytes = layer, found.journal_bytes
             self._journals[end.mark] = journal
+        self._bound()
+        here = {journal.to for journal in self._journals.values()}
+        self._lost = [
+            _Journal(mark, Location(0, 0), (0, 0), (each.from_seq, each.from_time_ns), to,
+                     layer_of(each.granularity_ns), each.journal_bytes)
+            for to, each in lacks.items() if each.waits and to not in here
+        ]  # fmt: skip
+
+    def _bound(self) -> None:
         for mark in sorted(self._journals)[:-MAX_WAITING]:
-            del self._journals[mark]
+            self._lost.append(self._journals.pop(mark))
 
     @property
     def waiting(self) -> list[Waiting]:
@@ -170,7 +180,7 @@ class Backfill:
         left = layers_left(layer, built.rung_bytes)
         cause = ""
         if left:
-            cause = f"{megabytes(left[-1][1])} MB more of its difference journal wait until the link is idle"
+            cause = f"{megabytes(left[-1][1])} MB more of its difference journal wait {WAITS}"
         manifest = shipment.layers_manifest(built, base, layer, cause)
         payload_bytes = payload_bytes_for(rate_bytes_per_s)
         resume = await session.begin(manifest)
@@ -199,11 +209,18 @@ class Backfill:
         journal = self._journals[mark]
         self.drop(mark)
         numbers = await trio.to_thread.run_sync(list_segments, self._directory)
-        cause = ERASED if numbers and journal.start.segment < numbers[0] else str(error)
-        log.info("mark %d stays at its granularity: %s", mark, cause)
+        await self._tell(session, journal, ERASED if numbers and journal.start.segment < numbers[0] else str(error))
+
+    async def tell_lost(self, session: SenderSession) -> None:
+        """Journals that the replica believes will still come, but the local journal has them no more."""
+        while self._lost:
+            await self._tell(session, self._lost.pop(), ERASED)
+
+    async def _tell(self, session: SenderSession, journal: _Journal, cause: str) -> None:
+        log.info("the interval up to seq %d stays at its granularity: %s", journal.to[0], cause)
         granularity_ns = None if journal.layer == NO_LAYER else RUNGS_NS[journal.layer]
         manifest = shipment.cause_manifest(
-            mark, journal.position, journal.to, granularity_ns, journal.base_bytes, cause
+            journal.mark, journal.position, journal.to, granularity_ns, journal.base_bytes, cause
         )
         await session.begin(manifest)
         await send(session, iter(shipment.no_frames()), self._standing)

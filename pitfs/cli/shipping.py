@@ -25,7 +25,7 @@ from pitfs.model import schedule
 from pitfs.model.granularity import EVERY_WRITE
 from pitfs.model.position import format_instant
 from pitfs.model.schedule import Way, behind_limit_s, next_step, way_to_go
-from pitfs.model.transfer import Hello, ResumePoint, VolumeInfo
+from pitfs.model.transfer import WAITS, Hello, ResumePoint, VolumeInfo
 from pitfs.production import copying, shipment
 from pitfs.production.control import Connection
 from pitfs.production.journal import Location
@@ -160,7 +160,7 @@ class Shipper:
         self._stream.end()
         await self._following.locate(welcome)
         if self._config.replication.mode != "snapshot":
-            self._backfill.restore(welcome.coarse, list(self._following.reader.seen))
+            self._backfill.restore(welcome.coarse, list(self._following.reader.seen), welcome.mark)
         if welcome.tail_seq:
             session.welcome = replace(welcome, seq=welcome.tail_seq, time_ns=welcome.tail_time_ns)
 
@@ -168,6 +168,7 @@ class Shipper:
         """One turn: of the stream; or the next diff or copy, else layers that wait; else it is waited for something."""
         if session.failure is not None:  # nothing else would tell while there is nothing to send
             raise session.failure
+        await self._backfill.tell_lost(session)
         if not self._stream.active and session.welcome.mark and not self._following.copy_ahead:
             tail, _ = await self._following.tail()
             if self._way(self._following.bytes_between(self._following.reader.start, tail)).streams:
@@ -316,7 +317,7 @@ class Shipper:
                 shipment.prepare, interval, self._volumes, source, wants_journal
             )
             decision = self._budget.decide(prepared, interval.mark in self._early)
-            cause = decision.reason if decision.granularity_ns is None else "its difference journal follows"
+            cause = decision.reason if decision.granularity_ns is None else f"its difference journal waits {WAITS}"
             resume = await session.begin(shipment.diff_manifest(prepared, cause))
             self.standing.begun()
             payload_bytes = payload_bytes_for(self._budget.rate)

@@ -48,6 +48,7 @@ MAX_PAYLOAD_BYTES: Final = 1 << 20  # one Data frame; the limit of everything th
 MAX_CHECKPOINT_BYTES: Final = 16 << 20  # a sender checkpoints at least this often
 MAX_BATCH_BYTES: Final = 4 << 20  # contents of a batch of streamed writes, but for one write that is larger
 MAX_BATCH_ROWS: Final = 32 << 10
+WAITS: Final = "until the link is idle"  # how the cause of an interval ends whose journal hasn't come, but will
 
 
 class Section(enum.IntEnum):
@@ -209,7 +210,7 @@ class Hello(msgspec.Struct, frozen=True):
 class Coarse(msgspec.Struct, frozen=True):
     """An interval that the replica doesn't have at every write: its positions, and what it has of it.
 
-    `journal_bytes`: of its JOURNAL_BLOCKS.
+    `journal_bytes`: of its JOURNAL_BLOCKS. `waits`: its cause says that more will come.
     """
 
     from_seq: int
@@ -218,6 +219,7 @@ class Coarse(msgspec.Struct, frozen=True):
     to_time_ns: int
     granularity_ns: int | None
     journal_bytes: int
+    waits: bool = False
 
 
 class Welcome(msgspec.Struct, frozen=True):

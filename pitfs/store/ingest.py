@@ -33,7 +33,18 @@ from pitfs.errors import (
 )
 from pitfs.model.blockmap import EMPTY
 from pitfs.model.ladder import layer_of
-from pitfs.model.transfer import Coarse, Data, End, Hello, Kind, Manifest, ResumePoint, Section, Welcome
+from pitfs.model.transfer import (
+    WAITS,
+    Coarse,
+    Data,
+    End,
+    Hello,
+    Kind,
+    Manifest,
+    ResumePoint,
+    Section,
+    Welcome,
+)
 from pitfs.storage.files import durable_replace, fsync_directory, read_exactly, storage_error, write_all
 from pitfs.store.build import build, complete
 from pitfs.store.catalog import Catalog
@@ -208,7 +219,8 @@ class Ingest:
             blocks = catalog.object(object_file(ObjectKind.JOURNAL_BLOCKS, interval.snapshot))
             journal_bytes = blocks.data_bytes if blocks else 0
             positions = interval.from_seq, interval.from_time_ns, interval.to_seq, interval.to_time_ns
-            coarse.append(Coarse(*positions, interval.granularity_ns, journal_bytes))
+            waits = interval.cause.endswith(WAITS)
+            coarse.append(Coarse(*positions, interval.granularity_ns, journal_bytes, waits))
         return msgspec.structs.replace(self._standing(), coarse=tuple(coarse))
 
     def _standing(self) -> Welcome:

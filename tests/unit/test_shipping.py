@@ -20,7 +20,7 @@ from pitfs.cli.backfill import ERASED
 from pitfs.cli.shipper_process import ShipperControl
 from pitfs.errors import CapacityError, LinkError, PitfsError, PositionMismatchError, UsageError
 from pitfs.link.sender import SenderSession
-from pitfs.model.transfer import Checkpoint, Data, Section
+from pitfs.model.transfer import WAITS, Checkpoint, Data, Section
 from pitfs.production.reader import Copy, Interval
 from pitfs.storage.segment import SegmentReader
 from tests.helpers.shipper import Parts, recovers
@@ -295,6 +295,32 @@ async def test_what_the_replica_lacks_is_found_again_after_a_restart(parts: Part
     await parts.ship_layers()
     assert parts.granularities() == [0, 0, 0]
     parts.assert_replica_has_all()
+
+
+async def test_a_journal_that_is_gone_after_a_restart_is_no_longer_promised(parts: Parts) -> None:
+    await parts.locate()
+    await parts.ship()
+    for _ in range(2):
+        parts.write()
+        parts.mark()
+        await parts.ship(layers=False)
+    assert all(cause.endswith(WAITS) for cause in parts.causes())
+    splitter = parts.pipeline.splitter
+    splitter.journal.begin_anew()
+    parts.write()
+    parts.mark()
+    await parts.ship(layers=False)
+    splitter.journal.release(splitter.journal.tail.segment)
+    parts.restart_shipper()
+    await parts.connect_anew()
+    assert parts.shipper._backfill.waiting == []
+    await parts.shipper._backfill.tell_lost(cast(SenderSession, parts.session))
+    assert parts.granularities() == [None] * 3
+    assert parts.causes() == [ERASED] * 3
+    await parts.connect_anew()
+    offered = parts.session.begun
+    await parts.shipper._backfill.tell_lost(cast(SenderSession, parts.session))
+    assert parts.session.begun == offered, "it is said once"
 
 
 async def test_a_mark_of_another_host_is_not_taken_for_ours(parts: Parts) -> None:
