@@ -11,6 +11,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tests.helpers.netlink import left_namespaces, probe_wire
+
 # Inherited over fork and exec: finds the daemons of this run, whoever their parent is now.
 SESSION_MARK = f"PITFS_TEST_SESSION={os.getpid()}"
 
@@ -37,7 +39,12 @@ def probe_loop() -> str | None:
     return probe_root() if found.returncode == 0 else f"needs loop devices: {found.stderr.strip()}"
 
 
-PROBES: dict[str, Callable[[], str | None]] = {"root": probe_root, "fuse": probe_fuse, "loop": probe_loop}
+PROBES: dict[str, Callable[[], str | None]] = {
+    "root": probe_root,
+    "fuse": probe_fuse,
+    "loop": probe_loop,
+    "wire": probe_wire,
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -74,7 +81,7 @@ class Watch:
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         factory: pytest.TempPathFactory | None = getattr(self.config, "_tmp_path_factory", None)
-        self.left = [*left_processes()]
+        self.left = [*left_processes(), *left_namespaces()]
         if factory is not None:
             # Only below the run's own folder: another run on this machine may have mounts of its own.
             self.left += [*left_mounts(factory.getbasetemp()), *left_loops(factory.getbasetemp())]

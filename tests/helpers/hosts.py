@@ -57,7 +57,11 @@ def instant_ns(name: str) -> int:
 
 
 class Replica(Daemon):
-    """`pitfs receive` on loopback, its stores under tmp/stores (or `root`); without TLS unless told."""
+    """`pitfs receive` on loopback, its stores under tmp/stores (or `root`); without TLS unless told.
+
+    Args:
+        within: a command to run it by, such as `Wire.within_replica`.
+    """
 
     def __init__(
         self,
@@ -65,14 +69,16 @@ class Replica(Daemon):
         port: int | None = None,
         *,
         root: Path | None = None,
+        host: str = "127.0.0.1",
+        within: Sequence[str] = (),
         tls: Sequence[str] = ("--insecure",),
     ) -> None:
         self.root = root or tmp / "stores"
         self.root.mkdir(exist_ok=True)
         self.port = port or free_port()
-        listen = f"127.0.0.1:{self.port}"
+        listen = f"{host}:{self.port}"
         super().__init__(
-            [*pitfs_command(), "receive", "--root", str(self.root), "--listen", listen, *tls],
+            [*within, *pitfs_command(), "receive", "--root", str(self.root), "--listen", listen, *tls],
             tmp / "receive.log", "receive",
         )  # fmt: skip
 
@@ -91,12 +97,14 @@ class Production(Daemon):
         volumes: name -> size in bytes (a sparse backing is made) or the path of a backing that exists.
         rate: cap of the link. A high one also fixes the decision at every write, where the measured rate of a
             busy machine might decide for snapshots only.
+        within: a command to run it by, such as `Wire.within_production`.
     """
 
     def __init__(self, tmp: Path, volumes: Mapping[str, int | Path], *, port: int, interval: str = "2s",
                  mode: str = "dynamic", rate: str | None = None, capacity: str | None = None,
                  on_full: str | None = None, block_sizes: Mapping[str, int] | None = None,
                  group: str = GROUP, host: str = "127.0.0.1", state: Path | None = None,
+                 within: Sequence[str] = (),
                  tls: Sequence[str] = ("insecure = true",)) -> None:  # fmt: skip
         self.group, self.host, self.port = group, host, port
         self._answered: subprocess.Popen[str] | None = None  # the start whose shipper answered already
@@ -123,7 +131,7 @@ class Production(Daemon):
         lines += ["[tls]", *tls]
         self.config.write_text("\n".join(lines) + "\n")
         super().__init__(
-            [*pitfs_command(), "protect", str(self.config)], tmp / f"{group}.protect.log", "protect"
+            [*within, *pitfs_command(), "protect", str(self.config)], tmp / f"{group}.protect.log", "protect"
         )
 
     def volume(self, name: str = "root") -> Path:

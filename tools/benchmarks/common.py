@@ -25,10 +25,11 @@ ROUNDS, QUICK_ROUNDS = 9, 5
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """How long and how often to measure; `workspace` is where all files are made."""
+    """How long and how often to measure; `workspace` is where all files are made, `plot` where a picture goes."""
 
     workspace: Path
     quick: bool
+    plot: Path | None = None
 
     @property
     def run_s(self) -> int:
