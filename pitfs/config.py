@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final
 
-from pitfs.config_table import Table, parse_table, read_text
+from pitfs.config_table import Table, parse_quantity, parse_table, read_text
 
 MAX_VOLUMES: Final = 256  # each costs a descriptor and a map of its own on both sides
 MIN_INTERVAL_NS: Final = 100 * 10**6  # closing an interval costs some ms and two fsyncs on the replica
@@ -35,6 +35,9 @@ MIN_RATE_BYTES_PER_S: Final = 8_000  # 64 kbit/s; below, one frame outlives ever
 MAX_RATE_BYTES_PER_S: Final = 10**15
 MIN_CAPACITY_BYTES: Final = 16 << 20  # a few segments: below, every burst overflows
 MAX_CAPACITY_BYTES: Final = 1 << 60
+MIN_WINDOW_BYTES: Final = 1 << 20  # as link.window, and why
+MAX_WINDOW_BYTES: Final = 128 << 20
+DEFAULT_WINDOW_BYTES: Final = 32 << 20
 BLOCK_SIZES: Final = tuple(1 << bits for bits in range(9, 17))  # 512 B … 64 KiB
 
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,252})")
@@ -76,6 +79,7 @@ class ReplicationConfig:
     interval_ns: int = 60 * 10**9
     rate_bytes_per_s: int | None = None  # None: no cap, the measured rate
     on_disconnect: str = "degrade"  # of mode sync: degrade | block
+    window_bytes: int = DEFAULT_WINDOW_BYTES  # how far back the codec may refer; memory on both sides
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +199,7 @@ def _read_splitter(table: Table) -> SplitterConfig:
 
 
 def _read_replication(table: Table) -> ReplicationConfig:
-    table.only(("replica", "mode", "interval", "rate", "on_disconnect"))
+    table.only(("replica", "mode", "interval", "rate", "on_disconnect", "window"))
     try:
         host, port = parse_endpoint(table.text("replica"))
     except ValueError as error:
@@ -216,7 +220,10 @@ def _read_replication(table: Table) -> ReplicationConfig:
             table.fail(
                 "rate", f"{table.values['rate']!r}: must be 64kbit to 8000Tbit; without rate there is no cap"
             )
-    return ReplicationConfig(host, port, mode, interval_ns, rate, on_disconnect)
+    window = table.quantity("window", _SIZE_BYTES, '"32MiB"', DEFAULT_WINDOW_BYTES, plain=True)
+    if problem := _window_problem(window):
+        table.fail("window", f"{table.values['window']!r}: {problem}")
+    return ReplicationConfig(host, port, mode, interval_ns, rate, on_disconnect, window)
 
 
 def _read_journal(table: Table) -> JournalConfig:
@@ -277,6 +284,25 @@ def _identities(path: str) -> Iterable[object]:
     except OSError:  # not there (yet): whoever opens it says so
         return
     yield (status.st_dev, status.st_ino)
+
+
+def parse_window(text: str) -> int:
+    """A window of the codec, as in the configuration, in bytes.
+
+    Raises:
+        ValueError: it isn't one; the message is for the user.
+    """
+    window = parse_quantity(text, _SIZE_BYTES, '"32MiB"')
+    if problem := _window_problem(window):
+        raise ValueError(f"{text!r}: {problem}")
+    return window
+
+
+def _window_problem(window_bytes: int) -> str:
+    is_power = window_bytes & (window_bytes - 1) == 0
+    if is_power and MIN_WINDOW_BYTES <= window_bytes <= MAX_WINDOW_BYTES:
+        return ""
+    return f"must be a power of two from {MIN_WINDOW_BYTES >> 20}MiB to {MAX_WINDOW_BYTES >> 20}MiB"
 
 
 def parse_endpoint(text: str) -> tuple[str, int]:

@@ -190,10 +190,24 @@ class Table:
         if type(self.values.get(key)) in (int, float):
             self.fail(key, f"needs a unit, as {example}")
         value = self.text(key)
-        match = _QUANTITY.fullmatch(value.removesuffix("/s") if per_second else value)
-        if match is None or match[2] not in units:
-            self.fail(key, f"{_short(value)} isn't a number with one of {', '.join(units)}, as {example}")
-        return int(Fraction(match[1]) * units[match[2]])
+        try:
+            return parse_quantity(value, units, example, per_second=per_second)
+        except ValueError as error:
+            self.fail(key, str(error))
+
+
+def parse_quantity(
+    text: str, units: Mapping[str, int | Fraction], example: str, *, per_second: bool = False
+) -> int:
+    """A number with unit, rounded down.
+
+    Raises:
+        ValueError: it isn't one; the message is for the user.
+    """
+    match = _QUANTITY.fullmatch(text.removesuffix("/s") if per_second else text)
+    if match is None or match[2] not in units:
+        raise ValueError(f"{_short(text)} isn't a number with one of {', '.join(units)}, as {example}")
+    return int(Fraction(match[1]) * units[match[2]])
 
 
 def _kind(value: object) -> str:

@@ -44,6 +44,13 @@ examples:
     parser.add_argument(
         "--grants", metavar="FILE", help="TOML file: whose certificates may write which groups; read anew each time"
     )
+    parser.add_argument(
+        "--window",
+        metavar="SIZE",
+        default="32MiB",
+        help="largest window of the compression for a connection, 1MiB to 128MiB (default %(default)s): "
+        "memory; many connections get less",
+    )
     parser.add_argument("--insecure", action="store_true", help="no TLS; loopback addresses only")
 
 
@@ -52,9 +59,13 @@ def run(args: argparse.Namespace) -> int:
 
     from pitfs.cli.processes import bound_heap, set_up_daemon_logging
     from pitfs.cli.service import run_until_signal
-    from pitfs.config import load_grants
+    from pitfs.config import load_grants, parse_window
 
     bound_heap()
+    try:
+        window_bytes = parse_window(args.window)
+    except ValueError as error:
+        raise UsageError(f"--window {error}") from None
     host, port = parse_address(args.listen)
     tls = _context(args, host)
     read_grants = None
@@ -65,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         read_grants()  # its errors now, not when somebody connects
     root = _make_root(args.root)
     set_up_daemon_logging(getattr(args, "verbose", 0))
-    trio.run(run_until_signal, partial(_receive, root, host, port, tls, read_grants))
+    trio.run(run_until_signal, partial(_receive, root, host, port, tls, read_grants, window_bytes))
     return 0
 
 
@@ -121,7 +132,12 @@ def _make_root(path: str) -> str:
 
 
 async def _receive(
-    root: str, host: str, port: int, tls: LinkContext | None, read_grants: ReadGrants | None
+    root: str,
+    host: str,
+    port: int,
+    tls: LinkContext | None,
+    read_grants: ReadGrants | None,
+    window_bytes: int,
 ) -> None:
     import logging
 
@@ -130,7 +146,7 @@ async def _receive(
     from pitfs.cli.processes import trim_heap
     from pitfs.cli.service import notify_ready
     from pitfs.link.stream import address_text
-    from pitfs.link.transport import serve
+    from pitfs.link.transport import Limits, serve
     from pitfs.store.ingest import Ingest
 
     log = logging.getLogger(__name__)
@@ -140,7 +156,8 @@ async def _receive(
     notify_ready()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(trim_heap)
-        await serve(listeners, partial(Ingest, root), tls=tls, read_grants=read_grants)
+        limits = Limits(window_bytes=window_bytes)
+        await serve(listeners, partial(Ingest, root), tls=tls, limits=limits, read_grants=read_grants)
 
 
 async def _listen(host: str, port: int) -> list[trio.SocketListener]:

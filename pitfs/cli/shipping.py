@@ -142,6 +142,7 @@ class Shipper:
             hello=self._hello,
             rate_bytes_per_s=replication.rate_bytes_per_s,
             queue_bytes=4 * payload_bytes_for(self._budget.rate),
+            window_bytes=replication.window_bytes,
         ) as session:
             log.debug("connected to %s, which has mark %d", session.peer, session.welcome.mark)
             self.standing.connected = True

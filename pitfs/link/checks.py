@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable
 from typing import Final
 
+from pitfs.link.window import check_window
 from pitfs.model.transfer import (
     Begin,
     Bookmark,
@@ -93,6 +94,8 @@ def _check_parts(frame: object) -> None:
                 _check_numbers(name, value)
             case bool() | None:
                 pass
+            case int() if name == "window_bytes":
+                check_window(value)
             case int():
                 _check_numbers(name, (value,))
             case str() if name == "code":

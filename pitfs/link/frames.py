@@ -26,6 +26,7 @@ import msgspec
 import xxhash
 
 from pitfs.link import checks
+from pitfs.link.window import MIN_WINDOW_BYTES
 from pitfs.model.transfer import (
     MAX_PAYLOAD_BYTES,
     Begin,
@@ -43,9 +44,12 @@ from pitfs.model.transfer import (
 
 PREFACE: Final = b"\x89pitfs\r\n"
 VERSIONS: Final = (1,)  # that this program speaks, best first
+MAX_GROWTH_BYTES: Final = 4 << 10  # of a payload that turned out not to shrink: some bytes for each block of zstd
 HEADER: Final = struct.Struct("<IBBHQ")
 DATA_PREFIX: Final = struct.Struct("<B3sIQ")
 assert len(PREFACE) == 8 and HEADER.size == 16 and DATA_PREFIX.size == 16
+
+ROW_SECTIONS: Final = (Section.DIFF, Section.POSITIONS, Section.JOURNAL, Section.WRITES)
 
 Buffer = bytes | bytearray | memoryview
 
@@ -72,24 +76,30 @@ class FrameType(enum.IntEnum):
 
 
 class Encoding(enum.IntEnum):
-    """How the payload of a DATA frame is encoded. 2 is kept for one zstd stream per connection."""
+    """How the payload of a DATA frame is encoded: see codec.py."""
 
     RAW = 0
-    ZSTD = 1  # one whole zstd frame for each payload
+    STREAM = 1  # the next blocks of the connection's zstd stream
+    COLUMNS = 2  # the same, of rows turned into columns
 
 
 class Greeting(msgspec.Struct, frozen=True):
-    """HELLO: the versions that the sender speaks, and who it is; hello is None if no version is common."""
+    """HELLO: the versions that the sender speaks, and who it is; hello is None if no version is common.
+
+    `window_bytes`: how far back its codec can refer.
+    """
 
     versions: tuple[int, ...]
     hello: Hello | None
+    window_bytes: int = MIN_WINDOW_BYTES
 
 
 class Accept(msgspec.Struct, frozen=True):
-    """WELCOME: the version chosen, and where the replica stands."""
+    """WELCOME: the version chosen, where the replica stands, and the window: that of HELLO or a smaller one."""
 
     version: int
     welcome: Welcome
+    window_bytes: int = MIN_WINDOW_BYTES
 
 
 class Refuse(msgspec.Struct, frozen=True):
@@ -202,7 +212,7 @@ MAX_BODY_BYTES: Final[dict[FrameType, int]] = {
     FrameType.REFUSE: 16 << 10,
     FrameType.BEGIN: 4 << 20,
     FrameType.RESUME: 4 << 10,
-    FrameType.DATA: DATA_PREFIX.size + MAX_PAYLOAD_BYTES,
+    FrameType.DATA: DATA_PREFIX.size + MAX_PAYLOAD_BYTES + MAX_GROWTH_BYTES,
     FrameType.CHECKPOINT: 4 << 10,
     FrameType.PROGRESS: 4 << 10,
     FrameType.END: 1 << 10,
@@ -221,6 +231,7 @@ class _GreetingBody(msgspec.Struct, frozen=True):
 
     versions: tuple[int, ...]
     hello: msgspec.Raw
+    window_bytes: int = MIN_WINDOW_BYTES
 
 
 _DECODERS: Final[dict[FrameType, msgspec.msgpack.Decoder[Frame]]] = {
@@ -278,7 +289,7 @@ def read_header(header: Buffer) -> tuple[FrameType, int]:
         frame_type = FrameType(type_number)
     except ValueError:
         raise ValueError(f"unknown frame type {type_number}") from None
-    if reserved or flags > (Encoding.ZSTD if frame_type is FrameType.DATA else 0):
+    if reserved or flags > (max(Encoding) if frame_type is FrameType.DATA else 0):
         raise ValueError(f"{frame_type.name} with unknown flags {flags}, {reserved}")
     if length > MAX_BODY_BYTES[frame_type]:
         raise ValueError(f"{frame_type.name} of {length} bytes, limit {MAX_BODY_BYTES[frame_type]}")
@@ -322,16 +333,19 @@ def _decode_greeting(body: memoryview) -> Greeting:
     greeting = _GREETING_DECODER.decode(body)
     if common_version(greeting.versions) is None:
         return Greeting(greeting.versions, None)
-    return Greeting(greeting.versions, _HELLO_DECODER.decode(greeting.hello))
+    return Greeting(greeting.versions, _HELLO_DECODER.decode(greeting.hello), greeting.window_bytes)
 
 
 def _check_data(data: WireData) -> None:
     length = len(data.payload)
     if isinstance(data.payload, memoryview) and (data.payload.itemsize != 1 or not data.payload.c_contiguous):
         raise ValueError("DATA payload isn't a contiguous view of bytes")
-    if data.raw_length > MAX_PAYLOAD_BYTES or length > data.raw_length:
+    growth = 0 if data.encoding is Encoding.RAW else MAX_GROWTH_BYTES
+    if data.raw_length > MAX_PAYLOAD_BYTES or length > data.raw_length + growth:
         raise ValueError(f"DATA of {length} bytes for {data.raw_length}, limit {MAX_PAYLOAD_BYTES}")
     if data.encoding is Encoding.RAW and length != data.raw_length:
         raise ValueError(f"raw DATA of {length} bytes says {data.raw_length}")
+    if data.encoding is Encoding.COLUMNS and data.section not in ROW_SECTIONS:
+        raise ValueError(f"DATA of {data.section.name} in columns")
     if not 0 <= data.offset <= checks.MAX_NUMBER - data.raw_length:
         raise ValueError(f"DATA at offset {data.offset}")

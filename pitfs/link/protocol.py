@@ -39,6 +39,7 @@ from pitfs.link.frames import (
     Buffer,
     Frame,
     FrameType,
+    Greeting,
     Progress,
     Resume,
     WireData,
@@ -155,6 +156,7 @@ class LinkProtocol:
         self._frame = bytearray()  # what came of the preface or frame under way; at most one frame
         self._wanted = len(PREFACE)  # bytes that `_frame` needs before it can be looked at
         self._failed = False
+        self._window_bytes = 0  # that HELLO offers
         self._checkpoints = 0  # CHECKPOINTs without their PROGRESS
         self._flushes = 0  # FLUSHes and MARKs without their DURABLE
         self._streamed_seq = self._durable_seq = 0
@@ -262,6 +264,10 @@ class LinkProtocol:
         match frame:
             case Accept(version=version) if version not in VERSIONS:
                 return f"WELCOME names version {version}, spoken are {VERSIONS}"
+            case Greeting(window_bytes=window_bytes):
+                self._window_bytes = window_bytes
+            case Accept(window_bytes=window_bytes) if window_bytes > self._window_bytes:
+                return f"WELCOME with a window of {window_bytes} bytes, HELLO offers {self._window_bytes}"
             case Resume(point=point):
                 self._ends, self._durable, self._checkpoints = list(point.lengths), point.lengths, 0
             case WireData(section=section) if section in TRANSFER_SECTIONS:

@@ -20,7 +20,7 @@ import trio
 from pitfs.errors import LinkError, PitfsError, RemoteProtocolError
 from pitfs.link import failures
 from pitfs.link.batches import BatchJoiner
-from pitfs.link.compression import PayloadDecoder
+from pitfs.link.codec import PayloadDecoder
 from pitfs.link.failures import Told
 from pitfs.link.frames import (
     VERSIONS,
@@ -41,6 +41,7 @@ from pitfs.link.frames import (
 from pitfs.link.protocol import LinkProtocol, Role, State
 from pitfs.link.stream import FrameQueue, PlainStream, TlsStream, peer_name, send_buffers
 from pitfs.link.tls import LinkContext, is_granted, names_of
+from pitfs.link.window import DEFAULT_WINDOW_BYTES, WindowPool
 from pitfs.model.transfer import (
     TRANSFER_SECTIONS,
     Begin,
@@ -91,6 +92,7 @@ class Limits:
             out a sender. Each holds some 300 KiB: 20 MiB.
         sessions: greeted ones; more are told to come again. Each holds a thread and twice the queue.
         queue_bytes: between socket and ingest: enough to overlap them, and for batches.
+        window_bytes: the largest window of the codec; see `WindowPool` for what all may have together.
         handshake_s: from the connection to its HELLO.
         ping_s, dead_s: as Timeouts of the sender.
         goodbye_s: to tell a peer why its session ends.
@@ -99,6 +101,7 @@ class Limits:
     handshaking: int = 64
     sessions: int = 64
     queue_bytes: int = 4 << 20
+    window_bytes: int = DEFAULT_WINDOW_BYTES
     handshake_s: float = 10.0
     ping_s: float = 5.0
     dead_s: float = 20.0
@@ -138,6 +141,7 @@ class _Receiver:
     ) -> None:
         self.open_ingest, self.tls, self.limits, self._read_grants = open_ingest, tls, limits, read_grants
         self.threads = trio.CapacityLimiter(limits.sessions)
+        self.windows = WindowPool(limits.window_bytes)
         self._handshaking: dict[trio.CancelScope, None] = {}  # oldest first
         self._sessions = 0
         self._live: dict[str, _Session] = {}  # by group
@@ -278,8 +282,9 @@ class _Session:
         self._limits = receiver.limits
         self._incoming: FrameQueue[Frame] = FrameQueue(self._limits.queue_bytes)
         self._outgoing: FrameQueue[Frame] = FrameQueue(REPLIES_BYTES)
-        self._decoder = PayloadDecoder()
         self._joiner = BatchJoiner()
+        self._window_bytes = 0  # taken from the receiver's pool
+        self._decoder: PayloadDecoder | None = None
         self._ingest: IngestProtocol | None = None
         self._scope = trio.CancelScope()
         self._reason: Exception | None = None  # why it ends; None: the peer left in order
@@ -305,6 +310,8 @@ class _Session:
         finally:
             with trio.CancelScope(shield=True):
                 await self._close_ingest()
+                self._decoder = None
+                self._receiver.windows.give_back(self._window_bytes)
                 self._receiver.release(self)
                 self.released.set()
                 await self._say_goodbye()
@@ -329,9 +336,12 @@ class _Session:
         await self._receiver.take_over(hello.group, hello.epoch, self)
         welcome = await self._in_thread(lambda: self._open(hello))
         self._began = True
-        log.info("%s: session began, group %s at mark %d", self.peer, hello.group, welcome.mark)
+        self._window_bytes = self._receiver.windows.take(greeting.window_bytes)
+        self._decoder = PayloadDecoder(self._window_bytes)
+        words = "%s: session began, group %s at mark %d, window %d MiB"
+        log.info(words, self.peer, hello.group, welcome.mark, self._window_bytes >> 20)
         version = common_version(greeting.versions) or VERSIONS[0]
-        self._reply(Accept(version, welcome))
+        self._reply(Accept(version, welcome, self._window_bytes))
         while batch := await self._incoming.take(lambda frame: not isinstance(frame, WireData)):
             reply = await self._in_thread(partial(self._apply, batch))
             if isinstance(reply, Committed):
@@ -351,12 +361,12 @@ class _Session:
 
     def _apply(self, batch: list[Frame]) -> Frame | None:
         """Decodes and ingests a batch, in a thread; only its last frame has a reply."""
-        ingest = self._ingest
-        assert ingest is not None
+        ingest, decoder = self._ingest, self._decoder
+        assert ingest is not None and decoder is not None
         for frame in batch:
             match frame:
                 case WireData(section=section):
-                    (ingest.data if section in TRANSFER_SECTIONS else self._joiner.take)(self._decoder.decode(frame))
+                    (ingest.data if section in TRANSFER_SECTIONS else self._joiner.take)(decoder.decode(frame))
                 case Flush() | StreamMark():
                     return self._apply_stream(ingest, frame)
                 case Begin(manifest=manifest):

@@ -19,7 +19,8 @@ import trio
 from pitfs.errors import LinkError, LocalProtocolError, PitfsError, RemoteProtocolError
 from pitfs.link import failures
 from pitfs.link.batches import BatchCutter
-from pitfs.link.compression import PayloadEncoder
+from pitfs.link.codec import PayloadEncoder
+from pitfs.link.effort import Effort
 from pitfs.link.frames import (
     VERSIONS,
     Accept,
@@ -39,6 +40,7 @@ from pitfs.link.protocol import LinkProtocol, Role
 from pitfs.link.rate import TokenBucket
 from pitfs.link.stream import FrameQueue, PlainStream, Timeouts, send_buffers
 from pitfs.link.tls import LinkContext
+from pitfs.link.window import DEFAULT_WINDOW_BYTES
 from pitfs.model.transfer import (
     Begin,
     Checkpoint,
@@ -79,6 +81,7 @@ class SenderSession:
         on_durable: the same with each DURABLE.
         wire_bytes: sent on the connection so far (frames; without the overhead of TLS, TCP and IP).
         payload_bytes: of Data sent so far, before compression.
+        window_bytes: of the codec: what was offered, then what was agreed on.
         failure: why the session is over, None while it lives.
     """
 
@@ -90,6 +93,7 @@ class SenderSession:
         bucket: TokenBucket | None,
         timeouts: Timeouts,
         queue_bytes: int = QUEUE_BYTES,
+        window_bytes: int = DEFAULT_WINDOW_BYTES,
     ) -> None:
         self.peer = peer
         self.welcome = Welcome(0, 0, 0, 0)
@@ -101,7 +105,9 @@ class SenderSession:
         self.failure: Exception | None = None
         self._stream, self._tls, self._bucket, self._timeouts = stream, tls, bucket, timeouts
         self._protocol = LinkProtocol(Role.SENDER)
-        self._encoder = PayloadEncoder()
+        self.window_bytes = window_bytes
+        self._encoder = PayloadEncoder(window_bytes)  # until WELCOME says of which window
+        self._effort = Effort(None if bucket is None else bucket.rate_bytes_per_s)
         self._pending: FrameQueue[Frame | Data] = FrameQueue(queue_bytes)
         self._outgoing: FrameQueue[Frame] = FrameQueue(queue_bytes)
         self._changed = trio.lowlevel.ParkingLot()  # a reply, PROGRESS or failure came
@@ -253,20 +259,33 @@ class SenderSession:
 
     async def _encode_all(self) -> None:
         """Compresses what pays, many frames for each hop to a thread."""
+        begun_s = trio.current_time()
         while batch := await self._pending.take():
-            wanted = [isinstance(frame, Data) and self._encoder.wants(frame) for frame in batch]
-            pairs = list(zip(batch, wanted, strict=True))
+            taken_s = trio.current_time()
+            compresses = self._effort.compresses
+            pairs = [
+                (frame, compresses and isinstance(frame, Data) and self._encoder.wants(frame)) for frame in batch
+            ]
             work_bytes = sum(len(cast(Data, frame).payload) for frame, wants in pairs if wants)
             if work_bytes >= THREAD_BYTES:
                 frames = await trio.to_thread.run_sync(self._encode, pairs)
             else:
                 frames = self._encode(pairs)
+            encoded_s = trio.current_time()
             for encoded in frames:
                 size_bytes = len(encoded.payload) if isinstance(encoded, WireData) else 0
                 try:
                     await self._outgoing.put(encoded, size_bytes + FRAME_COST_BYTES)
                 except trio.ClosedResourceError:
                     return
+            now_s = trio.current_time()
+            self._effort.observe(
+                sum(len(frame.payload) for frame in batch if isinstance(frame, Data)),
+                idle_s=taken_s - begun_s,
+                encode_s=encoded_s - taken_s,
+                room_s=now_s - encoded_s,
+            )
+            begun_s = now_s
 
     def _encode(self, pairs: list[tuple[Frame | Data, bool]]) -> list[Frame]:
         return [
@@ -326,6 +345,8 @@ class SenderSession:
             case Accept() | Resume() | Committed() | Parked():
                 if isinstance(frame, Accept):
                     self.welcome, self._accepted = frame.welcome, True
+                    self.window_bytes = frame.window_bytes
+                    self._encoder = PayloadEncoder(frame.window_bytes)
                 if isinstance(frame, Resume):
                     self.durable = frame.point
                 self._reply = frame
@@ -363,4 +384,4 @@ class SenderSession:
         """Starts the tasks in the nursery and greets; for `connect`."""
         for task in (self._encode_all, self._write_all, self._read_all, self._beat):
             nursery.start_soon(self._guard, task)
-        await self._ask(Greeting(VERSIONS, hello), Accept)
+        await self._ask(Greeting(VERSIONS, hello, self.window_bytes), Accept)

@@ -16,6 +16,7 @@ from pitfs.link.receiver import IngestProtocol, Limits, serve
 from pitfs.link.sender import QUEUE_BYTES, SenderSession
 from pitfs.link.stream import PlainStream, Timeouts, TlsStream, address_text
 from pitfs.link.tls import LinkContext, is_loopback
+from pitfs.link.window import DEFAULT_WINDOW_BYTES
 from pitfs.model.transfer import Hello
 
 __all__ = ["IngestProtocol", "Limits", "SenderSession", "Timeouts", "connect", "serve"]
@@ -37,6 +38,7 @@ async def connect(
     rate_bytes_per_s: int | None,
     timeouts: Timeouts = DEFAULT_TIMEOUTS,
     queue_bytes: int = QUEUE_BYTES,
+    window_bytes: int = DEFAULT_WINDOW_BYTES,
 ) -> AsyncIterator[SenderSession]:
     """Opens a session with the replica at HOST:PORT; it ends with the context, with all its tasks.
 
@@ -44,6 +46,7 @@ async def connect(
         tls: of `client_context`; None only where the address is loopback.
         rate_bytes_per_s: cap on what goes out, None for none.
         queue_bytes: what waits between the caller and the socket, before compression and behind it.
+        window_bytes: how far back the codec may refer; the replica may want less.
 
     Raises:
         LinkRefusedError: a certificate, version or the group was refused, by us or by the replica.
@@ -60,7 +63,7 @@ async def connect(
     if rate_bytes_per_s is not None:
         burst_bytes = int(min(max(rate_bytes_per_s * BURST_S, MIN_BURST_BYTES), MAX_BURST_BYTES))
         bucket = TokenBucket(rate_bytes_per_s, burst_bytes, trio.current_time())
-    session = SenderSession(stream, peer, tls, bucket, timeouts, queue_bytes)
+    session = SenderSession(stream, peer, tls, bucket, timeouts, queue_bytes, window_bytes)
     try:
         async with trio.open_nursery() as nursery:
             await session.start(nursery, hello)

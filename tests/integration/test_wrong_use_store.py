@@ -87,6 +87,8 @@ def test_a_receiver_that_can_not_be_started_says_why(tmp_path: Path, capsys: Sai
         (2, "goes into brackets", "::1:7420", "--insecure"),
         (2, "--certificate, --key, --authority missing", "127.0.0.1:0"),
         (2, "--key, --authority missing", "127.0.0.1:0", "--certificate", tmp_path / "file"),
+        (2, "--window '1GiB': must be a power of two", "127.0.0.1:0", "--insecure", "--window", "1GiB"),
+        (2, "--window 'much' isn't a number with one of", "127.0.0.1:0", "--insecure", "--window", "much"),
         (2, "exclude each other", "127.0.0.1:0", "--insecure", "--key", tmp_path / "file"),
         (2, "isn't a PEM file", "127.0.0.1:0", "--certificate", tmp_path / "file", "--key", tmp_path / "file",
          "--authority", tmp_path / "file"),

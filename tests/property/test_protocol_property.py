@@ -7,14 +7,12 @@ import random
 from contextlib import suppress
 
 import xxhash
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pitfs.errors import LocalProtocolError, RemoteProtocolError
-from pitfs.link.compression import PayloadDecoder, PayloadEncoder
-from pitfs.link.frames import PREFACE, Frame, WireData
+from pitfs.link.frames import PREFACE, Frame
 from pitfs.link.protocol import LinkProtocol, Role
-from pitfs.model.transfer import Data, Section
 from tests.helpers.links import conversation, wire_of
 
 SESSION = conversation()
@@ -115,34 +113,3 @@ def _with_right_checksums(wire: bytearray) -> bytearray:
         wire[place + 8 : place + 16] = checksum.to_bytes(8, "little")
         place += 16 + length
     return wire
-
-
-PAYLOADS = st.one_of(
-    st.binary(max_size=2000),
-    st.builds(lambda part, count: part * count, st.binary(min_size=1, max_size=50), st.integers(1, 5000)),
-    st.builds(lambda seed, size: random.Random(seed).randbytes(size), st.integers(), st.integers(0, 100_000)),
-)
-
-
-@settings(max_examples=50)
-@given(payloads=st.lists(st.tuples(st.sampled_from(list(Section)), PAYLOADS), max_size=8))
-def test_payloads_come_back_through_encoder_and_decoder(payloads: list[tuple[Section, bytes]]) -> None:
-    encoder, decoder = PayloadEncoder(), PayloadDecoder()
-    for section, payload in payloads:
-        data = Data(section, 512, payload)
-        wire = encoder.encode(data, encoder.wants(data))
-        assert len(wire.payload) <= len(payload)
-        assert decoder.decode(wire) == data
-
-
-@settings(max_examples=50)
-@given(data=st.binary(min_size=1, max_size=500), raw_length=st.integers(0, 1 << 20), place=st.integers(0, 60))
-def test_damaged_zstd_raises_only_remote_protocol_error(data: bytes, raw_length: int, place: int) -> None:
-    encoder = PayloadEncoder()
-    good = encoder.encode(Data(Section.DIFF, 0, b"abc" * 1000), True)
-    payload = bytes(good.payload)[:place] + data + bytes(good.payload)[place:]
-    try:
-        decoded = PayloadDecoder().decode(WireData(good.section, 0, raw_length, good.encoding, payload))
-    except RemoteProtocolError:
-        return
-    assert len(decoded.payload) == raw_length

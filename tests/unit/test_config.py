@@ -40,6 +40,7 @@ replica = "replica.example:7420"
 mode = "snapshot"
 interval = "5m"
 rate = "100Mbit"
+window = "8MiB"
 
 [journal]
 capacity = "500MB"
@@ -86,7 +87,9 @@ def test_every_key_of_the_contract_is_read() -> None:
         group=GroupConfig("db1", "/var/lib/pitfs/db1"),
         volumes=(VolumeConfig("root", "/srv/root.img", 512), VolumeConfig("data", "/srv/data.img", 4096)),
         splitter=SplitterConfig("/run/pitfs/db1"),
-        replication=ReplicationConfig("replica.example", 7420, "snapshot", 300 * 10**9, 12_500_000),
+        replication=ReplicationConfig(
+            "replica.example", 7420, "snapshot", 300 * 10**9, 12_500_000, "degrade", 8 << 20
+        ),
         journal=JournalConfig(500_000_000, "block"),
         tls=TlsConfig("/etc/pitfs/cert.pem", "/etc/pitfs/key.pem", "/etc/pitfs/ca.pem", False),
     )
@@ -95,7 +98,8 @@ def test_every_key_of_the_contract_is_read() -> None:
 def test_what_is_left_out_has_its_default() -> None:
     config = parse_config(SHORT, "db1.toml")
     assert config.volumes == (VolumeConfig("root", "/srv/root.img", 4096),)
-    assert config.replication == ReplicationConfig("127.0.0.1", 7420, "dynamic", 60 * 10**9, None)
+    expected = ReplicationConfig("127.0.0.1", 7420, "dynamic", 60 * 10**9, None, "degrade", 32 << 20)
+    assert config.replication == expected
     assert config.journal == JournalConfig(10 * 2**30, "degrade")
     assert config.tls == TlsConfig(None, None, None, True)
 
@@ -164,10 +168,14 @@ def test_sizes(text: str, capacity: int) -> None:
         ('"5m"', "60", 'needs a unit, as "60s"'),
         ('"5m"', '"-5m"', "'-5m' isn't a number with one of ns, us, ms, s, m"),
         ('"5m"', '"٥m"', "isn't a number"),
+        ('"8MiB"', '"48MiB"', "line 19, replication.window: '48MiB': must be a power of two from 1MiB to 128MiB"),
+        ('"8MiB"', '"256MiB"', "line 19, replication.window: '256MiB': must be a power of two from 1MiB to 128MiB"),
+        ('"8MiB"', "4096", "line 19, replication.window: 4096: must be a power of two from 1MiB to 128MiB"),
+        ('"8MiB"', "true", "line 19, replication.window: must be text in quotes, not true or false"),
         ('"100Mbit"', '"0Mbit"', "line 18, replication.rate: '0Mbit': must be 64kbit to"),
         ('"100Mbit"', "0", "needs a unit"),
         ('"100Mbit"', '"100Mbps"', "isn't a number with one of B, kB"),
-        ('"500MB"', '"15MiB"', "line 21, journal.capacity: '15MiB': must be 16MiB to"),
+        ('"500MB"', '"15MiB"', "line 22, journal.capacity: '15MiB': must be 16MiB to"),
         ('"500MB"', "true", "must be text in quotes, not true or false"),
         ('"block"', '"drop"', "'drop' isn't known; it is one of degrade, block"),
         ('key = "/etc/pitfs/key.pem"\n', "", "tls.key: is missing"),

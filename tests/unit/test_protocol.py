@@ -14,6 +14,7 @@ from pitfs.errors import LocalProtocolError, RemoteProtocolError
 from pitfs.link.frames import (
     HEADER,
     MAX_BODY_BYTES,
+    MAX_GROWTH_BYTES,
     PREFACE,
     Accept,
     Committed,
@@ -348,12 +349,14 @@ def test_msgpack_that_lies_nests_or_overflows_is_refused(body: bytes) -> None:
         (8, b"\0\0\0", 1, 0, 0, b"x"),
         (1, b"\0\1\0", 1, 0, 0, b"x"),
         (1, b"\0\0\0", 2, 0, 0, b"x"),
-        (1, b"\0\0\0", 0, 0, 1, b"x"),
+        (1, b"\0\0\0", 0, 0, 0, b"x"),
+        (1, b"\0\0\0", 1, 0, 1, bytes(MAX_GROWTH_BYTES + 2)),
         (1, b"\0\0\0", MAX_PAYLOAD_BYTES + 1, 0, 1, b"x"),
         (1, b"\0\0\0", (1 << 32) - 1, 0, 1, b"x"),
         (1, b"\0\0\0", 1, (1 << 64) - 1, 0, b"x"),
         (1, b"\0\0\0", 1, (1 << 63) - 1, 0, b"x"),
-        (1, b"\0\0\0", 1, 0, 2, b"x"),
+        (2, b"\0\0\0", 1, 0, 2, b"x"),
+        (1, b"\0\0\0", 1, 0, 3, b"x"),
     ],
 )
 def test_data_with_values_out_of_bounds_is_refused(
@@ -390,6 +393,27 @@ def test_committed_may_not_come_before_all_progress() -> None:
 
 def test_a_welcome_of_a_version_that_was_not_offered_is_refused() -> None:
     assert "version 2" in refused(walked(Role.SENDER, 1), packed(FrameType.WELCOME, Accept(2, WELCOME)))
+
+
+@pytest.mark.parametrize("window_bytes", [0, -1, 1 << 19, 3 << 20, 1 << 28, 1 << 62])
+def test_a_window_that_can_not_be_is_refused_either_way(window_bytes: int) -> None:
+    hello = packed(FrameType.HELLO, Greeting((1,), HELLO, window_bytes))
+    assert "window" in refused(LinkProtocol(Role.RECEIVER), PREFACE + hello)
+    welcome = packed(FrameType.WELCOME, Accept(1, WELCOME, window_bytes))
+    assert "window" in refused(walked(Role.SENDER, 1), welcome)
+
+
+def test_a_welcome_may_want_the_window_of_hello_or_a_smaller_one() -> None:
+    for window_bytes in (1 << 20, 1 << 24):
+        sender = LinkProtocol(Role.SENDER)
+        sender.send(Greeting((1,), HELLO, 1 << 24))
+        accept = Accept(1, WELCOME, window_bytes)
+        assert list(sender.receive(PREFACE + packed(FrameType.WELCOME, accept))) == [accept]
+    sender = LinkProtocol(Role.SENDER)
+    sender.send(Greeting((1,), HELLO, 1 << 24))
+    accept = Accept(1, WELCOME, 1 << 25)
+    words = refused(sender, PREFACE + packed(FrameType.WELCOME, accept))
+    assert words == "WELCOME with a window of 33554432 bytes, HELLO offers 16777216"
 
 
 def test_a_hello_of_other_versions_is_understood_as_far_as_that() -> None:

@@ -1,7 +1,7 @@
 """Group `sync`: what a write costs that returns when the replica has it durably (mode sync).
 
-Beside mode async on the same volume, link and run: what is left is the wait. The delay is the link's round trip, half of
-it in each direction, by a proxy in this process.
+Beside mode async on the same kind of volume and link, in turns: what is left is the wait. The delay is the link's
+round trip, half of it in each direction, by a proxy in this process.
 """
 
 from __future__ import annotations
