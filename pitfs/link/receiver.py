@@ -13,14 +13,13 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, Protocol, TypeVar
+from typing import Final, TypeVar
 
 import trio
 
 from pitfs.errors import LinkError, PitfsError, RemoteProtocolError
 from pitfs.link import failures
-from pitfs.link.batches import BatchJoiner
-from pitfs.link.codec import PayloadDecoder
+from pitfs.link.applying import Applier, IngestProtocol
 from pitfs.link.failures import Told
 from pitfs.link.frames import (
     VERSIONS,
@@ -29,12 +28,9 @@ from pitfs.link.frames import (
     Fault,
     Frame,
     Greeting,
-    Parked,
     Ping,
     Pong,
-    Progress,
     Refuse,
-    Resume,
     WireData,
     common_version,
 )
@@ -43,20 +39,8 @@ from pitfs.link.stream import FrameQueue, PlainStream, TlsStream, peer_name, sen
 from pitfs.link.tls import LinkContext, is_granted, names_of
 from pitfs.link.window import DEFAULT_WINDOW_BYTES, WindowPool
 from pitfs.model.transfer import (
-    TRANSFER_SECTIONS,
-    Begin,
-    Checkpoint,
-    Data,
-    Durable,
-    End,
-    Flush,
     Hello,
-    Manifest,
-    Park,
-    ResumePoint,
-    StreamMark,
     Welcome,
-    Writes,
 )
 
 log = logging.getLogger(__name__)
@@ -66,21 +50,6 @@ REPLIES_BYTES: Final = 256 << 10  # replies that may wait: 1,000, far more than 
 
 T = TypeVar("T")
 ReadGrants = Callable[[], Mapping[str, frozenset[str]]]
-
-
-class IngestProtocol(Protocol):
-    """What takes the transfers of one session; called from threads, one call at a time."""
-
-    def welcome(self) -> Welcome: ...
-    def begin(self, manifest: Manifest) -> ResumePoint: ...
-    def data(self, frame: Data) -> None: ...
-    def checkpoint(self, cursor: tuple[int, ...]) -> ResumePoint: ...
-    def park(self, cursor: tuple[int, ...]) -> ResumePoint: ...
-    def end(self, end: End) -> Welcome: ...
-    def write(self, writes: Writes) -> None: ...
-    def flush(self, protected_through_ns: int) -> Durable: ...
-    def mark(self, mark: StreamMark) -> Durable: ...
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,10 +251,8 @@ class _Session:
         self._limits = receiver.limits
         self._incoming: FrameQueue[Frame] = FrameQueue(self._limits.queue_bytes)
         self._outgoing: FrameQueue[Frame] = FrameQueue(REPLIES_BYTES)
-        self._joiner = BatchJoiner()
         self._window_bytes = 0  # taken from the receiver's pool
-        self._decoder: PayloadDecoder | None = None
-        self._ingest: IngestProtocol | None = None
+        self._applier: Applier | None = None
         self._scope = trio.CancelScope()
         self._reason: Exception | None = None  # why it ends; None: the peer left in order
         self._stopping = False
@@ -310,7 +277,7 @@ class _Session:
         finally:
             with trio.CancelScope(shield=True):
                 await self._close_ingest()
-                self._decoder = None
+                self._applier = None  # the window goes with it
                 self._receiver.windows.give_back(self._window_bytes)
                 self._receiver.release(self)
                 self.released.set()
@@ -334,16 +301,15 @@ class _Session:
         """Opens the store, then feeds it what comes, until the peer has left and all is fed."""
         hello = await self._receiver.check(greeting, self._stream)
         await self._receiver.take_over(hello.group, hello.epoch, self)
-        welcome = await self._in_thread(lambda: self._open(hello))
-        self._began = True
         self._window_bytes = self._receiver.windows.take(greeting.window_bytes)
-        self._decoder = PayloadDecoder(self._window_bytes)
+        self._applier, welcome = await self._in_thread(lambda: self._open(hello))
+        self._began = True
         words = "%s: session began, group %s at mark %d, window %d MiB"
         log.info(words, self.peer, hello.group, welcome.mark, self._window_bytes >> 20)
         version = common_version(greeting.versions) or VERSIONS[0]
         self._reply(Accept(version, welcome, self._window_bytes))
         while batch := await self._incoming.take(lambda frame: not isinstance(frame, WireData)):
-            reply = await self._in_thread(partial(self._apply, batch))
+            reply = await self._in_thread(partial(self._applier.apply, batch))
             if isinstance(reply, Committed):
                 state = reply.welcome
                 log.debug(
@@ -355,41 +321,13 @@ class _Session:
     async def _in_thread(self, call: Callable[[], T]) -> T:
         return await trio.to_thread.run_sync(call, limiter=self._receiver.threads)
 
-    def _open(self, hello: Hello) -> Welcome:
-        self._ingest = self._receiver.open_ingest(hello)
-        return self._ingest.welcome()
-
-    def _apply(self, batch: list[Frame]) -> Frame | None:
-        """Decodes and ingests a batch, in a thread; only its last frame has a reply."""
-        ingest, decoder = self._ingest, self._decoder
-        assert ingest is not None and decoder is not None
-        for frame in batch:
-            match frame:
-                case WireData(section=section):
-                    (ingest.data if section in TRANSFER_SECTIONS else self._joiner.take)(decoder.decode(frame))
-                case Flush() | StreamMark():
-                    return self._apply_stream(ingest, frame)
-                case Begin(manifest=manifest):
-                    return Resume(ingest.begin(manifest))
-                case Checkpoint(cursor=cursor):
-                    return Progress(ingest.checkpoint(cursor))
-                case Park(cursor=cursor):
-                    return Parked(ingest.park(cursor))
-                case End():
-                    return Committed(ingest.end(frame))
-                case _:
-                    raise AssertionError(f"the protocol let {frame} through")
-        return None
-
-    def _apply_stream(self, ingest: IngestProtocol, frame: Flush | StreamMark) -> Durable:
-        if isinstance(frame, StreamMark):
-            if self._joiner.is_open:
-                raise RemoteProtocolError("MARK within a batch")
-            return ingest.mark(frame)
-        writes = self._joiner.finish(frame)
-        if writes is not None:
-            ingest.write(writes)
-        return ingest.flush(frame.protected_through_ns)
+    def _open(self, hello: Hello) -> tuple[Applier, Welcome]:
+        ingest = self._receiver.open_ingest(hello)
+        try:
+            return Applier(ingest, self._window_bytes), ingest.welcome()
+        except BaseException:
+            ingest.close()
+            raise
 
     def _reply(self, frame: Frame) -> None:
         """Queues a reply. Each answers a frame that was taken from the bounded queue, so no limit is needed
@@ -444,10 +382,10 @@ class _Session:
             self._outgoing.put_control(Ping(token))
 
     async def _close_ingest(self) -> None:
-        if self._ingest is None:
+        if self._applier is None:
             return
         try:
-            await self._in_thread(self._ingest.close)
+            await self._in_thread(self._applier.close)
         except Exception as error:
             log.error("%s: closing the store: %s", self.peer, error)
 

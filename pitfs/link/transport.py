@@ -11,8 +11,9 @@ import trio
 
 from pitfs.errors import LinkError, LinkRefusedError, UsageError
 from pitfs.link import failures
+from pitfs.link.applying import IngestProtocol
 from pitfs.link.rate import TokenBucket
-from pitfs.link.receiver import IngestProtocol, Limits, serve
+from pitfs.link.receiver import Limits, serve
 from pitfs.link.sender import QUEUE_BYTES, SenderSession
 from pitfs.link.stream import PlainStream, Timeouts, TlsStream, address_text
 from pitfs.link.tls import LinkContext, is_loopback
