@@ -302,14 +302,15 @@ class _Session:
         hello = await self._receiver.check(greeting, self._stream)
         await self._receiver.take_over(hello.group, hello.epoch, self)
         self._window_bytes = self._receiver.windows.take(greeting.window_bytes)
-        self._applier, welcome = await self._in_thread(lambda: self._open(hello))
+        applier, welcome = await self._in_thread(lambda: self._open(hello))
+        self._applier = applier
         self._began = True
         words = "%s: session began, group %s at mark %d, window %d MiB"
         log.info(words, self.peer, hello.group, welcome.mark, self._window_bytes >> 20)
         version = common_version(greeting.versions) or VERSIONS[0]
         self._reply(Accept(version, welcome, self._window_bytes))
         while batch := await self._incoming.take(lambda frame: not isinstance(frame, WireData)):
-            reply = await self._in_thread(partial(self._applier.apply, batch))
+            reply = await self._in_thread(partial(applier.apply, batch))
             if isinstance(reply, Committed):
                 state = reply.welcome
                 log.debug(

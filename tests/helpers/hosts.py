@@ -102,7 +102,8 @@ class Production(Daemon):
 
     def __init__(self, tmp: Path, volumes: Mapping[str, int | Path], *, port: int, interval: str = "2s",
                  mode: str = "dynamic", rate: str | None = None, capacity: str | None = None,
-                 on_full: str | None = None, block_sizes: Mapping[str, int] | None = None,
+                 on_full: str | None = None, on_disconnect: str | None = None,
+                 block_sizes: Mapping[str, int] | None = None,
                  group: str = GROUP, host: str = "127.0.0.1", state: Path | None = None,
                  within: Sequence[str] = (),
                  tls: Sequence[str] = ("insecure = true",)) -> None:  # fmt: skip
@@ -125,6 +126,7 @@ class Production(Daemon):
         lines += ["[splitter]", f'mountpoint = "{self.mountpoint}"', "[replication]"]
         lines += [f'replica = "{host}:{port}"', f'mode = "{mode}"', f'interval = "{interval}"']
         lines += [f'rate = "{rate}"'] if rate else []
+        lines += [f'on_disconnect = "{on_disconnect}"'] if on_disconnect else []
         journal = [f'capacity = "{capacity}"'] if capacity else []
         journal += [f'on_full = "{on_full}"'] if on_full else []
         lines += ["[journal]", *journal] if journal else []
