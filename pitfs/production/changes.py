@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Final
 
 import msgspec
@@ -162,3 +163,9 @@ def kept_changes(state: str, checksum: int, volume_count: int, limit_bytes: int)
         log.warning("%s: was written by another pitfs: a complete copy follows", path)
         return None
     return Changes(found.base, [BitMap64.deserialize(encoded) for encoded in found.bitmaps], limit_bytes)
+
+
+def forget_changes(state: str) -> None:
+    """Removes what the progress names no more. Raises OSError."""
+    with suppress(FileNotFoundError):
+        os.unlink(os.path.join(state, FILE))

@@ -364,16 +364,19 @@ class Splitter:
 
     @property
     def _needed_segment(self) -> int:
-        needed = min(self._released_segment, self.recovery_segment)
-        if self.standing.copy is not None:
-            needed = min(needed, self.standing.copy_location.segment)
-        return needed
+        return min(self._shipping_segment, self.recovery_segment)
+
+    @property
+    def _shipping_segment(self) -> int:
+        """Segments before this one aren't needed for shipping, nor for the running copy."""
+        copy, released = self.standing.copy, self._released_segment
+        return released if copy is None else min(released, self.standing.copy_location.segment)
 
     def _make_room(self) -> bool:
         """Gives back at once what is only wanted, or needed for a redo alone; False where there is nothing."""
         journal, before = self.journal, self.journal.used_bytes
         journal.release(self._needed_segment)
-        if journal.used_bytes == before and self.recovery_segment < self._released_segment:
+        if journal.used_bytes == before and self.recovery_segment < self._shipping_segment:
             self.checkpoint(self.snapshot_progress())  # passing would need one as well
             journal.release(self._needed_segment)
         given_back = before - journal.used_bytes

@@ -16,7 +16,7 @@ from pitfs.errors import CorruptionError, UsageError
 from pitfs.model.record import CopyProgress, CopyStart, Kind, Mark, Record
 from pitfs.model.transfer import VolumeInfo
 from pitfs.production.backing import open_backing
-from pitfs.production.changes import Changes, Pieces, changes_limit_bytes, kept_changes
+from pitfs.production.changes import Changes, Pieces, changes_limit_bytes, forget_changes, kept_changes
 from pitfs.production.journal import Journal, Location
 from pitfs.production.recovery import Tail, replay
 from pitfs.production.splitter import Splitter
@@ -118,6 +118,7 @@ def open_splitter(
             if progress.clean and progress.changes and cause is None:
                 standing.changes = kept_changes(state, progress.changes, len(volumes), limit_bytes)
             splitter.checkpoint(splitter.snapshot_progress())
+            forget_changes(state)
         elif cause is not None:
             if cause:
                 log.warning("%s: a complete copy follows, instants until now stay as they are", cause)
