@@ -258,16 +258,15 @@ class Shipper:
 
     async def _ship_copy(self, session: SenderSession, copy: Copy) -> None:
         before = session.welcome.mark
+        if not shipment.leads_on(copy, session.welcome):
+            await self._following.abandon("the replica hasn't the state that the changed blocks build on")
         manifest = shipment.copy_manifest(copy, self._hello.history, session.welcome)
         resume = await session.begin(manifest)
         self.standing.begun()
         # Now, not when the word of the commit comes: that may be lost, and the marks before are so in any case.
         self.standing.lost = (before, copy.start.mark, copy.start.cause)
-        log.info(
-            "complete copy begins, mark %d%s",
-            copy.start.mark,
-            f" behind {resume.lengths[1]} bytes" if resume.cursor else "",
-        )
+        behind = f" behind {resume.lengths[1]} bytes" if resume.cursor else ""
+        log.info("%s begins, mark %d%s", copy.what, copy.start.mark, behind)
         fds = [os.open(volume.backing, os.O_RDONLY | os.O_CLOEXEC) for volume in self._config.volumes]
 
         def tail() -> Location:
@@ -302,7 +301,7 @@ class Shipper:
         self.standing.arrived(session.welcome, copy.location)
         self.standing.settle(copy.start.mark)
         self._following.copy_ahead = False
-        log.info("complete copy committed, mark %d", copy.start.mark)
+        log.info("%s committed, mark %d", copy.what, copy.start.mark)
 
     async def _ship_interval(self, session: SenderSession, interval: Interval) -> None:
         """The interval's snapshot diff; its difference journal waits then."""
@@ -404,6 +403,7 @@ class Shipper:
             "sync": splitter["sync"],
             "passing": splitter["passing"] or None,
             "writes_waiting": splitter["waiting"] or None,
+            "changed_bytes": splitter["changed_bytes"],
             "copying": splitter["copy_mark"] is not None,
+            "copying_bytes": splitter["copying_bytes"],
         }
-

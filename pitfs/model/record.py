@@ -20,7 +20,8 @@ A record is a header of 64 bytes and a body, little-endian:
 
 Body of WRITE and BEFORE_IMAGE: one xxh3_64 (8 bytes) for each block, then the blocks' contents, whole. A
 BEFORE_IMAGE without contents: all of its blocks are zeros.
-Body of the other kinds: a message (msgpack), all of it under the checksum.
+Body of the other kinds: a message (msgpack), all of it under the checksum; of COPY_BLOCKS a piece of the bitmap of
+`volume`, in order, `block` being its offset in bytes.
 
 The seed makes records that a recycled segment still holds from its former life fail verification, so the
 tail needs no erasing. durable_lsn tells a tear from damage without another write: a record that can't be
@@ -54,9 +55,10 @@ class Kind(enum.IntEnum):
     WRITE = 1
     BEFORE_IMAGE = 2  # content of blocks as the running copy must still see them (copy before write)
     MARK = 3  # the interval closes here
-    COPY_START = 4  # a complete copy of the state at this position begins
+    COPY_START = 4  # a copy of the state at this position begins
     COPY_PROGRESS = 5  # the replica has it durably up to here
     SEAL = 6  # the segment ends; the next one goes on
+    COPY_BLOCKS = 7  # behind a COPY_START: which blocks it is a copy of
 
 
 _KINDS: Final = frozenset(Kind)
@@ -104,15 +106,22 @@ class Mark(msgspec.Struct, frozen=True):
 
 
 class CopyStart(msgspec.Struct, frozen=True):
-    """Message of COPY_START: mark `mark` is the complete state at (seq, time_ns) of the record.
+    """Message of COPY_START: mark `mark` is the state at (seq, time_ns) of the record.
 
     cause: why what lies between (from_seq, from_time_ns) and it can't be given; empty for the first copy.
+    bitmap_bytes: the copy has the blocks alone that may differ from the state at (from_seq, from_time_ns), and leads
+        on from that: what their bitmap takes, of each volume, in COPY_BLOCKS. Empty: a complete copy.
     """
 
     mark: int
     from_seq: int
     from_time_ns: int
     cause: str = ""
+    bitmap_bytes: tuple[int, ...] = ()
+
+    @property
+    def is_complete(self) -> bool:
+        return not self.bitmap_bytes
 
 
 class CopyProgress(msgspec.Struct, frozen=True):

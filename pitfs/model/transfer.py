@@ -8,8 +8,11 @@ interrupted resumes at a checkpoint: the durable length of each section, and the
     kind INTERVAL   what changed in (from_seq, to_seq]; DIFF is the last content of each block written
     kind LAYERS     more of the difference journal (figure 6B) of an interval that the replica has: POSITIONS, JOURNAL
                     and JOURNAL_BLOCKS of one layer of the ladder or of several (see `model.ladder`)
+    kind CHANGES    the state at one position behind a gap: DIFF has every block that may differ from the snapshot
+                    before, zeros among them, its length isn't known in advance
 
-FULL and INTERVAL lead to the next mark; LAYERS raises the granularity of an interval before it.
+FULL, CHANGES and INTERVAL lead to the next mark (the first two may skip marks); LAYERS raises the granularity of an
+interval before it.
 
 Sections:
 
@@ -26,7 +29,7 @@ While the link keeps up the open interval's writes *stream*, beside these transf
 
 Rows, then their contents, then a Flush: that is a batch. It is applied whole, made durable, and answered by a Durable.
 A StreamMark closes the interval: what was streamed becomes a snapshot and an interval at every write on the replica
-itself. LAYERS of earlier intervals may go in between; FULL and INTERVAL lead on from where the stream ended.
+itself. LAYERS of earlier intervals may go in between; the other kinds lead on from where the stream ended.
 
 `unit` counts 512 bytes, the smallest block size. Of all layers of an interval JOURNAL_BLOCKS stand one behind the
 other, so a place in them means the same whatever transfers they came in. A row says nothing that the replica finds
@@ -114,6 +117,7 @@ class Kind(enum.IntEnum):
     FULL = 1
     INTERVAL = 2
     LAYERS = 3
+    CHANGES = 4
 
 
 class VolumeInfo(msgspec.Struct, frozen=True):
@@ -155,11 +159,11 @@ class Manifest(msgspec.Struct, frozen=True):
             transfer only moves protected_through_ns on.
         first_time_ns: time of the first write in it, None if there is none.
         protected_through_ns: time of the mark itself: every write up to it is in.
-        granularity_ns: a rung of the ladder, 0 every write, or None, snapshots only (FULL, INTERVAL).
+        granularity_ns: a rung of the ladder, 0 every write, or None, snapshots only (all but LAYERS).
         base_granularity_ns: LAYERS: that of the interval on the replica before; else None.
         cause: why the granularity is what it is, in words.
         diff_count, journal_count, position_count: rows of DIFF, JOURNAL and POSITIONS; None for diff_count
-            where not known (FULL).
+            where not known (FULL, CHANGES).
         base_bytes: LAYERS: of JOURNAL_BLOCKS that the replica has of coarser layers.
         identity: equal exactly if the sections' bytes are equal; a staged transfer resumes only then.
     """

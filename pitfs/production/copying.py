@@ -1,4 +1,7 @@
-"""A complete copy of the state at a position, read from the backing volumes while writes go on.
+"""A copy of the state at a position, read from the backing volumes while writes go on: complete, or of changes.
+
+A complete one has every block that isn't zero. Of a copy of changes the journal says which blocks it has, behind its
+COPY_START; these all go, zeros among them, for the replica has something else there.
 
 Copy before write: the splitter journals the before-image of a block before it overwrites one that the
 replica doesn't durably have. So, after reading a stretch of the backing volume, whatever before-images the
@@ -16,10 +19,11 @@ from typing import Final
 import msgspec
 import numpy as np
 import numpy.typing as npt
+from pyroaring import BitMap64
 from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CorruptionError, PositionMismatchError
-from pitfs.model.record import CopyProgress, Kind, Record
+from pitfs.model.record import CopyProgress, CopyStart, Kind, Record
 from pitfs.model.transfer import (
     DIFF_ENTRY,
     MAX_PAYLOAD_BYTES,
@@ -32,6 +36,7 @@ from pitfs.model.transfer import (
     TransferFrame,
     VolumeInfo,
 )
+from pitfs.production.changes import Pieces
 from pitfs.production.journal import Location, journal_path
 from pitfs.production.reader import JournalReader
 
@@ -58,6 +63,7 @@ class _BeforeImages:
         self._mark = mark
         self._stretches: dict[tuple[int, int], bytearray] = {}
         self._done = (0, 0)  # stretches before this one are copied
+        self._pieces: Pieces | None = None
         self.progress = CopyProgress(mark, 0, 0)
 
     def close(self) -> None:
@@ -69,6 +75,11 @@ class _BeforeImages:
         def visit(location: Location, record: Record) -> bool:
             if record.kind is Kind.BEFORE_IMAGE:
                 self._add(location, record)
+            elif record.kind is Kind.COPY_START:
+                start = msgspec.msgpack.decode(record.covered, type=CopyStart)
+                self._pieces = None if start.is_complete else Pieces(start)
+            elif record.kind is Kind.COPY_BLOCKS and self._pieces is not None:
+                self._pieces.take(record)
             elif record.kind is Kind.COPY_PROGRESS:
                 progress = msgspec.msgpack.decode(record.covered, type=CopyProgress)
                 if progress.mark == self._mark:
@@ -76,6 +87,13 @@ class _BeforeImages:
             return False
 
         self._reader.follow(until, visit)
+
+    def wanted(self) -> list[BitMap64 | None]:
+        """Of each volume the blocks that are copied, None for all; call it once. Raises CorruptionError."""
+        if self._pieces is None:
+            return [None] * len(self._volumes)
+        wanted, self._pieces = self._pieces.bitmaps(self._directory), None
+        return list(wanted)
 
     def _add(self, location: Location, record: Record) -> None:
         size = self._volumes[record.volume].block_size
@@ -133,7 +151,7 @@ def frames(
     resume: ResumePoint,
     tail: Callable[[], Location],
 ) -> Iterator[TransferFrame]:
-    """The frames of a complete copy behind what the replica durably has.
+    """The frames of a copy behind what the replica durably has.
 
     Args:
         directory: of the journal; start: of the COPY_START number `mark` in it.
@@ -150,22 +168,26 @@ def frames(
         images.follow(tail())
         at_volume, at_block = (resume.cursor[0], resume.cursor[1]) if len(resume.cursor) == 2 else (0, 0)
         if (images.progress.volume, images.progress.block) > (at_volume, at_block):
-            raise PositionMismatchError("the replica lost a part of the full copy that it had acknowledged")
+            raise PositionMismatchError("the replica lost a part of the copy that it had acknowledged")
         rows_bytes, contents_bytes = resume.lengths[0], resume.lengths[1]
         sent = read = 0
+        wanted = images.wanted()
         for index in range(at_volume, len(volumes)):
-            volume, block = volumes[index], at_block if index == at_volume else 0
-            while (first := _next_data(volume, block, backing_fds[index])) is not None:
+            volume, fd, blocks = volumes[index], backing_fds[index], wanted[index]
+            block = at_block if index == at_volume else 0
+            while (first := _next_block(volume, block, fd, blocks)) is not None:
                 stretch = first * volume.block_size // STRETCH_BYTES
                 end = min(volume.block_count, (stretch + 1) * STRETCH_BYTES // volume.block_size)
-                buffer = _read(volume, first, end, backing_fds[index])
+                picked = None if blocks is None else _between(blocks, first, end)
+                buffer = _read(volume, first, end, fd) if picked is None else _read_picked(volume, picked, fd)
                 images.follow(tail())
                 images.apply(index, stretch, first, buffer)
-                for entries, payload in _pieces(volume, index, first, buffer):
+                for entries, payload in _portions(volume, index, first, buffer, picked):
                     yield Data(Section.DIFF, rows_bytes, entries.tobytes())
-                    yield Data(Section.DIFF_BLOCKS, contents_bytes, payload)
+                    if payload:
+                        yield Data(Section.DIFF_BLOCKS, contents_bytes, payload)
                     rows_bytes, contents_bytes = rows_bytes + entries.nbytes, contents_bytes + len(payload)
-                    sent += len(payload)
+                    sent += entries.nbytes + len(payload)
                 images.done(index, stretch)
                 read += (end - block) * volume.block_size
                 block = end
@@ -192,12 +214,31 @@ def _seek_data(fd: int, offset: int) -> int | None:
         raise
 
 
-def _next_data(volume: VolumeInfo, block: int, fd: int) -> int | None:
-    """The next block that isn't in a hole."""
+def _next_block(volume: VolumeInfo, block: int, fd: int, wanted: BitMap64 | None) -> int | None:
+    """The next block that is wanted; where all are, the next one that isn't in a hole."""
     if block >= volume.block_count:
         return None
+    if wanted is not None:
+        return wanted.next_set_bit(block) if len(wanted) and block <= wanted.max() else None
     offset = _seek_data(fd, block * volume.block_size)
     return None if offset is None else offset // volume.block_size
+
+
+def _between(blocks: BitMap64, first: int, end: int) -> npt.NDArray[np.int64]:
+    """Those of the blocks in [first, end), ascending."""
+    stretch = BitMap64()
+    stretch.add_range(first, end)
+    return np.array((blocks & stretch).to_array(), dtype=np.int64)
+
+
+def _read_picked(volume: VolumeInfo, picked: npt.NDArray[np.int64], fd: int) -> bytearray:
+    """From the first of the blocks to the last; what isn't among them isn't read, and zero."""
+    size, first = volume.block_size, int(picked[0])
+    buffer = bytearray((int(picked[-1]) + 1 - first) * size)
+    for run in np.split(picked, np.flatnonzero(np.diff(picked) != 1) + 1):
+        start, end = int(run[0]), int(run[-1]) + 1
+        buffer[(start - first) * size : (end - first) * size] = _read(volume, start, end, fd)
+    return buffer
 
 
 def _read(volume: VolumeInfo, first: int, end: int, fd: int) -> bytearray:
@@ -221,17 +262,22 @@ def _read(volume: VolumeInfo, first: int, end: int, fd: int) -> bytearray:
     return buffer
 
 
-def _pieces(
-    volume: VolumeInfo, index: int, first: int, buffer: bytearray
+def _portions(
+    volume: VolumeInfo, index: int, first: int, buffer: bytearray, picked: npt.NDArray[np.int64] | None
 ) -> Iterator[tuple[npt.NDArray[np.void], bytes]]:
-    """Rows and contents of the blocks in `buffer` that aren't zero, a payload's worth at a time."""
+    """Rows and contents of the picked blocks (None: of all that aren't zero), a payload's worth at a time.
+
+    Args:
+        buffer: of blocks from `first` on.
+    """
     size = volume.block_size
     blocks = np.frombuffer(buffer, dtype=np.uint64).reshape(-1, size // 8)
-    present = np.flatnonzero(blocks.any(axis=1))
+    places = np.flatnonzero(blocks.any(axis=1)) if picked is None else picked - first
     step = MAX_PAYLOAD_BYTES // size
-    for start in range(0, len(present), step):
-        picked = present[start : start + step]
-        payload = blocks[picked].tobytes()
-        entries = np.zeros(len(picked), dtype=DIFF_ENTRY)
-        entries["block"], entries["volume"], entries["source"] = first + picked, index, int(Source.FOURTH)
-        yield entries, payload
+    for start in range(0, len(places), step):
+        contents = blocks[places[start : start + step]]
+        filled = contents.any(axis=1)
+        entries = np.zeros(len(contents), dtype=DIFF_ENTRY)
+        entries["block"], entries["volume"] = first + places[start : start + step], index
+        entries["source"] = np.where(filled, int(Source.FOURTH), int(Source.ZERO))
+        yield entries, contents[filled].tobytes()

@@ -151,7 +151,7 @@ class Journal:
         covered: bytes,
         contents: bytes = b"",
     ) -> None:
-        """Appends one record; it is durable after the next `sync`. `last_location` says where it stands.
+        """Appends one record; it is durable after the next `sync`.
 
         Raises:
             CapacityError: the journal or its disk is full; nothing was appended.
@@ -181,9 +181,9 @@ class Journal:
         self._last_offset, self._offset = offset, end
         self.appended_bytes += size
 
-    @property
-    def last_location(self) -> Location:
-        """Where the last appended record stands."""
+    def append_message(self, kind: int, seq: int, time_ns: int, body: bytes) -> Location:
+        """Appends a record without blocks; where it stands. As `append`."""
+        self.append(kind, 0, 0, 0, seq, time_ns, body)
         return Location(self._segment.number, self._last_offset)
 
     def _write_ahead(self, end: int) -> None:

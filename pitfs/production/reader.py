@@ -81,12 +81,17 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A COPY_START that was met: a complete copy of the state at (seq, time_ns) begins at `location`."""
+    """A COPY_START that was met: a copy of the state at (seq, time_ns) begins at `location`."""
 
     start: CopyStart
     seq: int
     time_ns: int
     location: Location
+
+    @property
+    def what(self) -> str:
+        """For people."""
+        return "complete copy" if self.start.is_complete else "copy of what changed"
 
 
 @dataclass(frozen=True, slots=True)

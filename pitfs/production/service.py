@@ -3,8 +3,9 @@
 Serves these requests (`splitter.sock`):
 
     tail                            {"segment", "offset", "seq", "position_time_ns", "time_ns", "mark", "used_bytes",
-                                     "capacity_bytes", "passing", "waiting", "copy_mark", "copy_segment", "copy_offset",
-                                     "lsn", "now_ns", "sync"}; no later write has a time up to now_ns
+                                     "capacity_bytes", "passing", "waiting", "changed_bytes", "copying_bytes",
+                                     "copy_mark", "copy_segment", "copy_offset", "lsn", "now_ns", "sync"};
+                                    no later write has a time up to now_ns
     follow lsn                      the same, as soon as the journal has more than that; at the latest after FOLLOW_S
     replicated seq in_step cause    mode sync: what the replica durably has
     mark [bookmark]                 the same, and "mark" is the one just set
@@ -26,6 +27,7 @@ import trio
 from pitfs.errors import CapacityError, PitfsError
 from pitfs.model.record import CopyProgress
 from pitfs.production.agreement import Agreement
+from pitfs.production.changes import size_bytes
 from pitfs.production.splitter import Splitter
 from pitfs.storage.files import storage_error
 
@@ -159,7 +161,7 @@ class SplitterService:
             elif op == "rescan":
                 if splitter.standing.passing:
                     raise CapacityError(
-                        f"{splitter.standing.passing}: a complete copy begins once that is mended"
+                        f"{splitter.standing.passing}: a copy begins once that is mended"
                     )
                 splitter.start_copy(str(request["cause"]))
             elif op != "tail":
@@ -174,7 +176,9 @@ class SplitterService:
                 await self._followers.park()
 
     def _standing(self) -> dict[str, Any]:
-        standing, journal = self._splitter.standing, self._splitter.journal
+        standing, journal, volumes = self._splitter.standing, self._splitter.journal, self._splitter.volumes
+        changes = standing.changes if standing.passing else None
+        copying = [volume.copying for volume in volumes if volume.copying is not None] if standing.copy else []
         return {
             "lsn": journal.lsn,
             "now_ns": self._splitter.now_ns(),
@@ -188,8 +192,10 @@ class SplitterService:
             "used_bytes": journal.used_bytes,
             "capacity_bytes": journal.capacity_bytes,
             "passing": standing.passing,
+            "changed_bytes": None if changes is None else size_bytes(changes.bitmaps, volumes),
             "waiting": self._waiting + self._agreement.waiting_count,
             "copy_mark": standing.copy.mark if standing.copy else None,
             "copy_segment": standing.copy_location.segment,
             "copy_offset": standing.copy_location.offset,
+            "copying_bytes": size_bytes(copying, volumes) if copying else None,
         }

@@ -263,8 +263,16 @@ def _added(shipment: Shipment, base: int, layer: int) -> tuple[DifferenceJournal
     return shipment.journal.layers(base, layer), shipment.positions[(layers > base) & (layers <= layer)]
 
 
+def leads_on(copy: Copy, welcome: Welcome) -> bool:
+    """Whether the replica, which stands there, can take the copy: one of changes builds on one state alone."""
+    start = copy.start
+    return start.is_complete or (
+        welcome.mark > 0 and (welcome.seq, welcome.time_ns) == (start.from_seq, start.from_time_ns)
+    )
+
+
 def copy_manifest(copy: Copy, history: str, welcome: Welcome) -> Manifest:
-    """The manifest of a complete copy.
+    """The manifest of a copy.
 
     Args:
         welcome: where the replica stands: what lies between that and the copy is a gap.
@@ -279,7 +287,7 @@ def copy_manifest(copy: Copy, history: str, welcome: Welcome) -> Manifest:
         gaps = (Gap(*before, copy.seq, copy.time_ns, cause),)
     return Manifest(
         mark=start.mark,
-        kind=Kind.FULL,
+        kind=Kind.FULL if start.is_complete else Kind.CHANGES,
         from_seq=before[0],
         from_time_ns=before[1],
         to_seq=copy.seq,
@@ -291,7 +299,7 @@ def copy_manifest(copy: Copy, history: str, welcome: Welcome) -> Manifest:
         diff_count=None,
         journal_count=0,
         position_count=0,
-        identity=f"{FORMAT} {history} full {start.mark}",
+        identity=f"{FORMAT} {history} {'full' if start.is_complete else 'changes'} {start.mark}",
         gaps=gaps,
     )
 

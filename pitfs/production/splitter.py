@@ -12,7 +12,6 @@ import logging
 import os
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
 
 import msgspec
@@ -20,47 +19,17 @@ from pyroaring import BitMap64
 from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CapacityError, PitfsError
-from pitfs.model.record import CopyProgress, CopyStart, Kind, Mark, block_checksums
-from pitfs.production.journal import Journal, Location
+from pitfs.model.record import CopyProgress, Kind, Mark, block_checksums
+from pitfs.production.changes import Changes, changes_limit_bytes, keep_changes, size_bytes
+from pitfs.production.copy_before_write import begin_copy, preserve
+from pitfs.production.journal import Journal
+from pitfs.production.standing import Marked, Standing
 from pitfs.production.state import BackingState, Progress, ProgressFile
 from pitfs.production.volume import Volume, is_copied
 
 log = logging.getLogger(__name__)
 
-NOWHERE: Final = Location(0, 0)
 _PACK_ONE: Final = struct.Struct("<Q").pack
-
-
-@dataclass(slots=True)
-class Standing:
-    """Where the splitter stands; what recovery gives it and checkpoints keep.
-
-    Attributes:
-        seq, position_time_ns: position of the last write.
-        time_ns: the last time given to any record.
-        mark: the last mark.
-        copy: the running copy, None if there is none; copy_location: where its COPY_START is.
-        passing: why writes aren't journalled, empty while they are.
-    """
-
-    seq: int = 0
-    position_time_ns: int = 0
-    time_ns: int = 0
-    mark: int = 0
-    copy: CopyStart | None = None
-    copy_location: Location = NOWHERE
-    passing: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Marked:
-    """A mark that was set: its number, the position that it ends at, and where the journal goes on."""
-
-    mark: int
-    seq: int
-    position_time_ns: int
-    time_ns: int
-    tail: Location
 
 
 class Splitter:
@@ -118,8 +87,9 @@ class Splitter:
         standing = self.standing
         if standing.passing:
             if not self._passing_durable:
-                self._write_progress(clean=False)  # a redo over this write would undo it
-            self._write_backing(volume, data, offset)
+                self._write_progress()  # a redo over this write would undo it
+            self._note_change(index, offset, len(data))
+            self._write_backing(index, offset, data)
             return
         block_size = volume.block_size
         first = offset // block_size
@@ -139,13 +109,13 @@ class Splitter:
         try:
             try:
                 if standing.copy is not None:
-                    self._preserve(index, volume, first, count, may_wait)
+                    preserve(self.journal, standing, index, volume, first, count, may_wait)
                 self.journal.append(Kind.WRITE, index, first, count, standing.seq + 1, now, covered, contents)
             except CapacityError:
-                if not self._give_up_wanted():
+                if not self._make_room():
                     raise
                 if standing.copy is not None:
-                    self._preserve(index, volume, first, count, may_wait)
+                    preserve(self.journal, standing, index, volume, first, count, may_wait)
                 self.journal.append(Kind.WRITE, index, first, count, standing.seq + 1, now, covered, contents)
         except (PitfsError, OSError) as error:
             if self._block_when_full and isinstance(error, CapacityError):
@@ -155,7 +125,9 @@ class Splitter:
         else:
             standing.seq += 1
             standing.time_ns = standing.position_time_ns = now
-        self._write_backing(volume, data, offset)
+        if standing.changes is not None:
+            self._note_change(index, offset, len(data))
+        self._write_backing(index, offset, data)
 
     def read(self, index: int, offset: int, size: int, may_wait: bool = True) -> bytes:
         """Reads the volume: the backing has every write that was answered.
@@ -167,16 +139,30 @@ class Splitter:
         volume = self.volumes[index]
         return volume.read(offset, max(0, min(size, volume.size_bytes - offset)), may_wait)
 
-    def _write_backing(self, volume: Volume, data: bytes, offset: int) -> None:
+    def _write_backing(self, index: int, offset: int, data: bytes) -> None:
+        volume = self.volumes[index]
         try:
             done = os.pwrite(volume.backing.fd, data, offset)
             while done < len(data):
                 done += os.pwrite(volume.backing.fd, data[done:], offset + done)
         except OSError as error:
-            # The journal has the write and the volume may have part of it: neither can be believed.
-            if not self.standing.passing:
-                self._pass_writes(f"{volume.backing.path}: a write failed: {os.strerror(error.errno or 0)}")
+            # The journal has the write and the volume may have part of it: what is in these blocks must be read again.
+            try:
+                if not self.standing.passing:
+                    self._pass_writes(f"{volume.backing.path}: a write failed: {os.strerror(error.errno or 0)}")
+            finally:
+                self._note_change(index, offset, len(data))
             raise
+
+    def _note_change(self, index: int, offset: int, size: int) -> None:
+        """Marks the blocks that a write touches, before it is done."""
+        changes, block_size = self.standing.changes, self.volumes[index].block_size
+        if changes is None:
+            return
+        first = offset // block_size
+        if not changes.mark(index, first, -(-(offset + size) // block_size) - first):
+            log.warning("what changes can't be remembered any more: it would take too much; a complete copy follows")
+            self.standing.changes = None
 
     def _fill(self, volume: Volume, offset: int, data: bytes, may_wait: bool) -> bytes:
         """Whole blocks around an unaligned write: edges from the current content, zeros behind the volume's end."""
@@ -187,34 +173,6 @@ class Splitter:
         before = volume.read(offset - head, head, may_wait) if head else b""
         after = volume.read(end, tail, may_wait).ljust(tail, b"\0") if tail else b""
         return b"".join((before, data, after))
-
-    def _preserve(self, index: int, volume: Volume, first: int, count: int, may_wait: bool) -> None:
-        """Copy before write: keeps the before-image of blocks that the running copy may not have read yet."""
-        copied, preserved = volume.copied_block, volume.preserved
-        if first + count <= copied:
-            return
-        todo = [block for block in range(max(first, copied), first + count) if block not in preserved]
-        while todo:
-            length = 1
-            while length < len(todo) and todo[length] == todo[0] + length:
-                length += 1
-            size = length * volume.block_size
-            image = volume.read(todo[0] * volume.block_size, size, may_wait).ljust(size, b"\0")
-            covered = struct.pack(f"<{length}Q", *block_checksums(image, volume.block_size))
-            if not any(image[:64]) and not image.strip(b"\0"):
-                image = b""  # zeros, as before the first write to a sparse volume: said without contents
-            self.journal.append(
-                Kind.BEFORE_IMAGE,
-                index,
-                todo[0],
-                length,
-                self.standing.seq,
-                self.standing.time_ns,
-                covered,
-                image,
-            )
-            preserved.add_range(todo[0], todo[0] + length)
-            del todo[:length]
 
     def _close_full_interval(self) -> None:
         """Closes the open interval where the journal is full, once: room only comes when it has been shipped."""
@@ -231,55 +189,43 @@ class Splitter:
     def _pass_writes(self, cause: str) -> None:
         """From here on writes pass without being journalled. Durable before the first of them is answered."""
         log.error("%s: writes go on, but no instant after this can be given until it is mended", cause)
+        standing = self.standing
         try:
             self.mark()  # what is journalled can go to the replica, and give room
         except (PitfsError, OSError) as error:
             log.warning("the open interval can't be closed: %s", error)
-        self.standing.passing = cause
-        self.standing.copy = None
+        if standing.copy is None:
+            base = standing.seq, standing.position_time_ns
+            limit_bytes = changes_limit_bytes(self.journal.capacity_bytes)
+            standing.changes = Changes(base, [BitMap64() for _ in self.volumes], limit_bytes)
+        # Else a copy is given up: what was to come with it, and after it, is marked; of a complete one nothing is.
+        standing.passing = cause
+        standing.copy = None
         self._passing_durable = False
-        self._write_progress(clean=False)
+        self._write_progress()
 
     def resume_journal(self, cause: str) -> bool:
-        """Journals again after passing, with a complete copy to follow. False where there's no room for it yet."""
+        """Journals again after passing, with a copy to follow. False where there's no room for it yet."""
         standing, journal, passing = self.standing, self.journal, self.standing.passing
         if journal.used_bytes > journal.capacity_bytes // 2:
             return False
+        changes = standing.changes
         try:
             journal.begin_anew()
-            self._start_copy(cause)
+            begin_copy(journal, standing, self.volumes, self._clock_ns(), cause, changes)
             journal.sync()
             standing.passing = ""
-            self._write_progress(clean=False)
+            self._write_progress()
         except (PitfsError, OSError) as error:
             # Begun in vain: writes go on passing beside it, once that is on disk again.
             standing.copy, standing.passing, self._passing_durable = None, passing, False
             log.warning("%s: journalling can't begin again yet: %s", passing, error)
             return False
-        log.info("journalling again; a complete copy follows")
+        what = "complete copy"
+        if changes is not None:
+            what = f"copy of the {size_bytes(changes.bitmaps, self.volumes)} bytes that changed"
+        log.info("journalling again; a %s follows", what)
         return True
-
-    def _start_copy(self, cause: str) -> None:
-        """Closes what was journalled and begins a complete copy of the state as it is now (a rescan)."""
-        standing = self.standing
-        if standing.mark:
-            self._append_message(
-                Kind.MARK, standing.time_ns, Mark(standing.mark + 1, standing.position_time_ns)
-            )
-            standing.mark += 1
-            gap_from = standing.seq, standing.position_time_ns
-            standing.seq += 1
-            standing.time_ns = standing.position_time_ns = max(self._clock_ns(), standing.time_ns + 1)
-            copy = CopyStart(standing.mark + 1, *gap_from, cause)
-        else:
-            standing.time_ns = standing.position_time_ns = max(self._clock_ns(), standing.time_ns + 1)
-            copy = CopyStart(1, 0, standing.position_time_ns)
-        location = self._append_message(Kind.COPY_START, standing.position_time_ns, copy)
-        standing.mark = copy.mark
-        standing.copy, standing.copy_location = copy, location
-        for volume in self.volumes:
-            volume.copied_block = 0
-            volume.preserved = BitMap64()
 
     def start_copy(self, cause: str) -> None:
         """Begins a complete copy: the first one (cause empty), or a rescan with a gap before it.
@@ -287,10 +233,10 @@ class Splitter:
         Raises:
             PitfsError, OSError: the journal can't be written.
         """
-        self._start_copy(cause)
+        begin_copy(self.journal, self.standing, self.volumes, self._clock_ns(), cause, None)
         self.journal.sync()
         self.standing.passing = ""
-        self._write_progress(clean=False)
+        self._write_progress()
 
     # -- marks and the copy ------------------------------------------------------------------------------
 
@@ -305,7 +251,7 @@ class Splitter:
             raise CapacityError(f"{standing.passing}: no snapshot can be taken until that is mended")
         time_ns = max(self._clock_ns(), standing.time_ns + 1)
         message = Mark(standing.mark + 1, standing.position_time_ns, bookmark)
-        self._append_message(Kind.MARK, time_ns, message)
+        self.journal.append_message(Kind.MARK, standing.seq, time_ns, msgspec.msgpack.encode(message))
         standing.mark, standing.time_ns = message.mark, time_ns
         return Marked(message.mark, standing.seq, standing.position_time_ns, time_ns, self.journal.tail)
 
@@ -315,24 +261,20 @@ class Splitter:
         if standing.copy is None or progress.mark != standing.copy.mark:
             return
         try:
-            self._append_message(Kind.COPY_PROGRESS, standing.time_ns, progress)
+            body = msgspec.msgpack.encode(progress)
+            self.journal.append_message(Kind.COPY_PROGRESS, standing.seq, standing.time_ns, body)
         except CapacityError:
             # The end may go without its record: the replica's mark says it again. What comes before may not:
             # the record is how the shipper notices that the replica lost a part.
             if progress.volume < len(self.volumes):
                 return
         if is_copied(self.volumes, progress):
-            standing.copy = None
+            standing.copy = standing.changes = None
 
     def now_ns(self) -> int:
         """The time that no later record's comes before; as the last record's, if the clock stands behind that."""
         self.standing.time_ns = max(self.standing.time_ns, self._clock_ns())
         return self.standing.time_ns
-
-    def _append_message(self, kind: Kind, time_ns: int, message: msgspec.Struct) -> Location:
-        body = msgspec.msgpack.encode(message)
-        self.journal.append(kind, 0, 0, 0, self.standing.seq, time_ns, body)
-        return self.journal.last_location
 
     # -- checkpoints -------------------------------------------------------------------------------------
 
@@ -366,8 +308,12 @@ class Splitter:
         except OSError as worse:  # writes are refused until this can be recorded
             log.error("%s: passing can't be recorded: %s", self.journal.directory, worse)
 
-    def snapshot_progress(self, clean: bool = False) -> Progress:
-        """The progress as of now, to be written once the backing volumes are durable. O(volumes)."""
+    def snapshot_progress(self, clean: bool = False, changes: int = 0) -> Progress:
+        """The progress as of now, to be written once the backing volumes are durable. O(volumes).
+
+        Args:
+            changes: see `Progress`.
+        """
         standing, journal = self.standing, self.journal
         self._generation += 1
         return Progress(
@@ -383,12 +329,13 @@ class Splitter:
             mark=standing.mark,
             copy_segment=standing.copy_location.segment if standing.copy else 0,
             backings=tuple(BackingState(v.size_bytes, v.backing.mtime_ns) for v in self.volumes),
+            changes=changes,
         )
 
-    def _write_progress(self, clean: bool) -> None:
+    def _write_progress(self, clean: bool = False, changes: int = 0) -> None:
         """A checkpoint right now. Blocks: for the rare turns at which it must be done before going on."""
         self.sync_backings()
-        progress = self.snapshot_progress(clean)
+        progress = self.snapshot_progress(clean, changes)
         self._record(progress)
         self._passing_durable = True
 
@@ -422,16 +369,27 @@ class Splitter:
 
     @property
     def _needed_segment(self) -> int:
-        needed = min(self._released_segment, self.recovery_segment)
-        if self.standing.copy is not None:
-            needed = min(needed, self.standing.copy_location.segment)
-        return needed
+        return min(self._shipping_segment, self.recovery_segment)
 
-    def _give_up_wanted(self) -> bool:
-        """Gives back at once what is only wanted; False where nothing is."""
-        before = self.journal.used_bytes
-        self.journal.release(self._needed_segment)
-        return self.journal.used_bytes < before
+    @property
+    def _shipping_segment(self) -> int:
+        """Segments before this one aren't needed for shipping, nor for the running copy."""
+        copy, released = self.standing.copy, self._released_segment
+        return released if copy is None else min(released, self.standing.copy_location.segment)
+
+    def _make_room(self) -> bool:
+        """Gives back at once what is only wanted, or needed for a redo alone; False where there is nothing."""
+        journal, before = self.journal, self.journal.used_bytes
+        journal.release(self._needed_segment)
+        if journal.used_bytes == before and self.recovery_segment < self._shipping_segment:
+            self.checkpoint(self.snapshot_progress())  # passing would need one as well
+            journal.release(self._needed_segment)
+        given_back = before - journal.used_bytes
+        if given_back and self._wanted_segment < self._needed_segment:
+            log.info(
+                "%s: full: %d bytes given up that were kept for backfill", journal.directory, given_back
+            )
+        return given_back > 0
 
     def close(self) -> None:
         """Closes in order: everything durable, the state marked clean. Raises OSError."""
@@ -439,8 +397,18 @@ class Splitter:
             self.journal.sync()
         for volume in self.volumes:
             os.fsync(volume.backing.fd)  # the modification times as well, which the progress has
-        self._write_progress(clean=True)
+        self._write_progress(True, self._keep_changes())
         self.journal.close()
         self._progress.close()
         for volume in self.volumes:
             volume.backing.close()
+
+    def _keep_changes(self) -> int:
+        """What changed while writes passed is kept for the next start; 0: nothing is, and a complete copy follows."""
+        if not self.standing.passing or self.standing.changes is None:
+            return 0
+        try:
+            return keep_changes(os.path.dirname(self._progress.path), self.standing.changes)
+        except OSError as error:
+            log.warning("what changed can't be kept: %s; a complete copy follows", error.strerror)
+            return 0

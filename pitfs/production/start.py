@@ -10,14 +10,17 @@ from dataclasses import dataclass
 from typing import Final
 
 import msgspec
+from pyroaring import BitMap64
 
 from pitfs.errors import CorruptionError, UsageError
 from pitfs.model.record import CopyProgress, CopyStart, Kind, Mark, Record
 from pitfs.model.transfer import VolumeInfo
 from pitfs.production.backing import open_backing
+from pitfs.production.changes import Changes, Pieces, changes_limit_bytes, forget_changes, kept_changes
 from pitfs.production.journal import Journal, Location
 from pitfs.production.recovery import Tail, replay
-from pitfs.production.splitter import Splitter, Standing
+from pitfs.production.splitter import Splitter
+from pitfs.production.standing import Standing
 from pitfs.production.state import Progress, ProgressFile, boot_id, open_group
 from pitfs.production.volume import Volume, is_copied
 from pitfs.storage.files import FULL_ERRNOS, fsync_directory, storage_error, write_all
@@ -92,7 +95,8 @@ def open_splitter(
     boot = boot_id()
     mtimes_ns = [volume.backing.mtime_ns for volume in volumes]  # before redo changes them
     try:
-        standing, tail = _recover(directory, history, volumes, progress)
+        limit_bytes = changes_limit_bytes(capacity_bytes)
+        standing, tail = _recover(directory, history, volumes, progress, limit_bytes)
         next_lsn = tail.next_lsn if tail else progress.checkpoint_lsn + 1 if progress else 1
         journal = Journal(
             directory,
@@ -109,9 +113,12 @@ def open_splitter(
         cause = _copy_cause(progress, boot, volumes, mtimes_ns, standing.time_ns)
         if progress is not None and progress.passing:
             # The copy begins when there is room; production doesn't wait for it.
-            splitter.standing.passing = progress.passing
-            splitter.standing.copy = None  # given up, or begun and not made durable: writes pass beside it
+            standing.passing = progress.passing
+            standing.copy = None  # given up, or begun and not made durable: writes pass beside it
+            if progress.clean and progress.changes and cause is None:
+                standing.changes = kept_changes(state, progress.changes, len(volumes), limit_bytes)
             splitter.checkpoint(splitter.snapshot_progress())
+            forget_changes(state)
         elif cause is not None:
             if cause:
                 log.warning("%s: a complete copy follows, instants until now stay as they are", cause)
@@ -150,7 +157,7 @@ def _copy_cause(
 
 
 def _recover(
-    directory: str, history: bytes, volumes: list[Volume], progress: Progress | None
+    directory: str, history: bytes, volumes: list[Volume], progress: Progress | None, limit_bytes: int
 ) -> tuple[Standing, Tail | None]:
     """Replays the journal: redo onto the backing volumes behind the checkpoint, and the standing at its tail."""
     standing = Standing()
@@ -166,9 +173,10 @@ def _recover(
     first_segment = min(progress.checkpoint_segment, progress.copy_segment or progress.checkpoint_segment)
     redone = 0
     latest: CopyProgress | None = None
+    pieces: Pieces | None = None  # of the running copy's bitmaps
 
     def visit(reader: SegmentReader, offset: int, record: Record) -> None:
-        nonlocal redone, latest
+        nonlocal redone, latest, pieces
         if record.kind is Kind.WRITE and record.lsn > checkpoint_lsn:
             _redo(volumes[record.volume], record, reader.verified_contents(offset, record))
             redone += 1
@@ -177,11 +185,23 @@ def _recover(
         elif record.kind is Kind.COPY_START:
             start = msgspec.msgpack.decode(record.covered, type=CopyStart)
             standing.copy, standing.copy_location = start, Location(reader.header.number, offset)
+            pieces = None if start.is_complete else Pieces(start)
+            base = start.from_seq, start.from_time_ns
+            nothing = [BitMap64() for _ in volumes]
+            standing.changes = None if pieces is None else Changes(base, nothing, limit_bytes)
             for volume in volumes:
-                volume.copied_block = 0
-                volume.preserved.clear()
+                volume.begin_copy(None)
+        elif record.kind is Kind.COPY_BLOCKS and pieces is not None:
+            pieces.take(record)
         elif record.kind is Kind.COPY_PROGRESS:
             latest = msgspec.msgpack.decode(record.covered, type=CopyProgress)
+        changes = standing.changes
+        if (
+            changes is not None
+            and record.kind is Kind.WRITE
+            and not changes.mark(record.volume, record.block, record.block_count)
+        ):
+            standing.changes = None
         if record.lsn > checkpoint_lsn and record.kind in (Kind.WRITE, Kind.MARK, Kind.COPY_START):
             _advance(standing, record)
 
@@ -193,13 +213,23 @@ def _recover(
             f"{directory}: the journal ends before its checkpoint: segments are missing; put them back, or move the "
             "state directory away to begin anew with a full copy"
         )
+    if standing.copy is not None and pieces is not None:
+        _go_on_copying(standing, volumes, pieces.bitmaps(directory))
     if latest and standing.copy and latest.mark == standing.copy.mark and is_copied(volumes, latest):
-        standing.copy = None
+        standing.copy = standing.changes = None
     if redone:
         log.info("recovered: %d journalled writes redone", redone)
     for number in list_segments(directory):
         _sync_file(os.path.join(directory, segment_name(number)))
     return standing, tail
+
+
+def _go_on_copying(standing: Standing, volumes: list[Volume], bitmaps: list[BitMap64]) -> None:
+    """A copy of changes was running: of these blocks."""
+    for volume, bitmap in zip(volumes, bitmaps, strict=True):
+        volume.copying = bitmap
+    if standing.changes is not None and not standing.changes.add(bitmaps):
+        standing.changes = None
 
 
 def _tail_while_passing(

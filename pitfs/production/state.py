@@ -4,6 +4,8 @@
 
 `epoch`: of the sender and which one it is (JSON of `Epoch`); replaced at each start of it.
 
+`changes`: see `production.changes`.
+
 `progress`: two slots of 16384 bytes, written in turn in place, so that it can be written on a full disk and
 a torn write leaves the other slot. A slot is the length of a message (4 bytes, little-endian), its xxh3_64
 (8 bytes), and the message (msgpack of `Progress`); the valid slot with the greater generation counts.
@@ -90,6 +92,7 @@ class Progress(msgspec.Struct, frozen=True):
         time_ns: the last time given to a record at the checkpoint.
         mark: the last mark at the checkpoint.
         copy_segment: where the COPY_START of the running copy is, 0 if none runs.
+        changes: clean and passing: xxh3_64 of the file `changes`, which has what changed since passing began; else 0.
     """
 
     generation: int
@@ -104,6 +107,7 @@ class Progress(msgspec.Struct, frozen=True):
     mark: int
     copy_segment: int
     backings: tuple[BackingState, ...]
+    changes: int = 0
 
 
 def boot_id() -> str:

@@ -14,12 +14,19 @@ from pitfs.production.backing import Backing
 
 @dataclass(slots=True)
 class Volume:
-    """A protected volume. `copied_block`: blocks before it needn't be preserved for the running copy."""
+    """A protected volume.
+
+    Attributes:
+        copied_block: blocks before it needn't be preserved for the running copy.
+        copying: the blocks that it copies at all; None: every one.
+        preserved: those whose before-image the journal has.
+    """
 
     name: str
     backing: Backing
     block_size: int
     copied_block: int = 0
+    copying: BitMap64 | None = None
     preserved: BitMap64 = field(default_factory=BitMap64)
 
     @property
@@ -29,6 +36,20 @@ class Volume:
     @property
     def block_count(self) -> int:
         return -(-self.backing.size_bytes // self.block_size)
+
+    def begin_copy(self, blocks: BitMap64 | None) -> None:
+        """A copy of these blocks begins; None: of all."""
+        self.copied_block, self.copying, self.preserved = 0, blocks, BitMap64()
+
+    def unpreserved(self, first: int, count: int) -> list[int]:
+        """Of blocks [first, first + count) those that the running copy may not have read yet, nor the journal has."""
+        if first + count <= self.copied_block:
+            return []
+        copying, preserved = self.copying, self.preserved
+        todo = range(max(first, self.copied_block), first + count)
+        if copying is None:
+            return [block for block in todo if block not in preserved]
+        return [block for block in todo if block in copying and block not in preserved]
 
     def read(self, offset: int, size: int, may_wait: bool) -> bytes:
         """The current content, short at the end of the volume. Raises OSError, or NotCachedError."""
@@ -57,4 +78,8 @@ def is_copied(volumes: list[Volume], progress: CopyProgress) -> bool:
         elif index == progress.volume:
             volume.copied_block = progress.block
         volume.preserved.remove_range(0, volume.copied_block)
-    return progress.volume >= len(volumes)
+    if progress.volume < len(volumes):
+        return False
+    for volume in volumes:
+        volume.copying = None
+    return True

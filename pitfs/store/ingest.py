@@ -320,8 +320,8 @@ class Ingest:
     def _check_position(self, manifest: Manifest) -> None:
         at = self.welcome()
         hint = "begin the session anew, so that production learns where the store stands"
-        # A full copy stands for itself: marks of one that was given up are skipped.
-        skips = manifest.kind is Kind.FULL and manifest.mark > at.mark
+        # Before a copy one may have been given up, whose marks are skipped.
+        skips = manifest.kind in (Kind.FULL, Kind.CHANGES) and manifest.mark > at.mark
         if manifest.mark != at.mark + 1 and not skips:
             raise PositionMismatchError(
                 f"{self.path}: production sends mark {manifest.mark}, the store has {at.mark} and takes "

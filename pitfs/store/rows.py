@@ -234,6 +234,8 @@ def check_manifest(manifest: Manifest, volumes: Sequence[VolumeInfo]) -> None:
         problem = _problem_of_layers(m)
     elif (m.granularity_ns, m.base_granularity_ns) != (None, None) or m.journal_count or m.position_count:
         problem = "a journal where only the snapshot is announced"
+    elif m.kind is Kind.CHANGES and m.to_seq == m.from_seq:
+        problem = "changes that lead nowhere"
     elif empty and m.diff_count:
         problem = "rows where nothing was written"
     elif m.diff_count is not None and m.diff_count > sum(volume.block_count for volume in volumes):

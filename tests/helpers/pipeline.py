@@ -12,6 +12,7 @@ import numpy as np
 
 from pitfs.model.granularity import decide
 from pitfs.model.ladder import NO_LAYER, layer_of
+from pitfs.model.record import CopyProgress
 from pitfs.model.transfer import Hello, Manifest, ResumePoint, TransferFrame, VolumeInfo
 from pitfs.production import copying, shipment
 from pitfs.production.journal import Location
@@ -133,9 +134,7 @@ class Pipeline:
         resume = self.ingest.begin(shipment.copy_manifest(copy, self.hello.history, self.ingest.welcome()))
         for frame in self.copy_frames(copy, resume):
             feed(self.ingest, frame)
-        for volume in self.splitter.volumes:
-            volume.copied_block = volume.block_count
-        self.splitter.standing.copy = None
+        self.splitter.copied(CopyProgress(copy.start.mark, len(self.sizes), 0))
 
     def copy_frames(self, copy: Copy, resume: ResumePoint) -> Iterator[TransferFrame]:
         fds = [volume.backing.fd for volume in self.splitter.volumes]

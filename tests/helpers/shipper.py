@@ -59,8 +59,8 @@ class Here:
 class Parts:
     """A pipeline whose journal a shipper follows."""
 
-    def __init__(self, tmp: Path) -> None:
-        self.pipeline = Pipeline(tmp, [VOLUME_BYTES], [4096], capacity_bytes=16 << 20)
+    def __init__(self, tmp: Path, seed: int = 0) -> None:
+        self.pipeline = Pipeline(tmp, [VOLUME_BYTES], [4096], capacity_bytes=16 << 20, seed=seed)
         self.service = SplitterService(self.pipeline.splitter, Agreement(holds=False, blocks=False, copying=False))
         config = load_config(str(write_config(tmp, {"v0": self.pipeline.backings[0]})))
         self.session = Here(self.pipeline.ingest)
