@@ -10,13 +10,14 @@ from typing import Any, cast
 import pytest
 import trio
 
-from pitfs.cli import shipping
+from pitfs.cli import following, shipping
 from pitfs.errors import CapacityError, LinkError
 from pitfs.link.sender import SenderSession
 from pitfs.model.record import Kind
 from pitfs.model.transfer import Checkpoint, Data, Section
 from pitfs.model.transfer import Kind as TransferKind
 from pitfs.production import splitter as splitter_module
+from pitfs.production.agreement import Agreement
 from pitfs.production.reader import Copy, Interval
 from pitfs.production.service import SplitterService
 from pitfs.store.store import Store
@@ -63,7 +64,7 @@ class Passing(Parts):
         self.during: Callable[[], None] = lambda: None
         self.session = Session(self.pipeline.ingest)
         self.at = {self.splitter.standing.seq: self.now}
-        monkeypatch.setattr(shipping, "POLL_S", 0.001)
+        monkeypatch.setattr(following, "POLL_S", 0.001)
         begin = splitter_module.begin_copy
 
         def begin_copy(*arguments: Any) -> None:
@@ -143,7 +144,7 @@ class Passing(Parts):
         else:
             self.pipeline.crash()
         self.pipeline.start()
-        self.service = SplitterService(self.splitter)
+        self.service = SplitterService(self.splitter, Agreement(holds=False, blocks=False, copying=False))
         self._limit()
 
     async def connect_anew(self) -> None:
@@ -160,7 +161,7 @@ class Passing(Parts):
             try:
                 item: Interval | Copy | None = None
                 with trio.move_on_after(PASSING_S if self.splitter.standing.passing else MARGIN_S) as waiting:
-                    item = await self.shipper._next_item(session, wait=False)
+                    item = await self.shipper._following.next_item(session, wait=False)
                 if waiting.cancelled_caught:  # it waits for a copy
                     assert self.splitter.standing.passing
                     await self.connect_anew()
