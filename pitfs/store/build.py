@@ -17,7 +17,7 @@ import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CapacityError
-from pitfs.model.blockmap import NODE_BYTES, Entry, LoadNode, MapBuilder, Node, U64Array
+from pitfs.model.blockmap import NODE_BYTES, Entry, I64Array, LoadNode, MapBuilder, Node, U64Array
 from pitfs.model.ladder import LAST_LAYER
 from pitfs.model.transfer import UNIT_BYTES, Manifest, Section, Source, VolumeInfo
 from pitfs.storage.files import write_all
@@ -53,25 +53,65 @@ class Built:
     minutes: dict[int, int]
 
 
-class _MapFile:
-    """Nodes of a new map, appended through a bounded buffer."""
+class MapWriter:
+    """Makes the block maps of a snapshot from sorted updates of those before.
 
-    def __init__(self, fd: int, snapshot: int) -> None:
-        self._fd, self._snapshot = fd, snapshot
-        self.count = 0
+    Args:
+        fd: of the new object, written through a bounded buffer.
+        roots_before: of the snapshot before, EMPTY for a full copy.
+        load_node: reads nodes of committed maps.
+    """
+
+    def __init__(
+        self, fd: int, snapshot: int, volumes: Sequence[VolumeInfo], roots_before: Sequence[Entry], load_node: LoadNode
+    ) -> None:
+        self._fd, self._snapshot, self._volumes, self._load_node = fd, snapshot, volumes, load_node
+        self._count = 0
         self._buffer = bytearray()
+        self._roots = list(roots_before)
+        self._volume = -1
+        self._builder: MapBuilder | None = None
 
-    def emit(self, node: Node) -> int:
-        if self.count >= MAX_UNITS:
+    def update(self, volume: int, blocks: I64Array, pointers: U64Array, checksums: U64Array) -> None:
+        """Sets entries of a volume's blocks; (volume, block) strictly ascend over all calls."""
+        if volume != self._volume:
+            self._end_volume()
+            self._volume = volume
+            self._builder = MapBuilder(
+                self._volumes[volume].block_count, self._roots[volume], self._load_node, self._emit
+            )
+        assert self._builder is not None
+        self._builder.update(blocks, pointers, checksums)
+
+    def finish(self, manifest: Manifest, history: bytes) -> tuple[tuple[Entry, ...], ObjectFacts]:
+        """Writes what is left and makes the object durable; returns the roots, and the object."""
+        self._end_volume()
+        self._flush()
+        roots = tuple(self._roots)
+        tail = msgspec.json.encode(MapFacts(manifest, tuple((root.pointer, root.checksum) for root in roots)))
+        data_bytes = self._count * NODE_BYTES
+        write_all(self._fd, tail, HEADER_BYTES + data_bytes)
+        header = ObjectHeader(
+            ObjectKind.MAP, history, self._snapshot, data_bytes, len(tail), xxh3_64_intdigest(tail)
+        )
+        return roots, complete(self._fd, header)
+
+    def _end_volume(self) -> None:
+        if self._builder is not None:
+            self._roots[self._volume] = self._builder.finish()
+            self._builder = None
+
+    def _emit(self, node: Node) -> int:
+        if self._count >= MAX_UNITS:
             raise CapacityError(f"snapshot {self._snapshot}: its map has more nodes than a pointer can count")
         self._buffer += node.data.cast("B")
-        self.count += 1
+        self._count += 1
         if len(self._buffer) >= FLUSH_BYTES:
-            self.flush()
-        return pointer(self._snapshot, self.count - 1)
+            self._flush()
+        return pointer(self._snapshot, self._count - 1)
 
-    def flush(self) -> None:
-        offset = HEADER_BYTES + self.count * NODE_BYTES - len(self._buffer)
+    def _flush(self) -> None:
+        offset = HEADER_BYTES + self._count * NODE_BYTES - len(self._buffer)
         write_all(self._fd, self._buffer, offset)
         self._buffer.clear()
 
@@ -99,18 +139,10 @@ def build(
     path = os.path.join(staged.directory, object_file(ObjectKind.MAP, snapshot))
     fd = create(path)
     try:
-        map_file = _MapFile(fd, snapshot)
-        roots = _build_maps(staged, volumes, roots_before, load_node, map_file)
-        map_file.flush()
-        tail = msgspec.json.encode(
-            MapFacts(staged.manifest, tuple((root.pointer, root.checksum) for root in roots))
-        )
-        data_bytes = map_file.count * NODE_BYTES
-        write_all(fd, tail, HEADER_BYTES + data_bytes)
-        header = ObjectHeader(
-            ObjectKind.MAP, history, snapshot, data_bytes, len(tail), xxh3_64_intdigest(tail)
-        )
-        facts.append(complete(fd, header))
+        writer = MapWriter(fd, snapshot, volumes, roots_before, load_node)
+        _update_map(staged, volumes, writer)
+        roots, map_facts = writer.finish(staged.manifest, history)
+        facts.append(map_facts)
     finally:
         os.close(fd)
     minutes = {staged.manifest.to_time_ns // 60_000_000_000: second_bit(staged.manifest.to_time_ns)}
@@ -118,7 +150,7 @@ def build(
     if length:
         header = ObjectHeader(ObjectKind.SNAPSHOT_BLOCKS, history, snapshot, length)
         facts.append(complete(staged.fd(Section.DIFF_BLOCKS), header))
-    return Built(tuple(roots), tuple(facts), minutes)
+    return Built(roots, tuple(facts), minutes)
 
 
 def create(path: str) -> int:
@@ -171,31 +203,14 @@ class OwnContents:
         return pointers, checksums
 
 
-def _build_maps(
-    staged: StagedTransfer,
-    volumes: Sequence[VolumeInfo],
-    roots_before: Sequence[Entry],
-    load_node: LoadNode,
-    map_file: _MapFile,
-) -> list[Entry]:
-    roots = list(roots_before)
-    current, builder = -1, None
+def _update_map(staged: StagedTransfer, volumes: Sequence[VolumeInfo], writer: MapWriter) -> None:
     first = pointer(contents_object(staged.snapshot, ObjectKind.SNAPSHOT_BLOCKS), 0)
     own = OwnContents(staged, Section.DIFF_BLOCKS, volumes, first)
     for volume, rows in by_volume(staged.rows(Section.DIFF)):
-        if volume != current:
-            if builder is not None:
-                roots[current] = builder.finish()
-            current = volume
-            builder = MapBuilder(volumes[volume].block_count, roots[volume], load_node, map_file.emit)
-        assert builder is not None
         pointers, checksums = np.zeros((2, len(rows)), "<u8")
         stored = rows["source"] == Source.FOURTH
         pointers[stored], checksums[stored] = own.of(rows["volume"][stored])
-        builder.update(rows["block"].astype("<i8"), pointers, checksums)
-    if builder is not None:
-        roots[current] = builder.finish()
-    return roots
+        writer.update(volume, rows["block"].astype("<i8"), pointers, checksums)
 
 
 def second_bit(time_ns: int) -> int:

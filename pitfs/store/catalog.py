@@ -3,209 +3,29 @@
 Readers in any number of processes go on while the one writer commits. Every listing fetches bounded pages,
 each by the key it goes on from, so none holds a read transaction open or grows with the history.
 
-SQLite integers are signed: unsigned 64-bit pointers and checksums are stored as the signed number with the
-same bits.
-
-SQLite doesn't notice a bit that flips on the disk. So each row ends with a checksum (`row_checksum`), the xxh3_64
-of the msgpack array [table, value, …], which is compared whenever the row is read, and a row that was looked for
-by its key must have that key. What a damaged index hides, readers notice by the chain: each snapshot but the last
-begins an interval that ends at the next.
+What a damaged index hides, readers notice by the chain: each snapshot but the last begins an interval that ends at
+the next. Rows vouch for themselves, see `store.database`.
 """
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import astuple
-from typing import Any, Final
-from urllib.parse import quote
+from dataclasses import astuple, replace
+from typing import Any
 
-import apsw
-import msgspec
-from xxhash import xxh3_64_intdigest
-
-from pitfs.errors import CapacityError, CorruptionError, PitfsError, StoreError, StoreVersionError
+from pitfs.errors import CorruptionError
 from pitfs.model.blockmap import Entry
 from pitfs.model.transfer import Bookmark, Gap
-from pitfs.store.facts import Commit, Interval, LayersCommit, ObjectFacts, Snapshot
-
-CATALOG_VERSION: Final = 2  # 1: journals without layers; before the first release
-PAGE_ROWS: Final = 512  # rows that a listing holds at once
-BUSY_MS: Final = 10_000  # a commit or a checkpoint of another process takes far less
-
-_SCHEMA: Final = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL, row_checksum INTEGER NOT NULL)
-    STRICT, WITHOUT ROWID;
-CREATE TABLE snapshots (
-    id INTEGER PRIMARY KEY, seq INTEGER NOT NULL UNIQUE, time_ns INTEGER NOT NULL UNIQUE,
-    mark INTEGER NOT NULL, row_checksum INTEGER NOT NULL
-) STRICT;
-CREATE TABLE roots (
-    snapshot INTEGER NOT NULL, volume INTEGER NOT NULL, pointer INTEGER NOT NULL, checksum INTEGER NOT NULL,
-    row_checksum INTEGER NOT NULL, PRIMARY KEY (snapshot, volume)
-) STRICT, WITHOUT ROWID;
-CREATE TABLE intervals (  -- snapshot is the one at its end
-    snapshot INTEGER PRIMARY KEY, from_snapshot INTEGER NOT NULL UNIQUE,
-    from_seq INTEGER NOT NULL, from_time_ns INTEGER NOT NULL UNIQUE,
-    to_seq INTEGER NOT NULL, to_time_ns INTEGER NOT NULL UNIQUE,
-    first_time_ns INTEGER, granularity_ns INTEGER, cause TEXT NOT NULL, journal_rows INTEGER NOT NULL,
-    row_checksum INTEGER NOT NULL
-) STRICT;
-CREATE INDEX intervals_coarse ON intervals (snapshot) WHERE granularity_ns IS NOT 0;
-CREATE TABLE objects (
-    name TEXT PRIMARY KEY, kind INTEGER NOT NULL, snapshot INTEGER NOT NULL,
-    data_bytes INTEGER NOT NULL, tail_bytes INTEGER NOT NULL, tail_checksum INTEGER NOT NULL,
-    row_checksum INTEGER NOT NULL
-) STRICT, WITHOUT ROWID;
-CREATE TABLE bookmarks (
-    name TEXT PRIMARY KEY, seq INTEGER NOT NULL, time_ns INTEGER NOT NULL, row_checksum INTEGER NOT NULL
-) STRICT, WITHOUT ROWID;
-CREATE INDEX bookmarks_by_time ON bookmarks (time_ns, name);
-CREATE TABLE gaps (
-    id INTEGER PRIMARY KEY, from_seq INTEGER NOT NULL, from_time_ns INTEGER NOT NULL,
-    to_seq INTEGER NOT NULL, to_time_ns INTEGER NOT NULL, cause TEXT NOT NULL, row_checksum INTEGER NOT NULL
-) STRICT;
-CREATE INDEX gaps_by_time ON gaps (to_time_ns, id);
-CREATE TABLE minutes (  -- bit i of seconds: second i of that minute since the epoch has a reachable instant
-    minute INTEGER PRIMARY KEY, seconds INTEGER NOT NULL, row_checksum INTEGER NOT NULL
-) STRICT;
-"""
-
-
-_REMEDY: Final = "put a copy of it back, or move the store away for a new full copy"
-
-
-def to_signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
-def to_unsigned(value: int) -> int:
-    return value & ((1 << 64) - 1)
-
-
-def row_checksum(table: str, values: Sequence[Any]) -> int:
-    """What the last column of a row of `table` must be; of `gaps` the id isn't among the values."""
-    return to_signed(xxh3_64_intdigest(msgspec.msgpack.encode((table, *values))))
+from pitfs.store.database import PAGE_ROWS, REMEDY, Database, to_signed, to_unsigned
+from pitfs.store.facts import Commit, Interval, LayersCommit, ObjectFacts, Piece, Snapshot, Tail
 
 
 def _bookmark(row: tuple[Any, ...]) -> Bookmark:
     return Bookmark(name=row[0], seq=row[1], time_ns=row[2])
 
 
-@contextmanager
-def _errors(path: str) -> Iterator[None]:
-    """SQLite's errors in our words."""
-    try:
-        yield
-    except apsw.FullError:
-        raise CapacityError(
-            f"{path}: no room: make room on that file system; pitfs goes on by itself"
-        ) from None
-    except (apsw.CorruptError, apsw.NotADBError, UnicodeDecodeError) as error:
-        raise CorruptionError(
-            path, 0, f"{error}: {_REMEDY}"
-        ) from None
-    except apsw.CantOpenError:
-        raise StoreError(f"{path}: can't be opened: is it there, and may this user read it?") from None
-    except apsw.Error as error:
-        raise PitfsError(f"{path}: {error}") from error
-
-
-class Catalog:
-    """One connection to a store's catalog; may be used from several threads, but not across fork.
-
-    Args:
-        path: catalog.sqlite.
-        mode: "read", "write", "make" (as write, made if it isn't there).
-
-    Raises:
-        StoreError, StoreVersionError, CorruptionError, CapacityError, PitfsError: also from every method.
-    """
-
-    def __init__(self, path: str, mode: str = "read") -> None:
-        self.path = path
-        self._lock = threading.Lock()
-        with _errors(path):
-            self._db = self._connect(mode)
-        try:
-            with _errors(path):
-                self._prepare(mode)
-        except BaseException:
-            self._db.close()
-            raise
-
-    def _connect(self, mode: str) -> apsw.Connection:
-        if mode != "read":
-            return apsw.Connection(self.path, flags=apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE)
-        if not os.statvfs(self.path).f_flag & os.ST_RDONLY:
-            writable = os.access(self.path, os.W_OK)  # a reader needs the -shm file; read-only where it can't
-            flags = apsw.SQLITE_OPEN_READWRITE if writable else apsw.SQLITE_OPEN_READONLY
-            return apsw.Connection(self.path, flags=flags)
-        # There nobody writes, and SQLite can't make its -shm file. It wouldn't look into the log either.
-        log = f"{self.path}-wal"
-        if os.path.exists(log) and os.path.getsize(log):
-            raise StoreError(
-                f"{self.path}: on a read-only file system with a log ({log}) that isn't merged: mount it read-write "
-                "once, or copy the store to where it can be written"
-            )
-        uri = f"file:{quote(self.path)}?immutable=1"
-        return apsw.Connection(uri, flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI)
-
-    def _prepare(self, mode: str) -> None:
-        self._db.set_busy_timeout(BUSY_MS)
-        (version,) = self._rows("PRAGMA user_version")[0]
-        if version > CATALOG_VERSION:
-            raise StoreVersionError(
-                f"{self.path}: catalog of version {version}, this pitfs knows up to {CATALOG_VERSION}: "
-                f"use a newer pitfs"
-            )
-        if 0 < version < CATALOG_VERSION:
-            raise StoreVersionError(
-                f"{self.path}: catalog of version {version}, of a pitfs before the first release: read it with that "
-                "one, and receive into a new store with this one"
-            )
-        if version == 0 and mode != "make":
-            raise StoreError(
-                f"{self.path}: no catalog of a store: {_REMEDY}"
-            )
-        if mode == "read":
-            self._db.execute("PRAGMA query_only = 1")
-            return
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = FULL")
-        if version == 0:
-            with self._db:
-                self._db.execute(_SCHEMA)
-                self._db.execute(f"PRAGMA user_version = {CATALOG_VERSION}")
-
-    def close(self) -> None:
-        with self._lock:
-            self._db.close()
-
-    def _rows(self, sql: str, bindings: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        with self._lock, _errors(self.path):
-            return list(self._db.execute(sql, tuple(bindings)))
-
-    def _verified(self, table: str, row: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The row without its checksum. Raises CorruptionError if it isn't the one that was written."""
-        *values, checksum = row
-        if checksum != row_checksum(table, values):
-            raise CorruptionError(self.path, 0, f"a row of {table} doesn't match its checksum: {_REMEDY}")
-        return tuple(values)
-
-    def _row(self, table: str, sql: str, *bindings: Any) -> tuple[Any, ...] | None:
-        """The first row that `SELECT * FROM table` with `sql` behind it finds."""
-        rows = self._rows(f"SELECT * FROM {table} {sql} LIMIT 1", bindings)
-        return self._verified(table, rows[0]) if rows else None
-
-    def _row_of(self, table: str, column: int, name: str, key: Any) -> tuple[Any, ...] | None:
-        """The row whose column has that value; an index that leads to another one is damaged."""
-        row = self._row(table, f"WHERE {name} = ?", key)
-        if row is not None and row[column] != key:
-            raise CorruptionError(self.path, 0, f"the index of {table} is damaged: {_REMEDY}")
-        return row
+class Catalog(Database):
+    """What the store has, and what is added to it: all of a change or nothing."""
 
     # What it says
 
@@ -263,7 +83,7 @@ class Catalog:
         rows = self._rows("SELECT * FROM roots WHERE snapshot = ? ORDER BY volume", (snapshot,))
         found = [self._verified("roots", row) for row in rows]
         if [row[:2] for row in found] != [(snapshot, volume) for volume in range(len(found))]:
-            raise CorruptionError(self.path, 0, f"roots of snapshot {snapshot} are missing: {_REMEDY}")
+            raise CorruptionError(self.path, 0, f"roots of snapshot {snapshot} are missing: {REMEDY}")
         return [Entry(to_unsigned(pointer), to_unsigned(checksum)) for _, _, pointer, checksum in found]
 
     def object(self, name: str) -> ObjectFacts | None:
@@ -342,6 +162,58 @@ class Catalog:
         row = self._row_of("minutes", 0, "minute", minute)
         return row[1] if row else 0
 
+    # Tails: the open interval, and the one before it while that is being closed
+
+    def tails(self) -> tuple[Tail, ...]:
+        """All of them with their pieces, as of one moment, oldest first."""
+        with self._one_moment():
+            pieces: dict[int, list[Piece]] = {}
+            for row in self._rows("SELECT * FROM pieces ORDER BY tail, first_seq"):
+                *values, checksum = self._verified("pieces", row)
+                pieces.setdefault(values[0], []).append(Piece(*(*values, to_unsigned(checksum))))
+            rows = [self._verified("tails", row) for row in self._rows("SELECT * FROM tails ORDER BY id")]
+        return tuple(Tail(*(*row, tuple(pieces.get(row[0], ())))) for row in rows)
+
+    def put_tail(
+        self, tail: Tail, minutes: Mapping[int, int], protected_through_ns: int, durable: bool
+    ) -> None:
+        """Adds a tail, or takes it in the place of the one that was there, with the pieces that it has now."""
+        with self._changes(durable):
+            if tail.fourth >= self.next_snapshot_id():
+                self._put_meta("next_snapshot", tail.fourth + 1)
+            there = self._delete_tail(tail.id, but=tail.pieces)
+            *facts, _ = astuple(replace(tail, pieces=()))
+            self._put("tails", facts)
+            for piece in tail.pieces:
+                if (piece.first_seq, piece.to_seq) not in there:
+                    *values, checksum = astuple(piece)
+                    self._put("pieces", (*values, to_signed(checksum)))
+            self._put_minutes(minutes)
+            self._put_protected(protected_through_ns)
+
+    def protect_through(self, time_ns: int) -> None:
+        """Every write up to then is in; not durable."""
+        with self._changes(durable=False):
+            self._put_protected(time_ns)
+
+    def drop_tail(self, tail: int) -> None:
+        """Of a tail without writes."""
+        with self._changes():
+            self._delete_tail(tail)
+
+    def _delete_tail(self, tail: int, but: Sequence[Piece] = ()) -> set[tuple[int, int]]:
+        """Returns (first_seq, to_seq) of the pieces that it has still."""
+        self._db.execute("DELETE FROM tails WHERE id = ?", (tail,))
+        there = {(row[0], row[1]) for row in self._rows("SELECT first_seq, to_seq FROM pieces WHERE tail = ?", (tail,))}
+        gone = there - {(piece.first_seq, piece.to_seq) for piece in but}
+        for first_seq, _ in gone:
+            self._db.execute("DELETE FROM pieces WHERE tail = ? AND first_seq = ?", (tail, first_seq))
+        return there - gone
+
+    def _put_protected(self, time_ns: int) -> None:
+        if time_ns > self.meta("protected_through_ns"):  # it never goes back
+            self._put_meta("protected_through_ns", time_ns)
+
     # What is added
 
     def commit(self, commit: Commit) -> None:
@@ -350,9 +222,7 @@ class Catalog:
         numbers = {"mark": manifest.mark, "protected_through_ns": manifest.protected_through_ns}
         if commit.snapshot is not None:
             numbers["next_snapshot"] = commit.snapshot.id + 1
-        numbers = {key: max(value, self.meta(key)) for key, value in numbers.items()}  # they never go back
-        minutes = {m: bits | self.seconds(m) for m, bits in (commit.minutes or {}).items()}
-        with self._lock, _errors(self.path), self._db:
+        with self._changes():
             if commit.snapshot is not None:
                 self._insert_snapshot(commit, commit.snapshot)
             for b in manifest.bookmarks:  # one that is there stays: nothing is ever rewritten
@@ -362,14 +232,15 @@ class Catalog:
                     "gaps (from_seq, from_time_ns, to_seq, to_time_ns, cause, row_checksum)",
                     (gap.from_seq, gap.from_time_ns, gap.to_seq, gap.to_time_ns, gap.cause),
                 )
-            self._put_minutes(minutes)
+            self._put_minutes(commit.minutes)
             for key, value in numbers.items():
-                self._put_meta(key, value)
+                self._put_meta(key, max(value, self.meta(key)))  # they never go back
+            if commit.tail is not None:
+                self._delete_tail(commit.tail)
 
     def commit_layers(self, commit: LayersCommit) -> None:
         """Makes an interval finer, or nothing; durable when it returns."""
-        minutes = {m: bits | self.seconds(m) for m, bits in commit.minutes.items()}
-        with self._lock, _errors(self.path), self._db:
+        with self._changes():
             if commit.replaced is not None:
                 self._db.execute("DELETE FROM objects WHERE name = ?", (commit.replaced,))
             for item in commit.objects:
@@ -377,13 +248,13 @@ class Catalog:
                 self._put_object(item)
             self._db.execute("DELETE FROM intervals WHERE snapshot = ?", (commit.base.snapshot,))
             self._put("intervals", astuple(commit.interval))
-            self._put_minutes(minutes)
+            self._put_minutes(commit.minutes)
 
     def fence(self, epoch: int, instance: int) -> None:
         """From here on senders of an earlier epoch, or of the same and another instance, are refused."""
         if (self.meta("epoch"), self.meta("instance")) == (epoch, instance):
             return
-        with self._lock, _errors(self.path), self._db:
+        with self._changes():
             self._put_meta("epoch", epoch)
             self._put_meta("instance", instance)
 
@@ -393,18 +264,11 @@ class Catalog:
         A commit that failed may stand in the log all the same, and a power loss would bring it back. After
         this it can't: the log has been written over.
         """
-        value = self.meta("written_over") + 1
-        with self._lock, _errors(self.path), self._db:
-            self._put_meta("written_over", value)
+        with self._changes():
+            self._put_meta("written_over", self.meta("written_over") + 1)
 
     def _put_meta(self, key: str, value: int) -> None:
         self._put("meta", (key, value), "ON CONFLICT DO UPDATE SET value = ?2, row_checksum = ?3")
-
-    def _put(self, table: str, values: Sequence[Any], conflict: str = "") -> None:
-        """Inserts a row with its checksum."""
-        places = ", ".join(f"?{number}" for number in range(1, len(values) + 2))
-        sql = f"INSERT INTO {table} VALUES ({places}) {conflict}"
-        self._db.execute(sql, (*values, row_checksum(table.partition(" ")[0], values)))
 
     def _insert_snapshot(self, commit: Commit, snapshot: Snapshot) -> None:
         self._put("snapshots", (snapshot.id, snapshot.seq, snapshot.time_ns, snapshot.mark))
@@ -420,8 +284,9 @@ class Catalog:
         self._put("objects", (*facts, to_signed(item.tail_checksum)))
 
     def _put_minutes(self, minutes: Mapping[int, int]) -> None:
-        for minute in minutes.items():
-            self._put("minutes", minute, "ON CONFLICT DO UPDATE SET seconds = ?2, row_checksum = ?3")
+        for minute, bits in minutes.items():
+            row = minute, bits | self.seconds(minute)
+            self._put("minutes", row, "ON CONFLICT DO UPDATE SET seconds = ?2, row_checksum = ?3")
 
 
 def _low(from_ns: int | None) -> int:

@@ -12,12 +12,10 @@ staged transfer says that they are its files: nothing else in objects/ is ever r
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import logging
 import os
-import socket
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Final
@@ -29,7 +27,6 @@ from pitfs.errors import (
     CorruptionError,
     PositionMismatchError,
     RemoteProtocolError,
-    StoreError,
 )
 from pitfs.model.blockmap import EMPTY
 from pitfs.model.ladder import layer_of
@@ -37,15 +34,18 @@ from pitfs.model.transfer import (
     WAITS,
     Coarse,
     Data,
+    Durable,
     End,
     Hello,
     Kind,
     Manifest,
     ResumePoint,
     Section,
+    StreamMark,
     Welcome,
+    Writes,
 )
-from pitfs.storage.files import durable_replace, fsync_directory, read_exactly, storage_error, write_all
+from pitfs.storage.files import fsync_directory, read_exactly, storage_error, write_all
 from pitfs.store.build import build, complete
 from pitfs.store.catalog import Catalog
 from pitfs.store.facts import Commit, Interval, LayersCommit, ObjectFacts, Snapshot
@@ -53,26 +53,23 @@ from pitfs.store.journals import JournalIndex, chunk_cache
 from pitfs.store.layers import LayersBuilder, interval_of
 from pitfs.store.layout import (
     CATALOG,
-    FORMAT,
     HEADER_BYTES,
-    LOCK,
     MAX_SNAPSHOT_ID,
     OBJECTS,
     STAGING,
     STORE_JSON,
-    VERSION,
     ObjectHeader,
     ObjectKind,
-    StoreInfo,
     check_identity,
     object_file,
-    read_store_info,
 )
 from pitfs.store.leftovers import StagingArea
 from pitfs.store.objects import ObjectPool
+from pitfs.store.opening import check_epoch, check_place, check_same_group, make_store_json, take_lock
 from pitfs.store.rows import check_manifest
 from pitfs.store.snapshots import NodeReader, SnapshotMap
 from pitfs.store.staging import StagedTransfer, read_progress
+from pitfs.store.stream import Stream
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +83,7 @@ class Ingest:
     Args:
         root: directory of the stores; made if missing, as is the group's.
         hello: whose transfers will come.
+        clock: seconds that only go forward: how often streamed writes become readable.
 
     Raises:
         StoreError: another process writes it, or the directory is something else.
@@ -95,7 +93,7 @@ class Ingest:
         CapacityError, PitfsError: the disk is full, or refuses. These two also from every method.
     """
 
-    def __init__(self, root: str, hello: Hello) -> None:
+    def __init__(self, root: str, hello: Hello, clock: Callable[[], float] = time.monotonic) -> None:
         problem = check_identity(hello.group, hello.history, hello.volumes)
         if problem:
             raise RemoteProtocolError(f"the sender's hello: {problem}")
@@ -110,6 +108,8 @@ class Ingest:
         self._objects = ObjectPool(self._objects_path, self._history)
         self._nodes = NodeReader(self._objects)
         self._area: StagingArea
+        self._clock = clock
+        self._stream: Stream | None = None
         try:
             with self._errors("opening"):
                 self._open()
@@ -120,95 +120,26 @@ class Ingest:
     # Opening
 
     def _open(self) -> None:
-        self._check_place()
+        check_place(self.path)
         os.makedirs(self.path, 0o700, exist_ok=True)
-        self._take_lock()
+        self._lock_fd = take_lock(self.path)
         for directory in (self._objects_path, self._staging):
             os.makedirs(directory, 0o700, exist_ok=True)
-        self._check_same_group()
+        check_same_group(self.path, self.hello)
         known = os.path.exists(os.path.join(self.path, STORE_JSON))
-        self._catalog = Catalog(os.path.join(self.path, CATALOG), "write" if known else "make")
+        self._catalog = catalog = Catalog(os.path.join(self.path, CATALOG), "write" if known else "make")
         if not known:
-            self._make_store_json(self._catalog)
+            make_store_json(self.path, catalog, self.hello)
         fsync_directory(os.path.dirname(self.path) or ".")  # each time: a kill may have come before it
-        self._check_epoch()
-        self._area = StagingArea(self._staging, self._objects_path, self._catalog)
+        check_epoch(self.path, catalog, self.hello)
+        self._area = StagingArea(self._staging, self._objects_path, catalog)
         self._area.settle(os.listdir(self._objects_path))
         self._area.clear_outdated()
-
-    def _check_epoch(self) -> None:
-        """Refuses a sender that was superseded: two with copies of one state would take turns otherwise."""
-        catalog, hello = self._opened(), self.hello
-        epoch, instance = catalog.meta("epoch"), catalog.meta("instance")
-        if hello.epoch < epoch or (hello.epoch == epoch and hello.instance != instance and epoch):
-            raise PositionMismatchError(
-                f"{self.path}: another production host sends group {hello.group} with a copy of this one's state "
-                f"(epoch {epoch}, this one has {hello.epoch}): stop the one that shouldn't; restarting `pitfs "
-                f"protect` here takes over"
-            )
-
-    def _make_store_json(self, catalog: Catalog) -> None:
-        if catalog.meta("mark"):
-            raise StoreError(
-                f"{self.path}: has a catalog but no {STORE_JSON}: put that back from another copy of the store"
-            )
-        fsync_directory(self.path)  # what a store has is there before what says that it is one
-        info = StoreInfo(FORMAT, VERSION, self.hello.group, self.hello.history, self.hello.volumes)
-        durable_replace(
-            os.path.join(self.path, STORE_JSON), msgspec.json.format(msgspec.json.encode(info)) + b"\n"
+        stream = Stream(
+            catalog, self._objects, self._nodes, self._area, self._history, self.hello.volumes, self._clock
         )
-
-    def _check_place(self) -> None:
-        """Refuses to make a store among other files."""
-        try:
-            names = set(os.listdir(self.path))
-        except FileNotFoundError:
-            return
-        ours = {LOCK, OBJECTS, STAGING, CATALOG, f"{CATALOG}-wal", f"{CATALOG}-shm", f"{CATALOG}-journal"}
-        others = sorted(names - ours - {f"{STORE_JSON}.tmp"})
-        if STORE_JSON not in names and others:
-            raise StoreError(
-                f"{self.path}: not a store (no {STORE_JSON}), but not empty either ({others[0]} is there): "
-                f"move that away, or receive into another --root"
-            )
-
-    def _take_lock(self) -> None:
-        path = os.path.join(self.path, LOCK)
-        self._lock_fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise
-            holder = os.pread(self._lock_fd, 200, 0).decode("utf-8", "replace").strip() or "another process"
-            raise StoreError(
-                f"{self.path}: {holder} is writing this store (it holds {path}): a store has one writer; "
-                f"end that one, or wait until it has ended"
-            ) from None
-        os.ftruncate(self._lock_fd, 0)
-        os.pwrite(self._lock_fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-
-    def _check_same_group(self) -> None:
-        if not os.path.exists(os.path.join(self.path, STORE_JSON)):
-            return
-        info, hello = read_store_info(self.path), self.hello
-        if info.history != hello.history:
-            raise PositionMismatchError(
-                f"{self.path}: has history {info.history[:8]}… of group {info.group}, production sends "
-                f"history {hello.history[:8]}…: its state was made anew, or it is another group of that "
-                f"name; move this store away (it stays readable) and a new one is made, or receive into "
-                f"another --root"
-            )
-        if info.volumes != hello.volumes:
-            had, sent = (
-                [f"{v.name} ({v.size_bytes} B, blocks of {v.block_size})" for v in x.volumes]
-                for x in (info, hello)
-            )
-            raise PositionMismatchError(
-                f"{self.path}: has the volumes {', '.join(had)}, production sends {', '.join(sent)}: "
-                f"volumes can't change within a history; put production's configuration back, or give it a "
-                f"new state and this store a new place"
-            )
+        self._stream = stream
+        stream.recover()
 
     # The life of a transfer
 
@@ -225,9 +156,13 @@ class Ingest:
 
     def _standing(self) -> Welcome:
         catalog = self._opened()
-        last = catalog.last_snapshot()
-        seq, time_ns = (last.seq, last.time_ns) if last else (0, 0)
-        return Welcome(catalog.meta("mark"), seq, time_ns, catalog.meta("protected_through_ns"))
+        # The end first: where a closing is committed between the two, nothing is behind the snapshot.
+        tail = self._streaming().durable_end
+        last, mark, protected_ns = catalog.last_snapshot(), catalog.meta("mark"), catalog.meta("protected_through_ns")
+        if last is None:
+            return Welcome(mark, 0, 0, protected_ns)
+        tail_seq, tail_time_ns = tail if tail[0] > last.seq else (0, 0)
+        return Welcome(mark, last.seq, last.time_ns, protected_ns, (), tail_seq, tail_time_ns)
 
     def begin(self, manifest: Manifest) -> ResumePoint:
         """Begins a transfer, or goes on with the staged one where that is the same.
@@ -236,15 +171,18 @@ class Ingest:
             PositionMismatchError: it doesn't lead on from where the store stands.
             RemoteProtocolError: the manifest can't be.
         """
-        catalog = self._opened()
+        catalog, stream = self._opened(), self._streaming()
         self._close_staged()
         check_manifest(manifest, self.hello.volumes)
         layers = manifest.kind is Kind.LAYERS
-        if not layers:
-            self._check_position(manifest)
         with self._errors("beginning a transfer"):
+            if not layers:
+                stream.wait_for_closing()
+                self._check_position(manifest, catalog.meta("mark"), *stream.end)
             base = interval_of(catalog, manifest) if layers else None
             catalog.fence(self.hello.epoch, self.hello.instance)  # not before: an old copy must not shut out the host
+            if not layers:
+                stream.close_here()
             snapshot = catalog.next_snapshot_id() if base is None else base.snapshot
             if snapshot > MAX_SNAPSHOT_ID:
                 raise CapacityError(f"{self.path}: no more than {MAX_SNAPSHOT_ID} snapshots fit in a store")
@@ -306,9 +244,43 @@ class Ingest:
             self._area.clear(staged.directory)
         return self._standing()
 
+    # The stream
+
+    def write(self, writes: Writes) -> None:
+        """Takes the next streamed writes, whole.
+
+        Raises:
+            PositionMismatchError: they don't lead on from where the store ends.
+            RemoteProtocolError: they can't be, or a transfer to the next mark is under way.
+        """
+        stream = self._streaming()
+        if self._staged is not None and self._staged.manifest.kind is not Kind.LAYERS:
+            raise RemoteProtocolError(f"{self.path}: writes are streamed while a transfer is under way that has them")
+        with self._errors("writing"):
+            self._opened().fence(self.hello.epoch, self.hello.instance)
+            stream.write(writes)
+
+    def flush(self, protected_through_ns: int) -> Durable:
+        """Makes what was streamed durable, and readable some times a second; every write up to that time is in."""
+        with self._errors("making it durable"):
+            return self._streaming().flush(protected_through_ns)
+
+    def mark(self, mark: StreamMark) -> Durable:
+        """Closes the open interval; the snapshot is made while the stream goes on (`Durable.mark` tells when).
+
+        Raises:
+            PositionMismatchError: it isn't the next mark, or isn't where the store ends.
+        """
+        with self._errors("closing an interval"):
+            self._opened().fence(self.hello.epoch, self.hello.instance)
+            return self._streaming().take_mark(mark)
+
     def close(self) -> None:
-        """Ends the writing; a staged transfer stays, as of its last checkpoint."""
+        """Ends the writing; a staged transfer stays, as of its last checkpoint. A closing under way is waited for."""
         self._close_staged()
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
         self._objects.close()
         if self._catalog is not None:
             self._catalog.close()
@@ -317,30 +289,30 @@ class Ingest:
             os.close(self._lock_fd)
             self._lock_fd = -1
 
-    def _check_position(self, manifest: Manifest) -> None:
-        at = self.welcome()
+    def _check_position(self, manifest: Manifest, mark: int, seq: int, time_ns: int) -> None:
+        """Whether it leads on from that mark, and from the position of what came last."""
         hint = "begin the session anew, so that production learns where the store stands"
         # Before a copy one may have been given up, whose marks are skipped.
-        skips = manifest.kind in (Kind.FULL, Kind.CHANGES) and manifest.mark > at.mark
-        if manifest.mark != at.mark + 1 and not skips:
+        skips = manifest.kind in (Kind.FULL, Kind.CHANGES) and manifest.mark > mark
+        if manifest.mark != mark + 1 and not skips:
             raise PositionMismatchError(
-                f"{self.path}: production sends mark {manifest.mark}, the store has {at.mark} and takes "
-                f"{at.mark + 1}: {hint}"
+                f"{self.path}: production sends mark {manifest.mark}, the store has {mark} and takes "
+                f"{mark + 1}: {hint}"
             )
-        if at.mark == 0 and manifest.kind is not Kind.FULL:
+        if mark == 0 and manifest.kind is not Kind.FULL:
             raise PositionMismatchError(
                 f"{self.path}: the store is empty and takes a full copy first: {hint}"
             )
         if manifest.kind is Kind.FULL:
-            if at.mark and (manifest.to_seq <= at.seq or manifest.to_time_ns <= at.time_ns):
+            if mark and (manifest.to_seq <= seq or manifest.to_time_ns <= time_ns):
                 raise PositionMismatchError(
                     f"{self.path}: a full copy at seq {manifest.to_seq}, the store is at "
-                    f"{at.seq} already: {hint}"
+                    f"{seq} already: {hint}"
                 )
-        elif (manifest.from_seq, manifest.from_time_ns) != (at.seq, at.time_ns):
+        elif (manifest.from_seq, manifest.from_time_ns) != (seq, time_ns):
             raise PositionMismatchError(
                 f"{self.path}: production sends what follows seq {manifest.from_seq} at "
-                f"{manifest.from_time_ns} ns, the store is at seq {at.seq} at {at.time_ns} ns: {hint}; if "
+                f"{manifest.from_time_ns} ns, the store is at seq {seq} at {time_ns} ns: {hint}; if "
                 f"this lasts the store was restored from an older or another copy, and a new one is needed"
             )
 
@@ -440,6 +412,11 @@ class Ingest:
         if self._staged is None:
             raise RemoteProtocolError(f"{self.path}: no transfer is under way: it has to begin first")
         return self._staged
+
+    def _streaming(self) -> Stream:
+        if self._stream is None:
+            raise RuntimeError("this Ingest is closed")
+        return self._stream
 
     def _opened(self) -> Catalog:
         if self._catalog is None:

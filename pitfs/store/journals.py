@@ -21,6 +21,7 @@ snapshot's contents or to the journal's own; 0 is zeros.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -55,7 +56,7 @@ assert FENCE.itemsize == 40 and CHUNK_POSITIONS * 16 == CHUNK_BYTES
 
 Chunk = npt.NDArray[np.uint64]  # shape (4, rows), or (2, rows) for positions
 Position = tuple[int, int]  # seq, time_ns
-ChunkCache = Cache[tuple[int, int, int], Chunk]  # by (snapshot id, layer, number of the chunk)
+ChunkCache = Cache[tuple[int, int, int], Chunk]  # by (snapshot id, layer or place, number of the chunk)
 INDEX_ROW: Final = np.dtype(
     [("volume", "<u2"), ("block", "<i8"), ("seq", "<i8"), ("pointer", "<u8"), ("checksum", "<u8")]
 )
@@ -70,12 +71,12 @@ class JournalWriter:
     """Writes a journal index as its rows come; holds at most one chunk of each kind and the fence table.
 
     Args:
-        fd: the file; its data area is written from byte 4096 on, the header is left to the caller.
+        fd: the file; start: byte from which the chunks are written, what is before it is left to the caller.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, start: int = HEADER_BYTES) -> None:
         self._fd = fd
-        self._offset = HEADER_BYTES
+        self._start = self._offset = start
         self._fence: list[tuple[int, int, int, int, int, int, int]] = []
         self._volume = -1
         self._rows = np.zeros((4, 0), "<u8")
@@ -102,7 +103,7 @@ class JournalWriter:
         self._write_positions(0)
         tail = np.array(self._fence, FENCE).tobytes()
         write_all(self._fd, tail, self._offset)
-        return self._offset - HEADER_BYTES, len(tail), xxh3_64_intdigest(tail) if tail else 0
+        return self._offset - self._start, len(tail), xxh3_64_intdigest(tail) if tail else 0
 
     def _write_rows(self, least: int) -> None:
         """Writes whole chunks while there are at least `least` rows; 0: all of them."""
@@ -136,31 +137,36 @@ def _ends_of_runs(values: I64Array) -> I64Array:
     return np.concatenate([ends, [len(values) - 1]]) if len(values) else ends
 
 
-class JournalIndex:
-    """The difference journal of one interval (figures 6B and 8).
+@dataclass(frozen=True, slots=True)
+class FencePlace:
+    """Where rows stand: the object (`layer` of an index), and the fence table in it, at byte `offset`."""
+
+    kind: ObjectKind
+    snapshot: int
+    layer: int
+    offset: int
+    size_bytes: int
+    checksum: int
+
+
+class RowIndex:
+    """Rows and positions in chunks behind which their fence table stands.
 
     Args:
         objects: of the store.
-        interval: the one whose journal it is.
-        facts: the catalog's row of the index object.
-        chunks: shared by all journals.
+        place: where they are.
+        number: with `place.snapshot`, what tells them apart in `chunks`.
+        chunks: shared by all of a store.
 
     Raises:
         CorruptionError: the fence table isn't what was written; from the methods: a chunk isn't.
     """
 
-    def __init__(
-        self, objects: ObjectPool, interval: Interval, facts: ObjectFacts, chunks: ChunkCache
-    ) -> None:
-        self.interval = interval
-        self._layer = interval.layer
-        self._objects = objects
-        self._chunks = chunks
-        tail = objects.read_verified(
-            ObjectKind.JOURNAL_INDEX, interval.snapshot, facts.tail_bytes,
-            HEADER_BYTES + facts.data_bytes, facts.tail_checksum, self._layer,
-        ) if facts.tail_bytes else b""  # fmt: skip
-        fence = np.frombuffer(tail, FENCE)
+    def __init__(self, objects: ObjectPool, place: FencePlace, number: int, chunks: ChunkCache) -> None:
+        self._objects, self._place, self._number, self._chunks = objects, place, number, chunks
+        fence = np.frombuffer(
+            self._read(place.size_bytes, place.offset, place.checksum) if place.size_bytes else b"", FENCE
+        )
         self.fence_bytes = fence.nbytes
         self._fence = fence
         volumes = fence["volume"]
@@ -168,6 +174,10 @@ class JournalIndex:
         # searchsorted wants contiguous int64 columns
         self._firsts = {v: np.ascontiguousarray(fence["first"][n]) for v, n in self._numbers.items()}
         self._first_seqs = {v: np.ascontiguousarray(fence["first_seq"][n]) for v, n in self._numbers.items()}
+
+    def _read(self, size: int, offset: int, checksum: int) -> bytes:
+        place = self._place
+        return self._objects.read_verified(place.kind, place.snapshot, size, offset, checksum, place.layer)
 
     def range(
         self, volume: int, block_start: int, block_end: int, seq: int
@@ -196,19 +206,6 @@ class JournalIndex:
     def position_at_time(self, time_ns: int) -> Position | None:
         """The last position in the interval not after `time_ns`, None if all are after it."""
         return self._position(1, self._firsts, time_ns)
-
-    def next_time(self, time_ns: int) -> int:
-        """Time of the first position after `time_ns`, the interval's end if there is none."""
-        firsts = self._firsts.get(POSITIONS_VOLUME)
-        if firsts is None:
-            return self.interval.to_time_ns
-        place = int(np.searchsorted(firsts, np.int64(time_ns), "right"))
-        if place:
-            times_ns = self._positions(place - 1)[1]
-            behind = int(np.searchsorted(times_ns, np.int64(time_ns), "right"))
-            if behind < len(times_ns):
-                return int(times_ns[behind])
-        return int(firsts[place]) if place < len(firsts) else self.interval.to_time_ns
 
     def _position(self, row: int, firsts: dict[int, I64Array], value: int) -> Position | None:
         """The last position whose seq (row 0) or time (row 1) isn't after `value`."""
@@ -258,7 +255,7 @@ class JournalIndex:
         return found[last], chunk[2][rows], chunk[3][rows]
 
     def _chunk(self, number: int) -> Chunk:
-        return self._chunks.get((self.interval.snapshot, self._layer, number), self._reader(number))
+        return self._chunks.get((self._place.snapshot, self._number, number), self._reader(number))
 
     def all_rows(self) -> Iterator[npt.NDArray[np.void]]:
         """All entries, INDEX_ROWs ascending by (volume, block, seq), chunk by chunk."""
@@ -283,14 +280,39 @@ class JournalIndex:
             row = self._fence[number]
             count, columns = int(row["rows"]), 2 if int(row["volume"]) == POSITIONS_VOLUME else 4
             size = count * columns * 8
-            data = self._objects.read_verified(
-                ObjectKind.JOURNAL_INDEX,
-                self.interval.snapshot,
-                size,
-                int(row["offset"]),
-                int(row["checksum"]),
-                self._layer,
-            )
+            data = self._read(size, int(row["offset"]), int(row["checksum"]))
             return np.frombuffer(data, "<u8").reshape(columns, count)
 
         return read
+
+
+class JournalIndex(RowIndex):
+    """The difference journal of one interval (figures 6B and 8).
+
+    Args:
+        interval: the one whose journal it is.
+        facts: the catalog's row of the index object.
+    """
+
+    def __init__(
+        self, objects: ObjectPool, interval: Interval, facts: ObjectFacts, chunks: ChunkCache
+    ) -> None:
+        self.interval = interval
+        place = FencePlace(
+            ObjectKind.JOURNAL_INDEX, interval.snapshot, interval.layer,
+            HEADER_BYTES + facts.data_bytes, facts.tail_bytes, facts.tail_checksum,
+        )  # fmt: skip
+        super().__init__(objects, place, interval.layer, chunks)
+
+    def next_time(self, time_ns: int) -> int:
+        """Time of the first position after `time_ns`, the interval's end if there is none."""
+        firsts = self._firsts.get(POSITIONS_VOLUME)
+        if firsts is None:
+            return self.interval.to_time_ns
+        place = int(np.searchsorted(firsts, np.int64(time_ns), "right"))
+        if place:
+            times_ns = self._positions(place - 1)[1]
+            behind = int(np.searchsorted(times_ns, np.int64(time_ns), "right"))
+            if behind < len(times_ns):
+                return int(times_ns[behind])
+        return int(firsts[place]) if place < len(firsts) else self.interval.to_time_ns

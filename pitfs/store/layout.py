@@ -8,9 +8,11 @@
       objects/snapshot-<s>.blocks    contents of its diff
       objects/journal-<s>-<l>.index  difference journal of the interval that ends at s, layers up to l, then its
                                      fence table; a finer one replaces it
-      objects/journal-<s>.blocks     contents that only this journal has
+      objects/journal-<s>.blocks     contents that only this journal has; of a number that no snapshot has:
+                                     the log of a tail (see `store.taillog`)
       staging/                       the transfer under way
       staging/layers-<s>/            layers of a difference journal under way, or put off
+      staging/closing-<s>/           what is made of a tail that was closed
 
 <s> is the snapshot's id in 16 hex digits, <l> the number of a layer (see `model.ladder`). Every object begins
 with a header of 4096 bytes, little-endian:
@@ -74,7 +76,8 @@ STAGING: Final = "staging"
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _HISTORY: Final = re.compile(r"[0-9a-f]{32}")
 _OBJECT_NAME: Final = re.compile(
-    r"(?:(?:snapshot-[0-9a-f]{16}\.map|(?:snapshot|journal)-[0-9a-f]{16}\.blocks)|journal-([0-9a-f]{16})-([0-9])\.index)"
+    r"snapshot-[0-9a-f]{16}\.(?:map|blocks)|journal-(?P<blocks>[0-9a-f]{16})\.blocks"
+    r"|journal-(?P<index>[0-9a-f]{16})-(?P<layer>[0-9])\.index"
 )
 
 
@@ -105,7 +108,13 @@ def is_object_file(name: str) -> bool:
 def index_of(name: str) -> tuple[int, int] | None:
     """(snapshot id, layer) where that is the name of a journal's index."""
     found = _OBJECT_NAME.fullmatch(name)
-    return (int(found[1], 16), int(found[2])) if found and found[1] else None
+    return (int(found["index"], 16), int(found["layer"])) if found and found["index"] else None
+
+
+def journal_blocks_of(name: str) -> int | None:
+    """Snapshot id, or id of a tail, where that is the name of a journal's contents."""
+    found = _OBJECT_NAME.fullmatch(name)
+    return int(found["blocks"], 16) if found and found["blocks"] else None
 
 
 def contents_object(snapshot: int, kind: ObjectKind) -> int:

@@ -1,4 +1,4 @@
-"""Transfers under way, or put off, and what is left of those that didn't come about."""
+"""Transfers and closings under way, or put off, and what is left of those that didn't come about."""
 
 from __future__ import annotations
 
@@ -12,13 +12,22 @@ from pitfs.model.ladder import RUNGS_NS, layer_of
 from pitfs.storage.files import fsync_directory
 from pitfs.store.catalog import Catalog
 from pitfs.store.layers import interval_of
-from pitfs.store.layout import CATALOG, ObjectKind, index_of, is_object_file, object_file
+from pitfs.store.layout import (
+    CATALOG,
+    HEADER_BYTES,
+    ObjectKind,
+    index_of,
+    is_object_file,
+    journal_blocks_of,
+    object_file,
+)
 from pitfs.store.staging import read_progress
 
 log = logging.getLogger(__name__)
 
 MAX_PARKED: Final = 8  # transfers of layers that are put off: each may take as much disk as its interval's journal
 LAYERS_PREFIX: Final = "layers-"
+CLOSING_PREFIX: Final = "closing-"
 
 
 class StagingArea:
@@ -35,15 +44,23 @@ class StagingArea:
         """Deals with files in objects/ that the catalog doesn't know: of a commit that didn't come about.
 
         Contents of a staged transfer go back to it, what was built of it is removed, and so is an index that a finer
-        one took the place of. Others are nobody's to remove here: rather than theirs, the catalog isn't this
+        one took the place of, what a closing made of a tail that is there still, and the log of one that isn't. Others
+        are nobody's to remove here: rather than theirs, the catalog isn't this
         store's newest.
 
         Raises:
             StoreError: there are others.
         """
         unknown = [name for name in names if is_object_file(name) and self._catalog.object(name) is None]
-        found = [name for name in unknown if os.path.exists(os.path.join(self._objects, name))]
-        homes = {name: self._home_of(name) for name in found}
+        tails = self._catalog.tails()
+        logs = {object_file(ObjectKind.JOURNAL_BLOCKS, tail.id) for tail in tails}
+        made = {name for tail in tails if tail.mark for name in _objects_of(tail.fourth)}
+        found = [
+            name for name in unknown if name not in logs and os.path.exists(os.path.join(self._objects, name))
+        ]
+        homes = {
+            name: self.path if name in made or self._is_outdated_log(name) else self._home_of(name) for name in found
+        }
         for name, home in homes.items():
             if home is None:
                 raise StoreError(
@@ -55,12 +72,23 @@ class StagingArea:
             self._catalog.write_over()
         for name, home in homes.items():
             path, back = os.path.join(self._objects, name), os.path.join(home or "", name)
-            if name.endswith(".blocks") and not os.path.exists(back):
+            of_tail = name in made or self._is_outdated_log(name)
+            if name.endswith(".blocks") and not of_tail and not os.path.exists(back):
                 log.info("%s: goes back to staging, its commit didn't come about", path)
                 os.rename(path, back)
             else:
                 log.info("%s: removed, it is nothing that was committed", path)
                 os.unlink(path)
+
+    def _is_outdated_log(self, name: str) -> bool:
+        """Whether it is the log of a tail that became an interval, or of one that didn't begin."""
+        tail, catalog = journal_blocks_of(name), self._catalog
+        if tail is None:
+            return False
+        if tail == catalog.next_snapshot_id():  # the catalog has a tail before anything is written to its log
+            return os.path.getsize(os.path.join(self._objects, name)) <= HEADER_BYTES
+        # Numbers without a snapshot before one that has one are those of logs.
+        return catalog.snapshot(tail) is None and catalog.snapshot(tail + 1) is not None
 
     def _home_of(self, name: str) -> str | None:
         """The directory of the staged transfer that made an object which the catalog doesn't know."""
@@ -88,6 +116,13 @@ class StagingArea:
         indexes = [object_file(ObjectKind.JOURNAL_INDEX, snapshot, layer) for layer in range(len(RUNGS_NS))]
         self.settle([*(object_file(kind, snapshot) for kind in kinds), *indexes])
 
+    def closing_directory(self, snapshot: int) -> str:
+        """An empty directory for what is made of a closed tail."""
+        path = os.path.join(self.path, f"{CLOSING_PREFIX}{snapshot:016x}")
+        self.clear(path)
+        os.mkdir(path, 0o700)
+        return path
+
     def layers_directory(self, snapshot: int) -> str:
         return os.path.join(self.path, f"{LAYERS_PREFIX}{snapshot:016x}")
 
@@ -105,7 +140,10 @@ class StagingArea:
             self.clear(other)
 
     def clear_outdated(self) -> None:
-        """Removes staged layers that have been committed, or that nothing can follow any more."""
+        """Removes staged layers that have been committed, or that nothing can follow any more, and closings."""
+        for name in os.listdir(self.path):
+            if name.startswith(CLOSING_PREFIX):  # made again from the log, or committed
+                self.clear(os.path.join(self.path, name))
         for directory in self._layers_directories():
             progress = read_progress(directory)
             try:
@@ -124,3 +162,8 @@ class StagingArea:
                 os.unlink(entry.path)
         if directory != self.path:
             os.rmdir(directory)
+
+
+def _objects_of(snapshot: int) -> list[str]:
+    """What a closing may make."""
+    return [object_file(kind, snapshot) for kind in ObjectKind]

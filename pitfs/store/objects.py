@@ -28,7 +28,7 @@ _CONTENTS: Final = (ObjectKind.SNAPSHOT_BLOCKS, ObjectKind.JOURNAL_BLOCKS)
 
 
 class MissingObjectError(CorruptionError):
-    """An object isn't there. Of an index that may be because a finer one took its place."""
+    """An object isn't there: a finer index may have taken its place, or an interval that of a tail's log."""
 
 
 class Descriptor(int):
@@ -100,6 +100,13 @@ class ObjectPool:
                 if kind in _CONTENTS:
                     del self._contents[contents_object(snapshot, kind)]
         return fd
+
+    def forget(self, kind: ObjectKind, snapshot: int) -> None:
+        """Lets go of an object that was removed: its room is free when the last one who reads it is done."""
+        with self._lock:
+            self._open.pop((kind, snapshot, LAST_LAYER), None)
+            if kind in _CONTENTS:
+                self._contents.pop(contents_object(snapshot, kind), None)
 
     def path_of(self, kind: ObjectKind, snapshot: int, layer: int = LAST_LAYER) -> str:
         return os.path.join(self.directory, object_file(kind, snapshot, layer))

@@ -7,8 +7,7 @@ committed isn't seen. A Store may be used from several threads; it is opened aft
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial, wraps
 from typing import Final, ParamSpec, TypeVar
 
@@ -17,11 +16,14 @@ from pitfs.model.blockmap import FANOUT, FANOUT_BITS, U64Array
 from pitfs.model.transfer import Bookmark, Gap
 from pitfs.store.cache import Cache
 from pitfs.store.catalog import Catalog
-from pitfs.store.facts import Interval, Snapshot
+from pitfs.store.facts import Interval, Resolution, Snapshot, Tail
 from pitfs.store.journals import JournalIndex, Position, chunk_cache
 from pitfs.store.layout import CATALOG, OBJECTS, ObjectKind, object_file, read_store_info
 from pitfs.store.objects import MissingObjectError, ObjectPool
 from pitfs.store.snapshots import NodeReader, SnapshotMap
+from pitfs.store.tails import Tails
+
+__all__ = ["Resolution", "Store"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -33,29 +35,8 @@ _SECOND_NS: Final = 1_000_000_000
 _FENCE_OVERHEAD_BYTES: Final = 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Resolution:
-    """A reachable state, and where to read it from; a key for caches.
-
-    Attributes:
-        seq, time_ns: its position.
-        kind: "snapshot" or "intermediary".
-        granularity_ns: of the interval it lies in, or that it ends: 0 every write, None snapshots only.
-        third: id of the snapshot whose block map holds what the journal doesn't.
-        journal: id of the snapshot at the interval's end (the fourth) whose difference journal comes first;
-            None for a snapshot.
-    """
-
-    seq: int
-    time_ns: int
-    kind: str
-    granularity_ns: int | None
-    third: int
-    journal: int | None
-
-
 def _again_if_replaced(method: Callable[P, T]) -> Callable[P, T]:
-    """Asks once more where an index is missing: a finer one took its place between two looks at the catalog."""
+    """Asks once more where an index or a log is missing: what took its place is in the catalog by now."""
 
     @wraps(method)
     def ask(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -88,6 +69,7 @@ class Store:
         self._journals: Cache[tuple[int, int], JournalIndex] = Cache(
             MAX_CACHED_FENCE_BYTES, lambda journal: journal.fence_bytes + _FENCE_OVERHEAD_BYTES
         )
+        self._tails = Tails(self._catalog, self.objects, self._chunks)
 
     @classmethod
     def open(cls, path: str) -> Store:
@@ -116,8 +98,11 @@ class Store:
 
     def latest(self) -> Resolution | None:
         """The newest state, None in an empty store."""
+        tails = self._tails.now()  # before the snapshot: a tail that has become one by then is seen as that
         snapshot = self._catalog.last_snapshot()
-        return self._of_snapshot(snapshot) if snapshot else None
+        if snapshot is None:
+            return None
+        return self._tails.latest(tails, snapshot.seq) or self._of_snapshot(snapshot)
 
     def protected_through_ns(self) -> int:
         """Every write up to this time is in; 0 in an empty store."""
@@ -134,6 +119,7 @@ class Store:
             NoSuchInstantError: before the first state, or after protected-through.
         """
         protected_ns = self.protected_through_ns()  # first: what is committed after this only adds
+        tails = self._tails.now()  # then tails: they become intervals, not the reverse
         last = self._catalog.last_snapshot()
         snapshot = self._catalog.snapshot_at_time(time_ns)
         if snapshot is None:
@@ -160,6 +146,8 @@ class Store:
         elif interval is not None:
             first_ns = interval.first_time_ns
             known = time_ns < (snapshot.time_ns + 1 if first_ns is None else first_ns)
+        else:
+            resolution = self._tails.at_time(tails, snapshot.seq, time_ns) or resolution
         if resolution.time_ns == time_ns:
             return resolution, True
         return resolution, known and not self._catalog.has_gap(resolution.time_ns, time_ns)
@@ -171,11 +159,17 @@ class Store:
         Raises:
             NoSuchInstantError: before the first state, or after the last.
         """
+        tails = self._tails.now()  # as in `at_time`
         last = self._catalog.last_snapshot()
         snapshot = self._catalog.snapshot_at_seq(seq)
+        if snapshot is not None and last is not None and seq > last.seq:
+            found = self._tails.at_seq(tails, last.seq, seq)
+            if found is not None:
+                return found
         if snapshot is None or last is None or seq > last.seq:
             first = self._catalog.first_snapshot()
-            has = f"has {first.seq} to {last.seq}" if first and last else "is empty"
+            end = max(last.seq, tails[-1].to_seq if tails else 0) if last else 0
+            has = f"has {first.seq} to {end}" if first and last else "is empty"
             raise NoSuchInstantError(f"{self.path}: no state at seq {seq}: the store {has}")
         interval = self._interval_behind(snapshot, last) if seq > snapshot.seq else None
         if seq > snapshot.seq and (interval is None or seq >= interval.to_seq):
@@ -218,8 +212,15 @@ class Store:
         return self._catalog.snapshots(from_ns, to_ns)
 
     def intervals(self, from_ns: int | None = None, to_ns: int | None = None) -> Iterator[Interval]:
-        """Intervals that have an instant in that time, by time."""
-        return self._catalog.intervals(from_ns, to_ns)
+        """Intervals that have an instant in that time, by time; the open one as far as it can be read."""
+        tails, last = self._tails.now(), 0  # first, as in `at_time`
+        for interval in self._catalog.intervals(from_ns, to_ns):
+            last = interval.snapshot
+            yield interval
+        for tail in tails:
+            is_within = (from_ns is None or tail.to_time_ns >= from_ns) and (to_ns is None or tail.from_time_ns < to_ns)
+            if tail.pieces and tail.fourth > last and is_within:
+                yield tail.interval
 
     def bookmarks(self, from_ns: int | None = None) -> Iterator[Bookmark]:
         """Bookmarks by time, then name."""
@@ -268,18 +269,33 @@ class Store:
         Raises:
             CorruptionError: block map or journal aren't what was written.
         """
-        pointers, checksums = self._map(resolution.third).leaf(volume, leaf_index)
-        pointers, checksums = pointers.copy(), checksums.copy()
-        if resolution.journal is not None:
-            start = leaf_index << FANOUT_BITS
-            interval = self._catalog.interval_to(resolution.journal)
-            if interval is None:
-                raise CorruptionError(self._catalog.path, 0, f"interval {resolution.journal} is missing")
-            blocks, newer, sums = self._journal(interval).range(
-                volume, start, start + FANOUT, resolution.seq
-            )
-            pointers[blocks - start] = newer
-            checksums[blocks - start] = sums
+        tails = self._tails.now()
+        pointers, checksums = self._third(tails, resolution.third, volume, leaf_index)
+        if resolution.journal is None:
+            return pointers, checksums
+        tail = _of_fourth(tails, resolution.journal)
+        if tail is not None:
+            self._tails.overlay(tail, resolution.seq, volume, leaf_index, pointers, checksums)
+            return pointers, checksums
+        start = leaf_index << FANOUT_BITS
+        interval = self._catalog.interval_to(resolution.journal)
+        if interval is None:
+            raise MissingObjectError(self._catalog.path, 0, f"interval {resolution.journal} is missing")
+        blocks, newer, sums = self._journal(interval).range(volume, start, start + FANOUT, resolution.seq)
+        pointers[blocks - start] = newer
+        checksums[blocks - start] = sums
+        return pointers, checksums
+
+    def _third(
+        self, tails: Sequence[Tail], snapshot: int, volume: int, leaf_index: int
+    ) -> tuple[U64Array, U64Array]:
+        """What a snapshot has, or a tail that becomes one when it is whole; the caller's own."""
+        tail = _of_fourth(tails, snapshot)
+        if tail is None:
+            pointers, checksums = self._map(snapshot).leaf(volume, leaf_index)
+            return pointers.copy(), checksums.copy()
+        pointers, checksums = self._third(tails, tail.from_snapshot, volume, leaf_index)
+        self._tails.overlay(tail, tail.to_seq, volume, leaf_index, pointers, checksums)
         return pointers, checksums
 
     def _map(self, snapshot: int) -> SnapshotMap:
@@ -320,6 +336,11 @@ class Store:
         return Resolution(
             *position, "intermediary", interval.granularity_ns, interval.from_snapshot, interval.snapshot
         )
+
+
+def _of_fourth(tails: Sequence[Tail], snapshot: int) -> Tail | None:
+    """The tail that becomes the interval that ends at that snapshot, while it is one."""
+    return next((tail for tail in tails if tail.fourth == snapshot), None)
 
 
 def _is_known(interval: Interval, position: Position | None, time_ns: int, journal: JournalIndex) -> bool:

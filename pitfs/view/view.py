@@ -37,6 +37,7 @@ from pitfs.store.layout import (
     pointer_object,
     pointer_unit,
 )
+from pitfs.store.objects import MissingObjectError
 
 if TYPE_CHECKING:
     from pitfs.store.store import Resolution, Store
@@ -130,7 +131,11 @@ class PointInTimeView:
             CorruptionError: a block isn't what was written; nothing of it is returned.
             PitfsError: the disk refuses.
         """
-        data = self._read(offset, size, buffer, 0)
+        try:
+            data = self._read(offset, size, buffer, 0)
+        except MissingObjectError:  # of a tail that has become an interval: resolved anew, its contents are there
+            self._first_key = self._tables.new_view()
+            data = self._read(offset, size, buffer, 0)
         assert data is not None
         return data
 

@@ -1,0 +1,236 @@
+"""The catalog's database: SQLite in WAL mode, every row with a checksum, its errors in our words.
+
+SQLite integers are signed: unsigned 64-bit pointers and checksums are stored as the signed number with the
+same bits.
+
+SQLite doesn't notice a bit that flips on the disk. So each row ends with a checksum (`row_checksum`), the xxh3_64
+of the msgpack array [table, value, …], which is compared whenever the row is read, and a row that was looked for
+by its key must have that key.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+from urllib.parse import quote
+
+import apsw
+import msgspec
+from xxhash import xxh3_64_intdigest
+
+from pitfs.errors import CapacityError, CorruptionError, PitfsError, StoreError, StoreVersionError
+
+CATALOG_VERSION: Final = 3  # 1: journals without layers, 2: no tails; before the first release
+PAGE_ROWS: Final = 512  # rows that a listing holds at once
+BUSY_MS: Final = 10_000  # a commit or a checkpoint of another process takes far less
+
+_SCHEMA: Final = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL, row_checksum INTEGER NOT NULL)
+    STRICT, WITHOUT ROWID;
+CREATE TABLE snapshots (
+    id INTEGER PRIMARY KEY, seq INTEGER NOT NULL UNIQUE, time_ns INTEGER NOT NULL UNIQUE,
+    mark INTEGER NOT NULL, row_checksum INTEGER NOT NULL
+) STRICT;
+CREATE TABLE roots (
+    snapshot INTEGER NOT NULL, volume INTEGER NOT NULL, pointer INTEGER NOT NULL, checksum INTEGER NOT NULL,
+    row_checksum INTEGER NOT NULL, PRIMARY KEY (snapshot, volume)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE intervals (  -- snapshot is the one at its end
+    snapshot INTEGER PRIMARY KEY, from_snapshot INTEGER NOT NULL UNIQUE,
+    from_seq INTEGER NOT NULL, from_time_ns INTEGER NOT NULL UNIQUE,
+    to_seq INTEGER NOT NULL, to_time_ns INTEGER NOT NULL UNIQUE,
+    first_time_ns INTEGER, granularity_ns INTEGER, cause TEXT NOT NULL, journal_rows INTEGER NOT NULL,
+    row_checksum INTEGER NOT NULL
+) STRICT;
+CREATE INDEX intervals_coarse ON intervals (snapshot) WHERE granularity_ns IS NOT 0;
+CREATE TABLE objects (
+    name TEXT PRIMARY KEY, kind INTEGER NOT NULL, snapshot INTEGER NOT NULL,
+    data_bytes INTEGER NOT NULL, tail_bytes INTEGER NOT NULL, tail_checksum INTEGER NOT NULL,
+    row_checksum INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE TABLE bookmarks (
+    name TEXT PRIMARY KEY, seq INTEGER NOT NULL, time_ns INTEGER NOT NULL, row_checksum INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE INDEX bookmarks_by_time ON bookmarks (time_ns, name);
+CREATE TABLE gaps (
+    id INTEGER PRIMARY KEY, from_seq INTEGER NOT NULL, from_time_ns INTEGER NOT NULL,
+    to_seq INTEGER NOT NULL, to_time_ns INTEGER NOT NULL, cause TEXT NOT NULL, row_checksum INTEGER NOT NULL
+) STRICT;
+CREATE INDEX gaps_by_time ON gaps (to_time_ns, id);
+CREATE TABLE minutes (  -- bit i of seconds: second i of that minute since the epoch has a reachable instant
+    minute INTEGER PRIMARY KEY, seconds INTEGER NOT NULL, row_checksum INTEGER NOT NULL
+) STRICT;
+CREATE TABLE tails (  -- id is the log's, fourth that of the snapshot to come; mark 0: the interval is open
+    id INTEGER PRIMARY KEY, fourth INTEGER NOT NULL, from_snapshot INTEGER NOT NULL,
+    from_seq INTEGER NOT NULL, from_time_ns INTEGER NOT NULL, to_seq INTEGER NOT NULL, to_time_ns INTEGER NOT NULL,
+    first_time_ns INTEGER, log_end INTEGER NOT NULL, mark INTEGER NOT NULL, protected_through_ns INTEGER NOT NULL,
+    bookmark TEXT, row_checksum INTEGER NOT NULL
+) STRICT;
+CREATE TABLE pieces (  -- of a tail's log: rows of first_seq to to_seq
+    tail INTEGER NOT NULL, first_seq INTEGER NOT NULL, first_time_ns INTEGER NOT NULL, to_seq INTEGER NOT NULL,
+    level INTEGER NOT NULL, row_count INTEGER NOT NULL,
+    fence_offset INTEGER NOT NULL, fence_bytes INTEGER NOT NULL, fence_checksum INTEGER NOT NULL,
+    row_checksum INTEGER NOT NULL, PRIMARY KEY (tail, first_seq)
+) STRICT, WITHOUT ROWID;
+"""
+
+
+REMEDY: Final = "put a copy of it back, or move the store away for a new full copy"
+
+
+def to_signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def to_unsigned(value: int) -> int:
+    return value & ((1 << 64) - 1)
+
+
+def row_checksum(table: str, values: Sequence[Any]) -> int:
+    """What the last column of a row of `table` must be; of `gaps` the id isn't among the values."""
+    return to_signed(xxh3_64_intdigest(msgspec.msgpack.encode((table, *values))))
+
+
+@contextmanager
+def _errors(path: str) -> Iterator[None]:
+    """SQLite's errors in our words."""
+    try:
+        yield
+    except apsw.FullError:
+        raise CapacityError(
+            f"{path}: no room: make room on that file system; pitfs goes on by itself"
+        ) from None
+    except (apsw.CorruptError, apsw.NotADBError, UnicodeDecodeError) as error:
+        raise CorruptionError(
+            path, 0, f"{error}: {REMEDY}"
+        ) from None
+    except apsw.CantOpenError:
+        raise StoreError(f"{path}: can't be opened: is it there, and may this user read it?") from None
+    except apsw.Error as error:
+        raise PitfsError(f"{path}: {error}") from error
+
+
+class Database:
+    """One connection to a store's catalog; may be used from several threads, but not across fork.
+
+    Args:
+        path: catalog.sqlite.
+        mode: "read", "write", "make" (as write, made if it isn't there).
+
+    Raises:
+        StoreError, StoreVersionError, CorruptionError, CapacityError, PitfsError: also from every method.
+    """
+
+    def __init__(self, path: str, mode: str = "read") -> None:
+        self.path = path
+        self._lock = threading.RLock()  # held from what a change builds on until it is committed
+        with _errors(path):
+            self._db = self._connect(mode)
+        try:
+            with _errors(path):
+                self._prepare(mode)
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _connect(self, mode: str) -> apsw.Connection:
+        if mode != "read":
+            return apsw.Connection(self.path, flags=apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE)
+        if not os.statvfs(self.path).f_flag & os.ST_RDONLY:
+            writable = os.access(self.path, os.W_OK)  # a reader needs the -shm file; read-only where it can't
+            flags = apsw.SQLITE_OPEN_READWRITE if writable else apsw.SQLITE_OPEN_READONLY
+            return apsw.Connection(self.path, flags=flags)
+        # There nobody writes, and SQLite can't make its -shm file. It wouldn't look into the log either.
+        log = f"{self.path}-wal"
+        if os.path.exists(log) and os.path.getsize(log):
+            raise StoreError(
+                f"{self.path}: on a read-only file system with a log ({log}) that isn't merged: mount it read-write "
+                "once, or copy the store to where it can be written"
+            )
+        uri = f"file:{quote(self.path)}?immutable=1"
+        return apsw.Connection(uri, flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI)
+
+    def _prepare(self, mode: str) -> None:
+        self._db.set_busy_timeout(BUSY_MS)
+        (version,) = self._rows("PRAGMA user_version")[0]
+        if version > CATALOG_VERSION:
+            raise StoreVersionError(
+                f"{self.path}: catalog of version {version}, this pitfs knows up to {CATALOG_VERSION}: "
+                f"use a newer pitfs"
+            )
+        if 0 < version < CATALOG_VERSION:
+            raise StoreVersionError(
+                f"{self.path}: catalog of version {version}, of a pitfs before the first release: read it with that "
+                "one, and receive into a new store with this one"
+            )
+        if version == 0 and mode != "make":
+            raise StoreError(
+                f"{self.path}: no catalog of a store: {REMEDY}"
+            )
+        if mode == "read":
+            self._db.execute("PRAGMA query_only = 1")
+            return
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = FULL")
+        if version == 0:
+            with self._db:
+                self._db.execute(_SCHEMA)
+                self._db.execute(f"PRAGMA user_version = {CATALOG_VERSION}")
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+    def _rows(self, sql: str, bindings: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        with self._lock, _errors(self.path):
+            return list(self._db.execute(sql, tuple(bindings)))
+
+    def _verified(self, table: str, row: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The row without its checksum. Raises CorruptionError if it isn't the one that was written."""
+        *values, checksum = row
+        if checksum != row_checksum(table, values):
+            raise CorruptionError(self.path, 0, f"a row of {table} doesn't match its checksum: {REMEDY}")
+        return tuple(values)
+
+    def _row(self, table: str, sql: str, *bindings: Any) -> tuple[Any, ...] | None:
+        """The first row that `SELECT * FROM table` with `sql` behind it finds."""
+        rows = self._rows(f"SELECT * FROM {table} {sql} LIMIT 1", bindings)
+        return self._verified(table, rows[0]) if rows else None
+
+    def _row_of(self, table: str, column: int, name: str, key: Any) -> tuple[Any, ...] | None:
+        """The row whose column has that value; an index that leads to another one is damaged."""
+        row = self._row(table, f"WHERE {name} = ?", key)
+        if row is not None and row[column] != key:
+            raise CorruptionError(self.path, 0, f"the index of {table} is damaged: {REMEDY}")
+        return row
+
+    @contextmanager
+    def _changes(self, durable: bool = True) -> Iterator[None]:
+        """A transaction: what is read in it stays so until it is committed.
+
+        durable: survives power loss when it returns; else the catalog may be the one before then.
+        """
+        with self._lock, _errors(self.path):
+            if not durable:
+                self._db.execute("PRAGMA synchronous = NORMAL")
+            try:
+                with self._db:
+                    yield
+            finally:
+                if not durable:
+                    self._db.execute("PRAGMA synchronous = FULL")
+
+    def _put(self, table: str, values: Sequence[Any], conflict: str = "") -> None:
+        """Inserts a row with its checksum."""
+        places = ", ".join(f"?{number}" for number in range(1, len(values) + 2))
+        sql = f"INSERT INTO {table} VALUES ({places}) {conflict}"
+        self._db.execute(sql, (*values, row_checksum(table.partition(" ")[0], values)))
+
+    @contextmanager
+    def _one_moment(self) -> Iterator[None]:
+        """What is read in it is of one moment, whatever is committed meanwhile."""
+        with self._lock, _errors(self.path), self._db:
+            yield
