@@ -230,8 +230,9 @@ class Shipper:
             damage = error
         if damage is None and not self._following.copy_ahead and self._way(0).streams:
             return False
-        log.info("no longer streaming: %s", damage or self.standing.way)
-        self._out_of_step(str(damage or "a complete copy goes first"))
+        cause = "a copy goes first" if self._following.copy_ahead else str(damage or self.standing.way)
+        log.info("no longer streaming: %s", cause)
+        self._out_of_step(cause)
         self._fitted = damage is not None or self._following.copy_ahead
         await stream.leave()
         if damage is not None:

@@ -38,6 +38,7 @@ class IngestProtocol(Protocol):
     def write(self, writes: Writes) -> None: ...
     def flush(self, protected_through_ns: int) -> Durable: ...
     def mark(self, mark: StreamMark) -> Durable: ...
+    def publish(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -84,6 +85,10 @@ class Applier:
         if writes is not None:
             self._ingest.write(writes)
         return self._ingest.flush(flush.protected_through_ns)
+
+    def publish(self) -> None:
+        """Nothing has come for a while: what was streamed last is made readable all the same."""
+        self._ingest.publish()
 
     def close(self) -> None:
         """Closes the ingest."""

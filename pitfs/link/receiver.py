@@ -8,6 +8,7 @@ Reading goes on while a thread writes; a hop to a thread costs 150 to 300 µs, s
 from __future__ import annotations
 
 import logging
+import math
 import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
@@ -38,14 +39,12 @@ from pitfs.link.protocol import LinkProtocol, Role, State
 from pitfs.link.stream import FrameQueue, PlainStream, TlsStream, peer_name, send_buffers
 from pitfs.link.tls import LinkContext, is_granted, names_of
 from pitfs.link.window import DEFAULT_WINDOW_BYTES, WindowPool
-from pitfs.model.transfer import (
-    Hello,
-    Welcome,
-)
+from pitfs.model.transfer import Durable, Hello, Welcome
 
 log = logging.getLogger(__name__)
 
 FRAME_COST_BYTES: Final = 256  # what an empty frame counts for in a queue
+IDLE_S: Final = 0.5  # a stream is quiet for longer only where its link is: what came last is made readable then
 REPLIES_BYTES: Final = 256 << 10  # replies that may wait: 1,000, far more than a window has checkpoints
 
 T = TypeVar("T")
@@ -309,7 +308,16 @@ class _Session:
         log.info(words, self.peer, hello.group, welcome.mark, self._window_bytes >> 20)
         version = common_version(greeting.versions) or VERSIONS[0]
         self._reply(Accept(version, welcome, self._window_bytes))
-        while batch := await self._incoming.take(lambda frame: not isinstance(frame, WireData)):
+        streams = False
+        while True:
+            with trio.move_on_after(IDLE_S if streams else math.inf) as scope:
+                batch = await self._incoming.take(lambda frame: not isinstance(frame, WireData))
+            if scope.cancelled_caught:
+                streams = False
+                await self._in_thread(applier.publish)
+                continue
+            if not batch:
+                return
             reply = await self._in_thread(partial(applier.apply, batch))
             if isinstance(reply, Committed):
                 state = reply.welcome
@@ -317,6 +325,7 @@ class _Session:
                     "%s: group %s: mark %d committed, seq %d", self.peer, hello.group, state.mark, state.seq
                 )
             if reply is not None:
+                streams = streams or isinstance(reply, Durable)
                 self._reply(reply)
 
     async def _in_thread(self, call: Callable[[], T]) -> T:

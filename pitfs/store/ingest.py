@@ -275,6 +275,11 @@ class Ingest:
             self._opened().fence(self.hello.epoch, self.hello.instance)
             return self._streaming().take_mark(mark)
 
+    def publish(self) -> None:
+        """Makes readable what was streamed."""
+        with self._errors("making it readable"):
+            self._streaming().publish()
+
     def close(self) -> None:
         """Ends the writing; a staged transfer stays, as of its last checkpoint. A closing under way is waited for."""
         self._close_staged()

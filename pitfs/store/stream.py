@@ -156,8 +156,21 @@ class Stream:
                 self._closing.join()
             self._closing = None
 
+    def publish(self) -> None:
+        """Makes readable what came: nothing else would, where no flush comes any more. Raises as `write`."""
+        if self._tail is not None and self._tail.pending_rows:
+            self._check_usable()
+            with self._breaks():
+                self._publish(0)
+
     def close(self) -> None:
-        """Waits for the closing under way; what came since the last flush is as the crash of the process leaves it."""
+        """Waits for the closing under way, and makes readable what came."""
+        if not self._is_broken:
+            try:
+                self.publish()
+            except (PitfsError, OSError) as error:
+                log.warning("%s: what came last is readable when the store is opened the next time: %s",
+                            self._catalog.path, error)  # fmt: skip
         if self._closing is not None:
             try:
                 self._closing.join()

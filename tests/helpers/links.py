@@ -205,6 +205,9 @@ class FakeIngest:
         self.marks.append(mark)
         return Durable(mark.seq, mark.time_ns, mark.mark, mark.protected_through_ns)
 
+    def publish(self) -> None:
+        self._enter("publish")
+
     def close(self) -> None:
         self._enter("close")
         self.closed = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +12,18 @@ import trio
 from pitfs.cli.shipping import Shipper
 from pitfs.config import load_config
 from pitfs.link.sender import SenderSession
-from pitfs.model.transfer import Checkpoint, Data, End, Manifest, ResumePoint, Welcome
+from pitfs.model.transfer import (
+    Checkpoint,
+    Data,
+    Durable,
+    End,
+    Flush,
+    Manifest,
+    ResumePoint,
+    StreamMark,
+    Welcome,
+    Writes,
+)
 from pitfs.production.agreement import Agreement
 from pitfs.production.control import Connection
 from pitfs.production.reader import Copy, Interval
@@ -37,6 +49,7 @@ class Here:
         self.failure: Exception | None = None
         self.welcome: Welcome = ingest.welcome()
         self.durable = ResumePoint()
+        self.on_durable: Callable[[Durable], None] | None = None
         self.wire_bytes = self.payload_bytes = self.begun = 0
         self.resumed: list[ResumePoint] = []  # of each transfer, where it went on
 
@@ -50,6 +63,21 @@ class Here:
 
     async def park(self) -> ResumePoint:
         return self._ingest.park(())
+
+    async def stream(self, writes: Writes | None, flush: Flush, window_bytes: int = 0) -> None:
+        if writes is not None:
+            self._ingest.write(writes)
+        self._answer(self._ingest.flush(flush.protected_through_ns))
+
+    async def stream_mark(self, mark: StreamMark) -> None:
+        self._answer(self._ingest.mark(mark))
+
+    async def wait_durable(self) -> None:
+        """Each is answered at once."""
+
+    def _answer(self, durable: Durable) -> None:
+        assert self.on_durable is not None
+        self.on_durable(durable)
 
     async def finish(self, end: End) -> Welcome:
         self.welcome = self._ingest.end(end)
