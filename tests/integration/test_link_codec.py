@@ -150,11 +150,10 @@ async def test_while_it_steps_back_everything_goes_raw_and_then_the_stream_goes_
 
 async def test_a_slow_link_shows_as_waiting_for_room_and_a_slow_caller_as_idle() -> None:
     async with replica(Opener()) as port, link(port, rate=8 * MIB) as session:
-        noise = random.Random(7).randbytes(MIB)
         effort = session._effort = Told(True)  # type: ignore[assignment]
-        await ship(session, *[noise] * 16)
+        await ship(session, *[random.Random(seed).randbytes(MIB) for seed in range(16)])
         await trio.sleep(0.2)  # not to wait for something: it is what is measured
-        await ship(session, noise)
+        await ship(session, TEXT)
         assert sum(room_s for *_, room_s in effort.seen) > 0.5
         assert sum(idle_s for _, idle_s, *_ in effort.seen) > 0.2
 
