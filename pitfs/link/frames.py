@@ -9,9 +9,9 @@ Each side begins with an 8-byte preface, then sends frames:
     checksum  u64   xxh3_64 of the 8 bytes above and the body
 
 All integers are little-endian. The body of DATA is fixed: section u8, 3 zero bytes, raw length u32, offset
-u64, payload: as many bytes as the raw length says or, compressed, some KiB more at most. All other bodies are msgpack: maps with the field names of the structs here and in
-model/transfer.py; unknown keys are ignored, so that a later version can add some. HELLO is the same in
-all versions; what follows is of the version that WELCOME names.
+u64, payload (as long as the raw length says; in the stream at most some KiB longer). All other bodies are msgpack:
+maps with the field names of the structs here and in model/transfer.py; unknown keys are ignored, so that a later
+version can add some. HELLO is the same in all versions; what follows is of the version that WELCOME names.
 
 There is no frame that deletes or rewrites anything.
 """
