@@ -19,10 +19,10 @@ import sys
 from typing import Final
 
 from pitfs.errors import RemoteProtocolError
-from pitfs.link.columns import ROWS, ColumnDecoder, ColumnEncoder, max_columns_bytes
+from pitfs.link.columns import ColumnDecoder, ColumnEncoder, max_columns_bytes
 from pitfs.link.frames import Buffer, Encoding, WireData
 from pitfs.link.window import DEFAULT_WINDOW_BYTES, check_window
-from pitfs.model.transfer import Data, Section
+from pitfs.model.transfer import ROWS, Data, Section
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -36,9 +36,15 @@ LDM_HASH_RATE_LOG: Final = 7  # an entry for each 128 bytes
 LDM_MIN_MATCH: Final = 64
 LDM_BUCKET_SIZE_LOG: Final = 1
 MIN_BYTES: Final = 256  # of contents; below, frame and call cost more than they save
-SAMPLE_BYTES: Final = 4096  # a probe is SAMPLE_COUNT samples: 14 µs, against 2 to 3 ms for a whole payload
-SAMPLE_COUNT: Final = 4
-MAX_SKIP_COUNT: Final = 32  # payloads of a section that go raw unprobed while its data doesn't shrink
+DOUBT_BYTES: Final = 4 << 20  # of a section's contents that may not shrink in a row before each payload is probed
+SAMPLE_BYTES: Final = 2048  # a probe is SAMPLE_COUNT samples: 30 µs, against 2 to 3 ms for a whole payload
+SAMPLE_COUNT: Final = 8
+MAX_SKIP_BYTES: Final = 256 << 10  # of a section that go raw unprobed while its data doesn't shrink
+
+
+def _pays(compressed_bytes: int, raw_bytes: int) -> bool:
+    """Whether a tenth at least is saved."""
+    return compressed_bytes * 10 <= raw_bytes * 9
 
 
 class PayloadEncoder:
@@ -62,29 +68,39 @@ class PayloadEncoder:
                 zstd.CompressionParameter.ldm_bucket_size_log: LDM_BUCKET_SIZE_LOG,
             }
         )
-        self._skip = dict.fromkeys(Section, 0)  # payloads still to go raw
-        self._failures = dict.fromkeys(Section, 0)  # probes in a row that didn't pay
+        self._doubted = dict.fromkeys(Section, 0)  # bytes in a row that didn't shrink, or aren't compressed yet
+        self._skip = dict.fromkeys(Section, 0)  # bytes that still go raw unprobed
 
     def wants(self, data: Data) -> bool:
-        """Whether compressing this payload will pay: probes contents, knows of rows."""
-        length = len(data.payload)
-        row = ROWS.get(data.section)
-        if row is not None:
-            return length > 0 and length % row.itemsize == 0
+        """Whether to compress this payload: rows always, contents unless much didn't shrink and a probe doesn't.
+
+        What doesn't shrink by itself may come again within the window, so it takes some to give up. And probing
+        everything cost more than compressing it.
+        """
+        length, section = len(data.payload), data.section
+        if section in ROWS:
+            return length > 0 and length % ROWS[section].itemsize == 0
         if length < MIN_BYTES:
             return False
-        if self._skip[data.section]:
-            self._skip[data.section] -= 1
-            return False
-        sample: Buffer = data.payload
-        if length > SAMPLE_BYTES * SAMPLE_COUNT:
-            step = (length - SAMPLE_BYTES) // (SAMPLE_COUNT - 1)
-            view = memoryview(data.payload)
+        if self._doubted[section] >= DOUBT_BYTES:
+            if length <= self._skip[section]:
+                self._skip[section] -= length
+                return False
+            if not self._probe(data.payload):
+                self._skip[section] = MAX_SKIP_BYTES
+                return False
+        self._doubted[section] += length
+        return True
+
+    def _probe(self, payload: Buffer) -> bool:
+        """Whether samples of this payload shrink."""
+        sample = payload
+        if len(payload) > SAMPLE_BYTES * SAMPLE_COUNT:
+            step = (len(payload) - SAMPLE_BYTES) // (SAMPLE_COUNT - 1)
+            view = memoryview(payload)
             starts = range(0, step * SAMPLE_COUNT, step)
             sample = b"".join([view[start : start + SAMPLE_BYTES] for start in starts])
-        pays = len(zstd.compress(sample, LEVEL)) * 10 <= len(sample) * 9  # a tenth at least is saved
-        self._remember(data.section, pays)
-        return pays
+        return _pays(len(zstd.compress(sample, LEVEL)), len(sample))
 
     def encode(self, data: Data, compress: bool | None = None) -> WireData:
         """Encodes a payload; `compress` is what `wants` said, which is asked here if it is None.
@@ -100,12 +116,9 @@ class PayloadEncoder:
         if data.section in ROWS:
             encoding, source = Encoding.COLUMNS, self._columns.encode(data.section, data.payload)
         payload = self._stream.compress(source, zstd.ZstdCompressor.FLUSH_BLOCK)
+        if _pays(len(payload), length):
+            self._doubted[data.section] = 0
         return WireData(data.section, data.offset, length, encoding, payload)
-
-    def _remember(self, section: Section, pays: bool) -> None:
-        self._failures[section] = 0 if pays else self._failures[section] + 1
-        doubled = 1 << min(self._failures[section], MAX_SKIP_COUNT.bit_length())
-        self._skip[section] = 0 if pays else min(MAX_SKIP_COUNT, doubled // 2)
 
 
 class PayloadDecoder:

@@ -25,14 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pitfs.link.frames import Buffer
-from pitfs.model.transfer import DIFF_ENTRY, JOURNAL_ENTRY, POSITION, WRITE, Section
+from pitfs.model.transfer import ROWS, Section
 
-ROWS: Final = {
-    Section.DIFF: DIFF_ENTRY,
-    Section.POSITIONS: POSITION,
-    Section.JOURNAL: JOURNAL_ENTRY,
-    Section.WRITES: WRITE,
-}
 WIDTH_MASK: Final = 0x0F
 DELTA: Final = 0x10
 NEXT: Final = 0x20

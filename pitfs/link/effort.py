@@ -3,68 +3,84 @@
 Frames pass one task that waits for input (idle), encodes (encode), and waits for room behind it (room). Which of the
 three takes the time says what holds things up: the caller, the compressor, or the link.
 
-    COMPRESSING  while the compressor holds things up nobody knows how fast the link is: after some time, try RAW
-    RAW          what goes through in the same time is compared, once the buffers behind are full. At least a fourth
-                 more than compressed: stay. Less, whatever the reason: back, and wait twice as long before the next try
+    COMPRESSING  the compressor holds things up, and what the kernel saw of the link says that it carries more: try RAW
+    SETTLING     raw; the buffers behind have to fill before anything can be said, but it mustn't take too long
+    RAW          raw; as long as a fourth more goes through than when the compressor held things up
 
+What the kernel sees of bursts can be far from what the link carries all the time, so tries that fail become rare.
 Counted in bytes of payload, so that it needs no clock and a test can tell it everything.
 """
 
 from __future__ import annotations
 
+import enum
 from typing import Final
 
 PERIOD_BYTES: Final = 16 << 20  # one judgement; more than what queues and socket buffers swallow at once
 BOUND_SHARE: Final = 0.8  # of the time: then it is the compressor
 GAIN: Final = 1.25
-MIN_WAIT: Final = 4  # periods before a try: 64 MiB
-MAX_WAIT: Final = 1024  # 16 GiB: a try that fails costs 32 MiB raw
+PATIENCE: Final = 4  # SETTLING: may take so much longer
+MIN_WAIT: Final = 8  # periods before a try: 128 MiB
+WAIT_GROWTH: Final = 4
+MAX_WAIT: Final = 2048  # 32 GiB: a try that fails costs some 20 MiB raw
+
+
+class State(enum.Enum):
+    COMPRESSING = enum.auto()
+    SETTLING = enum.auto()
+    RAW = enum.auto()
 
 
 class Effort:
-    """The decision for one connection.
-
-    Attributes:
-        compresses: whether payloads are to be compressed.
-    """
+    """The decision for one connection."""
 
     def __init__(self, cap_bytes_per_s: float | None = None) -> None:
         """`cap_bytes_per_s`: the configured rate; a compressor faster than that needn't step back."""
-        self.compresses = True
+        self.state = State.COMPRESSING
         self._cap = cap_bytes_per_s
         self._wait = self._left = MIN_WAIT  # periods
-        self._compressed_speed = 0.0  # bytes/s of payload, when the compressor held things up
-        self._settled = False  # RAW: the buffers behind were filled at the link's speed
-        self._paid = False  # RAW was worth it at least once since it began
+        self._speed = 0.0  # bytes/s of payload, when the compressor held things up
+        self._paid = False  # RAW was worth it for a period at least
         self._clear()
 
-    def observe(self, payload_bytes: int, *, idle_s: float, encode_s: float, room_s: float) -> None:
-        """Tells what one batch took; may change `compresses`."""
+    @property
+    def compresses(self) -> bool:
+        """Whether payloads are to be compressed."""
+        return self.state is State.COMPRESSING
+
+    def observe(
+        self, payload_bytes: int, *, idle_s: float, encode_s: float, room_s: float, link_bytes_per_s: float
+    ) -> None:
+        """Tells what one batch took; may change the state.
+
+        `link_bytes_per_s`: how fast bursts went lately, for want of better while the link isn't full; 0: unknown.
+        """
         self._bytes += payload_bytes
         self._encode_s += encode_s
         self._total_s += idle_s + encode_s + room_s
-        if self._bytes < PERIOD_BYTES:
-            return
-        speed = self._bytes / max(self._total_s, 1e-9)
-        bound = self._encode_s >= BOUND_SHARE * self._total_s
-        self._clear()
         if self.compresses:
-            self._judge_compressing(speed, bound)
-        elif not self._settled:
-            self._settled = True
-        elif speed >= GAIN * self._compressed_speed:
-            self._paid = True
-        else:
-            self._wait = MIN_WAIT if self._paid else min(2 * self._wait, MAX_WAIT)
-            self.compresses, self._left = True, self._wait
+            if self._bytes >= PERIOD_BYTES:
+                self._judge_compressing(link_bytes_per_s)
+                self._clear()
+            return
+        limit_s = PERIOD_BYTES / (GAIN * self._speed)
+        if self._total_s > limit_s * (PATIENCE if self.state is State.SETTLING else 1):
+            self._wait = MIN_WAIT if self._paid else min(WAIT_GROWTH * self._wait, MAX_WAIT)
+            self.state, self._left = State.COMPRESSING, self._wait
+            self._clear()
+        elif self._bytes >= PERIOD_BYTES:
+            self._paid = self.state is State.RAW
+            self.state = State.RAW
+            self._clear()
 
-    def _judge_compressing(self, speed: float, bound: bool) -> None:
-        if not bound or (self._cap is not None and self._cap < GAIN * speed):
+    def _judge_compressing(self, link_bytes_per_s: float) -> None:
+        speed = self._bytes / max(self._total_s, 1e-9)
+        link_speed = link_bytes_per_s if self._cap is None else min(self._cap, link_bytes_per_s)
+        if self._encode_s < BOUND_SHARE * self._total_s or link_speed < GAIN * speed:
             return
         self._left -= 1
         if self._left <= 0:
-            self.compresses, self._settled, self._paid = False, False, False
-            self._compressed_speed = speed
+            self.state, self._speed, self._paid = State.SETTLING, speed, False
 
     def _clear(self) -> None:
         self._bytes = 0

@@ -9,9 +9,9 @@ Each side begins with an 8-byte preface, then sends frames:
     checksum  u64   xxh3_64 of the 8 bytes above and the body
 
 All integers are little-endian. The body of DATA is fixed: section u8, 3 zero bytes, raw length u32, offset
-u64, payload. All other bodies are msgpack: maps with the field names of the structs here and in
-model/transfer.py; unknown keys are ignored, so that a later version can add some. HELLO is the same in
-all versions; what follows is of the version that WELCOME names.
+u64, payload (as long as the raw length says; in the stream at most some KiB longer). All other bodies are msgpack:
+maps with the field names of the structs here and in model/transfer.py; unknown keys are ignored, so that a later
+version can add some. HELLO is the same in all versions; what follows is of the version that WELCOME names.
 
 There is no frame that deletes or rewrites anything.
 """
@@ -29,6 +29,7 @@ from pitfs.link import checks
 from pitfs.link.window import MIN_WINDOW_BYTES
 from pitfs.model.transfer import (
     MAX_PAYLOAD_BYTES,
+    ROWS,
     Begin,
     Checkpoint,
     Durable,
@@ -48,8 +49,6 @@ MAX_GROWTH_BYTES: Final = 4 << 10  # of a payload that turned out not to shrink:
 HEADER: Final = struct.Struct("<IBBHQ")
 DATA_PREFIX: Final = struct.Struct("<B3sIQ")
 assert len(PREFACE) == 8 and HEADER.size == 16 and DATA_PREFIX.size == 16
-
-ROW_SECTIONS: Final = (Section.DIFF, Section.POSITIONS, Section.JOURNAL, Section.WRITES)
 
 Buffer = bytes | bytearray | memoryview
 
@@ -345,7 +344,7 @@ def _check_data(data: WireData) -> None:
         raise ValueError(f"DATA of {length} bytes for {data.raw_length}, limit {MAX_PAYLOAD_BYTES}")
     if data.encoding is Encoding.RAW and length != data.raw_length:
         raise ValueError(f"raw DATA of {length} bytes says {data.raw_length}")
-    if data.encoding is Encoding.COLUMNS and data.section not in ROW_SECTIONS:
+    if data.encoding is Encoding.COLUMNS and data.section not in ROWS:
         raise ValueError(f"DATA of {data.section.name} in columns")
     if not 0 <= data.offset <= checks.MAX_NUMBER - data.raw_length:
         raise ValueError(f"DATA at offset {data.offset}")

@@ -38,7 +38,7 @@ from pitfs.link.frames import (
 )
 from pitfs.link.protocol import LinkProtocol, Role
 from pitfs.link.rate import TokenBucket
-from pitfs.link.stream import FrameQueue, PlainStream, Timeouts, send_buffers
+from pitfs.link.stream import FrameQueue, PlainStream, Timeouts, delivery_bytes_per_s, send_buffers
 from pitfs.link.tls import LinkContext
 from pitfs.link.window import DEFAULT_WINDOW_BYTES
 from pitfs.model.transfer import (
@@ -284,6 +284,7 @@ class SenderSession:
                 idle_s=taken_s - begun_s,
                 encode_s=encoded_s - taken_s,
                 room_s=now_s - encoded_s,
+                link_bytes_per_s=delivery_bytes_per_s(self._stream.inner),
             )
             begun_s = now_s
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -21,6 +22,7 @@ RECEIVE_BYTES: Final = (
 )  # one call: large enough that the loop doesn't dominate, small against frames
 TLS_RECORD_BYTES: Final = 16 << 10
 JOIN_BYTES: Final = 32 << 10  # buffers up to this are joined: cheaper to copy than to send alone
+DELIVERY_RATE_AT: Final = 160  # tcpi_delivery_rate, u64, in struct tcp_info (linux/tcp.h)
 MAX_CONTROLS: Final = 16  # control frames that may wait beyond a queue's limit; more are dropped (PING, PONG)
 
 T = TypeVar("T")
@@ -176,6 +178,15 @@ class TlsStream(PlainStream):
         async with self._sending:
             if self._outgoing.pending:
                 await self.inner.send_all(self._outgoing.read())
+
+
+def delivery_bytes_per_s(stream: trio.SocketStream) -> int:
+    """How fast the kernel saw bytes arrive at the peer lately, at most; 0: not known."""
+    try:
+        info = stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, DELIVERY_RATE_AT + 8)
+    except OSError:
+        return 0
+    return int.from_bytes(info[DELIVERY_RATE_AT:], sys.byteorder)
 
 
 def peer_name(stream: trio.SocketStream) -> str:

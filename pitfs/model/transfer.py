@@ -110,6 +110,12 @@ WRITE: Final = np.dtype(
         ("reserved", "<u2"),
     ]
 )
+ROWS: Final = {
+    Section.DIFF: DIFF_ENTRY,
+    Section.POSITIONS: POSITION,
+    Section.JOURNAL: JOURNAL_ENTRY,
+    Section.WRITES: WRITE,
+}
 assert DIFF_ENTRY.itemsize == 32 and JOURNAL_ENTRY.itemsize == 40 and WRITE.itemsize == 24
 
 

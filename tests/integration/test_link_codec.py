@@ -130,9 +130,13 @@ class Told:
 
     compresses: bool
     seen: list[tuple[int, float, float, float]] = field(default_factory=list)
+    link_bytes_per_s: float = 0.0
 
-    def observe(self, payload_bytes: int, *, idle_s: float, encode_s: float, room_s: float) -> None:
+    def observe(
+        self, payload_bytes: int, *, idle_s: float, encode_s: float, room_s: float, link_bytes_per_s: float
+    ) -> None:
         self.seen.append((payload_bytes, idle_s, encode_s, room_s))
+        self.link_bytes_per_s = link_bytes_per_s
 
 
 async def test_while_it_steps_back_everything_goes_raw_and_then_the_stream_goes_on() -> None:
@@ -146,15 +150,15 @@ async def test_while_it_steps_back_everything_goes_raw_and_then_the_stream_goes_
         assert sum(payload_bytes for payload_bytes, *_ in effort.seen) == 3 * MIB
         assert all(min(times) >= 0 for _, *times in effort.seen)
         assert sum(encode_s for _, _, encode_s, _ in effort.seen) > 0
+        assert effort.link_bytes_per_s > 10 * MIB  # loopback
 
 
 async def test_a_slow_link_shows_as_waiting_for_room_and_a_slow_caller_as_idle() -> None:
     async with replica(Opener()) as port, link(port, rate=8 * MIB) as session:
-        noise = random.Random(7).randbytes(MIB)
         effort = session._effort = Told(True)  # type: ignore[assignment]
-        await ship(session, *[noise] * 16)
+        await ship(session, *[random.Random(seed).randbytes(MIB) for seed in range(16)])
         await trio.sleep(0.2)  # not to wait for something: it is what is measured
-        await ship(session, noise)
+        await ship(session, TEXT)
         assert sum(room_s for *_, room_s in effort.seen) > 0.5
         assert sum(idle_s for _, idle_s, *_ in effort.seen) > 0.2
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from pitfs.errors import RemoteProtocolError
 from pitfs.link.codec import PayloadDecoder, PayloadEncoder
-from pitfs.link.columns import ROWS, ColumnDecoder, ColumnEncoder, max_columns_bytes
+from pitfs.link.columns import ColumnDecoder, ColumnEncoder, max_columns_bytes
 from pitfs.link.frames import Encoding, WireData, decode, encode
-from pitfs.model.transfer import MAX_PAYLOAD_BYTES, Data, Section
+from pitfs.model.transfer import MAX_PAYLOAD_BYTES, ROWS, Data, Section
 
 FUZZ_ROUNDS = 3000
 WINDOWS = st.sampled_from([1 << 20, 1 << 23, 1 << 25])

@@ -10,7 +10,7 @@ import pytest
 from backports import zstd
 
 from pitfs.errors import RemoteProtocolError
-from pitfs.link.codec import MAX_SKIP_COUNT, PayloadDecoder, PayloadEncoder
+from pitfs.link.codec import DOUBT_BYTES, MAX_SKIP_BYTES, PayloadDecoder, PayloadEncoder
 from pitfs.link.frames import Encoding, WireData, encode
 from pitfs.link.window import MAX_WINDOW_BYTES, MIN_WINDOW_BYTES
 from pitfs.model.transfer import MAX_PAYLOAD_BYTES, WRITE, Data, Section
@@ -35,16 +35,55 @@ def test_what_shrinks_is_compressed_and_comes_back(size: int, kind: type) -> Non
     assert PayloadDecoder().decode(wire) == Data(BLOCKS, 4096, TEXT[:size])
 
 
-@pytest.mark.parametrize("payload", [b"", b"short", NOISE, NOISE[:5000], TEXT[:255]])
-def test_what_does_not_shrink_goes_raw_and_uncopied(payload: bytes) -> None:
+@pytest.mark.parametrize("payload", [b"", b"short", TEXT[:255]])
+def test_what_is_too_little_goes_raw_and_uncopied(payload: bytes) -> None:
     wire = PayloadEncoder().encode(Data(BLOCKS, 0, payload))
     assert wire.encoding is Encoding.RAW and wire.payload is payload
     assert PayloadDecoder().decode(wire).payload is payload
 
 
-def test_less_than_a_tenth_saved_goes_raw() -> None:
+def doubting(section: Section = BLOCKS) -> PayloadEncoder:
+    """An encoder that has seen enough that doesn't shrink."""
+    encoder = PayloadEncoder(MIB)
+    for seed in range(DOUBT_BYTES // MIB):
+        assert encoder.encode(Data(section, 0, random.Random(seed).randbytes(MIB))).encoding is Encoding.STREAM
+    return encoder
+
+
+@pytest.mark.parametrize("size", [256, 5000, MIB])
+def test_when_much_did_not_shrink_what_does_not_goes_raw_and_uncopied(size: int) -> None:
+    payload = NOISE[:size]
+    wire = doubting().encode(Data(BLOCKS, 0, payload))
+    assert wire.encoding is Encoding.RAW and wire.payload is payload
+
+
+def test_less_than_a_tenth_saved_is_not_enough_then() -> None:
     payload = b"".join(NOISE[start : start + 1000] + bytes(60) for start in range(0, 60_000, 1000))
-    assert not PayloadEncoder().wants(Data(BLOCKS, 0, payload))
+    assert not doubting().wants(Data(BLOCKS, 0, payload))
+
+
+@pytest.mark.parametrize("size", [4096, MIB])
+def test_what_shrinks_again_is_compressed_soon_and_ends_the_doubts(size: int) -> None:
+    encoder = doubting()
+    for _ in range(100):
+        assert not encoder.wants(Data(BLOCKS, 0, NOISE[:size]))
+    text = Data(BLOCKS, 0, TEXT[:size])
+    choices = [encoder.encode(text).encoding is Encoding.STREAM for _ in range(2 * MAX_SKIP_BYTES // 4096)]
+    first = choices.index(True)
+    assert first * size <= MAX_SKIP_BYTES and all(choices[first:])
+    assert encoder.wants(Data(BLOCKS, 0, NOISE))
+
+
+def test_sections_are_judged_apart() -> None:
+    encoder = doubting(Section.DIFF_BLOCKS)
+    assert not encoder.wants(Data(Section.DIFF_BLOCKS, 0, NOISE)) and encoder.wants(Data(BLOCKS, 0, NOISE))
+
+
+def test_noise_that_comes_twice_within_the_window_costs_once() -> None:
+    encoder, decoder = PayloadEncoder(), PayloadDecoder()
+    first, again = (encoder.encode(Data(BLOCKS, 0, NOISE)) for _ in range(2))
+    assert len(first.payload) > MIB and len(again.payload) < 0.01 * MIB
+    assert [decoder.decode(wire).payload for wire in (first, again)] == [NOISE] * 2
 
 
 def test_what_is_in_the_stream_already_costs_next_to_nothing_again_whatever_the_section() -> None:
@@ -92,23 +131,6 @@ def test_a_connection_begins_its_stream_anew() -> None:
     again = PayloadEncoder().encode(Data(BLOCKS, 0, TEXT))
     assert again.payload == wires[0].payload
     assert PayloadDecoder().decode(again).payload == TEXT
-
-
-def test_while_data_does_not_shrink_probes_become_rare_and_come_back_at_once_when_it_does() -> None:
-    encoder = PayloadEncoder()
-    noise, text = Data(Section.DIFF_BLOCKS, 0, NOISE), Data(Section.DIFF_BLOCKS, 0, TEXT)
-    for _ in range(100):
-        assert not encoder.wants(noise)
-    wants = [encoder.wants(text) for _ in range(2 * MAX_SKIP_COUNT)]
-    first = wants.index(True)
-    assert first <= MAX_SKIP_COUNT and all(wants[first:])
-
-
-def test_sections_are_judged_apart() -> None:
-    encoder = PayloadEncoder()
-    for _ in range(100):
-        encoder.encode(Data(Section.DIFF_BLOCKS, 0, NOISE))
-    assert encoder.encode(Data(BLOCKS, 0, TEXT)).encoding is Encoding.STREAM
 
 
 def test_rows_go_as_columns_and_what_is_no_whole_row_goes_raw() -> None:

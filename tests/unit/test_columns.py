@@ -7,8 +7,8 @@ import numpy.typing as npt
 import pytest
 
 from pitfs.link.codec import PayloadEncoder
-from pitfs.link.columns import ROWS, ColumnDecoder, ColumnEncoder, max_columns_bytes
-from pitfs.model.transfer import DIFF_ENTRY, JOURNAL_ENTRY, POSITION, WRITE, Data, Section, Source
+from pitfs.link.columns import ColumnDecoder, ColumnEncoder, max_columns_bytes
+from pitfs.model.transfer import DIFF_ENTRY, JOURNAL_ENTRY, POSITION, ROWS, WRITE, Data, Section, Source
 
 BEGIN_NS = 1_763_855_640 * 10**9
 
