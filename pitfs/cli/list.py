@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -13,6 +13,7 @@ import msgspec
 from pitfs.model.position import AtSeq, format_instant, parse_time
 
 if TYPE_CHECKING:
+    from pitfs.store.facts import Interval
     from pitfs.store.store import Store
 
 NAME: Final = "list"
@@ -36,7 +37,9 @@ examples:
     parser.add_argument("--to", dest="to_time", metavar="TIME", help="only what is before it")
     parser.add_argument("--tz", metavar="ZONE", default="UTC", help="zone of times without one (default UTC)")
     parser.add_argument(
-        "--json", action="store_true", help="group, protected_through, snapshots, intervals, bookmarks, gaps"
+        "--json",
+        action="store_true",
+        help="group, protected_through, snapshots, intervals, open_intervals, bookmarks, gaps",
     )
 
 
@@ -73,8 +76,19 @@ def _bound(store: Store, text: str | None, zone_name: str) -> int | None:
     return wanted.time_ns
 
 
+def _interval(interval: Interval) -> Row:
+    return {
+        "from": format_instant(interval.from_time_ns),
+        "to": format_instant(interval.to_time_ns),
+        "granularity_ns": interval.granularity_ns,
+        "cause": interval.cause,
+        "from_seq": interval.from_seq,
+        "to_seq": interval.to_seq,
+    }
+
+
 def _rows(store: Store, from_ns: int | None, to_ns: int | None) -> Iterator[tuple[str, Iterable[Row]]]:
-    """The four lists, each as it comes: none is held in memory."""
+    """The five lists, each as it comes: none is held in memory."""
 
     def within(time_ns: int) -> bool:
         return (from_ns is None or time_ns >= from_ns) and (to_ns is None or time_ns < to_ns)
@@ -88,17 +102,11 @@ def _rows(store: Store, from_ns: int | None, to_ns: int | None) -> Iterator[tupl
     )
     yield (
         "intervals",
-        (
-            {
-                "from": format_instant(each.from_time_ns),
-                "to": format_instant(each.to_time_ns),
-                "granularity_ns": each.granularity_ns,
-                "cause": each.cause,
-                "from_seq": each.from_seq,
-                "to_seq": each.to_seq,
-            }
-            for each in store.intervals(from_ns, to_ns)
-        ),
+        (_interval(each) for each in store.intervals(from_ns, to_ns)),
+    )
+    yield (
+        "open_intervals",
+        (_interval(each) for each in store.open_intervals(from_ns, to_ns)),
     )
     yield (
         "bookmarks",
@@ -151,7 +159,7 @@ def _write_text(store: Store, from_ns: int | None, to_ns: int | None) -> None:
     for volume in store.volumes:
         print(f"volume             {volume.name}  {volume.size_bytes} bytes, blocks of {volume.block_size}")
     for name, rows in _rows(store, from_ns, to_ns):
-        title = f"\n{name}"
+        title = f"\n{name.replace('_', ' ')}"
         for row in rows:
             if title:
                 print(title)
@@ -170,12 +178,15 @@ def _granularity(granularity_ns: int | None) -> str:
     return f"every {granularity_ns} ns"
 
 
-_TEXT: Final = {
+def _interval_text(row: Row) -> str:
+    text = f"{row['from']} -> {row['to']}  {_granularity(row['granularity_ns'])}"
+    return f"{text}  ({row['cause']})" if row["cause"] else text
+
+
+_TEXT: Final[dict[str, Callable[[Row], str]]] = {
     "snapshots": lambda row: f"{row['instant']}  seq {row['seq']}",
-    "intervals": lambda row: (
-        f"{row['from']} -> {row['to']}  {_granularity(row['granularity_ns'])}"
-        + (f"  ({row['cause']})" if row["cause"] else "")
-    ),
+    "intervals": _interval_text,
+    "open_intervals": _interval_text,
     "bookmarks": lambda row: f"{row['instant']}  {row['name']}",
     "gaps": lambda row: f"{row['from']} -> {row['to']}  {row['cause']}",
 }

@@ -58,7 +58,7 @@ def _replica(path: str) -> dict[str, Any]:
         protected = store.protected_through_ns() if latest else None
         interval = None
         if latest is not None:
-            for interval in store.intervals(latest.time_ns, None):  # noqa: B007 — the last one counts
+            for interval in (*store.intervals(latest.time_ns, None), *store.open_intervals()):  # noqa: B007 — the last one
                 pass
         decision = None
         if interval is not None:

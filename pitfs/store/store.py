@@ -212,14 +212,14 @@ class Store:
         return self._catalog.snapshots(from_ns, to_ns)
 
     def intervals(self, from_ns: int | None = None, to_ns: int | None = None) -> Iterator[Interval]:
-        """Intervals that have an instant in that time, by time; the open one as far as it can be read."""
-        tails, last = self._tails.now(), 0  # first, as in `at_time`
-        for interval in self._catalog.intervals(from_ns, to_ns):
-            last = interval.snapshot
-            yield interval
-        for tail in tails:
+        """Intervals between two snapshots that have an instant in that time, by time."""
+        return self._catalog.intervals(from_ns, to_ns)
+
+    def open_intervals(self, from_ns: int | None = None, to_ns: int | None = None) -> Iterator[Interval]:
+        """What streams in behind the last snapshot, as far as it can be read; two while one is being closed."""
+        for tail in self._tails.now():
             is_within = (from_ns is None or tail.to_time_ns >= from_ns) and (to_ns is None or tail.from_time_ns < to_ns)
-            if tail.pieces and tail.fourth > last and is_within:
+            if tail.pieces and is_within:
                 yield tail.interval
 
     def bookmarks(self, from_ns: int | None = None) -> Iterator[Bookmark]:
