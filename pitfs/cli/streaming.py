@@ -12,6 +12,7 @@ import trio
 from pitfs.cli.budget import Budget
 from pitfs.cli.standing import Standing
 from pitfs.link.transport import SenderSession
+from pitfs.model.record import MAX_BODY_BYTES
 from pitfs.model.transfer import MAX_BATCH_BYTES, Durable, Flush, StreamMark, VolumeInfo, Welcome
 from pitfs.production.control import Connection
 from pitfs.production.journal import Location
@@ -153,7 +154,8 @@ class Stream:
 
     @property
     def _batch_bytes(self) -> int:
-        return min(MAX_BATCH_BYTES, self._window_bytes // 2)
+        """What a batch may have, but for the write with which it gets there."""
+        return min(MAX_BATCH_BYTES - MAX_BODY_BYTES, self._window_bytes // 2)
 
     async def _send(self, piece: Piece, now_ns: int | None) -> None:
         self._segment = piece.segment

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 import numpy as np
 
 from pitfs.errors import RemoteProtocolError
-from pitfs.model.record import MAX_BODY_BYTES
 from pitfs.model.transfer import (
     MAX_BATCH_BYTES,
     MAX_BATCH_ROWS,
@@ -67,8 +66,8 @@ class BatchJoiner:
             return
         if not self._rows or data.offset != self._contents_bytes:
             raise RemoteProtocolError("WRITE_BLOCKS without their WRITES, or other than the next")
-        if len(self._contents) + len(payload) > MAX_BATCH_BYTES + MAX_BODY_BYTES:
-            raise RemoteProtocolError(f"a batch of more than {MAX_BATCH_BYTES + MAX_BODY_BYTES} bytes")
+        if len(self._contents) + len(payload) > MAX_BATCH_BYTES:
+            raise RemoteProtocolError(f"a batch of more than {MAX_BATCH_BYTES} bytes")
         self._contents += payload
         self._contents_bytes += len(payload)
 

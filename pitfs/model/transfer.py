@@ -49,7 +49,7 @@ import numpy.typing as npt
 UNIT_BYTES: Final = 512
 MAX_PAYLOAD_BYTES: Final = 1 << 20  # one Data frame; the limit of everything that is held at once
 MAX_CHECKPOINT_BYTES: Final = 16 << 20  # a sender checkpoints at least this often
-MAX_BATCH_BYTES: Final = 4 << 20  # contents of a batch of streamed writes, but for one write that is larger
+MAX_BATCH_BYTES: Final = 4 << 20  # contents of a batch of streamed writes: some of the greatest there can be
 MAX_BATCH_ROWS: Final = 32 << 10
 WAITS: Final = "until the link is idle"  # how the cause of an interval ends whose journal hasn't come, but will
 

@@ -58,7 +58,7 @@ def test_granularity_falls_no_further_than_the_rate_makes_it_and_comes_back(tmp_
     with (
         Replica(tmp_path) as replica,
         Production(
-            tmp_path, {"root": VOLUME_BYTES}, port=replica.port, interval="2s", rate="500kbit"
+            tmp_path, {"root": VOLUME_BYTES}, port=replica.port, interval="2s", rate="64kbit"
         ) as production,
     ):
         production.snapshot()

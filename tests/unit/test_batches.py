@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from pitfs.errors import RemoteProtocolError
 from pitfs.link.batches import BatchCutter, BatchJoiner
-from pitfs.model.record import MAX_BODY_BYTES
 from pitfs.model.transfer import (
     MAX_BATCH_BYTES,
     MAX_BATCH_ROWS,
@@ -72,7 +71,7 @@ def test_a_batch_that_never_ends_is_refused_before_it_takes_memory() -> None:
     joiner, payload = BatchJoiner(), bytes(MAX_PAYLOAD_BYTES)
     joiner.take(Data(Section.WRITES, 1, ROWS))
     with pytest.raises(RemoteProtocolError, match="a batch of more than"):
-        for number in range(MAX_BATCH_BYTES // MAX_PAYLOAD_BYTES + MAX_BODY_BYTES // MAX_PAYLOAD_BYTES + 1):
+        for number in range(MAX_BATCH_BYTES // MAX_PAYLOAD_BYTES + 1):
             joiner.take(Data(Section.WRITE_BLOCKS, number * MAX_PAYLOAD_BYTES, payload))
 
 
