@@ -7,6 +7,7 @@ import os
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,17 +38,27 @@ def write_all(volume: Path, plan: Plan) -> list[tuple[int, int]]:
     return times
 
 
-def check_random_instants(mount: Mount, plan: Plan, times: list[tuple[int, int]], until_ns: int, seed: int) -> None:
-    """Each leads to a state no older than its granularity says, and exact."""
+def check_random_instants(
+    mount: Mount, plan: Plan, times: list[tuple[int, int]], until_ns: int, intervals: list[dict[str, Any]], seed: int
+) -> None:
+    """Each leads to a state no older than the granularity of its interval says, and exact.
+
+    Args:
+        intervals: as they were listed before; they may become finer meanwhile.
+    """
     random_ = random.Random(seed)
     for _ in range(40):
         time_ns = random_.randrange(times[0][0], until_ns)
         image = mount.image(instant_name(time_ns))
-        granularity = os.getxattr(image, "user.pitfs.granularity")  # first: it may become finer meanwhile
         seq = check_image(image, plan)
         assert seq <= sum(begun <= time_ns for begun, _ in times)
-        if granularity != b"null":
-            rung_ns = max(int(granularity), 1)
+        (granularity_ns,) = (
+            each["granularity_ns"]
+            for each in intervals
+            if instant_ns(each["from"]) <= time_ns < instant_ns(each["to"])
+        )
+        if granularity_ns is not None:
+            rung_ns = max(granularity_ns, 1)
             before = sum(done <= time_ns // rung_ns * rung_ns for _, done in times)
             assert seq >= before, "older than the end of the granule before"
 
@@ -72,14 +83,14 @@ def test_granularity_falls_no_further_than_the_rate_makes_it_and_comes_back(tmp_
                 now = [each["granularity_ns"] for each in intervals]
                 if now != seen[-len(now) :]:
                     seen += now
-                    check_random_instants(mount, plan, times, last_ns, len(seen))
+                    check_random_instants(mount, plan, times, last_ns, intervals, len(seen))
                 for each in intervals:
                     assert each["granularity_ns"] == 0 or each["cause"], intervals
                 if set(now) == {0}:
                     break
                 assert time.monotonic() < deadline, intervals
                 time.sleep(0.1)
-            check_random_instants(mount, plan, times, last_ns, 0)
+            check_random_instants(mount, plan, times, last_ns, intervals, 0)
             for begun, done in times[::10]:  # now every write can be reached
                 assert check_image(mount.image(instant_name(done)), plan) >= sum(d < begun for _, d in times)
             assert mount.complaints() == []
