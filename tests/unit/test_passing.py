@@ -398,6 +398,22 @@ async def test_a_journal_that_is_really_full_is_mended_so(parts: Passing) -> Non
     assert copies(parts) == [Kind.CHANGES]
 
 
+async def test_a_start_while_writes_pass_gives_back_what_the_replica_has(parts: Passing) -> None:
+    """Nothing is left to be shipped, so nothing else would say that there is room."""
+    await begin(parts)
+    while parts.splitter.journal.tail.segment < 3:
+        parts.write(100_000)
+    parts.overflow()
+    await parts.ship_all()
+    parts.restart(clean=True)
+    parts.restart_shipper()
+    await parts.connect_anew()
+    assert parts.room()
+    await parts.settle()
+    assert copies(parts) == [Kind.CHANGES]
+    parts.assert_replica_has_all()
+
+
 # -- before writes pass ---------------------------------------------------------------------------------
 
 
