@@ -303,7 +303,6 @@ class Shipper:
         self.standing.arrived(session.welcome, copy.location)
         self.standing.settle(copy.start.mark)
         self._following.copy_ahead = False
-        await self._give_back(copy.location.segment)
         log.info("%s committed, mark %d", copy.what, copy.start.mark)
 
     async def _ship_interval(self, session: SenderSession, interval: Interval) -> None:
