@@ -162,6 +162,7 @@ class Shipper:
         await self._following.locate(welcome)
         if self._config.replication.mode != "snapshot":
             self._backfill.restore(welcome.coarse, list(self._following.reader.seen), welcome.mark)
+        await self._give_back(self._following.reader.start.segment)  # a splitter that was restarted doesn't know
         if welcome.tail_seq:
             session.welcome = replace(welcome, seq=welcome.tail_seq, time_ns=welcome.tail_time_ns)
 

@@ -43,7 +43,7 @@ CONTAINER_BYTES: Final = 64  # of memory for each 65536 blocks with a mark, besi
 def changes_limit_bytes(capacity_bytes: int) -> int:
     """What all bitmaps of a group may take: they must fit into the segment in which their copy begins.
 
-    A quarter of one: 16 MiB (512 GiB of volumes in blocks of 4 KiB, however strewn) with 1 GiB of journal and more.
+    A quarter of one: 16 MiB (500 GiB of volumes in blocks of 4 KiB, however strewn) with 1 GiB of journal and more.
     """
     return segment_bytes_for(capacity_bytes) // 4
 

@@ -173,7 +173,8 @@ class Passing(Parts):
                     await self.ship_layers()
                 else:
                     return
-            except LinkError:
+            except (LinkError, CapacityError):
+                self.full = False  # or a copy could never begin
                 await self.connect_anew()
                 session = cast(SenderSession, self.session)
 

@@ -200,7 +200,7 @@ def test_a_full_journal_with_degrade_passes_writes_and_shows_the_gap(tmp_path: P
         assert production.volume().read_bytes() == writer.content
         status = status_of(production)
         assert status["passing"] and cause in status["passing"], production.logged()
-        assert f"{state}" in status["passing"]
+        assert f"{state}" in status["passing"] and status["changed_bytes"] > 0
         refused([*pitfs_command(), "snapshot", production.config], 1, cause, "no snapshot can be taken")
         refused([*pitfs_command(), "bookmark", production.config, "x"], 1, cause)
         time.sleep(2)  # many tries to begin again: nothing of it may be said again and again
@@ -222,6 +222,36 @@ def test_a_full_journal_with_degrade_passes_writes_and_shows_the_gap(tmp_path: P
         check_images(replica, tmp_path, states)
         assert "Traceback" not in production.logged() + replica.logged()
         assert len(lines_with(production, "writes go on, but no instant")) == 1
+        assert len(lines_with(production, "complete copy begins")) == 1, "the first one"
+        assert len(lines_with(production, "copy of what changed committed")) == 1
+        status = status_of(production)
+        assert (status["changed_bytes"], status["copying"], status["copying_bytes"]) == (None, False, None)
+
+
+def test_a_stop_while_writes_pass_keeps_what_changed(tmp_path: Path) -> None:
+    states: dict[str, bytes] = {}
+    with (
+        Replica(tmp_path) as replica,
+        Production(tmp_path, {"root": VOLUME_BYTES}, port=replica.port, interval="60s", capacity="16MiB",
+                   on_full="degrade") as production,
+    ):  # fmt: skip
+        writer = Writer(production)
+        writer.write(2 * MIB)
+        states[production.snapshot()] = bytes(writer.content)
+        replica.terminate()
+        writer.write(20 * MIB)
+        changed = status_of(production)["changed_bytes"]
+        production.terminate()
+        production.restart()
+        production.wait_for_shipper()
+        writer.write(MIB)
+        assert status_of(production)["passing"] and status_of(production)["changed_bytes"] >= changed > 0
+        replica.start()
+        wait_until(lambda: status_of(production)["passing"] is None, "it journals again", 20, 0.2)
+        states[snapshot_outside_of_the_gap(production)] = bytes(writer.content)
+        assert len(replica.listing()["gaps"]) == 1
+        check_images(replica, tmp_path, states)
+        assert len(lines_with(production, "complete copy begins")) == 1, "the first one"
 
 
 def snapshot_outside_of_the_gap(production: Production) -> str:

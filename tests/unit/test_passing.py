@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pitfs.errors import CapacityError, LinkError
+from pitfs.model.record import Kind as RecordKind
 from pitfs.model.transfer import Kind
 from pitfs.production import changes, splitter
 from pitfs.production.reader import Copy
@@ -243,6 +244,99 @@ async def test_a_kill_during_the_copy_goes_on_with_it(parts: Passing) -> None:
     assert copies(parts) == [Kind.CHANGES]
 
 
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def killed_at(parts: Passing, patch: pytest.MonkeyPatch, point: str) -> None:
+    """The next time it comes to that point, just before it."""
+    journal, progress = parts.splitter.journal, parts.splitter._progress
+    append, written = journal.append, progress.write
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    def appending(kind: int, *arguments: object) -> None:
+        if point == RecordKind(kind).name:
+            raise Killed
+        append(kind, *arguments)
+
+    def written_then(*arguments: object) -> None:
+        written(*arguments)
+        raise Killed
+
+    if point == "sync":
+        patch.setattr(journal, "sync", kill)
+    elif point == "progress":
+        patch.setattr(progress, "write", kill)
+    elif point == "after progress":
+        patch.setattr(progress, "write", written_then)
+    else:
+        patch.setattr(journal, "append", appending)
+
+
+@pytest.mark.parametrize(
+    ("point", "kind"),
+    [
+        ("MARK", Kind.FULL), ("COPY_START", Kind.FULL), ("COPY_BLOCKS", Kind.FULL), ("sync", Kind.FULL),
+        ("progress", Kind.FULL), ("after progress", Kind.CHANGES),
+    ],
+)  # fmt: skip
+async def test_a_kill_while_journalling_begins_again(
+    parts: Passing, monkeypatch: pytest.MonkeyPatch, point: str, kind: Kind
+) -> None:
+    await begin(parts)
+    parts.overflow()
+    with monkeypatch.context() as patch:
+        killed_at(parts, patch, point)
+        with pytest.raises(Killed):
+            parts.room()
+    parts.restart(clean=False)
+    assert bool(parts.splitter.standing.passing) == (kind is Kind.FULL)
+    parts.scatter(4)
+    await parts.connect_anew()
+    await parts.settle()
+    parts.check()
+    assert copies(parts) == [kind]
+
+
+@pytest.mark.parametrize(("point", "kind"), [("progress", Kind.FULL), ("after progress", Kind.CHANGES)])
+async def test_a_kill_during_a_stop_in_order(
+    parts: Passing, monkeypatch: pytest.MonkeyPatch, point: str, kind: Kind
+) -> None:
+    await begin(parts)
+    parts.overflow()
+    with monkeypatch.context() as patch:
+        killed_at(parts, patch, point)
+        with pytest.raises(Killed):
+            parts.splitter.close()
+    for file in (parts.splitter.journal, parts.splitter._progress, parts.splitter.volumes[0].backing):
+        file.close()
+    os.close(parts.pipeline.lock)
+    assert os.path.exists(os.path.join(parts.pipeline.state, changes.FILE))
+    parts.pipeline.start()
+    parts.service._splitter = parts.splitter
+    assert (parts.splitter.standing.changes is None) == (kind is Kind.FULL)
+    await parts.settle()
+    parts.check()
+    assert copies(parts) == [kind]
+
+
+async def test_after_power_loss_during_the_copy_everything_is_copied(parts: Passing) -> None:
+    await begin(parts)
+    parts.overflow()
+    parts.splitter._boot_id = "the boot before"
+    assert parts.room()
+    parts.scatter(3)
+    parts.restart(clean=False)
+    assert parts.splitter.standing.copy.is_complete
+    assert "power was lost" in parts.splitter.standing.copy.cause
+    await parts.connect_anew()
+    await parts.settle()
+    parts.check()
+    assert copies(parts) == [Kind.FULL]
+
+
 async def test_before_images_are_kept_of_what_is_copied_alone(parts: Passing) -> None:
     await begin(parts)
     parts.full = True
@@ -398,6 +492,22 @@ async def test_a_journal_that_is_really_full_is_mended_so(parts: Passing) -> Non
     assert copies(parts) == [Kind.CHANGES]
 
 
+async def test_a_start_while_writes_pass_gives_back_what_the_replica_has(parts: Passing) -> None:
+    """Nothing is left to be shipped, so nothing else would say that there is room."""
+    await begin(parts)
+    while parts.splitter.journal.tail.segment < 3:
+        parts.write(100_000)
+    parts.overflow()
+    await parts.ship_all()
+    parts.restart(clean=True)
+    parts.restart_shipper()
+    await parts.connect_anew()
+    assert parts.room()
+    await parts.settle()
+    assert copies(parts) == [Kind.CHANGES]
+    parts.assert_replica_has_all()
+
+
 # -- before writes pass ---------------------------------------------------------------------------------
 
 
@@ -415,7 +525,8 @@ async def test_what_is_wanted_for_backfill_gives_way_before_writes_pass(
     first = journal.used_bytes
     while journal.tail.segment < 6:  # of four that there may be; no checkpoint is written meanwhile
         parts.write(100_000)
-    assert not parts.splitter.standing.passing and first <= journal.capacity_bytes
+        assert not parts.splitter.standing.passing
+    assert first <= journal.used_bytes <= journal.capacity_bytes
     assert "given up that were kept for backfill" in caplog.text
     parts.mark()
     await parts.ship_all()
@@ -433,7 +544,8 @@ async def test_what_only_a_redo_needs_gives_way_before_writes_pass(parts: Passin
     recovery = parts.splitter.recovery_segment
     while journal.tail.segment < 6:
         parts.write(100_000)
-    assert not parts.splitter.standing.passing and parts.splitter.recovery_segment > recovery
+        assert not parts.splitter.standing.passing
+    assert parts.splitter.recovery_segment > recovery
 
 
 def test_a_full_journal_without_anything_to_give_up_is_full(parts: Passing) -> None:
