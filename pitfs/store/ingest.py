@@ -283,16 +283,18 @@ class Ingest:
     def close(self) -> None:
         """Ends the writing; a staged transfer stays, as of its last checkpoint. A closing under way is waited for."""
         self._close_staged()
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
-        self._objects.close()
-        if self._catalog is not None:
-            self._catalog.close()
-            self._catalog = None
-        if self._lock_fd >= 0:
-            os.close(self._lock_fd)
-            self._lock_fd = -1
+        stream, self._stream = self._stream, None
+        try:
+            if stream is not None:
+                stream.close()
+        finally:
+            self._objects.close()
+            if self._catalog is not None:
+                self._catalog.close()
+                self._catalog = None
+            if self._lock_fd >= 0:
+                os.close(self._lock_fd)
+                self._lock_fd = -1
 
     def _check_position(self, manifest: Manifest, mark: int, seq: int, time_ns: int) -> None:
         """Whether it leads on from that mark, and from the position of what came last."""

@@ -171,15 +171,14 @@ class Stream:
             except (PitfsError, OSError) as error:
                 log.warning("%s: what came last is readable when the store is opened the next time: %s",
                             self._catalog.path, error)  # fmt: skip
-        if self._closing is not None:
+        closing, tail, self._closing, self._tail = self._closing, self._tail, None, None
+        if tail is not None:
+            tail.close()
+        if closing is not None:
             try:
-                self._closing.join()
+                closing.join()
             except PitfsError as error:
                 log.warning("%s: goes on when the store is opened the next time", error)
-            self._closing = None
-        if self._tail is not None:
-            self._tail.close()
-            self._tail = None
 
     def _check_usable(self) -> None:
         """Raises what a closing did, and after an error of a disk that nothing goes on."""
