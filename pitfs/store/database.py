@@ -230,7 +230,7 @@ class Database:
         self._db.execute(sql, (*values, row_checksum(table.partition(" ")[0], values)))
 
     @contextmanager
-    def _one_moment(self) -> Iterator[None]:
+    def one_moment(self) -> Iterator[None]:
         """What is read in it is of one moment, whatever is committed meanwhile."""
         with self._lock, _errors(self.path), self._db:
             yield
