@@ -136,7 +136,7 @@ class Ingest:
         self._area.settle(os.listdir(self._objects_path))
         self._area.clear_outdated()
         stream = Stream(
-            catalog, self._objects, self._nodes, self._area, self._history, self.hello.volumes, self._clock
+            catalog, self._objects, self._nodes, self._area, self._history, self.hello, self._clock
         )
         self._stream = stream
         stream.recover()
@@ -257,7 +257,6 @@ class Ingest:
         if self._staged is not None and self._staged.manifest.kind is not Kind.LAYERS:
             raise RemoteProtocolError(f"{self.path}: writes are streamed while a transfer is under way that has them")
         with self._errors("writing"):
-            self._opened().fence(self.hello.epoch, self.hello.instance)
             stream.write(writes)
 
     def flush(self, protected_through_ns: int) -> Durable:
@@ -272,7 +271,6 @@ class Ingest:
             PositionMismatchError: it isn't the next mark, or isn't where the store ends.
         """
         with self._errors("closing an interval"):
-            self._opened().fence(self.hello.epoch, self.hello.instance)
             return self._streaming().take_mark(mark)
 
     def publish(self) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from pitfs.model.transfer import Begin
+from pitfs.store import database
 from pitfs.store.catalog import Catalog
 from pitfs.store.closing import Closing
 from pitfs.store.ingest import Ingest
@@ -28,6 +29,8 @@ def disk_that_needs_no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing here loses power."""
     for name in ("fsync", "fdatasync"):
         monkeypatch.setattr(os, name, lambda fd: None)
+    monkeypatch.setattr(database, "DURABLE", "OFF")
+    monkeypatch.setattr(database, "NOT_DURABLE", "OFF")
 
 
 class Streaming:

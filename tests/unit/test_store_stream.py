@@ -223,6 +223,28 @@ def test_a_transfer_that_follows_closes_what_was_streamed_under_the_mark_before_
             assert read_image(store, store.at_seq(seq), volume) == history.states[seq][volume]
 
 
+def test_an_old_copy_of_a_sender_shuts_nobody_out_unless_its_writes_lead_on(tmp_path: Path, history: History) -> None:
+    first = msgspec.structs.replace(history.hello, epoch=3, instance=7)
+    ingest = Ingest(str(tmp_path), first)
+    ingest_transfer(ingest, history.close_interval())
+    write(ingest, history)
+    ingest.close()
+    copy = Ingest(str(tmp_path), msgspec.structs.replace(first, epoch=4, instance=8))
+    with pytest.raises(PositionMismatchError):
+        copy.write(batch_of([replace(history.write(), seq=1)]))
+    with pytest.raises(PositionMismatchError):
+        copy.mark(StreamMark(9, 0, 0, 0))
+    copy.close()
+    ingest = Ingest(str(tmp_path), first)
+    ingest.write(batch_of(history.open[-1:]))
+    ingest.close()
+    other = Ingest(str(tmp_path), msgspec.structs.replace(first, epoch=5, instance=9))
+    write(other, history)
+    other.close()
+    with pytest.raises(PositionMismatchError, match="another production host sends"):
+        Ingest(str(tmp_path), first)
+
+
 # When what came can be read
 
 
