@@ -93,6 +93,14 @@ def _rows(store: Store, from_ns: int | None, to_ns: int | None) -> Iterator[tupl
     def within(time_ns: int) -> bool:
         return (from_ns is None or time_ns >= from_ns) and (to_ns is None or time_ns < to_ns)
 
+    streaming, last = list(store.open_intervals(from_ns, to_ns)), 0  # first: what is closed meanwhile is listed once
+
+    def closed() -> Iterator[Row]:
+        nonlocal last
+        for interval in store.intervals(from_ns, to_ns):
+            last = interval.snapshot
+            yield _interval(interval)
+
     yield (
         "snapshots",
         (
@@ -102,11 +110,11 @@ def _rows(store: Store, from_ns: int | None, to_ns: int | None) -> Iterator[tupl
     )
     yield (
         "intervals",
-        (_interval(each) for each in store.intervals(from_ns, to_ns)),
+        closed(),
     )
     yield (
         "open_intervals",
-        (_interval(each) for each in store.open_intervals(from_ns, to_ns)),
+        (_interval(each) for each in streaming if each.snapshot > last),
     )
     yield (
         "bookmarks",

@@ -166,7 +166,7 @@ class Catalog(Database):
 
     def tails(self) -> tuple[Tail, ...]:
         """All of them with their pieces, as of one moment, oldest first."""
-        with self._one_moment():
+        with self.one_moment():
             pieces: dict[int, list[Piece]] = {}
             for row in self._rows("SELECT * FROM pieces ORDER BY tail, first_seq"):
                 *values, checksum = self._verified("pieces", row)

@@ -25,6 +25,8 @@ from pitfs.errors import CapacityError, CorruptionError, PitfsError, StoreError,
 
 CATALOG_VERSION: Final = 3  # 1: journals without layers, 2: no tails; before the first release
 PAGE_ROWS: Final = 512  # rows that a listing holds at once
+DURABLE: Final = "FULL"  # a commit syncs the log
+NOT_DURABLE: Final = "NORMAL"  # the next commit that is durable does
 BUSY_MS: Final = 10_000  # a commit or a checkpoint of another process takes far less
 
 _SCHEMA: Final = """
@@ -174,7 +176,7 @@ class Database:
             self._db.execute("PRAGMA query_only = 1")
             return
         self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = FULL")
+        self._db.execute(f"PRAGMA synchronous = {DURABLE}")
         if version == 0:
             with self._db:
                 self._db.execute(_SCHEMA)
@@ -215,13 +217,13 @@ class Database:
         """
         with self._lock, _errors(self.path):
             if not durable:
-                self._db.execute("PRAGMA synchronous = NORMAL")
+                self._db.execute(f"PRAGMA synchronous = {NOT_DURABLE}")
             try:
                 with self._db:
                     yield
             finally:
                 if not durable:
-                    self._db.execute("PRAGMA synchronous = FULL")
+                    self._db.execute(f"PRAGMA synchronous = {DURABLE}")
 
     def _put(self, table: str, values: Sequence[Any], conflict: str = "") -> None:
         """Inserts a row with its checksum."""
@@ -230,7 +232,7 @@ class Database:
         self._db.execute(sql, (*values, row_checksum(table.partition(" ")[0], values)))
 
     @contextmanager
-    def _one_moment(self) -> Iterator[None]:
+    def one_moment(self) -> Iterator[None]:
         """What is read in it is of one moment, whatever is committed meanwhile."""
         with self._lock, _errors(self.path), self._db:
             yield

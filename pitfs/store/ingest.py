@@ -136,7 +136,7 @@ class Ingest:
         self._area.settle(os.listdir(self._objects_path))
         self._area.clear_outdated()
         stream = Stream(
-            catalog, self._objects, self._nodes, self._area, self._history, self.hello.volumes, self._clock
+            catalog, self._objects, self._nodes, self._area, self._history, self.hello, self._clock
         )
         self._stream = stream
         stream.recover()
@@ -257,7 +257,6 @@ class Ingest:
         if self._staged is not None and self._staged.manifest.kind is not Kind.LAYERS:
             raise RemoteProtocolError(f"{self.path}: writes are streamed while a transfer is under way that has them")
         with self._errors("writing"):
-            self._opened().fence(self.hello.epoch, self.hello.instance)
             stream.write(writes)
 
     def flush(self, protected_through_ns: int) -> Durable:
@@ -272,7 +271,6 @@ class Ingest:
             PositionMismatchError: it isn't the next mark, or isn't where the store ends.
         """
         with self._errors("closing an interval"):
-            self._opened().fence(self.hello.epoch, self.hello.instance)
             return self._streaming().take_mark(mark)
 
     def publish(self) -> None:
@@ -283,16 +281,18 @@ class Ingest:
     def close(self) -> None:
         """Ends the writing; a staged transfer stays, as of its last checkpoint. A closing under way is waited for."""
         self._close_staged()
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
-        self._objects.close()
-        if self._catalog is not None:
-            self._catalog.close()
-            self._catalog = None
-        if self._lock_fd >= 0:
-            os.close(self._lock_fd)
-            self._lock_fd = -1
+        stream, self._stream = self._stream, None
+        try:
+            if stream is not None:
+                stream.close()
+        finally:
+            self._objects.close()
+            if self._catalog is not None:
+                self._catalog.close()
+                self._catalog = None
+            if self._lock_fd >= 0:
+                os.close(self._lock_fd)
+                self._lock_fd = -1
 
     def _check_position(self, manifest: Manifest, mark: int, seq: int, time_ns: int) -> None:
         """Whether it leads on from that mark, and from the position of what came last."""

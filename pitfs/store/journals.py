@@ -29,6 +29,7 @@ import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
 from pitfs.model.blockmap import I64Array, U64Array
+from pitfs.model.ladder import LAST_LAYER
 from pitfs.model.transfer import POSITION
 from pitfs.storage.files import write_all
 from pitfs.store.cache import Cache
@@ -143,10 +144,10 @@ class FencePlace:
 
     kind: ObjectKind
     snapshot: int
-    layer: int
     offset: int
     size_bytes: int
     checksum: int
+    layer: int = LAST_LAYER
 
 
 class RowIndex:
@@ -299,8 +300,8 @@ class JournalIndex(RowIndex):
     ) -> None:
         self.interval = interval
         place = FencePlace(
-            ObjectKind.JOURNAL_INDEX, interval.snapshot, interval.layer,
-            HEADER_BYTES + facts.data_bytes, facts.tail_bytes, facts.tail_checksum,
+            ObjectKind.JOURNAL_INDEX, interval.snapshot,
+            HEADER_BYTES + facts.data_bytes, facts.tail_bytes, facts.tail_checksum, interval.layer,
         )  # fmt: skip
         super().__init__(objects, place, interval.layer, chunks)
 

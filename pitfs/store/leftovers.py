@@ -44,9 +44,8 @@ class StagingArea:
         """Deals with files in objects/ that the catalog doesn't know: of a commit that didn't come about.
 
         Contents of a staged transfer go back to it, what was built of it is removed, and so is an index that a finer
-        one took the place of, what a closing made of a tail that is there still, and the log of one that isn't. Others
-        are nobody's to remove here: rather than theirs, the catalog isn't this
-        store's newest.
+        one took the place of, what a closing made of a tail that is there still, and the log of one that isn't.
+        Others are nobody's to remove here: rather than theirs, the catalog isn't this store's newest.
 
         Raises:
             StoreError: there are others.
@@ -55,12 +54,9 @@ class StagingArea:
         tails = self._catalog.tails()
         logs = {object_file(ObjectKind.JOURNAL_BLOCKS, tail.id) for tail in tails}
         made = {name for tail in tails if tail.mark for name in _objects_of(tail.fourth)}
-        found = [
-            name for name in unknown if name not in logs and os.path.exists(os.path.join(self._objects, name))
-        ]
-        homes = {
-            name: self.path if name in made or self._is_outdated_log(name) else self._home_of(name) for name in found
-        }
+        found = [name for name in unknown if name not in logs and os.path.exists(os.path.join(self._objects, name))]
+        of_tails = {name for name in found if name in made or self._is_outdated_log(name)}
+        homes = {name: self.path if name in of_tails else self._home_of(name) for name in found}
         for name, home in homes.items():
             if home is None:
                 raise StoreError(
@@ -72,8 +68,7 @@ class StagingArea:
             self._catalog.write_over()
         for name, home in homes.items():
             path, back = os.path.join(self._objects, name), os.path.join(home or "", name)
-            of_tail = name in made or self._is_outdated_log(name)
-            if name.endswith(".blocks") and not of_tail and not os.path.exists(back):
+            if name.endswith(".blocks") and name not in of_tails and not os.path.exists(back):
                 log.info("%s: goes back to staging, its commit didn't come about", path)
                 os.rename(path, back)
             else:

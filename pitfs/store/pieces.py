@@ -30,7 +30,7 @@ Rows = npt.NDArray[np.void]  # INDEX_ROW or POSITION
 def open_piece(objects: ObjectPool, piece: Piece, chunks: ChunkCache) -> RowIndex:
     """The piece's rows and positions. Raises as RowIndex."""
     place = FencePlace(
-        ObjectKind.JOURNAL_BLOCKS, piece.tail, -1, piece.fence_offset, piece.fence_bytes, piece.fence_checksum
+        ObjectKind.JOURNAL_BLOCKS, piece.tail, piece.fence_offset, piece.fence_bytes, piece.fence_checksum
     )
     return RowIndex(objects, place, piece.fence_offset, chunks)
 

@@ -98,8 +98,8 @@ class Store:
 
     def latest(self) -> Resolution | None:
         """The newest state, None in an empty store."""
-        tails = self._tails.now()  # before the snapshot: a tail that has become one by then is seen as that
-        snapshot = self._catalog.last_snapshot()
+        with self._catalog.one_moment():
+            tails, snapshot = self._tails.now(), self._catalog.last_snapshot()
         if snapshot is None:
             return None
         return self._tails.latest(tails, snapshot.seq) or self._of_snapshot(snapshot)
@@ -118,10 +118,10 @@ class Store:
         Raises:
             NoSuchInstantError: before the first state, or after protected-through.
         """
-        protected_ns = self.protected_through_ns()  # first: what is committed after this only adds
-        tails = self._tails.now()  # then tails: they become intervals, not the reverse
-        last = self._catalog.last_snapshot()
-        snapshot = self._catalog.snapshot_at_time(time_ns)
+        with self._catalog.one_moment():
+            protected_ns, tails = self.protected_through_ns(), self._tails.now()
+            snapshot = self._catalog.snapshot_at_time(time_ns)
+            interval = self._interval_behind(snapshot) if snapshot is not None else None
         if snapshot is None:
             first = self._catalog.first_snapshot()
             has = f"the first state is at {first.time_ns} ns" if first else "the store is empty"
@@ -132,7 +132,6 @@ class Store:
             )
         if snapshot.time_ns == time_ns:
             return self._of_snapshot(snapshot), True
-        interval = self._interval_behind(snapshot, last)
         if interval is not None and time_ns >= interval.to_time_ns:
             raise self._broken_chain(snapshot)
         resolution, known = self._of_snapshot(snapshot), True
@@ -159,9 +158,10 @@ class Store:
         Raises:
             NoSuchInstantError: before the first state, or after the last.
         """
-        tails = self._tails.now()  # as in `at_time`
-        last = self._catalog.last_snapshot()
-        snapshot = self._catalog.snapshot_at_seq(seq)
+        with self._catalog.one_moment():
+            tails, last = self._tails.now(), self._catalog.last_snapshot()
+            snapshot = self._catalog.snapshot_at_seq(seq)
+            interval = self._interval_behind(snapshot) if snapshot is not None else None
         if snapshot is not None and last is not None and seq > last.seq:
             found = self._tails.at_seq(tails, last.seq, seq)
             if found is not None:
@@ -171,20 +171,20 @@ class Store:
             end = max(last.seq, tails[-1].to_seq if tails else 0) if last else 0
             has = f"has {first.seq} to {end}" if first and last else "is empty"
             raise NoSuchInstantError(f"{self.path}: no state at seq {seq}: the store {has}")
-        interval = self._interval_behind(snapshot, last) if seq > snapshot.seq else None
         if seq > snapshot.seq and (interval is None or seq >= interval.to_seq):
             raise self._broken_chain(snapshot)
-        if interval is not None and interval.granularity_ns is not None:
+        if seq > snapshot.seq and interval is not None and interval.granularity_ns is not None:
             journal = self._journal(interval)
             position = journal.position_at_seq(seq)
             if position is not None:
                 return self._intermediary(journal.interval, position)
         return self._of_snapshot(snapshot)
 
-    def _interval_behind(self, snapshot: Snapshot, last: Snapshot | None) -> Interval | None:
-        """The interval that begins at a snapshot; only `last`, which was read before it, may have none."""
+    def _interval_behind(self, snapshot: Snapshot) -> Interval | None:
+        """The interval that begins at a snapshot, as of one moment; only the last may have none."""
         interval = self._catalog.interval_from(snapshot.id)
         if interval is None:
+            last = self._catalog.last_snapshot()
             broken = last is not None and snapshot.id < last.id
         else:
             broken = (interval.from_seq, interval.from_time_ns) != (snapshot.seq, snapshot.time_ns)
@@ -269,7 +269,7 @@ class Store:
         Raises:
             CorruptionError: block map or journal aren't what was written.
         """
-        tails = self._tails.now()
+        tails = self._tails.now()  # first: they become intervals, not the reverse
         pointers, checksums = self._third(tails, resolution.third, volume, leaf_index)
         if resolution.journal is None:
             return pointers, checksums

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Final
 
 from pitfs.errors import CapacityError, PitfsError, PositionMismatchError, RemoteProtocolError
-from pitfs.model.transfer import Bookmark, Durable, Kind, Manifest, StreamMark, VolumeInfo, Writes
+from pitfs.model.transfer import Bookmark, Durable, Hello, Kind, Manifest, StreamMark, Writes
 from pitfs.storage.files import fsync_directory
 from pitfs.store.catalog import Catalog
 from pitfs.store.closing import CAUSE, Closing
@@ -41,21 +41,21 @@ class Stream:
 
     Args:
         catalog, objects, nodes, area: of the store.
-        history: 16 bytes. volumes: of the group.
+        history: 16 bytes. hello: whose writes will come.
         clock: seconds that only go forward.
     """
 
     def __init__(
         self, catalog: Catalog, objects: ObjectPool, nodes: NodeReader, area: StagingArea, history: bytes,
-        volumes: Sequence[VolumeInfo], clock: Callable[[], float],
+        hello: Hello, clock: Callable[[], float],
     ) -> None:  # fmt: skip
         self._catalog, self._objects, self._nodes, self._area = catalog, objects, nodes, area
-        self._history, self._volumes, self._clock = history, volumes, clock
-        self._check = WriteCheck(volumes)
+        self._history, self._hello, self._clock = history, hello, clock
+        self._check = WriteCheck(hello.volumes)
         self._tail: OpenTail | None = None
         self._closing: Closing | None = None
         self._durable_end = 0, 0
-        self._is_broken = False
+        self._is_broken = self._is_fenced = False
         self._readable_at_s = clock() - READABLE_S  # when what had come was made readable last
 
     def recover(self) -> None:
@@ -103,12 +103,13 @@ class Stream:
             OSError, CapacityError: the disk refuses, or is full: then it goes on when the store is opened anew.
         """
         self._check_usable()
-        if not self._catalog.meta("mark"):
+        if self._tail is None and not self.mark:
             raise PositionMismatchError(
                 f"{self._catalog.path}: the store is empty and takes a full copy first: {_HINT}"
             )
         batch = self._check.take(writes, *self.end)
         with self._breaks():
+            self._fence()
             tail = self._tail or self._begin_tail()
             tail.append(batch)
             if tail.pending_rows >= MAX_PENDING_ROWS:
@@ -134,6 +135,7 @@ class Stream:
         self._check_mark(mark)
         self.wait_for_closing()
         with self._breaks():
+            self._fence()
             if self._tail is None:
                 self._catalog.commit(Commit(self._empty_manifest(mark), None))
             else:
@@ -165,21 +167,28 @@ class Stream:
 
     def close(self) -> None:
         """Waits for the closing under way, and makes readable what came."""
-        if not self._is_broken:
-            try:
+        try:
+            if not self._is_broken:
                 self.publish()
-            except (PitfsError, OSError) as error:
-                log.warning("%s: what came last is readable when the store is opened the next time: %s",
-                            self._catalog.path, error)  # fmt: skip
-        if self._closing is not None:
+        except (PitfsError, OSError) as error:
+            log.warning(
+                "%s: what came last is readable when the store is opened the next time: %s", self._catalog.path, error
+            )
+        finally:
+            closing, tail, self._closing, self._tail = self._closing, self._tail, None, None
+            if tail is not None:
+                tail.close()
+        if closing is not None:
             try:
-                self._closing.join()
+                closing.join()
             except PitfsError as error:
                 log.warning("%s: goes on when the store is opened the next time", error)
-            self._closing = None
-        if self._tail is not None:
-            self._tail.close()
-            self._tail = None
+
+    def _fence(self) -> None:
+        """Refuses senders of earlier epochs from here on; not before what came leads on, as with transfers."""
+        if not self._is_fenced:
+            self._catalog.fence(self._hello.epoch, self._hello.instance)
+            self._is_fenced = True
 
     def _check_usable(self) -> None:
         """Raises what a closing did, and after an error of a disk that nothing goes on."""
@@ -256,7 +265,7 @@ class Stream:
 
     def _new_closing(self, tail: Tail) -> Closing:
         return Closing(
-            tail, self._catalog, self._objects, self._nodes, self._area, self._history, self._volumes
+            tail, self._catalog, self._objects, self._nodes, self._area, self._history, self._hello.volumes
         )
 
     def _remove_log(self, tail: int) -> None:

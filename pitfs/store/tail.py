@@ -149,8 +149,8 @@ class OpenTail:
         if size > reader.end:
             log.info("%s: cut at byte %d: what was behind it isn't whole", path, reader.end)
             os.ftruncate(fd, reader.end)
-        for at in range(start, min(reader.end, size), _COPY_BYTES):
-            part = read_exactly(fd, min(_COPY_BYTES, min(reader.end, size) - at), at, path)
+        for at in range(start, reader.end, _COPY_BYTES):
+            part = read_exactly(fd, min(_COPY_BYTES, reader.end - at), at, path)
             write_all(fd, part, at)
         os.fdatasync(fd)
         self.log.end = self.log.durable = reader.end

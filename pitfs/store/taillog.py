@@ -17,7 +17,8 @@ journal-<t>.blocks with the header of an object; then, at bytes that are multipl
                 all zeros (first block the lowest bit; bytes filled up with zeros)
                 then zeros up to a multiple of 512, and the body
     body        writes: the blocks that aren't all zeros, in order: pointers of the tail lead there
-                piece: chunks and fence table as in `store.journals`, with their places in this file
+                piece: chunks and fence table as in `store.journals`, with their places in this file; then zeros
+                up to a multiple of 512
 
 A piece is what its writes, or other pieces, come to when they are sorted; the catalog names those that readers use.
 So one fdatasync makes writes durable together with all that a reader needs for them, and the catalog's commit
@@ -148,7 +149,9 @@ class TailLog:
         start = self.piece_start()
         self._check_room(start + body_bytes)
         write_all(self.fd, encode_head(self.tail, PIECE, self.end, body_bytes, self.durable), self.end)
-        self.end = align(start + body_bytes)
+        end = align(start + body_bytes)
+        write_all(self.fd, bytes(end - start - body_bytes), start + body_bytes)  # the file ends where the log does
+        self.end = end
 
     def sync(self) -> None:
         """Makes all that was appended durable. Raises OSError; then nothing more may be appended."""
@@ -187,11 +190,13 @@ class LogReader:
             OSError: the disk refuses.
         """
         self.end = start
-        if align(self._size) < start:
+        if self._size < start:
             raise CorruptionError(self._path, self._size, "the log is shorter than what was acknowledged")
         while True:
             head = self._head(self.end)
-            if head is None or (head.kind == WRITES and not self._is_whole(head, block_sizes)):
+            if head is None or head.end > self._size:
+                break
+            if head.kind == WRITES and not self._is_whole(head, block_sizes):
                 break
             if head.kind == WRITES:
                 yield head
@@ -208,7 +213,7 @@ class LogReader:
         body = offset + align(HEAD_BYTES + columns_bytes)
         if (
             magic != MAGIC or place != offset or kind not in (WRITES, PIECE)
-            or write_count > MAX_BATCH_ROWS or body > align(self._size)
+            or write_count > MAX_BATCH_ROWS or body > self._size
         ):  # fmt: skip
             return None
         columns = os.pread(self._fd, columns_bytes, offset + HEAD_BYTES)
@@ -225,7 +230,7 @@ class LogReader:
         """Whether its contents are what was written."""
         sizes = np.repeat(block_sizes[head.rows["volume"]], head.rows["block_count"])[~head.zeros]
         ends = np.cumsum(sizes).tolist()
-        if head.body + head.body_bytes > self._size or (ends[-1] if ends else 0) != head.body_bytes:
+        if (ends[-1] if ends else 0) != head.body_bytes:
             return False
         body = memoryview(read_exactly(self._fd, head.body_bytes, head.body, self._path))
         found = [xxh3_64_intdigest(body[end - size : end]) for size, end in zip(sizes.tolist(), ends, strict=True)]
