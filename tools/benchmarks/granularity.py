@@ -79,7 +79,7 @@ def run(setting: Setting) -> list[Measure]:
     if setting.plot is not None:
         begun = watch.moments[0].time_ns
         picture = Picture(
-            watch.moments, load.per_second(), [(t - begun) / 1e9 for t in peak], interval_s,
+            watch.moments, load.per_second(begun), [(t - begun) / 1e9 for t in peak], interval_s,
             LINK_BYTES_PER_S, RATE_BYTES_PER_S,
         )  # fmt: skip
         setting.plot.write_text(picture.svg())
@@ -151,11 +151,11 @@ class Load:
         self._thread = threading.Thread(target=self.go, args=(bytes_per_s, 1e9, units, 1), daemon=True)
         self._thread.start()
 
-    def per_second(self) -> list[tuple[int, float]]:
-        """(time_ns, bytes per second) of each second with writes."""
-        times = np.array([time_ns for time_ns, _ in self.writes])
+    def per_second(self, begun_ns: int) -> list[tuple[int, float]]:
+        """(time_ns, bytes per second) of each second with writes, counted from `begun_ns`."""
+        times = np.array([time_ns for time_ns, _ in self.writes]) - begun_ns
         seconds, counts = np.unique(times // 10**9, return_counts=True)
-        return [(int(s) * 10**9, float(n) * UNIT_BYTES) for s, n in zip(seconds, counts, strict=True)]
+        return [(begun_ns + int(s) * 10**9, float(n) * UNIT_BYTES) for s, n in zip(seconds, counts, strict=True)]
 
     def rung_that_fits(self, from_ns: int, to_ns: int, room_bytes: float) -> int | None:
         """The finest rung whose contents, with those of the diff, certainly fit into that room."""
