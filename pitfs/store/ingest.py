@@ -276,7 +276,14 @@ class Ingest:
             return self._streaming().take_mark(mark)
 
     def close(self) -> None:
-        """Ends the writing; a staged transfer stays, as of its last checkpoint. A closing under way is waited for."""
+        """Ends the writing; a staged transfer stays, with what came of it. A closing under way is waited for."""
+        try:
+            if self._staged is not None:
+                self._staged.keep()
+        finally:
+            self._close()
+
+    def _close(self) -> None:
         self._close_staged()
         if self._stream is not None:
             self._stream.close()

@@ -15,11 +15,13 @@ from typing import Any, Final, cast
 import pytest
 import trio
 
-from pitfs.cli import backfill, sending, shipping, standing
+from pitfs.cli import backfill, sending, shipping, standing, streaming
 from pitfs.cli.shipping import Shipper
 from pitfs.config import load_config
 from pitfs.link.receiver import Limits
 from pitfs.link.transport import SenderSession, Timeouts, connect, serve
+from pitfs.model.schedule import Way
+from pitfs.production.agreement import Agreement
 from pitfs.production.control import Connection
 from pitfs.production.service import SplitterService
 from pitfs.store.ingest import Ingest
@@ -38,13 +40,14 @@ class Linked:
 
     def __init__(self, pipeline: Pipeline, proxy: Proxy) -> None:
         self.pipeline, self.proxy = pipeline, proxy
-        self.service = SplitterService(pipeline.splitter)
+        self.service = SplitterService(pipeline.splitter, Agreement(holds=False, blocks=False, copying=False))
         backings = {f"v{index}": path for index, path in enumerate(pipeline.backings)}
         # The rate is never reached, and makes the room for layers known: none, so that each goes for itself.
         config = write_config(
             pipeline.tmp, backings, replica=f"127.0.0.1:{proxy.port}", more='rate = "8Gbit"\nmode = "dynamic"'
         )
-        self.shipper = Shipper(load_config(str(config)), pipeline.hello, cast(Connection, self), None)
+        here = cast(Connection, self)
+        self.shipper = Shipper(load_config(str(config)), pipeline.hello, here, here, None)
         self.sessions: list[SenderSession] = []
 
     async def request(self, op: str, **arguments: Any) -> dict[str, Any]:
@@ -57,7 +60,7 @@ class Linked:
 
     def mark(self) -> None:
         self.pipeline.splitter.mark()
-        self.shipper._wake.set()
+        self.shipper._following.wake.set()
 
     @property
     def payload_bytes(self) -> int:
@@ -97,13 +100,21 @@ class Linked:
 
 @asynccontextmanager
 async def linked(
-    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, *,
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, *, streams: bool = False,
     timeouts: Timeouts | None = None, limits: Limits | None = None, proxy: Proxy | None = None,
 ) -> AsyncIterator[Linked]:  # fmt: skip
-    """Runs both sides for as long as the context; the proxy may have been told what to do already."""
+    """Runs both sides for as long as the context.
+
+    Args:
+        streams: writes go as they come; else as intervals, each with its layers.
+        proxy: it may have been told what to do already.
+    """
     monkeypatch.setattr(standing, "BACKOFF_S", (0.001,))
     for module in (sending, shipping, backfill):
         monkeypatch.setattr(module, "payload_bytes_for", lambda rate: FRAME_BYTES)
+    monkeypatch.setattr(shipping, "way_to_go", lambda **_: Way(streams, "for the test"))
+    for name in ("MIN_WINDOW_BYTES", "MAX_WINDOW_BYTES"):
+        monkeypatch.setattr(streaming, name, 2 * FRAME_BYTES)
     pipeline.ingest.close()  # the receiver opens the store
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
     proxy = proxy or Proxy(0)
@@ -127,5 +138,5 @@ async def linked(
                 yield both
                 nursery.cancel_scope.cancel()
         finally:
-            both.shipper._reader.close()
+            both.shipper._following.reader.close()
             both.shipper._backfill.close()
