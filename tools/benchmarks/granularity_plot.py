@@ -14,7 +14,7 @@ from html import escape
 
 from pitfs.model.ladder import RUNGS_NS
 
-WIDTH, LEFT, RIGHT, TOP = 960, 92, 168, 70
+WIDTH, LEFT, RIGHT, TOP = 972, 104, 168, 70
 GAP = 46
 INK, FAINT, GRID, PAPER = "#1f2933", "#66727f", "#e4e8ec", "#ffffff"
 LOAD, SENT, LAG, PEAK = "#f2b66d", "#14688f", "#7a4fa3", "#faf1e4"
@@ -156,14 +156,14 @@ class Picture:
                    f"the link: {self.link_bytes_per_s / 1e6:g}", FAINT, size=11)  # fmt: skip
         yield text(panel.right + 8, panel.y(self.rate_bytes_per_s / 1e6) + 11,
                    f"its share for pitfs: {self.rate_bytes_per_s / 1e6:g}", FAINT, size=11)  # fmt: skip
-        yield text((panel.x(self.peak[0]) + panel.x(self.peak[1])) / 2, panel.top - 10, "peak", "#8a5a1c",
-                   size=12, anchor="middle", weight=600)  # fmt: skip
         yield panel.border()
 
     def _draw_map(self, panel: _Panel) -> Iterator[str]:
         ticks = [(value, f"{value:g}") for value in steps(panel.ceiling, 6)]
         title = "Granularity of each interval (upwards: when it was written, s), as it was seen over time"
         yield from panel.frame(title, ticks, self.peak)
+        yield text((panel.x(self.peak[0]) + panel.x(self.peak[1])) / 2, panel.top + 18, "peak", "#8a5a1c",
+                   size=12, anchor="middle", weight=600)  # fmt: skip
         for begin, end, from_ns, to_ns, granularity_ns in self._runs():
             x, y = panel.x(self._at(begin)), panel.y(self._at(to_ns))
             tall = panel.y(self._at(from_ns)) - y
