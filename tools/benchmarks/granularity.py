@@ -241,7 +241,8 @@ def _measure(watch: Watch, load: Load, peak: tuple[int, int], interval_s: float)
     coarse = [each for each in moments if each.time_ns > peak[1] and any(i[2] != 0 for i in each.intervals)]
     back_s = ((coarse[-1].time_ns if coarse else peak[1]) - peak[1]) / 1e9
     written = len([1 for time_ns, _ in load.writes if time_ns <= peak[1]]) * UNIT_BYTES
-    worst, too_coarse, fallen = _fallen(moments, load, FILL * RATE_BYTES_PER_S * (interval_s - TURNS_S))
+    room_bytes = FILL * RATE_BYTES_PER_S * (interval_s - TURNS_S)
+    worst, too_coarse, fallen = _fallen(moments, load, interval_s, room_bytes)
     return [
         plain("the peak's load", sum(peak[0] <= t <= peak[1] for t, _ in load.writes) * UNIT_BYTES
               / (peak[1] - peak[0]) * 1e3, "MB/s"),
@@ -272,12 +273,16 @@ def most_sent(moments: Sequence[Moment], interval_s: float) -> int:
     return int((ends - sent)[times + interval_s <= times[-1]].max())
 
 
-def _fallen(moments: Sequence[Moment], load: Load, room_bytes: float) -> tuple[int | None, int, int]:
-    """Of the intervals that weren't at every write when the next one came: the coarsest, how many were coarser
-    than what fits into that room, how many there were."""
+def _fallen(
+    moments: Sequence[Moment], load: Load, interval_s: float, room_bytes: float
+) -> tuple[int | None, int, int]:
+    """Of the intervals that weren't at every write when their time on the link was over (with the next one's end, or
+    when that arrived): the coarsest, how many were coarser than what fits into that room, how many there were."""
     reached: dict[tuple[int, int], int | None] = {}
     for moment in moments:
-        reached |= {(from_ns, to_ns): g for from_ns, to_ns, g in moment.intervals[-1:]}
+        newest = moment.intervals[-1:]
+        in_time = [each for each in moment.intervals if moment.time_ns <= each[1] + interval_s * 1e9]
+        reached |= {(from_ns, to_ns): g for from_ns, to_ns, g in (*in_time, *newest)}
     fallen = {each: g for each, g in reached.items() if g != 0}
     coarser = 0
     for (from_ns, to_ns), granularity_ns in fallen.items():
