@@ -8,6 +8,7 @@ from typing import Final
 import trio
 
 from pitfs.cli.standing import Standing
+from pitfs.errors import RemoteProtocolError
 from pitfs.link.transport import SenderSession
 from pitfs.model.transfer import MAX_PAYLOAD_BYTES, Checkpoint, Data, End, ResumePoint, TransferFrame
 
@@ -23,6 +24,12 @@ def payload_bytes_for(rate_bytes_per_s: float | None) -> int:
     if rate_bytes_per_s is None:
         return MAX_PAYLOAD_BYTES
     return int(min(max(rate_bytes_per_s * AHEAD_S / 4, MIN_PAYLOAD_BYTES), MAX_PAYLOAD_BYTES))
+
+
+def queue_bytes_for(rate_bytes_per_s: float | None) -> int:
+    """What may wait before compression, and as much behind it: with what is in between all of AHEAD_S."""
+    frames = 4 if rate_bytes_per_s is None else 1
+    return frames * payload_bytes_for(rate_bytes_per_s)
 
 
 async def send(
@@ -61,6 +68,20 @@ async def send(
         standing.rates.append(sent / max(elapsed, 1e-3))
         standing.wire_ratio = (session.wire_bytes - wire) / sent
     return True
+
+
+def check_committed(session: SenderSession, mark: int, position: tuple[int, int]) -> None:
+    """Whether the replica acknowledged what was sent: what it has is given back here.
+
+    Raises:
+        RemoteProtocolError: it names something else.
+    """
+    said = session.welcome
+    if (said.mark, said.seq, said.time_ns) != (mark, *position):
+        raise RemoteProtocolError(
+            f"{session.peer}: it acknowledges mark {said.mark} at seq {said.seq}, mark {mark} at seq {position[0]} was "
+            "sent: is that a replica of pitfs?"
+        )
 
 
 def _pull(iterator: Iterator[TransferFrame], batch_bytes: int) -> list[TransferFrame]:

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from pitfs.cli.backfill import Backfill
 from pitfs.cli.budget import Budget
 from pitfs.cli.following import Following
-from pitfs.cli.sending import payload_bytes_for, send
+from pitfs.cli.sending import check_committed, payload_bytes_for, queue_bytes_for, send
 from pitfs.cli.standing import Standing
 from pitfs.cli.streaming import TURN_S, Stream, Telling
 from pitfs.config import Config
@@ -35,6 +35,7 @@ from pitfs.storage.files import storage_error
 log = logging.getLogger(__name__)
 
 MAX_INTERVAL_ROWS: Final = 1 << 20  # blocks written: building the difference takes some 300 B of RAM for each
+MAX_INTERVAL_PART: Final = 4  # of the journal's capacity: the largest part that an interval may take
 WATCH_S: Final = 2.0  # how often that is looked at: seldom for the splitter, often for what may be written
 
 
@@ -105,7 +106,7 @@ class Shipper:
             await trio.sleep(WATCH_S)
 
     async def _close_large(self) -> None:
-        """Closes the interval where it may have more than MAX_INTERVAL_ROWS.
+        """Closes the interval where it may have more than MAX_INTERVAL_ROWS, or may not fit into the journal.
 
         Told by the journal's bytes (each row has its block there), not by what the reader has seen: that one
         stands still while something is sent or the link is down, just when an interval grows. What was written
@@ -116,7 +117,10 @@ class Shipper:
         if splitter["mark"] != self._last_mark:  # whoever set it
             self._last_mark, self._marked_at = splitter["mark"], tail
             self._following.wake.set()
-        elif self._following.bytes_between(self._marked_at, tail) > MAX_INTERVAL_ROWS * smallest:
+            return
+        # In time to be sent, and its room given back, while the next one fills the rest.
+        limit_bytes = min(MAX_INTERVAL_ROWS * smallest, self._config.journal.capacity_bytes // MAX_INTERVAL_PART)
+        if self._following.bytes_between(self._marked_at, tail) > limit_bytes:
             self._early.add((await self.mark())["mark"])
 
     # -- the link ----------------------------------------------------------------------------------------
@@ -141,7 +145,7 @@ class Shipper:
             tls=self._tls,
             hello=self._hello,
             rate_bytes_per_s=replication.rate_bytes_per_s,
-            queue_bytes=4 * payload_bytes_for(self._budget.rate),
+            queue_bytes=queue_bytes_for(self._budget.rate),
             window_bytes=replication.window_bytes,
         ) as session:
             log.debug("connected to %s, which has mark %d", session.peer, session.welcome.mark)
@@ -325,6 +329,7 @@ class Shipper:
             payload_bytes = payload_bytes_for(self._budget.rate)
             iterator = shipment.diff_frames(prepared, source, self._volumes, resume, payload_bytes)
             await send(session, iterator, self.standing)
+            check_committed(session, interval.mark, (interval.to_seq, interval.to_time_ns))
         except CorruptionError as error:
             source.close()
             # On the next connection the replica wants this one again: then it's passed over for the copy.

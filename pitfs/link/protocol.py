@@ -37,6 +37,7 @@ from pitfs.link.frames import (
     VERSIONS,
     Accept,
     Buffer,
+    Committed,
     Frame,
     FrameType,
     Greeting,
@@ -159,7 +160,7 @@ class LinkProtocol:
         self._window_bytes = 0  # that HELLO offers
         self._checkpoints = 0  # CHECKPOINTs without their PROGRESS
         self._flushes = 0  # FLUSHes and MARKs without their DURABLE
-        self._streamed_seq = self._durable_seq = 0
+        self._streamed_seq = self._durable_seq = self._known_mark = 0
         self._ends = [0, 0, 0, 0, 0]  # furthest byte of each section that a PROGRESS may name
         self._durable = (0, 0, 0, 0, 0)
 
@@ -261,6 +262,9 @@ class LinkProtocol:
 
     def _follow(self, frame_type: FrameType, frame: Frame) -> str | None:
         """Checks what the table can't say, for both directions; returns the problem if there is one."""
+        if isinstance(frame, Accept | Committed | StreamMark):
+            mark = frame.mark if isinstance(frame, StreamMark) else frame.welcome.mark
+            self._known_mark = max(self._known_mark, mark)
         match frame:
             case Accept(version=version) if version not in VERSIONS:
                 return f"WELCOME names version {version}, spoken are {VERSIONS}"
@@ -292,6 +296,8 @@ class LinkProtocol:
                     return "DURABLE without a FLUSH or MARK"
                 if self.role is Role.SENDER and not self._durable_seq <= seq <= self._streamed_seq:
                     return f"DURABLE to seq {seq}, streamed {self._streamed_seq}, before {self._durable_seq}"
+                if self.role is Role.SENDER and frame.mark > self._known_mark:
+                    return f"DURABLE to mark {frame.mark}, the last one streamed is {self._known_mark}"
                 self._flushes, self._durable_seq = self._flushes - 1, seq
             case _ if frame_type in (FrameType.COMMITTED, FrameType.PARKED) and self._checkpoints:
                 return f"{frame_type.name} with {self._checkpoints} CHECKPOINTs unanswered"

@@ -1,7 +1,8 @@
 """What goes from production to replica, as plain values. Pure.
 
 A transfer is a manifest and up to five *sections*, each a stream of bytes that only grows; a transfer that was
-interrupted resumes at a checkpoint: the durable length of each section, and the sender's cursor.
+interrupted resumes at a checkpoint: the durable length of each section, and the sender's cursor. Where the sender
+sets no cursor (INTERVAL, LAYERS) it may resume behind its last checkpoint, with what came before the link was cut.
 
     kind FULL       the complete state at one position (the first full copy, or a rescan after a gap):
                     DIFF has every block that isn't zero, its length isn't known in advance

@@ -37,6 +37,7 @@ KEEP_INTERVAL_S: Final = 0.25  # how soon a rolled segment is followed by a new 
 CHECKPOINT_INTERVAL_S: Final = 30.0  # bounds what a crash leaves to redo where little is written
 ROLLED_CHECKPOINT_S: Final = 5.0  # the same where much is: each one writes all that is dirty
 RETRY_S: Final = 5.0  # after an error
+CLOCK_BEHIND_NS: Final = 10**9  # more than what adjusts a running clock
 FOLLOW_S: Final = 0.25  # who follows has something to tell the replica that often even if nothing is written
 
 
@@ -54,6 +55,7 @@ class SplitterService:
         self._room = trio.Event()
         self._stopping = False
         self._waiting = 0  # writes that wait for room
+        self._clock_said = False  # that it is behind
         self._checkpoint_at, self._checkpoint_segment, self._checkpoint_lsn = -math.inf, 0, -1  # the last one
 
     async def wait_for_room(self) -> bool:
@@ -107,7 +109,18 @@ class SplitterService:
         if splitter.journal.needs_spare and not splitter.standing.passing:
             await trio.to_thread.run_sync(splitter.journal.prepare_spare)
 
+    def _look_at_clock(self) -> None:
+        behind_ns = self._splitter.clock_behind_ns
+        if behind_ns > CLOCK_BEHIND_NS and not self._clock_said:
+            log.warning(
+                "the clock stands %.0f s behind the time of the last write (was it set back?): until it has caught up, "
+                "times of writes only count on by 1 ns each",
+                behind_ns / 1e9,
+            )
+        self._clock_said = behind_ns > CLOCK_BEHIND_NS
+
     async def _keep(self) -> None:
+        self._look_at_clock()
         splitter = self._splitter
         segment, lsn = splitter.journal.tail.segment, splitter.journal.lsn
         since = trio.current_time() - self._checkpoint_at

@@ -276,6 +276,11 @@ class Splitter:
         self.standing.time_ns = max(self.standing.time_ns, self._clock_ns())
         return self.standing.time_ns
 
+    @property
+    def clock_behind_ns(self) -> int:
+        """How far the clock stands behind the last record's time: it was set back."""
+        return max(0, self.standing.time_ns - self._clock_ns())
+
     # -- checkpoints -------------------------------------------------------------------------------------
 
     def sync_backings(self) -> None:

@@ -279,7 +279,14 @@ class Ingest:
             self._streaming().publish()
 
     def close(self) -> None:
-        """Ends the writing; a staged transfer stays, as of its last checkpoint. A closing under way is waited for."""
+        """Ends the writing; a staged transfer stays, with what came of it. A closing under way is waited for."""
+        try:
+            if self._staged is not None:
+                self._staged.keep()
+        finally:
+            self._close()
+
+    def _close(self) -> None:
         self._close_staged()
         stream, self._stream = self._stream, None
         try:

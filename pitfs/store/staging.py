@@ -298,6 +298,15 @@ class StagedTransfer:
         )
         return self.resume_point
 
+    def keep(self) -> None:
+        """Makes durable what came since the checkpoint: on a slow link that may be long ago. Raises OSError.
+
+        Not of a transfer whose sender goes on at its cursor instead of at the lengths.
+        """
+        p = self._progress
+        if self.manifest.kind is not Kind.FULL and not p.cursor and self.lengths != p.lengths:
+            self.checkpoint(())
+
     def _digests_now(self) -> tuple[int, int, int, int, int]:
         one, two, three, four, five = (digest.intdigest() for digest in self._digests.values())
         return one, two, three, four, five

@@ -165,18 +165,20 @@ class Proxy:
                  trace: TracebackType | None) -> None:  # fmt: skip
         assert self._token is not None
         with contextlib.suppress(trio.RunFinishedError):
-            trio.from_thread.run_sync(self._scope.cancel, trio_token=self._token)
+            self._token.run_sync_soon(self._scope.cancel)
         self._thread.join(10)
 
     def cut(self) -> None:
         """Ends all connections that there are now, both ways."""
+        self._for_each(lambda connection: connection.end(reset=True))
+
+    def silence(self) -> None:
+        """The connections that there are now stay half open for ever: nothing comes through, nobody is told."""
+        self._for_each(lambda connection: connection.silence())
+
+    def _for_each(self, act: Callable[[_Connection], None]) -> None:
         assert self._token is not None
-
-        def end() -> None:
-            for connection in list(self._live):
-                connection.end(reset=True)
-
-        trio.from_thread.run_sync(end, trio_token=self._token)
+        self._token.run_sync_soon(lambda: [act(each) for each in list(self._live)])
 
     async def _serve(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
@@ -187,21 +189,21 @@ class Proxy:
             await trio.serve_listeners(self._handle, listeners)
 
     async def _handle(self, client: trio.SocketStream) -> None:
-        if self.refusing:
-            await trio.aclose_forcefully(client)
-            return
-        self.connections += 1
         try:
+            if self.refusing:
+                return
+            self.connections += 1
             server = await trio.open_tcp_stream("127.0.0.1", self.to_port)
-        except OSError:
-            await trio.aclose_forcefully(client)
-            return
-        connection = _Connection(self, client, server, self.next_cut(), reset=self.connections % 2 == 0)
-        self._live.add(connection)
-        try:
-            await connection.run()
+            connection = _Connection(self, client, server, self.next_cut(), reset=self.connections % 2 == 0)
+            self._live.add(connection)
+            try:
+                await connection.run()
+            finally:
+                self._live.discard(connection)
+        except OSError:  # nobody listens there: the client hears of it by the end of its connection
+            pass
         finally:
-            self._live.discard(connection)
+            await trio.aclose_forcefully(client)
 
 
 class _Connection:
@@ -211,6 +213,7 @@ class _Connection:
                  reset: bool) -> None:  # fmt: skip
         self._proxy, self._client, self._server = proxy, client, server
         self._left, self._reset = cut, reset
+        self._silent = False
         self._scope = trio.CancelScope()
 
     async def run(self) -> None:
@@ -221,16 +224,21 @@ class _Connection:
                     nursery.start_soon(self._forward, self._server, self._client, False)
         finally:
             for stream in (self._client, self._server):
-                await trio.aclose_forcefully(stream)
+                stream.socket.close()  # without a checkpoint, at which a cancelled proxy would leave the second open
 
     def end(self, reset: bool) -> None:
         """Reset: what is on its way is lost, and both sides hear of an error; else of an end."""
+        if self._scope.cancel_called:
+            return
         if reset:
             for stream in (self._client, self._server):
                 with contextlib.suppress(OSError):
                     stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._proxy.cuts += 1
         self._scope.cancel()
+
+    def silence(self) -> None:
+        self._silent = True
 
     async def _forward(self, source: trio.SocketStream, target: trio.SocketStream, out: bool) -> None:
         give, take = trio.open_memory_channel[tuple[float, bytes]](HELD_COUNT)
@@ -249,7 +257,7 @@ class _Connection:
         with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
             async for due, data in take:
                 await trio.sleep_until(due)
-                if proxy.silent or (proxy.mute and not out):
+                if self._silent or proxy.silent or (proxy.mute and not out):
                     continue
                 for piece in self._up_to_the_cut(data):
                     if proxy.rate_bytes_per_s is not None:

@@ -28,7 +28,7 @@ from tests.helpers.stores import feed
 class Pipeline:
     """A group in a temporary directory. `states[seq]` is the naive model: the volumes' bytes after write seq.
 
-    The clock is a counter: it stands still now and then, as real ones do.
+    The clock is a counter: it stands still now and then, as real ones do. `filled`: the backings are full of noise.
     """
 
     tmp: Path
@@ -37,6 +37,7 @@ class Pipeline:
     capacity_bytes: int = 64 << 20
     seed: int = 0
     tick_ns: int = 7
+    filled: bool = False
     states: list[list[bytes]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -47,6 +48,8 @@ class Pipeline:
             content = bytearray(size)
             at = int(self.random.integers(size))
             content[at : at + 5000] = self.random.bytes(min(5000, size - at))
+            if self.filled:
+                content[:] = self.random.bytes(size)
             path.write_bytes(content)
         ticks = itertools.count(1_700_000_000_000_000_000, self.tick_ns)
         self._clock = lambda: next(ticks) // 50 * 50

@@ -319,3 +319,22 @@ async def test_a_mark_is_counted_from_whoever_set_it(parts: Parts, monkeypatch: 
     await shipper._close_large()
     assert splitter.standing.mark == 2
     assert shipper._marked_at > Location(1, 4096)
+
+
+async def test_an_interval_longer_than_the_journal_can_hold_is_closed_early(parts: Parts) -> None:
+    """Else the journal would be full before the interval ends, and a gap be left."""
+    shipper, splitter = parts.shipper, parts.pipeline.splitter
+    await parts.locate()
+    await parts.ship()
+    shipped = 1
+    for _ in range(40):  # twice what the journal holds
+        for _ in range(4):
+            parts.write(200_000)
+        await shipper._close_large()
+        if splitter.standing.mark > shipped:
+            shipped = splitter.standing.mark
+            await parts.ship(layers=False)
+        await parts.service._keep()
+        await parts.service._prepare_spare()
+    assert not splitter.standing.passing
+    assert shipped >= 3

@@ -46,7 +46,8 @@ CALM_S, QUICK_CALM_S = 10, 4
 PEAK_S, QUICK_PEAK_S = 20, 8
 INTERVAL_S, QUICK_INTERVAL_S = 5, 2
 CAUGHT_UP_S = 240
-FILL = 0.9  # of an interval's room is what its layers certainly have: of the rest are headers, rows and reaction time
+# Of an interval's room its contents certainly have: of the rest are headers, rows, and the turns between transfers.
+FILL, TURNS_S = 0.9, 0.3
 
 
 def run(setting: Setting) -> list[Measure]:
@@ -79,7 +80,7 @@ def run(setting: Setting) -> list[Measure]:
     if setting.plot is not None:
         begun = watch.moments[0].time_ns
         picture = Picture(
-            watch.moments, load.per_second(), [(t - begun) / 1e9 for t in peak], interval_s,
+            watch.moments, load.per_second(begun), [(t - begun) / 1e9 for t in peak], interval_s,
             LINK_BYTES_PER_S, RATE_BYTES_PER_S,
         )  # fmt: skip
         setting.plot.write_text(picture.svg())
@@ -151,11 +152,11 @@ class Load:
         self._thread = threading.Thread(target=self.go, args=(bytes_per_s, 1e9, units, 1), daemon=True)
         self._thread.start()
 
-    def per_second(self) -> list[tuple[int, float]]:
-        """(time_ns, bytes per second) of each second with writes."""
-        times = np.array([time_ns for time_ns, _ in self.writes])
+    def per_second(self, begun_ns: int) -> list[tuple[int, float]]:
+        """(time_ns, bytes per second) of each second with writes, counted from `begun_ns`."""
+        times = np.array([time_ns for time_ns, _ in self.writes]) - begun_ns
         seconds, counts = np.unique(times // 10**9, return_counts=True)
-        return [(int(s) * 10**9, float(n) * UNIT_BYTES) for s, n in zip(seconds, counts, strict=True)]
+        return [(begun_ns + int(s) * 10**9, float(n) * UNIT_BYTES) for s, n in zip(seconds, counts, strict=True)]
 
     def rung_that_fits(self, from_ns: int, to_ns: int, room_bytes: float) -> int | None:
         """The finest rung whose contents, with those of the diff, certainly fit into that room."""
@@ -240,7 +241,8 @@ def _measure(watch: Watch, load: Load, peak: tuple[int, int], interval_s: float)
     coarse = [each for each in moments if each.time_ns > peak[1] and any(i[2] != 0 for i in each.intervals)]
     back_s = ((coarse[-1].time_ns if coarse else peak[1]) - peak[1]) / 1e9
     written = len([1 for time_ns, _ in load.writes if time_ns <= peak[1]]) * UNIT_BYTES
-    worst, too_coarse, fallen = _fallen(moments, load, budget)
+    room_bytes = FILL * RATE_BYTES_PER_S * (interval_s - TURNS_S)
+    worst, too_coarse, fallen = _fallen(moments, load, interval_s, room_bytes)
     return [
         plain("the peak's load", sum(peak[0] <= t <= peak[1] for t, _ in load.writes) * UNIT_BYTES
               / (peak[1] - peak[0]) * 1e3, "MB/s"),
@@ -271,16 +273,20 @@ def most_sent(moments: Sequence[Moment], interval_s: float) -> int:
     return int((ends - sent)[times + interval_s <= times[-1]].max())
 
 
-def _fallen(moments: Sequence[Moment], load: Load, budget: float) -> tuple[int | None, int, int]:
-    """Of the intervals that weren't at every write when the next one came: the coarsest, how many were coarser
-    than what fits into FILL of the budget, how many there were."""
+def _fallen(
+    moments: Sequence[Moment], load: Load, interval_s: float, room_bytes: float
+) -> tuple[int | None, int, int]:
+    """Of the intervals that weren't at every write when their time on the link was over (with the next one's end, or
+    when that arrived): the coarsest, how many were coarser than what fits into that room, how many there were."""
     reached: dict[tuple[int, int], int | None] = {}
     for moment in moments:
-        reached |= {(from_ns, to_ns): g for from_ns, to_ns, g in moment.intervals[-1:]}
+        newest = moment.intervals[-1:]
+        in_time = [each for each in moment.intervals if moment.time_ns <= each[1] + interval_s * 1e9]
+        reached |= {(from_ns, to_ns): g for from_ns, to_ns, g in (*in_time, *newest)}
     fallen = {each: g for each, g in reached.items() if g != 0}
     coarser = 0
     for (from_ns, to_ns), granularity_ns in fallen.items():
-        fits = load.rung_that_fits(from_ns, to_ns, FILL * budget)
+        fits = load.rung_that_fits(from_ns, to_ns, room_bytes)
         if fits is not None and (granularity_ns is None or granularity_ns > fits):
             coarser += 1
             note(f"interval to {to_ns}: {granularity_ns} ns, {fits} ns would have fitted")

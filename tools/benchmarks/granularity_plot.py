@@ -14,7 +14,7 @@ from html import escape
 
 from pitfs.model.ladder import RUNGS_NS
 
-WIDTH, LEFT, RIGHT, TOP = 960, 76, 168, 70
+WIDTH, LEFT, RIGHT, TOP = 972, 104, 168, 70
 GAP = 46
 INK, FAINT, GRID, PAPER = "#1f2933", "#66727f", "#e4e8ec", "#ffffff"
 LOAD, SENT, LAG, PEAK = "#f2b66d", "#14688f", "#7a4fa3", "#faf1e4"
@@ -99,7 +99,7 @@ class Picture:
         top_rate = max([rate for _, rate in rates] + [rate for _, rate in self.load]) / 1e6 * 1.08
         first = _Panel(TOP + 24, 170, seconds, top_rate)
         second = _Panel(first.bottom + GAP, 250, seconds, seconds)
-        third = _Panel(second.bottom + GAP, 110, seconds, len(RUNGS_NS))
+        third = _Panel(second.bottom + GAP, 120, seconds, len(RUNGS_NS) + 0.6)
         lag = max(2.2 * self.interval_s, max(each.lag_s for each in self.moments) * 1.1)
         fourth = _Panel(third.bottom + GAP, 110, seconds, lag)
         height = fourth.bottom + 52
@@ -156,14 +156,14 @@ class Picture:
                    f"the link: {self.link_bytes_per_s / 1e6:g}", FAINT, size=11)  # fmt: skip
         yield text(panel.right + 8, panel.y(self.rate_bytes_per_s / 1e6) + 11,
                    f"its share for pitfs: {self.rate_bytes_per_s / 1e6:g}", FAINT, size=11)  # fmt: skip
-        yield text((panel.x(self.peak[0]) + panel.x(self.peak[1])) / 2, panel.top + 14, "peak", "#8a5a1c",
-                   size=12, anchor="middle", weight=600)  # fmt: skip
         yield panel.border()
 
     def _draw_map(self, panel: _Panel) -> Iterator[str]:
         ticks = [(value, f"{value:g}") for value in steps(panel.ceiling, 6)]
         title = "Granularity of each interval (upwards: when it was written, s), as it was seen over time"
         yield from panel.frame(title, ticks, self.peak)
+        yield text((panel.x(self.peak[0]) + panel.x(self.peak[1])) / 2, panel.top + 18, "peak", "#8a5a1c",
+                   size=12, anchor="middle", weight=600)  # fmt: skip
         for begin, end, from_ns, to_ns, granularity_ns in self._runs():
             x, y = panel.x(self._at(begin)), panel.y(self._at(to_ns))
             tall = panel.y(self._at(from_ns)) - y
@@ -190,12 +190,12 @@ class Picture:
             yield begin, self.moments[-1].time_ns, from_ns, to_ns, granularity_ns
 
     def _draw_coarsest(self, panel: _Panel) -> Iterator[str]:
-        shown = (0, 10**6, 10**8, 10**9, 10**10, None)
-        ticks = [(float(FINE_TO_COARSE.index(each)), rung_name(each).removesuffix(" only")) for each in shown]
+        shown = (0, 5 * 10**6, 10**8, 10**9, None)
+        ticks = [(FINE_TO_COARSE.index(each) + 0.3, rung_name(each)) for each in shown]
         yield from panel.frame("Coarsest and finest granularity on the replica", ticks, self.peak)
         for colour, choose in (("#dc633f", max), ("#0b6e63", min)):
             levels = [
-                (self._at(moment.time_ns), choose(FINE_TO_COARSE.index(each[2]) for each in moment.intervals))
+                (self._at(moment.time_ns), choose(FINE_TO_COARSE.index(each[2]) for each in moment.intervals) + 0.3)
                 for moment in self.moments
                 if moment.intervals
             ]
