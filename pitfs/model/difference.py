@@ -1,8 +1,9 @@
 """An interval's writes → snapshot diff and difference journal (figures 6B and 9). Pure.
 
 The journal's records come as columns with a row for each block of each write, in the order of writing. The
-snapshot diff is the last row of each block. The difference journal is all rows, layer by layer, and carries data
-only where neither the diff, nor zeros, nor an earlier row of the interval has the same content.
+snapshot diff is the last row of each block; a content that several blocks end with is in it once. The difference
+journal is all rows, layer by layer, and carries data only where neither the diff, nor zeros, nor an earlier row of
+the interval has the same content.
 Equal checksums make rows candidates for that; the bytes decide (invariant 6).
 """
 
@@ -43,15 +44,15 @@ class SnapshotDiff:
 
     Attributes:
         entries: DIFF_ENTRY[k], ascending by (volume, block).
-        rows: the row behind each entry, int64[k].
-        data_rows: rows whose contents DIFF_BLOCKS holds, in its order; units: uint64, where they stand.
+        rows: the row behind each entry, int64[k]; units: uint64[k], where its content stands, 0 for zeros.
+        data_rows: rows whose contents DIFF_BLOCKS holds, in its order.
         size_bytes: of DIFF_BLOCKS.
     """
 
     entries: npt.NDArray[np.void]
     rows: Rows
-    data_rows: Rows
     units: UInt64s
+    data_rows: Rows
     size_bytes: int
 
 
@@ -130,17 +131,21 @@ def snapshot_diff(
     last[:-1] = (volume[1:] != volume[:-1]) | (block[1:] != block[:-1])
     rows = order[last]
     picked = Columns(columns.volume[rows], columns.block[rows], columns.seq[rows], columns.checksum[rows])
-    zero = _zero_rows(
-        picked,
-        zero_checksums,
-        Contents(lambda a, b: contents.same(rows[a], rows[b]), lambda a: contents.zero(rows[a])),
-    )
-    data_rows = rows[~zero]
-    units, size_bytes = _units(columns, data_rows, block_sizes)
+    looks = Contents(lambda a, b: contents.same(rows[a], rows[b]), lambda a: contents.zero(rows[a]))
+    zero = _zero_rows(picked, zero_checksums, looks)
+    everything = np.arange(len(rows))
+    carrier = _carriers(picked, zero, np.zeros(len(rows), dtype=np.bool_), everything, block_sizes, looks)
+    shared = carrier != everything
+    own = np.flatnonzero(~shared & ~zero)
+    units = np.zeros(len(rows), dtype=np.uint64)
+    units[own], size_bytes = _units(picked, own, block_sizes)
+    units[shared] = units[carrier[shared]]
     entries = np.zeros(len(rows), dtype=DIFF_ENTRY)
     entries["volume"], entries["block"] = picked.volume, picked.block
-    entries["source"] = np.where(zero, int(Source.ZERO), int(Source.FOURTH))
-    return SnapshotDiff(entries, rows, data_rows, units, size_bytes)
+    entries["source"] = int(Source.FOURTH)
+    entries["source"][zero], entries["source"][shared] = int(Source.ZERO), int(Source.SHARED_FOURTH)
+    entries["unit"][shared], entries["checksum"][shared] = units[shared], picked.checksum[shared]
+    return SnapshotDiff(entries, rows, units, rows[own], size_bytes)
 
 
 def difference_journal(
@@ -170,12 +175,12 @@ def difference_journal(
     place[order] = np.arange(count)
     zero = _zero_rows(columns, zero_checksums, contents)
     in_diff = np.zeros(count, dtype=np.bool_)
-    in_diff[diff.data_rows] = True
+    in_diff[diff.rows[diff.entries["source"] != int(Source.ZERO)]] = True
     carrier = _carriers(columns, zero, in_diff, place, block_sizes, contents)
     carries = carrier == np.arange(count)
     own = order[(carries & ~in_diff & ~zero)[order]]
     unit = np.zeros(count, dtype=np.uint64)
-    unit[diff.data_rows], unit[own] = diff.units, _units(columns, own, block_sizes)[0]
+    unit[diff.rows], unit[own] = diff.units, _units(columns, own, block_sizes)[0]
     source = np.where(in_diff[carrier], int(Source.SHARED_FOURTH), int(Source.SHARED_JOURNAL))
     source[in_diff], source[own], source[zero] = int(Source.FOURTH), int(Source.JOURNAL), int(Source.ZERO)
     shared = ~carries

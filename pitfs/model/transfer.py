@@ -17,7 +17,7 @@ interval before it.
 Sections:
 
     DIFF            DIFF_ENTRY rows, strictly ascending by (volume, block)
-    DIFF_BLOCKS     contents of the rows of DIFF that aren't zero, whole blocks, in the order of DIFF
+    DIFF_BLOCKS     contents of the rows of DIFF with source FOURTH, whole blocks, in the order of DIFF
     POSITIONS       POSITION rows, strictly ascending: the states inside the interval that these layers add
     JOURNAL         JOURNAL_ENTRY rows, layer after layer, each strictly ascending by (volume, block, seq)
     JOURNAL_BLOCKS  contents of the rows of JOURNAL with source JOURNAL, whole blocks, in the order of JOURNAL
@@ -73,7 +73,7 @@ class Source(enum.IntEnum):
     """Where the content of a block of the difference journal stands (figure 6B)."""
 
     ZERO = 0  # all zeros, nothing stored
-    FOURTH = 1  # the second (fourth) snapshot has it in that block: the next in DIFF_BLOCKS, or what came there
+    FOURTH = 1  # the second (fourth) snapshot has it in that block: the next in DIFF_BLOCKS, or what DIFF gave it
     JOURNAL = 2  # only the difference journal has it: the next in JOURNAL_BLOCKS
     SHARED_FOURTH = 3  # that of another block, at `unit` of DIFF_BLOCKS
     SHARED_JOURNAL = 4  # that of a row before, at `unit` of JOURNAL_BLOCKS
@@ -82,10 +82,10 @@ class Source(enum.IntEnum):
 DIFF_ENTRY: Final = np.dtype(
     [
         ("block", "<u8"),
-        ("checksum", "<u8"),  # 0
-        ("unit", "<u8"),  # 0
+        ("checksum", "<u8"),  # SHARED_FOURTH: xxh3_64 of the whole block, else 0
+        ("unit", "<u8"),  # SHARED_FOURTH: where a row before has its content in DIFF_BLOCKS, in units, else 0
         ("volume", "<u2"),  # index into Hello.volumes
-        ("source", "<u2"),  # ZERO or FOURTH
+        ("source", "<u2"),  # ZERO, FOURTH or SHARED_FOURTH
         ("reserved", "<u4"),
     ]
 )

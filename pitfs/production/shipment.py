@@ -44,7 +44,7 @@ from pitfs.model.transfer import (
 from pitfs.production.reader import BlockSource, Copy, Interval
 
 COMPARE_BYTES: Final = 4 << 20  # blocks compared at once: bounds what is held
-FORMAT: Final = 2  # of the sections' order; part of the identity
+FORMAT: Final = 3  # of the sections' order; part of the identity
 MAX_CAUSE_LENGTH: Final = 1000  # characters: what the link's manifest takes; errors with long paths have more
 
 

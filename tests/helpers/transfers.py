@@ -170,7 +170,11 @@ class History:
             self.random.integers(count) if self.random.random() < 0.5 else self.random.integers(min(count, 5))
         )
         length = int(self.random.integers(1, min(4, count - block) + 1))
-        contents = [self._put(volume, block + i, self._content(volume)) for i in range(length)]
+        return self.write_blocks(volume, block, [self._content(volume) for _ in range(length)])
+
+    def write_blocks(self, volume: int, block: int, contents: Sequence[bytes]) -> Write:
+        """A write of these blocks, some time after the one before."""
+        contents = [self._put(volume, block + i, content) for i, content in enumerate(contents)]
         time_ns = max(self.times_ns[-1], self.protected_ns) + int(self.random.integers(1, self.step_ns))
         write = Write(len(self.times_ns), time_ns, volume, block, contents)
         self.times_ns.append(time_ns)
@@ -288,10 +292,14 @@ class _Sections:
                 if zeros:
                     self.diff_rows.append((block, 0, 0, volume, Source.ZERO, 0))
                 continue
-            self.diff_rows.append((block, 0, 0, volume, Source.FOURTH, 0))
-            self.diff_contents.append(content)
-            self.places.setdefault(content, (Source.SHARED_FOURTH, unit))
-            unit += len(content) // UNIT_BYTES
+            if not zeros or content not in self.places:  # a full copy carries each content
+                self.diff_rows.append((block, 0, 0, volume, Source.FOURTH, 0))
+                self.diff_contents.append(content)
+                self.places.setdefault(content, (Source.SHARED_FOURTH, unit))
+                unit += len(content) // UNIT_BYTES
+                continue
+            source, place = self.places[content]
+            self.diff_rows.append((block, xxh3_64_intdigest(content), place, volume, source, 0))
 
     def layers(
         self, diff: Manifest, writes: Sequence[Write], last: dict[tuple[int, int], bytes], rungs: Sequence[int]

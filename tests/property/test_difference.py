@@ -67,10 +67,14 @@ def in_diff(diff, fourth: bytes, block_sizes: list[int]) -> dict[tuple[int, int]
     found, at = {}, 0
     for entry in diff.entries:
         size = block_sizes[entry["volume"]]
+        key = int(entry["volume"]), int(entry["block"])
         if entry["source"] == Source.ZERO:
-            found[int(entry["volume"]), int(entry["block"])] = bytes(size)
+            found[key] = bytes(size)
+        elif entry["source"] == Source.SHARED_FOURTH:
+            place = int(entry["unit"]) * UNIT_BYTES
+            found[key] = fourth[:at][place : place + size]  # of a row before
         else:
-            found[int(entry["volume"]), int(entry["block"])] = fourth[at : at + size]
+            found[key] = fourth[at : at + size]
             at += size
     return found
 
@@ -170,7 +174,9 @@ def test_a_content_written_twice_is_carried_once() -> None:
     a, b, c = (letter.encode() * 512 for letter in "abc")
     writes = [(0, 0, a), (0, 1, a), (0, 0, b), (0, 1, c), (0, 2, a), (0, 2, b)]
     diff, journal, compared = build(writes, [512])
-    assert stream(diff.data_rows, writes) == b + c + b
+    assert stream(diff.data_rows, writes) == b + c
+    assert diff.entries["source"].tolist() == [Source.FOURTH, Source.FOURTH, Source.SHARED_FOURTH]
+    assert diff.entries["checksum"].tolist() == [0, 0, xxh3_64_intdigest(b)]
     assert stream(journal.data_rows, writes) == a
     assert compared, "equal checksums must lead to comparing bytes"
 
