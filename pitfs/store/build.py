@@ -31,7 +31,7 @@ from pitfs.store.layout import (
     object_file,
     pointer,
 )
-from pitfs.store.rows import RowArray, refuse
+from pitfs.store.rows import RowArray
 from pitfs.store.staging import StagedTransfer
 
 FLUSH_BYTES: Final = 1 << 20
@@ -131,7 +131,7 @@ def build(
         load_node: reads nodes of committed maps.
 
     Raises:
-        RemoteProtocolError: a row shares a content that isn't there.
+        RemoteProtocolError: a row shares another content than the splitter took in.
         CorruptionError: the map before, or what is staged, is damaged.
         CapacityError, OSError: the disk is full, or refuses.
     """
@@ -213,22 +213,18 @@ def _update_map(staged: StagedTransfer, volumes: Sequence[VolumeInfo], writer: M
         pointers[stored], checksums[stored] = own.of(rows["volume"][stored])
         shared = rows["source"] == Source.SHARED_FOURTH
         if shared.any():
-            verify_shared(staged.fd(Section.DIFF_BLOCKS), rows[shared], volumes[volume].block_size)
             pointers[shared] = rows["unit"][shared] + np.uint64(first)
-            checksums[shared] = rows["checksum"][shared]
+            fd = staged.fd(Section.DIFF_BLOCKS)
+            checksums[shared] = read_checksums(fd, rows["unit"][shared], volumes[volume].block_size)
+            staged.take_shared(checksums[shared])
         writer.update(volume, rows["block"].astype("<i8"), pointers, checksums)
+    staged.check_shared()
 
 
-def verify_shared(fd: int, rows: RowArray, block_size: int) -> None:
-    """Reads the content that each of these rows of DIFF shares and compares it with the checksum in the row.
-
-    Raises:
-        RemoteProtocolError: it is another, or none is there.
-        OSError: the disk refuses.
-    """
-    for unit, checksum in zip(rows["unit"].tolist(), rows["checksum"].tolist(), strict=True):
-        if xxh3_64_intdigest(os.pread(fd, block_size, HEADER_BYTES + unit * UNIT_BYTES)) != checksum:
-            raise refuse("diff", "a row shares a content that isn't there")
+def read_checksums(fd: int, units: U64Array, block_size: int) -> U64Array:
+    """xxh3_64 of the blocks that stand there in an object of contents; of less than a block at its end."""
+    reads = (os.pread(fd, block_size, HEADER_BYTES + unit * UNIT_BYTES) for unit in units.tolist())
+    return np.fromiter(map(xxh3_64_intdigest, reads), "<u8", len(units))
 
 
 def second_bit(time_ns: int) -> int:

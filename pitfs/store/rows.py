@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pitfs.errors import RemoteProtocolError
-from pitfs.model.ladder import RUNGS_NS, is_rung
-from pitfs.model.transfer import UNIT_BYTES, Kind, Manifest, Source, VolumeInfo
+from pitfs.model.ladder import is_rung
+from pitfs.model.transfer import MAX_JOURNAL_RUNS, UNIT_BYTES, Kind, Manifest, Source, VolumeInfo
 from pitfs.store.layout import MAX_SEQ, MAX_UNITS, is_name
 
 RowArray = npt.NDArray[np.void]  # DIFF_ENTRY, JOURNAL_ENTRY or POSITION
@@ -83,6 +83,7 @@ class DiffCheck:
         self._last = (_EMPTY, _EMPTY)
         self.count = 0
         self.units = 0  # of contents named so far
+        self.shares = False  # whether a row shares one
 
     def take(self, rows: RowArray) -> None:
         """Checks the next rows.
@@ -98,6 +99,9 @@ class DiffCheck:
             raise refuse("diff", f"more than the {self._limit} rows announced")
         ends = self.units + self._volumes.own_ends(rows, Source.FOURTH)
         shared = rows["source"] == Source.SHARED_FOURTH
+        self.shares |= bool(shared.any())
+        if rows["checksum"].any():
+            raise refuse("diff", "a checksum that the replica finds by itself")
         if (self._volumes.ends_of_shared(rows[shared]) > ends[shared]).any():
             raise refuse("diff", "a row shares a content that no row before it brings")
         self.units = int(ends[-1]) if len(ends) else self.units
@@ -114,10 +118,10 @@ class Run(NamedTuple):
 
 
 class JournalCheck:
-    """JOURNAL: layer after layer strictly ascending by (volume, block, seq), seq inside the interval.
+    """JOURNAL: runs that strictly ascend by (volume, block, seq), seq inside the interval.
 
     Attributes:
-        runs: where each layer that has rows begins, as far as the rows tell.
+        runs: where each begins, as far as the rows tell.
     """
 
     def __init__(self, volumes: Sequence[VolumeInfo], manifest: Manifest) -> None:
@@ -146,7 +150,7 @@ class JournalCheck:
     def _take_run(self, rows: RowArray, begins: bool) -> None:
         if begins:
             self.runs.append(Run(self.count, self.blocks, self.units))
-            if len(self.runs) > len(RUNGS_NS):
+            if len(self.runs) > MAX_JOURNAL_RUNS:
                 raise refuse("journal", "rows that don't ascend by volume, block and seq")
         self.count += len(rows)
         self.blocks += int((rows["source"] == Source.JOURNAL).sum())

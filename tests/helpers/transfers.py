@@ -61,6 +61,7 @@ class Transfer:
     sections: dict[Section, bytes]
     block_sizes: dict[Section, list[int]]  # of contents, in order
     layers: list[Transfer] = field(default_factory=list)
+    shared: list[bytes] = field(default_factory=list)  # contents that rows of DIFF share, in order
 
     @property
     def end(self) -> End:
@@ -69,6 +70,7 @@ class Transfer:
         for section in (Section.DIFF_BLOCKS, Section.JOURNAL_BLOCKS):
             ends = np.cumsum(self.block_sizes[section]).tolist()
             blocks = [self.sections[section][a:b] for a, b in itertools.pairwise([0, *ends])]
+            blocks += self.shared if section is Section.DIFF_BLOCKS else []
             found = b"".join(xxh3_64_intdigest(block).to_bytes(8, "little") for block in blocks)
             checksums.append(xxh3_64_intdigest(found))
         return End((one, two, three, four, five), (checksums[0], checksums[1]))
@@ -283,6 +285,7 @@ class _Sections:
         self.history = history
         self.diff_rows: list[tuple[int, int, int, int, int, int]] = []
         self.diff_contents: list[bytes] = []
+        self.shared: list[bytes] = []
         self.places: dict[bytes, tuple[Source, int]] = {}
 
     def diff(self, blocks: dict[tuple[int, int], bytes], zeros: bool) -> None:
@@ -299,7 +302,8 @@ class _Sections:
                 unit += len(content) // UNIT_BYTES
                 continue
             source, place = self.places[content]
-            self.diff_rows.append((block, xxh3_64_intdigest(content), place, volume, source, 0))
+            self.diff_rows.append((block, 0, place, volume, source, 0))
+            self.shared.append(content)
 
     def layers(
         self, diff: Manifest, writes: Sequence[Write], last: dict[tuple[int, int], bytes], rungs: Sequence[int]
@@ -361,7 +365,9 @@ class _Sections:
         return sorted(entries)
 
     def transfer(self, manifest: Manifest) -> Transfer:
-        return _transfer(manifest, self.diff_rows, self.diff_contents, [], [], [])
+        transfer = _transfer(manifest, self.diff_rows, self.diff_contents, [], [], [])
+        transfer.shared = self.shared
+        return transfer
 
 
 def _transfer(

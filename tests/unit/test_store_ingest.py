@@ -381,9 +381,9 @@ def test_blocks_that_end_with_one_content_share_it(
     [
         ("unit", 4, "no row before"),  # that of the next row
         ("unit", 1 << 20, "no row before"),
-        ("unit", 1, "isn't there"),  # between two
-        ("unit", 2, "isn't there"),  # another one
-        ("checksum", 5, "isn't there"),
+        ("unit", 1, "taken at the splitter"),  # between two
+        ("unit", 2, "taken at the splitter"),  # another one
+        ("checksum", 5, "finds by itself"),
     ],
 )
 def test_a_diff_row_shares_only_what_came_before_it(

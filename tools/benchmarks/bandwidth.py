@@ -9,23 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 from common import Setting
 from report import Measure, at_most, figure, note, plain
 from traces import KINDS, Trace, recorded
-from xxhash import xxh3_64_intdigest
 
-from pitfs.link.compression import PayloadEncoder
+from pitfs.link.batches import BatchCutter
+from pitfs.link.codec import PayloadEncoder
 from pitfs.link.frames import Frame, encode
 from pitfs.model.ladder import LAST_LAYER, NO_LAYER, RUNGS_NS
 from pitfs.model.transfer import (
-    MAX_PAYLOAD_BYTES,
-    WRITE,
     Begin,
     Data,
     Flush,
@@ -34,18 +31,20 @@ from pitfs.model.transfer import (
     StreamMark,
     TransferFrame,
 )
-from pitfs.production.reader import BlockSource, Interval
+from pitfs.production.reader import BlockSource, JournalReader
 from pitfs.production.shipment import (
     Shipment,
     diff_frames,
     diff_manifest,
     layers_frames,
     layers_manifest,
+    pick_layers,
     prepare,
 )
+from pitfs.production.tailing import next_piece
 
 ROWS: Final = frozenset({Section.DIFF, Section.POSITIONS, Section.JOURNAL, Section.WRITES})
-BATCH_BYTES: Final = MAX_PAYLOAD_BYTES  # contents of a streamed batch, but for one write that is larger
+BATCH_BYTES: Final = 1 << 20  # contents of a streamed batch: small ones, as on a link that keeps up
 # Of a trace at every write: of continuous raw, and of "diffs only, same codec".
 GOALS: Final = {
     "SQLite": (0.05, None),
@@ -107,56 +106,19 @@ def cost(frames: Iterable[Sent], reconnect_at: int | None = None) -> Cost:
     )
 
 
-def batches(
-    interval: Interval, block_sizes: Sequence[int], limit_bytes: int
-) -> Iterator[tuple[slice, slice]]:
-    """An interval's writes in batches of at most so many bytes of contents, but for one write that is larger.
-
-    Yields:
-        the writes (from 0), and the rows of their blocks.
-    """
-    columns = interval.columns
-    firsts = np.flatnonzero(np.diff(columns.seq, prepend=interval.from_seq))
-    ends = np.append(firsts[1:], len(columns.seq))
-    sizes = np.array(block_sizes, dtype=np.int64)[columns.volume]
-    bytes_at = np.concatenate(([0], np.cumsum(sizes)))
-    start = 0
-    while start < len(firsts):
-        limit = bytes_at[firsts[start]] + limit_bytes
-        stop = max(start + 1, int(np.searchsorted(bytes_at[ends], limit, side="right")))
-        yield slice(start, stop), slice(int(firsts[start]), int(ends[stop - 1]))
-        start = stop
-
-
 def streamed(trace: Trace) -> Iterator[Sent]:
-    """Every write in order, as in the stream of model.transfer."""
-    at = 0
-    for interval in trace.intervals:
-        columns, source = interval.columns, BlockSource(trace.directory, interval, trace.block_sizes)
-        with contextlib.closing(source):
-            for writes, blocks in batches(interval, trace.block_sizes, BATCH_BYTES):
-                rows = write_rows(interval, writes, blocks)
-                yield Data(Section.WRITES, interval.from_seq + 1 + writes.start, rows.tobytes())
-                contents = memoryview(source.read(np.arange(blocks.start, blocks.stop)))
-                for start in range(0, len(contents), MAX_PAYLOAD_BYTES):
-                    yield Data(Section.WRITE_BLOCKS, at + start, contents[start : start + MAX_PAYLOAD_BYTES])
-                at += len(contents)
-                digest = xxh3_64_intdigest(columns.checksum[blocks].tobytes())
-                yield Flush(interval.from_seq + writes.stop, digest, int(interval.times[writes.stop - 1]))
-        yield StreamMark(
-            interval.mark, interval.to_seq, interval.to_time_ns, interval.mark_time_ns, interval.bookmark
-        )
-
-
-def write_rows(interval: Interval, writes: slice, blocks: slice) -> npt.NDArray[np.void]:
-    """WRITE[n] of some of an interval's writes, whose blocks are these rows."""
-    columns = interval.columns
-    firsts = blocks.start + np.flatnonzero(np.diff(columns.seq[blocks], prepend=-1))
-    rows = np.zeros(writes.stop - writes.start, dtype=WRITE)
-    rows["time_ns"] = interval.times[writes]
-    rows["block"], rows["volume"] = columns.block[firsts], columns.volume[firsts]
-    rows["block_count"] = np.diff(firsts, append=blocks.stop)
-    return rows
+    """Every write in order, in batches, as the shipper streams them."""
+    reader, cutter = JournalReader(trace.directory, trace.block_sizes), BatchCutter()
+    first, last = trace.intervals[0], trace.intervals[-1]
+    reader.seek(first.start, (first.from_seq, first.from_time_ns))
+    with contextlib.closing(reader):
+        while (piece := next_piece(reader, last.end, BATCH_BYTES, trace.block_sizes)) is not None:
+            if piece.writes is not None:
+                yield from cutter.cut(piece.writes)
+                seq, time_ns = piece.position
+                yield Flush(seq, piece.writes.digest, time_ns)
+            if piece.mark is not None:
+                yield piece.mark
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +138,9 @@ class Prepared:
                 yield Begin(diff_manifest(shipment, ""))
                 yield from diff_frames(shipment, source, trace.volumes, ResumePoint())
                 if layer != NO_LAYER and shipment.journal is not None:
-                    yield Begin(layers_manifest(shipment, NO_LAYER, layer, ""))
-                    yield from layers_frames(shipment, NO_LAYER, layer, source, trace.volumes, ResumePoint())
+                    picked = pick_layers(shipment, NO_LAYER, layer, 0)
+                    yield Begin(layers_manifest(picked, ""))
+                    yield from layers_frames(picked, source, trace.volumes, ResumePoint())
 
     def cost(self, layer: int, reconnect_at: int | None = None) -> Cost:
         """Of sending that, with what preparing took."""
