@@ -20,7 +20,7 @@ from traces import KINDS, Trace, recorded
 
 from pitfs.link.batches import BatchCutter
 from pitfs.link.codec import PayloadEncoder
-from pitfs.link.frames import Frame, encode
+from pitfs.link.frames import Frame, WireData, encode
 from pitfs.model.ladder import LAST_LAYER, NO_LAYER, RUNGS_NS
 from pitfs.model.transfer import (
     Begin,
@@ -69,11 +69,11 @@ class Wire:
         self.total_bytes = self.rows_bytes = self.payload_bytes = 0
 
     def send(self, frame: Sent) -> None:
-        size = sum(map(len, encode(self._encode(frame))))
-        self.total_bytes += size
-        if isinstance(frame, Data):
+        on_wire = self._encode(frame)
+        self.total_bytes += sum(map(len, encode(on_wire)))
+        if isinstance(frame, Data) and isinstance(on_wire, WireData):
             self.payload_bytes += len(frame.payload)
-            self.rows_bytes += size if frame.section in ROWS else 0
+            self.rows_bytes += len(on_wire.payload) if frame.section in ROWS else 0
 
     def _encode(self, frame: Sent) -> Frame:
         return self._encoder.encode(frame, self._encoder.wants(frame)) if isinstance(frame, Data) else frame
@@ -81,7 +81,13 @@ class Wire:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a way costs. `rows_bytes`: of `total_bytes` those of frames with rows only. `cpu_s`: of encoding."""
+    """What a way costs.
+
+    Attributes:
+        total_bytes: of all frames. rows_bytes: of the rows in them.
+        payload_bytes: of rows and contents before the codec.
+        cpu_s: of preparing and encoding.
+    """
 
     total_bytes: int
     rows_bytes: int
