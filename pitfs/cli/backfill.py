@@ -181,12 +181,13 @@ class Backfill:
         cause = ""
         if left:
             cause = f"{megabytes(left[-1][1])} MB more of its difference journal wait {WAITS}"
-        manifest = shipment.layers_manifest(built, base, layer, cause)
+        picked = await trio.to_thread.run_sync(shipment.pick_layers, built, base, layer, journal.base_bytes)
+        manifest = shipment.layers_manifest(picked, cause)
         payload_bytes = payload_bytes_for(rate_bytes_per_s)
         resume = await session.begin(manifest)
         self._standing.begun()
         journal.parked = layer  # until it has arrived: on another connection it goes on as it is
-        frames = shipment.layers_frames(built, base, layer, source, self._volumes, resume, payload_bytes)
+        frames = shipment.layers_frames(picked, source, self._volumes, resume, payload_bytes)
         batch_bytes = min(BATCH_BYTES, 4 * payload_bytes)
         try:
             if not await send(session, frames, self._standing, batch_bytes=batch_bytes, interrupted=interrupted):
@@ -197,7 +198,7 @@ class Backfill:
                 await session.park()
             raise
         journal.parked, journal.layer = None, layer
-        journal.base_bytes = manifest.base_bytes + built.journal_bytes(base, layer)
+        journal.base_bytes = picked.end_bytes
         self._standing.last_decision = Decision(RUNGS_NS[layer], cause or step.reason)
         self._standing.getting_through()
         if layer == LAST_LAYER:

@@ -1,8 +1,9 @@
 """An interval's writes → snapshot diff and difference journal (figures 6B and 9). Pure.
 
 The journal's records come as columns with a row for each block of each write, in the order of writing. The
-snapshot diff is the last row of each block. The difference journal is all rows, layer by layer, and carries data
-only where neither the diff, nor zeros, nor an earlier row of the interval has the same content.
+snapshot diff is the last row of each block; a content that several blocks end with is in it once. The difference
+journal is all rows, each coming with a layer, and carries data only where neither the diff, nor zeros, nor another
+row of the same transfer has the same content.
 Equal checksums make rows candidates for that; the bytes decide (invariant 6).
 """
 
@@ -10,17 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from pitfs.model.ladder import RUNGS_NS, layers_of
-from pitfs.model.transfer import DIFF_ENTRY, JOURNAL_ENTRY, UNIT_BYTES, Source
+from pitfs.model.transfer import DIFF_ENTRY, JOURNAL_ENTRY, MAX_JOURNAL_RUNS, UNIT_BYTES, Source
 
 Int64s = npt.NDArray[np.int64]
 UInt64s = npt.NDArray[np.uint64]
 Mask = npt.NDArray[np.bool_]
 Rows = npt.NDArray[np.int64]  # indices of rows
+RUN_BYTES: Final = 8 << 20  # well within the codec's window
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,48 +46,91 @@ class SnapshotDiff:
 
     Attributes:
         entries: DIFF_ENTRY[k], ascending by (volume, block).
-        rows: the row behind each entry, int64[k].
-        data_rows: rows whose contents DIFF_BLOCKS holds, in its order; units: uint64, where they stand.
+        rows: the row behind each entry, int64[k]; units: uint64[k], where its content stands, 0 for zeros.
+        data_rows: rows whose contents DIFF_BLOCKS holds, in its order; shared_rows: those that share one of them.
         size_bytes: of DIFF_BLOCKS.
     """
 
     entries: npt.NDArray[np.void]
     rows: Rows
-    data_rows: Rows
     units: UInt64s
+    data_rows: Rows
+    shared_rows: Rows
     size_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
-class DifferenceJournal:
-    """The interval's writes, with data only where the fourth snapshot doesn't have them; layer after layer.
+class JournalPart:
+    """What of a difference journal goes in one transfer.
 
     Attributes:
-        entries: JOURNAL_ENTRY[n], ascending by (layer, volume, block, seq).
-        ends: int64[layers], where each layer ends in entries.
+        entries: JOURNAL_ENTRY[n], in at most MAX_JOURNAL_RUNS runs that ascend by (volume, block, seq).
         data_rows: rows whose contents JOURNAL_BLOCKS holds, in its order; data_sizes: int64, bytes of each.
-        data_ends: int64[layers], where each layer ends in these two.
     """
 
     entries: npt.NDArray[np.void]
-    ends: Int64s
     data_rows: Rows
     data_sizes: Int64s
-    data_ends: Int64s
+
+
+@dataclass(frozen=True, slots=True)
+class DifferenceJournal:
+    """The interval's writes, and where the content of each stands. All arrays have length n but those of layers.
+
+    Attributes:
+        layer: int64, that each row comes with. sizes: int64, bytes of each row's block.
+        source: uint16; JOURNAL where only the journal has its content. unit: uint64, for SHARED_FOURTH.
+        content: int64, one row of all that have the same content: the first by layer, then by seq.
+        counts, data_bytes: int64[layers], rows up to and with each layer, and what their contents take at least.
+    """
+
+    columns: Columns
+    layer: Int64s
+    sizes: Int64s
+    source: npt.NDArray[np.uint16]
+    unit: UInt64s
+    content: Rows
+    counts: Int64s
+    data_bytes: Int64s
 
     def bytes_up_to(self, layer: int) -> int:
-        """Of JOURNAL_BLOCKS, up to and with that layer; -1: none."""
-        return int(self.data_sizes[: self.data_ends[layer]].sum()) if layer >= 0 else 0
+        """Of JOURNAL_BLOCKS, up to and with that layer where they go in one transfer; -1: none."""
+        return int(self.data_bytes[layer]) if layer >= 0 else 0
 
-    def layers(self, base: int, layer: int) -> DifferenceJournal:
-        """What layers after `base` (-1: from the first) up to and with `layer` add."""
-        start, data_start = (int(ends[base]) if base >= 0 else 0 for ends in (self.ends, self.data_ends))
-        end, data_end = int(self.ends[layer]), int(self.data_ends[layer])
-        return DifferenceJournal(
-            self.entries[start:end], self.ends[: layer + 1].clip(start) - start,
-            self.data_rows[data_start:data_end], self.data_sizes[data_start:data_end],
-            self.data_ends[: layer + 1].clip(data_start) - data_start,
-        )  # fmt: skip
+    def part(self, base: int, layer: int, base_bytes: int = 0, run_bytes: int = RUN_BYTES) -> JournalPart:
+        """What layers after `base` (-1: from the first) up to and with `layer` add.
+
+        Contents go about in the order of writing, in which the link's codec finds versions of a block, and of blocks
+        that were written together, next to each other: layer after layer they took half as much again (measured
+        on SQLite's log). The last go first, since the diff has just carried what came after them. But rows have to
+        ascend for the replica: so they do within stretches of some MiB.
+
+        Args:
+            base_bytes: of JOURNAL_BLOCKS that the replica has. run_bytes: contents of a run, if not too many.
+        """
+        picked = np.flatnonzero((self.layer > base) & (self.layer <= layer))
+        source, sizes = self.source[picked], self.sizes[picked]
+        journal = source == int(Source.JOURNAL)
+        _, firsts, of = np.unique(self.content[picked[journal]], return_index=True, return_inverse=True)
+        mine = np.flatnonzero(journal)
+        carries = np.zeros(len(picked), dtype=np.bool_)
+        carries[mine[firsts]] = True
+        ends = np.cumsum(np.where(carries, sizes, 0))
+        total_bytes = int(ends[-1]) if len(ends) else 0
+        step = max(run_bytes, -(-total_bytes // MAX_JOURNAL_RUNS))
+        volume, block = self.columns.volume[picked], self.columns.block[picked]
+        order = np.lexsort((picked, block, volume, -(np.maximum(ends - 1, 0) // step)))
+        own = order[carries[order]]
+        unit = self.unit[picked]
+        unit[own] = (base_bytes + np.cumsum(sizes[own]) - sizes[own]) // UNIT_BYTES
+        unit[mine] = unit[mine[firsts][of]]
+        source[journal & ~carries] = int(Source.SHARED_JOURNAL)
+        shared = source >= int(Source.SHARED_FOURTH)
+        entries = np.zeros(len(picked), dtype=JOURNAL_ENTRY)
+        entries["volume"], entries["block"], entries["seq"] = volume, block, self.columns.seq[picked]
+        entries["source"] = source
+        entries["unit"][shared], entries["checksum"][shared] = unit[shared], self.columns.checksum[picked[shared]]
+        return JournalPart(entries[order], picked[own], sizes[own])
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,17 +176,21 @@ def snapshot_diff(
     last[:-1] = (volume[1:] != volume[:-1]) | (block[1:] != block[:-1])
     rows = order[last]
     picked = Columns(columns.volume[rows], columns.block[rows], columns.seq[rows], columns.checksum[rows])
-    zero = _zero_rows(
-        picked,
-        zero_checksums,
-        Contents(lambda a, b: contents.same(rows[a], rows[b]), lambda a: contents.zero(rows[a])),
-    )
-    data_rows = rows[~zero]
-    units, size_bytes = _units(columns, data_rows, block_sizes)
+    looks = Contents(lambda a, b: contents.same(rows[a], rows[b]), lambda a: contents.zero(rows[a]))
+    zero = _zero_rows(picked, zero_checksums, looks)
+    everything = np.arange(len(rows))
+    carrier = _carriers(picked, zero, np.zeros(len(rows), dtype=np.bool_), everything, block_sizes, looks)
+    shared = carrier != everything
+    own = np.flatnonzero(~shared & ~zero)
+    units = np.zeros(len(rows), dtype=np.uint64)
+    units[own], size_bytes = _units(picked, own, block_sizes)
+    units[shared] = units[carrier[shared]]
     entries = np.zeros(len(rows), dtype=DIFF_ENTRY)
     entries["volume"], entries["block"] = picked.volume, picked.block
-    entries["source"] = np.where(zero, int(Source.ZERO), int(Source.FOURTH))
-    return SnapshotDiff(entries, rows, data_rows, units, size_bytes)
+    entries["source"] = int(Source.FOURTH)
+    entries["source"][zero], entries["source"][shared] = int(Source.ZERO), int(Source.SHARED_FOURTH)
+    entries["unit"][shared] = units[shared]
+    return SnapshotDiff(entries, rows, units, rows[own], rows[shared], size_bytes)
 
 
 def difference_journal(
@@ -163,30 +213,24 @@ def difference_journal(
     volume, block = columns.volume[order], columns.block[order]
     followed = np.zeros(count, dtype=np.bool_)
     followed[:-1] = (volume[1:] == volume[:-1]) & (block[1:] == block[:-1])
-    layers = np.empty(count, dtype=np.uint8)
-    layers[order] = layers_of(times_ns[order], followed, to_time_ns)
-    order = order[np.argsort(layers[order], kind="stable")]
-    place = np.empty(count, dtype=np.int64)  # of each row in that order
-    place[order] = np.arange(count)
+    layer = np.empty(count, dtype=np.int64)
+    layer[order] = layers_of(times_ns[order], followed, to_time_ns)
+    place = np.empty(count, dtype=np.int64)  # of each row by layer, then by seq
+    place[np.argsort(layer, kind="stable")] = np.arange(count)
     zero = _zero_rows(columns, zero_checksums, contents)
     in_diff = np.zeros(count, dtype=np.bool_)
-    in_diff[diff.data_rows] = True
-    carrier = _carriers(columns, zero, in_diff, place, block_sizes, contents)
-    carries = carrier == np.arange(count)
-    own = order[(carries & ~in_diff & ~zero)[order]]
+    in_diff[diff.rows[diff.entries["source"] != int(Source.ZERO)]] = True
+    content = _carriers(columns, zero, in_diff, place, block_sizes, contents)
     unit = np.zeros(count, dtype=np.uint64)
-    unit[diff.data_rows], unit[own] = diff.units, _units(columns, own, block_sizes)[0]
-    source = np.where(in_diff[carrier], int(Source.SHARED_FOURTH), int(Source.SHARED_JOURNAL))
-    source[in_diff], source[own], source[zero] = int(Source.FOURTH), int(Source.JOURNAL), int(Source.ZERO)
-    shared = ~carries
-    entries = np.zeros(count, dtype=JOURNAL_ENTRY)
-    entries["volume"], entries["block"], entries["seq"] = columns.volume, columns.block, columns.seq
-    entries["source"] = source
-    entries["unit"][shared], entries["checksum"][shared] = unit[carrier[shared]], columns.checksum[shared]
-    everything = np.arange(len(RUNGS_NS))
+    unit[diff.rows] = diff.units
+    source = np.where(in_diff[content], int(Source.SHARED_FOURTH), int(Source.JOURNAL)).astype(np.uint16)
+    source[in_diff], source[zero] = int(Source.FOURTH), int(Source.ZERO)
+    sizes = block_sizes[columns.volume]
+    first = (source == int(Source.JOURNAL)) & (content == np.arange(count))
     return DifferenceJournal(
-        entries[order], np.searchsorted(layers[order], everything, side="right"),
-        own, block_sizes[columns.volume[own]], np.searchsorted(layers[own], everything, side="right"),
+        columns, layer, sizes, source, unit[content], content,
+        np.cumsum(np.bincount(layer, minlength=len(RUNGS_NS))),
+        np.cumsum(np.bincount(layer[first], sizes[first], minlength=len(RUNGS_NS)).astype(np.int64)),
     )  # fmt: skip
 
 

@@ -18,9 +18,10 @@ interval before it.
 Sections:
 
     DIFF            DIFF_ENTRY rows, strictly ascending by (volume, block)
-    DIFF_BLOCKS     contents of the rows of DIFF that aren't zero, whole blocks, in the order of DIFF
+    DIFF_BLOCKS     contents of the rows of DIFF with source FOURTH, whole blocks, in the order of DIFF
     POSITIONS       POSITION rows, strictly ascending: the states inside the interval that these layers add
-    JOURNAL         JOURNAL_ENTRY rows, layer after layer, each strictly ascending by (volume, block, seq)
+    JOURNAL         JOURNAL_ENTRY rows of all these layers together, in a few runs, each strictly ascending by
+                    (volume, block, seq): stretches of the order of writing, the last one first, for the codec
     JOURNAL_BLOCKS  contents of the rows of JOURNAL with source JOURNAL, whole blocks, in the order of JOURNAL
 
 While the link keeps up the open interval's writes *stream*, beside these transfers:
@@ -32,9 +33,10 @@ Rows, then their contents, then a Flush: that is a batch. It is applied whole, m
 A StreamMark closes the interval: what was streamed becomes a snapshot and an interval at every write on the replica
 itself. LAYERS of earlier intervals may go in between; the other kinds lead on from where the stream ended.
 
-`unit` counts 512 bytes, the smallest block size. Of all layers of an interval JOURNAL_BLOCKS stand one behind the
-other, so a place in them means the same whatever transfers they came in. A row says nothing that the replica finds
-by itself: its `unit` and `checksum` are 0 unless it shares the content of another row. All integers are little-endian.
+`unit` counts 512 bytes, the smallest block size. JOURNAL_BLOCKS of the transfers of an interval's layers stand one
+behind the other on the replica, and places in them count from the first one's. A row says nothing that the replica
+finds by itself: its `unit` and `checksum` are 0 but where it shares the content of another row. All integers are
+little-endian.
 """
 
 from __future__ import annotations
@@ -52,6 +54,7 @@ MAX_PAYLOAD_BYTES: Final = 1 << 20  # one Data frame; the limit of everything th
 MAX_CHECKPOINT_BYTES: Final = 16 << 20  # a sender checkpoints at least this often
 MAX_BATCH_BYTES: Final = 4 << 20  # contents of a batch of streamed writes: some of the greatest there can be
 MAX_BATCH_ROWS: Final = 32 << 10
+MAX_JOURNAL_RUNS: Final = 64  # in JOURNAL: the replica merges them
 WAITS: Final = "until the link is idle"  # how the cause of an interval ends whose journal hasn't come, but will
 
 
@@ -74,19 +77,19 @@ class Source(enum.IntEnum):
     """Where the content of a block of the difference journal stands (figure 6B)."""
 
     ZERO = 0  # all zeros, nothing stored
-    FOURTH = 1  # the second (fourth) snapshot has it in that block: the next in DIFF_BLOCKS, or what came there
+    FOURTH = 1  # the second (fourth) snapshot has it in that block: the next in DIFF_BLOCKS, or what DIFF gave it
     JOURNAL = 2  # only the difference journal has it: the next in JOURNAL_BLOCKS
     SHARED_FOURTH = 3  # that of another block, at `unit` of DIFF_BLOCKS
-    SHARED_JOURNAL = 4  # that of a row before, at `unit` of JOURNAL_BLOCKS
+    SHARED_JOURNAL = 4  # that of another row, at `unit` of JOURNAL_BLOCKS
 
 
 DIFF_ENTRY: Final = np.dtype(
     [
         ("block", "<u8"),
         ("checksum", "<u8"),  # 0
-        ("unit", "<u8"),  # 0
+        ("unit", "<u8"),  # SHARED_FOURTH: where a row before has its content in DIFF_BLOCKS, in units, else 0
         ("volume", "<u2"),  # index into Hello.volumes
-        ("source", "<u2"),  # ZERO or FOURTH
+        ("source", "<u2"),  # ZERO, FOURTH or SHARED_FOURTH
         ("reserved", "<u4"),
     ]
 )
@@ -95,7 +98,7 @@ JOURNAL_ENTRY: Final = np.dtype(
         ("block", "<u8"),
         ("seq", "<u8"),
         ("checksum", "<u8"),  # SHARED_…: xxh3_64 of the whole block (a volume's last padded with zeros), else 0
-        ("unit", "<u8"),  # SHARED_…: offset in DIFF_BLOCKS or in JOURNAL_BLOCKS of all layers, in units, else 0
+        ("unit", "<u8"),  # SHARED_…: offset in DIFF_BLOCKS, or in JOURNAL_BLOCKS of all transfers, in units, else 0
         ("volume", "<u2"),
         ("source", "<u2"),
         ("reserved", "<u4"),
@@ -279,7 +282,8 @@ class End(msgspec.Struct, frozen=True):
     Attributes:
         lengths: of all sections.
         checksums: xxh3_64 of the xxh3_64 (8 bytes each) of the blocks in DIFF_BLOCKS and JOURNAL_BLOCKS, as they were
-            taken at the splitter; None where blocks were read from the backing volume.
+            taken at the splitter, the first one also of those that rows of DIFF share, behind the others; None where
+            blocks were read from the backing volume.
     """
 
     lengths: tuple[int, int, int, int, int]

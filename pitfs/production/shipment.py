@@ -14,6 +14,7 @@ from pitfs.errors import CorruptionError
 from pitfs.model.difference import (
     Contents,
     DifferenceJournal,
+    JournalPart,
     Mask,
     Rows,
     SnapshotDiff,
@@ -44,7 +45,7 @@ from pitfs.model.transfer import (
 from pitfs.production.reader import BlockSource, Copy, Interval
 
 COMPARE_BYTES: Final = 4 << 20  # blocks compared at once: bounds what is held
-FORMAT: Final = 2  # of the sections' order; part of the identity
+FORMAT: Final = 3  # of the sections' order; part of the identity
 MAX_CAUSE_LENGTH: Final = 1000  # characters: what the link's manifest takes; errors with long paths have more
 
 
@@ -58,7 +59,7 @@ class Shipment:
     """An interval ready to go.
 
     Attributes:
-        journal: all layers; None where none is wanted, or nothing was written.
+        journal: None where none is wanted, or nothing was written.
         positions: POSITION[n], the states inside the interval; position_layers: the layer of each.
         rung_bytes: of each rung what its layers and those before take, in payload; None where it has no position.
     """
@@ -69,11 +70,6 @@ class Shipment:
     positions: npt.NDArray[np.void]
     position_layers: Layers
     rung_bytes: tuple[int | None, ...]
-
-    def journal_bytes(self, base: int, layer: int) -> int:
-        """What layers after `base` up to and with `layer` add to JOURNAL_BLOCKS."""
-        journal = self.journal
-        return 0 if journal is None else journal.bytes_up_to(layer) - journal.bytes_up_to(base)
 
     @property
     def diff_bytes(self) -> int:
@@ -121,7 +117,7 @@ def _bytes_of_rungs(journal: DifferenceJournal, position_layers: Layers) -> tupl
     count = len(RUNGS_NS)
     positions = np.cumsum(np.bincount(position_layers, minlength=count))
     data = [journal.bytes_up_to(layer) for layer in range(count)]
-    sizes = positions * POSITION.itemsize + journal.ends * JOURNAL_ENTRY.itemsize + data
+    sizes = positions * POSITION.itemsize + journal.counts * JOURNAL_ENTRY.itemsize + data
     return tuple(
         int(size) if reached else None
         for size, reached in zip(sizes.tolist(), positions.tolist(), strict=True)
@@ -180,25 +176,54 @@ def diff_manifest(shipment: Shipment, cause: str) -> Manifest:
     )
 
 
-def layers_manifest(shipment: Shipment, base: int, layer: int, cause: str) -> Manifest:
-    """The manifest of layers after `base` up to and with `layer`; the same for both: only its cause is new.
+@dataclass(frozen=True, slots=True)
+class PickedLayers:
+    """Layers after `base` up to and with `layer`, to go in one transfer.
+
+    Attributes:
+        base_bytes: of JOURNAL_BLOCKS that the replica has.
+        part: their rows and contents. positions: POSITION[n], those that they add.
+    """
+
+    interval: Interval
+    base: int
+    layer: int
+    base_bytes: int
+    part: JournalPart
+    positions: npt.NDArray[np.void]
+
+    @property
+    def end_bytes(self) -> int:
+        """Of JOURNAL_BLOCKS that the replica has with these."""
+        return self.base_bytes + int(self.part.data_sizes.sum())
+
+
+def pick_layers(shipment: Shipment, base: int, layer: int, base_bytes: int) -> PickedLayers:
+    """What goes next of a shipment that has a journal."""
+    assert shipment.journal is not None
+    layers = shipment.position_layers.astype(np.int64)
+    positions = shipment.positions[(layers > base) & (layers <= layer)]
+    part = shipment.journal.part(base, layer, base_bytes)
+    return PickedLayers(shipment.interval, base, layer, base_bytes, part, positions)
+
+
+def layers_manifest(picked: PickedLayers, cause: str) -> Manifest:
+    """The manifest of layers; the same for the same ones: only its cause is new.
 
     Args:
         cause: why no finer ones come with it, empty for the last.
     """
-    interval, journal = shipment.interval, shipment.journal
-    assert journal is not None
-    added, positions = _added(shipment, base, layer)
+    interval, base, layer = picked.interval, picked.base, picked.layer
     return Manifest(
         mark=interval.mark,
         kind=Kind.LAYERS,
         granularity_ns=RUNGS_NS[layer],
         base_granularity_ns=None if base == NO_LAYER else RUNGS_NS[base],
-        base_bytes=journal.bytes_up_to(base),
+        base_bytes=picked.base_bytes,
         diff_count=0,
-        journal_count=len(added.entries),
-        position_count=len(positions),
-        identity=_identity(f"layers {interval.mark} {base} {layer}", added.entries, positions),
+        journal_count=len(picked.part.entries),
+        position_count=len(picked.positions),
+        identity=_identity(f"layers {interval.mark} {base} {layer}", picked.part.entries, picked.positions),
         cause=cause,
         **_positions_of(interval),
     )
@@ -254,13 +279,6 @@ def _identity(what: str, *columns: npt.NDArray[np.void]) -> str:
     for column in columns:
         identity.update(column.tobytes())
     return identity.hexdigest()
-
-
-def _added(shipment: Shipment, base: int, layer: int) -> tuple[DifferenceJournal, npt.NDArray[np.void]]:
-    """What layers after `base` up to and with `layer` add: rows and contents, positions."""
-    assert shipment.journal is not None
-    layers = shipment.position_layers.astype(np.int64)
-    return shipment.journal.layers(base, layer), shipment.positions[(layers > base) & (layers <= layer)]
 
 
 def leads_on(copy: Copy, welcome: Welcome) -> bool:
@@ -324,29 +342,27 @@ def diff_frames(
         _plain(Section.DIFF, diff.entries.tobytes(), DIFF_ENTRY.itemsize, resume, payload_bytes),
         _blocks(Section.DIFF_BLOCKS, diff.data_rows, interval, source, volumes, resume, payload_bytes),
     )
-    checksums = _checksums(interval, diff.data_rows), _checksums(interval, diff.data_rows[:0])
+    rows = np.concatenate([diff.data_rows, diff.shared_rows])
+    checksums = _checksums(interval, rows), _checksums(interval, rows[:0])
     yield End((diff.entries.nbytes, diff.size_bytes, 0, 0, 0), checksums)
 
 
 def layers_frames(
-    shipment: Shipment,
-    base: int,
-    layer: int,
+    picked: PickedLayers,
     source: BlockSource,
     volumes: tuple[VolumeInfo, ...],
     resume: ResumePoint,
     payload_bytes: int = MAX_PAYLOAD_BYTES,
 ) -> Iterator[TransferFrame]:
-    """The frames of layers after `base` up to and with `layer`; as `diff_frames`."""
-    added, positions = _added(shipment, base, layer)
-    interval = shipment.interval
+    """The frames of layers; as `diff_frames`."""
+    interval, part, positions = picked.interval, picked.part, picked.positions
     yield from _with_checkpoints(
         _plain(Section.POSITIONS, positions.tobytes(), POSITION.itemsize, resume, payload_bytes),
-        _plain(Section.JOURNAL, added.entries.tobytes(), JOURNAL_ENTRY.itemsize, resume, payload_bytes),
-        _blocks(Section.JOURNAL_BLOCKS, added.data_rows, interval, source, volumes, resume, payload_bytes),
+        _plain(Section.JOURNAL, part.entries.tobytes(), JOURNAL_ENTRY.itemsize, resume, payload_bytes),
+        _blocks(Section.JOURNAL_BLOCKS, part.data_rows, interval, source, volumes, resume, payload_bytes),
     )
-    lengths = 0, 0, positions.nbytes, added.entries.nbytes, int(added.data_sizes.sum())
-    yield End(lengths, (_checksums(interval, added.data_rows[:0]), _checksums(interval, added.data_rows)))
+    lengths = 0, 0, positions.nbytes, part.entries.nbytes, int(part.data_sizes.sum())
+    yield End(lengths, (_checksums(interval, part.data_rows[:0]), _checksums(interval, part.data_rows)))
 
 
 def _checksums(interval: Interval, rows: Rows) -> int:

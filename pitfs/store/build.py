@@ -131,6 +131,7 @@ def build(
         load_node: reads nodes of committed maps.
 
     Raises:
+        RemoteProtocolError: a row shares another content than the splitter took in.
         CorruptionError: the map before, or what is staged, is damaged.
         CapacityError, OSError: the disk is full, or refuses.
     """
@@ -210,7 +211,20 @@ def _update_map(staged: StagedTransfer, volumes: Sequence[VolumeInfo], writer: M
         pointers, checksums = np.zeros((2, len(rows)), "<u8")
         stored = rows["source"] == Source.FOURTH
         pointers[stored], checksums[stored] = own.of(rows["volume"][stored])
+        shared = rows["source"] == Source.SHARED_FOURTH
+        if shared.any():
+            pointers[shared] = rows["unit"][shared] + np.uint64(first)
+            fd = staged.fd(Section.DIFF_BLOCKS)
+            checksums[shared] = read_checksums(fd, rows["unit"][shared], volumes[volume].block_size)
+            staged.take_shared(checksums[shared])
         writer.update(volume, rows["block"].astype("<i8"), pointers, checksums)
+    staged.check_shared()
+
+
+def read_checksums(fd: int, units: U64Array, block_size: int) -> U64Array:
+    """xxh3_64 of the blocks that stand there in an object of contents; of less than a block at its end."""
+    reads = (os.pread(fd, block_size, HEADER_BYTES + unit * UNIT_BYTES) for unit in units.tolist())
+    return np.fromiter(map(xxh3_64_intdigest, reads), "<u8", len(units))
 
 
 def second_bit(time_ns: int) -> int:

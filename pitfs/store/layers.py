@@ -1,6 +1,6 @@
 """More of a difference journal: staged layers and the index that is there become a finer index.
 
-Rows of each layer ascend, and so do those of the index: they are merged as they are read, a batch of each in
+Rows of each run ascend, and so do those of the index: they are merged as they are read, a batch of each in
 memory. What a row doesn't say is found here: a content of its own is the next in JOURNAL_BLOCKS, that of the fourth
 snapshot is where the block map has it, and a shared one is read and compared before anything leads to it.
 """
@@ -37,6 +37,7 @@ from pitfs.store.snapshots import SnapshotMap
 from pitfs.store.staging import StagedTransfer
 
 _KEYS = ("volume", "block", "seq")
+RUN_BATCH_ROWS = 1 << 12  # of each run at a time: with as many as there may be some 20 MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +198,7 @@ class LayersBuilder:
         snapshot = self._base.snapshot
         first = pointer(contents_object(snapshot, ObjectKind.JOURNAL_BLOCKS), self._base_units + run.unit)
         own = OwnContents(self._staged, Section.JOURNAL_BLOCKS, self._volumes, first, run.block)
-        for rows in self._staged.rows(Section.JOURNAL, run.row, end, verify=False):
+        for rows in self._staged.rows(Section.JOURNAL, run.row, end, False, RUN_BATCH_ROWS):
             found = np.zeros(len(rows), INDEX_ROW)
             for key in _KEYS:
                 found[key] = rows[key]

@@ -14,13 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from pitfs.errors import RemoteProtocolError
-from pitfs.model.ladder import RUNGS_NS, is_rung
-from pitfs.model.transfer import UNIT_BYTES, Kind, Manifest, Source, VolumeInfo
+from pitfs.model.ladder import is_rung
+from pitfs.model.transfer import MAX_JOURNAL_RUNS, UNIT_BYTES, Kind, Manifest, Source, VolumeInfo
 from pitfs.store.layout import MAX_SEQ, MAX_UNITS, is_name
 
 RowArray = npt.NDArray[np.void]  # DIFF_ENTRY, JOURNAL_ENTRY or POSITION
 _EMPTY: Final = -1
 _MAX_BLOCK_UNITS: Final = 128
+_OF_DIFF: Final = (Source.ZERO, Source.FOURTH, Source.SHARED_FOURTH)
 
 
 def refuse(section: str, problem: str) -> RemoteProtocolError:
@@ -35,14 +36,14 @@ class _Volumes:
         self.block_counts = np.array([volume.block_count for volume in volumes], "<u8")
         self.block_units = np.array([volume.block_size // UNIT_BYTES for volume in volumes], "<u8")
 
-    def check(self, section: str, rows: RowArray, sources: int) -> None:
+    def check(self, section: str, rows: RowArray, sources: Sequence[Source]) -> None:
         """Refuses rows outside of the group's volumes, and those that say what they may not."""
         volume, shared = rows["volume"], rows["source"] >= Source.SHARED_FOURTH
         if (volume >= self.count).any():
             raise refuse(section, f"volume {int(volume.max())} of {self.count}")
         if (rows["block"] >= self.block_counts[volume]).any():
             raise refuse(section, "a block behind the end of its volume")
-        if (rows["source"] >= sources).any() or rows["reserved"].any():
+        if not np.isin(rows["source"], sources).all() or rows["reserved"].any():
             raise refuse(section, "a source that this pitfs doesn't know")
         if (rows["unit"] >= MAX_UNITS - _MAX_BLOCK_UNITS).any():
             raise refuse(section, "a place behind the 32 TiB that one object can have")
@@ -52,6 +53,15 @@ class _Volumes:
     def own_units(self, rows: RowArray, own: Source) -> int:
         """What the contents take that come with these rows."""
         return int(self.block_units[rows["volume"][rows["source"] == own]].sum())
+
+    def own_ends(self, rows: RowArray, own: Source) -> npt.NDArray[np.uint64]:
+        """What the contents take that come with each row and those before it, in units."""
+        return np.cumsum(np.where(rows["source"] == own, self.block_units[rows["volume"]], 0), dtype="<u8")
+
+    def ends_of_shared(self, rows: RowArray) -> npt.NDArray[np.uint64]:
+        """The unit at which the content of each of these rows ends."""
+        ends: npt.NDArray[np.uint64] = rows["unit"] + self.block_units[rows["volume"]]
+        return ends
 
 
 def _begins(keys: Sequence[npt.NDArray[np.generic]], last: tuple[int, ...]) -> npt.NDArray[np.int64]:
@@ -73,6 +83,7 @@ class DiffCheck:
         self._last = (_EMPTY, _EMPTY)
         self.count = 0
         self.units = 0  # of contents named so far
+        self.shares = False  # whether a row shares one
 
     def take(self, rows: RowArray) -> None:
         """Checks the next rows.
@@ -80,13 +91,20 @@ class DiffCheck:
         Raises:
             RemoteProtocolError: they can't be.
         """
-        self._volumes.check("diff", rows, Source.FOURTH + 1)
+        self._volumes.check("diff", rows, _OF_DIFF)
         if len(_begins((rows["volume"], rows["block"]), self._last)):
             raise refuse("diff", "rows that don't strictly ascend by volume and block")
         self.count += len(rows)
         if self._limit is not None and self.count > self._limit:
             raise refuse("diff", f"more than the {self._limit} rows announced")
-        self.units += self._volumes.own_units(rows, Source.FOURTH)
+        ends = self.units + self._volumes.own_ends(rows, Source.FOURTH)
+        shared = rows["source"] == Source.SHARED_FOURTH
+        self.shares |= bool(shared.any())
+        if rows["checksum"].any():
+            raise refuse("diff", "a checksum that the replica finds by itself")
+        if (self._volumes.ends_of_shared(rows[shared]) > ends[shared]).any():
+            raise refuse("diff", "a row shares a content that no row before it brings")
+        self.units = int(ends[-1]) if len(ends) else self.units
         if len(rows):
             self._last = (int(rows["volume"][-1]), int(rows["block"][-1]))
 
@@ -100,10 +118,10 @@ class Run(NamedTuple):
 
 
 class JournalCheck:
-    """JOURNAL: layer after layer strictly ascending by (volume, block, seq), seq inside the interval.
+    """JOURNAL: runs that strictly ascend by (volume, block, seq), seq inside the interval.
 
     Attributes:
-        runs: where each layer that has rows begins, as far as the rows tell.
+        runs: where each begins, as far as the rows tell.
     """
 
     def __init__(self, volumes: Sequence[VolumeInfo], manifest: Manifest) -> None:
@@ -117,7 +135,7 @@ class JournalCheck:
 
     def take(self, rows: RowArray) -> None:
         """As DiffCheck."""
-        self._volumes.check("journal", rows, Source.SHARED_JOURNAL + 1)
+        self._volumes.check("journal", rows, tuple(Source))
         seq = rows["seq"]
         if ((seq <= self._manifest.from_seq) | (seq > self._manifest.to_seq)).any():
             raise refuse("journal", f"a seq outside of ({self._manifest.from_seq}, {self._manifest.to_seq}]")
@@ -132,7 +150,7 @@ class JournalCheck:
     def _take_run(self, rows: RowArray, begins: bool) -> None:
         if begins:
             self.runs.append(Run(self.count, self.blocks, self.units))
-            if len(self.runs) > len(RUNGS_NS):
+            if len(self.runs) > MAX_JOURNAL_RUNS:
                 raise refuse("journal", "rows that don't ascend by volume, block and seq")
         self.count += len(rows)
         self.blocks += int((rows["source"] == Source.JOURNAL).sum())

@@ -60,6 +60,7 @@ _CONTENTS: Final = {
 }
 _ROWS_OF: Final = {Section.DIFF_BLOCKS: Section.DIFF, Section.JOURNAL_BLOCKS: Section.JOURNAL}
 _OWN: Final = {Section.DIFF_BLOCKS: Source.FOURTH, Section.JOURNAL_BLOCKS: Source.JOURNAL}
+NOT_TAKEN: Final = "they aren't those whose checksums were taken at the splitter"
 _OF_LAYERS: Final = frozenset({Section.POSITIONS, Section.JOURNAL, Section.JOURNAL_BLOCKS})
 
 
@@ -129,6 +130,7 @@ class StagedTransfer:
         self._blocks = dict.fromkeys(_CONTENTS, 0)  # that have come
         self._sizes = {section: _Sizes(self._own_sizes(section)) for section in _CONTENTS}
         self._digests = {section: xxhash.xxh3_64() for section in (*_ROW_FILES, *_CONTENTS)}
+        self._shared, self._taken = xxhash.xxh3_64(), 0  # checksums of the diff, as found and as told by End
         self._fds: dict[Section, int] = {}
         self._checksum_fds: dict[Section, int] = {}
         try:
@@ -340,11 +342,33 @@ class StagedTransfer:
         ):  # fmt: skip
             if lengths[section] != units * UNIT_BYTES:
                 raise refuse(section.name, "contents that rows name are missing")
-        found = tuple(self._digests[section].intdigest() for section in _CONTENTS)
-        if end.checksums is not None and end.checksums != found:
-            raise refuse("contents", "they aren't those whose checksums were taken at the splitter")
+        diff, journal = (self._digests[section].intdigest() for section in _CONTENTS)
+        if end.checksums is None and self.diff.shares:
+            raise refuse("diff", "rows that share contents, without the checksums taken at the splitter")
+        if end.checksums is not None and end.checksums != (
+            end.checksums[0] if self.diff.shares else diff, journal
+        ):  # fmt: skip
+            raise refuse("contents", NOT_TAKEN)
+        self._shared = self._digests[Section.DIFF_BLOCKS].copy()
+        self._taken = end.checksums[0] if end.checksums else diff
 
-    def rows(self, section: Section, first: int = 0, end: int | None = None, verify: bool = True) -> Iterator[RowArray]:
+    def take_shared(self, checksums: U64Array) -> None:
+        """After `finish`: those of the contents that the next rows of DIFF share, as they were found."""
+        self._shared.update(checksums.data.cast("B"))
+
+    def check_shared(self) -> None:
+        """Compares all of them with what was taken at the splitter.
+
+        Raises:
+            RemoteProtocolError: they aren't the same.
+        """
+        if self._shared.intdigest() != self._taken:
+            raise refuse("contents", NOT_TAKEN)
+
+    def rows(
+        self, section: Section, first: int = 0, end: int | None = None, verify: bool = True,
+        batch_rows: int = BATCH_ROWS,
+    ) -> Iterator[RowArray]:  # fmt: skip
         """The rows of a section from `first` on, before `end`, in bounded batches.
 
         Args:
@@ -355,8 +379,8 @@ class StagedTransfer:
         """
         dtype, path, digest = ROW_DTYPES[section], self.path(section), xxhash.xxh3_64()
         stop = self._lengths[section] if end is None else end * dtype.itemsize
-        for offset in range(first * dtype.itemsize, stop, BATCH_ROWS * dtype.itemsize):
-            size = min(BATCH_ROWS * dtype.itemsize, stop - offset)
+        for offset in range(first * dtype.itemsize, stop, batch_rows * dtype.itemsize):
+            size = min(batch_rows * dtype.itemsize, stop - offset)
             data = read_exactly(self._fds[section], size, offset, path)
             if verify:
                 digest.update(data)

@@ -128,7 +128,7 @@ def sqlite(directory: str, log: str, journal: str, rate: float) -> None:
     connection.close()
 
 
-def tree(directory: str, source: str, seed: int) -> None:
+def tree(directory: str, source: str, seed: int, pause: float) -> None:
     """Copies the source in, then overwrites, appends, renames, links, removes and copies anew, for ever."""
     random_ = random.Random(seed)
     top = Path(directory)
@@ -146,7 +146,7 @@ def tree(directory: str, source: str, seed: int) -> None:
                 shutil.copy2(path, target)
                 if random_.random() < 0.3:
                     change(target, random_)
-                time.sleep(0.002)
+                time.sleep(pause)
 
 
 def change(path: Path, random_: random.Random) -> None:
@@ -192,6 +192,7 @@ def main() -> int:
     tree_.add_argument("directory")
     tree_.add_argument("--source", required=True)
     tree_.add_argument("--seed", type=int, default=1)
+    tree_.add_argument("--pause", type=float, default=0.002)
     options = vars(parser.parse_args())
     signal.signal(signal.SIGTERM, _end)
     try:

@@ -166,9 +166,10 @@ class Pipeline:
         self._feed(shipment.diff_frames(prepared, source, self.volumes, self.ingest.begin(manifest)))
         layer = layer_of(decision.granularity_ns)
         if prepared.journal is not None and layer != NO_LAYER:
-            manifest = shipment.layers_manifest(prepared, NO_LAYER, layer, decision.reason)
+            picked = shipment.pick_layers(prepared, NO_LAYER, layer, 0)
+            manifest = shipment.layers_manifest(picked, decision.reason)
             resume = self.ingest.begin(manifest)
-            self._feed(shipment.layers_frames(prepared, NO_LAYER, layer, source, self.volumes, resume))
+            self._feed(shipment.layers_frames(picked, source, self.volumes, resume))
         source.close()
         return manifest
 

@@ -128,6 +128,8 @@ class Daemon:
     As a context manager it starts on entry and is ended on exit, with SIGKILL if it must be.
     """
 
+    stdin: int = subprocess.DEVNULL  # PIPE for one that ends when whoever started it is gone
+
     def __init__(self, command: Sequence[str], log: Path, name: str) -> None:
         self.command = list(command)
         self.log = log
@@ -159,7 +161,7 @@ class Daemon:
         self.said = []
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True,
+                self.command, stdin=self.stdin, stdout=subprocess.PIPE, stderr=log, text=True,
                 cwd=ROOT, env=os.environ | {MARK: self.mark}, start_new_session=True,
             )  # fmt: skip
         given = (self.process, self._ready, self.said)

@@ -61,6 +61,7 @@ class Transfer:
     sections: dict[Section, bytes]
     block_sizes: dict[Section, list[int]]  # of contents, in order
     layers: list[Transfer] = field(default_factory=list)
+    shared: list[bytes] = field(default_factory=list)  # contents that rows of DIFF share, in order
 
     @property
     def end(self) -> End:
@@ -69,6 +70,7 @@ class Transfer:
         for section in (Section.DIFF_BLOCKS, Section.JOURNAL_BLOCKS):
             ends = np.cumsum(self.block_sizes[section]).tolist()
             blocks = [self.sections[section][a:b] for a, b in itertools.pairwise([0, *ends])]
+            blocks += self.shared if section is Section.DIFF_BLOCKS else []
             found = b"".join(xxh3_64_intdigest(block).to_bytes(8, "little") for block in blocks)
             checksums.append(xxh3_64_intdigest(found))
         return End((one, two, three, four, five), (checksums[0], checksums[1]))
@@ -170,7 +172,11 @@ class History:
             self.random.integers(count) if self.random.random() < 0.5 else self.random.integers(min(count, 5))
         )
         length = int(self.random.integers(1, min(4, count - block) + 1))
-        contents = [self._put(volume, block + i, self._content(volume)) for i in range(length)]
+        return self.write_blocks(volume, block, [self._content(volume) for _ in range(length)])
+
+    def write_blocks(self, volume: int, block: int, contents: Sequence[bytes]) -> Write:
+        """A write of these blocks, some time after the one before."""
+        contents = [self._put(volume, block + i, content) for i, content in enumerate(contents)]
         time_ns = max(self.times_ns[-1], self.protected_ns) + int(self.random.integers(1, self.step_ns))
         write = Write(len(self.times_ns), time_ns, volume, block, contents)
         self.times_ns.append(time_ns)
@@ -279,6 +285,7 @@ class _Sections:
         self.history = history
         self.diff_rows: list[tuple[int, int, int, int, int, int]] = []
         self.diff_contents: list[bytes] = []
+        self.shared: list[bytes] = []
         self.places: dict[bytes, tuple[Source, int]] = {}
 
     def diff(self, blocks: dict[tuple[int, int], bytes], zeros: bool) -> None:
@@ -288,10 +295,15 @@ class _Sections:
                 if zeros:
                     self.diff_rows.append((block, 0, 0, volume, Source.ZERO, 0))
                 continue
-            self.diff_rows.append((block, 0, 0, volume, Source.FOURTH, 0))
-            self.diff_contents.append(content)
-            self.places.setdefault(content, (Source.SHARED_FOURTH, unit))
-            unit += len(content) // UNIT_BYTES
+            if not zeros or content not in self.places:  # a full copy carries each content
+                self.diff_rows.append((block, 0, 0, volume, Source.FOURTH, 0))
+                self.diff_contents.append(content)
+                self.places.setdefault(content, (Source.SHARED_FOURTH, unit))
+                unit += len(content) // UNIT_BYTES
+                continue
+            source, place = self.places[content]
+            self.diff_rows.append((block, 0, place, volume, source, 0))
+            self.shared.append(content)
 
     def layers(
         self, diff: Manifest, writes: Sequence[Write], last: dict[tuple[int, int], bytes], rungs: Sequence[int]
@@ -353,7 +365,9 @@ class _Sections:
         return sorted(entries)
 
     def transfer(self, manifest: Manifest) -> Transfer:
-        return _transfer(manifest, self.diff_rows, self.diff_contents, [], [], [])
+        transfer = _transfer(manifest, self.diff_rows, self.diff_contents, [], [], [])
+        transfer.shared = self.shared
+        return transfer
 
 
 def _transfer(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from xxhash import xxh3_64_intdigest
 
 from pitfs.model.difference import Columns, Contents, Rows, difference_journal, snapshot_diff
 from pitfs.model.ladder import LAST_LAYER, NO_LAYER, RUNGS_NS, layers_of_positions
-from pitfs.model.transfer import UNIT_BYTES, Source
+from pitfs.model.transfer import MAX_JOURNAL_RUNS, UNIT_BYTES, Source
 
 Write = tuple[int, int, bytes]  # volume, block, content
 
@@ -67,10 +69,14 @@ def in_diff(diff, fourth: bytes, block_sizes: list[int]) -> dict[tuple[int, int]
     found, at = {}, 0
     for entry in diff.entries:
         size = block_sizes[entry["volume"]]
+        key = int(entry["volume"]), int(entry["block"])
         if entry["source"] == Source.ZERO:
-            found[int(entry["volume"]), int(entry["block"])] = bytes(size)
+            found[key] = bytes(size)
+        elif entry["source"] == Source.SHARED_FOURTH:
+            place = int(entry["unit"]) * UNIT_BYTES
+            found[key] = fourth[:at][place : place + size]  # of a row before
         else:
-            found[int(entry["volume"]), int(entry["block"])] = fourth[at : at + size]
+            found[key] = fourth[at : at + size]
             at += size
     return found
 
@@ -95,12 +101,13 @@ def test_the_patents_example_holds_data_for_the_first_write_only() -> None:
     diff, journal, _ = build(writes, [512])
     assert diff.entries["block"].tolist() == [0, 3]
     assert stream(diff.data_rows, writes) == block["e"] + block["f"]
-    assert stream(journal.data_rows, writes) == block["x"]
-    by_seq = journal.entries[np.argsort(journal.entries["seq"])]
+    part = journal.part(NO_LAYER, LAST_LAYER)
+    assert stream(part.data_rows, writes) == block["x"]
+    by_seq = part.entries[np.argsort(part.entries["seq"])]
     assert by_seq["source"].tolist() == [Source.JOURNAL, Source.FOURTH, Source.FOURTH]
-    streams = stream(diff.data_rows, writes), stream(journal.data_rows, writes)
+    streams = stream(diff.data_rows, writes), stream(part.data_rows, writes)
     image = list(third)
-    for (_, number), content in image_at(journal.entries, diff, *streams, [512], 2).items():
+    for (_, number), content in image_at(part.entries, diff, *streams, [512], 2).items():
         image[number] = content
     assert image == [block["x"], block["b"], block["c"], block["f"]]
 
@@ -120,11 +127,12 @@ def test_every_seq_reads_what_the_naive_model_has(seed: int) -> None:
             (volume, int(random.integers(6)), pool[random.integers(len(pool))][: block_sizes[volume]])
         )
     diff, journal, _ = build(writes, block_sizes, checksum)
-    fourth, own = stream(diff.data_rows, writes), stream(journal.data_rows, writes)
+    part = journal.part(NO_LAYER, LAST_LAYER, run_bytes=int(random.choice([512, 2048, 1 << 20])))
+    fourth, own = stream(diff.data_rows, writes), stream(part.data_rows, writes)
     assert len(fourth) == diff.size_bytes and len(own) == journal.bytes_up_to(LAST_LAYER)
     for seq in range(len(writes) + 1):
         naive = {(volume, block): content for volume, block, content in writes[:seq]}
-        assert image_at(journal.entries, diff, fourth, own, block_sizes, seq) == naive
+        assert image_at(part.entries, diff, fourth, own, block_sizes, seq) == naive
     last = {(volume, block): content for volume, block, content in writes}
     assert [(e["volume"], e["block"]) for e in diff.entries] == sorted(last)
     assert in_diff(diff, fourth, block_sizes) == last
@@ -140,41 +148,66 @@ def test_each_rung_gives_the_ends_of_its_granules(seed: int) -> None:
     diff, journal, _ = build(writes, [512], times_ns=times_ns)
     fourth, to_time_ns = stream(diff.data_rows, writes), int(times_ns[-1])
     layers = layers_of_positions(times_ns, to_time_ns)
-    whole = stream(journal.data_rows, writes)
-    assert len(journal.layers(NO_LAYER, LAST_LAYER).entries) == count and (layers <= LAST_LAYER).all()
+    assert len(journal.part(NO_LAYER, LAST_LAYER).entries) == count and (layers <= LAST_LAYER).all()
+    base, entries, own = NO_LAYER, [], b""  # what the replica has
     for layer, rung_ns in enumerate(RUNGS_NS):
-        part = journal.layers(NO_LAYER, layer)
-        own = stream(part.data_rows, writes)
-        assert len(own) == journal.bytes_up_to(layer) == part.data_sizes.sum()
-        assert whole.startswith(own), "a finer rung adds behind"
-        base = int(random.integers(-1, layer + 1))
-        added = journal.layers(base, layer)
-        before = journal.layers(NO_LAYER, base).entries if base > NO_LAYER else part.entries[:0]
-        assert np.concatenate([before, added.entries]).tolist() == part.entries.tolist()
-        assert own.endswith(stream(added.data_rows, writes))
+        assert journal.part(NO_LAYER, layer).data_sizes.sum() == journal.bytes_up_to(layer)
+        if layer != LAST_LAYER and random.random() < 0.4:
+            continue  # it goes with a finer one
+        part = journal.part(base, layer, len(own), run_bytes=2048)
+        added = stream(part.data_rows, writes)
+        assert len(added) == part.data_sizes.sum()
+        own += added
+        entries.append((part.entries, len(own) - len(added)))
+        base = layer
         given = (np.flatnonzero(layers <= layer) + 1).tolist()
+        seqs = sorted(seq for each, _ in entries for seq in each["seq"].tolist())
         if rung_ns:
             granules = {t // rung_ns: seq for seq, t in enumerate(times_ns.tolist(), 1)}
             del granules[to_time_ns // rung_ns]
             assert given == list(granules.values())
             # No more than these need: of each block the last content in each granule.
             needed = {(b, times_ns[i] // rung_ns): i + 1 for i, (_, b, _) in enumerate(writes)}
-            wanted = sorted(seq for (_, granule), seq in needed.items() if granule in granules)
-            assert sorted(part.entries["seq"].tolist()) == wanted
+            assert seqs == sorted(seq for (_, granule), seq in needed.items() if granule in granules)
+        blocks = in_diff(diff, fourth, [512])
+        found = {}
+        for each, start in entries:
+            for entry, content in zip(each, contents(each, fourth, own, [512], start), strict=True):
+                key = 0, int(entry["block"])
+                found[int(entry["seq"])] = key, blocks[key] if isinstance(content, tuple) else content
         for seq in given:
             naive = {(0, block): content for _, block, content in writes[:seq]}
-            assert image_at(part.entries, diff, fourth, own, [512], seq) == naive
+            assert dict(found[each] for each in seqs if each <= seq) == naive
 
 
 def test_a_content_written_twice_is_carried_once() -> None:
     a, b, c = (letter.encode() * 512 for letter in "abc")
     writes = [(0, 0, a), (0, 1, a), (0, 0, b), (0, 1, c), (0, 2, a), (0, 2, b)]
     diff, journal, compared = build(writes, [512])
-    assert stream(diff.data_rows, writes) == b + c + b
-    assert stream(journal.data_rows, writes) == a
+    assert stream(diff.data_rows, writes) == b + c
+    assert diff.entries["source"].tolist() == [Source.FOURTH, Source.FOURTH, Source.SHARED_FOURTH]
+    assert [writes[row][2] for row in diff.shared_rows] == [b] and not diff.entries["checksum"].any()
+    assert stream(journal.part(NO_LAYER, LAST_LAYER).data_rows, writes) == a
     assert compared, "equal checksums must lead to comparing bytes"
 
 
 def test_an_interval_without_writes_is_empty() -> None:
     diff, journal, _ = build([], [512])
-    assert len(diff.entries) == len(journal.entries) == diff.size_bytes == journal.bytes_up_to(LAST_LAYER) == 0
+    assert len(diff.entries) == diff.size_bytes == journal.bytes_up_to(LAST_LAYER) == 0
+    assert len(journal.part(NO_LAYER, LAST_LAYER).entries) == 0
+
+
+def test_rows_ascend_in_runs_and_their_contents_come_about_in_the_order_of_writing() -> None:
+    random = np.random.default_rng(3)
+    writes = [(0, int(random.integers(9)), random.bytes(512)) for _ in range(400)]
+    journal = build(writes, [512])[1]
+    part = journal.part(NO_LAYER, LAST_LAYER, run_bytes=32 * 512)
+    ranks = np.argsort(np.argsort(part.data_rows))
+    assert (ranks // 32 == 12 - np.arange(391 + 25)[25:] // 32).all(), "the last ones first"
+    assert runs_of(part.entries) == 13
+    assert runs_of(journal.part(NO_LAYER, LAST_LAYER, run_bytes=512).entries) <= MAX_JOURNAL_RUNS
+
+
+def runs_of(entries) -> int:  # type: ignore[no-untyped-def]
+    keys = entries[["volume", "block", "seq"]].tolist()
+    return 1 + sum(after <= before for before, after in itertools.pairwise(keys))

@@ -31,6 +31,7 @@ from pitfs.model.transfer import (
     Hello,
     Manifest,
     Section,
+    Source,
     VolumeInfo,
 )
 from pitfs.store.ingest import Ingest
@@ -347,6 +348,52 @@ def test_a_diff_row_that_cannot_be_is_refused(
     with pytest.raises(RemoteProtocolError):
         send(ingest, interval, DIFF=rows_with(data, DIFF_ENTRY, int(stored), field, value))
     send(ingest, interval)
+
+
+@pytest.fixture
+def twice(ingest: Ingest, history: History) -> tuple[Transfer, int]:
+    """A snapshot diff in which blocks end with one content, and the first of its rows that share it."""
+    for block in (1, 3, 6):
+        history.write_blocks(0, block, [b"x" * 1024])
+        history.write_blocks(0, block + 1, [bytes([block]) * 1024])
+    transfer = history.close_interval()
+    rows = np.frombuffer(transfer.sections[Section.DIFF], DIFF_ENTRY)
+    return transfer, int(np.flatnonzero(rows["source"] == Source.SHARED_FOURTH)[0])
+
+
+def test_blocks_that_end_with_one_content_share_it(
+    ingest: Ingest, history: History, twice: tuple[Transfer, int], tmp_path: Path
+) -> None:
+    transfer, _ = twice
+    assert len(transfer.sections[Section.DIFF_BLOCKS]) == 4 * 1024, "six blocks, four contents"
+    ingest_transfer(ingest, transfer)
+    store = Store.open(ingest.path)
+    try:
+        latest = store.latest()
+        assert latest is not None
+        assert read_image(store, latest, 0) == history.states[-1][0]
+    finally:
+        store.close()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "problem"),
+    [
+        ("unit", 4, "no row before"),  # that of the next row
+        ("unit", 1 << 20, "no row before"),
+        ("unit", 1, "taken at the splitter"),  # between two
+        ("unit", 2, "taken at the splitter"),  # another one
+        ("checksum", 5, "finds by itself"),
+    ],
+)
+def test_a_diff_row_shares_only_what_came_before_it(
+    ingest: Ingest, twice: tuple[Transfer, int], field: str, value: int, problem: str
+) -> None:
+    transfer, row = twice
+    data = rows_with(transfer.sections[Section.DIFF], DIFF_ENTRY, row, field, value)
+    with pytest.raises(RemoteProtocolError, match=problem):
+        send(ingest, transfer, DIFF=data)
+    send(ingest, transfer)
 
 
 @pytest.mark.parametrize("source", [1, 2, 3, 4])

@@ -55,7 +55,7 @@ def show(measures: Sequence[Measure]) -> None:
     """A table on standard output."""
     heads = ("measure", "value", "against", "ratio", "goal", "met")
     rows = [
-        (m.measure, f"{figure(m.value)} {m.unit}", m.against, "" if m.ratio is None else f"{m.ratio:.2f}",
+        (m.measure, f"{figure(m.value)} {m.unit}", m.against, "" if m.ratio is None else f"{m.ratio:.3f}",
          "" if m.goal is None else f"{m.goal:g}", {None: "", True: "yes", False: "NO"}[m.met])
         for m in measures
     ]  # fmt: skip

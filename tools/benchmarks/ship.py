@@ -1,4 +1,5 @@
-"""Group `ship`: the patent's load while everything goes on: 5,000 writes of 10 KB per second for a minute.
+"""Group `ship`: the patent's load while everything goes on, 5,000 writes of 10 KB per second for a minute; then
+what goes over the wire for recorded loads (see bandwidth.py).
 
 Sizes are multiples of 512 bytes, 2 to 18 KiB, 10 KiB on average, at multiples of 512; 30 % go to a hot
 hundredth of an 8 GiB sparse volume. All on one machine: the replica has the same two cores and disk.
@@ -11,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import bandwidth
 from common import Setting, bare_passthrough, fio
 from report import Measure, at_most, figure, note, plain
 
@@ -60,6 +62,10 @@ class Watch(threading.Thread):
 
 
 def run(setting: Setting) -> list[Measure]:
+    return patents_load(setting) + bandwidth.run(setting)
+
+
+def patents_load(setting: Setting) -> list[Measure]:
     tmp, load_s = setting.workspace, QUICK_LOAD_S if setting.quick else LOAD_S
     note(f"{WRITES_PER_S} writes of 10 KiB per second for {BARE_LOAD_S} s through the bare passthrough …")
     with bare_passthrough(free_file(tmp / "bare.backing", VOLUME_BYTES), tmp / "bare") as path:
