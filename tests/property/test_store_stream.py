@@ -203,7 +203,8 @@ def test_while_an_interval_is_closed_it_is_read_as_is_the_next_one_and_what_is_o
                 streaming.mark("middle")
         history, store = streaming.history, streaming.store
         assert streaming.readable == history.open[-1].seq and len(list(store.snapshots())) == 1
-        intervals = list(store.intervals())
+        assert not list(store.intervals())
+        intervals = list(store.open_intervals())
         middle = history.at
         assert [(i.from_seq, i.to_seq, i.granularity_ns, i.cause) for i in intervals] == [
             (0, middle[0], 0, "streaming"), (middle[0], streaming.readable, 0, "streaming")
