@@ -315,3 +315,40 @@ def test_a_flush_that_brings_writes_costs_one_sync_of_the_log_and_no_other(
     assert [os.path.basename(path) for path in synced] == [log_file(2)] * (len(run.parts[0]) - 1)
     assert ingest.flush(0).protected_through_ns == run.parts[0][-1].time_ns + 5
     ingest.close()
+
+
+def test_a_catalog_that_lost_what_was_not_durable_of_it_is_made_up_from_the_log(tmp_path: Path) -> None:
+    """Power is lost: commits that weren't synced are gone, the log has all that was acknowledged."""
+    history, clock = History(6, (VolumeInfo("a", 9_000, 1024),)), FakeClock()
+    ingest = Ingest(str(tmp_path / "now"), history.hello, clock)
+    ingest_transfer(ingest, history.close_interval())
+    lost = str(tmp_path / "lost")
+    for number in range(30):
+        ingest.write(batch_of([history.write() for _ in range(3)]))
+        clock.now_s += 1
+        durable = ingest.flush(history.times_ns[-1])
+        if number in (0, 9, 20):  # the catalog as of then, with what came to the log later
+            os.makedirs(f"{lost}-{number}", exist_ok=True)
+            for name in os.listdir(ingest.path):
+                if name.startswith("catalog.sqlite"):
+                    shutil.copy(os.path.join(ingest.path, name), f"{lost}-{number}")
+    for number in (0, 9, 20):
+        root = str(tmp_path / f"after-{number}")
+        shutil.copytree(ingest.path, os.path.join(root, "db1"))
+        for name in os.listdir(os.path.join(root, "db1")):
+            if name.startswith("catalog.sqlite"):
+                os.unlink(os.path.join(root, "db1", name))
+        for name in os.listdir(f"{lost}-{number}"):
+            shutil.copy(os.path.join(f"{lost}-{number}", name), os.path.join(root, "db1"))
+        store = Store.open(os.path.join(root, "db1"))
+        latest = store.latest()
+        assert latest is not None and latest.seq == 3 * (number + 1)
+        assert read_image(store, latest, 0) == history.states[latest.seq][0], "until then it is readable as it was"
+        again = Ingest(root, history.hello)
+        assert again.welcome().tail_seq == durable.seq == 90
+        for seq in range(91):
+            assert read_image(store, store.at_seq(seq), 0) == history.states[seq][0]
+        assert store.protected_through_ns() == history.times_ns[-1]
+        store.close()
+        again.close()
+    ingest.close()
