@@ -193,9 +193,7 @@ class Ingest:
                 self._area.clear(directory)
                 if base is not None:
                     self._area.make_room_for_layers(directory)
-                self._staged = StagedTransfer.create(
-                    directory, manifest, snapshot, self._history, self.hello.volumes
-                )
+                self._staged = StagedTransfer.create(directory, manifest, snapshot, self._history, self.hello.volumes)
         return self._staged.resume_point
 
     def data(self, frame: Data) -> None:

@@ -111,11 +111,7 @@ class StagedTransfer:
     """
 
     def __init__(
-        self,
-        directory: str,
-        progress: Progress,
-        history: bytes,
-        volumes: Sequence[VolumeInfo],
+        self, directory: str, progress: Progress, history: bytes, volumes: Sequence[VolumeInfo]
     ) -> None:
         self.directory = directory
         self.manifest = progress.manifest
@@ -295,16 +291,11 @@ class StagedTransfer:
                 if section in _CONTENTS:
                     os.fdatasync(self._checksum_fds[section])
         blocks = self._blocks[Section.DIFF_BLOCKS], self._blocks[Section.JOURNAL_BLOCKS]
-        self._save(
-            Progress(self.manifest, self.snapshot, self.lengths, cursor, blocks, self._digests_now())
-        )
+        self._save(Progress(self.manifest, self.snapshot, self.lengths, cursor, blocks, self._digests_now()))
         return self.resume_point
 
     def keep(self) -> None:
-        """Makes durable what came since the checkpoint: on a slow link that may be long ago. Raises OSError.
-
-        Not of a transfer whose sender goes on at its cursor instead of at the lengths.
-        """
+        """Makes durable what came since the checkpoint, unless its sender goes on at a cursor. Raises OSError."""
         p = self._progress
         if self.manifest.kind is not Kind.FULL and not p.cursor and self.lengths != p.lengths:
             self.checkpoint(())

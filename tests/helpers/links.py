@@ -95,7 +95,7 @@ def conversation() -> list[tuple[Role, Frame]]:
         (sender, Ping(2)),
         (receiver, Pong(2)),
         (sender, End((64, 8, 0, 0, 0))),
-        (receiver, Committed(Welcome(4, 13, 71, 81))),
+        (receiver, Committed(Welcome(5, 13, 71, 81))),
         (sender, Begin(MANIFEST)),
         (receiver, Resume(ResumePoint())),
         (sender, Park()),
