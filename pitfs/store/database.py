@@ -103,7 +103,7 @@ def _errors(path: str) -> Iterator[None]:
         yield
     except apsw.FullError:
         raise CapacityError(
-            f"{path}: no room: make room on that file system; pitfs goes on by itself"
+            f"{path}: No space left on device: make room on that file system; pitfs goes on by itself"
         ) from None
     except (apsw.CorruptError, apsw.NotADBError, UnicodeDecodeError) as error:
         raise CorruptionError(

@@ -126,7 +126,8 @@ def test_a_full_replica_stops_acknowledging_and_goes_on_when_there_is_room(tmp_p
                 )
                 check_images(replica, tmp_path, states)
                 assert mount.image(instant).read_bytes() == states[instant]
-                assert digest(replica.store(), "latest") == digest(replica.store(), instant)
+                newest = os.readlink(mount.path / "latest")  # writes streamed for as long as there was room
+                assert newest >= instant and digest(replica.store(), newest) == xxhsum(mount.image(newest))
                 assert replica.listing()["snapshots"][-1]["instant"] == instant
 
             together(snapshot_gives_up, reading_goes_on)

@@ -32,8 +32,8 @@ def backing(tmp_path: Path) -> Path:
     [
         (("[splitter]", "[spliter]"), ("line 6, spliter", "did you mean 'splitter'?")),
         (('interval = "2s"', 'interval = "2"'), ("line 10, replication.interval", '"60s"')),
-        (('interval = "2s"', 'mode = "sync"'), ("line 10, replication.mode", "use 'dynamic' or 'snapshot'")),
-        (('interval = "2s"', 'mode = "async"'), ("line 10, replication.mode", "isn't available yet")),
+        (('interval = "2s"', 'on_disconnect = "block"'), ("line 10, replication.on_disconnect", "set mode = \"sync\"")),
+        (('interval = "2s"', 'window = "256MiB"'), ("line 10, replication.window", "128MiB")),
         (("[volumes.root]", '[volumes."ro/ot"]'), ("volumes", "'ro/ot'", "A-Z a-z 0-9 . _ -")),
         (('name = "g"', 'name = "a b"'), ("line 2, group.name", "isn't a valid name")),
         (("[group]", "[group"), ("line 1", "isn't valid TOML")),
