@@ -311,7 +311,8 @@ def test_list_shows_the_open_interval_and_times_its_seconds(
     ingest.flush(history.times_ns[-1])
     assert main(["list", ingest.path, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    (interval,) = document["intervals"]
+    (interval,) = document["open_intervals"]
+    assert document["intervals"] == []
     assert interval == {
         "from": format_instant(history.times_ns[0]), "to": format_instant(history.times_ns[9]),
         "granularity_ns": 0, "cause": "streaming", "from_seq": 0, "to_seq": 9,
@@ -324,9 +325,9 @@ def test_list_shows_the_open_interval_and_times_its_seconds(
     assert main(["resolve", ingest.path, "latest", "--json"]) == 0
     resolved = json.loads(capsys.readouterr().out)
     assert (resolved["seq"], resolved["kind"], resolved["granularity_ns"]) == (9, "intermediary", 0)
-    assert list(store.intervals(to_ns=history.times_ns[0])) == []
-    assert len(list(store.intervals(from_ns=history.times_ns[9]))) == 1
-    assert list(store.intervals(from_ns=history.times_ns[9] + 1)) == []
+    assert list(store.open_intervals(to_ns=history.times_ns[0])) == []
+    assert len(list(store.open_intervals(from_ns=history.times_ns[9]))) == 1
+    assert list(store.open_intervals(from_ns=history.times_ns[9] + 1)) == []
 
 
 def test_after_an_error_of_the_disk_the_session_ends_and_the_next_one_goes_on(
