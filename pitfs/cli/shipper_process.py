@@ -151,7 +151,8 @@ async def _stop_when_told(scope: trio.CancelScope) -> None:
 def serve(config: Config) -> int:
     """Ships until SIGTERM; returns the exit code."""
     set_process_name("pitfs-shipper")
-    os.nice(NICENESS)
+    if config.replication.mode != "sync":  # there writes wait for it
+        os.nice(NICENESS)
     bound_heap()
     group = read_group(config.group.state)
     if group is None:

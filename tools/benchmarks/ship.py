@@ -8,8 +8,10 @@ hundredth of an 8 GiB sparse volume. All on one machine: the replica has the sam
 from __future__ import annotations
 
 import math
+import statistics
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import bandwidth
@@ -19,6 +21,7 @@ from report import Measure, at_most, figure, note, plain
 from pitfs.cli.asking import ask
 from pitfs.config import load_config
 from pitfs.errors import PitfsError
+from pitfs.store.store import Store
 from tests.helpers.hosts import Mount, Production, Replica, digest, xxhsum
 from tests.helpers.loops import free_file
 from tests.helpers.processes import cpu_seconds, resident_bytes
@@ -39,20 +42,27 @@ LOAD = {
 
 
 class Watch(threading.Thread):
-    """Asks for the lag each second while the load runs.
+    """Asks for the lag each second while the load runs, and how old the newest instant is that can be read.
 
-    Not by the command: starting a Python each second would take a tenth of a core from what is measured.
+    Not by the commands: starting a Python each second would take a tenth of a core from what is measured.
+
+    Attributes:
+        ages_s: of the newest readable write; as there are some thousand each second, that is how late they come.
     """
 
-    def __init__(self, production: Production) -> None:
+    def __init__(self, production: Production, replica: Replica) -> None:
         super().__init__(daemon=True)
         self.config = load_config(str(production.config))
+        self.store = Store.open(str(replica.store()))
         self.lags_s: list[float] = []
+        self.ages_s: list[float] = []
         self.problems: list[str] = []
         self.ending = threading.Event()
 
     def run(self) -> None:
         while not self.ending.wait(1):
+            newest = self.store.latest()
+            self.ages_s.append(math.inf if newest is None else (time.time_ns() - newest.time_ns) / 1e9)
             try:
                 lag = ask(self.config, "status")["lag_seconds"]
             except PitfsError as error:
@@ -62,7 +72,22 @@ class Watch(threading.Thread):
 
 
 def run(setting: Setting) -> list[Measure]:
-    return patents_load(setting) + bandwidth.run(setting)
+    return patents_load(setting) + as_it_comes(setting) + bandwidth.run(setting)
+
+
+def as_it_comes(setting: Setting) -> list[Measure]:
+    """The same load for a shorter time in mode async: how late writes can be read."""
+    tmp = setting.workspace / "async"
+    tmp.mkdir()
+    with (
+        Replica(tmp) as replica,
+        Production(
+            tmp, {"root": VOLUME_BYTES}, port=replica.port, interval=f"{INTERVAL_S}s", mode="async"
+        ) as production,
+    ):
+        production.snapshot(timeout_s=600)
+        found = _load(production, replica, QUICK_LOAD_S, WRITES_PER_S)
+    return [replace(each, measure=f"mode async: {each.measure}") for each in found if "can be read" in each.measure]
 
 
 def patents_load(setting: Setting) -> list[Measure]:
@@ -105,13 +130,14 @@ def _load(production: Production, replica: Replica, load_s: int, bare_per_s: flo
     note(f"{WRITES_PER_S} writes of 10 KiB per second for {load_s} s …")
     hosts = (("protect", production.pids()), ("receive", replica.pids()))
     before = [cpu_seconds(pids) for _, pids in hosts]
-    watch = Watch(production)
+    watch = Watch(production, replica)
     watch.start()
     try:
         report = fio(production.volume(), **LOAD, runtime=load_s)
     finally:
         watch.ending.set()
         watch.join(30)
+        watch.store.close()
     for problem in watch.problems:
         note(f"status: {problem}")
     written_gb = report["bw_bytes"] * load_s / 1e9
@@ -121,6 +147,7 @@ def _load(production: Production, replica: Replica, load_s: int, bare_per_s: flo
     ]
     latency = report["clat_ns"]["percentile"]
     worst_lag = max(watch.lags_s, default=math.inf)
+    ages = watch.ages_s[1:] or [math.inf]  # not before the load had begun
     return [
         sustained(report["iops"], bare_per_s),
         plain("the patent's load: bytes", report["bw_bytes"] / 1e6, "MB/s"),
@@ -128,6 +155,8 @@ def _load(production: Production, replica: Replica, load_s: int, bare_per_s: flo
         plain("the patent's load: 99 % of writes within", latency["99.000000"] / 1e3, "µs"),
         plain("the patent's load: longest write", report["clat_ns"]["max"] / 1e6, "ms"),
         at_most("greatest lag of the replica under it", worst_lag / INTERVAL_S, "intervals", 2),
+        at_most("a write can be read on the replica after, median", statistics.median(ages), "s", 1),
+        at_most("a write can be read on the replica after, at most", max(ages), "s", 1),
         *cpu,
     ]
 
