@@ -134,9 +134,7 @@ def _rows(store: Store, from_ns: int | None, to_ns: int | None) -> Iterator[tupl
                 "from_seq": each.from_seq,
                 "to_seq": each.to_seq,
             }
-            for each in store.gaps()
-            if (from_ns is None or each.to_time_ns >= from_ns)
-            and (to_ns is None or each.from_time_ns < to_ns)
+            for each in store.gaps(from_ns, to_ns)
         ),
     )
 

@@ -82,7 +82,7 @@ def resolve(store: Store, text: str, zone_name: str = "UTC") -> tuple[Resolution
         NoSuchInstantError: no state answers to it.
     """
     from pitfs.cli.mount import parse_zone
-    from pitfs.view.tree import resolve_time
+    from pitfs.view.times import resolve_time
 
     zone: datetime.tzinfo = parse_zone(zone_name)
     if text == "latest":

@@ -6,10 +6,13 @@ import argparse
 import json
 import os
 import time
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pitfs.errors import UsageError
 from pitfs.model.position import format_instant
+
+if TYPE_CHECKING:
+    from pitfs.store.store import Store
 
 NAME: Final = "status"
 
@@ -78,9 +81,17 @@ def _replica(path: str) -> dict[str, Any]:
             "last_decision": decision,
             "holders": [],
             "seq": latest.seq if latest else None,
+            "last_gap": _last_gap(store),
         }
     finally:
         store.close()
+
+
+def _last_gap(store: Store) -> dict[str, str] | None:
+    gap = store.last_gap()
+    if gap is None:
+        return None
+    return {"from": format_instant(gap.from_time_ns), "to": format_instant(gap.to_time_ns), "cause": gap.cause}
 
 
 def _print(status: dict[str, Any]) -> None:
@@ -98,4 +109,6 @@ def _print(status: dict[str, Any]) -> None:
                 else f"{granularity} ns"
             )
             value = f"{what}: {value['reason']}"
+        if key == "last_gap":
+            value = f"{value['from']} -> {value['to']}: {value['cause']}"
         print(f"{key.replace('_', ' '):<26}{value}")

@@ -20,14 +20,13 @@ import pyfuse3
 import trio
 
 from pitfs.fuse.common import failed, guard, in_thread
-from pitfs.model.position import format_instant
 from pitfs.view.tree import ROOT_INODE, Entry, Kind, NoEntryError, Tree, Type, unpack_inode
 from pitfs.view.view import PointInTimeView, ReadBuffer, TableCache
 
 if TYPE_CHECKING:
     from pyfuse3 import FileHandleT, FileNameT, FlagT, InodeT, ReaddirToken, RequestContext, XAttrNameT
 
-    from pitfs.store.store import Resolution, Store
+    from pitfs.store.store import Store
 
 PERMANENT_TIMEOUT_S: Final = 300.0  # what never changes may only be pruned
 # The kernel asks for the root on the way of every path; its mtime, which needs the catalog, may be this late.
@@ -149,16 +148,14 @@ class Replica(pyfuse3.Operations):
 
     @handler
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
-        resolution = await self._ask(self._tree.resolution_of, inode)
-        value = extended_attributes(resolution).get(name) if resolution else None
+        value = (await in_thread(self._tree.attributes_of, inode, limiter=self._tree_limiter)).get(name)
         if value is None:
             raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
         return value
 
     @handler
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
-        resolution = await self._ask(self._tree.resolution_of, inode)
-        return list(extended_attributes(resolution)) if resolution else []
+        return list(await in_thread(self._tree.attributes_of, inode, limiter=self._tree_limiter))
 
     # -------------------------------------------------------------- images
 
@@ -236,14 +233,3 @@ class Replica(pyfuse3.Operations):
     # The mount is read-only, so the kernel refuses first, unless root remounts it.
     setattr = mknod = mkdir = unlink = rmdir = symlink = rename = _refuse  # type: ignore[assignment]
     link = create = write = setxattr = removexattr = _refuse  # type: ignore[assignment]
-
-
-def extended_attributes(resolution: Resolution) -> dict[bytes, bytes]:
-    """The attributes of an instant's directory and images; the names and values are the contract."""
-    granularity = resolution.granularity_ns
-    return {
-        b"user.pitfs.seq": b"%d" % resolution.seq,
-        b"user.pitfs.time": format_instant(resolution.time_ns).encode(),
-        b"user.pitfs.kind": resolution.kind.encode(),
-        b"user.pitfs.granularity": b"null" if granularity is None else b"%d" % granularity,
-    }

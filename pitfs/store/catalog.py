@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, replace
-from typing import Any
+from typing import Any, Final
 
 from pitfs.errors import CorruptionError
 from pitfs.model.blockmap import Entry
@@ -22,6 +22,8 @@ from pitfs.store.facts import Commit, Interval, LayersCommit, ObjectFacts, Piece
 
 def _bookmark(row: tuple[Any, ...]) -> Bookmark:
     return Bookmark(name=row[0], seq=row[1], time_ns=row[2])
+
+_GAP: Final = "from_seq, from_time_ns, to_seq, to_time_ns, cause, row_checksum"  # all columns but the id
 
 
 class Catalog(Database):
@@ -99,6 +101,10 @@ class Catalog(Database):
         row = self._row_of("bookmarks", 0, "name", name)
         return _bookmark(row) if row else None
 
+    def last_gap(self) -> Gap | None:
+        sql = f"SELECT {_GAP} FROM gaps ORDER BY to_time_ns DESC, id DESC LIMIT 1"
+        return next((Gap(*self._verified("gaps", row)) for row in self._rows(sql)), None)
+
     def has_gap(self, after_ns: int, before_ns: int) -> bool:
         """Whether a gap overlaps the open stretch of time (after_ns, before_ns)."""
         sql = "SELECT 1 FROM gaps WHERE to_time_ns > ? AND from_time_ns < ? LIMIT 1"
@@ -141,11 +147,15 @@ class Catalog(Database):
         for row in self._paged("bookmarks", "time_ns, name, *", sql, (), (first, "")):
             yield _bookmark(row)
 
-    def gaps(self) -> Iterator[Gap]:
-        columns = "to_time_ns, id, from_seq, from_time_ns, to_seq, to_time_ns, cause, row_checksum"
+    def gaps(self, from_ns: int | None = None, to_ns: int | None = None) -> Iterator[Gap]:
+        """Those that have an instant in the stretch of time, or end where it begins; by time."""
+        columns = f"to_time_ns, id, {_GAP}"
         sql = "WHERE (to_time_ns, id) > (?, ?) ORDER BY to_time_ns, id"
-        for row in self._paged("gaps", columns, sql, (), (_low(None), 0)):
-            yield Gap(*row)
+        for row in self._paged("gaps", columns, sql, (), (_low(None) if from_ns is None else from_ns, 0)):
+            gap = Gap(*row)
+            if gap.from_time_ns >= _high(to_ns):  # gaps don't overlap: no later one begins before it
+                return
+            yield gap
 
     def minutes(self, first: int, end: int) -> Iterator[int]:
         """Minutes since the epoch in [first, end) that have a reachable instant."""
@@ -229,7 +239,7 @@ class Catalog(Database):
                 self._put("bookmarks", (b.name, b.seq, b.time_ns), "ON CONFLICT DO NOTHING")
             for gap in manifest.gaps:
                 self._put(
-                    "gaps (from_seq, from_time_ns, to_seq, to_time_ns, cause, row_checksum)",
+                    f"gaps ({_GAP})",
                     (gap.from_seq, gap.from_time_ns, gap.to_seq, gap.to_time_ns, gap.cause),
                 )
             self._put_minutes(commit.minutes)

@@ -229,9 +229,12 @@ class Store:
     def bookmark(self, name: str) -> Bookmark | None:
         return self._catalog.bookmark(name)
 
-    def gaps(self) -> Iterator[Gap]:
-        """Gaps by time."""
-        return self._catalog.gaps()
+    def gaps(self, from_ns: int | None = None, to_ns: int | None = None) -> Iterator[Gap]:
+        """Gaps that have an instant in that time, or end where it begins; by time."""
+        return self._catalog.gaps(from_ns, to_ns)
+
+    def last_gap(self) -> Gap | None:
+        return self._catalog.last_gap()
 
     def days(self, from_day: int = 0) -> Iterator[int]:
         """Days since 1970-01-01 (UTC) that have a reachable instant; one look-up for each."""

@@ -30,15 +30,15 @@ from pitfs.model.position import (
     DAY_NS,
     MINUTE_NS,
     SECOND_NS,
-    AtSeq,
     NotATimeError,
     format_day,
     format_instant,
     parse_instant,
-    parse_time,
 )
 from pitfs.model.transfer import VolumeInfo
+from pitfs.view.attributes import extended_attributes
 from pitfs.view.bookmarks import bookmarks_behind
+from pitfs.view.times import resolve_time
 
 if TYPE_CHECKING:
     from pitfs.store.store import Resolution, Store
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 LATEST: Final = "latest"
 BOOKMARKS: Final = "bookmarks"
 TIMES: Final = "times"
+GAP: Final = "-gap"  # behind the second in which one begins: a link to the last state before it
 MAX_NAME_BYTES: Final = 254  # a name of 255 bytes says no time and names no volume
 
 SEQ_BITS: Final = 46  # 70,000,000,000,000 writes: 22 years of 100,000 a second
@@ -59,7 +60,7 @@ _COOKIE_BASE: Final = 16  # cookies below are those of the fixed entries
 
 _DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", re.ASCII)
 _MINUTE = re.compile(r"([01][0-9]|2[0-3])-([0-5][0-9])", re.ASCII)
-_SECOND = re.compile(r"([01][0-9]|2[0-3])-([0-5][0-9])-([0-5][0-9])", re.ASCII)
+_SECOND = re.compile(r"([01][0-9]|2[0-3])-([0-5][0-9])-([0-5][0-9])(-gap)?", re.ASCII)
 
 
 class NoEntryError(Exception):
@@ -265,6 +266,11 @@ class Tree:
         kind, _, seq = unpack_inode(inode)
         return self.resolution(seq) if kind in (Kind.INSTANT, Kind.IMAGE) else None
 
+    def attributes_of(self, inode: int) -> dict[bytes, bytes]:
+        """The extended attributes of an instant's directory or image; none of any other entry."""
+        resolution = self.resolution_of(inode)
+        return extended_attributes(self._store, resolution) if resolution is not None else {}
+
     # -------------------------------------------------------------- listings
 
     def listing(self, inode: int, cookie: int) -> Iterator[tuple[str, Entry, int]]:
@@ -322,9 +328,11 @@ class Tree:
     def _list_seconds(self, minute: int, cookie: int) -> Iterator[tuple[str, Entry, int]]:
         for resolution in self._store.seconds(minute):
             second = resolution.time_ns // SECOND_NS
-            if second + _COOKIE_BASE >= cookie:
-                link = self._link(resolution.seq, resolution.time_ns, 3)
-                yield _clock_name(second), link, second + _COOKIE_BASE + 1
+            number = 2 * second + _COOKIE_BASE
+            if number >= cookie:
+                yield _clock_name(second), self._link(resolution.seq, resolution.time_ns, 3), number + 1
+            if number + 1 >= cookie and (before := self._before_gap(second)) is not None:
+                yield _clock_name(second) + GAP, self._link(before.seq, before.time_ns, 3), number + 2
 
     # -------------------------------------------------------------- names
 
@@ -375,8 +383,17 @@ class Tree:
         if match is None or int(match[1]) * 60 + int(match[2]) != minute % 1440:
             raise NoEntryError
         start_ns = minute * MINUTE_NS + int(match[3]) * SECOND_NS
-        resolution = self._last_in(start_ns, start_ns + SECOND_NS)
+        last = self._last_in(start_ns, start_ns + SECOND_NS)
+        resolution = self._before_gap(start_ns // SECOND_NS) if match[4] else last
+        if resolution is None:
+            raise NoEntryError
         return self._link(resolution.seq, resolution.time_ns, 3)
+
+    def _before_gap(self, second: int) -> Resolution | None:
+        """The last state before the gap that begins in that second since 1970, if one does."""
+        start_ns, end_ns = second * SECOND_NS, (second + 1) * SECOND_NS
+        begin = next((gap for gap in self._store.gaps(start_ns, end_ns) if gap.from_time_ns >= start_ns), None)
+        return self._store.at_instant(begin.from_time_ns) if begin is not None else None
 
     def _last_in(self, start_ns: int, end_ns: int) -> Resolution:
         """The newest reachable state whose time is in [start, end); NoEntryError if there is none."""
@@ -423,19 +440,3 @@ def _clock_name(second: int) -> str:
     """`HH-MM-SS` of a second since 1970."""
     second %= 86_400
     return f"{second // 3600:02d}-{second // 60 % 60:02d}-{second % 60:02d}"
-
-
-def resolve_time(
-    store: Store, text: str, now_ns: int, zone: datetime.tzinfo = datetime.UTC
-) -> tuple[Resolution, bool]:
-    """The newest reachable state not after what `text` says, and whether it is exactly the state then.
-
-    Raises:
-        NotATimeError: it's no way to say a time.
-        NoSuchInstantError: no state answers to it.
-    """
-    wanted = parse_time(text, now_ns=now_ns, zone=zone)
-    if isinstance(wanted, AtSeq):
-        resolution = store.at_seq(wanted.seq)
-        return resolution, resolution.seq == wanted.seq
-    return store.at_time(wanted.time_ns)

@@ -12,7 +12,7 @@ import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import NoSuchInstantError
-from pitfs.model.transfer import Bookmark, VolumeInfo
+from pitfs.model.transfer import Bookmark, Gap, VolumeInfo
 from pitfs.store.catalog import Snapshot
 from pitfs.store.store import Resolution
 
@@ -46,6 +46,7 @@ class FakeStore:
         self.coarse = set(coarse)
         self.protected_ns = times_ns[-1] if protected_through_ns is None else protected_through_ns
         self.version = 1
+        self.gap_list: list[Gap] = []
 
     def data_version(self) -> int:
         return self.version
@@ -103,6 +104,11 @@ class FakeStore:
 
     def bookmark(self, name: str) -> Bookmark | None:
         return next((each for each in self.marked if each.name == name), None)
+
+    def gaps(self, from_ns: int | None = None, to_ns: int | None = None) -> Iterator[Gap]:
+        for gap in self.gap_list:
+            if (from_ns is None or gap.to_time_ns >= from_ns) and (to_ns is None or gap.from_time_ns < to_ns):
+                yield gap
 
     def _seconds(self) -> list[int]:
         seqs = {self._reachable(seq) for seq in range(self.ends[-1] + 1)}

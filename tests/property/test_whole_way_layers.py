@@ -40,7 +40,7 @@ class Sent:
         self.pipeline, self.interval = pipeline, interval
         self.source = BlockSource(journal_directory(pipeline.state), interval, pipeline.block_sizes)
         self.prepared: Shipment = shipment.prepare(interval, pipeline.volumes, self.source, True)
-        self.layer = NO_LAYER
+        self.layer, self.base_bytes = NO_LAYER, 0
         resume = pipeline.ingest.begin(shipment.diff_manifest(self.prepared, "waits"))
         for frame in shipment.diff_frames(self.prepared, self.source, pipeline.volumes, resume):
             feed(pipeline.ingest, frame)
@@ -50,10 +50,10 @@ class Sent:
         pipeline, random = self.pipeline, self.pipeline.random
         if layer <= self.layer or self.prepared.journal is None:
             return
-        resume = pipeline.ingest.begin(shipment.layers_manifest(self.prepared, self.layer, layer, "some"))
-        for frame in shipment.layers_frames(
-            self.prepared, self.layer, layer, self.source, pipeline.volumes, resume, int(random.choice([4096, 1 << 20]))
-        ):
+        picked = shipment.pick_layers(self.prepared, self.layer, layer, self.base_bytes)
+        manifest = shipment.layers_manifest(picked, "some")
+        resume, payload_bytes = pipeline.ingest.begin(manifest), int(random.choice([4096, 1 << 20]))
+        for frame in shipment.layers_frames(picked, self.source, pipeline.volumes, resume, payload_bytes):
             if random.random() < 0.1:
                 if random.random() < 0.5:
                     pipeline.ingest.park(())
@@ -63,7 +63,7 @@ class Sent:
                 return
             feed(pipeline.ingest, frame)
             if isinstance(frame, End):
-                self.layer = layer
+                self.layer, self.base_bytes = layer, self.base_bytes + frame.lengths[-1]
 
     def reachable(self) -> set[int]:
         """By the plain definition: the last write of each granule that ends within the interval."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pitfs.model.position import format_instant
-from pitfs.model.transfer import Bookmark, VolumeInfo
+from pitfs.model.transfer import Bookmark, Gap, VolumeInfo
 from pitfs.view import bookmarks as bookmarks_module
 from pitfs.view.tree import (
     BOOKMARKS_INODE,
@@ -328,3 +328,40 @@ def test_many_instants_looked_up_take_bounded_memory() -> None:
     for seq in range(20_000):
         tree.resolution(seq)
         assert len(tree._resolutions) <= 4096
+
+
+def gap(from_seq: int, to_seq: int) -> Gap:
+    return Gap(from_seq, TIMES[from_seq], to_seq, TIMES[to_seq], "the local journal was full")
+
+
+def walk(tree: Tree, *names: str) -> int:
+    inode = ROOT_INODE
+    for name in names:
+        inode = tree.lookup(inode, name.encode()).inode
+    return inode
+
+
+def test_a_gap_is_shown_where_it_begins_with_its_cause_and_bounds() -> None:
+    tree, store = make()
+    store.gap_list = [gap(3, 5)]
+    minute = walk(tree, "times", "2026-11-22", "23-55")
+    listing = [name for name, _, _ in tree.listing(minute, 0)]
+    assert listing == ["23-55-30", "23-55-30-gap"]
+    link = walk(tree, "times", "2026-11-22", "23-55", "23-55-30-gap")
+    assert tree.target(link) == "../../../" + format_instant(TIMES[3]), "the last state before it"
+    for seq in (3, 5):
+        words = tree.attributes_of(walk(tree, format_instant(TIMES[seq])))[b"user.pitfs.gap"].decode()
+        assert words == f"{format_instant(TIMES[3])} -> {format_instant(TIMES[5])}: the local journal was full"
+    assert b"user.pitfs.gap" not in tree.attributes_of(walk(tree, format_instant(TIMES[0])))
+    with pytest.raises(NoEntryError):
+        walk(tree, "times", "2026-11-22", "23-54", "23-54-01-gap")
+
+
+def test_a_listing_with_a_gap_goes_on_behind_any_of_its_entries() -> None:
+    tree, store = make()
+    store.gap_list = [gap(0, 2), gap(3, 5)]
+    minute = walk(tree, "times", "2026-11-22", "23-54")
+    whole = list(tree.listing(minute, 0))
+    assert [name for name, _, _ in whole] == ["23-54-00", "23-54-00-gap", "23-54-01"]
+    for index, (_, _, cookie) in enumerate(whole):
+        assert list(tree.listing(minute, cookie)) == whole[index + 1 :]
