@@ -29,7 +29,7 @@ from pitfs.model.transfer import WAITS, Hello, ResumePoint, VolumeInfo
 from pitfs.production import copying, shipment
 from pitfs.production.control import Connection
 from pitfs.production.journal import Location
-from pitfs.production.reader import BlockSource, Copy, Interval, make_durable
+from pitfs.production.reader import BlockSource, Copy, Durability, Interval
 from pitfs.storage.files import storage_error
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,6 @@ class Shipper:
         self._volumes: tuple[VolumeInfo, ...] = hello.volumes
         self._splitter, self._follower = splitter, follower
         self._tls = tls
-        self._durable_segment = 0  # segments before it were made durable before they were shipped
         self._needed_segment = 0  # what stands before it has been shipped, but for what is wanted for backfill
         self._last_mark, self._marked_at = -1, Location(0, 0)  # as `watch` saw it
         self._early: set[int] = set()  # marks to be shipped that `watch` set; as few as fit into the journal
@@ -71,7 +70,9 @@ class Shipper:
         self._following = following = Following(config, hello, splitter, self.standing, self._give_back)
         self._directory = following.directory
         self._backfill = Backfill(self._directory, self._volumes, self.standing)
-        self._stream = Stream(following.reader, self._volumes, self.standing, self._budget, following.tail)
+        self._durability = Durability(self._directory)
+        parts = self.standing, self._budget, self._durability
+        self._stream = Stream(following.reader, self._volumes, *parts, following.tail)
         self._fitted = True  # every write of the last interval into the link's rate
         self._turn_at = 0.0  # the last turn of the stream
         self.telling = Telling(splitter)  # the splitter, in mode sync
@@ -315,10 +316,8 @@ class Shipper:
         source = BlockSource(self._directory, interval, sizes)
         wants_journal = self._config.replication.mode != "snapshot"
         try:
-            # The replica mustn't have what a power loss takes from here: its marks couldn't be led on from.
-            last = interval.end.segment
-            await trio.to_thread.run_sync(make_durable, self._directory, self._durable_segment, last)
-            self._durable_segment = last
+            segments = interval.start.segment, interval.end.segment
+            await trio.to_thread.run_sync(self._durability.make, *segments)
             prepared = await trio.to_thread.run_sync(
                 shipment.prepare, interval, self._volumes, source, wants_journal
             )

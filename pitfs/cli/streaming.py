@@ -16,14 +16,14 @@ from pitfs.model.record import MAX_BODY_BYTES
 from pitfs.model.transfer import MAX_BATCH_BYTES, Durable, Flush, StreamMark, VolumeInfo, Welcome
 from pitfs.production.control import Connection
 from pitfs.production.journal import Location
-from pitfs.production.reader import JournalReader
+from pitfs.production.reader import Durability, JournalReader
 from pitfs.production.tailing import NOTHING_DIGEST, Piece, next_piece
 
 TURN_S: Final = 0.15  # how often the journal is looked at: with the replica's 0.25 s until readable, well below 1 s
 PULSE_S: Final = 0.25  # how often time goes on where nothing is written
 AHEAD_S: Final = 0.5  # of the link's rate: what may be under way, so that lag isn't made by our own queues
 MIN_WINDOW_BYTES: Final = 256 << 10
-UNKNOWN_WINDOW_BYTES: Final = 4 << 20  # while the rate isn't known
+UNKNOWN_WINDOW_BYTES: Final = 16 << 20  # while the rate isn't known
 MAX_WINDOW_BYTES: Final = 32 << 20
 MEASURE_S, MEASURE_BYTES = 1.0, 256 << 10  # the least over which a rate is measured
 MAX_SAMPLES: Final = 1024
@@ -62,9 +62,11 @@ class Stream:
         volumes: tuple[VolumeInfo, ...],
         standing: Standing,
         budget: Budget,
+        durability: Durability,
         tail: Tail,
     ) -> None:
         self._reader, self._standing, self._budget, self._tail = reader, standing, budget, tail
+        self._durability = durability
         self._block_sizes = [volume.block_size for volume in volumes]
         self.active = False
         self.position = (0, 0)
@@ -128,6 +130,9 @@ class Stream:
         tail, splitter = await self._tail()
         self.journalled_lsn = splitter["lsn"]
         self._note(splitter["seq"])
+        if self._reader.location < tail:  # for all of them at once
+            segments = self._reader.location.segment, tail.segment
+            await trio.to_thread.run_sync(self._durability.make, *segments)
         while True:
             piece = await trio.to_thread.run_sync(
                 next_piece, self._reader, tail, self._batch_bytes, self._block_sizes

@@ -54,37 +54,48 @@ class Applier:
         self._decoder = PayloadDecoder(window_bytes)
         self._joiner = BatchJoiner()
 
-    def apply(self, batch: Sequence[Frame]) -> Frame | None:
-        """Decodes and ingests a batch; only its last frame has a reply. Raises PitfsError."""
-        ingest = self._ingest
+    def apply(self, batch: Sequence[Frame]) -> list[Frame]:
+        """Decodes and ingests frames, of which all but the last are data or FLUSH; the replies. Raises PitfsError.
+
+        FLUSHes that came together are made durable together, once, and answered each (group commit).
+        """
+        flushes: list[Flush] = []
         for frame in batch:
             match frame:
                 case WireData(section=section):
-                    take = ingest.data if section in TRANSFER_SECTIONS else self._joiner.take
+                    take = self._ingest.data if section in TRANSFER_SECTIONS else self._joiner.take
                     take(self._decoder.decode(frame))
                 case Flush():
-                    return self._flush(frame)
-                case StreamMark():
-                    if self._joiner.is_open:
-                        raise RemoteProtocolError("MARK within a batch")
-                    return ingest.mark(frame)
-                case Begin(manifest=manifest):
-                    return Resume(ingest.begin(manifest))
-                case Checkpoint(cursor=cursor):
-                    return Progress(ingest.checkpoint(cursor))
-                case Park(cursor=cursor):
-                    return Parked(ingest.park(cursor))
-                case End():
-                    return Committed(ingest.end(frame))
+                    writes = self._joiner.finish(frame)
+                    if writes is not None:
+                        self._ingest.write(writes)
+                    flushes.append(frame)
                 case _:
-                    raise AssertionError(f"the protocol let {frame} through")
-        return None
+                    return [*self._flush(flushes), self._answer(frame)]
+        return self._flush(flushes)
 
-    def _flush(self, flush: Flush) -> Durable:
-        writes = self._joiner.finish(flush)
-        if writes is not None:
-            self._ingest.write(writes)
-        return self._ingest.flush(flush.protected_through_ns)
+    def _flush(self, flushes: Sequence[Flush]) -> list[Frame]:
+        if not flushes:
+            return []
+        return [self._ingest.flush(flushes[-1].protected_through_ns)] * len(flushes)
+
+    def _answer(self, frame: Frame) -> Frame:
+        ingest = self._ingest
+        match frame:
+            case StreamMark():
+                if self._joiner.is_open:
+                    raise RemoteProtocolError("MARK within a batch")
+                return ingest.mark(frame)
+            case Begin(manifest=manifest):
+                return Resume(ingest.begin(manifest))
+            case Checkpoint(cursor=cursor):
+                return Progress(ingest.checkpoint(cursor))
+            case Park(cursor=cursor):
+                return Parked(ingest.park(cursor))
+            case End():
+                return Committed(ingest.end(frame))
+            case _:
+                raise AssertionError(f"the protocol let {frame} through")
 
     def publish(self) -> None:
         """Nothing has come for a while: what was streamed last is made readable all the same."""

@@ -39,7 +39,7 @@ from pitfs.link.protocol import LinkProtocol, Role, State
 from pitfs.link.stream import FrameQueue, PlainStream, TlsStream, peer_name, send_buffers
 from pitfs.link.tls import LinkContext, is_granted, names_of
 from pitfs.link.window import DEFAULT_WINDOW_BYTES, WindowPool
-from pitfs.model.transfer import Durable, Hello, Welcome
+from pitfs.model.transfer import Durable, Flush, Hello, Welcome
 
 log = logging.getLogger(__name__)
 
@@ -311,20 +311,17 @@ class _Session:
         streams = False
         while True:
             with trio.move_on_after(IDLE_S if streams else math.inf) as scope:
-                batch = await self._incoming.take(lambda frame: not isinstance(frame, WireData))
+                batch = await self._incoming.take(lambda frame: not isinstance(frame, WireData | Flush))
             if scope.cancelled_caught:
                 streams = False
                 await self._in_thread(applier.publish)
                 continue
             if not batch:
                 return
-            reply = await self._in_thread(partial(applier.apply, batch))
-            if isinstance(reply, Committed):
-                state = reply.welcome
-                log.debug(
-                    "%s: group %s: mark %d committed, seq %d", self.peer, hello.group, state.mark, state.seq
-                )
-            if reply is not None:
+            for reply in await self._in_thread(partial(applier.apply, batch)):
+                if isinstance(reply, Committed):
+                    state = reply.welcome
+                    log.debug("%s: group %s: mark %d committed, seq %d", self.peer, hello.group, state.mark, state.seq)
                 streams = streams or isinstance(reply, Durable)
                 self._reply(reply)
 

@@ -318,23 +318,37 @@ def after(interval: Interval, position: tuple[int, int]) -> Interval:
     )
 
 
-def make_durable(directory: str, first_segment: int, last_segment: int) -> None:
-    """Makes these segments (both inclusive) and their names durable, whatever the splitter has synced. Blocks.
+class Durability:
+    """Makes the journal durable that is about to be shipped, whatever the splitter has synced.
 
-    Raises:
-        PitfsError: the journal's disk refuses.
+    The replica mustn't have what a power loss takes from here: its marks couldn't be led on from.
     """
-    try:
-        for number in list_segments(directory):
-            if first_segment <= number <= last_segment:
-                fd = os.open(journal_path(directory, number), os.O_RDWR | os.O_CLOEXEC)
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._named = 0  # up to this segment their names are durable
+
+    def make(self, first_segment: int, last_segment: int) -> None:
+        """Of these segments (both inclusive), as far as they are there. Blocks.
+
+        Raises:
+            PitfsError: the journal's disk refuses.
+        """
+        try:
+            for number in range(first_segment, last_segment + 1):
+                try:
+                    fd = os.open(journal_path(self._directory, number), os.O_RDWR | os.O_CLOEXEC)
+                except FileNotFoundError:  # given back meanwhile: whoever reads it finds out
+                    continue
                 try:
                     os.fdatasync(fd)
                 finally:
                     os.close(fd)
-        fsync_directory(directory)
-    except OSError as error:
-        raise storage_error(error, directory, "making the journal durable") from error
+            if last_segment > self._named:
+                fsync_directory(self._directory)
+                self._named = last_segment
+        except OSError as error:
+            raise storage_error(error, self._directory, "making the journal durable") from error
 
 
 class BlockSource:

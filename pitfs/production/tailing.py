@@ -16,7 +16,7 @@ from pitfs.errors import CorruptionError
 from pitfs.model.record import Kind, Mark, Record, block_checksums
 from pitfs.model.transfer import MAX_BATCH_ROWS, WRITE, StreamMark, Writes
 from pitfs.production.journal import Location, journal_path
-from pitfs.production.reader import JournalReader, make_durable, unreadable
+from pitfs.production.reader import JournalReader, unreadable
 
 NOTHING_DIGEST = xxh3_64_intdigest(b"")
 
@@ -55,7 +55,7 @@ class _Gathered:
 def next_piece(reader: JournalReader, until: Location, limit_bytes: int, block_sizes: list[int]) -> Piece | None:
     """The next writes, some `limit_bytes` of contents at most, and the mark behind them; None if there is nothing.
 
-    They are durable when it returns: the replica mustn't have what a power loss takes from here. Blocks.
+    Blocks.
 
     Args:
         reader: moved on.
@@ -63,7 +63,7 @@ def next_piece(reader: JournalReader, until: Location, limit_bytes: int, block_s
 
     Raises:
         CorruptionError: the journal is damaged.
-        PitfsError: this process can't read it, or make it durable, just now.
+        PitfsError: this process can't read it just now.
     """
     gathered, start = _Gathered(), reader.location
     marks: list[StreamMark] = []
@@ -89,7 +89,6 @@ def next_piece(reader: JournalReader, until: Location, limit_bytes: int, block_s
         reader.location = copies[0]  # for whoever ships the copy
     if not (gathered.records or marks or copies):
         return None
-    make_durable(reader.directory, start.segment, reader.location.segment)
     writes, position = None, reader.position
     if gathered.records:
         last = gathered.records[-1][1]
