@@ -218,7 +218,7 @@ class Shipper:
         elif self._config.replication.mode == "sync":
             await self._follower.request("follow", lsn=self._stream.journalled_lsn)
         else:
-            with trio.move_on_after(TURN_S):
+            with trio.move_on_at(self._turn_at + TURN_S):
                 await self._following.wake.wait()
 
     async def _stream_turn(self, session: SenderSession) -> bool:
