@@ -94,7 +94,7 @@ class Following:
         except CorruptionError as error:
             await self.rescan(str(error))
             return
-        at = (welcome.tail_seq, welcome.tail_time_ns) if welcome.tail_seq else (welcome.seq, welcome.time_ns)
+        at = welcome.end
         if not found:
             await self.rescan(
                 f"the replica stands behind mark {welcome.mark}, at seq {at[0]}, which the local journal has no more"

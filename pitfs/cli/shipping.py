@@ -8,7 +8,6 @@ import os
 from typing import Any, Final
 
 import trio
-from msgspec.structs import replace
 
 from pitfs.cli.backfill import Backfill
 from pitfs.cli.budget import Budget
@@ -168,8 +167,6 @@ class Shipper:
         if self._config.replication.mode != "snapshot":
             self._backfill.restore(welcome.coarse, list(self._following.reader.seen), welcome.mark)
         await self._give_back(self._following.reader.start.segment)  # a splitter that was restarted doesn't know
-        if welcome.tail_seq:
-            session.welcome = replace(welcome, seq=welcome.tail_seq, time_ns=welcome.tail_time_ns)
 
     async def _go_on(self, session: SenderSession) -> None:
         """One turn: of the stream; or the next diff or copy, else layers that wait; else it is waited for something."""

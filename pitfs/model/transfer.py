@@ -251,6 +251,11 @@ class Welcome(msgspec.Struct, frozen=True):
     tail_seq: int = 0
     tail_time_ns: int = 0
 
+    @property
+    def end(self) -> tuple[int, int]:
+        """(seq, time_ns) of the last write that it has durably: what leads on begins there."""
+        return (self.tail_seq, self.tail_time_ns) if self.tail_seq else (self.seq, self.time_ns)
+
 
 # What a sender puts out for one transfer, in order: Begin, (Data | Checkpoint)*, then End or Park.
 

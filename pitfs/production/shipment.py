@@ -285,7 +285,7 @@ def leads_on(copy: Copy, welcome: Welcome) -> bool:
     """Whether the replica, which stands there, can take the copy: one of changes builds on one state alone."""
     start = copy.start
     return start.is_complete or (
-        welcome.mark > 0 and (welcome.seq, welcome.time_ns) == (start.from_seq, start.from_time_ns)
+        welcome.mark > 0 and welcome.end == (start.from_seq, start.from_time_ns)
     )
 
 
@@ -299,7 +299,7 @@ def copy_manifest(copy: Copy, history: str, welcome: Welcome) -> Manifest:
     cause = start.cause
     if len(cause) > MAX_CAUSE_LENGTH:
         cause = cause[: MAX_CAUSE_LENGTH - 1] + "…"
-    before = (welcome.seq, welcome.time_ns) if welcome.mark else (copy.seq, copy.time_ns)
+    before = welcome.end if welcome.mark else (copy.seq, copy.time_ns)
     gaps: tuple[Gap, ...] = ()
     if welcome.mark:
         gaps = (Gap(*before, copy.seq, copy.time_ns, cause),)

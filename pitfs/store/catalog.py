@@ -36,7 +36,7 @@ class Catalog(Database):
         return int(self._rows("PRAGMA data_version")[0][0])
 
     def meta(self, key: str) -> int:
-        """`mark`, `protected_through_ns`, `next_snapshot`, `epoch`, `instance`; 0 where there is nothing yet."""
+        """`mark`, `mark_seq`, `protected_through_ns`, `next_snapshot`, `epoch`, `instance`; 0: nothing yet."""
         row = self._row_of("meta", 0, "key", key)
         return int(row[1]) if row else 0
 
@@ -233,6 +233,8 @@ class Catalog(Database):
         if commit.snapshot is not None:
             numbers["next_snapshot"] = commit.snapshot.id + 1
         with self._changes():
+            if manifest.mark > self.meta("mark"):  # else a stream was closed behind it
+                numbers["mark_seq"] = manifest.to_seq
             if commit.snapshot is not None:
                 self._insert_snapshot(commit, commit.snapshot)
             for b in manifest.bookmarks:  # one that is there stays: nothing is ever rewritten

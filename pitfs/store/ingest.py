@@ -156,12 +156,14 @@ class Ingest:
 
     def _standing(self) -> Welcome:
         catalog = self._opened()
-        # The end first: where a closing is committed between the two, nothing is behind the snapshot.
-        tail = self._streaming().durable_end
-        last, mark, protected_ns = catalog.last_snapshot(), catalog.meta("mark"), catalog.meta("protected_through_ns")
+        with catalog.one_moment():  # a closing may be committed meanwhile
+            tail = self._streaming().durable_end
+            last, mark, mark_seq = catalog.last_snapshot(), catalog.meta("mark"), catalog.meta("mark_seq")
+            protected_ns = catalog.meta("protected_through_ns")
         if last is None:
             return Welcome(mark, 0, 0, protected_ns)
-        tail_seq, tail_time_ns = tail if tail[0] > last.seq else (0, 0)
+        # Also where what was streamed has a snapshot of its own: it lies behind the mark all the same.
+        tail_seq, tail_time_ns = tail if tail[0] > mark_seq else (0, 0)
         return Welcome(mark, last.seq, last.time_ns, protected_ns, (), tail_seq, tail_time_ns)
 
     def begin(self, manifest: Manifest) -> ResumePoint:

@@ -208,8 +208,13 @@ def test_a_transfer_that_follows_closes_what_was_streamed_under_the_mark_before_
     cut_here(history, 5)
     for _ in range(3):
         history.write()
-    ingest_transfer(ingest, history.close_interval())
+    closed = history.close_interval()
+    ingest.begin(closed.manifest)
+    welcome = ingest.welcome()
+    assert (welcome.mark, welcome.tail_seq, welcome.end) == (1, 5, (5, history.times_ns[5])), "not where mark 1 is"
+    ingest_transfer(ingest, closed)
     assert [(s.seq, s.mark) for s in store.snapshots()] == [(0, 1), (5, 1), (8, 2)]
+    assert ingest.welcome().tail_seq == 0
     assert [(i.to_seq, i.granularity_ns) for i in store.intervals()] == [(5, 0), (8, 0)]
     write(ingest, history)
     cut_here(history, 3)
