@@ -9,7 +9,9 @@ A payload of n rows (DIFF, POSITIONS, JOURNAL or WRITES; see model/transfer.py) 
                 bit 4       DELTA: a value is the difference to the row before, modulo 2^64, zigzag
                 bit 5       NEXT, with DELTA: a value is the difference to one more than the row before
                 bit 6       SPARSE: the column begins with a mask, and only values that aren't zero follow
-    column      mask (SPARSE): a bit for each row, lowest first, ceil(n / 8) bytes, spare bits zero
+                bit 7       HOLES, alone: it begins with a mask of the rows that aren't zero, and of these alone
+                            follow the differences, each to the one before it, the first to zero, modulo 2^64, zigzag
+    column      mask (SPARSE, HOLES): a bit for each row, lowest first, ceil(n / 8) bytes, spare bits zero
                 planes: the lowest byte of all values, then the next one of all, … `width` times
 
 Zigzag puts the sign last: 0, -1, 1, -2, 2 … become 0, 1, 2, 3, 4 … The row before the first is the last one of the
@@ -31,6 +33,8 @@ WIDTH_MASK: Final = 0x0F
 DELTA: Final = 0x10
 NEXT: Final = 0x20
 SPARSE: Final = 0x40
+HOLES: Final = 0x80
+_FORMS: Final = frozenset({0, SPARSE, DELTA, DELTA | SPARSE, DELTA | NEXT, DELTA | NEXT | SPARSE, HOLES})
 VALUE: Final = np.dtype("<u8")
 SAMPLE_ROWS: Final = 2048  # that decide whether differences are shorter than the values
 
@@ -108,9 +112,15 @@ def _names(row: np.dtype[np.void]) -> tuple[str, ...]:
 
 
 def _encode_column(values: Values, before: np.uint64) -> tuple[int, list[bytes]]:
-    """Gives the descriptor and the column, in whichever of the three forms has the fewest bits."""
+    """Gives the descriptor and the column, in whichever of the four forms has the fewest bits."""
+    mask = values != 0
+    kept = np.count_nonzero(mask)
+    if not kept:
+        return 0, []
     deltas = np.diff(values, prepend=before)
     forms = {0: values, DELTA: _zigzag(deltas), DELTA | NEXT: _zigzag(deltas - np.uint64(1))}
+    if 2 * kept <= len(values):  # places of what is shared: where that was copied, they ascend, with rows in between
+        forms[HOLES] = _zigzag(np.diff(values[mask], prepend=np.uint64(0)))
     step = -(-len(values) // SAMPLE_ROWS)
     descriptor = min(forms, key=lambda form: _bits(forms[form][::step]))
     values = forms[descriptor]
@@ -118,10 +128,11 @@ def _encode_column(values: Values, before: np.uint64) -> tuple[int, list[bytes]]
     if not width:
         return descriptor, []
     pieces = []
-    kept = np.count_nonzero(values)
-    if width > 1 and 2 * kept <= len(values):  # a zero among others costs a bit in each plane
+    if descriptor != HOLES:
         mask = values != 0
-        descriptor, values = descriptor | SPARSE, values[mask]
+        if width > 1 and 2 * np.count_nonzero(mask) <= len(values):  # a zero among others costs a bit in each plane
+            descriptor, values = descriptor | SPARSE, values[mask]
+    if descriptor & (SPARSE | HOLES):
         pieces.append(np.packbits(mask, bitorder="little").tobytes())
     planes = values.view(np.uint8).reshape(-1, VALUE.itemsize)[:, :width]
     pieces.append(planes.T.tobytes())
@@ -137,15 +148,18 @@ def _bits(values: Values) -> int:
     return int(np.frexp(values.astype(np.float64))[1].sum())
 
 
+def _unzigzag(values: Values) -> Values:
+    return (values >> np.uint64(1)) ^ -(values & np.uint64(1))
+
+
 def _decode_column(descriptor: int, data: Bytes, count: int, before: np.uint64) -> tuple[Values, Bytes]:
     """Gives the values and the bytes behind the column."""
-    width = descriptor & WIDTH_MASK
-    form = descriptor & (DELTA | NEXT)
-    if descriptor & ~(WIDTH_MASK | DELTA | NEXT | SPARSE) or width > VALUE.itemsize or form == NEXT:
+    width, form = descriptor & WIDTH_MASK, descriptor & ~WIDTH_MASK
+    if width > VALUE.itemsize or form not in _FORMS or (not width and form & (SPARSE | HOLES)):
         raise ValueError(f"descriptor {descriptor:#x}")
     places: npt.NDArray[np.bool_] | slice = slice(None)
     kept = count
-    if descriptor & SPARSE:
+    if form & (SPARSE | HOLES):
         mask, data = _split(data, -(-count // 8))
         bits = np.unpackbits(mask, bitorder="little").astype(np.bool_)
         if bits[count:].any():
@@ -155,10 +169,13 @@ def _decode_column(descriptor: int, data: Bytes, count: int, before: np.uint64) 
     planes, data = _split(data, kept * width)
     matrix = np.zeros((kept, VALUE.itemsize), np.uint8)
     matrix[:, :width] = planes.reshape(width, kept).T
+    found = matrix.view(VALUE).reshape(-1)
+    if form == HOLES:
+        found = np.cumsum(_unzigzag(found), dtype=VALUE)
     values = np.zeros(count, VALUE)
-    values[places] = matrix.view(VALUE).reshape(-1)
+    values[places] = found
     if form & DELTA:
-        values = (values >> np.uint64(1)) ^ -(values & np.uint64(1))
+        values = _unzigzag(values)
         if form & NEXT:
             values += np.uint64(1)
         values = np.cumsum(values, dtype=VALUE)

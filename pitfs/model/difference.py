@@ -66,10 +66,12 @@ class JournalPart:
     Attributes:
         entries: JOURNAL_ENTRY[n], in at most MAX_JOURNAL_RUNS runs that ascend by (volume, block, seq).
         data_rows: rows whose contents JOURNAL_BLOCKS holds, in its order; data_sizes: int64, bytes of each.
+        shared_rows: those that share a content, in the order of the entries.
     """
 
     entries: npt.NDArray[np.void]
     data_rows: Rows
+    shared_rows: Rows
     data_sizes: Int64s
 
 
@@ -129,8 +131,8 @@ class DifferenceJournal:
         entries = np.zeros(len(picked), dtype=JOURNAL_ENTRY)
         entries["volume"], entries["block"], entries["seq"] = volume, block, self.columns.seq[picked]
         entries["source"] = source
-        entries["unit"][shared], entries["checksum"][shared] = unit[shared], self.columns.checksum[picked[shared]]
-        return JournalPart(entries[order], picked[own], sizes[own])
+        entries["unit"][shared] = unit[shared]
+        return JournalPart(entries[order], picked[own], picked[order[shared[order]]], sizes[own])
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,8 +35,8 @@ itself. LAYERS of earlier intervals may go in between; the other kinds lead on f
 
 `unit` counts 512 bytes, the smallest block size. JOURNAL_BLOCKS of the transfers of an interval's layers stand one
 behind the other on the replica, and places in them count from the first one's. A row says nothing that the replica
-finds by itself: its `unit` and `checksum` are 0 but where it shares the content of another row. All integers are
-little-endian.
+finds by itself: no checksum (that of a content that it shares is found where that stands, and all are checked at the
+End), and its `unit` is 0 but where it shares the content of another row. All integers are little-endian.
 """
 
 from __future__ import annotations
@@ -86,7 +86,6 @@ class Source(enum.IntEnum):
 DIFF_ENTRY: Final = np.dtype(
     [
         ("block", "<u8"),
-        ("checksum", "<u8"),  # 0
         ("unit", "<u8"),  # SHARED_FOURTH: where a row before has its content in DIFF_BLOCKS, in units, else 0
         ("volume", "<u2"),  # index into Hello.volumes
         ("source", "<u2"),  # ZERO, FOURTH or SHARED_FOURTH
@@ -97,7 +96,6 @@ JOURNAL_ENTRY: Final = np.dtype(
     [
         ("block", "<u8"),
         ("seq", "<u8"),
-        ("checksum", "<u8"),  # SHARED_…: xxh3_64 of the whole block (a volume's last padded with zeros), else 0
         ("unit", "<u8"),  # SHARED_…: offset in DIFF_BLOCKS, or in JOURNAL_BLOCKS of all transfers, in units, else 0
         ("volume", "<u2"),
         ("source", "<u2"),
@@ -120,7 +118,7 @@ ROWS: Final = {
     Section.JOURNAL: JOURNAL_ENTRY,
     Section.WRITES: WRITE,
 }
-assert DIFF_ENTRY.itemsize == 32 and JOURNAL_ENTRY.itemsize == 40 and WRITE.itemsize == 24
+assert DIFF_ENTRY.itemsize == 24 and JOURNAL_ENTRY.itemsize == 32 and WRITE.itemsize == 24
 
 
 class Kind(enum.IntEnum):
@@ -286,9 +284,9 @@ class End(msgspec.Struct, frozen=True):
 
     Attributes:
         lengths: of all sections.
-        checksums: xxh3_64 of the xxh3_64 (8 bytes each) of the blocks in DIFF_BLOCKS and JOURNAL_BLOCKS, as they were
-            taken at the splitter, the first one also of those that rows of DIFF share, behind the others; None where
-            blocks were read from the backing volume.
+        checksums: two, of DIFF and of JOURNAL: xxh3_64 of the xxh3_64 (8 bytes each) of the blocks in DIFF_BLOCKS or
+            JOURNAL_BLOCKS and, behind all of these, of those that SHARED_… rows share, in the order of the rows; as
+            they were taken at the splitter. None where blocks were read from the backing volume.
     """
 
     lengths: tuple[int, int, int, int, int]

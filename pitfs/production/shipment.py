@@ -45,7 +45,7 @@ from pitfs.model.transfer import (
 from pitfs.production.reader import BlockSource, Copy, Interval
 
 COMPARE_BYTES: Final = 4 << 20  # blocks compared at once: bounds what is held
-FORMAT: Final = 3  # of the sections' order; part of the identity
+FORMAT: Final = 4  # of the sections' rows and order; part of the identity
 MAX_CAUSE_LENGTH: Final = 1000  # characters: what the link's manifest takes; errors with long paths have more
 
 
@@ -342,8 +342,7 @@ def diff_frames(
         _plain(Section.DIFF, diff.entries.tobytes(), DIFF_ENTRY.itemsize, resume, payload_bytes),
         _blocks(Section.DIFF_BLOCKS, diff.data_rows, interval, source, volumes, resume, payload_bytes),
     )
-    rows = np.concatenate([diff.data_rows, diff.shared_rows])
-    checksums = _checksums(interval, rows), _checksums(interval, rows[:0])
+    checksums = _checksums(interval, diff.data_rows, diff.shared_rows), _checksums(interval)
     yield End((diff.entries.nbytes, diff.size_bytes, 0, 0, 0), checksums)
 
 
@@ -362,12 +361,12 @@ def layers_frames(
         _blocks(Section.JOURNAL_BLOCKS, part.data_rows, interval, source, volumes, resume, payload_bytes),
     )
     lengths = 0, 0, positions.nbytes, part.entries.nbytes, int(part.data_sizes.sum())
-    yield End(lengths, (_checksums(interval, part.data_rows[:0]), _checksums(interval, part.data_rows)))
+    yield End(lengths, (_checksums(interval), _checksums(interval, part.data_rows, part.shared_rows)))
 
 
-def _checksums(interval: Interval, rows: Rows) -> int:
-    """xxh3_64 of the rows' checksums."""
-    return xxh3_64_intdigest(interval.columns.checksum[rows].astype("<u8").tobytes())
+def _checksums(interval: Interval, *rows: Rows) -> int:
+    """xxh3_64 of the rows' checksums, first those of the first array."""
+    return xxh3_64_intdigest(b"".join(interval.columns.checksum[each].astype("<u8").tobytes() for each in rows))
 
 
 def _with_checkpoints(*parts: Iterator[Data]) -> Iterator[TransferFrame]:

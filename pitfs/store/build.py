@@ -216,9 +216,9 @@ def _update_map(staged: StagedTransfer, volumes: Sequence[VolumeInfo], writer: M
             pointers[shared] = rows["unit"][shared] + np.uint64(first)
             fd = staged.fd(Section.DIFF_BLOCKS)
             checksums[shared] = read_checksums(fd, rows["unit"][shared], volumes[volume].block_size)
-            staged.take_shared(checksums[shared])
+            staged.take_shared(Section.DIFF_BLOCKS, checksums[shared])
         writer.update(volume, rows["block"].astype("<i8"), pointers, checksums)
-    staged.check_shared()
+    staged.check_shared(Section.DIFF_BLOCKS)
 
 
 def read_checksums(fd: int, units: U64Array, block_size: int) -> U64Array:

@@ -2,18 +2,18 @@
 
 Rows of each run ascend, and so do those of the index: they are merged as they are read, a batch of each in
 memory. What a row doesn't say is found here: a content of its own is the next in JOURNAL_BLOCKS, that of the fourth
-snapshot is where the block map has it, and a shared one is read and compared before anything leads to it.
+snapshot is where the block map has it, and shared ones are read and checked before anything leads to them.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import PositionMismatchError
 from pitfs.model.blockmap import FANOUT, FANOUT_BITS
@@ -23,7 +23,6 @@ from pitfs.store.catalog import Catalog
 from pitfs.store.facts import Interval, ObjectFacts
 from pitfs.store.journals import INDEX_ROW, JournalIndex, JournalWriter
 from pitfs.store.layout import (
-    HEADER_BYTES,
     UNIT_BITS,
     ObjectHeader,
     ObjectKind,
@@ -33,6 +32,7 @@ from pitfs.store.layout import (
 )
 from pitfs.store.objects import ObjectPool
 from pitfs.store.rows import PositionsInOrder, RowArray, Run, refuse
+from pitfs.store.shared import SharedContents
 from pitfs.store.snapshots import SnapshotMap
 from pitfs.store.staging import StagedTransfer
 
@@ -156,23 +156,30 @@ class LayersBuilder:
         staged, snapshot = self._staged, self._base.snapshot
         for section in (Section.POSITIONS, Section.JOURNAL, Section.JOURNAL_BLOCKS):
             staged.verify(section)
-        fd = create(os.path.join(staged.directory, object_file(ObjectKind.JOURNAL_INDEX, snapshot, layer)))
-        try:
-            writer, row_count = JournalWriter(fd), 0
-            runs = [self._rows(run, end) for run, end in self._runs()]
-            if self._before is not None:
-                runs.append(self._before.all_rows())
-            for volume, rows in by_volume(merged(runs, _KEYS)):
-                writer.add_rows(volume, rows)
-                row_count += len(rows)
-            minutes = self._add_positions(writer)
-            data_bytes, tail_bytes, tail_checksum = writer.finish()
-            header = ObjectHeader(
-                ObjectKind.JOURNAL_INDEX, self._history, snapshot, data_bytes, tail_bytes, tail_checksum
-            )
-            return BuiltLayers(complete(fd, header, layer), row_count, minutes)
-        finally:
-            os.close(fd)
+        with closing(SharedContents(staged, self._block_sizes, self._objects)) as shared:
+            shared.find()
+            fd = create(os.path.join(staged.directory, object_file(ObjectKind.JOURNAL_INDEX, snapshot, layer)))
+            try:
+                writer = JournalWriter(fd)
+                row_count = self._add_rows(writer, shared)
+                minutes = self._add_positions(writer)
+                data_bytes, tail_bytes, tail_checksum = writer.finish()
+                header = ObjectHeader(
+                    ObjectKind.JOURNAL_INDEX, self._history, snapshot, data_bytes, tail_bytes, tail_checksum
+                )
+                return BuiltLayers(complete(fd, header, layer), row_count, minutes)
+            finally:
+                os.close(fd)
+
+    def _add_rows(self, writer: JournalWriter, shared: SharedContents) -> int:
+        """Merges the rows; returns their number."""
+        runs, row_count = [self._rows(run, end, shared) for run, end in self._runs()], 0
+        if self._before is not None:
+            runs.append(self._before.all_rows())
+        for volume, rows in by_volume(merged(runs, _KEYS)):
+            writer.add_rows(volume, rows)
+            row_count += len(rows)
+        return row_count
 
     def _add_positions(self, writer: JournalWriter) -> dict[int, int]:
         runs: list[Iterator[RowArray]] = [self._staged.rows(Section.POSITIONS, verify=False)]
@@ -193,9 +200,9 @@ class LayersBuilder:
         journal = self._staged.journal
         yield from zip(journal.runs, [*(run.row for run in journal.runs[1:]), journal.count], strict=True)
 
-    def _rows(self, run: Run, end: int) -> Iterator[npt.NDArray[np.void]]:
+    def _rows(self, run: Run, end: int, shared: SharedContents) -> Iterator[npt.NDArray[np.void]]:
         """A run's rows as the index has them."""
-        snapshot = self._base.snapshot
+        snapshot, shared_before = self._base.snapshot, run.shared
         first = pointer(contents_object(snapshot, ObjectKind.JOURNAL_BLOCKS), self._base_units + run.unit)
         own = OwnContents(self._staged, Section.JOURNAL_BLOCKS, self._volumes, first, run.block)
         for rows in self._staged.rows(Section.JOURNAL, run.row, end, False, RUN_BATCH_ROWS):
@@ -207,11 +214,12 @@ class LayersBuilder:
             for source, kind in (
                 (Source.SHARED_FOURTH, ObjectKind.SNAPSHOT_BLOCKS), (Source.SHARED_JOURNAL, ObjectKind.JOURNAL_BLOCKS),
             ):  # fmt: skip
-                shared = rows["source"] == source
-                self._verify_shared(rows[shared], kind)
+                of_kind = rows["source"] == source
                 start = np.uint64(pointer(contents_object(snapshot, kind), 0))
-                found["pointer"][shared] = rows["unit"][shared] + start
-                found["checksum"][shared] = rows["checksum"][shared]
+                found["pointer"][of_kind] = rows["unit"][of_kind] + start
+            sharing = np.flatnonzero(rows["source"] >= Source.SHARED_FOURTH)
+            found["checksum"][sharing] = shared.checksums(shared_before, len(sharing))
+            shared_before += len(sharing)
             self._look_up_fourth(found, np.flatnonzero(rows["source"] == Source.FOURTH))
             yield found
 
@@ -229,18 +237,3 @@ class LayersBuilder:
         ours = contents_object(self._base.snapshot, ObjectKind.SNAPSHOT_BLOCKS)
         if (found["pointer"][places] >> np.uint64(UNIT_BITS) != ours).any():
             raise refuse("journal", "a row leads to the snapshot's content of a block that the interval didn't write")
-
-    def _verify_shared(self, rows: RowArray, kind: ObjectKind) -> None:
-        """Reads each shared content and compares it with the checksum in the row."""
-        snapshot, base_bytes = self._base.snapshot, self._staged.manifest.base_bytes
-        sizes = self._block_sizes[rows["volume"]].tolist()
-        for unit, size, checksum in zip(rows["unit"].tolist(), sizes, rows["checksum"].tolist(), strict=True):
-            at = unit * UNIT_BYTES
-            if kind is ObjectKind.JOURNAL_BLOCKS and at >= base_bytes:
-                fd, at = self._staged.fd(Section.JOURNAL_BLOCKS), at - base_bytes
-            elif kind is ObjectKind.JOURNAL_BLOCKS and at + size > base_bytes:
-                raise refuse("journal", "a row shares a content that isn't there")
-            else:
-                fd = self._objects.fd_of(kind, snapshot)
-            if xxh3_64_intdigest(os.pread(fd, size, HEADER_BYTES + at)) != checksum:
-                raise refuse("journal", "a row shares a content that isn't there")

@@ -7,7 +7,7 @@ next ones must follow: the last key, a count, a place.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -47,8 +47,8 @@ class _Volumes:
             raise refuse(section, "a source that this pitfs doesn't know")
         if (rows["unit"] >= MAX_UNITS - _MAX_BLOCK_UNITS).any():
             raise refuse(section, "a place behind the 32 TiB that one object can have")
-        if rows["unit"][~shared].any() or rows["checksum"][~shared].any():
-            raise refuse(section, "a place or a checksum that the replica finds by itself")
+        if rows["unit"][~shared].any():
+            raise refuse(section, "a place that the replica finds by itself")
 
     def own_units(self, rows: RowArray, own: Source) -> int:
         """What the contents take that come with these rows."""
@@ -83,7 +83,7 @@ class DiffCheck:
         self._last = (_EMPTY, _EMPTY)
         self.count = 0
         self.units = 0  # of contents named so far
-        self.shares = False  # whether a row shares one
+        self.shared = 0  # rows that share one
 
     def take(self, rows: RowArray) -> None:
         """Checks the next rows.
@@ -99,9 +99,7 @@ class DiffCheck:
             raise refuse("diff", f"more than the {self._limit} rows announced")
         ends = self.units + self._volumes.own_ends(rows, Source.FOURTH)
         shared = rows["source"] == Source.SHARED_FOURTH
-        self.shares |= bool(shared.any())
-        if rows["checksum"].any():
-            raise refuse("diff", "a checksum that the replica finds by itself")
+        self.shared += int(shared.sum())
         if (self._volumes.ends_of_shared(rows[shared]) > ends[shared]).any():
             raise refuse("diff", "a row shares a content that no row before it brings")
         self.units = int(ends[-1]) if len(ends) else self.units
@@ -110,11 +108,15 @@ class DiffCheck:
 
 
 class Run(NamedTuple):
-    """Where rows of JOURNAL begin that ascend: which row it is, which block and unit of JOURNAL_BLOCKS comes next."""
+    """Where rows of JOURNAL begin that ascend: which row it is, which block and unit of JOURNAL_BLOCKS comes next.
+
+    `shared`: how many rows before it share a content.
+    """
 
     row: int
     block: int
     unit: int
+    shared: int
 
 
 class JournalCheck:
@@ -131,7 +133,8 @@ class JournalCheck:
         self.count = 0
         self.blocks = 0  # of contents named so far
         self.units = 0
-        self.runs = [Run(0, 0, 0)]
+        self.shared = 0  # rows that share one
+        self.runs = [Run(0, 0, 0, 0)]
 
     def take(self, rows: RowArray) -> None:
         """As DiffCheck."""
@@ -149,12 +152,52 @@ class JournalCheck:
 
     def _take_run(self, rows: RowArray, begins: bool) -> None:
         if begins:
-            self.runs.append(Run(self.count, self.blocks, self.units))
+            self.runs.append(Run(self.count, self.blocks, self.units, self.shared))
             if len(self.runs) > MAX_JOURNAL_RUNS:
                 raise refuse("journal", "rows that don't ascend by volume, block and seq")
         self.count += len(rows)
         self.blocks += int((rows["source"] == Source.JOURNAL).sum())
         self.units += self._volumes.own_units(rows, Source.JOURNAL)
+        self.shared += int((rows["source"] >= Source.SHARED_FOURTH).sum())
+
+
+class BlockSizes:
+    """Sizes of the blocks of contents that come next, as rows name them.
+
+    Args:
+        batches: int64 each, bytes; None among them: no more have been named yet.
+    """
+
+    def __init__(self, batches: Iterator[npt.NDArray[np.int64] | None]) -> None:
+        self._batches = batches
+        self._left = np.zeros(0, "<i8")
+
+    def next(self, total_bytes: int) -> npt.NDArray[np.int64] | None:
+        """Those that make up `total_bytes`; None if none do."""
+        while int(self._left.sum()) < total_bytes:
+            batch = next(self._batches)
+            if batch is None:
+                return None
+            self._left = np.concatenate([self._left, batch])
+        ends = np.cumsum(self._left)
+        count = int(np.searchsorted(ends, total_bytes)) + 1
+        if ends[count - 1] != total_bytes:
+            return None
+        sizes, self._left = self._left[:count], self._left[count:]
+        return sizes
+
+    def skip(self, count: int) -> int:
+        """Passes over so many blocks; returns their bytes, -1 if there aren't so many."""
+        passed = 0
+        while count:
+            if not len(self._left):
+                batch = next(self._batches)
+                if batch is None:
+                    return -1
+                self._left = batch
+            passed += int(self._left[:count].sum())
+            count, self._left = count - min(count, len(self._left)), self._left[count:]
+        return passed
 
 
 class PositionsCheck:

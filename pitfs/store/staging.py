@@ -3,6 +3,7 @@
     staging/progress.json              manifest, lengths, cursor, digests; replaced durably
     staging/diff.rows, positions.rows, journal.rows
     staging/diff.checksums, journal.checksums           xxh3_64 of each block of contents that came
+    staging/shared.checksums                            at the end, of those that rows of JOURNAL share (see shared.py)
     staging/snapshot-<s>.blocks, journal-<s>.blocks     with header: they become the objects
 
 Rows are staged as they came: block map and journal index are made of them at the end, so a checkpoint has
@@ -21,7 +22,7 @@ import numpy as np
 import xxhash
 
 from pitfs.errors import CorruptionError, PositionMismatchError, RemoteProtocolError
-from pitfs.model.blockmap import U64Array
+from pitfs.model.blockmap import I64Array, U64Array
 from pitfs.model.record import block_checksums
 from pitfs.model.transfer import (
     DIFF_ENTRY,
@@ -41,7 +42,7 @@ from pitfs.model.transfer import (
 )
 from pitfs.storage.files import durable_replace, read_exactly, write_all
 from pitfs.store.layout import HEADER_BYTES, ObjectHeader, ObjectKind, object_file
-from pitfs.store.rows import DiffCheck, JournalCheck, PositionsCheck, RowArray, refuse
+from pitfs.store.rows import BlockSizes, DiffCheck, JournalCheck, PositionsCheck, RowArray, refuse
 
 PROGRESS: Final = "progress.json"
 MAX_PROGRESS_BYTES: Final = 16 << 20
@@ -124,9 +125,9 @@ class StagedTransfer:
         self.positions = PositionsCheck(self.manifest)
         self._lengths = dict.fromkeys(TRANSFER_SECTIONS, 0)
         self._blocks = dict.fromkeys(_CONTENTS, 0)  # that have come
-        self._sizes = {section: _Sizes(self._own_sizes(section)) for section in _CONTENTS}
+        self._sizes = {section: BlockSizes(self._own_sizes(section)) for section in _CONTENTS}
         self._digests = {section: xxhash.xxh3_64() for section in (*_ROW_FILES, *_CONTENTS)}
-        self._shared, self._taken = xxhash.xxh3_64(), 0  # checksums of the diff, as found and as told by End
+        self._taken: dict[Section, tuple[xxhash.xxh3_64, int]] = {}  # checksums as found, and as told by End
         self._fds: dict[Section, int] = {}
         self._checksum_fds: dict[Section, int] = {}
         try:
@@ -272,7 +273,7 @@ class StagedTransfer:
         self._blocks[section] += len(sizes)
         self._digests[section].update(checksums)
 
-    def _own_sizes(self, section: Section) -> Iterator[np.ndarray[Any, Any] | None]:
+    def _own_sizes(self, section: Section) -> Iterator[I64Array | None]:
         """Sizes of the blocks in a section of contents, as its rows name them; None: no more have come yet."""
         first = 0
         while True:
@@ -333,27 +334,27 @@ class StagedTransfer:
         ):  # fmt: skip
             if lengths[section] != units * UNIT_BYTES:
                 raise refuse(section.name, "contents that rows name are missing")
-        diff, journal = (self._digests[section].intdigest() for section in _CONTENTS)
-        if end.checksums is None and self.diff.shares:
-            raise refuse("diff", "rows that share contents, without the checksums taken at the splitter")
-        if end.checksums is not None and end.checksums != (
-            end.checksums[0] if self.diff.shares else diff, journal
-        ):  # fmt: skip
-            raise refuse("contents", NOT_TAKEN)
-        self._shared = self._digests[Section.DIFF_BLOCKS].copy()
-        self._taken = end.checksums[0] if end.checksums else diff
+        shared = self.diff.shared, self.journal.shared
+        for section, count, taken in zip(_CONTENTS, shared, end.checksums or (None, None), strict=True):
+            if taken is None and count:
+                raise refuse(section.name, "rows that share contents, without the checksums taken at the splitter")
+            digest = self._digests[section].copy()
+            self._taken[section] = digest, digest.intdigest() if taken is None else taken
+            if not count:
+                self.check_shared(section)  # before anything is made of it
 
-    def take_shared(self, checksums: U64Array) -> None:
-        """After `finish`: those of the contents that the next rows of DIFF share, as they were found."""
-        self._shared.update(checksums.data.cast("B"))
+    def take_shared(self, section: Section, checksums: U64Array) -> None:
+        """After `finish`: those of the contents there that the next rows share, as they were found."""
+        self._taken[section][0].update(checksums.data.cast("B"))
 
-    def check_shared(self) -> None:
-        """Compares all of them with what was taken at the splitter.
+    def check_shared(self, section: Section) -> None:
+        """Compares those of all contents, and behind them all shared ones, with what was taken at the splitter.
 
         Raises:
             RemoteProtocolError: they aren't the same.
         """
-        if self._shared.intdigest() != self._taken:
+        digest, taken = self._taken[section]
+        if digest.intdigest() != taken:
             raise refuse("contents", NOT_TAKEN)
 
     def rows(
@@ -413,38 +414,3 @@ class StagedTransfer:
             os.close(fd)
         self._fds.clear()
         self._checksum_fds.clear()
-
-
-class _Sizes:
-    """Sizes of the blocks that come next, taken from batches; None among them: no more are known yet."""
-
-    def __init__(self, batches: Iterator[np.ndarray[Any, Any] | None]) -> None:
-        self._batches = batches
-        self._left = np.zeros(0, "<i8")
-
-    def next(self, total_bytes: int) -> np.ndarray[Any, Any] | None:
-        """Those that make up `total_bytes`; None if none do."""
-        while int(self._left.sum()) < total_bytes:
-            batch = next(self._batches)
-            if batch is None:
-                return None
-            self._left = np.concatenate([self._left, batch])
-        ends = np.cumsum(self._left)
-        count = int(np.searchsorted(ends, total_bytes)) + 1
-        if ends[count - 1] != total_bytes:
-            return None
-        sizes, self._left = self._left[:count], self._left[count:]
-        return sizes
-
-    def skip(self, count: int) -> int:
-        """Passes over so many blocks; returns their bytes, -1 if there aren't so many."""
-        passed = 0
-        while count:
-            if not len(self._left):
-                batch = next(self._batches)
-                if batch is None:
-                    return -1
-                self._left = batch
-            passed += int(self._left[:count].sum())
-            count, self._left = count - min(count, len(self._left)), self._left[count:]
-        return passed

@@ -14,7 +14,7 @@ from pitfs.cli import following, shipping
 from pitfs.errors import CapacityError, LinkError
 from pitfs.link.sender import SenderSession
 from pitfs.model.record import Kind
-from pitfs.model.transfer import Checkpoint, Data, Section
+from pitfs.model.transfer import DIFF_ENTRY, Checkpoint, Data, Section
 from pitfs.model.transfer import Kind as TransferKind
 from pitfs.production import splitter as splitter_module
 from pitfs.production.agreement import Agreement
@@ -45,7 +45,7 @@ class Session(Here):
 
     async def send(self, frame: Data | Checkpoint) -> None:
         if isinstance(frame, Data) and frame.section is Section.DIFF:
-            self.rows[-1] += len(frame.payload) // 32
+            self.rows[-1] += len(frame.payload) // DIFF_ENTRY.itemsize
         if isinstance(frame, Data) and frame.section is Section.DIFF_BLOCKS:
             self.contents_bytes[-1] += len(frame.payload)
         await super().send(frame)

@@ -61,16 +61,17 @@ class Transfer:
     sections: dict[Section, bytes]
     block_sizes: dict[Section, list[int]]  # of contents, in order
     layers: list[Transfer] = field(default_factory=list)
-    shared: list[bytes] = field(default_factory=list)  # contents that rows of DIFF share, in order
+    shared: list[bytes] = field(default_factory=list)  # contents that rows share, in order
 
     @property
     def end(self) -> End:
         one, two, three, four, five = (len(self.sections[section]) for section in TRANSFER_SECTIONS)
         checksums = []
+        shares = Section.JOURNAL_BLOCKS if self.manifest.kind is Kind.LAYERS else Section.DIFF_BLOCKS
         for section in (Section.DIFF_BLOCKS, Section.JOURNAL_BLOCKS):
             ends = np.cumsum(self.block_sizes[section]).tolist()
             blocks = [self.sections[section][a:b] for a, b in itertools.pairwise([0, *ends])]
-            blocks += self.shared if section is Section.DIFF_BLOCKS else []
+            blocks += self.shared if section is shares else []
             found = b"".join(xxh3_64_intdigest(block).to_bytes(8, "little") for block in blocks)
             checksums.append(xxh3_64_intdigest(found))
         return End((one, two, three, four, five), (checksums[0], checksums[1]))
@@ -97,7 +98,7 @@ class Transfer:
         yield self.end
 
     def _stop(self, section: Section, start: int, count: int) -> int:
-        size = {Section.DIFF: 32, Section.POSITIONS: 16, Section.JOURNAL: 40}.get(section)
+        size = {Section.DIFF: 24, Section.POSITIONS: 16, Section.JOURNAL: 32}.get(section)
         if size is not None:
             return min(start + count * size, len(self.sections[section]))
         ends = np.cumsum(self.block_sizes[section]).tolist()
@@ -283,7 +284,7 @@ class _Sections:
 
     def __init__(self, history: History) -> None:
         self.history = history
-        self.diff_rows: list[tuple[int, int, int, int, int, int]] = []
+        self.diff_rows: list[tuple[int, int, int, int, int]] = []
         self.diff_contents: list[bytes] = []
         self.shared: list[bytes] = []
         self.places: dict[bytes, tuple[Source, int]] = {}
@@ -293,16 +294,16 @@ class _Sections:
         for (volume, block), content in sorted(blocks.items()):
             if not any(content):
                 if zeros:
-                    self.diff_rows.append((block, 0, 0, volume, Source.ZERO, 0))
+                    self.diff_rows.append((block, 0, volume, Source.ZERO, 0))
                 continue
             if not zeros or content not in self.places:  # a full copy carries each content
-                self.diff_rows.append((block, 0, 0, volume, Source.FOURTH, 0))
+                self.diff_rows.append((block, 0, volume, Source.FOURTH, 0))
                 self.diff_contents.append(content)
                 self.places.setdefault(content, (Source.SHARED_FOURTH, unit))
                 unit += len(content) // UNIT_BYTES
                 continue
             source, place = self.places[content]
-            self.diff_rows.append((block, 0, place, volume, source, 0))
+            self.diff_rows.append((block, place, volume, source, 0))
             self.shared.append(content)
 
     def layers(
@@ -318,22 +319,22 @@ class _Sections:
             positions = [write for write in ends if write.seq not in base_seqs]
             if not positions:
                 continue
-            rows, contents = [], []
+            rows, contents, shared = [], [], []
             for _, volume, block, seq, content, is_last in (e for e in entries if base < e[0] <= layer):
-                checksum, unit = 0, 0
+                unit = 0
                 if not any(content):
                     source = Source.ZERO
                 elif is_last:
                     source = Source.FOURTH
                 elif content in self.places:
                     source, unit = self.places[content]
-                    checksum = xxh3_64_intdigest(content)
+                    shared.append(content)
                 else:
                     source = Source.JOURNAL
                     place = base_bytes + sum(map(len, contents))
                     self.places[content] = (Source.SHARED_JOURNAL, place // UNIT_BYTES)
                     contents.append(content)
-                rows.append((block, seq, checksum, unit, volume, source, 0))
+                rows.append((block, seq, unit, volume, source, 0))
             manifest = msgspec.structs.replace(
                 diff, kind=Kind.LAYERS, granularity_ns=rung_ns, cause="every write" if rung_ns == 0 else "slow",
                 base_granularity_ns=None if base < 0 else RUNGS_NS[base], base_bytes=base_bytes,
@@ -341,6 +342,7 @@ class _Sections:
                 identity=f"{diff.identity}-{base}-{layer}", bookmarks=(), gaps=(),
             )  # fmt: skip
             transfers.append(_transfer(manifest, [], [], positions, rows, contents))
+            transfers[-1].shared = shared
             base, base_bytes, base_seqs = layer, base_bytes + sum(map(len, contents)), {w.seq for w in ends}
         return transfers
 

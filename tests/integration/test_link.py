@@ -254,8 +254,8 @@ async def test_a_sender_that_was_started_earlier_does_not_end_the_session_of_a_l
         with pytest.raises(LinkError, match="was started later: stop the one"):
             async with link(port, earlier):
                 pass
-        await session.send(Data(Section.DIFF, 0, bytes(32)))
-        await session.finish(End((32, 0, 0, 0, 0)))
+        await session.send(Data(Section.DIFF, 0, bytes(24)))
+        await session.finish(End((24, 0, 0, 0, 0)))
 
 
 async def test_groups_are_served_side_by_side() -> None:

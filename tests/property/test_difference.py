@@ -186,7 +186,7 @@ def test_a_content_written_twice_is_carried_once() -> None:
     diff, journal, compared = build(writes, [512])
     assert stream(diff.data_rows, writes) == b + c
     assert diff.entries["source"].tolist() == [Source.FOURTH, Source.FOURTH, Source.SHARED_FOURTH]
-    assert [writes[row][2] for row in diff.shared_rows] == [b] and not diff.entries["checksum"].any()
+    assert [writes[row][2] for row in diff.shared_rows] == [b]
     assert stream(journal.part(NO_LAYER, LAST_LAYER).data_rows, writes) == a
     assert compared, "equal checksums must lead to comparing bytes"
 

@@ -36,6 +36,21 @@ def test_the_format_has_the_golden_bytes() -> None:
     assert decoder.decode(Section.WRITES, second, WRITE.itemsize) == later.tobytes()
 
 
+def test_places_with_holes_between_them_have_the_golden_bytes() -> None:
+    rows = np.zeros(9, DIFF_ENTRY)
+    rows["block"], rows["source"] = np.arange(10, 19), Source.FOURTH
+    rows["source"][[1, 4, 5]], rows["unit"][[1, 4, 5]] = Source.SHARED_FOURTH, (40_000, 40_008, 39_992)
+    golden = (
+        "31 83 00 01 00",  # block: DELTA, NEXT, 1; unit: HOLES, 3; volume; source: 1; reserved
+        "12 00 00 00 00 00 00 00 00",  # the first row differs from one more than none by 9
+        "32 00 80 10 1f 38 00 00 01 00 00",  # rows 1, 4, 5: zigzag of 40000, 8, -16
+        "01 03 01 01 03 03 01 01 01",
+    )
+    columns = ColumnEncoder().encode(Section.DIFF, rows.tobytes())
+    assert columns.hex(" ") == " ".join(golden)
+    assert ColumnDecoder().decode(Section.DIFF, columns, rows.nbytes) == rows.tobytes()
+
+
 @pytest.mark.parametrize("section", ROWS)
 def test_rows_of_zeros_cost_a_byte_for_each_field(section: Section) -> None:
     names = ROWS[section].names
@@ -73,7 +88,12 @@ ZEROS = bytes(5)
         (b"\1\0\0\0\0", 1, "1 bytes of a column, 0 are there"),
         (b"\x09\0\0\0\0" + bytes(9), 1, "descriptor 0x9"),
         (b"\x20\0\0\0\0", 1, "descriptor 0x20"),  # NEXT without DELTA
-        (b"\x81\0\0\0\0\0", 1, "descriptor 0x81"),
+        (b"\x91\0\0\0\0\0", 1, "descriptor 0x91"),  # HOLES stands alone
+        (b"\xc1\0\0\0\0\0", 1, "descriptor 0xc1"),
+        (b"\x40\0\0\0\0\0", 1, "descriptor 0x40"),  # a mask of nothing
+        (b"\x80\0\0\0\0\0", 1, "descriptor 0x80"),
+        (b"\x81\0\0\0\0\x08\0", 3, "more rows than there are"),
+        (b"\x81\0\0\0\0\x07\0\0", 3, "3 bytes of a column, 2 are there"),
         (b"\x41\0\0\0\0", 9, "2 bytes of a column"),
         (b"\x41\0\0\0\0\xff\0", 3, "more rows than there are"),
         (b"\x41\0\0\0\0\x07\0\0", 3, "3 bytes of a column, 2 are there"),

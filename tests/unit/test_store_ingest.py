@@ -23,6 +23,7 @@ from pitfs.model.transfer import (
     JOURNAL_ENTRY,
     MAX_PAYLOAD_BYTES,
     POSITION,
+    ROWS,
     TRANSFER_SECTIONS,
     Bookmark,
     Data,
@@ -81,8 +82,8 @@ def journal(ingest: Ingest, interval: Transfer) -> Transfer:
     return layers
 
 
-def send(ingest: Ingest, transfer: Transfer, **sections: bytes) -> None:
-    """The whole of a transfer in large frames, with other bytes for some sections."""
+def send(ingest: Ingest, transfer: Transfer, end: End | None = None, **sections: bytes) -> None:
+    """The whole of a transfer in large frames, with other bytes for some sections, or another end."""
     ingest.begin(transfer.manifest)
     lengths = []
     for section in TRANSFER_SECTIONS:
@@ -91,7 +92,7 @@ def send(ingest: Ingest, transfer: Transfer, **sections: bytes) -> None:
             ingest.data(Data(section, 0, data))
         lengths.append(len(data))
     one, two, three, four, five = lengths
-    ingest.end(End((one, two, three, four, five), transfer.end.checksums))
+    ingest.end(end or End((one, two, three, four, five), transfer.end.checksums))
 
 
 def changed(manifest: Manifest, **values: object) -> Manifest:
@@ -187,22 +188,22 @@ def test_an_empty_store_wants_a_full_copy(tmp_path: Path, history: History) -> N
 def test_a_hole_is_refused_and_a_repetition_passed_over(ingest: Ingest, interval: Transfer) -> None:
     diff = interval.sections[Section.DIFF]
     ingest.begin(interval.manifest)
-    ingest.data(Data(Section.DIFF, 0, diff[:64]))
-    ingest.data(Data(Section.DIFF, 0, diff[:96]))
-    ingest.data(Data(Section.DIFF, 32, diff[32:64]))
-    assert ingest.checkpoint((4, 5)).lengths == (96, 0, 0, 0, 0)
-    with pytest.raises(PositionMismatchError, match="bytes 96 to 128 are missing"):
-        ingest.data(Data(Section.DIFF, 128, diff[128:160]))
+    ingest.data(Data(Section.DIFF, 0, diff[:48]))
+    ingest.data(Data(Section.DIFF, 0, diff[:72]))
+    ingest.data(Data(Section.DIFF, 24, diff[24:48]))
+    assert ingest.checkpoint((4, 5)).lengths == (72, 0, 0, 0, 0)
+    with pytest.raises(PositionMismatchError, match="bytes 72 to 96 are missing"):
+        ingest.data(Data(Section.DIFF, 96, diff[96:120]))
     with pytest.raises(RemoteProtocolError, match="begin first"):
-        ingest.data(Data(Section.DIFF, 96, diff[96:128]))
+        ingest.data(Data(Section.DIFF, 72, diff[72:96]))
     assert ingest.begin(interval.manifest).cursor == (4, 5)
 
 
 def test_another_transfer_does_not_go_on_from_the_staged_one(ingest: Ingest, interval: Transfer) -> None:
     ingest.begin(interval.manifest)
-    ingest.data(Data(Section.DIFF, 0, interval.sections[Section.DIFF][:64]))
+    ingest.data(Data(Section.DIFF, 0, interval.sections[Section.DIFF][:48]))
     ingest.checkpoint((1,))
-    assert ingest.begin(interval.manifest).lengths[0] == 64
+    assert ingest.begin(interval.manifest).lengths[0] == 48
     assert ingest.begin(changed(interval.manifest, identity="another")).lengths == (0, 0, 0, 0, 0)
     assert ingest.begin(interval.manifest).lengths == (0, 0, 0, 0, 0)
 
@@ -318,11 +319,11 @@ def test_layers_that_were_put_off_too_long_give_way(tmp_path: Path, history: His
         ingest_transfer(ingest, transfer)
     for each in layers:
         ingest.begin(each.manifest)
-        ingest.data(Data(Section.JOURNAL, 0, each.sections[Section.JOURNAL][:40]))
+        ingest.data(Data(Section.JOURNAL, 0, each.sections[Section.JOURNAL][: JOURNAL_ENTRY.itemsize]))
         ingest.park((5,))
     staged = sorted(name for name in os.listdir(os.path.join(ingest.path, "staging")))
     assert staged == [f"layers-{number:016x}" for number in range(5, 13)]
-    assert ingest.begin(layers[-1].manifest).lengths == (0, 0, 0, 40, 0)
+    assert ingest.begin(layers[-1].manifest).lengths == (0, 0, 0, JOURNAL_ENTRY.itemsize, 0)
     assert ingest.begin(layers[0].manifest).lengths == (0, 0, 0, 0, 0)
     ingest.close()
 
@@ -337,7 +338,7 @@ def rows_with(data: bytes, dtype: np.dtype, row: int, field: str, value: int) ->
     ("field", "value"),
     [
         ("volume", 2), ("block", 9), ("block", 0), ("source", 2), ("source", 9), ("reserved", 1),
-        ("unit", 1), ("unit", 1 << 40), ("unit", 1 << 63), ("checksum", 5),
+        ("unit", 1), ("unit", 1 << 40), ("unit", 1 << 63),
     ],
 )  # fmt: skip
 def test_a_diff_row_that_cannot_be_is_refused(
@@ -383,7 +384,6 @@ def test_blocks_that_end_with_one_content_share_it(
         ("unit", 1 << 20, "no row before"),
         ("unit", 1, "taken at the splitter"),  # between two
         ("unit", 2, "taken at the splitter"),  # another one
-        ("checksum", 5, "finds by itself"),
     ],
 )
 def test_a_diff_row_shares_only_what_came_before_it(
@@ -401,7 +401,7 @@ def test_a_diff_row_shares_only_what_came_before_it(
     ("field", "value"),
     [
         ("volume", 2), ("block", 1 << 20), ("seq", 0), ("seq", 13), ("source", 9), ("reserved", 1),
-        ("unit", 1 << 40), ("unit", 77), ("checksum", 5),
+        ("unit", 1 << 40), ("unit", 77),
     ],
 )  # fmt: skip
 def test_a_journal_row_that_cannot_be_is_refused(
@@ -413,6 +413,82 @@ def test_a_journal_row_that_cannot_be_is_refused(
     with pytest.raises(RemoteProtocolError):
         send(ingest, journal, JOURNAL=rows_with(data, JOURNAL_ENTRY, candidates[-1], field, value))
     send(ingest, journal)
+
+
+@pytest.fixture
+def sharing(ingest: Ingest, history: History) -> Transfer:
+    """All layers of a journal: block 3 shares two contents of block 1, and block 6 what block 1 ends with."""
+    history.step_ns = 1000  # all in the layer of every write
+    for block, letters in ((1, b"xyz"), (3, b"xy"), (6, b"z"), (3, b"b"), (6, b"a")):
+        for letter in letters:
+            history.write_blocks(0, block, [bytes([letter]) * 1024])
+    transfer = history.close_interval()
+    (layers,), transfer.layers = transfer.layers, []
+    ingest_transfer(ingest, transfer)
+    return layers
+
+
+@pytest.mark.parametrize(
+    ("sources", "units", "problem"),
+    [
+        ((4,), (2,), "taken at the splitter"),  # another one
+        ((4,), (1,), "taken at the splitter"),  # between two
+        ((4,), (3,), "isn't there"),  # half behind the end
+        ((4,), (1 << 20,), "isn't there"),
+        ((4, 4), (2, 0), "taken at the splitter"),  # each that of the other
+        ((3,), (2,), "taken at the splitter"),
+        ((3,), (5,), "isn't there"),
+        ((3, 4), (0, 2), "taken at the splitter"),
+    ],
+)
+def test_a_journal_row_shares_only_what_its_block_was_written_with(
+    ingest: Ingest, history: History, sharing: Transfer, sources: tuple[int, ...], units: tuple[int, ...], problem: str
+) -> None:
+    data = sharing.sections[Section.JOURNAL]
+    rows = np.frombuffer(data, JOURNAL_ENTRY)
+    assert [(row["source"], row["unit"]) for row in rows if row["source"] > 2] == [(4, 0), (4, 2), (3, 0)]
+    left = {source: np.flatnonzero(rows["source"] == source).tolist() for source in (3, 4)}
+    for source, unit in zip(sources, units, strict=True):
+        data = rows_with(data, JOURNAL_ENTRY, left[source].pop(0), "unit", unit)
+    with pytest.raises(RemoteProtocolError, match=problem):
+        send(ingest, sharing, JOURNAL=data)
+    store = Store.open(ingest.path)
+    assert [interval.granularity_ns for interval in store.intervals()] == [None]
+    store.close()
+    send(ingest, sharing)
+    store = Store.open(ingest.path)
+    for seq in range(1, len(history.states)):
+        assert read_image(store, store.at_seq(seq), 0) == history.states[seq][0]
+    store.close()
+
+
+@pytest.mark.parametrize("kind", ["diff", "journal"])
+def test_what_is_shared_has_to_be_vouched_for(
+    ingest: Ingest, request: pytest.FixtureRequest, kind: str
+) -> None:
+    transfer = request.getfixturevalue("twice")[0] if kind == "diff" else request.getfixturevalue("sharing")
+    with pytest.raises(RemoteProtocolError, match="without the checksums"):
+        send(ingest, transfer, end=End(transfer.end.lengths, None))
+    send(ingest, transfer)
+
+
+def test_a_content_that_coarser_layers_brought_is_shared_whole_or_not_at_all(
+    ingest: Ingest, history: History
+) -> None:
+    for _ in range(60):
+        history.write()
+    transfer = history.close_interval(before_ns=(100_000_000,))
+    (coarse, fine), transfer.layers = transfer.layers, []
+    ingest_transfer(ingest, transfer)
+    send(ingest, coarse)
+    rows = np.frombuffer(fine.sections[Section.JOURNAL], JOURNAL_ENTRY)
+    base = fine.manifest.base_bytes // 512
+    before = (rows["source"] == Source.SHARED_JOURNAL) & (rows["unit"] < base) & (rows["volume"] == 0)
+    row = int(np.flatnonzero(before)[0])
+    wrong = rows_with(fine.sections[Section.JOURNAL], JOURNAL_ENTRY, row, "unit", base - 1)
+    with pytest.raises(RemoteProtocolError, match="isn't there"):
+        send(ingest, fine, JOURNAL=wrong)
+    send(ingest, fine)
 
 
 def test_a_row_that_leads_to_a_block_which_was_not_written_is_refused(ingest: Ingest, journal: Transfer) -> None:
@@ -458,7 +534,7 @@ def test_missing_repeated_or_broken_rows_are_refused(
     transfer = interval if section is Section.DIFF else request.getfixturevalue("journal")
     data, size = (
         transfer.sections[section],
-        {Section.DIFF: 32, Section.POSITIONS: 16, Section.JOURNAL: 40}[section],
+        ROWS[section].itemsize,
     )
     wrongs = [data[:-size], data + data[-size:], data[:-1], data[size:] + data[-size:], b""]
     if section is not Section.JOURNAL:  # there another layer may begin
