@@ -71,7 +71,7 @@ class Shipper:
         self._backfill = Backfill(self._directory, self._volumes, self.standing)
         self._durability = Durability(self._directory)
         parts = self.standing, self._budget, self._durability
-        self._stream = Stream(following.reader, self._volumes, *parts, following.tail)
+        self._stream = Stream(following.reader, self._volumes, *parts, following.tail, self._give_back)
         self._fitted = True  # every write of the last interval into the link's rate
         self._turn_at = 0.0  # the last turn of the stream
         self.telling = Telling(splitter)  # the splitter, in mode sync
@@ -157,6 +157,7 @@ class Shipper:
                 while True:
                     await self._go_on(session)
             finally:
+                self._stream.end()
                 self._out_of_step("the link to the replica is down")
 
     async def _meet(self, session: SenderSession) -> None:
@@ -208,8 +209,7 @@ class Shipper:
         self._following.wake = trio.Event()
         if await self._stream_turn(session):
             return
-        if self._stream.needed_segment > self._needed_segment:
-            await self._give_back(self._stream.needed_segment)
+        await self._stream.give_back()
         if self._backfill.waiting:
             await self._ship_layers(session)
         elif self._config.replication.mode == "sync":

@@ -30,6 +30,7 @@ MAX_SAMPLES: Final = 1024
 SAMPLE_S: Final = 0.1
 
 Tail = Callable[[], Awaitable[tuple[Location, dict[str, Any]]]]
+GiveBack = Callable[[int], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +47,11 @@ class Stream:
 
     Args:
         tail: asks the splitter where the journal's tail is.
+        give_back: called with the segment before which nothing is needed for shipping any more.
 
     Attributes:
         active: whether the open interval is streamed.
         position: (seq, time_ns) of the last write streamed; mark: the last mark.
-        needed_segment: earlier ones hold nothing that the replica doesn't have durably.
         durable_seq: of the replica.
         journalled_lsn: of the journal at the last turn.
         caught_up: whether the replica had durably what was in the journal at the last turn.
@@ -64,16 +65,18 @@ class Stream:
         budget: Budget,
         durability: Durability,
         tail: Tail,
+        give_back: GiveBack,
     ) -> None:
         self._reader, self._standing, self._budget, self._tail = reader, standing, budget, tail
         self._durability = durability
+        self._give_back = give_back
         self._block_sizes = [volume.block_size for volume in volumes]
         self.active = False
         self.position = (0, 0)
         self.mark = 0
         self.journalled_lsn = 0
-        self.needed_segment = self._segment = 0
-        self.durable_seq = 0
+        self._needed_segment = self._given_back = self._segment = 0
+        self.durable_seq = self._durable_mark = 0
         self.on_durable: Callable[[], None] = lambda: None
         self._journalled_seq = 0
         self._session: SenderSession | None = None
@@ -87,6 +90,7 @@ class Stream:
         """From where the reader is, behind `mark`: what is gathered of the open interval is read once more."""
         self._reader.restart()
         self.active, self.mark, self.position = True, mark, self._reader.position
+        self._durable_mark = mark
         self.durable_seq, self._journalled_seq = self.position[0], self.position[0]
         self._session = session
         session.on_durable = self._answered
@@ -103,6 +107,10 @@ class Stream:
         session = self._session
         assert session is not None
         await session.wait_durable()
+        while self._durable_mark < self.mark:  # nothing else would tell who waits for it that it is committed
+            await trio.sleep(TURN_S)
+            await self._flush(None, NOTHING_DIGEST, self.position[1])
+            await session.wait_durable()
         before = session.welcome
         session.welcome = Welcome(self.mark, *self.position, before.protected_through_ns)
         self.end()
@@ -141,6 +149,8 @@ class Stream:
                 self._saturated_at = None
                 break
             await self._send(piece, splitter["now_ns"] if self._reader.location >= tail else None)
+            # On the way: what is behind, after a link that was down for long, may be the whole journal.
+            await self.give_back()
             if piece.begins_anew:
                 return True
             if self.behind_s() > limit_s:
@@ -148,6 +158,12 @@ class Stream:
         if trio.current_time() - self._flushed_at >= PULSE_S:
             await self._flush(None, NOTHING_DIGEST, splitter["now_ns"])
         return False
+
+    async def give_back(self) -> None:
+        """Gives back what holds nothing that the replica hasn't durably."""
+        if self._needed_segment > self._given_back:
+            self._given_back = self._needed_segment
+            await self._give_back(self._given_back)
 
     @property
     def _window_bytes(self) -> int:
@@ -197,7 +213,7 @@ class Stream:
     def _answered(self, durable: Durable) -> None:
         sent = self._unanswered.popleft()
         self.durable_seq = durable.seq
-        self.needed_segment = sent.segment
+        self._needed_segment, self._durable_mark = sent.segment, durable.mark
         standing = self._standing
         welcome = Welcome(durable.mark, durable.seq, durable.time_ns, durable.protected_through_ns)
         standing.arrived(welcome, sent.location)

@@ -5,7 +5,7 @@ Serves these requests (`splitter.sock`):
     tail                            {"segment", "offset", "seq", "position_time_ns", "time_ns", "mark", "used_bytes",
                                      "capacity_bytes", "passing", "waiting", "changed_bytes", "copying_bytes",
                                      "copy_mark", "copy_segment", "copy_offset", "lsn", "now_ns", "sync"};
-                                    no later write has a time up to now_ns
+                                    no later write has a time up to now_ns, nor any that passed unjournalled
     follow lsn                      the same, as soon as the journal has more than that; at the latest after FOLLOW_S
     replicated seq in_step cause    mode sync: what the replica durably has
     mark [bookmark]                 the same, and "mark" is the one just set

@@ -272,8 +272,12 @@ class Splitter:
             standing.copy = standing.changes = None
 
     def now_ns(self) -> int:
-        """The time that no later record's comes before; as the last record's, if the clock stands behind that."""
-        self.standing.time_ns = max(self.standing.time_ns, self._clock_ns())
+        """The time that no later record's comes before; as the last record's, if the clock stands behind that.
+
+        While writes pass it stands still: it is what all writes up to then are in the journal for.
+        """
+        if not self.standing.passing:
+            self.standing.time_ns = max(self.standing.time_ns, self._clock_ns())
         return self.standing.time_ns
 
     @property

@@ -52,6 +52,7 @@ class Here:
         self.on_durable: Callable[[Durable], None] | None = None
         self.wire_bytes = self.payload_bytes = self.begun = 0
         self.resumed: list[ResumePoint] = []  # of each transfer, where it went on
+        self.flushed: list[Flush] = []
 
     async def begin(self, manifest: Manifest) -> ResumePoint:
         self.begun += 1
@@ -67,6 +68,7 @@ class Here:
     async def stream(self, writes: Writes | None, flush: Flush, window_bytes: int = 0) -> None:
         if writes is not None:
             self._ingest.write(writes)
+        self.flushed.append(flush)
         self._answer(self._ingest.flush(flush.protected_through_ns))
 
     async def stream_mark(self, mark: StreamMark) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import trio
 
 from pitfs.link.sender import SenderSession
+from pitfs.model.transfer import Flush, Writes
 from pitfs.production.reader import Interval
+from pitfs.store.closing import Closing
 from tests.helpers.shipper import Parts
 
 
@@ -53,3 +58,61 @@ async def cut(frame: object) -> None:
     raise ConnectionError
 
 
+
+
+async def test_while_writes_pass_the_replica_isnt_told_that_it_has_all(parts: Parts) -> None:
+    """Else the last state that was journalled would be given for any time until the copy comes."""
+    await parts.locate()
+    await parts.ship()
+    await stream(parts, leave=False)
+    parts.fill()
+    passing_ns = parts.pipeline.splitter.standing.time_ns
+    shipper, flushed = parts.shipper, parts.session.flushed
+    for _ in range(2):
+        shipper._stream._flushed_at = -math.inf
+        await shipper._stream.turn(60.0)
+    assert flushed[-1].seq == parts.pipeline.splitter.standing.seq
+    assert flushed[-1].protected_through_ns <= passing_ns
+    assert parts.pipeline.ingest.welcome().protected_through_ns <= passing_ns
+
+
+async def test_what_is_streamed_gives_its_room_back_on_the_way(parts: Parts) -> None:
+    """Not at the end of a turn: behind a link that was down for long that may be the whole journal."""
+    await parts.locate()
+    await parts.ship()
+    shipper, splitter, session = parts.shipper, parts.pipeline.splitter, parts.session
+    while splitter.journal.tail.segment < 3:
+        parts.write(100_000)
+    shipper._stream.begin(cast(SenderSession, session), session.welcome.mark)
+    released, sent = [], session.stream
+
+    async def stream_and_look(writes: Writes | None, flush: Flush, window_bytes: int = 0) -> None:
+        released.append(splitter._released_segment)
+        await sent(writes, flush, window_bytes)
+
+    session.stream = stream_and_look  # type: ignore[method-assign]
+    await shipper._stream.turn(60.0)
+    assert released[-1] >= 2
+
+
+async def test_who_leaves_a_stream_knows_that_its_marks_are_committed(parts: Parts) -> None:
+    """Else nobody would hear of it before the next interval: a snapshot that waits for it would wait for that."""
+    await parts.locate()
+    await parts.ship()
+    await stream(parts, leave=False)
+    parts.mark()
+    run, gate = Closing.run, threading.Event()
+
+    def slow(self: Closing) -> None:
+        gate.wait(30)
+        run(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Closing, "run", slow)
+        await parts.shipper._stream.turn(60.0)
+        assert parts.shipper.standing.committed is not None
+        assert parts.shipper.standing.committed.mark == 1
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(parts.shipper._stream.leave)
+            gate.set()
+    assert parts.shipper.standing.committed.mark == 2
