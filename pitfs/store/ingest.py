@@ -15,9 +15,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import msgspec
@@ -28,8 +27,6 @@ from pitfs.errors import (
     PositionMismatchError,
     RemoteProtocolError,
 )
-from pitfs.model.blockmap import EMPTY
-from pitfs.model.ladder import layer_of
 from pitfs.model.transfer import (
     WAITS,
     Coarse,
@@ -40,25 +37,20 @@ from pitfs.model.transfer import (
     Kind,
     Manifest,
     ResumePoint,
-    Section,
     StreamMark,
     Welcome,
     Writes,
 )
-from pitfs.storage.files import fsync_directory, read_exactly, storage_error, write_all
-from pitfs.store.build import build, complete
+from pitfs.storage.files import fsync_directory, storage_error
 from pitfs.store.catalog import Catalog
-from pitfs.store.facts import Commit, Interval, LayersCommit, ObjectFacts, Snapshot
-from pitfs.store.journals import JournalIndex, chunk_cache
-from pitfs.store.layers import LayersBuilder, interval_of
+from pitfs.store.committing import Committer
+from pitfs.store.layers import interval_of
 from pitfs.store.layout import (
     CATALOG,
-    HEADER_BYTES,
     MAX_SNAPSHOT_ID,
     OBJECTS,
     STAGING,
     STORE_JSON,
-    ObjectHeader,
     ObjectKind,
     check_identity,
     object_file,
@@ -67,14 +59,13 @@ from pitfs.store.leftovers import StagingArea
 from pitfs.store.objects import ObjectPool
 from pitfs.store.opening import check_epoch, check_place, check_same_group, make_store_json, take_lock
 from pitfs.store.rows import check_manifest
-from pitfs.store.snapshots import NodeReader, SnapshotMap
+from pitfs.store.snapshots import NodeReader
 from pitfs.store.staging import StagedTransfer, read_progress
 from pitfs.store.stream import Stream
 
 log = logging.getLogger(__name__)
 
 MAX_COARSE: Final = 256  # intervals that a welcome names: as many as production keeps journals of
-COPY_BYTES: Final = 1 << 20
 
 
 class Ingest:
@@ -108,6 +99,7 @@ class Ingest:
         self._objects = ObjectPool(self._objects_path, self._history)
         self._nodes = NodeReader(self._objects)
         self._area: StagingArea
+        self._committer: Committer
         self._clock = clock
         self._stream: Stream | None = None
         try:
@@ -133,6 +125,7 @@ class Ingest:
         fsync_directory(os.path.dirname(self.path) or ".")  # each time: a kill may have come before it
         check_epoch(self.path, catalog, self.hello)
         self._area = StagingArea(self._staging, self._objects_path, catalog)
+        self._committer = Committer(catalog, self._objects, self._nodes, self._history, self.hello.volumes)
         self._area.settle(os.listdir(self._objects_path))
         self._area.clear_outdated()
         stream = Stream(
@@ -229,11 +222,10 @@ class Ingest:
             CorruptionError: the map before, or what was staged, is damaged.
         """
         staged = self._under_way()
-        commit = self._commit_layers if staged.manifest.kind is Kind.LAYERS else self._commit
         with self._ends_on_error(), self._errors("committing"):
             try:
                 staged.finish(end)
-                commit(staged)
+                self._committer.commit(staged)
             except (RemoteProtocolError, CorruptionError):
                 self._close_staged()
                 self._area.settle_transfer(staged.snapshot)
@@ -344,76 +336,6 @@ class Ingest:
         except (CorruptionError, RemoteProtocolError, FileNotFoundError) as error:
             log.warning("%s: the staged transfer of mark %d begins anew: %s", self.path, manifest.mark, error)
             return None
-
-    def _commit(self, staged: StagedTransfer) -> None:
-        catalog, m = self._opened(), staged.manifest
-        last = catalog.last_snapshot()
-        if m.kind is Kind.INTERVAL and m.to_seq == m.from_seq:
-            catalog.commit(Commit(m, None))
-            return
-        fresh = last is None or m.kind is Kind.FULL
-        roots = [EMPTY] * len(self.hello.volumes) if fresh or last is None else catalog.roots(last.id)
-        built = build(staged, self._history, self.hello.volumes, roots, self._nodes.load)
-        self._publish(staged.directory, built.objects)
-        snapshot = Snapshot(staged.snapshot, m.to_seq, m.to_time_ns, m.mark)
-        interval = None
-        if last is not None:
-            positions = last.seq, last.time_ns, m.to_seq, m.to_time_ns
-            interval = Interval(staged.snapshot, last.id, *positions, m.first_time_ns, None, m.cause, 0)
-        catalog.commit(Commit(m, snapshot, built.roots, interval, built.objects, built.minutes))
-
-    def _commit_layers(self, staged: StagedTransfer) -> None:
-        catalog, m = self._opened(), staged.manifest
-        base = interval_of(catalog, m)
-        if m.granularity_ns == m.base_granularity_ns:
-            catalog.commit_layers(LayersCommit(base, replace(base, cause=m.cause), (), None, {}))
-            return
-        layer, replaced, before = layer_of(m.granularity_ns), None, None
-        if base.granularity_ns is not None:
-            replaced = object_file(ObjectKind.JOURNAL_INDEX, base.snapshot, base.layer)
-            facts = catalog.object(replaced)
-            if facts is None:
-                raise CorruptionError(catalog.path, 0, f"it lists an interval but not {replaced}")
-            before = JournalIndex(self._objects, base, facts, chunk_cache())
-        fourth = SnapshotMap(self._nodes, catalog.roots(base.snapshot), self.hello.volumes)
-        built = LayersBuilder(
-            staged, self._history, self.hello.volumes, base, before, fourth, self._objects
-        ).build(layer)
-        objects = (*self._add_contents(staged), built.index)
-        self._publish(staged.directory, (built.index,))
-        interval = replace(base, granularity_ns=m.granularity_ns, cause=m.cause, journal_rows=built.row_count)
-        catalog.commit_layers(LayersCommit(base, interval, objects, replaced, built.minutes))
-        if replaced is not None:
-            with suppress(FileNotFoundError):
-                os.unlink(os.path.join(self._objects_path, replaced))
-
-    def _add_contents(self, staged: StagedTransfer) -> tuple[ObjectFacts, ...]:
-        """Puts the layers' contents behind those that the journal has: what is committed of it stays as it is."""
-        base_bytes, length = staged.manifest.base_bytes, staged.lengths[Section.JOURNAL_BLOCKS - 1]
-        if not length:
-            return ()
-        header = ObjectHeader(ObjectKind.JOURNAL_BLOCKS, self._history, staged.snapshot, base_bytes + length)
-        staged_fd = staged.fd(Section.JOURNAL_BLOCKS)
-        if not base_bytes:
-            facts = complete(staged_fd, header)
-            self._publish(staged.directory, (facts,))
-            return (facts,)
-        name = object_file(header.kind, header.snapshot)
-        fd = os.open(os.path.join(self._objects_path, name), os.O_RDWR | os.O_CLOEXEC)
-        try:
-            for at in range(0, length, COPY_BYTES):
-                data = read_exactly(staged_fd, min(COPY_BYTES, length - at), HEADER_BYTES + at, staged.directory)
-                write_all(fd, data, HEADER_BYTES + base_bytes + at)
-            return (complete(fd, header),)
-        finally:
-            os.close(fd)
-
-    def _publish(self, directory: str, objects: Sequence[ObjectFacts]) -> None:
-        """Moves the synced files to objects/; durable before the catalog names them."""
-        for facts in objects:
-            os.rename(os.path.join(directory, facts.name), os.path.join(self._objects_path, facts.name))
-        fsync_directory(self._objects_path)
-        fsync_directory(directory)
 
     def _close_staged(self) -> None:
         if self._staged is not None:
