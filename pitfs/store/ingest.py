@@ -143,16 +143,14 @@ class Ingest:
             blocks = catalog.object(object_file(ObjectKind.JOURNAL_BLOCKS, interval.snapshot))
             journal_bytes = blocks.data_bytes if blocks else 0
             positions = interval.from_seq, interval.from_time_ns, interval.to_seq, interval.to_time_ns
-            waits = interval.cause.endswith(WAITS)
-            coarse.append(Coarse(*positions, interval.granularity_ns, journal_bytes, waits))
+            coarse.append(Coarse(*positions, interval.granularity_ns, journal_bytes, interval.cause.endswith(WAITS)))
         return msgspec.structs.replace(self._standing(), coarse=tuple(coarse))
 
     def _standing(self) -> Welcome:
         catalog = self._opened()
         with catalog.one_moment():  # a closing may be committed meanwhile
-            tail = self._streaming().durable_end
-            last, mark, mark_seq = catalog.last_snapshot(), catalog.meta("mark"), catalog.meta("mark_seq")
-            protected_ns = catalog.meta("protected_through_ns")
+            tail, last = self._streaming().durable_end, catalog.last_snapshot()
+            mark, mark_seq, protected_ns = map(catalog.meta, ("mark", "mark_seq", "protected_through_ns"))
         if last is None:
             return Welcome(mark, 0, 0, protected_ns)
         # Also where what was streamed has a snapshot of its own: it lies behind the mark all the same.

@@ -110,7 +110,7 @@ class Torture:
         """Asks it to end, and finds out which write was the last."""
         if self.writer.poll() is None:
             self.writer.terminate()
-        assert self.writer.wait(60) in (0, EXIT_IO_ERROR)
+        assert self.writer.wait(60) in (0, EXIT_IO_ERROR, -signal.SIGTERM)  # the last where it was only just starting
         self.next_write = last_acknowledged(self.log) + 1
 
     def write_again(self, production: Production) -> None:
@@ -206,11 +206,8 @@ class Torture:
     def lose_production(self, production: Production) -> None:
         """Mode sync: what was acknowledged while in step is on the replica, whatever becomes of production."""
         self.heal()
-
-        def is_in_step() -> bool:
-            return self.answers(production) and production.status()["sync"] == "in step"
-
-        wait_until(is_in_step, "in step", QUIET_S, 0.1)
+        wait_until(lambda: self.answers(production), "the shipper answers", 40, 0.2)
+        wait_until(lambda: production.status()["sync"] == "in step", "in step", QUIET_S, 0.1)
         time.sleep(0.3)
         production.kill()
         assert self.writer.wait(30) == EXIT_IO_ERROR
