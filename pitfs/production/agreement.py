@@ -31,6 +31,7 @@ class Agreement:
         self._blocks = blocks
         self._catching_up = copying
         self._seq = 0  # that the replica has durably
+        self._given_up_seq = 0  # the write that waited too long: the replica isn't in step before it has that one
         self._in_step = False
         self._cause = "not connected yet"
         self._changed = trio.lowlevel.ParkingLot()
@@ -40,6 +41,8 @@ class Agreement:
     def replicated(self, seq: int, in_step: bool, cause: str = "") -> None:
         """The replica has every write up to `seq`; or it isn't in step, and why."""
         self._seq = max(self._seq, seq)
+        if in_step and self._seq < self._given_up_seq:
+            in_step, cause = False, self._cause
         if in_step != self._in_step:
             log.log(
                 logging.INFO if in_step else logging.WARNING,
@@ -67,6 +70,7 @@ class Agreement:
                 with trio.move_on_after(math.inf if self._blocks else ANSWER_S) as scope:
                     await self._changed.park()
                 if scope.cancelled_caught and self._in_step:
+                    self._given_up_seq = seq
                     self.replicated(self._seq, False, f"the replica hasn't answered for {ANSWER_S:g} s")
         finally:
             self.waiting_count -= 1

@@ -117,3 +117,15 @@ async def test_a_stop_lets_go_of_writes_unanswered() -> None:
         assert agreement.waiting_count == 1
         agreement.stop()
     assert results == [False]
+
+
+async def test_after_a_silence_it_is_in_step_once_it_has_what_was_answered_without_it(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    agreement = Agreement(holds=True, blocks=False, copying=False)
+    agreement.replicated(1, True)
+    assert await answered_after(agreement, 9) == ANSWER_S
+    agreement.replicated(2, True)  # as it says what it had said before the silence
+    assert agreement.text != "in step" and await answered_after(agreement, 10) == 0
+    agreement.replicated(9, True)
+    assert agreement.text == "in step"
