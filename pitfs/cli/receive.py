@@ -148,6 +148,7 @@ async def _receive(
     from pitfs.link.stream import address_text
     from pitfs.link.transport import Limits, serve
     from pitfs.store.ingest import Ingest
+    from pitfs.store.opening import check_sender
 
     log = logging.getLogger(__name__)
     listeners = await _listen(host, port)
@@ -157,7 +158,8 @@ async def _receive(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(trim_heap)
         limits = Limits(window_bytes=window_bytes)
-        await serve(listeners, partial(Ingest, root), tls=tls, limits=limits, read_grants=read_grants)
+        check, opened = partial(check_sender, root), partial(Ingest, root)
+        await serve(listeners, opened, tls=tls, limits=limits, read_grants=read_grants, check_sender=check)
 
 
 async def _listen(host: str, port: int) -> list[trio.SocketListener]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import sys
 import time
 from typing import TYPE_CHECKING, Any, Final
 
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 
     store = Store.open(args.store)
     try:
-        resolution, exact = resolve(store, args.time, args.tz)
+        resolution, exact = resolve(store, args.time, args.tz, warn=not args.strict)
     finally:
         store.close()
     if args.strict and not exact:
@@ -74,8 +75,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def resolve(store: Store, text: str, zone_name: str = "UTC") -> tuple[Resolution, bool]:
+def _warn_of_gap(store: Store, text: str, resolution: Resolution) -> None:
+    """Says so where the time lies in a gap: the state that it leads to may be much older."""
+    for gap in store.gaps(resolution.time_ns, resolution.time_ns + 1):
+        if gap.from_time_ns == resolution.time_ns:
+            begin, end = format_instant(gap.from_time_ns), format_instant(gap.to_time_ns)
+            print(
+                f"pitfs: {text} lies in the gap {begin} -> {end} ({gap.cause}): this is the last state before it",
+                file=sys.stderr,
+            )
+
+
+def resolve(store: Store, text: str, zone_name: str = "UTC", warn: bool = True) -> tuple[Resolution, bool]:
     """The newest reachable state not after TIME, and whether it is exactly the state at TIME.
+
+    Args:
+        warn: say on standard error where TIME lies in a gap.
 
     Raises:
         UsageError: TIME is neither a time nor a bookmark's name.
@@ -93,7 +108,10 @@ def resolve(store: Store, text: str, zone_name: str = "UTC") -> tuple[Resolution
     name = text.removeprefix("bookmarks/")
     if name == text:
         try:
-            return resolve_time(store, text, time.time_ns(), zone)
+            resolution, exact = resolve_time(store, text, time.time_ns(), zone)
+            if warn and not exact:
+                _warn_of_gap(store, text, resolution)
+            return resolution, exact
         except NotATimeError as error:
             not_a_time: UsageError = error
         except NoSuchInstantError:

@@ -48,6 +48,7 @@ IDLE_S: Final = 0.5  # a stream is quiet for longer only where its link is: what
 REPLIES_BYTES: Final = 256 << 10  # replies that may wait: 1,000, far more than a window has checkpoints
 
 T = TypeVar("T")
+CheckSender = Callable[[Hello], None]
 ReadGrants = Callable[[], Mapping[str, frozenset[str]]]
 
 
@@ -83,6 +84,7 @@ async def serve(
     tls: LinkContext | None = None,
     limits: Limits = Limits(),
     read_grants: ReadGrants | None = None,
+    check_sender: CheckSender = lambda _: None,
 ) -> None:
     """Serves sessions until cancelled; then each finishes the call under way and tells its peer.
 
@@ -91,8 +93,10 @@ async def serve(
         tls: of `server_context`; None for loopback only.
         read_grants: called in a thread for each session, so that a change takes effect: of each group, whose
             certificates (`identities_of`) may write it. None: whatever the certificates themselves say.
+        check_sender: called in a thread before the group's session is ended for this sender's; raises PitfsError
+            for one that the store wouldn't take.
     """
-    receiver = _Receiver(open_ingest, tls, limits, read_grants)
+    receiver = _Receiver(open_ingest, tls, limits, read_grants, check_sender)
     async with trio.open_nursery() as nursery:
         await trio.serve_listeners(receiver.handle, listeners, handler_nursery=nursery)
 
@@ -106,7 +110,9 @@ class _Receiver:
         tls: LinkContext | None,
         limits: Limits,
         read_grants: ReadGrants | None,
+        check_sender: CheckSender,
     ) -> None:
+        self.check_sender = check_sender
         self.open_ingest, self.tls, self.limits, self._read_grants = open_ingest, tls, limits, read_grants
         self.threads = trio.CapacityLimiter(limits.sessions)
         self.windows = WindowPool(limits.window_bytes)
@@ -299,6 +305,7 @@ class _Session:
     async def _work(self, greeting: Greeting) -> None:
         """Opens the store, then feeds it what comes, until the peer has left and all is fed."""
         hello = await self._receiver.check(greeting, self._stream)
+        await self._in_thread(lambda: self._receiver.check_sender(hello))
         await self._receiver.take_over(hello.group, hello.epoch, self)
         self._window_bytes = self._receiver.windows.take(greeting.window_bytes)
         applier, welcome = await self._in_thread(lambda: self._open(hello))

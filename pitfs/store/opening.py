@@ -11,7 +11,7 @@ import msgspec
 
 from pitfs.errors import PositionMismatchError, StoreError
 from pitfs.model.transfer import Hello
-from pitfs.storage.files import durable_replace, fsync_directory
+from pitfs.storage.files import durable_replace, fsync_directory, storage_error
 from pitfs.store.catalog import Catalog
 from pitfs.store.layout import (
     CATALOG,
@@ -59,6 +59,21 @@ def take_lock(store: str) -> int:
             f"end that one, or wait until it has ended"
         ) from None
     return fd
+
+
+def check_sender(root: str, hello: Hello) -> None:
+    """Whether the store of its group takes this sender, as far as that can be told without writing it.
+
+    Asked before the sender that is there is ended for it: one that is going to be refused mustn't disturb it.
+
+    Raises:
+        PositionMismatchError, StoreError, PitfsError: as opening the store would.
+    """
+    path = os.path.join(root, hello.group)
+    try:
+        check_same_group(path, hello)
+    except OSError as error:
+        raise storage_error(error, path, "opening") from error
 
 
 def check_same_group(path: str, hello: Hello) -> None:

@@ -191,6 +191,24 @@ def test_a_group_of_another_history_is_refused_and_the_receiver_goes_on(tmp_path
         trio.run(run, replica.port)
 
 
+def test_a_sender_that_is_refused_does_not_end_the_session_of_the_one_that_is_there(tmp_path: Path) -> None:
+    ours, other = random_history(1), random_history(2)
+
+    async def run(port: int) -> None:
+        transfers = random_transfers(ours, 2)
+        async with link(port, ours) as session:
+            await ship(session, next(transfers), 1)
+            for _ in range(3):
+                with pytest.raises(PositionMismatchError, match="history"):
+                    async with link(port, other):
+                        pass
+            welcome = await ship(session, next(transfers), 1)
+            assert welcome is not None and welcome.mark == 2 and session.failure is None
+
+    with receiver(tmp_path) as replica:
+        trio.run(run, replica.port)
+
+
 def test_certificates_of_both_sides_are_asked_for(tmp_path: Path) -> None:
     authority = trustme.CA()
     here = issue(tmp_path, "replica", authority, "127.0.0.1")

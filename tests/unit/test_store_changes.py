@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from pitfs.cli.main import main
 from pitfs.errors import PitfsError, PositionMismatchError
+from pitfs.model.position import format_instant
 from pitfs.model.transfer import Data, Gap, Hello, Kind, Manifest, Section, VolumeInfo
 from pitfs.store.ingest import Ingest
 from pitfs.store.store import Store
@@ -115,3 +118,25 @@ def test_what_was_staged_of_it_goes_on(tmp_path: Path, history: History) -> None
     assert (resumed.lengths[0], resumed.cursor) == (len(rows), (0, 3))
     ingest_transfer(made, transfer)
     made.close()
+
+
+def test_a_time_in_a_gap_leads_to_the_state_before_it_with_a_warning(
+    tmp_path: Path, history: History, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = store_at_the_first_copy(tmp_path, history)
+    transfer = changes(history)
+    ingest_transfer(made, transfer)
+    made.close()
+    m = transfer.manifest
+    before, behind = format_instant(m.from_time_ns), format_instant(m.to_time_ns)
+    within = format_instant((m.from_time_ns + m.to_time_ns) // 2)
+    for command in (["resolve", made.path, within], ["digest", made.path, within, "a"]):
+        assert main(command) == 0
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and f"{within} lies in the gap {before} -> {behind} (it was full)" in said
+    assert main(["resolve", made.path, within, "--strict"]) == 1
+    assert "lies in the gap" not in capsys.readouterr().err
+    assert main(["resolve", made.path, behind]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["status", made.path, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["last_gap"] == {"from": before, "to": behind, "cause": "it was full"}
