@@ -173,7 +173,7 @@ def _write_text(store: Store, from_ns: int | None, to_ns: int | None) -> None:
             print(f"  {_TEXT[name](row)}")
 
 
-def _granularity(granularity_ns: int | None) -> str:
+def granularity_text(granularity_ns: int | None) -> str:
     if granularity_ns is None:
         return "snapshots only"
     if granularity_ns == 0:
@@ -185,7 +185,7 @@ def _granularity(granularity_ns: int | None) -> str:
 
 
 def _interval_text(row: Row) -> str:
-    text = f"{row['from']} -> {row['to']}  {_granularity(row['granularity_ns'])}"
+    text = f"{row['from']} -> {row['to']}  {granularity_text(row['granularity_ns'])}"
     return f"{text}  ({row['cause']})" if row["cause"] else text
 
 

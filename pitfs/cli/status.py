@@ -96,18 +96,13 @@ def _last_gap(store: Store) -> dict[str, str] | None:
 
 def _print(status: dict[str, Any]) -> None:
     """A line for each thing that stands; bytes with their unit."""
+    from pitfs.cli.list import granularity_text
+
     for key, value in status.items():
         if value is None or value == []:
             continue
         if key == "last_decision":
-            granularity = value["granularity_ns"]
-            what = (
-                "every write"
-                if granularity == 0
-                else "snapshots only"
-                if granularity is None
-                else f"{granularity} ns"
-            )
+            what = granularity_text(value["granularity_ns"])
             value = f"{what}: {value['reason']}"
         if key == "last_gap":
             value = f"{value['from']} -> {value['to']}: {value['cause']}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ class _Sent:
     location: Location
     segment: int
     size_bytes: int
+    at_s: float
 
 
 class Stream:
@@ -83,6 +85,7 @@ class Stream:
         self._unanswered: deque[_Sent] = deque()
         self._samples: deque[tuple[float, int]] = deque()  # when the journal had which seq, not durable there yet
         self._flushed_at = 0.0
+        self._least_answer_s = math.inf  # between a Flush and its answer, on this connection
         self._saturated_at: float | None = None  # since when there was always more to send than had gone
         self._answered_bytes = 0  # since then
 
@@ -95,6 +98,7 @@ class Stream:
         self._session = session
         session.on_durable = self._answered
         self._unanswered.clear()
+        self._least_answer_s = math.inf
         self._samples.clear()
         self._saturated_at = None
 
@@ -171,7 +175,10 @@ class Stream:
         rate = self._budget.rate
         if rate is None:
             return UNKNOWN_WINDOW_BYTES
-        return int(min(max(rate * AHEAD_S, MIN_WINDOW_BYTES), MAX_WINDOW_BYTES))
+        # With what is on its way on a long link, or waits for a slow disk: else a window that is too small for
+        # the link would be measured as its rate, and made smaller still.
+        ahead_s = AHEAD_S + (self._least_answer_s if self._least_answer_s < math.inf else 0.0)
+        return int(min(max(rate * ahead_s, MIN_WINDOW_BYTES), MAX_WINDOW_BYTES))
 
     @property
     def _batch_bytes(self) -> int:
@@ -193,14 +200,14 @@ class Stream:
         writes = piece.writes if piece is not None else None
         size = len(writes.contents) if writes is not None else 0
         self._flushed_at = trio.current_time()
-        self._unanswered.append(_Sent(self._reader.location, self._segment, size))
+        self._unanswered.append(_Sent(self._reader.location, self._segment, size, trio.current_time()))
         flush = Flush(self.position[0], digest, protected_through_ns)
         await self._session.stream(writes, flush, self._window_bytes)
 
     async def _send_mark(self, mark: StreamMark) -> None:
         assert self._session is not None
         self.mark = mark.mark
-        self._unanswered.append(_Sent(self._reader.location, self._segment, 0))
+        self._unanswered.append(_Sent(self._reader.location, self._segment, 0, trio.current_time()))
         await self._session.stream_mark(mark)
 
     def _note(self, seq: int) -> None:
@@ -213,6 +220,7 @@ class Stream:
     def _answered(self, durable: Durable) -> None:
         sent = self._unanswered.popleft()
         self.durable_seq = durable.seq
+        self._least_answer_s = min(self._least_answer_s, trio.current_time() - sent.at_s)
         self._needed_segment, self._durable_mark = sent.segment, durable.mark
         standing = self._standing
         welcome = Welcome(durable.mark, durable.seq, durable.time_ns, durable.protected_through_ns)

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 import trio
+import trio.testing
 
 from pitfs.link.sender import SenderSession
 from pitfs.model.transfer import Flush, Writes
@@ -56,8 +57,6 @@ async def test_a_diff_behind_a_stream_that_is_cut_off_is_sent_on_the_next_connec
 
 async def cut(frame: object) -> None:
     raise ConnectionError
-
-
 
 
 async def test_while_writes_pass_the_replica_isnt_told_that_it_has_all(parts: Parts) -> None:
@@ -116,3 +115,28 @@ async def test_who_leaves_a_stream_knows_that_its_marks_are_committed(parts: Par
             nursery.start_soon(parts.shipper._stream.leave)
             gate.set()
     assert parts.shipper.standing.committed.mark == 2
+
+
+async def test_a_window_that_is_too_small_for_a_long_link_is_not_taken_for_its_rate(
+    parts: Parts, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Answers take 3 s: window / 3 s is measured again and again, and the window must not shrink with it."""
+    await parts.locate()
+    await parts.ship()
+    shipper, session = parts.shipper, parts.session
+    stream_ = shipper._stream
+    stream_.begin(cast(SenderSession, session), session.welcome.mark)
+    real, windows = session.stream, []
+
+    async def far(writes: Writes | None, flush: Flush, window_bytes: int = 0) -> None:
+        await trio.sleep(3)
+        await real(writes, flush, window_bytes)
+        windows.append(window_bytes)
+        shipper.standing.rates.clear()
+        shipper.standing.rates.append(window_bytes / 3)  # all that goes in that time
+
+    session.stream = far  # type: ignore[method-assign]
+    for _ in range(12):
+        parts.write()
+        await stream_.turn(math.inf)
+    assert windows[-1] >= windows[1] > 1 << 20
