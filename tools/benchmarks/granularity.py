@@ -286,7 +286,9 @@ def _fallen(
     fallen = {each: g for each, g in reached.items() if g != 0}
     coarser = 0
     for (from_ns, to_ns), granularity_ns in fallen.items():
-        fits = load.rung_that_fits(from_ns, to_ns, room_bytes)
+        # One that begins where a stream was left has what is left of the time: the stream has used the rest.
+        share = min(1.0, (to_ns - from_ns) / (interval_s * 1e9))
+        fits = load.rung_that_fits(from_ns, to_ns, room_bytes * share)
         if fits is not None and (granularity_ns is None or granularity_ns > fits):
             coarser += 1
             note(f"interval to {to_ns}: {granularity_ns} ns, {fits} ns would have fitted")
