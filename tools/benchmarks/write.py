@@ -1,7 +1,7 @@
 """Group `write`: what an application sees when it writes through the splitter.
 
-Interval closes and shipping are kept out of the runs (`interval = "1h"`, a snapshot between measures): what
-stands here is the write path. Group `ship` measures it while everything else is going on.
+Interval closes and shipping are kept out of the runs (`interval = "1h"` and mode snapshot, which streams nothing; a
+snapshot between measures): what stands here is the write path. Group `ship` measures it while everything else is going on.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def run(setting: Setting) -> list[Measure]:
     measures = []
     with (
         Replica(tmp) as replica,
-        Production(tmp, {"root": backing}, port=replica.port, interval="1h", capacity="40GiB") as production,
+        Production(
+            tmp, {"root": backing}, port=replica.port, interval="1h", mode="snapshot", capacity="40GiB"
+        ) as production,
         bare_passthrough(bare_backing, tmp / "bare") as bare,
     ):
         note("first full copy …")
