@@ -1,7 +1,7 @@
 """Group `write`: what an application sees when it writes through the splitter.
 
-Interval closes and shipping are kept out of the runs (`interval = "1h"` and mode snapshot, which streams nothing; a
-snapshot between measures): what stands here is the write path. Group `ship` measures it while everything else is going on.
+Interval closes and shipping are kept out of the runs (`interval = "1h"`, mode snapshot, which streams nothing; a
+snapshot between measures): what stands here is the write path. Group `ship` measures it while everything else goes on.
 """
 
 from __future__ import annotations
