@@ -83,6 +83,34 @@ def find_leaf(root: Entry, block_count: int, leaf_index: int, load_node: LoadNod
     return load_node(entry.pointer, entry.checksum) if entry.pointer else None
 
 
+def next_leaf(root: Entry, block_count: int, first: int, load_node: LoadNode) -> int | None:
+    """Index of the first leaf, not before leaf `first`, that isn't all zeros; None if there is none.
+
+    Empty subtrees are passed over: nodes on two paths are read at most, however much lies between.
+
+    Raises:
+        CorruptionError: by `load_node`.
+    """
+    depth = tree_depth(block_count)
+    return _next_leaf(root, depth - 1, first, load_node) if first >> (FANOUT_BITS * depth) == 0 else None
+
+
+def _next_leaf(entry: Entry, level: int, first: int, load_node: LoadNode) -> int | None:
+    """As `next_leaf` in the subtree that `entry` leads to, which has so many levels above its leaves."""
+    if not entry.pointer or not level:
+        return first if entry.pointer else None
+    node = load_node(entry.pointer, entry.checksum)
+    shift = FANOUT_BITS * (level - 1)
+    slot = first >> shift
+    for used in (np.flatnonzero(node[POINTERS, slot:]) + slot).tolist():
+        within = first - (slot << shift) if used == slot else 0
+        child = Entry(int(node[POINTERS, used]), int(node[CHECKSUMS, used]))
+        found = _next_leaf(child, level - 1, within, load_node)
+        if found is not None:
+            return int((used << shift) + found)
+    return None
+
+
 class MapBuilder:
     """Makes the tree that results from applying sorted updates to another.
 

@@ -200,6 +200,19 @@ class RowIndex:
         last = _ends_of_runs(blocks)  # a block's entries may go on in the next chunk
         return blocks[last], pointers[last], checksums[last]
 
+    def next_block(self, volume: int, first: int) -> int | None:
+        """The first block, not before `first`, that has an entry of whatever seq; None if there is none."""
+        firsts = self._firsts.get(volume)
+        if firsts is None:
+            return None
+        place = int(np.searchsorted(firsts, np.int64(first), "left"))
+        if place:  # what the chunk before begins with is smaller: it may go on with larger ones
+            blocks = self._chunk(int(self._numbers[volume][place - 1]))[0].view("<i8")
+            within = int(np.searchsorted(blocks, np.int64(first), "left"))
+            if within < len(blocks):
+                return int(blocks[within])
+        return int(firsts[place]) if place < len(firsts) else None
+
     def position_at_seq(self, seq: int) -> Position | None:
         """The last position in the interval not after write `seq`, None if all are after it."""
         return self._position(0, self._first_seqs, seq)

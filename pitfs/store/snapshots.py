@@ -15,6 +15,7 @@ from pitfs.model.blockmap import (
     decode_node,
     find_leaf,
     new_node,
+    next_leaf,
 )
 from pitfs.model.transfer import VolumeInfo
 from pitfs.store.cache import Cache
@@ -73,3 +74,7 @@ class SnapshotMap:
         if node is None:
             node = _ZEROS
         return node[POINTERS], node[CHECKSUMS]
+
+    def next_leaf(self, volume: int, first: int) -> int | None:
+        """Index of the first leaf, not before `first`, that isn't all zeros. Raises as `leaf`."""
+        return next_leaf(self.roots[volume], self._block_counts[volume], first, self._nodes.load)

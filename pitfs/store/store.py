@@ -281,13 +281,44 @@ class Store:
             self._tails.overlay(tail, resolution.seq, volume, leaf_index, pointers, checksums)
             return pointers, checksums
         start = leaf_index << FANOUT_BITS
-        interval = self._catalog.interval_to(resolution.journal)
-        if interval is None:
-            raise MissingObjectError(self._catalog.path, 0, f"interval {resolution.journal} is missing")
-        blocks, newer, sums = self._journal(interval).range(volume, start, start + FANOUT, resolution.seq)
+        journal = self._journal_to(resolution.journal)
+        blocks, newer, sums = journal.range(volume, start, start + FANOUT, resolution.seq)
         pointers[blocks - start] = newer
         checksums[blocks - start] = sums
         return pointers, checksums
+
+    @_again_if_replaced
+    def next_leaf(self, resolution: Resolution, volume: int, first: int) -> int | None:
+        """Index of the first leaf, not before `first`, that may have other than zeros in that state.
+
+        Takes no longer where there is nothing for TiB: whoever walks an image asks this, not each leaf.
+
+        Raises:
+            CorruptionError: as `leaf`.
+        """
+        tails = self._tails.now()
+        found = self._next_leaf_of_third(tails, resolution.third, volume, first)
+        if resolution.journal is None:
+            return found
+        tail = _of_fourth(tails, resolution.journal)
+        if tail is not None:
+            return _earlier(found, self._tails.next_leaf(tail, volume, first))
+        block = self._journal_to(resolution.journal).next_block(volume, first << FANOUT_BITS)
+        return _earlier(found, None if block is None else block >> FANOUT_BITS)
+
+    def _next_leaf_of_third(self, tails: Sequence[Tail], snapshot: int, volume: int, first: int) -> int | None:
+        tail = _of_fourth(tails, snapshot)
+        if tail is None:
+            return self._map(snapshot).next_leaf(volume, first)
+        found = self._next_leaf_of_third(tails, tail.from_snapshot, volume, first)
+        return _earlier(found, self._tails.next_leaf(tail, volume, first))
+
+    def _journal_to(self, snapshot: int) -> JournalIndex:
+        """The difference journal of the interval that ends at that snapshot."""
+        interval = self._catalog.interval_to(snapshot)
+        if interval is None:
+            raise MissingObjectError(self._catalog.path, 0, f"interval {snapshot} is missing")
+        return self._journal(interval)
 
     def _third(
         self, tails: Sequence[Tail], snapshot: int, volume: int, leaf_index: int
@@ -344,6 +375,10 @@ class Store:
 def _of_fourth(tails: Sequence[Tail], snapshot: int) -> Tail | None:
     """The tail that becomes the interval that ends at that snapshot, while it is one."""
     return next((tail for tail in tails if tail.fourth == snapshot), None)
+
+
+def _earlier(one: int | None, other: int | None) -> int | None:
+    return min((each for each in (one, other) if each is not None), default=None)
 
 
 def _is_known(interval: Interval, position: Position | None, time_ns: int, journal: JournalIndex) -> bool:

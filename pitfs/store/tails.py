@@ -77,6 +77,11 @@ class Tails:
                 pointers[blocks - start] = newer
                 checksums[blocks - start] = sums
 
+    def next_leaf(self, tail: Tail, volume: int, first: int) -> int | None:
+        """Index of the first leaf, not before `first`, into which the tail wrote."""
+        found = (self._index(piece).next_block(volume, first << FANOUT_BITS) for piece in tail.pieces)
+        return min((block >> FANOUT_BITS for block in found if block is not None), default=None)
+
     def _index(self, piece: Piece) -> RowIndex:
         return self._indexes.get(
             (piece.tail, piece.fence_offset), lambda: open_piece(self._objects, piece, self._chunks)

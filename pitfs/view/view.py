@@ -38,6 +38,7 @@ from pitfs.store.layout import (
     pointer_unit,
 )
 from pitfs.store.objects import MissingObjectError
+from pitfs.view.ranges import data_ranges
 
 if TYPE_CHECKING:
     from pitfs.store.store import Resolution, Store
@@ -181,20 +182,7 @@ class PointInTimeView:
 
     def data_ranges(self) -> Iterator[tuple[int, int]]:
         """Byte ranges [start, end) of the image that aren't known to be zeros, ascending, coalesced."""
-        start = end = 0
-        leaf_bytes = FANOUT << self._shift
-        for leaf in range(-(-self.size_bytes // leaf_bytes)):
-            pointers = self._table(leaf)[0]
-            edges = np.flatnonzero(np.diff((pointers != 0).astype(np.int8), prepend=0, append=0)).tolist()
-            for first, last in zip(edges[::2], edges[1::2], strict=True):
-                range_start = leaf * leaf_bytes + (first << self._shift)
-                if range_start != end:
-                    if start < end:
-                        yield start, end
-                    start = range_start
-                end = min(leaf * leaf_bytes + (last << self._shift), self.size_bytes)
-        if start < end:
-            yield start, end
+        return data_ranges(self._store, self.resolution, self.volume, 0, self.size_bytes, self._table)
 
     # -------------------------------------------------------------- inside
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from xxhash import xxh3_64_intdigest
 
-from pitfs.model.blockmap import EMPTY, FANOUT, Entry, MapBuilder, Node, find_leaf, tree_depth
+from pitfs.model.blockmap import EMPTY, FANOUT, Entry, MapBuilder, Node, find_leaf, next_leaf, tree_depth
 
 
 class Nodes:
@@ -62,6 +62,29 @@ def test_each_generation_keeps_its_own_state(seed: int) -> None:
         generations.append((root, dict(model)))
     for generation, wanted in generations:
         assert as_dictionary(nodes, generation, block_count) == wanted
+        used = sorted({block // FANOUT for block in wanted})
+        for first in range(-(-block_count // FANOUT) + 2):
+            later = next((leaf for leaf in used if leaf >= first), None)
+            assert next_leaf(generation, block_count, first, nodes.load) == later
+
+
+def test_the_next_leaf_of_a_huge_volume_is_found_by_two_paths_at_most() -> None:
+    nodes, block_count = Nodes(), 1 << 36
+    builder = MapBuilder(block_count, EMPTY, nodes.load, nodes.emit)
+    blocks = np.array([3, 1 << 27, (1 << 36) - 1], "<i8")
+    builder.update(blocks, np.array([1, 2, 3], "<u8"), np.array([4, 5, 6], "<u8"))
+    root, reads = builder.finish(), list[int]()
+
+    def load(pointer: int, checksum: int) -> Node:
+        reads.append(pointer)
+        return nodes.load(pointer, checksum)
+
+    leaves, first = [], next_leaf(root, block_count, 0, load)
+    while first is not None:
+        leaves.append(first)
+        first = next_leaf(root, block_count, first + 1, load)
+    assert leaves == (blocks // FANOUT).tolist()
+    assert len(reads) <= 4 * 2 * tree_depth(block_count)
 
 
 def test_one_block_makes_one_node_for_each_level_and_shares_the_rest() -> None:
