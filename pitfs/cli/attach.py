@@ -112,7 +112,7 @@ def _attach(args: argparse.Namespace) -> int:
         if args.json:
             print_json(described)
         else:
-            print(device)
+            print(device, flush=True)
             _hint(described)
         sys.stdout.flush()  # a device that nobody was told of isn't left
         undo.pop_all()

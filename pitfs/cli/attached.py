@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from pitfs.errors import PitfsError, UsageError
-from pitfs.fuse.holders import holders_below
+from pitfs.fuse.in_use import users_below
 from pitfs.fuse.loops import image_loops
 from pitfs.fuse.mount import FSTYPE, source_name
 from pitfs.fuse.mountinfo import MountInfo, is_dead, mounts
@@ -165,7 +165,7 @@ def _unmount(mountpoint: str) -> bool:
             capture_output=True, text=True, check=False, start_new_session=True,
         )  # fmt: skip
         # A device that was detached a moment ago is let go of a little later.
-        if done.returncode and (holders_below(mountpoint) or time.monotonic() > deadline):
+        if done.returncode and (users_below(mountpoint) or time.monotonic() > deadline):
             return False
         if done.returncode:
             time.sleep(POLL_S)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from pitfs.errors import PitfsError, UsageError
-from pitfs.fuse.holders import openers
+from pitfs.fuse.in_use import openers
 from pitfs.fuse.mount import FSTYPE
 from pitfs.fuse.mountinfo import MountInfo, mounts
 
@@ -228,7 +228,7 @@ def detach(loop: Loop) -> None:
     deadline = time.monotonic() + RELEASE_S
     while loop_of(loop.device) == loop:
         if time.monotonic() > deadline:
-            who = _joined(str(holder) for holder in openers([loop.device, *partitions(loop.device)]))
+            who = _joined(str(user) for user in openers([loop.device, *partitions(loop.device)]))
             raise PitfsError(f"{loop.device}: goes when it is closed by {who or 'whoever has it open'}")
         time.sleep(POLL_S)
 
