@@ -28,6 +28,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "resolve": ("pitfs.cli.resolve", "the instant that a time leads to"),
     "digest": ("pitfs.cli.digest", "checksum of a volume at an instant"),
     "export": ("pitfs.cli.export", "write a volume at an instant to a file or device"),
+    "serve-nbd": ("pitfs.cli.serve_nbd", "serve a store's instants to NBD clients"),
     "check": ("pitfs.cli.later:check", "verify a store (not available in this version)"),
     "prune": ("pitfs.cli.later:prune", "apply the retention policy (not available in this version)"),
 }
