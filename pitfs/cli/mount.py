@@ -23,6 +23,7 @@ from typing import Any, Final
 from pitfs.cli.main import Parser, report
 from pitfs.errors import UsageError
 from pitfs.fuse.mount import MountRequest, mount_store
+from pitfs.fuse.workers import MAX_WORKERS
 
 NAME: Final = "mount.pitfs"
 
@@ -58,6 +59,7 @@ options (-o):
                           who may read
   tz=ZONE                 of times without Z or offset, such as Europe/Vienna (default UTC)
   strict                  only times whose state can be given exactly lead anywhere
+  workers=N               processes that serve it (default: one for each core, at most 2)
   and those of mount(8): ro, noatime, nosuid, nodev, noexec, …
 
 examples:
@@ -137,7 +139,7 @@ def parse_options(
         if name in _VALUES and has_value:
             key, parse = _VALUES[name]
             values[key] = parse(value)
-            if name != "tz":  # who gives it to somebody else wants that somebody to get in
+            if name in ("uid", "gid", "mode"):  # who gives it to somebody else wants that somebody to get in
                 values["allow_other"] = True
         elif option in ("strict", "allow_other"):
             values[option] = True
@@ -171,6 +173,12 @@ def _parse_mode(value: str) -> int:
     return int(value, 8) & 0o444
 
 
+def _parse_workers(value: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,3}", value) or not 1 <= int(value) <= MAX_WORKERS:
+        raise UsageError(f"option workers={value}: write a number from 1 to {MAX_WORKERS}")
+    return int(value)
+
+
 def parse_zone(value: str) -> datetime.tzinfo:
     """The zone of that name.
 
@@ -190,6 +198,7 @@ _VALUES: Final[dict[str, tuple[str, Callable[[str], Any]]]] = {
     "gid": ("gid", _parse_id("gid", lambda name: grp.getgrnam(name).gr_gid)),
     "mode": ("mode", _parse_mode),
     "tz": ("zone", parse_zone),
+    "workers": ("workers", _parse_workers),
 }
 
 

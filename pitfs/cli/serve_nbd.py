@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from pitfs.link.stream import TlsStream
     from pitfs.link.tls import LinkContext
+    from pitfs.store.holders import Holder
     from pitfs.store.store import Store
 
 NAME: Final = "serve-nbd"
@@ -62,10 +64,10 @@ clients:
 def run(args: argparse.Namespace) -> int:
     import trio
 
+    from pitfs.cli.holding import open_held
     from pitfs.cli.processes import set_up_daemon_logging
     from pitfs.cli.service import run_until_signal
     from pitfs.link.tls import require_loopback
-    from pitfs.store.store import Store
 
     address = parse_address(args.listen) if args.listen is not None else None
     tls = None
@@ -74,15 +76,14 @@ def run(args: argparse.Namespace) -> int:
     elif address is not None:
         require_loopback(address[0])
     set_up_daemon_logging(getattr(args, "verbose", 0))
-    store = Store.open(args.store)
-    try:
-        trio.run(run_until_signal, partial(_serve, store, address, args.unix, tls))
-    finally:
-        store.close()
+    with open_held(args.store, f"serve-nbd {args.listen or os.path.realpath(args.unix)}") as (store, holder):
+        trio.run(run_until_signal, partial(_serve, store, holder, address, args.unix, tls))
     return 0
 
 
-async def _serve(store: Store, address: tuple[str, int] | None, path: str, tls: LinkContext | None) -> None:
+async def _serve(
+    store: Store, holder: Holder, address: tuple[str, int] | None, path: str, tls: LinkContext | None
+) -> None:
     import logging
     import time
 
@@ -92,7 +93,7 @@ async def _serve(store: Store, address: tuple[str, int] | None, path: str, tls: 
     from pitfs.view.tree import Tree
 
     log = logging.getLogger(__name__)
-    exports = Exports(store, Tree(store, time.time_ns))
+    exports = Exports(store, Tree(store, time.time_ns), holder)
     with contextlib.ExitStack() as stack:
         if address is None:
             listeners = [stack.enter_context(listen_unix(path))]

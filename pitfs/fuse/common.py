@@ -12,6 +12,7 @@ import pyfuse3
 import trio
 
 from pitfs.errors import PitfsError
+from pitfs.fuse.loop import waiting
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -59,6 +60,6 @@ def failed(name: str, error: Exception) -> pyfuse3.FUSEError:
 
 async def in_thread(function: Callable[..., T], *args: object, limiter: trio.CapacityLimiter) -> T:
     """`function(*args)` in a thread, never cancelled: a handler that is cancelled gives no reply."""
-    with trio.CancelScope(shield=True):
+    with waiting, trio.CancelScope(shield=True):
         result = await trio.to_thread.run_sync(function, *args, limiter=limiter)
     return result  # noqa: RET504 — returned inside, mypy thinks that the scope may swallow it

@@ -61,7 +61,7 @@ class Shared:
 
 
 class Connection:
-    """Serves one client: `negotiate`, then `serve`.
+    """Serves one client: `negotiate`, then `serve`, and `release` whatever became of them.
 
     Both raise RemoteProtocolError where the client breaks the protocol, and OSError or trio.BrokenResourceError
     where the connection breaks.
@@ -76,6 +76,7 @@ class Connection:
         self._sending = trio.Lock()  # one reply, or chunk of one, after the other
         self._slots = trio.Semaphore(MAX_REQUESTS)
         self._large = trio.Semaphore(MAX_LARGE)
+        self._opened: Export | None = None
         self._unyielded_bytes = 0
         self._broken: Exception | None = None  # why a task of `serve` ended the connection
 
@@ -128,10 +129,10 @@ class Connection:
                 case AskList():
                     listed = await self._shared.ask(self._shared.exports.listed)
                     await self._send(self._protocol.answer_list(listed))
-                case AskExport(name):
-                    export = await self._find(name)
-                    if self._protocol.state is State.TRANSMISSION:
-                        return export
+                case AskExport(name, opens):
+                    await self._answer(name, opens)
+                    if self._opened is not None:
+                        return self._opened
                 case StartTls(data):
                     assert start_tls is not None
                     await self._send(data)
@@ -139,18 +140,24 @@ class Connection:
                     self._protocol.tls_started()
         return None
 
-    async def _find(self, name: str) -> Export | None:
+    async def _answer(self, name: str, opens: bool) -> None:
         export, problem = None, ""
         try:
-            export = await self._shared.ask(self._shared.exports.find, name)
+            export = await self._shared.ask(partial(self._shared.exports.find, name, opens=opens))
         except NoSuchExportError as error:
             problem = str(error)
             log.info("%s: %s", self._peer, error)
         except PitfsError as error:
             problem = f"{name}: can't be opened: the server's log has the details"
             log.error("%s: %s: %s", self._peer, name, error)
+        self._opened = export if opens else None
         await self._send(self._protocol.answer_export(export.info if export else None, problem))
-        return export
+
+    async def release(self) -> None:
+        """Lets go of the instant that was opened."""
+        if self._opened is not None:
+            with trio.CancelScope(shield=True):
+                await self._shared.ask(self._shared.exports.close, self._opened)
 
     # -------------------------------------------------------------- requests
 

@@ -12,13 +12,14 @@ import collections
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from pitfs.errors import PitfsError
+from pitfs.errors import NoSuchInstantError, PitfsError
 from pitfs.model.position import format_instant
 from pitfs.nbd.negotiation import ExportInfo
 from pitfs.view.tree import LATEST, ROOT_INODE, NoEntryError, Tree, Type
 from pitfs.view.view import PointInTimeView, TableCache
 
 if TYPE_CHECKING:
+    from pitfs.store.holders import Holder
     from pitfs.store.store import Resolution, Store
 
 MAX_LISTED_SNAPSHOTS: Final = 100  # the newest; a client may ask about each that is listed
@@ -38,14 +39,18 @@ class Export:
 class Exports:
     """The exports of one store. For one thread at a time, as the tree is; the views that it gives are for any."""
 
-    def __init__(self, store: Store, tree: Tree) -> None:
+    def __init__(self, store: Store, tree: Tree, holder: Holder) -> None:
         self._store = store
         self._tree = tree
+        self._holder = holder
         self._tables = TableCache()
         self._views: collections.OrderedDict[tuple[int, int], PointInTimeView] = collections.OrderedDict()
 
-    def find(self, name: str) -> Export:
+    def find(self, name: str, *, opens: bool) -> Export:
         """The export that a name leads to now.
+
+        Args:
+            opens: and hold its instant, until `close`.
 
         Raises:
             NoSuchExportError: there is none; says why.
@@ -66,10 +71,19 @@ class Exports:
             raise NoSuchExportError(f"no export {name!r}: nothing can be reached at {path!r}: see `pitfs list`")
         if volume not in names:
             raise NoSuchExportError(f"no export {name!r}: the volumes are {', '.join(names)}")
+        if opens:
+            try:
+                resolution = self._holder.pinned(self._store, resolution)
+            except NoSuchInstantError as error:
+                raise NoSuchExportError(f"no export {name!r}: {error}") from None
         view = self._view(resolution, names.index(volume))
         canonical = f"{format_instant(resolution.time_ns)}/{volume}"
         description = f"volume {volume} of group {self._store.group}, {resolution.kind}, seq {resolution.seq}"
         return Export(ExportInfo(canonical, description, view.size_bytes, view.block_size), view)
+
+    def close(self, export: Export) -> None:
+        """Takes back what `find` held."""
+        self._holder.unpin(export.view.resolution.seq)
 
     def listed(self) -> list[tuple[str, str]]:
         """(name, description) of latest and of the newest snapshots, newest first, of each volume."""

@@ -60,9 +60,10 @@ class AskList:
 
 @dataclass(frozen=True, slots=True)
 class AskExport:
-    """Whether there is an export of that name: `answer_export`."""
+    """Whether there is an export of that name: `answer_export`. If there is, and it `opens`, it is the client's."""
 
     name: str
+    opens: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +188,7 @@ class Negotiation:
 
     def _ask(self, question: _Question) -> AskExport:
         self._question = question
-        return AskExport(question.name)
+        return AskExport(question.name, question.option in (Option.EXPORT_NAME, Option.GO))
 
     def _answered(self, *options: Option) -> _Question:
         question = self._question

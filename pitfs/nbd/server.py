@@ -76,6 +76,8 @@ async def _handle(inner: trio.SocketStream, shared: Shared, start_tls: StartTls 
         log.info("%s: the connection broke: %s", peer, error.__cause__ or error)
     except Exception:
         log.exception("%s: closed: a bug in pitfs", peer)
+    finally:
+        await connection.release()
 
 
 def _keep_alive(inner: trio.SocketStream) -> None:
