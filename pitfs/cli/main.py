@@ -28,6 +28,8 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "resolve": ("pitfs.cli.resolve", "the instant that a time leads to"),
     "digest": ("pitfs.cli.digest", "checksum of a volume at an instant"),
     "export": ("pitfs.cli.export", "write a volume at an instant to a file or device"),
+    "attach": ("pitfs.cli.attach", "a volume at an instant as a block device"),
+    "detach": ("pitfs.cli.detach", "undo what attach did for a device"),
     "check": ("pitfs.cli.later:check", "verify a store (not available in this version)"),
     "prune": ("pitfs.cli.later:prune", "apply the retention policy (not available in this version)"),
 }

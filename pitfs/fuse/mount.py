@@ -29,7 +29,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from pitfs.errors import PitfsError, UsageError
-from pitfs.fuse.mountinfo import mounted_at
+from pitfs.fuse.mountinfo import escaped, mounted_at
 
 if TYPE_CHECKING:
     import pyfuse3
@@ -39,6 +39,8 @@ FSTYPE: Final = "fuse.pitfs"
 # 128 KiB is the kernel's; sequential reads with 1 MiB are more than twice as fast, with 4 MiB no faster.
 READAHEAD_KIB: Final = 2048
 MAX_DEAD_MOUNTS: Final = 16  # stacked on one mountpoint; more is somebody's loop
+UMOUNT_HELPER: Final = "/sbin/umount.pitfs"
+UMOUNT_OPTION: Final = "helper=pitfs"
 _DEAD: Final = (errno.ENOTCONN, errno.ECONNABORTED)
 
 log = logging.getLogger(__name__)
@@ -175,6 +177,7 @@ def _observe(reader: int, mountpoint: str, daemon: int | None) -> int:
                 raise
         else:
             _raise_readahead(device)
+            _have_umount_ask_us(mountpoint)
             return 0
     elif word:
         code, _, message = word.partition(" ")
@@ -198,6 +201,25 @@ def _raise_readahead(device: int) -> None:
             file.write(str(READAHEAD_KIB))
     except OSError as error:  # a container without a writable /sys: slower, that is all
         log.info("%s: %s: sequential reads will be slower", path, error.strerror)
+
+
+def _have_umount_ask_us(mountpoint: str) -> None:
+    """Leaves word in libmount's table that umount(8) is to call umount.pitfs, which names who holds a busy mount."""
+    mount = mounted_at(mountpoint)
+    if os.geteuid() != 0 or mount is None or not os.path.exists(UMOUNT_HELPER):
+        return
+    entry = f"SRC={escaped(mount.source)} TARGET={escaped(mountpoint)} "
+    try:
+        with open("/run/mount/utab", encoding="utf-8", errors="surrogateescape") as file:
+            if any(entry in line and UMOUNT_OPTION in line for line in file):
+                return  # left by a mount that ended without umount(8); one more would stay with it
+    except FileNotFoundError:
+        pass
+    command = ["mount", "--fake", "--internal-only", "--no-canonicalize", "-t", FSTYPE]
+    command += ["-o", UMOUNT_OPTION, "--", mount.source, mountpoint]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode:  # umount(8) then says no more than that it is busy
+        log.info("%s: %s", mountpoint, done.stderr.strip())
 
 
 # ------------------------------------------------------------------ the daemon

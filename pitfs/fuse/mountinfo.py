@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 log = logging.getLogger(__name__)
@@ -14,12 +15,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class MountInfo:
-    """One line of mountinfo. `type` is like fuse.pitfs; `device` like 0:52."""
+    """One line of mountinfo.
+
+    Attributes:
+        device: of what is mounted, like 0:52 or 7:1.
+        type: like fuse.pitfs.
+        whole: it is all of that, not a directory in it (a bind mount).
+    """
 
     mountpoint: str
     device: str
     type: str
     source: str
+    read_only: bool
+    whole: bool
 
 
 def _unescape(field: str) -> str:
@@ -27,17 +36,30 @@ def _unescape(field: str) -> str:
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
 
 
+def escaped(field: str) -> str:
+    """The inverse, as the kernel and libmount write it."""
+    return "".join(f"\\{ord(char):03o}" if char in " \t\n\\" else char for char in field)
+
+
+def mounts() -> Iterator[MountInfo]:
+    """All mounts of this namespace; of several at one place the topmost comes last."""
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            before, _, after = line.partition(" - ")
+            fields, kind = before.split(), after.split()
+            read_only = "ro" in fields[5].split(",")
+            mountpoint, source = _unescape(fields[4]), _unescape(kind[1])
+            yield MountInfo(mountpoint, fields[2], kind[0], source, read_only, fields[3] == "/")
+
+
 def mounted_at(path: str) -> MountInfo | None:
     """The topmost mount exactly at `path`, None if there is none."""
     wanted = os.path.realpath(os.path.dirname(os.path.abspath(path)))
     wanted = os.path.join(wanted, os.path.basename(os.path.abspath(path)))
     found = None
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        for line in file:
-            before, _, after = line.partition(" - ")
-            fields, kind = before.split(), after.split()
-            if _unescape(fields[4]) == wanted:
-                found = MountInfo(wanted, fields[2], kind[0], _unescape(kind[1]))
+    for mount in mounts():
+        if mount.mountpoint == wanted:
+            found = mount
     return found
 
 

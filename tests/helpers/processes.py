@@ -35,7 +35,7 @@ def pitfs_command(name: str = "pitfs") -> list[str]:
     script = Path(sys.executable).parent / name
     if script.exists():
         return [str(script)]
-    module = {"pitfs": "pitfs.cli.main", "mount.pitfs": "pitfs.cli.mount"}[name]
+    module = {"pitfs": "pitfs.cli.main", "mount.pitfs": "pitfs.cli.mount", "umount.pitfs": "pitfs.cli.umount"}[name]
     return [sys.executable, "-m", module]
 
 

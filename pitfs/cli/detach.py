@@ -1,0 +1,54 @@
+"""`pitfs detach`: undoes what `pitfs attach` has made for a device."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Any, Final
+
+from pitfs.errors import PitfsError, UsageError
+
+NAME: Final = "detach"
+
+
+def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
+    parser = subparsers.add_parser(
+        NAME,
+        help="undo what attach did for a device",
+        description="Detaches a loop device that is over an image, unmounts the store where attach had mounted it and "
+        "nobody else needs that, and throws away what was written to a scratch image.",
+        epilog="""\
+examples:
+  pitfs detach /dev/loop1""",
+    )
+    parser.add_argument("device", metavar="DEVICE", help="the device that attach has printed, such as /dev/loop1")
+
+
+def run(args: argparse.Namespace) -> int:
+    from pitfs.cli.attached import exclusive, is_ours, signals_wait, tidy
+    from pitfs.fuse.holders import holders_below
+    from pitfs.fuse.loops import detach, device_named, image_of, loop_of
+    from pitfs.fuse.mountinfo import mounts
+
+    device = device_named(args.device)
+    with exclusive():
+        loop = loop_of(device)
+        if loop is None:
+            if not os.path.exists(device):
+                raise PitfsError(f"{args.device}: no such device: pitfs attach --list shows what is attached")
+            raise PitfsError(f"{args.device}: nothing is attached there (any more): see pitfs attach --list")
+        image = image_of(loop, mounts())
+        if image is None:
+            raise UsageError(
+                f"{args.device}: not attached by pitfs: it is over {loop.backing}; "
+                "if it is yours, losetup --detach does it"
+            )
+        detach(loop)
+        with signals_wait():
+            stay = tidy()
+    if image.mount is not None and is_ours(image.mount) and image.mount.mountpoint in stay:
+        place = image.mount.mountpoint
+        who = ", ".join(map(str, holders_below(place))) or "somebody"
+        print(f"pitfs: {device} is detached; {place} stays mounted while {who} uses it", file=sys.stderr)
+    return 0

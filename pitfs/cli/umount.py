@@ -1,0 +1,85 @@
+"""umount.pitfs: the helper that umount(8) calls for a store's mount. Names who holds one that is busy.
+
+    umount.pitfs MOUNTPOINT [-flnrv] [-N ns] [-t type]
+
+umount(8) finds it by the entry `helper=pitfs` that mount.pitfs leaves in libmount's table (/run/mount/utab), not by
+the type: to be fast it asks statfs(2), which says "fuse" for all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+from pitfs.cli.main import Parser, report
+
+NAME: Final = "umount.pitfs"
+FAILED: Final = 32  # what umount(8) ends with where the kernel refuses
+MAX_NAMED: Final = 5
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `umount.pitfs`; returns what umount(8) would."""
+    try:
+        parser = Parser(prog=NAME, description="Ends the mount of a store, or says who holds it. Called by umount(8).")
+        parser.add_argument("mountpoint", metavar="MOUNTPOINT", help="where the store is mounted")
+        for option, what in (
+            ("-f", "force"), ("-l", "lazily: go on without who uses it"), ("-n", "don't write mtab"),
+            ("-r", "read-only if it's busy"), ("-v", "say more"),
+        ):  # fmt: skip
+            parser.add_argument(option, dest="options", action="append_const", const=option, help=what)
+        parser.add_argument("-t", metavar="TYPE", help="no effect (umount(8): type)")
+        parser.add_argument("-N", metavar="NS", help="no effect (umount(8): namespace, entered already)")
+        try:
+            args = parser.parse_args(argv)
+        except SystemExit as stop:  # argparse has said what there is to say
+            return stop.code if isinstance(stop.code, int) else 2
+        return _unmount(args.mountpoint, args.options or [])
+    except BaseException as error:
+        return report(error, program=NAME)
+
+
+def _unmount(mountpoint: str, options: Sequence[str]) -> int:
+    done = subprocess.run(
+        ["umount", "--internal-only", *options, "--", mountpoint], stderr=subprocess.PIPE, check=False,
+        text=True, errors="surrogateescape", env=os.environ | {"LC_ALL": "C"},
+    )  # fmt: skip
+    said = done.stderr.strip()
+    if done.returncode == FAILED and "busy" in said:
+        said = busy(os.path.realpath(mountpoint)) or said
+    if said:
+        print(said.encode(errors="backslashreplace").decode(), file=sys.stderr)
+    return done.returncode
+
+
+def busy(mountpoint: str) -> str:
+    """One line: who holds the mount, and what to do; empty if nobody is found."""
+    from pitfs.fuse.holders import holders_below
+    from pitfs.fuse.loops import image_loops, mountpoints_of
+
+    who, what = [], []
+    for image in image_loops():
+        if image.mount is not None and image.mount.mountpoint == mountpoint:
+            places = mountpoints_of(image.loop)
+            mounted = f", mounted on {', '.join(places)}" if places else ""
+            who.append(f"{image.loop.device} ({image.instant}/{image.volume}.img{mounted})")
+            what += [f"umount {' '.join(places)}"] if places else []
+            what.append(f"pitfs detach {image.loop.device}")
+    processes = holders_below(mountpoint)
+    for holder in processes:
+        below = os.path.relpath(holder.path, mountpoint)
+        who.append(f"{holder} ({holder.how}{'' if below == '.' else f': {below}'})")
+    if processes:
+        what.append("end the process" if len(processes) == 1 else "end the processes")
+    if not who:
+        return ""
+    more = f" and {len(who) - MAX_NAMED} more" if len(who) > MAX_NAMED else ""
+    advice = ", then ".join(what[: 2 * MAX_NAMED])
+    return f"umount: {mountpoint}: busy, held by {', '.join(who[:MAX_NAMED])}{more}: {advice}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

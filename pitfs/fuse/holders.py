@@ -1,0 +1,67 @@
+"""Who holds something: processes found by the links under /proc, which can be read without asking the file itself."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A process that has `path` open, mapped, or as its working directory or root.
+
+    Attributes:
+        how: opened, mapped, working directory, root directory.
+    """
+
+    pid: int
+    name: str
+    path: str
+    how: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} {self.name}"
+
+
+def openers(paths: Sequence[str]) -> list[Holder]:
+    """Other processes that have one of these files open; each once."""
+    wanted = frozenset(paths)
+    return _holders(lambda path: path in wanted, mapped=False)
+
+
+def holders_below(directory: str) -> list[Holder]:
+    """Other processes that have `directory` or anything in it in use; each once, with the first that was found."""
+    prefix = directory.rstrip("/") + "/"
+    return _holders(lambda path: path == directory or path.startswith(prefix), mapped=True)
+
+
+def _holders(held: Callable[[str], bool], mapped: bool) -> list[Holder]:
+    found = []
+    for name in os.listdir("/proc"):
+        if not name.isdigit() or int(name) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):  # ended meanwhile, or another user's
+            for how, path in _uses(f"/proc/{name}", mapped):
+                if held(path):
+                    with open(f"/proc/{name}/comm", encoding="utf-8", errors="replace") as file:
+                        found.append(Holder(int(name), file.read().strip(), path, how))
+                    break
+    return sorted(found, key=lambda holder: holder.pid)
+
+
+def _uses(process: str, mapped: bool) -> Iterator[tuple[str, str]]:
+    """(how, path) of all that the process uses."""
+    for number in os.listdir(f"{process}/fd"):
+        with contextlib.suppress(OSError):  # closed meanwhile
+            yield "opened", os.readlink(f"{process}/fd/{number}").removesuffix(" (deleted)")
+    if not mapped:
+        return
+    yield "working directory", os.readlink(f"{process}/cwd")
+    yield "root directory", os.readlink(f"{process}/root")
+    with open(f"{process}/maps", encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            fields = line.rstrip("\n").split(maxsplit=5)
+            if len(fields) == 6 and fields[5].startswith("/"):
+                yield "mapped", fields[5].removesuffix(" (deleted)")

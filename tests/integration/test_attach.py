@@ -1,0 +1,288 @@
+"""`pitfs attach`, `pitfs detach`, and umount(8) of a mount that a loop device is over."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pitfs.fuse.loops import sector_size_for
+from pitfs.store.store import Store
+from tests.helpers.attaching import AFTER, BEFORE, Disks, attached, nothing_left, pitfs
+from tests.helpers.hosts import Mount
+from tests.helpers.loops import LoopDevice, MountedFilesystem, is_mounted
+from tests.helpers.processes import ROOT, pids_with, pitfs_command, run, wait_until
+
+pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.loop]
+
+MADE = Path("/run/pitfs/attached")
+
+
+@pytest.fixture(scope="module")
+def disks(tmp_path_factory: pytest.TempPathFactory) -> Disks:
+    return Disks(tmp_path_factory.mktemp("disks with blanks"))
+
+
+@pytest.fixture(autouse=True)
+def clean(disks: Disks) -> Iterator[None]:
+    with nothing_left(disks.path):
+        yield
+
+
+def made_mounts(disks: Disks) -> list[str]:
+    """Places under /run/pitfs/attached where the store is mounted."""
+    source = str(disks.path).replace(" ", "\\040")
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return [line.split()[4] for line in lines if f" - fuse.pitfs {source} " in line and str(MADE) in line]
+
+
+def test_the_file_in_a_partition_of_then(disks: Disks, tmp_path: Path) -> None:
+    device = pitfs("attach", disks.path, disks.before, "disk")
+    assert [(each["device"], each["instant"], each["volume"]) for each in attached(disks.path)] == [
+        (device, disks.before, "disk")
+    ]
+    with MountedFilesystem(Path(f"{device}p2"), tmp_path / "then", "ext4", ["ro", "noload"]) as then:
+        assert (then / "ledger.csv").read_bytes() == BEFORE
+        (row,) = attached(disks.path)
+        assert row["mountpoints"] == [str(then)]
+        assert (row["read_only"], row["scratch"]) == (True, False)
+        said = pitfs("detach", device, code=1)
+        assert f"mounted on {then}" in said and f"umount {then}" in said
+        assert "partition of" in pitfs("detach", f"{device}p2", code=2)
+    pitfs("detach", device)
+    assert not Path(f"{device}p2").exists()
+    assert attached(disks.path) == [] == made_mounts(disks)
+    assert "nothing is attached" in pitfs("detach", device, code=1)
+
+
+def test_all_that_json_says_is_so(disks: Disks) -> None:
+    said = json.loads(pitfs("attach", disks.path, "latest", "plain", "--json"))
+    device = said["device"]
+    queue = Path("/sys/block") / Path(device).name
+    assert (queue / "loop" / "dio").read_text() == "1\n" and said["direct_io"] is True
+    assert (queue / "ro").read_text() == "1\n" and said["read_only"] is True
+    assert (queue / "queue" / "logical_block_size").read_text() == "512\n" and said["sector_size"] == 512
+    assert said["filesystems"] == [{"device": device, "type": "ext4"}] and said["partitions"] == []
+    assert (said["instant"], said["seq"], said["volume"]) == (disks.after, 3, "plain")
+    with open(device, "rb") as file:
+        image = file.read()
+    assert len(image) == said["size_bytes"] and image == disks.history.states[3][1]
+    assert AFTER in image
+    pitfs("detach", device)
+
+
+def test_sectors_are_those_that_the_partition_table_was_written_with(disks: Disks) -> None:
+    assert sector_size_for(bytes(8192)) == 512
+    for size in (512, 4096):
+        assert sector_size_for(bytes(size) + b"EFI PART" + bytes(8192)) == size
+    for options, size in (([], 4096), (["--sector-size", "1024"], 1024)):
+        device = pitfs("attach", disks.path, "latest", "wide", *options)
+        found = Path(f"/sys/block/{Path(device).name}/queue/logical_block_size").read_text()
+        assert int(found) == size
+        pitfs("detach", device)
+
+
+def test_a_tail_that_fills_no_sector_is_said_to_be_missing(disks: Disks) -> None:
+    done = run([*pitfs_command(), "attach", disks.path, "latest", "odd"])
+    device = done.stdout.strip()
+    assert f"the volume's last {10_100 % 512} bytes are missing" in done.stderr
+    with open(device, "rb") as file:
+        assert file.read() == disks.history.states[3][2][: 10_100 // 512 * 512]
+    pitfs("detach", device)
+
+
+def test_several_at_once_share_a_mount_and_do_not_trip_over_each_other(disks: Disks) -> None:
+    def at_once(commands: list[list[str | Path]]) -> list[str]:
+        started = [
+            subprocess.Popen([*pitfs_command(), *command], text=True, cwd=ROOT,
+                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            for command in commands
+        ]  # fmt: skip
+        said = [process.communicate(timeout=60)[0].strip() for process in started]
+        assert [process.returncode for process in started] == [0] * len(commands)
+        return said
+
+    instants = (disks.before, "seq-1", "seq-2", "latest")
+    devices = at_once([["attach", disks.path, instant, "plain"] for instant in instants])
+    assert len(set(devices)) == 4 == len(attached(disks.path))
+    assert len(made_mounts(disks)) == 1
+    pitfs("detach", devices.pop())
+    assert len(made_mounts(disks)) == 1
+    at_once([["detach", device] for device in devices])
+    assert made_mounts(disks) == []
+
+
+def test_a_mount_that_is_there_is_used_and_left_alone(disks: Disks, tmp_path: Path) -> None:
+    with Mount(disks.path, tmp_path) as mount:
+        device = pitfs("attach", disks.path, disks.before, "plain")
+        (row,) = attached(disks.path)
+        assert row["mountpoint"] == str(mount.path) and made_mounts(disks) == []
+        pitfs("detach", device)
+        assert os.listdir(mount.path)
+
+
+def test_what_is_not_ours_is_refused(disks: Disks, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(1 << 20))
+    with LoopDevice(tmp_path / "file") as device:
+        assert str(tmp_path / "file") in pitfs("detach", device, code=2)
+        assert device.exists() and run(["losetup", "--noheadings", device]).stdout
+    for name in ("/dev/null", str(tmp_path / "file"), "x"):
+        assert "not a loop device" in pitfs("detach", name, code=2)
+    assert "no such device" in pitfs("detach", "/dev/loop98765", code=1)
+
+
+def test_a_device_that_somebody_reads_stays(disks: Disks) -> None:
+    device = pitfs("attach", disks.path, disks.before, "plain")
+    with open(device, "rb"):
+        assert f"process {os.getpid()} " in pitfs("detach", device, code=1)
+    assert len(attached(disks.path)) == 1
+    pitfs("detach", device)
+
+
+def test_a_dead_mount_is_in_nobodys_way(disks: Disks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PITFS_TEST_MARK", "attach-dead")
+    first = pitfs("attach", disks.path, disks.before, "plain")
+    for pid in pids_with("attach-dead"):
+        os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not pids_with("attach-dead"), "the daemon is gone")
+    second = pitfs("attach", disks.path, disks.before, "plain")
+    assert len(made_mounts(disks)) == 2
+    with open(second, "rb") as file:
+        assert BEFORE in file.read()
+    (dead,) = (each["mountpoint"] for each in attached(disks.path) if each["device"] == first)
+    run(["umount", "--lazy", dead])  # as mount.pitfs clears one; the device then has no place any more
+    listed = run([*pitfs_command(), "attach", "--list"]).stdout
+    assert f"{first}  (dead mount)  {disks.before}  plain" in listed
+    pitfs("detach", first)
+    pitfs("detach", second)
+    assert made_mounts(disks) == []
+
+
+def test_a_corrupted_block_is_an_error_for_that_range_alone(disks: Disks) -> None:
+    image = disks.history.images[1]
+    place = bytes(image).index(AFTER)
+    store = Store.open(str(disks.path))
+    try:
+        objects = sorted((disks.path / "objects").glob("*.blocks"))
+    finally:
+        store.close()
+    (damaged,) = (path for path in objects if path.read_bytes().count(AFTER) and "snapshot" in path.name)
+    good = damaged.read_bytes()
+    try:
+        # One copy may serve both volumes: all that there are.
+        damaged.write_bytes(good.replace(AFTER, b"X" + AFTER[1:]))
+        device = pitfs("attach", disks.path, "latest", "plain")
+        fd = os.open(device, os.O_RDONLY)
+        try:
+            with pytest.raises(OSError) as caught:
+                os.pread(fd, 4096, place)
+            assert caught.value.errno == errno.EIO
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            for start in (0, place - 4096, place + 4096):
+                assert os.pread(fd, 4096, start) == image[start : start + 4096]
+        finally:
+            os.close(fd)
+        pitfs("detach", device)
+    finally:
+        damaged.write_bytes(good)
+
+
+# ------------------------------------------------------------------ failures half-way
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [(["nonsense", "plain"], 2), (["2020-01-01", "plain"], 1), (["latest", "swap"], 2), (["latest"], 2)],
+)
+def test_what_can_not_be_attached_leaves_nothing(disks: Disks, words: list[str], code: int) -> None:
+    pitfs("attach", disks.path, *words, code=code)
+    assert made_mounts(disks) == []
+
+
+def stub(directory: Path, script: str) -> str:
+    """A PATH in which losetup is that script."""
+    (directory / "losetup").write_text(f"#!/bin/sh\n{script}\n")
+    (directory / "losetup").chmod(0o755)
+    return f"{directory}:{os.environ['PATH']}"
+
+
+def test_no_loop_device_free(disks: Disks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "losetup: cannot find an unused loop device: No such device"
+    monkeypatch.setenv("PATH", stub(tmp_path, f"echo '{said}' >&2; exit 1"))
+    assert "cannot find an unused loop device" in pitfs("attach", disks.path, "latest", "plain", code=1)
+    assert made_mounts(disks) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_undoes_what_was_done(disks: Disks, tmp_path: Path, number: signal.Signals) -> None:
+    script = f'touch "{tmp_path}/reached"; sleep 0.3; PATH=/sbin:/usr/sbin:$PATH; exec /sbin/losetup "$@"'
+    process = subprocess.Popen(
+        [*pitfs_command(), "attach", str(disks.path), "latest", "plain"], text=True, cwd=ROOT,
+        env=os.environ | {"PATH": stub(tmp_path, script)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    wait_until(lambda: (tmp_path / "reached").exists(), "losetup runs", 20, 0.01)
+    process.send_signal(number)
+    assert process.communicate(timeout=30) == ("", "")
+    assert process.returncode == 130
+    assert attached(disks.path) == [] == made_mounts(disks)
+
+
+# ------------------------------------------------------------------ unmount while attached
+
+
+def test_umount_names_who_holds_the_mount(disks: Disks, tmp_path: Path) -> None:
+    """umount(8) itself, in a mount namespace where /sbin has the helpers whether they are installed or not."""
+    upper, work, then = (tmp_path / name for name in ("upper", "work", "then"))
+    for directory in (upper, work, then):
+        directory.mkdir()
+    for name in ("mount.pitfs", "umount.pitfs"):
+        script = upper / name
+        script.write_text(f'#!/bin/sh\nexec {sys.executable} -m pitfs.cli.{name.split(".")[0]} "$@"\n')
+        script.chmod(0o755)
+    place = tmp_path / "a place"
+    place.mkdir()
+    script = f"""set -e
+        sbin=$(realpath /sbin)
+        mount -t overlay -o lowerdir=$sbin,upperdir={upper},workdir={work} overlay $sbin
+        mount -t tmpfs tmpfs /run/mount
+        mount -t pitfs "{disks.path}" "{place}"
+        device=$({' '.join(pitfs_command())} attach "{disks.path}" {disks.before} plain 2>/dev/null)
+        echo $device
+        mount -o ro,noload $device {then}
+        umount "{place}" || echo $?
+        umount {then}
+        cd "{place}/latest"
+        umount "{place}" || echo $?
+        cd /
+        {' '.join(pitfs_command())} detach $device
+        umount "{place}"
+        grep -c "a.040place" /run/mount/utab /proc/self/mountinfo || true"""
+    done = run(["unshare", "--mount", "sh", "-c", script])
+    device, *codes = done.stdout.split()
+    assert codes == ["32", "32", "/run/mount/utab:0", "/proc/self/mountinfo:0"]
+    first, second = done.stderr.splitlines()
+    image = f"{disks.before}/plain.img"
+    who, what = f"{device} ({image}, mounted on {then})", f"umount {then}, then pitfs detach {device}"
+    assert first == f"umount: {place}: busy, held by {who}: {what}"
+    assert f"{device} ({image}), process " in second and "sh (working directory: " in second
+    assert f"pitfs detach {device}, then end the process" in second
+
+
+def test_umount_names_a_process_that_has_an_image_open(disks: Disks, tmp_path: Path) -> None:
+    helper = [sys.executable, "-m", "pitfs.cli.umount"]
+    with Mount(disks.path, tmp_path) as mount:
+        with open(mount.image("latest", "plain"), "rb"):
+            done = run([*helper, mount.path, "-t", "fuse.pitfs"], accept=(32,))
+            assert f"process {os.getpid()} " in done.stderr and f"opened: {disks.after}/plain.img" in done.stderr
+        wait_until(lambda: run([*helper, mount.path], accept=(0, 32)).returncode == 0, "it is free", 5)
+        assert not is_mounted(mount.path)
+    with contextlib.suppress(FileNotFoundError):
+        assert "helper" not in Path("/run/mount/utab").read_text()
