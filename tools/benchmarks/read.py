@@ -177,8 +177,7 @@ def _compare(setting: Setting, load: Load, candidates: list[Candidate]) -> list[
     rounds, slow_rounds = (QUICK_ROUNDS, QUICK_SLOW_ROUNDS) if setting.quick else (ROUNDS, SLOW_ROUNDS)
     for each in candidates:
         each.values = []
-        if not each.slow:
-            _once(setting, load, each)  # what a server keeps, it has then
+        _once(setting, load, each)  # what a server keeps, it has then
     for number in range(rounds):
         for each in candidates:
             if not each.slow or number < slow_rounds:
