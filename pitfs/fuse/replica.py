@@ -13,20 +13,22 @@ import errno
 import itertools
 import os
 import stat
+import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Final, Never, TypeVar
+from typing import TYPE_CHECKING, Final, Never, Protocol, Self, TypeVar
 
 import pyfuse3
 import trio
 
 from pitfs.fuse.common import failed, guard, in_thread
+from pitfs.store.store import Store
 from pitfs.view.tree import ROOT_INODE, Entry, Kind, NoEntryError, Tree, Type, unpack_inode
 from pitfs.view.view import PointInTimeView, ReadBuffer, TableCache
 
 if TYPE_CHECKING:
     from pyfuse3 import FileHandleT, FileNameT, FlagT, InodeT, ReaddirToken, RequestContext, XAttrNameT
 
-    from pitfs.store.store import Store
+    from pitfs.fuse.mount import MountRequest
 
 PERMANENT_TIMEOUT_S: Final = 300.0  # what never changes may only be pruned
 # The kernel asks for the root on the way of every path; its mtime, which needs the catalog, may be this late.
@@ -36,15 +38,23 @@ MAX_VIEWS: Final = 1024  # images with resolved tables at hand; a view is some 3
 MAX_THREADS: Final = 16  # cold reads under way: what a disk likes to have queued
 MAX_LISTINGS: Final = 16  # begun ones kept at hand; each holds at most a page of the catalog, and of bookmarks
 NAME_MAX: Final = 255
+USER_ATTRIBUTES: Final = b"user."  # the one namespace of extended attributes that there is
 
 T = TypeVar("T")
 Listed = tuple[str, Entry, int]  # name, entry, cookie of what follows
 handler = guard({NoEntryError: errno.ENOENT})
 
 
+class Image(Protocol):
+    """A `PointInTimeView`, or what is read like one."""
+
+    def read(self, offset: int, size: int, buffer: ReadBuffer, /) -> memoryview: ...
+    def try_read_cached(self, offset: int, size: int, buffer: ReadBuffer, /) -> memoryview | None: ...
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Ownership:
-    """Who may read: images have `mode`, directories `mode` and, where it may be read, entered."""
+    """Who may read: images have `mode`; directories can be read and entered where that can be read."""
 
     uid: int = 0
     gid: int = 0
@@ -52,7 +62,22 @@ class Ownership:
 
     @property
     def directory_mode(self) -> int:
-        return self.mode | (self.mode & 0o444) >> 2
+        return self.mode & 0o444 | (self.mode & 0o444) >> 2
+
+
+def opened(request: MountRequest) -> tuple[Store, Tree, Ownership]:
+    """What the handlers of a mount like that serve.
+
+    Raises:
+        PitfsError: the store can't be opened, or not be shown.
+    """
+    store = Store.open(request.store)
+    try:
+        tree = Tree(store, time.time_ns, request.zone, request.strict)
+    except BaseException:
+        store.close()
+        raise
+    return store, tree, Ownership(request.uid, request.gid, request.mode)
 
 
 class Replica(pyfuse3.Operations):
@@ -71,7 +96,7 @@ class Replica(pyfuse3.Operations):
             Type.LINK: stat.S_IFLNK | 0o777,
         }
         self._tables = TableCache()
-        self._views: collections.OrderedDict[int, PointInTimeView] = collections.OrderedDict()
+        self._views: collections.OrderedDict[int, Image] = collections.OrderedDict()
         # One buffer for all inline reads: pyfuse3 sends what a handler returns before any other task runs.
         self._buffer = ReadBuffer()
         self._spare_buffers: list[ReadBuffer] = []
@@ -82,6 +107,15 @@ class Replica(pyfuse3.Operations):
         self._root: pyfuse3.EntryAttributes | None = None
         self._root_until = 0.0
         self._tree_limiter = trio.CapacityLimiter(1)  # the tree isn't made for several threads
+
+    @classmethod
+    def for_mount(cls, request: MountRequest) -> Self:
+        """The handlers of a mount like that, over a store of their own. Raises as `opened`."""
+        return cls(*opened(request))
+
+    def close(self) -> None:
+        """Called when no handler is under way any more."""
+        self._store.close()
 
     # -------------------------------------------------------------- names and attributes
 
@@ -148,6 +182,9 @@ class Replica(pyfuse3.Operations):
 
     @handler
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
+        # ls -l asks for three others of every entry, unless told that there are none; the kernel before each write.
+        if not name.startswith(USER_ATTRIBUTES):
+            raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
         value = (await in_thread(self._tree.attributes_of, inode, limiter=self._tree_limiter)).get(name)
         if value is None:
             raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
@@ -193,7 +230,7 @@ class Replica(pyfuse3.Operations):
     async def release(self, fh: FileHandleT) -> None:
         return
 
-    async def _view(self, inode: int) -> PointInTimeView:
+    async def _view(self, inode: int) -> Image:
         if inode not in self._views:
             kind, volume, _ = unpack_inode(inode)
             resolution = await self._ask(self._tree.resolution_of, inode)
