@@ -182,7 +182,8 @@ class Replica(pyfuse3.Operations):
 
     @handler
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
-        if not name.startswith(USER_ATTRIBUTES):  # ls -l asks for three of every entry, unless told so; the kernel does before each write
+        # ls -l asks for three others of every entry, unless told that there are none; the kernel before each write.
+        if not name.startswith(USER_ATTRIBUTES):
             raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
         value = (await in_thread(self._tree.attributes_of, inode, limiter=self._tree_limiter)).get(name)
         if value is None:
