@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import histories
+import scratch
 from common import Setting, bytes_per_second, per_second, preallocate, readahead
 from memory import MountMemory
 from peers import BARE, BORG, CHAIN, PEERS, RAW, RESTIC, Peer
@@ -84,6 +85,9 @@ def run(setting: Setting) -> list[Measure]:
     with memory.watching():
         scene = prepare(setting)
         measures = _measure(setting, scene)
+        measures += scratch.measures(setting, scene.store, scene.instant, scene.flat)
+        shutil.rmtree(scene.store)
+        scene.flat.unlink()
         measures += histories.rows(setting, memory)
     return measures + memory.measures()
 
@@ -132,6 +136,7 @@ def _measure(setting: Setting, scene: Scene) -> list[Measure]:
             note(f"preparing {peer.name} …")
             directory = tmp / f"peer-{PEERS.index(peer)}"
             directory.mkdir()
+            stack.callback(shutil.rmtree, directory)
             served = stack.enter_context(peer.serve(directory, scene.flat, scene.rewriting))
             candidates.append(Candidate(peer.name, served, peer))
         kib = readahead(mount.path)
