@@ -14,7 +14,7 @@ import itertools
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Final, Never, TypeVar
+from typing import TYPE_CHECKING, Final, Never, Protocol, TypeVar
 
 import pyfuse3
 import trio
@@ -42,9 +42,16 @@ Listed = tuple[str, Entry, int]  # name, entry, cookie of what follows
 handler = guard({NoEntryError: errno.ENOENT})
 
 
+class Image(Protocol):
+    """A `PointInTimeView`, or what is read like one."""
+
+    def read(self, offset: int, size: int, buffer: ReadBuffer, /) -> memoryview: ...
+    def try_read_cached(self, offset: int, size: int, buffer: ReadBuffer, /) -> memoryview | None: ...
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Ownership:
-    """Who may read: images have `mode`, directories `mode` and, where it may be read, entered."""
+    """Who may read: images have `mode`; directories can be read and entered where that can be read."""
 
     uid: int = 0
     gid: int = 0
@@ -52,7 +59,7 @@ class Ownership:
 
     @property
     def directory_mode(self) -> int:
-        return self.mode | (self.mode & 0o444) >> 2
+        return self.mode & 0o444 | (self.mode & 0o444) >> 2
 
 
 class Replica(pyfuse3.Operations):
@@ -71,7 +78,7 @@ class Replica(pyfuse3.Operations):
             Type.LINK: stat.S_IFLNK | 0o777,
         }
         self._tables = TableCache()
-        self._views: collections.OrderedDict[int, PointInTimeView] = collections.OrderedDict()
+        self._views: collections.OrderedDict[int, Image] = collections.OrderedDict()
         # One buffer for all inline reads: pyfuse3 sends what a handler returns before any other task runs.
         self._buffer = ReadBuffer()
         self._spare_buffers: list[ReadBuffer] = []
@@ -193,7 +200,7 @@ class Replica(pyfuse3.Operations):
     async def release(self, fh: FileHandleT) -> None:
         return
 
-    async def _view(self, inode: int) -> PointInTimeView:
+    async def _view(self, inode: int) -> Image:
         if inode not in self._views:
             kind, volume, _ = unpack_inode(inode)
             resolution = await self._ask(self._tree.resolution_of, inode)

@@ -13,6 +13,7 @@
       staging/                       the transfer under way
       staging/layers-<s>/            layers of a difference journal under way, or put off
       staging/closing-<s>/           what is made of a tail that was closed
+      holders/                       who reads which instants now (see `store.holders`); made when one does
 
 <s> is the snapshot's id in 16 hex digits, <l> the number of a layer (see `model.ladder`). Every object begins
 with a header of 4096 bytes, little-endian:
@@ -72,6 +73,7 @@ CATALOG: Final = "catalog.sqlite"
 LOCK: Final = "writer.lock"
 OBJECTS: Final = "objects"
 STAGING: Final = "staging"
+HOLDERS: Final = "holders"
 
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _HISTORY: Final = re.compile(r"[0-9a-f]{32}")

@@ -16,6 +16,7 @@ from pitfs.store.catalog import Catalog
 from pitfs.store.layout import (
     CATALOG,
     FORMAT,
+    HOLDERS,
     LOCK,
     OBJECTS,
     STAGING,
@@ -32,7 +33,7 @@ def check_place(path: str) -> None:
         names = set(os.listdir(path))
     except FileNotFoundError:
         return
-    ours = {LOCK, OBJECTS, STAGING, CATALOG, f"{CATALOG}-wal", f"{CATALOG}-shm", f"{CATALOG}-journal"}
+    ours = {LOCK, OBJECTS, STAGING, HOLDERS, CATALOG, f"{CATALOG}-wal", f"{CATALOG}-shm", f"{CATALOG}-journal"}
     others = sorted(names - ours - {f"{STORE_JSON}.tmp"})
     if STORE_JSON not in names and others:
         raise StoreError(

@@ -52,7 +52,7 @@ def figure(value: float) -> str:
 
 
 def show(measures: Sequence[Measure]) -> None:
-    """A table on standard output."""
+    """A table on standard output, as reStructuredText has them: it can be pasted."""
     heads = ("measure", "value", "against", "ratio", "goal", "met")
     rows = [
         (m.measure, f"{figure(m.value)} {m.unit}", m.against, "" if m.ratio is None else f"{m.ratio:.3f}",
@@ -60,7 +60,8 @@ def show(measures: Sequence[Measure]) -> None:
         for m in measures
     ]  # fmt: skip
     widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
-    for row in [heads, tuple("-" * width for width in widths), *rows]:
+    line = tuple("=" * width for width in widths)
+    for row in [line, heads, line, *rows, line]:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 

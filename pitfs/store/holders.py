@@ -1,0 +1,449 @@
+"""Who holds which instants: what an open or attached image needs isn't removed under it.
+
+Every process that reads images (a mount, an NBD server, an export) is a holder and has a file in the store:
+
+    STORE/holders/lock           flock: whoever changes or reads what is held
+    STORE/holders/<pid>-<hex>    one holder; flocked as long as it lives, so one that isn't is a dead one's
+
+Two locks, two questions. **Does the holder live?** Its file is flocked for its whole life, by a descriptor that
+forked workers share: the lock goes with the last of them, however it dies. A pid would say nothing: it is used
+again. **Can a pin and a removal cross?** Both sides take holders/lock, exclusively:
+
+    reader: resolves TIME to a seq; pins it (lock, write, unlock); resolves the seq again; reads
+    prune:  locks; reads all pins; decides; commits the catalog without what goes; unlocks; unlinks objects
+
+A pin that comes first is seen and kept. One that comes later is followed by a look at a catalog that doesn't have
+the instant any more: the reader finds nothing rather than half. `pin` is the reader's half, `pins_locked` that of
+prune, `pinned` does the reader's steps in order.
+
+A holder's file is 33 pages of 4096 bytes, little-endian, each ending in the xxh3_64 of what stands before it:
+
+    page 0: offset size
+              0     8   magic      "PITFSHLD"
+              8     4   version    1
+             12     4   pid
+             16     8   since_ns   UTC
+             24     8   unlisted   pins that found no room in the pages below
+             32    16   seq, time_ns of the least of them since there were none
+             48    16   the same of the greatest
+             64     2   bytes of what
+             66         what it is, UTF-8: "mount /mnt/db1"
+    page 1 to 32: 170 × (seq, time_ns, count), int64 each; a count of 0 is room. A page of zeros is empty.
+
+An instant stands in the page that its seq hashes to, so a pin reads and writes one page, and the file has a fixed
+size: 5,440 instants. Where there are unlisted ones, everything between the least and the greatest is held; so is
+everything where a page can't be read. Pages are written whole, under the lock. Nothing is synced: after a power
+loss every holder is dead. Files of the dead are removed by whoever comes next.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import secrets
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, Self
+
+import numpy as np
+import numpy.typing as npt
+from xxhash import xxh3_64_intdigest
+
+from pitfs.errors import CorruptionError, NoSuchInstantError
+from pitfs.model.position import Position, format_instant
+from pitfs.storage.files import read_exactly, storage_error, write_all
+from pitfs.store.facts import Resolution
+from pitfs.store.layout import HOLDERS, MAX_SEQ
+from pitfs.store.store import Store
+
+log = logging.getLogger(__name__)
+
+LOCK: Final = "lock"
+MAGIC: Final = b"PITFSHLD"
+VERSION: Final = 1
+PAGE_BYTES: Final = 4096  # written in one go: a page of the kernel's cache
+BODY_BYTES: Final = PAGE_BYTES - 8
+PAGES: Final = 32
+ENTRIES: Final = 170
+MAX_LISTED: Final = PAGES * ENTRIES
+FILE_BYTES: Final = PAGE_BYTES * (1 + PAGES)
+HEADER: Final = struct.Struct("<8sIIqqqqqqH")
+_CHECKSUM: Final = struct.Struct("<Q")
+MAX_WHAT_BYTES: Final = BODY_BYTES - HEADER.size
+_NO_PINS: Final = bytes(PAGE_BYTES)
+assert HEADER.size == 66 and ENTRIES * 24 <= BODY_BYTES
+
+Entries = npt.NDArray[np.int64]  # [170, 3]: seq, time_ns, count
+
+
+@dataclass(frozen=True, slots=True)
+class Unlisted:
+    """Instants that a holder holds without listing them: everything from `least` through `greatest` is held."""
+
+    count: int  # pins, not instants
+    least: Position
+    greatest: Position
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A living holder and what it holds."""
+
+    pid: int
+    what: str
+    since_ns: int
+    instants: tuple[Position, ...]  # by seq, each once, at most MAX_LISTED
+    unlisted: Unlisted | None = None
+
+
+EVERYTHING: Final = Unlisted(0, Position(0, 0), Position(MAX_SEQ, (1 << 63) - 1))
+
+
+class Holder:
+    """This process, and those that it forks, as a holder of a store's instants.
+
+    Made after the fork that goes to the background and before workers are forked (those before any thread pins): they
+    may pin and unpin through the copy that they inherit, from any thread, and one may unpin what another has pinned.
+    Where the store can't be
+    written, reading goes on without pins, and the log says so once.
+
+    Args:
+        store: directory of an existing store.
+        what: what it is and where: "mount /mnt/db1", "export /srv/x.img".
+    """
+
+    def __init__(self, store: str, what: str) -> None:
+        self.what = what
+        self._path = os.path.join(store, HOLDERS)
+        self._owner = os.getpid()
+        self._name = f"{self._owner}-{secrets.token_hex(4)}"
+        self._directory = self._fd = -1
+        self._told = False
+        try:
+            self._directory = _open_directory(self._path, make=True)
+            self._lock = _Lock(self._directory)
+            self._make_file()
+        except OSError as error:
+            self.close()
+            self._not_pinned(error)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends all pins; in a forked worker only its own copy is closed."""
+        if self._fd >= 0:
+            with suppress(OSError):
+                if os.getpid() == self._owner:
+                    os.unlink(self._name, dir_fd=self._directory)
+            os.close(self._fd)
+            self._lock.close()
+        if self._directory >= 0:
+            os.close(self._directory)
+        self._directory = self._fd = -1
+
+    def pin(self, seq: int, time_ns: int, wait: bool = True) -> bool:
+        """Holds an instant once more, before it is resolved: see above.
+
+        Args:
+            wait: for whoever has the lock; a removal may have it for seconds. In an event loop: no, and where it
+                returns False again with it in a thread.
+
+        Returns:
+            False if it would have had to wait.
+        """
+        return self._change(lambda: self._pin(seq, time_ns), wait)
+
+    def unpin(self, seq: int, wait: bool = True) -> bool:
+        """Takes one `pin` of that seq back; one that didn't come about is passed over. Waits as `pin` does."""
+        return self._change(lambda: self._unpin(seq), wait)
+
+    def pinned(self, store: Store, resolution: Resolution) -> Resolution:
+        """Pins an instant, and resolves it again now that it can't go.
+
+        Raises:
+            NoSuchInstantError: it went before; nothing is pinned.
+        """
+        self.pin(resolution.seq, resolution.time_ns)
+        try:
+            now = store.at_seq(resolution.seq)
+            if (now.seq, now.time_ns) != (resolution.seq, resolution.time_ns):
+                instant = format_instant(resolution.time_ns)
+                raise NoSuchInstantError(f"{store.path}: {instant} has just been pruned: see pitfs list {store.path}")
+        except BaseException:
+            self.unpin(resolution.seq)
+            raise
+        return now
+
+    # -------------------------------------------------------------- inside
+
+    def _make_file(self) -> None:
+        what = self.what.encode("utf-8", "replace")[:MAX_WHAT_BYTES]
+        header = HEADER.pack(MAGIC, VERSION, self._owner, time.time_ns(), 0, 0, 0, 0, 0, len(what)) + what
+        self._lock.take(True)
+        try:  # under the lock, so that nobody takes it for a dead one's before it is flocked
+            _sweep(self._directory)
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            fd = os.open(self._name, flags, 0o600, dir_fd=self._directory)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX)
+                write_all(fd, _sealed(header) + bytes(PAGES * PAGE_BYTES), 0)  # whole: pins don't need new room
+            except BaseException:
+                os.close(fd)
+                with suppress(OSError):
+                    os.unlink(self._name, dir_fd=self._directory)
+                raise
+            self._fd = fd
+        finally:
+            self._lock.give()
+
+    def _change(self, change: Callable[[], None], wait: bool) -> bool:
+        if self._fd < 0:
+            return True
+        try:
+            if not self._lock.take(wait):
+                return False
+            try:
+                change()
+            finally:
+                self._lock.give()
+        except (OSError, CorruptionError) as error:
+            self._not_pinned(error)
+        return True
+
+    def _pin(self, seq: int, time_ns: int) -> None:
+        page, entries = self._entries_of(seq)
+        found = np.flatnonzero((entries[:, 0] == seq) & (entries[:, 2] != 0))
+        room = found if len(found) else np.flatnonzero(entries[:, 2] == 0)
+        if len(room):
+            entries[room[0]] = seq, time_ns, int(entries[room[0], 2]) + 1
+            self._write(page, entries)
+            return
+        header, what = self._header()
+        count, least, greatest = header[4], tuple(header[5:7]), tuple(header[7:9])
+        here = (seq, time_ns)
+        if count:
+            least, greatest = min(least, here), max(greatest, here)
+        else:
+            least = greatest = here
+        self._write_header((*header[:4], count + 1, *least, *greatest, header[9]), what)
+
+    def _unpin(self, seq: int) -> None:
+        page, entries = self._entries_of(seq)
+        found = np.flatnonzero((entries[:, 0] == seq) & (entries[:, 2] != 0))
+        if len(found):
+            entries[found[0], 2] -= 1
+            self._write(page, entries)
+            return
+        header, what = self._header()
+        if header[4] and header[5] <= seq <= header[7]:
+            self._write_header((*header[:4], header[4] - 1, *header[5:]), what)
+
+    def _entries_of(self, seq: int) -> tuple[int, Entries]:
+        page = 1 + ((seq * 0x9E3779B97F4A7C15 & (1 << 64) - 1) >> 40) % PAGES
+        return page, _entries(_read_page(self._fd, page, self._name))
+
+    def _write(self, page: int, entries: Entries) -> None:
+        write_all(self._fd, _sealed(entries.tobytes()), page * PAGE_BYTES)
+
+    def _header(self) -> tuple[tuple[int, ...], bytes]:
+        body = _read_page(self._fd, 0, self._name)
+        return HEADER.unpack_from(body), body[HEADER.size :]
+
+    def _write_header(self, header: tuple[int, ...], what: bytes) -> None:
+        write_all(self._fd, _sealed(HEADER.pack(*header) + what), 0)
+
+    def _not_pinned(self, error: Exception) -> None:
+        if not self._told:
+            self._told = True
+            reason = os.strerror(error.errno or 0) if isinstance(error, OSError) else str(error)
+            log.warning("%s: not pinned: %s: what is read here may be pruned meanwhile", self._path, reason)
+
+
+@contextmanager
+def pins_locked(store: str) -> Iterator[list[Held]]:
+    """All living holders, and no pin comes or goes until the block ends: prune's half, see above.
+
+    Raises:
+        PitfsError: the directory can't be made or read.
+    """
+    path = os.path.join(store, HOLDERS)
+    try:
+        directory = _open_directory(path, make=True)
+    except OSError as error:
+        raise storage_error(error, path, "looking who holds what") from error
+    with _locked(directory, path) as found:
+        yield found
+
+
+def held(store: str) -> list[Held]:
+    """All living holders, oldest first; files of dead ones are removed. Also of a store that can't be written.
+
+    Raises:
+        PitfsError: the directory can't be read.
+    """
+    path = os.path.join(store, HOLDERS)
+    try:
+        directory = _open_directory(path, make=False)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise storage_error(error, path, "looking who holds what") from error
+    with _locked(directory, path) as found:
+        return found
+
+
+@contextmanager
+def _locked(directory: int, path: str) -> Iterator[list[Held]]:
+    """Takes the descriptor of holders/ over."""
+    try:
+        lock = _Lock(directory)
+        try:
+            lock.take(True)
+        except FileNotFoundError:  # read-only, and there was never a holder
+            found = []
+        except OSError as error:
+            raise storage_error(error, path, "locking") from error
+        else:
+            try:
+                found = _sweep(directory)
+            except OSError as error:
+                raise storage_error(error, path, "looking who holds what") from error
+        try:
+            yield sorted(found, key=lambda each: (each.since_ns, each.pid))
+        finally:
+            lock.close()
+    finally:
+        os.close(directory)
+
+
+def _sweep(directory: int) -> list[Held]:
+    """Reads the files of the living, removes those of the dead; under the lock."""
+    found = []
+    for name in sorted(os.listdir(directory)):
+        if name == LOCK:
+            continue
+        try:
+            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
+        except FileNotFoundError:  # closing takes no lock
+            continue
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                found.append(_read(fd, name))
+            else:
+                with suppress(OSError):  # read-only: it stays, and means nothing
+                    os.unlink(name, dir_fd=directory)
+        finally:
+            os.close(fd)
+    return found
+
+
+def _read(fd: int, name: str) -> Held:
+    """What a holder's file says; what can't be read of it is taken to hold everything."""
+    unlisted = None
+    try:
+        body = _read_page(fd, 0, name)
+        magic, version, pid, since_ns, count, *bounds, what_bytes = HEADER.unpack_from(body)
+        if magic != MAGIC or version != VERSION:
+            raise CorruptionError(name, 0, "no holder's file of this version")
+        what = body[HEADER.size : HEADER.size + what_bytes].decode("utf-8", "replace")
+        if count:
+            unlisted = Unlisted(count, Position(*bounds[:2]), Position(*bounds[2:]))
+    except (OSError, CorruptionError):
+        number = name.partition("-")[0]
+        return Held(int(number) if number.isdecimal() else 0, f"unreadable: {name}", 0, (), EVERYTHING)
+    instants = []
+    for page in range(1, 1 + PAGES):
+        try:
+            entries = _entries(_read_page(fd, page, name))
+        except (OSError, CorruptionError):
+            unlisted = EVERYTHING
+            continue
+        instants += [Position(seq, time_ns) for seq, time_ns, count in entries.tolist() if count]
+    return Held(pid, what, since_ns, tuple(sorted(instants)), unlisted)
+
+
+def _sealed(body: bytes) -> bytes:
+    """A page: the body, zeros, the checksum of both."""
+    body = body.ljust(BODY_BYTES, b"\0")
+    return body + _CHECKSUM.pack(xxh3_64_intdigest(body))
+
+
+def _read_page(fd: int, page: int, what: str) -> bytes:
+    """The body of a page. Raises CorruptionError where it isn't what was written."""
+    data = read_exactly(fd, PAGE_BYTES, page * PAGE_BYTES, what)
+    body = data[:BODY_BYTES]
+    if data != _NO_PINS and _CHECKSUM.unpack_from(data, BODY_BYTES)[0] != xxh3_64_intdigest(body):
+        raise CorruptionError(what, page * PAGE_BYTES, "a page doesn't match its checksum")
+    return body
+
+
+def _entries(body: bytes) -> Entries:
+    return np.frombuffer(bytearray(body[: ENTRIES * 24]), "<i8").astype(np.int64, copy=False).reshape(ENTRIES, 3)
+
+
+def _open_directory(path: str, make: bool) -> int:
+    if make:
+        with suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+class _Lock:
+    """holders/lock. A descriptor for each process: one that is inherited would share the lock, not compete for it.
+    Threads of a process would, too, so they take turns first."""
+
+    def __init__(self, directory: int) -> None:
+        self._directory = directory
+        self._fd = self._pid = -1
+        self._turn = threading.Lock()
+
+    def take(self, wait: bool) -> bool:
+        """False where another has it and this one isn't to wait."""
+        if not self._turn.acquire(blocking=wait):
+            return False
+        try:
+            if self._pid != os.getpid():
+                self.close()
+                self._fd = self._open()
+                self._pid = os.getpid()
+            fcntl.flock(self._fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            self._turn.release()
+            return False
+        except BaseException:
+            self._turn.release()
+            raise
+        return True
+
+    def give(self) -> None:
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
+        self._turn.release()
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = self._pid = -1
+
+    def _open(self) -> int:
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            return os.open(LOCK, flags | os.O_CREAT, 0o600, dir_fd=self._directory)
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES):
+                raise
+            return os.open(LOCK, flags, dir_fd=self._directory)
