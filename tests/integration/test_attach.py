@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from pitfs.fuse.loops import sector_size_for
 from pitfs.store.store import Store
 from tests.helpers.attaching import AFTER, BEFORE, Disks, attached, nothing_left, pitfs
 from tests.helpers.hosts import Mount
-from tests.helpers.loops import LoopDevice, MountedFilesystem, is_mounted
+from tests.helpers.loops import LoopDevice, MountedFilesystem, force_unmount, is_mounted
 from tests.helpers.processes import ROOT, pids_with, pitfs_command, run, wait_until
 from tests.helpers.readme import commands
 
@@ -65,18 +66,68 @@ def test_the_file_in_a_partition_of_then(disks: Disks, tmp_path: Path) -> None:
 
 
 def test_the_night_of_the_readme(disks: Disks, tmp_path: Path) -> None:
+    """What it says from the first attach on, but for the commands between that are run elsewhere."""
     night = commands("The night")
-    (begin,) = (number for number, words in enumerate(night) if words[:2] == ["pitfs", "attach"])
-    (detach,) = (words for words in night if words[:2] == ["pitfs", "detach"])
+    (first, second) = (number for number, words in enumerate(night) if words[:2] == ["pitfs", "attach"])
+    (last,) = (number for number, words in enumerate(night) if words == ["umount", "/mnt/then", "/mnt/copy"])
+    assert night[last + 3] == ["umount", "/mnt/db1"]
     places = {"pitfs": pitfs_command()[0], "/srv/pitfs/db1": disks.path, "2026-11-22T23:54:07Z": disks.before}
     places |= {"root": "plain", "/mnt/then": tmp_path / "then", "/mnt/copy": tmp_path / "copy"}
-    for words in (*night[begin : begin + 4], ["umount", "/mnt/then"], detach):
-        done = run([places.get(word, word) for word in words])
-        if words[1] == "attach":
-            places["/dev/loop0"] = done.stdout.strip()
-        if words[0] == "ls":
-            assert "ledger.csv" in done.stdout and (tmp_path / "then" / "ledger.csv").read_bytes() == BEFORE
+    try:
+        for words in night[first : first + 4] + night[second : second + 3] + night[last : last + 3]:
+            done = run([places.get(word, word) for word in words], accept=(0, 1) if words[0] == "e2fsck" else (0,))
+            if words[:2] == ["pitfs", "attach"]:
+                places["/dev/loop1" if "--scratch" in words else "/dev/loop0"] = done.stdout.strip()
+            if words[0] == "ls":
+                assert "ledger.csv" in done.stdout and (tmp_path / "then" / "ledger.csv").read_bytes() == BEFORE
+            if words[-1] == "/mnt/copy" and words[0] == "mount":
+                (tmp_path / "copy" / "ledger.csv").write_bytes(AFTER)
+                run(["sync", "--file-system", tmp_path / "copy"])
+    finally:
+        for place in ("then", "copy"):
+            force_unmount(tmp_path / place)
+    assert attached(disks.path) == [] == made_mounts(disks)
+
+
+def test_what_is_written_to_a_scratch_image_is_thrown_away(disks: Disks, tmp_path: Path) -> None:
+    before = set(os.listdir("/var/tmp"))
+    devices = [pitfs("attach", disks.path, disks.before, "plain", *options) for options in (
+        ["--scratch", "--scratch-size", "1MiB"], ["--scratch"], [])]  # fmt: skip
+    assert [(row["read_only"], row["scratch"]) for row in attached(disks.path)].count((False, True)) == 2
+    assert len(made_mounts(disks)) == 3
+    fd = os.open(devices[0], os.O_RDWR | os.O_DIRECT)
+    try:
+        page = mmap.mmap(-1, 4096)
+        page.write(b"x" * 4096)
+        with pytest.raises(OSError) as caught:
+            for offset in range(0, 2 << 20, 4096):
+                os.pwrite(fd, page, offset)
+        assert (caught.value.errno, offset) == (errno.ENOSPC, 1 << 20)
+    finally:
+        os.close(fd)
+    for device in devices[1:]:
+        with open(device, "rb") as file:
+            assert file.read() == disks.history.states[0][1]
+    made = set(os.listdir("/var/tmp")) - before
+    assert len([name for name in made if name.startswith("pitfs-scratch.db1.")]) == 2
+    for device in devices:
+        pitfs("detach", device)
+    assert not [name for name in set(os.listdir("/var/tmp")) - before if name.startswith("pitfs-scratch.db1.")]
+
+
+def test_scratch_goes_where_it_is_told_to_and_nowhere_else(disks: Disks, tmp_path: Path) -> None:
+    place = tmp_path / "scratch"
+    assert "no such directory" in pitfs("attach", disks.path, "latest", "plain", "--scratch-dir", place, code=2)
+    assert "inside the store" in pitfs("attach", disks.path, "latest", "plain", "--scratch-dir", disks.path, code=2)
+    assert "scratch_size=much" in pitfs("attach", disks.path, "latest", "plain", "--scratch-size", "much", code=2)
     assert made_mounts(disks) == []
+    place.mkdir()
+    device = pitfs("attach", disks.path, "latest", "plain", "--scratch-dir", place)
+    with open(device, "r+b") as file:
+        file.write(b"x")
+    assert "another mount uses it" in pitfs("attach", disks.path, "latest", "plain", "--scratch-dir", place, code=2)
+    pitfs("detach", device)
+    assert os.listdir(place) == []
 
 
 def test_all_that_json_says_is_so(disks: Disks) -> None:
