@@ -33,6 +33,12 @@ def disks(tmp_path_factory: pytest.TempPathFactory) -> Disks:
     return Disks(tmp_path_factory.mktemp("disks with blanks"))
 
 
+@pytest.fixture(scope="class")
+def mount(disks: Disks, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
+    with Mount(disks.path, tmp_path_factory.mktemp("there")) as mount:
+        yield mount
+
+
 @pytest.fixture(autouse=True)
 def clean(disks: Disks) -> Iterator[None]:
     with nothing_left(disks.path):
@@ -125,45 +131,8 @@ def test_scratch_goes_where_it_is_told_to_and_nowhere_else(disks: Disks, tmp_pat
     device = pitfs("attach", disks.path, "latest", "plain", "--scratch-dir", place)
     with open(device, "r+b") as file:
         file.write(b"x")
-    assert "another mount uses it" in pitfs("attach", disks.path, "latest", "plain", "--scratch-dir", place, code=2)
     pitfs("detach", device)
     assert os.listdir(place) == []
-
-
-def test_all_that_json_says_is_so(disks: Disks) -> None:
-    said = json.loads(pitfs("attach", disks.path, "latest", "plain", "--json"))
-    device = said["device"]
-    queue = Path("/sys/block") / Path(device).name
-    assert (queue / "loop" / "dio").read_text() == "1\n" and said["direct_io"] is True
-    assert (queue / "ro").read_text() == "1\n" and said["read_only"] is True
-    assert (queue / "queue" / "logical_block_size").read_text() == "512\n" and said["sector_size"] == 512
-    assert said["filesystems"] == [{"device": device, "type": "ext4"}] and said["partitions"] == []
-    assert (said["instant"], said["seq"], said["volume"]) == (disks.after, 3, "plain")
-    with open(device, "rb") as file:
-        image = file.read()
-    assert len(image) == said["size_bytes"] and image == disks.history.states[3][1]
-    assert AFTER in image
-    pitfs("detach", device)
-
-
-def test_sectors_are_those_that_the_partition_table_was_written_with(disks: Disks) -> None:
-    assert sector_size_for(bytes(8192)) == 512
-    for size in (512, 4096):
-        assert sector_size_for(bytes(size) + b"EFI PART" + bytes(8192)) == size
-    for options, size in (([], 4096), (["--sector-size", "1024"], 1024)):
-        device = pitfs("attach", disks.path, "latest", "wide", *options)
-        found = Path(f"/sys/block/{Path(device).name}/queue/logical_block_size").read_text()
-        assert int(found) == size
-        pitfs("detach", device)
-
-
-def test_a_tail_that_fills_no_sector_is_said_to_be_missing(disks: Disks) -> None:
-    done = run([*pitfs_command(), "attach", disks.path, "latest", "odd"])
-    device = done.stdout.strip()
-    assert f"the volume's last {10_100 % 512} bytes are missing" in done.stderr
-    with open(device, "rb") as file:
-        assert file.read() == disks.history.states[3][2][: 10_100 // 512 * 512]
-    pitfs("detach", device)
 
 
 def test_several_at_once_share_a_mount_and_do_not_trip_over_each_other(disks: Disks) -> None:
@@ -187,13 +156,83 @@ def test_several_at_once_share_a_mount_and_do_not_trip_over_each_other(disks: Di
     assert made_mounts(disks) == []
 
 
-def test_a_mount_that_is_there_is_used_and_left_alone(disks: Disks, tmp_path: Path) -> None:
-    with Mount(disks.path, tmp_path) as mount:
+@pytest.mark.usefixtures("mount")
+class TestOverAMountThatIsThere:
+    def test_a_mount_that_is_there_is_used_and_left_alone(self, disks: Disks, mount: Mount) -> None:
         device = pitfs("attach", disks.path, disks.before, "plain")
         (row,) = attached(disks.path)
         assert row["mountpoint"] == str(mount.path) and made_mounts(disks) == []
         pitfs("detach", device)
         assert os.listdir(mount.path)
+
+    def test_all_that_json_says_is_so(self, disks: Disks) -> None:
+        said = json.loads(pitfs("attach", disks.path, "latest", "plain", "--json"))
+        device = said["device"]
+        queue = Path("/sys/block") / Path(device).name
+        assert (queue / "loop" / "dio").read_text() == "1\n" and said["direct_io"] is True
+        assert (queue / "ro").read_text() == "1\n" and said["read_only"] is True
+        assert (queue / "queue" / "logical_block_size").read_text() == "512\n" and said["sector_size"] == 512
+        assert said["filesystems"] == [{"device": device, "type": "ext4"}] and said["partitions"] == []
+        assert (said["instant"], said["seq"], said["volume"]) == (disks.after, 3, "plain")
+        with open(device, "rb") as file:
+            image = file.read()
+        assert len(image) == said["size_bytes"] and image == disks.history.states[3][1]
+        assert AFTER in image
+        pitfs("detach", device)
+
+    def test_sectors_are_those_that_the_partition_table_was_written_with(self, disks: Disks) -> None:
+        assert sector_size_for(bytes(8192)) == 512
+        for size in (512, 4096):
+            assert sector_size_for(bytes(size) + b"EFI PART" + bytes(8192)) == size
+        for options, size in (([], 4096), (["--sector-size", "1024"], 1024)):
+            device = pitfs("attach", disks.path, "latest", "wide", *options)
+            found = Path(f"/sys/block/{Path(device).name}/queue/logical_block_size").read_text()
+            assert int(found) == size
+            pitfs("detach", device)
+
+    def test_a_tail_that_fills_no_sector_is_said_to_be_missing(self, disks: Disks) -> None:
+        done = run([*pitfs_command(), "attach", disks.path, "latest", "odd"])
+        device = done.stdout.strip()
+        assert f"the volume's last {10_100 % 512} bytes are missing" in done.stderr
+        with open(device, "rb") as file:
+            assert file.read() == disks.history.states[3][2][: 10_100 // 512 * 512]
+        pitfs("detach", device)
+
+    def test_a_device_that_somebody_reads_stays(self, disks: Disks) -> None:
+        device = pitfs("attach", disks.path, disks.before, "plain")
+        with open(device, "rb"):
+            done = run([*pitfs_command(), "detach", device], accept=(1,))
+            assert f"{device}: opened by process {os.getpid()} " in done.stderr
+        assert len(attached(disks.path)) == 1
+        pitfs("detach", device)
+
+    def test_a_corrupted_block_is_an_error_for_that_range_alone(self, disks: Disks) -> None:
+        image = disks.history.images[1]
+        place = bytes(image).index(AFTER)
+        store = Store.open(str(disks.path))
+        try:
+            objects = sorted((disks.path / "objects").glob("*.blocks"))
+        finally:
+            store.close()
+        (damaged,) = (path for path in objects if path.read_bytes().count(AFTER) and "snapshot" in path.name)
+        good = damaged.read_bytes()
+        try:
+            # One copy may serve both volumes: all that there are.
+            damaged.write_bytes(good.replace(AFTER, b"X" + AFTER[1:]))
+            device = pitfs("attach", disks.path, "latest", "plain")
+            fd = os.open(device, os.O_RDONLY)
+            try:
+                with pytest.raises(OSError) as caught:
+                    os.pread(fd, 4096, place)
+                assert caught.value.errno == errno.EIO
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                for start in (0, place - 4096, place + 4096):
+                    assert os.pread(fd, 4096, start) == image[start : start + 4096]
+            finally:
+                os.close(fd)
+            pitfs("detach", device)
+        finally:
+            damaged.write_bytes(good)
 
 
 def test_what_is_not_ours_is_refused(disks: Disks, tmp_path: Path) -> None:
@@ -204,14 +243,6 @@ def test_what_is_not_ours_is_refused(disks: Disks, tmp_path: Path) -> None:
     for name in ("/dev/null", str(tmp_path / "file"), "x"):
         assert "not a loop device" in pitfs("detach", name, code=2)
     assert "no such device" in pitfs("detach", "/dev/loop98765", code=1)
-
-
-def test_a_device_that_somebody_reads_stays(disks: Disks) -> None:
-    device = pitfs("attach", disks.path, disks.before, "plain")
-    with open(device, "rb"):
-        assert f"process {os.getpid()} " in pitfs("detach", device, code=1)
-    assert len(attached(disks.path)) == 1
-    pitfs("detach", device)
 
 
 def test_a_dead_mount_is_in_nobodys_way(disks: Disks, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,35 +262,6 @@ def test_a_dead_mount_is_in_nobodys_way(disks: Disks, monkeypatch: pytest.Monkey
     pitfs("detach", first)
     pitfs("detach", second)
     assert made_mounts(disks) == []
-
-
-def test_a_corrupted_block_is_an_error_for_that_range_alone(disks: Disks) -> None:
-    image = disks.history.images[1]
-    place = bytes(image).index(AFTER)
-    store = Store.open(str(disks.path))
-    try:
-        objects = sorted((disks.path / "objects").glob("*.blocks"))
-    finally:
-        store.close()
-    (damaged,) = (path for path in objects if path.read_bytes().count(AFTER) and "snapshot" in path.name)
-    good = damaged.read_bytes()
-    try:
-        # One copy may serve both volumes: all that there are.
-        damaged.write_bytes(good.replace(AFTER, b"X" + AFTER[1:]))
-        device = pitfs("attach", disks.path, "latest", "plain")
-        fd = os.open(device, os.O_RDONLY)
-        try:
-            with pytest.raises(OSError) as caught:
-                os.pread(fd, 4096, place)
-            assert caught.value.errno == errno.EIO
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            for start in (0, place - 4096, place + 4096):
-                assert os.pread(fd, 4096, start) == image[start : start + 4096]
-        finally:
-            os.close(fd)
-        pitfs("detach", device)
-    finally:
-        damaged.write_bytes(good)
 
 
 # ------------------------------------------------------------------ failures half-way
