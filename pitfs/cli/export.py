@@ -54,13 +54,12 @@ examples:
 
 
 def run(args: argparse.Namespace) -> int:
+    from pitfs.cli.holding import open_held
     from pitfs.production.backing import written_by_others
-    from pitfs.store.store import Store
     from pitfs.view.view import PointInTimeView
 
-    store = Store.open(args.store)
-    try:
-        resolution, _ = resolve(store, args.time, args.tz)
+    with open_held(args.store, f"export {os.path.realpath(args.file)}") as (store, holder):
+        resolution = holder.pinned(store, resolve(store, args.time, args.tz)[0])
         view = PointInTimeView(store, resolution, volume_index(store, args.volume))
         try:
             mode = os.stat(args.file).st_mode
@@ -85,8 +84,6 @@ def run(args: argparse.Namespace) -> int:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise CapacityError(f"{args.file}: no room for the image: make room there") from error
             raise
-    finally:
-        store.close()
     print(
         f"{args.file}: {args.volume} at {format_instant(resolution.time_ns)}, {view.size_bytes} bytes"
         + (", verified" if args.verify else ""),

@@ -24,6 +24,7 @@ from typing import Any, Final
 from pitfs.cli.main import Parser, report
 from pitfs.errors import UsageError
 from pitfs.fuse.mount import MountRequest, mount_store
+from pitfs.fuse.workers import MAX_WORKERS
 
 NAME: Final = "mount.pitfs"
 
@@ -65,6 +66,7 @@ options (-o):
                           get "No space left on device", reading goes on
   scratch_keep            what was written stays in DIR, and is there again when the same store is mounted with
                           the same scratch= and scratch_keep. What fsync was answered for survives a power cut
+  workers=N               processes that serve it (default: one for each core, at most 2)
   and those of mount(8): ro, noatime, nosuid, nodev, noexec, …
 
 examples:
@@ -169,6 +171,8 @@ def _check_scratch_options(values: dict[str, Any], kernel: Sequence[str]) -> Non
         if "ro" in kernel:
             raise UsageError("options ro and scratch= contradict each other: leave one out")
         values["mode"] = mode if mode & 0o222 else mode | 0o200
+        if values.setdefault("workers", 1) != 1:
+            raise UsageError("option workers=: with scratch= it is one: leave it out")
         return
     for name, option in (("scratch_size_bytes", "scratch_size"), ("scratch_keep", "scratch_keep")):
         if name in values:
@@ -213,6 +217,12 @@ def _parse_size(value: str) -> int:
     return size
 
 
+def _parse_workers(value: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,3}", value) or not 1 <= int(value) <= MAX_WORKERS:
+        raise UsageError(f"option workers={value}: write a number from 1 to {MAX_WORKERS}")
+    return int(value)
+
+
 def parse_zone(value: str) -> datetime.tzinfo:
     """The zone of that name.
 
@@ -234,6 +244,7 @@ _VALUES: Final[dict[str, tuple[str, Callable[[str], Any]]]] = {
     "tz": ("zone", parse_zone),
     "scratch": ("scratch", _parse_directory),
     "scratch_size": ("scratch_size_bytes", _parse_size),
+    "workers": ("workers", _parse_workers),
 }
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import logging
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import pyfuse3
 import trio
 
 from pitfs.errors import PitfsError
+from pitfs.fuse.loop import waiting
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -59,6 +61,14 @@ def failed(name: str, error: Exception) -> pyfuse3.FUSEError:
 
 async def in_thread(function: Callable[..., T], *args: object, limiter: trio.CapacityLimiter) -> T:
     """`function(*args)` in a thread, never cancelled: a handler that is cancelled gives no reply."""
-    with trio.CancelScope(shield=True):
+    with waiting, trio.CancelScope(shield=True):
         result = await trio.to_thread.run_sync(function, *args, limiter=limiter)
     return result  # noqa: RET504 — returned inside, mypy thinks that the scope may swallow it
+
+
+@contextlib.asynccontextmanager
+async def holding(lock: trio.Lock) -> AsyncIterator[None]:
+    """Holds the lock; not to be cancelled, as all handlers."""
+    with waiting:
+        async with lock:
+            yield

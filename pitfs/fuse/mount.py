@@ -2,17 +2,19 @@
 
     mount_store ── checks the mountpoint, clears a dead mount of the same store
         │ fork (before trio and threads exist; numpy starts some when it is imported)
-        ├─ daemon     opens the store, mounts, says so through a pipe, serves until umount or SIGTERM
+        ├─ daemon     mounts, starts the workers (pitfs.fuse.workers) and says so through a pipe when they have the
+        │             store open; minds them until umount or SIGTERM
         └─ observer   waits for the daemon's word, stats the root from outside, raises the readahead
 
 In the background the observer is the parent, whose exit code is the command's; in the foreground it is a
-child, and the caller's process serves. Log lines of a background daemon go to syslog; where there is none
+child, and the caller's process is the daemon. Log lines of a background daemon go to syslog; where there is none
 (/dev/log) standard error is kept if it is a terminal or a file. A pipe isn't kept: whoever reads it to its
 end would wait for the unmount; the kernel's log (/dev/kmsg) gets the lines instead.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import errno
@@ -24,13 +26,12 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from pitfs.errors import PitfsError, UsageError
-from pitfs.fuse.flusher import set_io_flusher
 from pitfs.fuse.mountinfo import escaped, mounted_at
+from pitfs.fuse.workers import Minder, default_workers, fuse_descriptor, retell, tell
 
 if TYPE_CHECKING:
     import pyfuse3
@@ -40,6 +41,7 @@ FSTYPE: Final = "fuse.pitfs"
 # 128 KiB is the kernel's; sequential reads with 1 MiB are more than twice as fast, with 4 MiB no faster.
 READAHEAD_KIB: Final = 2048
 MAX_DEAD_MOUNTS: Final = 16  # stacked on one mountpoint; more is somebody's loop
+_MOUNTED: Final = b"mounted"
 UMOUNT_HELPER: Final = "/sbin/umount.pitfs"
 UMOUNT_OPTION: Final = "helper=pitfs"
 _DEAD: Final = (errno.ENOTCONN, errno.ECONNABORTED)
@@ -57,6 +59,7 @@ class MountRequest:
         scratch: the directory of the overlays that make images writable; None: they are read-only.
         scratch_size_bytes: what may be written over all; None: what the disk has.
         scratch_keep: whether overlays stay.
+        workers: processes that serve it.
     """
 
     store: str
@@ -71,6 +74,7 @@ class MountRequest:
     scratch: str | None = None
     scratch_size_bytes: int | None = None
     scratch_keep: bool = False
+    workers: int = dataclasses.field(default_factory=default_workers)
     foreground: bool = False
     verbose: bool = False
 
@@ -103,7 +107,6 @@ def mount_store(request: MountRequest) -> int:
     os.close(reader)
     if not request.foreground:
         _run_daemon(request, writer)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the observer
     _serve(request, writer)
     return 0
 
@@ -190,10 +193,9 @@ def _clear_dead_mount(mountpoint: str, source: str) -> None:
 def _observe(reader: int, mountpoint: str, daemon: int | None) -> int:
     """Waits until the mount answers to somebody outside its daemon; passes on what that says instead."""
     with open(reader, "rb") as pipe:
-        word = pipe.read().decode(errors="replace")
-    if word == "mounted":
+        word = pipe.read()
+    if word == _MOUNTED:
         try:
-            # INIT and the first GETATTR are answered after this; INIT would set the readahead back.
             device = os.stat(mountpoint).st_dev
         except OSError as error:
             if error.errno not in _DEAD:
@@ -203,10 +205,7 @@ def _observe(reader: int, mountpoint: str, daemon: int | None) -> int:
             _have_umount_ask_us(mountpoint)
             return 0
     elif word:
-        code, _, message = word.partition(" ")
-        failure = PitfsError(message)
-        failure.exit_code = int(code)
-        raise failure
+        raise retell(word)
     how = ""
     if daemon is not None:
         status = os.waitpid(daemon, 0)[1]
@@ -257,72 +256,42 @@ def _run_daemon(request: MountRequest, writer: int) -> NoReturn:
         _serve(request, writer)
         code = 0
     except BaseException as error:
-        expected = isinstance(error, PitfsError | OSError)
-        if not expected:
-            log.critical("ended by a bug in pitfs", exc_info=error)
+        message = tell(error)
         if isinstance(error, PitfsError):
             code = error.exit_code
-        message = str(error) if expected else f"{type(error).__name__}: {error}: this is a bug in pitfs"
         try:
-            os.write(writer, f"{code} {message}".encode())
+            os.write(writer, message)
         except OSError:  # the mount had answered already, the observer is gone
-            log.error("%s", message)
+            log.error("%s", retell(message))
     finally:
         os._exit(code)
 
 
 def _serve(request: MountRequest, writer: int) -> None:
-    """Opens the store, mounts, tells the observer, and serves until the end."""
-    import pyfuse3  # here, after the fork: these start threads
-    import trio
+    """Mounts, starts those who serve, tells the observer, and minds them until the end."""
+    minder = Minder(request, writer)
+    probed = minder.probe()
+    import pyfuse3  # while the store is looked at; the first of these takes longer
 
-    from pitfs.fuse.replica import Ownership, Replica
-    from pitfs.store.store import Store
-    from pitfs.view.tree import Tree
+    from pitfs.fuse.init_flags import without_privileges
+    from pitfs.fuse.loop import Seat
 
-    if request.scratch is not None:
-        set_io_flusher()
-    store, scratch = Store.open(request.store), None
+    probed()
+    seat = Seat()
+    _fuse_init(seat, request)
     try:
-        tree = Tree(store, time.time_ns, request.zone, request.strict)
-        ownership = Ownership(request.uid, request.gid, request.mode)
-        if request.scratch is None:
-            operations = Replica(store, tree, ownership)
-        else:
-            from pitfs.fuse.scratch import ScratchReplica
-            from pitfs.view.scratch import Scratch
+        with without_privileges(fuse_descriptor()) if request.scratch else contextlib.nullcontext():
+            seat.answer_init()
+        if not request.foreground:
+            _detach(request.verbose)
 
-            scratch = Scratch(request.scratch, store, request.scratch_size_bytes, request.scratch_keep)
-            operations = ScratchReplica(store, tree, ownership, scratch)
-        _fuse_init(operations, request)
-        try:
-            if not request.foreground:
-                _detach(request.verbose)
-            os.write(writer, b"mounted")
+        def ready() -> None:
+            os.write(writer, _MOUNTED)
             os.close(writer)
-            trio.run(_main_loop)
-        finally:
-            pyfuse3.close()  # first: until then accesses to the mount hang
+
+        minder.serve(seat, ready)
     finally:
-        if scratch is not None:
-            scratch.close()
-        store.close()
-
-
-async def _main_loop() -> None:
-    import pyfuse3
-    import trio
-
-    async def end_on_signal(task_status: trio.TaskStatus[None]) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            task_status.started()
-            async for _ in signals:
-                pyfuse3.terminate()
-
-    async with trio.open_nursery() as nursery:
-        await nursery.start(lambda *, task_status: end_on_signal(task_status))
-        await pyfuse3.main()
-        nursery.cancel_scope.cancel()  # the receiver only: main, which mustn't be cancelled, is over
+        pyfuse3.close()
 
 
 def _fuse_init(operations: pyfuse3.Operations, request: MountRequest) -> None:

@@ -13,20 +13,22 @@ import errno
 import itertools
 import os
 import stat
+import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Final, Never, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, Never, Protocol, Self, TypeVar
 
 import pyfuse3
 import trio
 
 from pitfs.fuse.common import failed, guard, in_thread
+from pitfs.store.store import Store
 from pitfs.view.tree import ROOT_INODE, Entry, Kind, NoEntryError, Tree, Type, unpack_inode
 from pitfs.view.view import PointInTimeView, ReadBuffer, TableCache
 
 if TYPE_CHECKING:
     from pyfuse3 import FileHandleT, FileNameT, FlagT, InodeT, ReaddirToken, RequestContext, XAttrNameT
 
-    from pitfs.store.store import Store
+    from pitfs.fuse.mount import MountRequest
 
 PERMANENT_TIMEOUT_S: Final = 300.0  # what never changes may only be pruned
 # The kernel asks for the root on the way of every path; its mtime, which needs the catalog, may be this late.
@@ -62,6 +64,21 @@ class Ownership:
         return self.mode & 0o444 | (self.mode & 0o444) >> 2
 
 
+def opened(request: MountRequest) -> tuple[Store, Tree, Ownership]:
+    """What the handlers of a mount like that serve.
+
+    Raises:
+        PitfsError: the store can't be opened, or not be shown.
+    """
+    store = Store.open(request.store)
+    try:
+        tree = Tree(store, time.time_ns, request.zone, request.strict)
+    except BaseException:
+        store.close()
+        raise
+    return store, tree, Ownership(request.uid, request.gid, request.mode)
+
+
 class Replica(pyfuse3.Operations):
     """pyfuse3 handlers over one store."""
 
@@ -89,6 +106,15 @@ class Replica(pyfuse3.Operations):
         self._root: pyfuse3.EntryAttributes | None = None
         self._root_until = 0.0
         self._tree_limiter = trio.CapacityLimiter(1)  # the tree isn't made for several threads
+
+    @classmethod
+    def for_mount(cls, request: MountRequest) -> Self:
+        """The handlers of a mount like that, over a store of their own. Raises as `opened`."""
+        return cls(*opened(request))
+
+    def close(self) -> None:
+        """Called when no handler is under way any more."""
+        self._store.close()
 
     # -------------------------------------------------------------- names and attributes
 
@@ -155,6 +181,8 @@ class Replica(pyfuse3.Operations):
 
     @handler
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
+        if not name.startswith(b"user."):  # asked before each write: does it take away capabilities?
+            raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
         value = (await in_thread(self._tree.attributes_of, inode, limiter=self._tree_limiter)).get(name)
         if value is None:
             raise pyfuse3.FUSEError(pyfuse3.ENOATTR)

@@ -11,14 +11,15 @@ import errno
 import logging
 import os
 import time
-from typing import TYPE_CHECKING, Final, Never
+from typing import TYPE_CHECKING, Final, Never, Self
 
 import pyfuse3
 import trio
 
 from pitfs.errors import CapacityError
-from pitfs.fuse.common import failed, guard, in_thread
-from pitfs.fuse.replica import Image, Ownership, Replica
+from pitfs.fuse.common import failed, guard, holding, in_thread
+from pitfs.fuse.flusher import set_io_flusher
+from pitfs.fuse.replica import Image, Ownership, Replica, opened
 from pitfs.storage.files import FULL_ERRNOS
 from pitfs.view.overlay import NotCachedError, Overlay, OverlayView
 from pitfs.view.scratch import Scratch
@@ -28,6 +29,7 @@ from pitfs.view.view import PointInTimeView, ReadBuffer
 if TYPE_CHECKING:
     from pyfuse3 import FileHandleT, FlagT, InodeT, RequestContext, SetattrFields
 
+    from pitfs.fuse.mount import MountRequest
     from pitfs.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -50,6 +52,23 @@ class ScratchReplica(Replica):
         self._making = trio.Lock()
         self._syncing: dict[int, trio.Lock] = {}
         self._full_until = 0.0
+
+    @classmethod
+    def for_mount(cls, request: MountRequest) -> Self:
+        """The handlers of a mount like that; the only ones. Raises PitfsError where it can't be served, and why."""
+        assert request.scratch is not None
+        set_io_flusher()
+        store, tree, ownership = opened(request)
+        try:
+            scratch = Scratch(request.scratch, store, request.scratch_size_bytes, request.scratch_keep)
+        except BaseException:
+            store.close()
+            raise
+        return cls(store, tree, ownership, scratch)
+
+    def close(self) -> None:
+        self._scratch.close()
+        super().close()
 
     # -------------------------------------------------------------- images
 
@@ -101,7 +120,7 @@ class ScratchReplica(Replica):
         return len(data)
 
     async def _writable_view(self, inode: int) -> OverlayView:
-        async with self._making:
+        async with holding(self._making):
             view = await self._view(inode)
             if not isinstance(view, OverlayView):
                 _, volume, seq = unpack_inode(inode)
@@ -127,7 +146,7 @@ class ScratchReplica(Replica):
         if overlay is None:
             return
         writes = overlay.writes
-        async with self._syncing.setdefault(fh, trio.Lock()):
+        async with holding(self._syncing.setdefault(fh, trio.Lock())):
             if overlay.synced_writes >= writes and not overlay.failed:
                 return  # another's sync, begun after these writes, had them
             begun = overlay.begin_sync()

@@ -235,6 +235,18 @@ class Mount:
     def pids(self) -> list[int]:
         return pids_with(self.mark) if self.mark else []
 
+    def minder(self) -> int:
+        """The process that started those that serve."""
+        pids = self.pids()
+        parents = {pid: int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in pids}
+        (minder,) = (pid for pid in pids if parents[pid] not in pids)
+        return minder
+
+    def workers(self) -> list[int]:
+        """The processes that serve."""
+        minder = self.minder()
+        return [pid for pid in self.pids() if pid != minder]
+
     def unmount(self) -> None:
         """As a user does; the daemon ends with it.
 
