@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
@@ -81,12 +79,9 @@ def holder_text(row: dict[str, Any]) -> str:
 
 def loops_below(directory: str) -> list[tuple[str, str]]:
     """(device, path in the directory) of loop devices over files in a directory, by /sys: a mount isn't asked."""
-    prefix, found = directory.rstrip("/") + "/", []
-    names = [name for name in os.listdir("/sys/block") if re.fullmatch(r"loop[0-9]+", name)]
-    for name in sorted(names, key=lambda name: int(name[4:])):
-        with contextlib.suppress(OSError):  # not in use
-            with open(f"/sys/block/{name}/loop/backing_file", encoding="utf-8", errors="surrogateescape") as file:
-                backing = file.read().rstrip("\n").removesuffix(" (deleted)")
-            if backing.startswith(prefix):
-                found.append((f"/dev/{name}", backing.removeprefix(prefix)))
-    return found
+    from pitfs.fuse.loops import loops
+
+    prefix = directory.rstrip("/") + "/"
+    return [
+        (loop.device, loop.backing.removeprefix(prefix)) for loop in loops() if loop.backing.startswith(prefix)
+    ]
