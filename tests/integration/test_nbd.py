@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import socket
@@ -22,6 +23,7 @@ from pitfs.view.view import PointInTimeView
 from tests.helpers.hosts import digest, free_port, instant_name, xxhsum
 from tests.helpers.links import Files, issue
 from tests.helpers.processes import Daemon, HostError, pitfs_command, run, wait_until
+from tests.helpers.readme import commands
 from tests.helpers.refusals import pitfs_refused, together
 from tests.helpers.stores import ingest_transfer
 from tests.helpers.transfers import History
@@ -290,6 +292,44 @@ def test_a_certificate_for_other_groups_reads_nothing(store: Path, tmp_path: Pat
             export = f"nbds://localhost:{port}/latest/root?tls-certificates={tmp_path / name}"
             run(["nbdinfo", "--size", export], accept=(code,))
         assert "the certificate of other grants other groups, not db1" in server.logged()
+
+
+# ------------------------------------------------------------------ the README
+
+
+def test_the_commands_of_the_readme_work(
+    pki: dict[str, Files], store: Path, instant: str, tmp_path: Path, history: History
+) -> None:
+    files, port = pki["server"], free_port()
+    places = {
+        "[::]:10809": f"localhost:{port}",
+        "nbds://replica.example": f"nbds://localhost:{port}",
+        "/etc/pitfs/receive/certificate.pem": files.certificate,
+        "/etc/pitfs/receive/key.pem": files.key,
+        "/etc/pitfs/receive/authority.pem": files.authority,
+        "/etc/pitfs/nbd": str(Path(files.certificate).parent / "client"),
+        "/srv/pitfs/db1": str(store),
+        "/run/pitfs-nbd.sock": str(tmp_path / "s"),
+        "/var/tmp/root": str(tmp_path / "root"),
+        "2026-11-22T23:54:07Z": instant,
+    }
+    served, listed, copied, mapped, local, overlaid = (
+        [re.sub("|".join(map(re.escape, places)), lambda match: places[match[0]], word) for word in words]
+        for words in commands("Images on other hosts")
+    )
+    with Server(store, tmp_path, *served[3:]):
+        assert instant_name(history.times_ns[16]) in run(listed).stdout
+        run(copied)
+        assert (tmp_path / "root.img").read_bytes() == history.states[SEQ][0]
+        assert "hole,zero" in run(mapped).stdout
+    with Server(store, tmp_path, *local[3:]):
+        run(overlaid)
+        disk = tmp_path / "root.qcow2"
+        for asked in ("write -P 7 4k 4k", "read -P 7 4k 4k"):
+            assert "failed" not in run(["qemu-io", "-c", asked, disk]).stdout
+        run(["qemu-img", "convert", "-O", "raw", disk, tmp_path / "written"])
+        image = history.states[SEQ][0]
+        assert (tmp_path / "written").read_bytes() == image[:4096] + b"\7" * 4096 + image[8192:]
 
 
 # ------------------------------------------------------------------ wrong use
