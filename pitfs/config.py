@@ -286,6 +286,15 @@ def _identities(path: str) -> Iterable[object]:
     yield (status.st_dev, status.st_ino)
 
 
+def parse_size(text: str) -> int:
+    """A size, as in the configuration or as a plain number of bytes, in bytes.
+
+    Raises:
+        ValueError: it isn't one; the message is for the user.
+    """
+    return int(text) if text.isascii() and text.isdigit() else parse_quantity(text, _SIZE_BYTES, '"10GiB"')
+
+
 def parse_window(text: str) -> int:
     """A window of the codec, as in the configuration, in bytes.
 

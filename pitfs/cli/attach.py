@@ -97,7 +97,7 @@ def _attach(args: argparse.Namespace) -> int:
         with attached.signals_wait():
             device = loops.attach(f"{place}/{image}", read_only=scratch is None, sector_size=sector_size)
             undo.callback(_detach, device)
-        missing = loops.wait_for_nodes(device)
+        missing = loops.wait_for_partitions(device)
         made = next((each for each in loops.image_loops() if each.loop.device == device), None)
         if made is None:
             raise PitfsError(f"{device}: somebody else has detached it: try again")
@@ -112,7 +112,7 @@ def _attach(args: argparse.Namespace) -> int:
         if args.json:
             print_json(described)
         else:
-            print(device)
+            print(device, flush=True)
             _hint(described)
         sys.stdout.flush()  # a device that nobody was told of isn't left
         undo.pop_all()

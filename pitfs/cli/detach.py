@@ -27,7 +27,7 @@ examples:
 
 def run(args: argparse.Namespace) -> int:
     from pitfs.cli.attached import exclusive, is_ours, signals_wait, tidy
-    from pitfs.fuse.holders import holders_below
+    from pitfs.fuse.in_use import users_below
     from pitfs.fuse.loops import detach, device_named, image_of, loop_of
     from pitfs.fuse.mountinfo import mounts
 
@@ -49,6 +49,6 @@ def run(args: argparse.Namespace) -> int:
             stay = tidy()
     if image.mount is not None and is_ours(image.mount) and image.mount.mountpoint in stay:
         place = image.mount.mountpoint
-        who = ", ".join(map(str, holders_below(place))) or "somebody"
+        who = ", ".join(map(str, users_below(place))) or "somebody"
         print(f"pitfs: {device} is detached; {place} stays mounted while {who} uses it", file=sys.stderr)
     return 0

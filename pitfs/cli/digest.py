@@ -34,18 +34,15 @@ examples:
 
 
 def run(args: argparse.Namespace) -> int:
+    from pitfs.cli.holding import open_held
     from pitfs.cli.progress import progress
-    from pitfs.store.store import Store
     from pitfs.view.view import PointInTimeView
 
-    store = Store.open(args.store)
-    try:
-        resolution, _ = resolve(store, args.time, args.tz)
+    with open_held(args.store, f"digest of {args.volume}") as (store, holder):
+        resolution = holder.pinned(store, resolve(store, args.time, args.tz)[0])
         view = PointInTimeView(store, resolution, volume_index(store, args.volume))
         with progress(f"digest of {args.volume}", view.size_bytes) as advance:
             found = image_digest(view, advance)
-    finally:
-        store.close()
     if args.json:
         print_json(
             {

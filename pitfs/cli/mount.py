@@ -13,6 +13,7 @@ import argparse
 import datetime
 import grp
 import logging
+import os
 import pwd
 import re
 import sys
@@ -55,10 +56,16 @@ EXAMPLES: Final = """\
 options (-o):
   allow_other             others may try; modes decide (set by uid=, gid= and mode=)
   uid=USER gid=GROUP      owner of everything (default root)
-  mode=OCTAL              of images, without write bits (default 0400); directories can be entered by those
-                          who may read
+  mode=OCTAL              of images (default 0400); directories can be entered by those who may read. Write bits
+                          count with scratch= only; there the owner may always write (default 0600)
   tz=ZONE                 of times without Z or offset, such as Europe/Vienna (default UTC)
   strict                  only times whose state can be given exactly lead anywhere
+  scratch=DIR             makes images writable: what is written goes to sparse files in DIR, an existing directory
+                          that no other mount uses, never to the store; thrown away when the mount ends
+  scratch_size=SIZE       what may be written over all (as 10GiB; default: what the disk has); beyond it writes
+                          get "No space left on device", reading goes on
+  scratch_keep            what was written stays in DIR, and is there again when the same store is mounted with
+                          the same scratch= and scratch_keep. What fsync was answered for survives a power cut
   workers=N               processes that serve it (default: one for each core, at most 2)
   and those of mount(8): ro, noatime, nosuid, nodev, noexec, …
 
@@ -67,6 +74,8 @@ examples:
   mount -t pitfs -o uid=postgres,tz=Europe/Vienna /srv/replica/db1 /mnt/db1
   losetup --read-only --direct-io=on --find --show /mnt/db1/5m-ago/root.img
   umount /mnt/db1
+  mount.pitfs -o scratch=/var/tmp/scratch,scratch_size=10GiB /srv/replica/db1 /mnt/db1
+  losetup --direct-io=on --find --show /mnt/db1/5m-ago/root.img
 
 fstab:
   /srv/replica/db1  /mnt/db1  pitfs  nofail,_netdev  0  0
@@ -141,7 +150,7 @@ def parse_options(
             values[key] = parse(value)
             if name in ("uid", "gid", "mode"):  # who gives it to somebody else wants that somebody to get in
                 values["allow_other"] = True
-        elif option in ("strict", "allow_other"):
+        elif option in ("strict", "allow_other", "scratch_keep"):
             values[option] = True
         elif option in KERNEL_OPTIONS:
             kernel.append(option)
@@ -149,9 +158,26 @@ def parse_options(
             raise UsageError(f"option {name}: not supported: {REFUSED[name]}")
         elif option not in IGNORED and not option.startswith(IGNORED_PREFIXES) and not sloppy:
             raise UsageError(f"unknown option {option!r}: {NAME} --help lists them")
+    _check_scratch_options(values, kernel)
     return MountRequest(
         store, mountpoint, kernel_options=tuple(kernel), foreground=foreground, verbose=verbose, **values
     )
+
+
+def _check_scratch_options(values: dict[str, Any], kernel: Sequence[str]) -> None:
+    """Refuses what doesn't go together; with scratch= the owner may write, without it nobody."""
+    mode = values.get("mode", 0o400)
+    if "scratch" in values:
+        if "ro" in kernel:
+            raise UsageError("options ro and scratch= contradict each other: leave one out")
+        values["mode"] = mode if mode & 0o222 else mode | 0o200
+        if values.setdefault("workers", 1) != 1:
+            raise UsageError("option workers=: with scratch= it is one: leave it out")
+        return
+    for name, option in (("scratch_size_bytes", "scratch_size"), ("scratch_keep", "scratch_keep")):
+        if name in values:
+            raise UsageError(f"option {option}: goes with scratch=DIR only")
+    values["mode"] = mode & 0o444
 
 
 def _parse_id(option: str, find: Callable[[str], int]) -> Callable[[str], int]:
@@ -170,7 +196,25 @@ def _parse_id(option: str, find: Callable[[str], int]) -> Callable[[str], int]:
 def _parse_mode(value: str) -> int:
     if not re.fullmatch(r"[0-7]{1,4}", value) or int(value, 8) > 0o777:
         raise UsageError(f"option mode={value}: write three octal digits, such as 0440")
-    return int(value, 8) & 0o444
+    return int(value, 8) & 0o666
+
+
+def _parse_directory(value: str) -> str:
+    if not value:
+        raise UsageError("option scratch=: give a directory, such as scratch=/var/tmp/scratch")
+    return os.path.abspath(value)
+
+
+def _parse_size(value: str) -> int:
+    from pitfs.config import parse_size  # 10 ms that only this option pays
+
+    try:
+        size = parse_size(value)
+    except ValueError as error:
+        raise UsageError(f"option scratch_size={value}: {error}") from None
+    if not 0 < size < 2**63:
+        raise UsageError(f"option scratch_size={value}: must be more than nothing, and less than 2^63 bytes")
+    return size
 
 
 def _parse_workers(value: str) -> int:
@@ -198,6 +242,8 @@ _VALUES: Final[dict[str, tuple[str, Callable[[str], Any]]]] = {
     "gid": ("gid", _parse_id("gid", lambda name: grp.getgrnam(name).gr_gid)),
     "mode": ("mode", _parse_mode),
     "tz": ("zone", parse_zone),
+    "scratch": ("scratch", _parse_directory),
+    "scratch_size": ("scratch_size_bytes", _parse_size),
     "workers": ("workers", _parse_workers),
 }
 

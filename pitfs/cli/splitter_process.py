@@ -5,7 +5,6 @@ Started as `python -m pitfs.cli.splitter_process CONFIG`; prints `ready` when wr
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import gc
 import glob
@@ -22,6 +21,7 @@ import trio
 from pitfs.cli.processes import run_process, set_process_name, told_to_stop
 from pitfs.config import Config
 from pitfs.errors import PitfsError, UsageError
+from pitfs.fuse.flusher import set_io_flusher
 from pitfs.fuse.mountinfo import clear_dead_mount, is_dead, mounted_at
 from pitfs.fuse.splitter import SplitterOperations, Syncer
 from pitfs.production import control
@@ -32,7 +32,6 @@ from pitfs.production.start import VolumeSpec, lock_state, open_splitter
 log = logging.getLogger(__name__)
 
 FILE_SYSTEM: Final = "pitfs-splitter"
-PR_SET_IO_FLUSHER: Final = 57
 
 
 def prepare_mountpoint(mountpoint: str, group: str) -> None:
@@ -62,13 +61,6 @@ def prepare_mountpoint(mountpoint: str, group: str) -> None:
         raise UsageError(
             f"{mountpoint}: mountpoint: busy: {present.source} is mounted there: unmount it first (umount {mountpoint})"
         )
-
-
-def set_io_flusher() -> None:
-    """Lets this process allocate memory without waiting for writeback that may wait for this process."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) != 0:
-        log.debug("PR_SET_IO_FLUSHER: %s: going on without", os.strerror(ctypes.get_errno()))
 
 
 async def _serve(service: SplitterService, state: str, mountpoint: str) -> None:

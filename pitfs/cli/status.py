@@ -53,6 +53,7 @@ def _production(path: str) -> dict[str, Any]:
 
 
 def _replica(path: str) -> dict[str, Any]:
+    from pitfs.cli.holding import holder_rows
     from pitfs.store.store import Store
 
     store = Store.open(path)
@@ -79,7 +80,7 @@ def _replica(path: str) -> dict[str, Any]:
             "journal_capacity_bytes": None,
             "rate_bytes_per_s": None,
             "last_decision": decision,
-            "holders": [],
+            "holders": holder_rows(path),
             "seq": latest.seq if latest else None,
             "last_gap": _last_gap(store),
         }
@@ -96,10 +97,15 @@ def _last_gap(store: Store) -> dict[str, str] | None:
 
 def _print(status: dict[str, Any]) -> None:
     """A line for each thing that stands; bytes with their unit."""
+    from pitfs.cli.holding import holder_text
     from pitfs.cli.list import granularity_text
 
     for key, value in status.items():
         if value is None or value == []:
+            continue
+        if key == "holders":
+            for row in value:
+                print(f"{'holder':<26}{holder_text(row)}")
             continue
         if key == "last_decision":
             what = granularity_text(value["granularity_ns"])

@@ -57,7 +57,7 @@ def _unmount(mountpoint: str, options: Sequence[str]) -> int:
 
 def busy(mountpoint: str) -> str:
     """One line: who holds the mount, and what to do; empty if nobody is found."""
-    from pitfs.fuse.holders import holders_below
+    from pitfs.fuse.in_use import users_below
     from pitfs.fuse.loops import image_loops, mountpoints_of
 
     who, what = [], []
@@ -68,10 +68,10 @@ def busy(mountpoint: str) -> str:
             who.append(f"{image.loop.device} ({image.instant}/{image.volume}.img{mounted})")
             what += [f"umount {' '.join(places)}"] if places else []
             what.append(f"pitfs detach {image.loop.device}")
-    processes = holders_below(mountpoint)
-    for holder in processes:
-        below = os.path.relpath(holder.path, mountpoint)
-        who.append(f"{holder} ({holder.how}{'' if below == '.' else f': {below}'})")
+    processes = users_below(mountpoint)
+    for user in processes:
+        below = os.path.relpath(user.path, mountpoint)
+        who.append(f"{user} ({user.how}{'' if below == '.' else f': {below}'})")
     if processes:
         what.append("end the process" if len(processes) == 1 else "end the processes")
     if not who:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import logging
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import pyfuse3
@@ -63,3 +64,11 @@ async def in_thread(function: Callable[..., T], *args: object, limiter: trio.Cap
     with waiting, trio.CancelScope(shield=True):
         result = await trio.to_thread.run_sync(function, *args, limiter=limiter)
     return result  # noqa: RET504 — returned inside, mypy thinks that the scope may swallow it
+
+
+@contextlib.asynccontextmanager
+async def holding(lock: trio.Lock) -> AsyncIterator[None]:
+    """Holds the lock; not to be cancelled, as all handlers."""
+    with waiting:
+        async with lock:
+            yield

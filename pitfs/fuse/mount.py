@@ -54,6 +54,9 @@ class MountRequest:
     Attributes:
         mode: of images; directories get the right to enter where there is one to read.
         kernel_options: of mount(8), passed on as they are.
+        scratch: the directory of the overlays that make images writable; None: they are read-only.
+        scratch_size_bytes: what may be written over all; None: what the disk has.
+        scratch_keep: whether overlays stay.
         workers: processes that serve it.
     """
 
@@ -66,6 +69,9 @@ class MountRequest:
     strict: bool = False
     allow_other: bool = False
     kernel_options: tuple[str, ...] = ()
+    scratch: str | None = None
+    scratch_size_bytes: int | None = None
+    scratch_keep: bool = False
     workers: int = dataclasses.field(default_factory=default_workers)
     foreground: bool = False
     verbose: bool = False
@@ -82,6 +88,8 @@ def mount_store(request: MountRequest) -> int:
     mountpoint = os.path.join(os.path.realpath(parent), name)
     request = dataclasses.replace(request, store=os.path.realpath(request.store), mountpoint=mountpoint)
     request = dataclasses.replace(request, mountpoint=_prepare_mountpoint(request))
+    if request.scratch is not None:
+        request = dataclasses.replace(request, scratch=_check_scratch(request.scratch, request))
     reader, writer = os.pipe()
     pid = os.fork()
     if (pid == 0) == request.foreground:
@@ -141,6 +149,20 @@ def _prepare_mountpoint(request: MountRequest) -> str:
     if _contains(request.store, mountpoint):
         raise UsageError(f"{mountpoint}: lies inside the store {request.store}: choose a directory outside")
     return mountpoint
+
+
+def _check_scratch(scratch: str, request: MountRequest) -> str:
+    """Makes sure that overlays can be kept there; returns the directory without symbolic links."""
+    if not os.path.isdir(scratch):
+        raise UsageError(f"{scratch}: scratch: no such directory: make it first (mkdir)")
+    scratch = os.path.realpath(scratch)
+    if _contains(request.store, scratch):
+        raise UsageError(f"{scratch}: scratch: lies inside the store {request.store}: choose a directory outside")
+    if _contains(scratch, request.store):
+        raise UsageError(f"{scratch}: scratch: the store {request.store} lies inside: choose a directory of its own")
+    if _contains(request.mountpoint, scratch):
+        raise UsageError(f"{scratch}: scratch: lies inside the mountpoint and would be hidden: choose another place")
+    return scratch
 
 
 def _contains(directory: str, path: str) -> bool:
@@ -268,7 +290,9 @@ def _fuse_init(operations: pyfuse3.Operations, request: MountRequest) -> None:
 
     source = source_name(request.store).replace("\\", "\\\\").replace(",", "\\,")
     # default_permissions always: without it, allow_other would let everybody in.
-    options = {*request.kernel_options, "ro", "default_permissions", f"fsname={source}", f"subtype={SUBTYPE}"}
+    options = {*request.kernel_options, "default_permissions", f"fsname={source}", f"subtype={SUBTYPE}"}
+    if request.scratch is None:
+        options.add("ro")
     if request.allow_other:
         options.add("allow_other")
     with _CapturedStderr() as said:

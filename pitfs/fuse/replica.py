@@ -15,7 +15,7 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Final, Never, Self, TypeVar
+from typing import TYPE_CHECKING, Final, Never, Protocol, Self, TypeVar
 
 import pyfuse3
 import trio
@@ -38,15 +38,23 @@ MAX_VIEWS: Final = 1024  # images with resolved tables at hand; a view is some 3
 MAX_THREADS: Final = 16  # cold reads under way: what a disk likes to have queued
 MAX_LISTINGS: Final = 16  # begun ones kept at hand; each holds at most a page of the catalog, and of bookmarks
 NAME_MAX: Final = 255
+USER_ATTRIBUTES: Final = b"user."  # the one namespace of extended attributes that there is
 
 T = TypeVar("T")
 Listed = tuple[str, Entry, int]  # name, entry, cookie of what follows
 handler = guard({NoEntryError: errno.ENOENT})
 
 
+class Image(Protocol):
+    """A `PointInTimeView`, or what is read like one."""
+
+    def read(self, offset: int, size: int, buffer: ReadBuffer, /) -> memoryview: ...
+    def try_read_cached(self, offset: int, size: int, buffer: ReadBuffer, /) -> memoryview | None: ...
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Ownership:
-    """Who may read: images have `mode`, directories `mode` and, where it may be read, entered."""
+    """Who may read: images have `mode`; directories can be read and entered where that can be read."""
 
     uid: int = 0
     gid: int = 0
@@ -54,7 +62,22 @@ class Ownership:
 
     @property
     def directory_mode(self) -> int:
-        return self.mode | (self.mode & 0o444) >> 2
+        return self.mode & 0o444 | (self.mode & 0o444) >> 2
+
+
+def opened(request: MountRequest) -> tuple[Store, Tree, Ownership]:
+    """What the handlers of a mount like that serve.
+
+    Raises:
+        PitfsError: the store can't be opened, or not be shown.
+    """
+    store = Store.open(request.store)
+    try:
+        tree = Tree(store, time.time_ns, request.zone, request.strict)
+    except BaseException:
+        store.close()
+        raise
+    return store, tree, Ownership(request.uid, request.gid, request.mode)
 
 
 class Replica(pyfuse3.Operations):
@@ -73,7 +96,7 @@ class Replica(pyfuse3.Operations):
             Type.LINK: stat.S_IFLNK | 0o777,
         }
         self._tables = TableCache()
-        self._views: collections.OrderedDict[int, PointInTimeView] = collections.OrderedDict()
+        self._views: collections.OrderedDict[int, Image] = collections.OrderedDict()
         # One buffer for all inline reads: pyfuse3 sends what a handler returns before any other task runs.
         self._buffer = ReadBuffer()
         self._spare_buffers: list[ReadBuffer] = []
@@ -87,18 +110,8 @@ class Replica(pyfuse3.Operations):
 
     @classmethod
     def for_mount(cls, request: MountRequest) -> Self:
-        """The handlers of a mount like that, over a store of their own.
-
-        Raises:
-            PitfsError: the store can't be opened, or not be shown.
-        """
-        store = Store.open(request.store)
-        try:
-            tree = Tree(store, time.time_ns, request.zone, request.strict)
-        except BaseException:
-            store.close()
-            raise
-        return cls(store, tree, Ownership(request.uid, request.gid, request.mode))
+        """The handlers of a mount like that, over a store of their own. Raises as `opened`."""
+        return cls(*opened(request))
 
     def close(self) -> None:
         """Called when no handler is under way any more."""
@@ -169,6 +182,9 @@ class Replica(pyfuse3.Operations):
 
     @handler
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
+        # ls -l asks for three others of every entry, unless told that there are none; the kernel before each write.
+        if not name.startswith(USER_ATTRIBUTES):
+            raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
         value = (await in_thread(self._tree.attributes_of, inode, limiter=self._tree_limiter)).get(name)
         if value is None:
             raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
@@ -214,7 +230,7 @@ class Replica(pyfuse3.Operations):
     async def release(self, fh: FileHandleT) -> None:
         return
 
-    async def _view(self, inode: int) -> PointInTimeView:
+    async def _view(self, inode: int) -> Image:
         if inode not in self._views:
             kind, volume, _ = unpack_inode(inode)
             resolution = await self._ask(self._tree.resolution_of, inode)

@@ -39,6 +39,7 @@ MAX_WORKERS: Final = 16
 DEFAULT_WORKERS: Final = 2  # at most, and not more than there are cores: each has caches of its own
 RESEND_S: Final = 0.05  # a signal that came just before a blocking read is lost
 END_S: Final = 10.0  # for what is under way; then SIGKILL
+SCRATCH_END_S: Final = 600.0  # as well, and for making durable what is kept
 RESTART_S: Final = 1.0  # at least between two starts in one place
 READY: Final = b"ready"
 _MAX_MESSAGE_BYTES: Final = 4096
@@ -80,6 +81,10 @@ def fuse_descriptor() -> int:
 
 def open_operations(request: MountRequest) -> Replica:
     """The handlers of a mount like that; in a process that forks no more."""
+    if request.scratch is not None:
+        from pitfs.fuse.scratch import ScratchReplica
+
+        return ScratchReplica.for_mount(request)
     from pitfs.fuse.replica import Replica
 
     return Replica.for_mount(request)
@@ -208,6 +213,12 @@ class Minder:
                 continue
             ended = os.waitstatus_to_exitcode(status)
             how = f"by {signal.Signals(-ended).name}" if ended < 0 else f"with {ended}"
+            if child.is_ready and self._request.scratch is not None:
+                # Another one would show images without what the kernel and its users have written to them.
+                raise PitfsError(
+                    f"{self._request.mountpoint}: the process that had what was written to the images ended {how}: "
+                    f"the mount ends with it; what was fsynced to a kept scratch is there when it is mounted anew"
+                )
             if not child.is_ready and not any(other.is_ready for other in self._children.values()):
                 raise PitfsError(f"{self._request.mountpoint}: a worker ended {how} before it served")
             log.error("worker %d ended %s: what it had taken has failed, another takes its place", pid, how)
@@ -245,7 +256,7 @@ class Minder:
 
     def _end(self) -> None:
         self._is_ending = True
-        deadline_s = time.monotonic() + END_S
+        deadline_s = time.monotonic() + (END_S if self._request.scratch is None else SCRATCH_END_S)
         while self._children:
             number = signal.SIGTERM if time.monotonic() < deadline_s else signal.SIGKILL
             for pid in self._children:

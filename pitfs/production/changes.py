@@ -26,6 +26,7 @@ from pyroaring import BitMap64
 from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CorruptionError
+from pitfs.model.bitmap import bitmap_bytes
 from pitfs.model.record import MAX_MESSAGE_BYTES, CopyStart, Kind, Record
 from pitfs.production.journal import segment_bytes_for
 from pitfs.production.volume import Volume
@@ -37,7 +38,6 @@ FORMAT: Final = 1
 FILE: Final = "changes"
 UNMEASURED: Final = 1 << 18  # marked blocks, at some 2 bytes each, between two looks at the size
 MARK_WEIGHT: Final = 32  # and a mark counts for so many, as it may begin a container
-CONTAINER_BYTES: Final = 64  # of memory for each 65536 blocks with a mark, beside what is in them
 
 
 def changes_limit_bytes(capacity_bytes: int) -> int:
@@ -78,19 +78,11 @@ class Changes:
     def fits(self) -> bool:
         """Whether the bitmaps are within the limit."""
         self._unmeasured = 0
-        if self._size_bytes() <= self._limit_bytes:
+        if bitmap_bytes(self.bitmaps) <= self._limit_bytes:
             return True
         for bitmap in self.bitmaps:
             bitmap.run_optimize()
-        return self._size_bytes() <= self._limit_bytes
-
-    def _size_bytes(self) -> int:
-        size = 0
-        for bitmap in self.bitmaps:
-            facts = bitmap.get_statistics()
-            size += facts["n_bytes_array_containers"] + facts["n_bytes_run_containers"]
-            size += facts["n_bytes_bitset_containers"] + CONTAINER_BYTES * facts["n_containers"]
-        return size
+        return bitmap_bytes(self.bitmaps) <= self._limit_bytes
 
 
 def size_bytes(bitmaps: Sequence[BitMap64], volumes: Sequence[Volume]) -> int:

@@ -116,7 +116,8 @@ class Holder:
 
     Args:
         store: directory of an existing store.
-        what: what it is and where: "mount /mnt/db1", "export /srv/x.img".
+        what: what it is and where, with a path that is absolute and has no links: "mount /mnt/db1",
+            "export /srv/x.img". `pitfs status` shows it, and for a mount the loop devices over files below.
     """
 
     def __init__(self, store: str, what: str) -> None:

@@ -20,6 +20,7 @@ from tests.helpers.attaching import AFTER, BEFORE, Disks, attached, nothing_left
 from tests.helpers.hosts import Mount
 from tests.helpers.loops import LoopDevice, MountedFilesystem, is_mounted
 from tests.helpers.processes import ROOT, pids_with, pitfs_command, run, wait_until
+from tests.helpers.readme import commands
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.loop]
 
@@ -61,6 +62,21 @@ def test_the_file_in_a_partition_of_then(disks: Disks, tmp_path: Path) -> None:
     assert not Path(f"{device}p2").exists()
     assert attached(disks.path) == [] == made_mounts(disks)
     assert "nothing is attached" in pitfs("detach", device, code=1)
+
+
+def test_the_night_of_the_readme(disks: Disks, tmp_path: Path) -> None:
+    night = commands("The night")
+    (begin,) = (number for number, words in enumerate(night) if words[:2] == ["pitfs", "attach"])
+    (detach,) = (words for words in night if words[:2] == ["pitfs", "detach"])
+    places = {"pitfs": pitfs_command()[0], "/srv/pitfs/db1": disks.path, "2026-11-22T23:54:07Z": disks.before}
+    places |= {"root": "plain", "/mnt/then": tmp_path / "then", "/mnt/copy": tmp_path / "copy"}
+    for words in (*night[begin : begin + 4], ["umount", "/mnt/then"], detach):
+        done = run([places.get(word, word) for word in words])
+        if words[1] == "attach":
+            places["/dev/loop0"] = done.stdout.strip()
+        if words[0] == "ls":
+            assert "ledger.csv" in done.stdout and (tmp_path / "then" / "ledger.csv").read_bytes() == BEFORE
+    assert made_mounts(disks) == []
 
 
 def test_all_that_json_says_is_so(disks: Disks) -> None:

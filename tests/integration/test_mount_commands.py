@@ -155,7 +155,8 @@ def test_an_export_that_ends_while_the_next_one_begins_keeps_its_image(
     real = fcntl.flock
 
     def ends_before(fd: int, operation: int) -> None:
-        partial.rename(file)
+        if os.readlink(f"/proc/self/fd/{fd}") == str(partial):  # not those of the store
+            partial.rename(file)
         real(fd, operation)
 
     monkeypatch.setattr(fcntl, "flock", ends_before)

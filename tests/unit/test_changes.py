@@ -7,8 +7,9 @@ import pytest
 from pyroaring import BitMap64
 
 from pitfs.errors import CorruptionError
+from pitfs.model.bitmap import CONTAINER_BYTES, bitmap_bytes
 from pitfs.model.record import MAX_MESSAGE_BYTES, CopyStart, Kind, Record
-from pitfs.production.changes import CONTAINER_BYTES, Changes, Pieces, changes_limit_bytes, pieces
+from pitfs.production.changes import Changes, Pieces, changes_limit_bytes, pieces
 from pitfs.production.journal import segment_bytes_for
 
 
@@ -29,16 +30,16 @@ def test_blocks_strewn_anywhere_take_two_bytes_each_and_runs_next_to_nothing() -
     one = changes()
     assert one.add([strewn(100_000)])
     containers = -(-(1 << 26) // 65536)
-    assert one._size_bytes() <= 2 * 100_000 + CONTAINER_BYTES * containers
+    assert bitmap_bytes(one.bitmaps) <= 2 * 100_000 + CONTAINER_BYTES * containers
     whole = changes(limit_bytes=2 << 20)
     assert whole.mark(0, 0, 1 << 30)
-    assert whole.fits() and whole._size_bytes() < (1 << 30) // 65536 * (CONTAINER_BYTES + 16)
+    assert whole.fits() and bitmap_bytes(whole.bitmaps) < (1 << 30) // 65536 * (CONTAINER_BYTES + 16)
 
 
 def test_at_the_worst_it_takes_a_bit_for_each_block() -> None:
     one = changes()
     one.add([BitMap64(range(0, 1 << 22, 2))])  # every other block: no runs
-    assert (1 << 22) // 8 <= one._size_bytes() <= (1 << 22) // 8 + CONTAINER_BYTES * 64
+    assert (1 << 22) // 8 <= bitmap_bytes(one.bitmaps) <= (1 << 22) // 8 + CONTAINER_BYTES * 64
 
 
 def test_beyond_the_limit_it_says_so_and_runs_are_no_reason() -> None:

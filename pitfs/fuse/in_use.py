@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Holder:
+class User:
     """A process that has `path` open, mapped, or as its working directory or root.
 
     Attributes:
@@ -25,19 +25,19 @@ class Holder:
         return f"process {self.pid} {self.name}"
 
 
-def openers(paths: Sequence[str]) -> list[Holder]:
+def openers(paths: Sequence[str]) -> list[User]:
     """Other processes that have one of these files open; each once."""
     wanted = frozenset(paths)
-    return _holders(lambda path: path in wanted, mapped=False)
+    return _users(lambda path: path in wanted, mapped=False)
 
 
-def holders_below(directory: str) -> list[Holder]:
+def users_below(directory: str) -> list[User]:
     """Other processes that have `directory` or anything in it in use; each once, with the first that was found."""
     prefix = directory.rstrip("/") + "/"
-    return _holders(lambda path: path == directory or path.startswith(prefix), mapped=True)
+    return _users(lambda path: path == directory or path.startswith(prefix), mapped=True)
 
 
-def _holders(held: Callable[[str], bool], mapped: bool) -> list[Holder]:
+def _users(held: Callable[[str], bool], mapped: bool) -> list[User]:
     found = []
     for name in os.listdir("/proc"):
         if not name.isdigit() or int(name) == os.getpid():
@@ -46,9 +46,9 @@ def _holders(held: Callable[[str], bool], mapped: bool) -> list[Holder]:
             for how, path in _uses(f"/proc/{name}", mapped):
                 if held(path):
                     with open(f"/proc/{name}/comm", encoding="utf-8", errors="replace") as file:
-                        found.append(Holder(int(name), file.read().strip(), path, how))
+                        found.append(User(int(name), file.read().strip(), path, how))
                     break
-    return sorted(found, key=lambda holder: holder.pid)
+    return sorted(found, key=lambda user: user.pid)
 
 
 def _uses(process: str, mapped: bool) -> Iterator[tuple[str, str]]:

@@ -1,0 +1,211 @@
+"""The replica's mount with writable images: writes go to overlays in the scratch directory, never to the store.
+
+Writes go to the page cache inline, as the splitter's do; what must come from the disk first (an image written for
+the first time, the rest of a block of which a part is written) comes in a thread. One process serves such a mount:
+in its memory is which blocks were written.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+from typing import TYPE_CHECKING, Final, Never, Self
+
+import pyfuse3
+import trio
+
+from pitfs.errors import CapacityError
+from pitfs.fuse.common import failed, guard, holding, in_thread
+from pitfs.fuse.flusher import set_io_flusher
+from pitfs.fuse.replica import Image, Ownership, Replica, opened
+from pitfs.storage.files import FULL_ERRNOS
+from pitfs.view.overlay import NotCachedError, Overlay, OverlayView
+from pitfs.view.scratch import Scratch
+from pitfs.view.tree import Entry, Kind, NoEntryError, Tree, Type, unpack_inode
+from pitfs.view.view import PointInTimeView, ReadBuffer
+
+if TYPE_CHECKING:
+    from pyfuse3 import FileHandleT, FlagT, InodeT, RequestContext, SetattrFields
+
+    from pitfs.fuse.mount import MountRequest
+    from pitfs.store.store import Store
+
+log = logging.getLogger(__name__)
+handler = guard({NoEntryError: errno.ENOENT})
+
+FULL_SAID_S: Final = 60.0  # a full scratch is said no oftener
+
+
+class ScratchReplica(Replica):
+    """pyfuse3 handlers over one store and its scratch."""
+
+    enable_writeback_cache = (
+        False  # the kernel would hold writes back, and a full scratch would be met too late
+    )
+
+    def __init__(self, store: Store, tree: Tree, ownership: Ownership, scratch: Scratch) -> None:
+        super().__init__(store, tree, ownership)
+        self._scratch = scratch
+        self._writable: dict[int, OverlayView] = {}  # at most an overlay's each, which the scratch limits
+        self._making = trio.Lock()
+        self._syncing: dict[int, trio.Lock] = {}
+        self._full_until = 0.0
+
+    @classmethod
+    def for_mount(cls, request: MountRequest) -> Self:
+        """The handlers of a mount like that; the only ones. Raises PitfsError where it can't be served, and why."""
+        assert request.scratch is not None
+        set_io_flusher()
+        store, tree, ownership = opened(request)
+        try:
+            scratch = Scratch(request.scratch, store, request.scratch_size_bytes, request.scratch_keep)
+        except BaseException:
+            store.close()
+            raise
+        return cls(store, tree, ownership, scratch)
+
+    def close(self) -> None:
+        self._scratch.close()
+        super().close()
+
+    # -------------------------------------------------------------- images
+
+    @handler
+    async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> pyfuse3.FileInfo:
+        if flags & os.O_TRUNC:
+            raise self._fixed_size(inode)
+        await self._view(inode)
+        return pyfuse3.FileInfo(fh=inode, keep_cache=True)
+
+    async def _view(self, inode: int) -> Image:
+        view = self._writable.get(inode)
+        if view is None:
+            below = await super()._view(inode)
+            overlay = self._overlay(inode)
+            if overlay is None or not isinstance(below, PointInTimeView):
+                return below
+            self._writable[inode] = view = OverlayView(below, overlay)
+        self._views[inode] = view
+        return view
+
+    async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:  # type: ignore[override]
+        # Guarded as the other handlers, but here: one coroutine less on the way of every write.
+        view = self._writable.get(fh)
+        if view is not None and off + len(buf) <= view.size_bytes:
+            try:
+                view.write(off, buf)
+            except NotCachedError:
+                pass
+            except Exception as error:
+                raise self._write_failed(error) from error
+            else:
+                return len(buf)
+        return await self._write_slowly(fh, off, buf)
+
+    @handler
+    async def _write_slowly(self, inode: int, offset: int, data: bytes) -> int:
+        """The first write of an image, one that needs what isn't in memory, one beyond the end."""
+        view = await self._writable_view(inode)
+        data = data[: max(view.size_bytes - offset, 0)]
+        if not data:
+            raise pyfuse3.FUSEError(errno.ENOSPC)  # as a block device answers
+        try:
+            buffer = ReadBuffer(0)
+            edges = await in_thread(view.read_edges, offset, len(data), buffer, limiter=self._limiter)
+            view.write(offset, data, edges)
+        except Exception as error:
+            raise self._write_failed(error) from error
+        return len(data)
+
+    async def _writable_view(self, inode: int) -> OverlayView:
+        async with holding(self._making):
+            view = await self._view(inode)
+            if not isinstance(view, OverlayView):
+                _, volume, seq = unpack_inode(inode)
+                try:
+                    await in_thread(self._scratch.make, seq, volume, limiter=self._limiter)
+                except (OSError, CapacityError) as error:
+                    raise self._write_failed(error) from error
+                view = await self._view(inode)
+            assert isinstance(view, OverlayView)
+            return view
+
+    def _write_failed(self, error: Exception) -> pyfuse3.FUSEError:
+        if isinstance(error, CapacityError) or (isinstance(error, OSError) and error.errno in FULL_ERRNOS):
+            if time.monotonic() >= self._full_until:
+                log.warning("%s: the scratch is full: %s: writes get ENOSPC", self._scratch.directory, error)
+                self._full_until = time.monotonic() + FULL_SAID_S
+            return pyfuse3.FUSEError(errno.ENOSPC)
+        return failed("write", error)
+
+    @handler
+    async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
+        overlay = self._overlay(fh)
+        if overlay is None:
+            return
+        writes = overlay.writes
+        async with holding(self._syncing.setdefault(fh, trio.Lock())):
+            if overlay.synced_writes >= writes and not overlay.failed:
+                return  # another's sync, begun after these writes, had them
+            begun = overlay.begin_sync()
+            try:
+                await in_thread(overlay.sync, begun, limiter=self._limiter)
+            except CapacityError as error:
+                overlay.unsynced(begun)
+                raise self._write_failed(error) from error
+            except BaseException:
+                overlay.unsynced(begun)
+                raise
+
+    def _overlay(self, inode: int) -> Overlay | None:
+        kind, volume, seq = unpack_inode(inode)
+        return self._scratch.get(seq, volume) if kind is Kind.IMAGE else None
+
+    # -------------------------------------------------------------- attributes
+
+    def _attributes(self, entry: Entry) -> pyfuse3.EntryAttributes:
+        attributes = super()._attributes(entry)
+        if entry.type is Type.FILE:
+            overlay = self._overlay(entry.inode)
+            mtime_ns = overlay.mtime_ns if overlay is not None else None
+            if mtime_ns is not None:  # the kernel asks again after each write
+                attributes.st_mtime_ns = attributes.st_ctime_ns = mtime_ns
+        return attributes
+
+    @handler
+    async def setattr(  # type: ignore[override]
+        self,
+        inode: InodeT,
+        attr: pyfuse3.EntryAttributes,
+        fields: SetattrFields,
+        fh: FileHandleT | None,
+        ctx: RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        entry = self._attributes(await self._ask(self._tree.entry, inode))
+        if fields.update_size and attr.st_size != entry.st_size:
+            raise self._fixed_size(inode)
+        if fields.update_mode or fields.update_uid or fields.update_gid:
+            raise pyfuse3.FUSEError(errno.EPERM)
+        return entry  # times are set by touch(1) and others in passing; there are none to set
+
+    def _fixed_size(self, inode: int) -> pyfuse3.FUSEError:
+        """An image has its size for ever; who truncates it (dd without conv=notrunc) would lose what is there."""
+        log.info("inode %d: truncating an image is refused (dd: conv=notrunc)", inode)
+        return pyfuse3.FUSEError(errno.EPERM)
+
+    @handler
+    async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
+        answer = await super().statfs(ctx)
+        free = await in_thread(self._scratch.free_bytes, limiter=self._limiter)
+        answer.f_bfree = answer.f_bavail = free // answer.f_frsize
+        return answer
+
+    # -------------------------------------------------------------- the tree itself stays as it is
+
+    async def _refuse_change(self, *args: object) -> Never:
+        raise pyfuse3.FUSEError(errno.EPERM)
+
+    mknod = mkdir = unlink = rmdir = symlink = rename = _refuse_change
+    link = create = setxattr = removexattr = _refuse_change

@@ -1,0 +1,230 @@
+"""The scratch directory: the overlays of the writable images of one mount.
+
+Without `keep` an overlay is a file without a name: it is gone with the mount's process, whatever ends that. With
+it, the overlay of a volume's image after write `seq` of a history is two files, found again by the next mount:
+
+    HISTORY.SEQ.VOLUME.data      the blocks, each at its place in the image; the volume's size, sparse
+    HISTORY.SEQ.VOLUME.index     the log of which blocks are there (model/overlay.py)
+
+The index comes last, durably, so data without one are what is left of a beginning that was cut short. The
+directory is locked (flock) by the mount that uses it; other files in it are left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from pitfs.errors import CapacityError, CorruptionError, PitfsError, UsageError
+from pitfs.model.overlay import OverlayHeader
+from pitfs.storage.files import durable_replace, storage_error
+from pitfs.storage.overlay_log import OverlayLog
+from pitfs.view.overlay import Overlay, Room
+
+if TYPE_CHECKING:
+    from pitfs.store.store import Store
+
+log = logging.getLogger(__name__)
+
+MAX_OVERLAYS: Final = 256  # each holds a descriptor or two
+LOCK_WAIT_S: Final = 3.0  # for a mount that has just been ended and is still closing its overlays
+LOCK_POLL_S: Final = 0.05
+PREFIX: Final = "pitfs-scratch-"  # of a file that is about to lose its name
+_NAME: Final = re.compile(
+    r"([0-9a-f]{32})\.([0-9]{1,14})\.([A-Za-z0-9._-]{1,64})\.(data|index|index\.tmp)", re.ASCII
+)
+
+
+class Scratch:
+    """The overlays over a store's images.
+
+    Args:
+        directory: where they are; an existing one that no other mount uses.
+        limit_bytes: of blocks written, over all overlays; None: what the disk has.
+        keep: whether they stay when the mount ends, and those that stayed are found.
+        sleep: waits for that many seconds.
+
+    Raises:
+        UsageError: the directory can't be used for this.
+        CorruptionError, PitfsError: what is kept there can't be read.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        store: Store,
+        limit_bytes: int | None = None,
+        keep: bool = False,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.directory = directory
+        self.keep = keep
+        self.room = Room(limit_bytes)
+        self._history = bytes.fromhex(store.history)
+        self._volumes = store.volumes
+        self._overlays: dict[tuple[int, int], Overlay] = {}
+        self._lock = _lock(directory, sleep)
+        try:
+            self._tidy()
+        except OSError as error:
+            self.close()
+            raise storage_error(error, directory, "reading the scratch") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def get(self, seq: int, volume: int) -> Overlay | None:
+        """The overlay of that image, None before its first write."""
+        return self._overlays.get((seq, volume))
+
+    def make(self, seq: int, volume: int) -> Overlay:
+        """Makes one where there is none; waits for the disk.
+
+        Raises:
+            CapacityError: there are too many already.
+            OSError: the disk refuses.
+        """
+        if len(self._overlays) >= MAX_OVERLAYS:
+            raise CapacityError(
+                f"{MAX_OVERLAYS} images are written already, more than that a mount can't have"
+            )
+        header = self._header(seq, volume)
+        if not self.keep:
+            with tempfile.TemporaryFile(prefix=PREFIX, dir=self.directory) as file:
+                overlay = self._overlay(header, os.dup(file.fileno()), None)
+            os.ftruncate(overlay.fd, header.size_bytes)
+        else:
+            base = self._base(header)
+            fd = os.open(base + ".data", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            try:
+                os.ftruncate(fd, header.size_bytes)
+                os.fsync(fd)
+                durable_replace(base + ".index", header.encode())  # the directory's entry of the data, too
+                overlay = self._overlay(header, fd, OverlayLog(base + ".index", header))
+            except BaseException:
+                os.close(fd)
+                raise
+        self._overlays[seq, volume] = overlay
+        return overlay
+
+    def free_bytes(self) -> int:
+        """Room for more blocks."""
+        disk = os.statvfs(self.directory)
+        free = disk.f_bavail * disk.f_frsize
+        if self.room.limit_bytes is not None:
+            free = min(free, self.room.limit_bytes - self.room.used_bytes)
+        return max(free, 0)
+
+    def close(self) -> None:
+        """Makes durable what is kept, and lets go of everything; what can't be made durable is logged."""
+        for overlay in self._overlays.values():
+            if self.keep and overlay.synced_writes < overlay.writes:
+                try:
+                    overlay.sync(overlay.begin_sync())
+                except (OSError, PitfsError) as error:
+                    log.error("%s: what was written since the last fsync is lost: %s", overlay.name, error)
+            overlay.close()
+        self._overlays.clear()
+        os.close(self._lock)
+
+    # -------------------------------------------------------------- inside
+
+    def _header(self, seq: int, volume: int) -> OverlayHeader:
+        info = self._volumes[volume]
+        return OverlayHeader(self._history, seq, info.name, info.size_bytes, info.block_size)
+
+    def _base(self, header: OverlayHeader) -> str:
+        return os.path.join(self.directory, f"{header.history.hex()}.{header.seq}.{header.volume}")
+
+    def _overlay(self, header: OverlayHeader, fd: int, log: OverlayLog | None) -> Overlay:
+        name = f"{self.directory}: {header.volume} at seq {header.seq}"
+        return Overlay(fd, name, header.size_bytes, header.block_size, self.room, log)
+
+    def _tidy(self) -> None:
+        """Removes what nobody needs; with `keep`, opens what is kept."""
+        kept: dict[tuple[int, str], set[str]] = {}
+        for name in os.listdir(self.directory):
+            match = _NAME.fullmatch(name)
+            if name.startswith(PREFIX):
+                os.unlink(os.path.join(self.directory, name))
+            elif match is None or not self.keep:
+                continue
+            elif bytes.fromhex(match[1]) != self._history:
+                raise UsageError(
+                    f"{self.directory}: scratch: {name} is of another store: give each store a directory of its own"
+                )
+            else:
+                kept.setdefault((int(match[2]), match[3]), set()).add(match[4])
+        for (seq, name), kinds in sorted(kept.items()):
+            self._find(seq, name, kinds)
+
+    def _find(self, seq: int, name: str, kinds: set[str]) -> None:
+        volume = next((index for index, info in enumerate(self._volumes) if info.name == name), None)
+        if volume is None:
+            raise UsageError(
+                f"{self.directory}: scratch: has a volume {name}, the store hasn't: it is another store's"
+            )
+        header = self._header(seq, volume)
+        base = self._base(header)
+        if "index" not in kinds:
+            for kind in kinds:
+                os.unlink(f"{base}.{kind}")
+            return
+        if len(self._overlays) >= MAX_OVERLAYS:
+            raise UsageError(
+                f"{self.directory}: scratch: has more than {MAX_OVERLAYS} overlays: remove those that aren't needed"
+            )
+        if "index.tmp" in kinds:
+            os.unlink(f"{base}.index.tmp")
+        try:
+            with contextlib.ExitStack() as stack:
+                fd = os.open(f"{base}.data", os.O_RDWR | os.O_CLOEXEC)
+                stack.callback(os.close, fd)
+                if os.fstat(fd).st_size != header.size_bytes:
+                    raise CorruptionError(
+                        f"{base}.data", 0, f"isn't of the volume's {header.size_bytes} bytes"
+                    )
+                self._overlays[seq, volume] = self._overlay(header, fd, OverlayLog(f"{base}.index", header))
+                stack.pop_all()
+        except FileNotFoundError:
+            raise PitfsError(f"{base}.data: missing, but {base}.index is there: {_REMOVE}") from None
+        except CorruptionError as error:
+            raise PitfsError(f"{error}: {_REMOVE}") from error
+
+
+_REMOVE: Final = "remove both files of this overlay, and its image is as it was at the instant"
+
+
+def _lock(directory: str, sleep: Callable[[float], None]) -> int:
+    """The descriptor that holds the directory's lock. Raises UsageError."""
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise UsageError(f"{directory}: scratch: {error.strerror}: give an existing directory") from None
+    waited_s = 0.0
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno == errno.EWOULDBLOCK and waited_s < LOCK_WAIT_S:
+                sleep(LOCK_POLL_S)
+                waited_s += LOCK_POLL_S
+                continue
+            os.close(fd)
+            if error.errno != errno.EWOULDBLOCK:
+                raise UsageError(f"{directory}: scratch: can't be locked: {error.strerror}") from None
+            raise UsageError(
+                f"{directory}: scratch: another mount uses it: give each mount a directory of its own"
+            ) from None
+        if not os.access(directory, os.W_OK | os.X_OK):
+            os.close(fd)
+            raise UsageError(f"{directory}: scratch: can't be written")
+        return fd

@@ -1,0 +1,72 @@
+"""`pitfs status STORE` names who holds what, and the loop devices over a mount's images."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from pitfs.cli.holding import holder_rows, holder_text, loops_below
+from pitfs.model.position import format_instant
+from pitfs.store.holders import MAX_LISTED, Holder
+from pitfs.store.ingest import Ingest
+from tests.helpers.loops import LoopDevice
+from tests.helpers.processes import pitfs_command, run
+from tests.helpers.stores import ingest_transfer
+from tests.helpers.transfers import random_history, random_transfers
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> str:
+    history = random_history(1)
+    ingest = Ingest(str(tmp_path), history.hello)
+    for transfer in random_transfers(history, 2):
+        ingest_transfer(ingest, transfer)
+    ingest.close()
+    return ingest.path
+
+
+def test_status_names_the_holders(store: str) -> None:
+    command = [*pitfs_command(), "status", store]
+    assert json.loads(run([*command, "--json"]).stdout)["holders"] == []
+    assert "holder" not in run(command).stdout
+    with Holder(store, "export /srv/x.img") as holder:
+        holder.pin(5, 1_700_000_000_000_000_000)
+        (row,) = json.loads(run([*command, "--json"]).stdout)["holders"]
+        assert format_instant(0) < row.pop("since") < "2100"
+        assert row == {
+            "pid": os.getpid(),
+            "what": "export /srv/x.img",
+            "instants": ["2023-11-14T22-13-20.000000000Z"],
+            "unlisted": None,
+            "devices": [],
+        }
+        lines = [line for line in run(command).stdout.splitlines() if line.startswith("holder")]
+        assert lines == [
+            f"holder                    export /srv/x.img (pid {os.getpid()}): 2023-11-14T22-13-20.000000000Z"
+        ]
+
+
+def test_a_line_about_a_holder_stays_short(store: str) -> None:
+    with Holder(store, "mount /nowhere") as holder:
+        assert holder_text(holder_rows(store)[0]) == f"mount /nowhere (pid {os.getpid()}): no instant now"
+        for seq in range(MAX_LISTED + 1):
+            holder.pin(seq, seq * 10**9)
+        text = holder_text(holder_rows(store)[0])
+        assert "1970-01-01T00-00-00.000000000Z, 1970-01-01T00-00-01.000000000Z, " in text
+        assert "more; everything from 1970-01-01T" in text
+        assert len(text) < 300
+
+
+@pytest.mark.loop
+def test_the_loop_devices_over_a_mounts_images_are_named(store: str, tmp_path: Path) -> None:
+    instant = tmp_path / "db1" / "2026-11-22T23-54-00.123456789Z"
+    instant.mkdir(parents=True)
+    (instant / "root.img").write_bytes(bytes(1 << 20))
+    with LoopDevice(instant / "root.img") as device, Holder(store, f"mount {tmp_path / 'db1'}"):
+        (row,) = holder_rows(store)
+        assert row["devices"] == [{"device": str(device), "image": f"{instant.name}/root.img"}]
+        assert holder_text(row).endswith(f"{device} over {instant.name}/root.img")
+        assert loops_below(str(tmp_path / "db")) == []
