@@ -222,7 +222,7 @@ class PointInTimeView:
         if entries is None:
             return None
         pointers, checksums = entries
-        data_count = np.count_nonzero(pointers)
+        data_count = int(np.count_nonzero(pointers))
         if not data_count and end - offset <= len(_ZEROS):
             return _ZEROS[: end - offset]
         breaks = (pointers[1:] - pointers[:-1]) != self._units  # wraps around: only equality is asked
