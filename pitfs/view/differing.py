@@ -11,7 +11,7 @@ instants lie in: not the volume's size, nor the history between them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -82,14 +82,9 @@ class Difference:
                 yield DifferingLeaf(index * FANOUT, differs, one, other)
             index = self._store.next_difference(*self._states, self._volume, index + 1)
 
-    def ranges(self) -> Iterator[tuple[int, int]]:
-        """Byte ranges [start, end) that differ, ascending, coalesced; whole blocks but for the volume's end.
-
-        Raises as `leaves`.
-        """
-        return joined(
-            ((runs(leaf.differs) + leaf.first) * self.block_size).clip(0, self.size_bytes) for leaf in self.leaves()
-        )
+    def ranges(self, leaves: Iterable[DifferingLeaf]) -> Iterator[tuple[int, int]]:
+        """Byte ranges [start, end) that differ in these, ascending, coalesced; whole blocks up to the image's end."""
+        return joined(((runs(leaf.differs) + leaf.first) * self.block_size).clip(0, self.size_bytes) for leaf in leaves)
 
     def _read_and_compare(self, first: int, count: int, buffers: tuple[ReadBuffer, ReadBuffer]) -> BoolArray:
         """Whether each of the blocks differs, by their bytes."""
