@@ -137,7 +137,7 @@ def _export_to_file(view: PointInTimeView, path: str, verify: bool) -> None:
     try:
         try:
             os.ftruncate(fd, 0)
-            os.ftruncate(fd, view.size_bytes)
+            _set_size(fd, partial, view.size_bytes)
             digest = _write(view, fd, sparse=True, hashed=verify)
             os.fsync(fd)  # data before the name
             if verify:
@@ -150,6 +150,19 @@ def _export_to_file(view: PointInTimeView, path: str, verify: bool) -> None:
         fsync_directory(os.path.dirname(path))
     finally:
         os.close(fd)
+
+
+def _set_size(fd: int, partial: str, size_bytes: int) -> None:
+    """Raises UsageError: the file system has no files of that size."""
+    try:
+        os.ftruncate(fd, size_bytes)
+    except OSError as error:
+        if error.errno != errno.EFBIG:
+            raise
+        raise UsageError(
+            f"{os.path.dirname(partial)}: its file system has no files of {size_bytes} bytes (ext4: less than 16 TiB): "
+            "export to another one (xfs, btrfs), or to a block device"
+        ) from None
 
 
 def _open_partial(partial: str) -> int:
