@@ -97,7 +97,7 @@ def _attach(args: argparse.Namespace) -> int:
         with attached.signals_wait():
             device = loops.attach(f"{place}/{image}", read_only=scratch is None, sector_size=sector_size)
             undo.callback(_detach, device)
-        missing = loops.wait_for_nodes(device)
+        missing = loops.wait_for_partitions(device)
         made = next((each for each in loops.image_loops() if each.loop.device == device), None)
         if made is None:
             raise PitfsError(f"{device}: somebody else has detached it: try again")

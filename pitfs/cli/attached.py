@@ -34,6 +34,7 @@ from pitfs.fuse.mountinfo import MountInfo, is_dead, mounts
 RUN: Final = "/run/pitfs"
 DIRECTORY: Final = f"{RUN}/attached"
 SCRATCH: Final = "/var/tmp/pitfs-scratch."  # not /tmp, which may be memory
+INTERRUPTS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 END_S: Final = 3.0  # for the kernel and the mount's daemon to let go of what is taken down
 POLL_S: Final = 0.02
 
@@ -48,7 +49,7 @@ class Scratch:
 
 @contextlib.contextmanager
 def exclusive() -> Iterator[None]:
-    """One attach or detach at a time on this machine; the others wait.
+    """One attach or detach at a time on this machine; the others wait. SIGTERM and SIGHUP interrupt as Ctrl-C does.
 
     Raises:
         UsageError: not as root.
@@ -57,23 +58,25 @@ def exclusive() -> Iterator[None]:
         raise UsageError("only root may mount and make loop devices: run it as root")
     os.makedirs(RUN, 0o755, exist_ok=True)
     fd = os.open(f"{DIRECTORY}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    previous = [(number, signal.signal(number, signal.default_int_handler)) for number in INTERRUPTS[1:]]
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:
         os.close(fd)
+        for number, handler in previous:
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def signals_wait() -> Iterator[None]:
     """Ctrl-C and the like end the command after this, when it is known what there is to undo."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     caught: list[int] = []
-    previous = [signal.signal(number, lambda number, _: caught.append(number)) for number in numbers]
+    previous = [(number, signal.signal(number, lambda *_: caught.append(1))) for number in INTERRUPTS]
     try:
         yield
     finally:
-        for number, handler in zip(numbers, previous, strict=True):
+        for number, handler in previous:
             signal.signal(number, handler)
     if caught:
         raise KeyboardInterrupt
@@ -150,13 +153,15 @@ def tidy() -> list[str]:
             if not _unmount(mountpoint):
                 stay.append(mountpoint)
                 continue
-            os.rmdir(mountpoint)
+            with contextlib.suppress(OSError):  # somebody has put something in it, or it isn't ours at all
+                os.rmdir(mountpoint)
             _remove_scratch(_scratch_of(mountpoint))
     return stay
 
 
 def _unmount(mountpoint: str) -> bool:
-    """Unmounts whatever is there; False if a process is in it."""
+    """Unmounts whatever is there and waits for its daemon's end; False if a process is in it."""
+    daemons = _daemons(mountpoint)
     deadline = time.monotonic() + END_S
     while any(mount.mountpoint == mountpoint for mount in mounts()):
         lazily = ["--lazy"] if is_dead(mountpoint) else []
@@ -169,7 +174,20 @@ def _unmount(mountpoint: str) -> bool:
             return False
         if done.returncode:
             time.sleep(POLL_S)
+    while set(daemons) & set(_daemons(mountpoint)) and time.monotonic() < deadline:
+        time.sleep(POLL_S)  # it throws scratch away last
     return True
+
+
+def _daemons(mountpoint: str) -> list[int]:
+    """Processes that were started to serve a mount there: a place that attach has made is in no other command."""
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError), open(f"/proc/{name}/cmdline", "rb") as file:
+                if os.fsencode(mountpoint) in file.read().split(b"\0"):
+                    found.append(int(name))
+    return found
 
 
 def _scratch_of(mountpoint: str) -> str:

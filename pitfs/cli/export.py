@@ -179,7 +179,10 @@ def _write(view: PointInTimeView, fd: int, *, sparse: bool, hashed: bool) -> str
     zeros = bytes(READ_BYTES)
     written = flushed = 0
     with progress("export", view.size_bytes) as advance:
-        for start, end, is_data in _pieces(view, READ_BYTES):
+        for start, end, is_data in _pieces(view, READ_BYTES, cut_holes=hashed or not sparse):
+            if not (is_data or hashed) and sparse:
+                advance(end - start)
+                continue
             data = view.read(start, end - start, buffer) if is_data else memoryview(zeros)[: end - start]
             if hashed:
                 state.update(data)
@@ -193,14 +196,17 @@ def _write(view: PointInTimeView, fd: int, *, sparse: bool, hashed: bool) -> str
     return state.hexdigest() if hashed else ""
 
 
-def _pieces(view: PointInTimeView, max_bytes: int) -> Iterator[tuple[int, int, bool]]:
-    """(start, end, whether there is data) of the whole image, in order, no piece larger than `max_bytes`."""
-    position = 0
+def _pieces(view: PointInTimeView, max_bytes: int, cut_holes: bool) -> Iterator[tuple[int, int, bool]]:
+    """(start, end, whether there is data) of the whole image, in order, no piece larger than `max_bytes`.
+
+    cut_holes: False: holes in one piece each, however large: there may be TiB of them.
+    """
+    position, max_hole_bytes = 0, max_bytes if cut_holes else view.size_bytes
     for start, end in view.data_ranges():
-        yield from _cut(position, start, False, max_bytes)
+        yield from _cut(position, start, False, max_hole_bytes)
         yield from _cut(start, end, True, max_bytes)
         position = end
-    yield from _cut(position, view.size_bytes, False, max_bytes)
+    yield from _cut(position, view.size_bytes, False, max_hole_bytes)
 
 
 def _cut(start: int, end: int, is_data: bool, max_bytes: int) -> Iterator[tuple[int, int, bool]]:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
+from pitfs.cli.listening import add_tls_files, given_tls_files, listen, parse_address, tls_context
 from pitfs.errors import PitfsError, UsageError
 
 if TYPE_CHECKING:
-    import trio
-
     from pitfs.link.receiver import ReadGrants
     from pitfs.link.tls import LinkContext
 
 NAME: Final = "receive"
-MAX_PORT: Final = 65535
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -36,11 +33,7 @@ examples:
     parser.add_argument(
         "--listen", metavar="HOST:PORT", required=True, help="address to listen at; port 0 takes a free one"
     )
-    parser.add_argument("--certificate", metavar="FILE", help="PEM file of this host's certificate")
-    parser.add_argument("--key", metavar="FILE", help="PEM file of its key")
-    parser.add_argument(
-        "--authority", metavar="FILE", help="PEM file of the authority whose certificates senders show"
-    )
+    add_tls_files(parser, "senders")
     parser.add_argument(
         "--grants", metavar="FILE", help="TOML file: whose certificates may write which groups; read anew each time"
     )
@@ -80,42 +73,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def parse_address(text: str) -> tuple[str, int]:
-    """HOST:PORT or [HOST]:PORT; HOST may be empty for all addresses.
-
-    Raises:
-        UsageError: it isn't one.
-    """
-    host, colon, port_text = text.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host or "[" in host or "]" in host:
-        raise UsageError(f"--listen {text}: an IPv6 address goes into brackets, as in [::1]:7420")
-    if not colon or not (port_text.isascii() and port_text.isdigit()):
-        raise UsageError(f"--listen {text}: isn't HOST:PORT, as in 127.0.0.1:7420")
-    if int(port_text[:9]) > MAX_PORT or len(port_text) > 9:
-        raise UsageError(f"--listen {text}: ports go to {MAX_PORT}")
-    return host, int(port_text)
-
-
 def _context(args: argparse.Namespace, host: str) -> LinkContext | None:
-    from pitfs.link.tls import require_loopback, server_context
+    from pitfs.link.tls import require_loopback
 
-    files = {
-        "--certificate": args.certificate,
-        "--key": args.key,
-        "--authority": args.authority,
-    }
-    given = [option for option, path in files.items() if path is not None]
-    if args.insecure:
-        if given:
-            raise UsageError(f"--insecure and {given[0]} exclude each other")
-        require_loopback(host)
-        return None
-    if len(given) < len(files):
-        missing = ", ".join(option for option in files if option not in given)
-        raise UsageError(f"{missing} missing: give all three files, or --insecure on loopback")
-    return server_context(args.certificate, args.key, args.authority)
+    if not args.insecure:
+        return tls_context(args, "--insecure on loopback")
+    given = given_tls_files(args)
+    if given:
+        raise UsageError(f"--insecure and {given[0]} exclude each other")
+    require_loopback(host)
+    return None
 
 
 def _make_root(path: str) -> str:
@@ -151,7 +118,7 @@ async def _receive(
     from pitfs.store.opening import check_sender
 
     log = logging.getLogger(__name__)
-    listeners = await _listen(host, port)
+    listeners = await listen(host, port, "pitfs receive")
     for listener in listeners:
         log.info("listening at %s, stores in %s", address_text(*listener.socket.getsockname()[:2]), root)
     notify_ready()
@@ -160,23 +127,3 @@ async def _receive(
         limits = Limits(window_bytes=window_bytes)
         check, opened = partial(check_sender, root), partial(Ingest, root)
         await serve(listeners, opened, tls=tls, limits=limits, read_grants=read_grants, check_sender=check)
-
-
-async def _listen(host: str, port: int) -> list[trio.SocketListener]:
-    import socket
-
-    import trio
-
-    where = f"{host or 'all addresses'}, port {port}"
-    # trio makes :: IPv6 only; people mean by it what Linux does, both.
-    bind_host = None if host in ("", "::") else host
-    try:
-        return await trio.open_tcp_listeners(port, host=bind_host)
-    except socket.gaierror as error:
-        raise UsageError(f"{where}: the name can't be resolved ({error.strerror})") from None
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise PitfsError(f"{where}: the address is in use: is another `pitfs receive` running?") from None
-        if error.errno == errno.EADDRNOTAVAIL:
-            raise PitfsError(f"{where}: isn't an address of this host") from None
-        raise PitfsError(f"{where}: can't listen: {error.strerror}") from None

@@ -33,7 +33,6 @@ POLL_S: Final = 0.02
 
 _DETACHED = re.compile(r"/([^/]+)/([^/]+)\.img")
 _DELETED: Final = " (deleted)"  # the kernel has dropped the name; the file is there all the same
-_CLAIMED: Final = (errno.EBUSY,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +129,7 @@ def sector_size_for(head: bytes) -> int:
 
 
 def attach(path: str, *, read_only: bool, sector_size: int) -> str:
-    """A new loop device over the file, with direct I/O and its partitions; returns /dev/loopN.
+    """A new loop device over the file, with direct I/O; returns /dev/loopN. Its partitions: `wait_for_partitions`.
 
     Raises:
         PitfsError: there is no free one, or the kernel refuses.
@@ -141,11 +140,7 @@ def attach(path: str, *, read_only: bool, sector_size: int) -> str:
         said = done.stderr.strip().splitlines()[-1:] or [f"losetup ended with {done.returncode}"]
         hint = ": see what holds the others: losetup --list" if "unused" in said[0] else ""
         raise PitfsError(f"{path}: {said[0].removeprefix('losetup: ').removeprefix(f'{path}: ')}{hint}")
-    device = done.stdout.strip()
-    if not partitions(device):
-        # A kernel may have no parser for this kind of table. Fails where there is none: that is as it should be.
-        _run(["partx", "--add", "--", device])
-    return device
+    return done.stdout.strip()
 
 
 def partitions(device: str) -> list[str]:
@@ -159,8 +154,11 @@ def partitions(device: str) -> list[str]:
     return [f"{device}p{number}" for number in sorted(numbers)]
 
 
-def wait_for_nodes(device: str) -> list[str]:
-    """Waits for the nodes of the device's partitions; returns those that don't appear."""
+def wait_for_partitions(device: str) -> list[str]:
+    """Waits for the nodes of a new device's partitions; returns those that don't appear."""
+    if not partitions(device):
+        # A kernel may have no parser for this kind of table. Fails where there is none: that is as it should be.
+        _run(["partx", "--add", "--", device])
     deadline = time.monotonic() + NODES_S
     while True:
         missing = [path for path in partitions(device) if not os.path.exists(path)]
@@ -222,7 +220,7 @@ def detach(loop: Loop) -> None:
     while not _clear(loop.device):
         said = _in_use(loop)
         if said or time.monotonic() > deadline:
-            raise PitfsError(f"{loop.device}: {said or 'in use by somebody in another mount namespace'}")
+            raise PitfsError(f"{loop.device}: {said or 'in use, perhaps mounted in another mount namespace: lsns'}")
         time.sleep(POLL_S)
     # The last who has it open takes it down; that was us, unless somebody came at this very moment.
     deadline = time.monotonic() + RELEASE_S
@@ -239,7 +237,7 @@ def _clear(device: str) -> bool:
         # Exclusive: fails while it or a partition is mounted, swapped to or under another device, anywhere.
         fd = os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
     except OSError as error:
-        if error.errno in _CLAIMED:
+        if error.errno == errno.EBUSY:
             return False
         raise
     try:

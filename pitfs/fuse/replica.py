@@ -38,6 +38,7 @@ MAX_VIEWS: Final = 1024  # images with resolved tables at hand; a view is some 3
 MAX_THREADS: Final = 16  # cold reads under way: what a disk likes to have queued
 MAX_LISTINGS: Final = 16  # begun ones kept at hand; each holds at most a page of the catalog, and of bookmarks
 NAME_MAX: Final = 255
+USER_ATTRIBUTES: Final = b"user."  # the one namespace of extended attributes that there is
 
 T = TypeVar("T")
 Listed = tuple[str, Entry, int]  # name, entry, cookie of what follows
@@ -181,8 +182,9 @@ class Replica(pyfuse3.Operations):
 
     @handler
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
-        if not name.startswith(b"user."):  # asked before each write: does it take away capabilities?
-            raise pyfuse3.FUSEError(pyfuse3.ENOATTR)
+        # ls -l asks for three others of every entry, unless told that there are none; the kernel before each write.
+        if not name.startswith(USER_ATTRIBUTES):
+            raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
         value = (await in_thread(self._tree.attributes_of, inode, limiter=self._tree_limiter)).get(name)
         if value is None:
             raise pyfuse3.FUSEError(pyfuse3.ENOATTR)

@@ -54,6 +54,10 @@ def new_node() -> Node:
     return np.zeros((2, FANOUT), "<u8")
 
 
+_NO_ENTRIES: Final = new_node()
+_NO_ENTRIES.setflags(write=False)
+
+
 def decode_node(data: bytes) -> Node:
     """The node in 8192 bytes, read-only."""
     return np.frombuffer(data, "<u8").reshape(2, FANOUT)
@@ -83,32 +87,46 @@ def find_leaf(root: Entry, block_count: int, leaf_index: int, load_node: LoadNod
     return load_node(entry.pointer, entry.checksum) if entry.pointer else None
 
 
-def next_leaf(root: Entry, block_count: int, first: int, load_node: LoadNode) -> int | None:
-    """Index of the first leaf, not before leaf `first`, that isn't all zeros; None if there is none.
+def next_difference(one: Entry, other: Entry, block_count: int, first: int, load_node: LoadNode) -> int | None:
+    """Index of the first leaf, not before leaf `first`, in which two trees may differ; None if there is none.
 
-    Empty subtrees are passed over: nodes on two paths are read at most, however much lies between.
+    What they share is passed over, and what is empty in both: nodes on two paths of each are read, however much lies
+    between, and more only where the same contents were written at two places.
+
+    Args:
+        one, other: roots of trees for volumes of `block_count` blocks.
 
     Raises:
         CorruptionError: by `load_node`.
     """
-    depth = tree_depth(block_count)
-    return _next_leaf(root, depth - 1, first, load_node) if first >> (FANOUT_BITS * depth) == 0 else None
+    level = tree_depth(block_count) - 1
+    return _next_difference(one, other, level, first, load_node) if first >> (FANOUT_BITS * level) == 0 else None
 
 
-def _next_leaf(entry: Entry, level: int, first: int, load_node: LoadNode) -> int | None:
-    """As `next_leaf` in the subtree that `entry` leads to, which has so many levels above its leaves."""
-    if not entry.pointer or not level:
-        return first if entry.pointer else None
-    node = load_node(entry.pointer, entry.checksum)
+def _next_difference(one: Entry, other: Entry, level: int, first: int, load_node: LoadNode) -> int | None:
+    """As `next_difference` in subtrees that have so many levels above their leaves."""
+    if one == other or not level:
+        return None if one == other else first
+    nodes = [load_node(entry.pointer, entry.checksum) if entry.pointer else _NO_ENTRIES for entry in (one, other)]
     shift = FANOUT_BITS * (level - 1)
     slot = first >> shift
-    for used in (np.flatnonzero(node[POINTERS, slot:]) + slot).tolist():
-        within = first - (slot << shift) if used == slot else 0
-        child = Entry(int(node[POINTERS, used]), int(node[CHECKSUMS, used]))
-        found = _next_leaf(child, level - 1, within, load_node)
+    differs = (nodes[0][:, slot:] != nodes[1][:, slot:]).any(axis=0)
+    for here in (np.flatnonzero(differs) + slot).tolist():
+        within = first - (slot << shift) if here == slot else 0
+        children = [Entry(int(node[POINTERS, here]), int(node[CHECKSUMS, here])) for node in nodes]
+        found = _next_difference(children[0], children[1], level - 1, within, load_node)
         if found is not None:
-            return int((used << shift) + found)
+            return int((here << shift) + found)
     return None
+
+
+def next_leaf(root: Entry, block_count: int, first: int, load_node: LoadNode) -> int | None:
+    """Index of the first leaf, not before leaf `first`, that isn't all zeros; None if there is none.
+
+    Raises:
+        CorruptionError: by `load_node`.
+    """
+    return next_difference(EMPTY, root, block_count, first, load_node)
 
 
 class MapBuilder:

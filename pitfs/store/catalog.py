@@ -95,6 +95,16 @@ class Catalog(Database):
         _, kind, snapshot, data_bytes, tail_bytes, checksum = row
         return ObjectFacts(name, kind, snapshot, data_bytes, tail_bytes, to_unsigned(checksum))
 
+    def unknown_objects(self, names: Sequence[str]) -> list[str]:
+        """Those of these names that no object has, in order."""
+        unknown: list[str] = []
+        for start in range(0, len(names), PAGE_ROWS):
+            page = names[start : start + PAGE_ROWS]
+            places = ", ".join("?" * len(page))
+            known = {name for (name,) in self._rows(f"SELECT name FROM objects WHERE name IN ({places})", page)}
+            unknown += [name for name in page if name not in known]
+        return unknown
+
     def bookmark(self, name: str) -> Bookmark | None:
         if not name.isascii():  # the names of files that users type may have bytes that aren't text
             return None

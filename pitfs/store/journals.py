@@ -171,7 +171,8 @@ class RowIndex:
         self.fence_bytes = fence.nbytes
         self._fence = fence
         volumes = fence["volume"]
-        self._numbers = {int(v): np.flatnonzero(volumes == v) for v in np.unique(volumes)}
+        # A set: np.unique imports numpy.ma, half of the time to the first byte after mounting.
+        self._numbers = {volume: np.flatnonzero(volumes == volume) for volume in sorted(set(volumes.tolist()))}
         # searchsorted wants contiguous int64 columns
         self._firsts = {v: np.ascontiguousarray(fence["first"][n]) for v, n in self._numbers.items()}
         self._first_seqs = {v: np.ascontiguousarray(fence["first_seq"][n]) for v, n in self._numbers.items()}

@@ -38,6 +38,7 @@ from pitfs.store.staging import StagedTransfer
 
 _KEYS = ("volume", "block", "seq")
 RUN_BATCH_ROWS = 1 << 12  # of each run at a time: with as many as there may be some 20 MiB
+HELD_ROWS = 1 << 12  # of each run before it is read on
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +84,11 @@ def merged(runs: Sequence[Iterator[RowArray]], keys: Sequence[str]) -> Iterator[
     Raises:
         RemoteProtocolError: two rows have the same key.
     """
-    buffers = [next(run, None) for run in runs]
+    buffers: list[RowArray | None] = [next(run, None) for run in runs]
     last: tuple[int, ...] | None = None
     while True:
-        for i, run in enumerate(runs):
-            while (buffer := buffers[i]) is not None and not len(buffer):
-                buffers[i] = next(run, None)
+        # All of them anew, not the empty one alone: else each turn would look at all runs for the rows of one.
+        buffers = [_filled(buffer, run) for buffer, run in zip(buffers, runs, strict=True)]
         live = [buffer for buffer in buffers if buffer is not None]
         if not live:
             return
@@ -108,6 +108,19 @@ def merged(runs: Sequence[Iterator[RowArray]], keys: Sequence[str]) -> Iterator[
             raise refuse("journal", "a row that came before, or that isn't in order")
         last = tuple(int(batch[key][-1]) for key in keys)
         yield batch
+
+
+def _filled(buffer: RowArray | None, run: Iterator[RowArray]) -> RowArray | None:
+    """The rows with as many behind them as are held of a run; None where there are no more."""
+    if buffer is None:
+        return None
+    parts, count = [buffer], len(buffer)
+    while count < HELD_ROWS and (more := next(run, None)) is not None:
+        parts.append(more)
+        count += len(more)
+    if not count:
+        return None
+    return np.concatenate(parts) if len(parts) > 1 else buffer
 
 
 def _count_until(rows: RowArray, keys: Sequence[str], limit: tuple[int, ...]) -> int:

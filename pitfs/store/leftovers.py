@@ -50,7 +50,7 @@ class StagingArea:
         Raises:
             StoreError: there are others.
         """
-        unknown = [name for name in names if is_object_file(name) and self._catalog.object(name) is None]
+        unknown = self._catalog.unknown_objects([name for name in names if is_object_file(name)])
         tails = self._catalog.tails()
         logs = {object_file(ObjectKind.JOURNAL_BLOCKS, tail.id) for tail in tails}
         made = {name for tail in tails if tail.mark for name in _objects_of(tail.fourth)}

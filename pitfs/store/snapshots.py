@@ -15,6 +15,7 @@ from pitfs.model.blockmap import (
     decode_node,
     find_leaf,
     new_node,
+    next_difference,
     next_leaf,
 )
 from pitfs.model.transfer import VolumeInfo
@@ -78,3 +79,8 @@ class SnapshotMap:
     def next_leaf(self, volume: int, first: int) -> int | None:
         """Index of the first leaf, not before `first`, that isn't all zeros. Raises as `leaf`."""
         return next_leaf(self.roots[volume], self._block_counts[volume], first, self._nodes.load)
+
+    def next_difference(self, other: SnapshotMap, volume: int, first: int) -> int | None:
+        """Index of the first leaf, not before `first`, in which another snapshot may differ. Raises as `leaf`."""
+        roots = self.roots[volume], other.roots[volume]
+        return next_difference(*roots, self._block_counts[volume], first, self._nodes.load)

@@ -19,7 +19,7 @@ from pitfs.store.catalog import Catalog
 from pitfs.store.facts import Interval, Resolution, Snapshot, Tail
 from pitfs.store.journals import JournalIndex, Position, chunk_cache
 from pitfs.store.layout import CATALOG, OBJECTS, ObjectKind, object_file, read_store_info
-from pitfs.store.objects import MissingObjectError, ObjectPool
+from pitfs.store.objects import MissingObjectError, ObjectPool, reading_limit
 from pitfs.store.snapshots import NodeReader, SnapshotMap
 from pitfs.store.tails import Tails
 
@@ -62,7 +62,8 @@ class Store:
         self.history = info.history
         self.volumes = info.volumes
         self._catalog = Catalog(os.path.join(path, CATALOG))
-        self.objects = ObjectPool(os.path.join(path, OBJECTS), bytes.fromhex(info.history))
+        history = bytes.fromhex(info.history)
+        self.objects = ObjectPool(os.path.join(path, OBJECTS), history, reading_limit())
         self._nodes = NodeReader(self.objects)
         self._chunks = chunk_cache()
         self._maps: Cache[int, SnapshotMap] = Cache(MAX_CACHED_MAPS)
@@ -297,21 +298,45 @@ class Store:
             CorruptionError: as `leaf`.
         """
         tails = self._tails.now()
-        found = self._next_leaf_of_third(tails, resolution.third, volume, first)
-        if resolution.journal is None:
-            return found
-        tail = _of_fourth(tails, resolution.journal)
-        if tail is not None:
-            return _earlier(found, self._tails.next_leaf(tail, volume, first))
-        block = self._journal_to(resolution.journal).next_block(volume, first << FANOUT_BITS)
-        return _earlier(found, None if block is None else block >> FANOUT_BITS)
+        base, over = self._layers(tails, resolution)
+        written = (self._next_written(tails, fourth, volume, first) for fourth, _ in over)
+        return _earliest(self._map(base).next_leaf(volume, first), *written)
 
-    def _next_leaf_of_third(self, tails: Sequence[Tail], snapshot: int, volume: int, first: int) -> int | None:
-        tail = _of_fourth(tails, snapshot)
-        if tail is None:
-            return self._map(snapshot).next_leaf(volume, first)
-        found = self._next_leaf_of_third(tails, tail.from_snapshot, volume, first)
-        return _earlier(found, self._tails.next_leaf(tail, volume, first))
+    @_again_if_replaced
+    def next_difference(self, one: Resolution, other: Resolution, volume: int, first: int) -> int | None:
+        """Index of the first leaf, not before `first`, in which two states may differ.
+
+        Block maps are compared from their roots down without what they share, so that neither the volume's size nor
+        the history between the two counts; to that comes what the intervals wrote that the states lie in.
+
+        Raises:
+            CorruptionError: as `leaf`.
+        """
+        tails = self._tails.now()
+        (base, over), (other_base, other_over) = self._layers(tails, one), self._layers(tails, other)
+        fourths = {fourth for fourth, _ in set(over) ^ set(other_over)}
+        written = (self._next_written(tails, fourth, volume, first) for fourth in fourths)
+        found = None
+        if base != other_base:
+            found = self._map(base).next_difference(self._map(other_base), volume, first)
+        return _earliest(found, *written)
+
+    def _layers(self, tails: Sequence[Tail], resolution: Resolution) -> tuple[int, list[tuple[int, int]]]:
+        """The snapshot that a state stands on, and what lies over it: (fourth of an interval or tail, last seq)."""
+        over = [] if resolution.journal is None else [(resolution.journal, resolution.seq)]
+        snapshot = resolution.third
+        while (tail := _of_fourth(tails, snapshot)) is not None:
+            over.append((snapshot, tail.to_seq))
+            snapshot = tail.from_snapshot
+        return snapshot, over
+
+    def _next_written(self, tails: Sequence[Tail], fourth: int, volume: int, first: int) -> int | None:
+        """Index of the first leaf, not before `first`, into which an interval or tail wrote."""
+        tail = _of_fourth(tails, fourth)
+        if tail is not None:
+            return self._tails.next_leaf(tail, volume, first)
+        block = self._journal_to(fourth).next_block(volume, first << FANOUT_BITS)
+        return None if block is None else block >> FANOUT_BITS
 
     def _journal_to(self, snapshot: int) -> JournalIndex:
         """The difference journal of the interval that ends at that snapshot."""
@@ -377,8 +402,8 @@ def _of_fourth(tails: Sequence[Tail], snapshot: int) -> Tail | None:
     return next((tail for tail in tails if tail.fourth == snapshot), None)
 
 
-def _earlier(one: int | None, other: int | None) -> int | None:
-    return min((each for each in (one, other) if each is not None), default=None)
+def _earliest(*found: int | None) -> int | None:
+    return min((each for each in found if each is not None), default=None)
 
 
 def _is_known(interval: Interval, position: Position | None, time_ns: int, journal: JournalIndex) -> bool:

@@ -6,12 +6,13 @@ written, and is known to be zeros, has no pointer either. Ranges of a snapshot a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
-from pitfs.model.blockmap import FANOUT, U64Array
+from pitfs.model.blockmap import FANOUT, I64Array, U64Array
 
 if TYPE_CHECKING:
     from pitfs.store.store import Resolution, Store
@@ -39,18 +40,41 @@ def data_ranges(
     """
     info = store.volumes[volume]
     end = info.size_bytes if end is None else min(end, info.size_bytes)
-    leaf_bytes = FANOUT * info.block_size
-    range_start = range_end = max(start, 0)
-    index = store.next_leaf(resolution, volume, range_start // leaf_bytes) if range_start < end else None
+    return joined(_pieces(store, resolution, volume, max(start, 0), end, leaf))
+
+
+def _pieces(
+    store: Store,
+    resolution: Resolution,
+    volume: int,
+    start: int,
+    end: int,
+    leaf: Callable[[int], tuple[U64Array, U64Array]] | None,
+) -> Iterator[I64Array]:
+    """The ranges of each leaf."""
+    block_size = store.volumes[volume].block_size
+    leaf_bytes = FANOUT * block_size
+    index = store.next_leaf(resolution, volume, start // leaf_bytes) if start < end else None
     while index is not None and index * leaf_bytes < end:
         pointers, _ = leaf(index) if leaf is not None else store.leaf(resolution, volume, index)
-        edges = np.flatnonzero(np.diff(pointers != 0, prepend=False, append=False)) * info.block_size
-        for a, b in (edges.reshape(-1, 2) + index * leaf_bytes).clip(max(start, 0), end).tolist():
-            if a != range_end:
-                if range_start < range_end:
-                    yield range_start, range_end
-                range_start = a
-            range_end = b
+        yield (runs(pointers != 0) * block_size + index * leaf_bytes).clip(start, end)
         index = store.next_leaf(resolution, volume, index + 1)
-    if range_start < range_end:
-        yield range_start, range_end
+
+
+def runs(mask: npt.NDArray[np.bool_]) -> I64Array:
+    """[start, end) of each run of true values, shape (n, 2), ascending."""
+    return np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2)
+
+
+def joined(pieces: Iterable[I64Array]) -> Iterator[tuple[int, int]]:
+    """Ascending ranges, given in arrays of shape (n, 2), with those that touch made one and empty ones left out."""
+    start = end = 0
+    for piece in pieces:
+        for a, b in piece.tolist():
+            if a != end:
+                if start < end:
+                    yield start, end
+                start = a
+            end = b
+    if start < end:
+        yield start, end

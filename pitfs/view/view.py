@@ -180,9 +180,9 @@ class PointInTimeView:
         start = offset & (self.block_size - 1)
         return target[start : start + size]
 
-    def data_ranges(self) -> Iterator[tuple[int, int]]:
-        """Byte ranges [start, end) of the image that aren't known to be zeros, ascending, coalesced."""
-        return data_ranges(self._store, self.resolution, self.volume, 0, self.size_bytes, self._table)
+    def data_ranges(self, start: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
+        """Byte ranges [a, b) of the image, within [start, end), that aren't known to be zeros: as `data_ranges`."""
+        return data_ranges(self._store, self.resolution, self.volume, start, end, self._table)
 
     # -------------------------------------------------------------- inside
 

@@ -48,6 +48,7 @@ class Disks:
         self.history = History(5, volumes)
         for image, content in zip(self.history.images, contents, strict=True):
             image[:] = content.ljust(len(image), b"\0")
+        self.history.states[0] = list(contents)
         self.history.base = [bytes(image) for image in self.history.images]
         ingest = Ingest(str(tmp / "stores"), self.history.hello)
         ingest_transfer(ingest, self.history.close_interval())

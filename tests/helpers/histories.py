@@ -61,10 +61,14 @@ def unsynced() -> Iterator[None]:
     """The store's syncs do nothing in it: of this process, and of all its stores."""
     with ExitStack() as stack:
         for name in ("fsync", "fdatasync"):
-            stack.enter_context(mock.patch.object(os, name))
+            stack.enter_context(mock.patch.object(os, name, _no_sync))
         for name in ("DURABLE", "NOT_DURABLE"):
             stack.enter_context(mock.patch.object(database, name, "OFF"))
         yield
+
+
+def _no_sync(fd: int) -> None:
+    """In the place of os.fsync."""
 
 
 def block_contents(seq: int, size: int) -> bytes:

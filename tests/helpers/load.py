@@ -2,6 +2,7 @@
 
     python -m tests.helpers.load stamped VOLUME LOG --seed 1 …      stamped writes, straight to a volume
     python -m tests.helpers.load sqlite DIRECTORY LOG --journal WAL numbered rows, each its own commit
+    python -m tests.helpers.load postgresql LOG                     the same, by psql; PGHOST and so on say where
     python -m tests.helpers.load tree DIRECTORY --source DIR        copies real files and changes them
 
 LOG gets one ACKNOWLEDGED row after each acknowledged write, fsync or commit, unbuffered, so it is complete
@@ -23,7 +24,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -36,6 +37,7 @@ from tests.helpers.stamps import MAX_SECTORS, SECTOR_BYTES, Plan
 WRITE, FSYNC = 0, 1
 EXIT_IO_ERROR: Final = 3
 ACKNOWLEDGED: Final = np.dtype([("n", "<i8"), ("kind", "<i8"), ("begun_ns", "<i8"), ("done_ns", "<i8")])
+POSTGRESQL_PAYLOAD: Final = "repeat(md5(({n})::text), ({n} % 40)::int)"  # SQL
 _ending = threading.Event()  # set by SIGTERM
 
 
@@ -45,15 +47,16 @@ def read_log(path: Path) -> NDArray[np.void]:
 
 
 @contextlib.contextmanager
-def running(*arguments: str | Path) -> Iterator[subprocess.Popen[bytes]]:
+def running(*arguments: str | Path, environment: Mapping[str, str] = {}) -> Iterator[subprocess.Popen[bytes]]:
     """A load in its own process; on exit it is asked to end, and must have had no error of its own.
 
     Raises:
         HostError: it ended with anything but 0, or EXIT_IO_ERROR where the test waited for that itself.
     """
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.helpers.load", *map(str, arguments)], cwd=ROOT, stderr=subprocess.PIPE
-    )
+        [sys.executable, "-m", "tests.helpers.load", *map(str, arguments)], cwd=ROOT, stderr=subprocess.PIPE,
+        env=os.environ | environment,
+    )  # fmt: skip
     try:
         yield process
         waited_for = process.returncode is not None
@@ -128,6 +131,32 @@ def sqlite(directory: str, log: str, journal: str, rate: float) -> None:
     connection.close()
 
 
+def postgresql(log: str, rate: float) -> None:
+    """Commits rows 1, 2, 3 … of a new table `numbered`; a row's payload is that which its number makes."""
+    command = ["psql", "--no-psqlrc", "--set=ON_ERROR_STOP=1"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    ) as psql:
+        assert psql.stdin is not None and psql.stdout is not None
+
+        def answered(statement: str, wanted: str) -> None:
+            psql.stdin.write(statement + ";\n")
+            if (said := psql.stdout.readline().strip()) != wanted:
+                raise OSError(f"{statement}: psql says {said!r}")
+
+        answered("CREATE TABLE numbered (n bigint PRIMARY KEY, payload text)", "CREATE TABLE")
+        start = time.monotonic()
+        with open(log, "ab", buffering=0) as acknowledged:
+            n = 0
+            while not _ending.is_set():
+                n += 1
+                begun = time.time_ns()
+                answered(f"INSERT INTO numbered VALUES ({n}, {POSTGRESQL_PAYLOAD.format(n=n)})", "INSERT 0 1")
+                acknowledged.write(np.array([(n, WRITE, begun, time.time_ns())], ACKNOWLEDGED).tobytes())
+                if (early := start + n / rate - time.monotonic()) > 0:
+                    time.sleep(early)
+
+
 def tree(directory: str, source: str, seed: int, pause: float) -> None:
     """Copies the source in, then overwrites, appends, renames, links, removes and copies anew, for ever."""
     random_ = random.Random(seed)
@@ -188,6 +217,9 @@ def main() -> int:
     sqlite_.add_argument("log")
     sqlite_.add_argument("--journal", choices=("WAL", "DELETE"), default="WAL")
     sqlite_.add_argument("--rate", type=float, default=0)
+    postgresql_ = kinds.add_parser("postgresql")
+    postgresql_.add_argument("log")
+    postgresql_.add_argument("--rate", type=float, default=100)
     tree_ = kinds.add_parser("tree")
     tree_.add_argument("directory")
     tree_.add_argument("--source", required=True)
@@ -196,7 +228,9 @@ def main() -> int:
     options = vars(parser.parse_args())
     signal.signal(signal.SIGTERM, _end)
     try:
-        run: dict[str, Callable[..., None]] = {"stamped": stamped, "sqlite": sqlite, "tree": tree}
+        run: dict[str, Callable[..., None]] = {
+            "stamped": stamped, "sqlite": sqlite, "postgresql": postgresql, "tree": tree
+        }  # fmt: skip
         run[options.pop("kind")](**options)
     except (OSError, sqlite3.OperationalError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

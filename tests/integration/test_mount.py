@@ -134,6 +134,9 @@ def test_images_and_directories_say_what_they_are(replica: Replica, mount: Mount
             }
     with pytest.raises(OSError) as caught:
         os.getxattr(mount.path / replica.name(0), "user.pitfs.nothing")
+    for name in ("security.selinux", "system.posix_acl_access"):
+        with pytest.raises(OSError, match="not supported"):  # so that ls -l asks once, not for each entry
+            os.getxattr(mount.path / replica.name(0), name)
     assert caught.value.errno == errno.ENODATA
 
 

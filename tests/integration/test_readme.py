@@ -53,7 +53,7 @@ def help_of(program: str) -> str:
 
 def test_the_table_of_commands_has_those_that_there_are() -> None:
     text = (ROOT / "README.rst").read_text(encoding="utf-8").partition("\nCommands\n")[2].partition("\nLimits\n")[0]
-    named = set(re.findall(r"^``pitfs (\w+)[ `]", text, re.MULTILINE))
+    named = set(re.findall(r"^``pitfs ([\w-]+)[ `]", text, re.MULTILINE))
     assert named == {name for name, (place, _) in COMMANDS.items() if "later:" not in place}
     for command in re.findall(r"^``pitfs ([^`]+)``", text, re.MULTILINE):
         full_parser().parse_args(command.replace("HOST:PORT", "127.0.0.1:7420").split())

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 from xxhash import xxh3_64_intdigest
 
-from pitfs.model.blockmap import EMPTY, FANOUT, Entry, MapBuilder, Node, find_leaf, next_leaf, tree_depth
+from pitfs.model.blockmap import (
+    EMPTY,
+    FANOUT,
+    Entry,
+    MapBuilder,
+    Node,
+    find_leaf,
+    next_difference,
+    next_leaf,
+    tree_depth,
+)
 
 
 class Nodes:
@@ -85,6 +95,39 @@ def test_the_next_leaf_of_a_huge_volume_is_found_by_two_paths_at_most() -> None:
         first = next_leaf(root, block_count, first + 1, load)
     assert leaves == (blocks // FANOUT).tolist()
     assert len(reads) <= 4 * 2 * tree_depth(block_count)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_differences_are_found_in_the_leaves_that_have_them(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    nodes, block_count = Nodes(), 512 * 600
+    roots, entries = [], []
+    base, table = EMPTY, dict[int, int]()
+    for _ in range(3):  # generations, each on the one before
+        blocks = np.unique(random.integers(0, block_count, 12))
+        values = random.integers(0, 3, len(blocks)).astype("<u8")
+        builder = MapBuilder(block_count, base, nodes.load, nodes.emit)
+        builder.update(blocks, values, values)
+        base, table = builder.finish(), table | dict(zip(blocks.tolist(), values.tolist(), strict=True))
+        roots.append(base)
+        entries.append(table)
+    for one in range(3):
+        for other in range(3):
+            both = entries[one].keys() | entries[other].keys()
+            wanted = {b // FANOUT for b in both if entries[one].get(b, 0) != entries[other].get(b, 0)}
+            found, first, reads = set[int](), 0, list[int]()
+
+            def load(pointer: int, checksum: int, reads: list[int] = reads) -> Node:
+                reads.append(pointer)
+                return nodes.load(pointer, checksum)
+
+            while (leaf := next_difference(roots[one], roots[other], block_count, first, load)) is not None:
+                assert leaf >= first
+                found.add(leaf)
+                first = leaf + 1
+            # The same nodes may stand at two places: then a leaf may differ by its place alone.
+            assert wanted <= found
+            assert len(reads) <= (len(found) + 1) * 4 * (tree_depth(block_count) - 1)
 
 
 def test_one_block_makes_one_node_for_each_level_and_shares_the_rest() -> None:

@@ -25,9 +25,10 @@ ARROWS: dict[str, set[str]] = {
     "production": {"storage"},
     "link": {"model"},
     "fuse": {"production", "view"},
+    "nbd": {"view"},
     "config_table": {"errors"},
     "config": {"config_table"},
-    "cli": {"", "config", "fuse", "production", "link", "store", "view"},
+    "cli": {"", "config", "fuse", "nbd", "production", "link", "store", "view"},
 }
 
 
@@ -89,9 +90,9 @@ def test_the_model_is_pure(path: Path) -> None:
     assert not names & {"open", "print", "input"}
 
 
-def test_the_protocol_does_no_io() -> None:
-    for name in ("protocol.py", "frames.py"):
-        assert not {part.split(".")[0] for part in imports(PACKAGE / "link" / name)} & IMPURE
+def test_the_protocols_do_no_io() -> None:
+    for name in ("link/protocol.py", "link/frames.py", "nbd/protocol.py", "nbd/negotiation.py", "nbd/wire.py"):
+        assert not {part.split(".")[0] for part in imports(PACKAGE / name)} & IMPURE
 
 
 @pytest.mark.parametrize("path", FILES, ids=NAMES)

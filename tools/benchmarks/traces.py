@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pwd
 import shutil
 import subprocess
 import sys
@@ -32,10 +31,11 @@ from pitfs.production.journal import Location
 from pitfs.production.reader import Interval, JournalReader
 from pitfs.production.start import journal_directory
 from pitfs.production.state import read_group
+from tests.helpers import postgresql
 from tests.helpers.hosts import Production, free_port
 from tests.helpers.load import running
 from tests.helpers.loops import LoopDevice, MountedFilesystem
-from tests.helpers.processes import Daemon, HostError, run, wait_until
+from tests.helpers.processes import Daemon, HostError, run
 
 INTERVALS, INTERVAL_S = 4, 10.0
 QUICK_INTERVALS, QUICK_INTERVAL_S = 3, 1.5
@@ -43,7 +43,6 @@ SYNC_S: Final = 1.0  # as often files are synced that nobody syncs: else the ker
 PAUSE_S: Final = 0.006  # between two files
 CAPACITY: Final = "10GiB"
 MIB: Final = 1 << 20
-POSTGRESQL: Final = Path("/usr/lib/postgresql")  # Debian's; below it the versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,70 +178,25 @@ def _fio(volume: Path, duration_s: float, **options: Any) -> Iterator[None]:
         raise failures[0]
 
 
-def postgresql_missing() -> str:
-    if not list(POSTGRESQL.glob("*/bin/postgres")):
-        return "PostgreSQL isn't installed (apt-get install postgresql)"
-    return "" if _server_user() else "there is no user 'postgres' to run the server as"
-
-
-def _server_user() -> pwd.struct_passwd | None:
-    """The server refuses to run as root."""
-    try:
-        return pwd.getpwnam("postgres")
-    except KeyError:
-        return None
-
-
 @contextlib.contextmanager
 def pgbench(directory: Path, setting: Setting, duration_s: float) -> Iterator[None]:
-    """A fresh cluster, its sockets in it too; fsync on, as it comes but for a checkpoint each 30 s."""
-    user = _server_user()
-    assert user is not None
-    programs = max(POSTGRESQL.glob("*/bin"), key=lambda path: float(path.parent.name))
-    data = directory / "cluster"
-    data.mkdir(mode=0o700)
-    os.chown(data, user.pw_uid, user.pw_gid)
-    log = (setting.workspace / "postgresql.log").open("ab")
-
-    def start(program: str, *arguments: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [programs / program, *arguments], cwd=data, user=user.pw_uid, group=user.pw_gid, extra_groups=(),
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-            env={"PATH": "/usr/bin:/bin", "LC_ALL": "C", "PGHOST": str(data), "PGDATABASE": "postgres"},
-        )  # fmt: skip
-
-    def wait(process: subprocess.Popen[bytes], what: str) -> None:
-        if process.wait(300):
-            said = Path(log.name).read_text(errors="replace")[-2000:]
-            raise HostError(f"{what} ended with {process.returncode}:\n{said}")
-
-    options = {"listen_addresses": "", "unix_socket_directories": str(data), "fsync": "on",
-               "checkpoint_timeout": "30s"}  # fmt: skip
-    with log:
-        wait(start("initdb", "--no-locale", "--encoding=UTF8", "-D", str(data)), "initdb")
-        server = start("postgres", "-D", str(data), *(f"--{name}={value}" for name, value in options.items()))
+    """A fresh cluster; fsync on, as it comes but for a checkpoint each 30 s."""
+    settings = {"fsync": "on", "checkpoint_timeout": "30s"}
+    with postgresql.Cluster(directory / "cluster", setting.workspace / "postgresql.log", settings) as cluster:
+        scale = "1" if setting.quick else "10"
+        cluster.run("pgbench", "--initialize", f"--scale={scale}", "--quiet")
+        bench = cluster.start("pgbench", "--client=4", f"--time={round(duration_s) + 1}", "--rate=800")
         try:
-            wait_until(lambda: start("pg_isready").wait(30) == 0, "PostgreSQL answers", 60, 0.2)
-            scale = "1" if setting.quick else "10"
-            wait(start("pgbench", "--initialize", f"--scale={scale}", "--quiet"), "pgbench --initialize")
-            bench = start("pgbench", "--client=4", f"--time={round(duration_s) + 1}", "--rate=800")
-            try:
-                yield
-                wait(bench, "pgbench")
-            finally:
-                bench.kill()
-                bench.wait(30)
-            server.send_signal(2)  # a fast shutdown
-            wait(server, "PostgreSQL")
+            yield
+            cluster.wait(bench, "pgbench")
         finally:
-            if server.poll() is None:
-                server.send_signal(3)  # an immediate one: its children end with it
-                server.wait(60)
+            bench.kill()
+            bench.wait(30)
 
 
 KINDS: Final = (
     Kind("SQLite", 512 * MIB, True, sqlite),
-    Kind("PostgreSQL", 1024 * MIB, True, pgbench, postgresql_missing),
+    Kind("PostgreSQL", 1024 * MIB, True, pgbench, postgresql.missing),
     Kind("trees of files", 2048 * MIB, True, trees),
     Kind("random, once", 1024 * MIB, False, random_once),
     Kind("random, hot", 48 * MIB, False, random_hot),

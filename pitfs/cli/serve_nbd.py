@@ -1,0 +1,134 @@
+"""`pitfs serve-nbd`: the instants of a store as NBD exports, for hosts and virtual machines elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from pitfs.cli.listening import (
+    add_tls_files,
+    given_tls_files,
+    listen,
+    listen_unix,
+    parse_address,
+    tls_context,
+)
+
+if TYPE_CHECKING:
+    import trio
+
+    from pitfs.link.stream import TlsStream
+    from pitfs.link.tls import LinkContext
+    from pitfs.store.holders import Holder
+    from pitfs.store.store import Store
+
+NAME: Final = "serve-nbd"
+
+
+def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
+    parser = subparsers.add_parser(
+        NAME,
+        help="serve a store's instants to NBD clients",
+        description="Serves every instant of a store by the NBD protocol, read-only. The name of an export is the "
+        "path in the mount without the suffix of images: INSTANT/VOLUME, latest/VOLUME, 5m-ago/VOLUME, "
+        "bookmarks/NAME/VOLUME. A time is resolved when a client connects, and stays that instant for it. "
+        "Listed are latest and the newest 100 snapshots. Runs in the foreground, prints 'ready' when it listens, "
+        "ends on SIGTERM. Without TLS it listens on loopback or a unix socket only.",
+        epilog="""\
+examples:
+  pitfs serve-nbd /srv/replica/db1 --unix /run/pitfs/nbd.sock
+  pitfs serve-nbd /srv/replica/db1 --listen 127.0.0.1:10809
+  pitfs serve-nbd /srv/replica/db1 --listen [::]:10809 \\
+      --certificate replica.pem --key replica.key --authority ca.pem
+
+clients:
+  nbdinfo --list nbd://127.0.0.1
+  nbdcopy nbd://127.0.0.1/latest/root root.img
+  qemu-img convert -p nbd+unix:///5m-ago/root?socket=/run/pitfs/nbd.sock root.qcow2
+  nbdfuse --readonly /mnt/root nbd://127.0.0.1/bookmarks/before-upgrade/root""",
+    )
+    parser.add_argument("store", metavar="STORE", help="directory of the store")
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument(
+        "--listen", metavar="HOST:PORT", help="address to listen at; port 0 takes a free one; NBD's is 10809"
+    )
+    place.add_argument(
+        "--unix", metavar="PATH", help="unix socket to listen at: made for this user alone, removed at the end"
+    )
+    add_tls_files(parser, "clients")
+
+
+def run(args: argparse.Namespace) -> int:
+    import trio
+
+    from pitfs.cli.holding import open_held
+    from pitfs.cli.processes import set_up_daemon_logging
+    from pitfs.cli.service import run_until_signal
+    from pitfs.link.tls import require_loopback
+
+    address = parse_address(args.listen) if args.listen is not None else None
+    tls = None
+    if given_tls_files(args):
+        tls = tls_context(args, "none, on loopback or a unix socket")
+    elif address is not None:
+        require_loopback(address[0])
+    set_up_daemon_logging(getattr(args, "verbose", 0))
+    with open_held(args.store, f"serve-nbd {args.listen or os.path.realpath(args.unix)}") as (store, holder):
+        trio.run(run_until_signal, partial(_serve, store, holder, address, args.unix, tls))
+    return 0
+
+
+async def _serve(
+    store: Store, holder: Holder, address: tuple[str, int] | None, path: str, tls: LinkContext | None
+) -> None:
+    import logging
+    import time
+
+    from pitfs.cli.service import notify_ready
+    from pitfs.nbd.exports import Exports
+    from pitfs.nbd.server import serve
+    from pitfs.view.tree import Tree
+
+    log = logging.getLogger(__name__)
+    exports = Exports(store, Tree(store, time.time_ns), holder)
+    with contextlib.ExitStack() as stack:
+        if address is None:
+            listeners = [stack.enter_context(listen_unix(path))]
+        else:
+            listeners = await listen(*address, "pitfs serve-nbd")
+        for listener in listeners:
+            log.info("listening at %s", listener.socket.getsockname())
+        notify_ready()
+        await serve(listeners, exports, None if tls is None else partial(_start_tls, store.group, tls))
+
+
+async def _start_tls(group: str, tls: LinkContext, inner: trio.SocketStream) -> TlsStream:
+    """TLS with a client whose certificate doesn't say that it is for other groups.
+
+    Raises:
+        LinkError: its certificate isn't right, or it has none.
+    """
+    import ssl
+
+    import trio
+
+    from pitfs.errors import LinkError, LinkRefusedError
+    from pitfs.link.failures import in_words, tls_error
+    from pitfs.link.stream import TlsStream
+    from pitfs.link.tls import is_granted, names_of
+    from pitfs.nbd.stream import peer_name
+
+    stream = TlsStream(inner, tls)
+    try:
+        await stream.do_handshake()
+    except ssl.SSLError as error:
+        raise tls_error(peer_name(inner), error, tls) from None
+    except (EOFError, OSError, trio.BrokenResourceError) as error:
+        raise LinkError(f"in the TLS handshake: {in_words(error) or 'it left'}") from None
+    certificate = stream.peer_certificate()
+    if not is_granted(certificate, group):
+        raise LinkRefusedError(f"the certificate of {names_of(certificate)} grants other groups, not {group}")
+    return stream

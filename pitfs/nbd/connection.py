@@ -1,0 +1,354 @@
+"""One connection of a client: the negotiation, then its requests.
+
+What is in memory is answered at once, in the order in which it was asked for; what may need the disk is read in a
+thread, several at a time, and answered as it comes. A client that doesn't read what it asked for is waited for: at
+most `MAX_REQUESTS` of its requests are under way, and what they hold is bounded whatever their size, since a large
+read is answered in pieces.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
+from typing import Final, TypeVar
+
+import trio
+
+from pitfs.errors import CorruptionError, PitfsError, RemoteProtocolError
+from pitfs.nbd.exports import Export, Exports, NoSuchExportError
+from pitfs.nbd.negotiation import AskExport, AskList, Close, Send, StartTls
+from pitfs.nbd.protocol import Buffer, Event, NbdProtocol, Request, State
+from pitfs.nbd.stream import SocketStream, TlsStream, WrappedStream
+from pitfs.nbd.wire import HOLE_AND_ZERO, Command, CommandFlag, Error
+from pitfs.view.view import PointInTimeView, ReadBuffer
+
+MAX_REQUESTS: Final = 16  # under way for one connection: what a disk likes to have queued
+MAX_THREADS: Final = 16  # cold reads under way, of all connections
+PIECE_BYTES: Final = 256 << 10  # read, verified and sent at once: 60 us from memory, and what nbdcopy asks for
+SMALL_BYTES: Final = 64 << 10
+MAX_LARGE: Final = 4  # pieces larger than that under way for one connection
+MAX_EXTENTS: Final = 16 << 10  # of one answer; the client asks again from where they end
+MAX_SPARE_BUFFERS: Final = 16
+REPLY_BYTES: Final = 32 << 10  # a reply takes as long as this many bytes more of it
+MAX_UNYIELDED_BYTES: Final = 1 << 20  # sent from memory before other connections have their turn
+
+NO_DATA: Final = "damaged, or the disk refuses: the server's log has the details"
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class Shared:
+    """What all connections of a server have in common."""
+
+    def __init__(self, exports: Exports) -> None:
+        self.exports = exports
+        self.readers = trio.CapacityLimiter(MAX_THREADS)
+        self._finders = trio.CapacityLimiter(1)  # exports are for one thread at a time
+        self._spare: list[ReadBuffer] = []
+
+    async def ask(self, question: Callable[..., T], *args: object) -> T:
+        """A question to the exports."""
+        return await trio.to_thread.run_sync(question, *args, limiter=self._finders)
+
+    def take_buffer(self) -> ReadBuffer:
+        return self._spare.pop() if self._spare else ReadBuffer(PIECE_BYTES)
+
+    def give_back(self, buffer: ReadBuffer) -> None:
+        if len(self._spare) < MAX_SPARE_BUFFERS:
+            self._spare.append(buffer)
+
+
+class Connection:
+    """Serves one client: `negotiate`, then `serve`, and `release` whatever became of them.
+
+    Both raise RemoteProtocolError where the client breaks the protocol, and OSError or trio.BrokenResourceError
+    where the connection breaks.
+    """
+
+    def __init__(self, stream: SocketStream, peer: str, shared: Shared, *, offers_tls: bool) -> None:
+        self._stream: SocketStream | WrappedStream = stream
+        self._peer = peer
+        self._shared = shared
+        self._protocol = NbdProtocol(offers_tls=offers_tls)
+        self._events: Iterator[Event] = iter(())
+        self._sending = trio.Lock()  # one reply, or chunk of one, after the other
+        self._slots = trio.Semaphore(MAX_REQUESTS)
+        self._large = trio.Semaphore(MAX_LARGE)
+        self._opened: Export | None = None
+        self._unyielded_bytes = 0
+        self._broken: Exception | None = None  # why a task of `serve` ended the connection
+
+    async def _next(self) -> Event | None:
+        """What comes from the client next; None at the end."""
+        while (event := next(self._events, None)) is None:
+            if self._protocol.state is State.CLOSED:
+                return None
+            data = await self._stream.receive()
+            if not data:
+                self._protocol.receive_eof()
+                return None
+            self._events = self._protocol.receive(data)
+        return event
+
+    async def _send(self, header: bytes, data: Buffer = b"") -> None:
+        try:
+            self._sending.acquire_nowait()
+        except trio.WouldBlock:
+            await self._sending.acquire()
+        try:
+            await self._stream.send(header, data)
+        finally:
+            self._sending.release()
+        await self._worked_on(len(data))
+
+    async def _worked_on(self, size: int) -> None:
+        """Gives other connections their turn now and then, where nothing else did."""
+        self._unyielded_bytes += size + REPLY_BYTES
+        if self._unyielded_bytes > MAX_UNYIELDED_BYTES:
+            self._unyielded_bytes = 0
+            await trio.lowlevel.checkpoint()
+
+    # -------------------------------------------------------------- negotiation
+
+    async def negotiate(self, start_tls: Callable[[], Awaitable[TlsStream]] | None) -> Export | None:
+        """The export that the client opens; None if it leaves first.
+
+        Args:
+            start_tls: puts TLS over the socket once the client asks for it; raises PitfsError.
+
+        Raises:
+            PitfsError: no TLS, or the store can't be read.
+        """
+        await self._send(self._protocol.greeting())
+        while (event := await self._next()) is not None:
+            match event:
+                case Send(data) | Close(data):
+                    await self._send(data)
+                case AskList():
+                    listed = await self._shared.ask(self._shared.exports.listed)
+                    await self._send(self._protocol.answer_list(listed))
+                case AskExport(name, opens):
+                    await self._answer(name, opens)
+                    if self._opened is not None:
+                        return self._opened
+                case StartTls(data):
+                    assert start_tls is not None
+                    await self._send(data)
+                    self._stream = WrappedStream(await start_tls())
+                    self._protocol.tls_started()
+        return None
+
+    async def _answer(self, name: str, opens: bool) -> None:
+        export, problem = None, ""
+        try:
+            export = await self._shared.ask(partial(self._shared.exports.find, name, opens=opens))
+        except NoSuchExportError as error:
+            problem = str(error)
+            log.info("%s: %s", self._peer, error)
+        except PitfsError as error:
+            problem = f"{name}: can't be opened: the server's log has the details"
+            log.error("%s: %s: %s", self._peer, name, error)
+        self._opened = export if opens else None
+        await self._send(self._protocol.answer_export(export.info if export else None, problem))
+
+    async def release(self) -> None:
+        """Lets go of the instant that was opened."""
+        if self._opened is not None:
+            with trio.CancelScope(shield=True):
+                await self._shared.ask(self._shared.exports.close, self._opened)
+
+    # -------------------------------------------------------------- requests
+
+    async def serve(self, view: PointInTimeView) -> None:
+        """Answers requests until the client leaves."""
+        async with trio.open_nursery() as nursery:
+            try:
+                await self._take_requests(view, nursery)
+            except (RemoteProtocolError, OSError, trio.BrokenResourceError) as error:
+                self._break(error, nursery)
+        if self._broken is not None:
+            raise self._broken
+
+    def _break(self, error: Exception, nursery: trio.Nursery) -> None:
+        self._broken = self._broken or error
+        nursery.cancel_scope.cancel()
+
+    async def _take_requests(self, view: PointInTimeView, nursery: trio.Nursery) -> None:
+        while (event := await self._next()) is not None:
+            if isinstance(event, Request):
+                done = 0
+                if event.command == Command.READ:
+                    done = await self._send_cached(view, event)
+                if done < event.size:
+                    await self._slots.acquire()
+                    nursery.start_soon(self._perform, view, event, done, nursery)
+            elif isinstance(event, Send):
+                await self._send(event.data)
+
+    async def _send_cached(self, view: PointInTimeView, request: Request) -> int:
+        """Answers a read as far as that needs no waiting for the disk; returns how many bytes of it."""
+        offset, end = request.offset, request.offset + request.size
+        if request.size > PIECE_BYTES and not self._protocol.is_divisible(request):
+            return 0
+        buffer = self._shared.take_buffer()
+        try:
+            while offset < end:
+                size = min(PIECE_BYTES - offset % PIECE_BYTES, end - offset)
+                data = view.try_read_cached(offset, size, buffer)
+                if data is None:
+                    break
+                await self._send(self._protocol.data_header(request, offset, size), data)
+                offset += size
+        except PitfsError:  # found again, and answered, where what can't be read at once is read
+            pass
+        finally:
+            self._shared.give_back(buffer)
+        return offset - request.offset
+
+    async def _perform(
+        self, view: PointInTimeView, request: Request, done: int, nursery: trio.Nursery
+    ) -> None:
+        """Answers a request, a read from byte `done` of it on."""
+        is_large = request.size > SMALL_BYTES
+        if is_large:
+            await self._large.acquire()
+        buffer = self._shared.take_buffer()
+        try:
+            if request.command == Command.BLOCK_STATUS:
+                await self._tell_status(view, request)
+            elif request.command == Command.CACHE:
+                await self._cache(view, request, buffer)
+            elif self._protocol.is_divisible(request):
+                await self._send_pieces(view, request, done, buffer)
+            else:
+                await self._send_whole(view, request, buffer)
+        except (OSError, trio.BrokenResourceError, _UnfinishedError) as error:
+            self._break(error, nursery)
+        finally:
+            self._shared.give_back(buffer)
+            if is_large:
+                self._large.release()
+            self._slots.release()
+
+    async def _send_pieces(
+        self, view: PointInTimeView, request: Request, done: int, buffer: ReadBuffer
+    ) -> None:
+        has_end = False
+        for offset, size in _cut(request.offset + done, request.size - done, PIECE_BYTES):
+            try:
+                data = await self._read(view, offset, size, buffer)
+            except CorruptionError:
+                has_end = await self._send_blocks(view, request, offset, size, buffer)
+            except PitfsError as error:
+                log.error("%s: %s", self._peer, error)
+                await self._send(self._protocol.failed_at(request, Error.EIO, NO_DATA, offset))
+                has_end = False
+            else:
+                await self._send(self._protocol.data_header(request, offset, size), data)
+                has_end = True
+        if not has_end:
+            await self._send(self._protocol.finished(request))
+
+    async def _send_blocks(
+        self, view: PointInTimeView, request: Request, offset: int, size: int, buffer: ReadBuffer
+    ) -> bool:
+        """Sends those blocks that are what was written; returns whether the last one is."""
+        has_end = False
+        for start, length in _cut(offset, size, view.block_size):
+            try:
+                data = await self._read(view, start, length, buffer)
+            except PitfsError as error:
+                log.error("%s: %s", self._peer, error)
+                await self._send(self._protocol.failed_at(request, Error.EIO, NO_DATA, start))
+                has_end = False
+            else:
+                await self._send(self._protocol.data_header(request, start, length), data)
+                has_end = True
+        return has_end
+
+    async def _send_whole(self, view: PointInTimeView, request: Request, buffer: ReadBuffer) -> None:
+        """Answers a read that comes in one piece, and must be right from its first byte on.
+
+        A large one is read twice rather than kept: once to know that it is right, once to send it.
+        """
+        pieces = list(_cut(request.offset, request.size, PIECE_BYTES))
+        data: Buffer = b""
+        try:
+            for piece in pieces:
+                data = await self._read(view, *piece, buffer)
+        except PitfsError as error:
+            log.error("%s: %s", self._peer, error)
+            await self._send(self._protocol.failed(request, Error.EIO, NO_DATA))
+            return
+        header = self._protocol.data_header(request, request.offset, request.size)
+        if len(pieces) == 1:
+            await self._send(header, data)
+            return
+        async with self._sending:
+            for piece in pieces:
+                try:
+                    data = await self._read(view, *piece, buffer)
+                except PitfsError as error:
+                    raise _UnfinishedError(f"in the middle of a reply: {error}") from error
+                await self._stream.send(header, data)
+                header = b""
+
+    async def _cache(self, view: PointInTimeView, request: Request, buffer: ReadBuffer) -> None:
+        """Reads, so that it is in memory when it is asked for."""
+        try:
+            for piece in _cut(request.offset, request.size, PIECE_BYTES):
+                await self._read(view, *piece, buffer)
+        except PitfsError as error:
+            log.error("%s: %s", self._peer, error)
+            await self._send(self._protocol.failed(request, Error.EIO, NO_DATA))
+        else:
+            await self._send(self._protocol.finished(request))
+
+    async def _tell_status(self, view: PointInTimeView, request: Request) -> None:
+        limit = 1 if request.flags & CommandFlag.REQ_ONE else MAX_EXTENTS
+        question = partial(_extents, view, request.offset, request.offset + request.size, limit)
+        try:
+            extents = await trio.to_thread.run_sync(question, limiter=self._shared.readers)
+        except PitfsError as error:
+            log.error("%s: %s", self._peer, error)
+            await self._send(self._protocol.failed(request, Error.EIO, NO_DATA))
+        else:
+            await self._send(self._protocol.extents(request, extents))
+
+    async def _read(self, view: PointInTimeView, offset: int, size: int, buffer: ReadBuffer) -> memoryview:
+        data = view.try_read_cached(offset, size, buffer)
+        if data is None:
+            return await trio.to_thread.run_sync(view.read, offset, size, buffer, limiter=self._shared.readers)
+        await self._worked_on(size)
+        return data
+
+
+class _UnfinishedError(PitfsError):
+    """A reply that can't be completed: the client can only learn it by the end of the connection."""
+
+
+def _cut(offset: int, size: int, step: int) -> Iterator[tuple[int, int]]:
+    """(offset, size) of the parts of a range that begin at multiples of `step`."""
+    end = offset + size
+    while offset < end:
+        part = min(step - offset % step, end - offset)
+        yield offset, part
+        offset += part
+
+
+def _extents(view: PointInTimeView, start: int, end: int, limit: int) -> list[tuple[int, int]]:
+    """(bytes, flags) from `start` on: what has data and what hasn't, in turns."""
+    extents: list[tuple[int, int]] = []
+    at = start
+    for low, high in view.data_ranges(start, end):
+        if low > at:
+            extents.append((low - at, HOLE_AND_ZERO))
+        extents.append((high - low, 0))
+        at = high
+        if len(extents) >= limit:
+            return extents[:limit]
+    if at < end:
+        extents.append((end - at, HOLE_AND_ZERO))
+    return extents

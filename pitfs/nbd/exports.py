@@ -1,0 +1,117 @@
+"""Which exports there are: names of the mount's tree, without the suffix of images, to views of a volume.
+
+    2026-11-22T23-54-00.123456789Z/root    the canonical name
+    latest/root, 5m-ago/root, bookmarks/before-upgrade/root, times/2026-11-22/23-54/23-54-07/root, …
+
+Whatever leads to an instant in the tree does so here, at the moment in which it is asked for.
+"""
+
+from __future__ import annotations
+
+import collections
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from pitfs.errors import NoSuchInstantError, PitfsError
+from pitfs.model.position import format_instant
+from pitfs.nbd.negotiation import ExportInfo
+from pitfs.view.tree import LATEST, ROOT_INODE, NoEntryError, Tree, Type
+from pitfs.view.view import PointInTimeView, TableCache
+
+if TYPE_CHECKING:
+    from pitfs.store.holders import Holder
+    from pitfs.store.store import Resolution, Store
+
+MAX_LISTED_SNAPSHOTS: Final = 100  # the newest; a client may ask about each that is listed
+MAX_VIEWS: Final = 256  # with resolved tables at hand, shared by connections to one instant; some 300 bytes each
+
+
+class NoSuchExportError(PitfsError):
+    """Nothing in the tree has that name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    info: ExportInfo
+    view: PointInTimeView
+
+
+class Exports:
+    """The exports of one store. For one thread at a time, as the tree is; the views that it gives are for any."""
+
+    def __init__(self, store: Store, tree: Tree, holder: Holder) -> None:
+        self._store = store
+        self._tree = tree
+        self._holder = holder
+        self._tables = TableCache()
+        self._views: collections.OrderedDict[tuple[int, int], PointInTimeView] = collections.OrderedDict()
+
+    def find(self, name: str, *, opens: bool) -> Export:
+        """The export that a name leads to now.
+
+        Args:
+            opens: and hold its instant, until `close`.
+
+        Raises:
+            NoSuchExportError: there is none; says why.
+            PitfsError: the store can't be read.
+        """
+        path, _, volume = name.rpartition("/")
+        names = [each.name for each in self._store.volumes]
+        if not path:
+            raise NoSuchExportError(f"no export {name!r}: say a time and a volume, as in {LATEST}/{names[0]}")
+        try:
+            instant = ROOT_INODE
+            for part in path.split("/"):
+                instant = self._follow(instant, part)
+            resolution = self._tree.resolution_of(instant)
+        except NoEntryError:
+            resolution = None
+        if resolution is None:
+            raise NoSuchExportError(f"no export {name!r}: nothing can be reached at {path!r}: see `pitfs list`")
+        if volume not in names:
+            raise NoSuchExportError(f"no export {name!r}: the volumes are {', '.join(names)}")
+        if opens:
+            try:
+                resolution = self._holder.pinned(self._store, resolution)
+            except NoSuchInstantError as error:
+                raise NoSuchExportError(f"no export {name!r}: {error}") from None
+        view = self._view(resolution, names.index(volume))
+        canonical = f"{format_instant(resolution.time_ns)}/{volume}"
+        description = f"volume {volume} of group {self._store.group}, {resolution.kind}, seq {resolution.seq}"
+        return Export(ExportInfo(canonical, description, view.size_bytes, view.block_size), view)
+
+    def close(self, export: Export) -> None:
+        """Takes back what `find` held."""
+        self._holder.unpin(export.view.resolution.seq)
+
+    def listed(self) -> list[tuple[str, str]]:
+        """(name, description) of latest and of the newest snapshots, newest first, of each volume."""
+        latest = self._store.latest()
+        if latest is None:
+            return []
+        instants = [(LATEST, f"the newest instant, {format_instant(latest.time_ns)} now")]
+        newest = collections.deque(self._store.snapshots(), MAX_LISTED_SNAPSHOTS)
+        instants += [(format_instant(each.time_ns), f"snapshot, seq {each.seq}") for each in reversed(newest)]
+        return [
+            (f"{instant}/{volume.name}", description)
+            for instant, description in instants
+            for volume in self._store.volumes
+        ]
+
+    def _follow(self, directory: int, name: str) -> int:
+        entry = self._tree.lookup(directory, name.encode())
+        if entry.type is Type.LINK:  # in whatever directory, to an instant of the root's
+            target = self._tree.target(entry.inode).rpartition("/")[2]
+            entry = self._tree.lookup(ROOT_INODE, target.encode())
+        return entry.inode
+
+    def _view(self, resolution: Resolution, volume: int) -> PointInTimeView:
+        key = resolution.seq, volume
+        view = self._views.get(key)
+        if view is None:
+            view = self._views[key] = PointInTimeView(self._store, resolution, volume, self._tables)
+            if len(self._views) > MAX_VIEWS:
+                self._views.popitem(last=False)
+        self._views.move_to_end(key)
+        return view

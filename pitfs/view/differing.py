@@ -1,0 +1,120 @@
+"""Where two instants of a volume differ: exactly, block by block.
+
+    next leaf in which they may differ -> both tables of it -> pointers equal: the same
+                                                            -> checksums differ: different
+                                                            -> else both blocks are read: equal bytes, or not
+
+A checksum alone never says that blocks are equal; that it says they aren't is certain. So blocks are read only where
+the same content was written twice. The walk costs what differs, and what was written in the intervals that the two
+instants lie in: not the volume's size, nor the history between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import numpy.typing as npt
+from xxhash import xxh3_64_intdigest
+
+from pitfs.model.blockmap import FANOUT, U64Array
+from pitfs.view.ranges import joined, runs
+from pitfs.view.view import PointInTimeView, ReadBuffer, TableCache
+
+if TYPE_CHECKING:
+    from pitfs.store.store import Resolution, Store
+
+READ_BYTES: Final = 1 << 20
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class DifferingLeaf:
+    """Blocks [first, first + 512) of a volume, some of which differ.
+
+    Attributes:
+        differs: bool[512].
+        one, other: checksums uint64[512] at the two instants; of zeros too.
+    """
+
+    first: int
+    differs: BoolArray
+    one: U64Array
+    other: U64Array
+
+
+class Difference:
+    """What differs between two instants of a volume.
+
+    Args:
+        one, other: resolved states of the store, either may be the earlier one.
+        volume: its index.
+    """
+
+    def __init__(self, store: Store, one: Resolution, other: Resolution, volume: int) -> None:
+        info = store.volumes[volume]
+        self.block_size: int = info.block_size
+        self.size_bytes: int = info.size_bytes
+        self._store, self._volume = store, volume
+        self._states = one, other
+        tables = TableCache(max_bytes=0)  # the few that it always has: leaves come one after the other
+        self._views = tuple(PointInTimeView(store, state, volume, tables) for state in self._states)
+        self._zeros = np.uint64(xxh3_64_intdigest(bytes(info.block_size)))
+
+    def leaves(self) -> Iterator[DifferingLeaf]:
+        """All leaves with blocks that differ, ascending.
+
+        Raises:
+            CorruptionError: block map, journal, or a block that had to be read, aren't what was written.
+            PitfsError: the disk refuses.
+        """
+        buffers = ReadBuffer(READ_BYTES), ReadBuffer(READ_BYTES)
+        index = self._store.next_difference(*self._states, self._volume, 0)
+        while index is not None:
+            tables = [self._store.leaf(state, self._volume, index) for state in self._states]
+            one, other = (np.where(pointers == 0, self._zeros, sums) for pointers, sums in tables)
+            differs, doubtful = compare(tables[0][0], one, tables[1][0], other)
+            for start, end in runs(doubtful).tolist():
+                differs[start:end] = self._read_and_compare(index * FANOUT + start, end - start, buffers)
+            if differs.any():
+                yield DifferingLeaf(index * FANOUT, differs, one, other)
+            index = self._store.next_difference(*self._states, self._volume, index + 1)
+
+    def ranges(self, leaves: Iterable[DifferingLeaf]) -> Iterator[tuple[int, int]]:
+        """Byte ranges [start, end) that differ in these, ascending, coalesced; whole blocks up to the image's end."""
+        return joined(((runs(leaf.differs) + leaf.first) * self.block_size).clip(0, self.size_bytes) for leaf in leaves)
+
+    def _read_and_compare(self, first: int, count: int, buffers: tuple[ReadBuffer, ReadBuffer]) -> BoolArray:
+        """Whether each of the blocks differs, by their bytes."""
+        differs = np.ones(count, np.bool_)
+        step = READ_BYTES // self.block_size
+        for start in range(0, count, step):
+            end = min(start + step, count)
+            offset, size = (first + start) * self.block_size, (end - start) * self.block_size
+            one, other = (view.read(offset, size, buffer) for view, buffer in zip(self._views, buffers, strict=True))
+            if one == other:
+                differs[start:end] = False
+                continue
+            for block in range(end - start):
+                place = slice(block * self.block_size, (block + 1) * self.block_size)
+                differs[start + block] = one[place] != other[place]
+        return differs
+
+
+def compare(
+    pointers: U64Array, checksums: U64Array, others: U64Array, other_checksums: U64Array
+) -> tuple[BoolArray, BoolArray]:
+    """What pointers and checksums say about pairs of blocks: (certainly different, only their bytes can tell).
+
+    Args: shape (n,) each; checksums also where the pointer is 0: those of zeros.
+    """
+    elsewhere = pointers != others
+    same_sum = checksums == other_checksums
+    return elsewhere & ~same_sum, elsewhere & same_sum
+
+
+def bitmap(leaf: DifferingLeaf) -> bytes:
+    """A leaf's blocks as 64 bytes: bit i % 8 (1 << i % 8) of byte i // 8 is that of block `first` + i."""
+    return np.packbits(leaf.differs, bitorder="little").tobytes()
