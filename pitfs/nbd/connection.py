@@ -190,8 +190,8 @@ class Connection:
     async def _send_cached(self, view: PointInTimeView, request: Request) -> int:
         """Answers a read as far as that needs no waiting for the disk; returns how many bytes of it."""
         offset, end = request.offset, request.offset + request.size
-        if request.size > PIECE_BYTES and not self._protocol.is_divisible(request):
-            return 0
+        if offset // PIECE_BYTES != (end - 1) // PIECE_BYTES and not self._protocol.is_divisible(request):
+            return 0  # several pieces, none of which may fail once the first is sent
         buffer = self._shared.take_buffer()
         try:
             while offset < end:

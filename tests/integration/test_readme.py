@@ -25,7 +25,7 @@ SERVICES = ("pitfs-protect@.service", "pitfs-receive.service")
 # Programs of others whose long options are looked up in what they print for --help.
 OTHERS = frozenset(
     ("apt-get", "cp", "dd", "diff", "e2fsck", "fsfreeze", "getfattr", "install", "ln", "losetup", "ls", "mkdir")
-    + ("mkfs.ext4", "mount", "openssl", "python3", "systemctl", "truncate", "umount")
+    + ("mkfs.ext4", "mount", "nbdcopy", "nbdinfo", "openssl", "python3", "qemu-img", "systemctl", "truncate", "umount")
 )
 
 
