@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 from pitfs.errors import PitfsError, UsageError
 from pitfs.fuse.mountinfo import escaped, mounted_at
-from pitfs.fuse.workers import Minder, default_workers, fuse_descriptor, retell, tell
+from pitfs.fuse.workers import READY, Minder, default_workers, fuse_descriptor, retell, tell
 
 if TYPE_CHECKING:
     import pyfuse3
@@ -41,7 +41,6 @@ FSTYPE: Final = "fuse.pitfs"
 # 128 KiB is the kernel's; sequential reads with 1 MiB are more than twice as fast, with 4 MiB no faster.
 READAHEAD_KIB: Final = 2048
 MAX_DEAD_MOUNTS: Final = 16  # stacked on one mountpoint; more is somebody's loop
-_MOUNTED: Final = b"mounted"
 UMOUNT_HELPER: Final = "/sbin/umount.pitfs"
 UMOUNT_OPTION: Final = "helper=pitfs"
 _DEAD: Final = (errno.ENOTCONN, errno.ECONNABORTED)
@@ -194,7 +193,7 @@ def _observe(reader: int, mountpoint: str, daemon: int | None) -> int:
     """Waits until the mount answers to somebody outside its daemon; passes on what that says instead."""
     with open(reader, "rb") as pipe:
         word = pipe.read()
-    if word == _MOUNTED:
+    if word == READY:
         try:
             device = os.stat(mountpoint).st_dev
         except OSError as error:
@@ -284,12 +283,7 @@ def _serve(request: MountRequest, writer: int) -> None:
             seat.answer_init()
         if not request.foreground:
             _detach(request.verbose)
-
-        def ready() -> None:
-            os.write(writer, _MOUNTED)
-            os.close(writer)
-
-        minder.serve(seat, ready)
+        minder.serve(seat)
     finally:
         pyfuse3.close()
 

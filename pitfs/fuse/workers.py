@@ -97,13 +97,14 @@ class _Child:
     pid: int
     channel: socket.socket
     is_ready: bool = False
+    has_failed: bool = False  # and said why
 
 
 class Minder:
     """Starts the workers of one mount and watches over them.
 
     Args:
-        writer: descriptor that none of them may keep open.
+        writer: descriptor for the word that the mount answers; none of them may keep it open.
     """
 
     def __init__(self, request: MountRequest, writer: int) -> None:
@@ -140,8 +141,8 @@ class Minder:
         open_operations(self._request).close()
         channel.send(READY)
 
-    def serve(self, seat: Seat, ready: Callable[[], None]) -> None:
-        """Starts the workers, calls `ready` when they answer, and returns when the mount is to end.
+    def serve(self, seat: Seat) -> None:
+        """Starts the workers, writes `READY` when they answer, and returns when the mount is to end.
 
         Raises:
             PitfsError: no worker can serve.
@@ -153,7 +154,9 @@ class Minder:
                 self._fork(self._work)
             while not self._is_ending and not all(child.is_ready for child in self._children.values()):
                 self._step(None)
-            ready()
+            os.write(self._writer, READY)
+            os.close(self._writer)
+            self._writer = -1
             while not self._is_ending:
                 self._step(self._restart())
         finally:
@@ -184,6 +187,7 @@ class Minder:
             child.is_ready = True
         elif message:
             failure = retell(message)
+            child.has_failed = True
             if not any(other.is_ready for other in self._children.values()):
                 raise failure
             log.error("a worker can't be started: %s", failure)
@@ -204,6 +208,8 @@ class Minder:
             self._forget(pid)
             if self._is_unmounted():
                 self._is_ending = True
+                continue
+            if child.has_failed:
                 continue
             ended = os.waitstatus_to_exitcode(status)
             how = f"by {signal.Signals(-ended).name}" if ended < 0 else f"with {ended}"
@@ -287,7 +293,8 @@ class Minder:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: all get it, the minder passes it on
             for descriptor in (self._writer, self._wakeup, self._waker):
-                os.close(descriptor)
+                if descriptor >= 0:
+                    os.close(descriptor)
             for other in self._children.values():
                 other.channel.close()
             work(channel)

@@ -14,12 +14,12 @@ from __future__ import annotations
 import collections
 import errno
 import itertools
+import mmap
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CorruptionError, PitfsError
@@ -62,7 +62,10 @@ class ReadBuffer:
 
     def __init__(self, size_bytes: int = MAX_REQUEST_BYTES) -> None:
         """Room for any read of up to `size_bytes` bytes: its first and last block may stick out."""
-        self.memory = memoryview(bytearray(size_bytes + 2 * MAX_BLOCK_BYTES))
+        # Whole pages: the kernel copies to 16 bytes behind a page's start, where a bytearray of this size would
+        # begin, at half the speed (measured on an EPYC: 124 instead of 58 us for a MiB).
+        room_bytes = size_bytes + 2 * MAX_BLOCK_BYTES
+        self.memory = memoryview(mmap.mmap(-1, room_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         self._blocks: dict[int, list[memoryview]] = {}
 
     def blocks(self, block_size: int) -> list[memoryview]:
@@ -219,28 +222,30 @@ class PointInTimeView:
         if entries is None:
             return None
         pointers, checksums = entries
-        is_data = pointers != 0
-        if not is_data.any() and end - offset <= len(_ZEROS):
+        data_count = int(np.count_nonzero(pointers))
+        if not data_count and end - offset <= len(_ZEROS):
             return _ZEROS[: end - offset]
-        delta = pointers[1:] - pointers[:-1]  # wraps around: only equality is asked
-        follows = (delta == self._units) | ((delta == 0) & ~is_data[1:])
-        starts = [0, *(np.flatnonzero(~follows) + 1).tolist(), last - first]
-        for low, high in itertools.pairwise(starts):
-            pointer = pointers.item(low)
+        breaks = (pointers[1:] - pointers[:-1]) != self._units  # wraps around: only equality is asked
+        if data_count < last - first:
+            breaks &= (pointers[1:] != 0) | (pointers[:-1] != 0)
+        starts = breaks.nonzero()[0] + 1
+        heads, starts = [pointers.item(0), *pointers[starts].tolist()], [0, *starts.tolist(), last - first]
+        memory = buffer.memory
+        for pointer, (low, high) in zip(heads, itertools.pairwise(starts), strict=True):
             if not pointer:
-                _fill_zeros(buffer.memory, low << shift, high << shift)
-            elif not self._read_run(pointer, buffer.memory[low << shift : high << shift], flags):
+                _fill_zeros(memory, low << shift, high << shift)
+            elif not self._read_run(pointer, memory[low << shift : high << shift], flags):
                 return None
-        self._verify(first, pointers, checksums, is_data, buffer)
+        self._verify(first, pointers, checksums, data_count, buffer)
         start = offset - (first << shift)
-        return buffer.memory[start : start + end - offset]
+        return memory[start : start + end - offset]
 
     def _read_run(self, pointer: int, target: memoryview, flags: int) -> bool:
         """Fills `target` with the blocks that stand one after the other from `pointer` on.
 
         False if that would wait and flags say not to.
         """
-        number, position = pointer_object(pointer), data_offset(pointer_unit(pointer))
+        number, position = pointer >> UNIT_BITS, HEADER_BYTES + (pointer & UNIT_MASK) * UNIT_BYTES
         fd = self._opened(number) if flags else self._fd(number)
         if fd is None:
             return False
@@ -262,24 +267,21 @@ class PointInTimeView:
             position += count
 
     def _verify(
-        self,
-        first: int,
-        pointers: U64Array,
-        checksums: U64Array,
-        is_data: npt.NDArray[np.bool_],
-        buffer: ReadBuffer,
+        self, first: int, pointers: U64Array, checksums: U64Array, data_count: int, buffer: ReadBuffer
     ) -> None:
         """Compares the blocks in the buffer, from its start on, with their checksums; zeros weren't read."""
         blocks = buffer.blocks(self.block_size)[: len(pointers)]
-        if is_data.all():
-            expected: list[int] = checksums.tolist()
+        expected: list[int]
+        if data_count == len(pointers):
+            expected = checksums.tolist()
         else:
+            is_data = pointers != 0
             blocks = list(itertools.compress(blocks, is_data.tolist()))
             expected = checksums[is_data].tolist()
         found = list(map(xxh3_64_intdigest, blocks))
         if found != expected:
             bad = next(i for i, digest in enumerate(found) if digest != expected[i])
-            index = int(np.flatnonzero(is_data)[bad])
+            index = int(np.flatnonzero(pointers)[bad])
             raise self._corruption(first + index, pointers.item(index))
 
     def _not_now(self, error: OSError, pointer: int) -> None:

@@ -195,6 +195,7 @@ class Mount:
         self.path = tmp / name
         self.path.mkdir(exist_ok=True)
         self.options = options
+        self.command = pitfs_command("mount.pitfs")
         self.log = tmp / f"{name}.log"
         self.mark = ""
         self.process: Daemon | None = None
@@ -221,7 +222,7 @@ class Mount:
         Raises:
             HostError: it failed, or nothing is mounted when it returns.
         """
-        command = [*pitfs_command("mount.pitfs"), str(self.store), str(self.path)]
+        command = [*self.command, str(self.store), str(self.path)]
         command += ["-o", self.options] if self.options else []
         self.mark = self.mark or os.urandom(16).hex()
         with self.log.open("ab") as log:
