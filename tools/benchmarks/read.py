@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import export
 import histories
 import scratch
 from common import Setting, bytes_per_second, per_second, preallocate, readahead
@@ -88,6 +89,7 @@ def run(setting: Setting) -> list[Measure]:
         scene = prepare(setting)
         measures = _measure(setting, scene)
         measures += scratch.measures(setting, scene.store, scene.instant, scene.flat)
+        measures += export.measures(setting, scene.store, scene.instant, scene.flat)
         shutil.rmtree(scene.store)
         scene.flat.unlink()
         measures += histories.rows(setting, memory)
