@@ -35,7 +35,8 @@ PERMANENT_TIMEOUT_S: Final = 300.0  # what never changes may only be pruned
 # Not a timeout of the kernel's: the root of a dead mount would seem alive for as long.
 ROOT_LATE_S: Final = 1.0
 MAX_VIEWS: Final = 1024  # images with resolved tables at hand; a view is some 300 bytes
-MAX_THREADS: Final = 16  # cold reads under way: what a disk likes to have queued
+MAX_TABLES_BYTES: Final = 16 << 20  # in each process: they lead to 4 GiB of image in blocks of 4 KiB
+MAX_THREADS: Final = 8  # cold reads under way, in each process: what a disk likes to have queued
 MAX_LISTINGS: Final = 16  # begun ones kept at hand; each holds at most a page of the catalog, and of bookmarks
 NAME_MAX: Final = 255
 USER_ATTRIBUTES: Final = b"user."  # the one namespace of extended attributes that there is
@@ -95,7 +96,7 @@ class Replica(pyfuse3.Operations):
             Type.FILE: stat.S_IFREG | ownership.mode,
             Type.LINK: stat.S_IFLNK | 0o777,
         }
-        self._tables = TableCache()
+        self._tables = TableCache(MAX_TABLES_BYTES)
         self._views: collections.OrderedDict[int, Image] = collections.OrderedDict()
         # One buffer for all inline reads: pyfuse3 sends what a handler returns before any other task runs.
         self._buffer = ReadBuffer()
