@@ -45,10 +45,14 @@ def holder_rows(store: str) -> list[dict[str, Any]]:
 
 
 def _row(each: Held) -> dict[str, Any]:
+    from pitfs.fuse.loops import image_loops
+
     devices = []
     if each.what.startswith(MOUNT):
         devices = [
-            {"device": device, "image": image} for device, image in loops_below(each.what.removeprefix(MOUNT))
+            {"device": image.loop.device, "instant": image.instant, "volume": image.volume}
+            for image in image_loops()
+            if image.mount is not None and image.mount.mountpoint == each.what.removeprefix(MOUNT)
         ]
     unlisted = each.unlisted and {
         "count": each.unlisted.count,
@@ -73,15 +77,5 @@ def holder_text(row: dict[str, Any]) -> str:
         parts[0] += f" and {len(instants) - _SHOWN} more"
     if row["unlisted"]:
         parts.append(f"everything from {row['unlisted']['from']} to {row['unlisted']['to']}")
-    parts += [f"{each['device']} over {each['image']}" for each in row["devices"]]
+    parts += [f"{each['device']} over {each['instant']}/{each['volume']}" for each in row["devices"]]
     return f"{row['what']} (pid {row['pid']}): {'; '.join(parts)}"
-
-
-def loops_below(directory: str) -> list[tuple[str, str]]:
-    """(device, path in the directory) of loop devices over files in a directory, by /sys: a mount isn't asked."""
-    from pitfs.fuse.loops import loops
-
-    prefix = directory.rstrip("/") + "/"
-    return [
-        (loop.device, loop.backing.removeprefix(prefix)) for loop in loops() if loop.backing.startswith(prefix)
-    ]

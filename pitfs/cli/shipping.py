@@ -33,7 +33,7 @@ from pitfs.storage.files import storage_error
 
 log = logging.getLogger(__name__)
 
-MAX_INTERVAL_ROWS: Final = 1 << 20  # blocks written: building the difference takes some 300 B of RAM for each
+MAX_INTERVAL_ROWS: Final = 1 << 19  # blocks written: building the difference takes some 300 B of RAM for each
 MAX_INTERVAL_PART: Final = 4  # of the journal's capacity: the largest part that an interval may take
 WATCH_S: Final = 2.0  # how often that is looked at: seldom for the splitter, often for what may be written
 
@@ -315,6 +315,7 @@ class Shipper:
         try:
             segments = interval.start.segment, interval.end.segment
             await trio.to_thread.run_sync(self._durability.make, *segments)
+            self._backfill.forget()
             prepared = await trio.to_thread.run_sync(
                 shipment.prepare, interval, self._volumes, source, wants_journal
             )

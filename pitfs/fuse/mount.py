@@ -14,6 +14,7 @@ end would wait for the unmount; the kernel's log (/dev/kmsg) gets the lines inst
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import errno
@@ -30,7 +31,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 from pitfs.errors import PitfsError, UsageError
 from pitfs.fuse.mountinfo import escaped, mounted_at
-from pitfs.fuse.workers import READY, Minder, default_workers, retell, tell
+from pitfs.fuse.workers import READY, Minder, default_workers, fuse_descriptor, retell, tell
 
 if TYPE_CHECKING:
     import pyfuse3
@@ -271,13 +272,15 @@ def _serve(request: MountRequest, writer: int) -> None:
     probed = minder.probe()
     import pyfuse3  # while the store is looked at; the first of these takes longer
 
+    from pitfs.fuse.init_flags import without_privileges
     from pitfs.fuse.loop import Seat
 
     probed()
     seat = Seat()
     _fuse_init(seat, request)
     try:
-        seat.answer_init()
+        with without_privileges(fuse_descriptor()) if request.scratch else contextlib.nullcontext():
+            seat.answer_init()
         if not request.foreground:
             _detach(request.verbose)
         minder.serve(seat)

@@ -148,8 +148,8 @@ class Connection:
             problem = str(error)
             log.info("%s: %s", self._peer, error)
         except PitfsError as error:
-            problem = f"{name}: can't be opened: the server's log has the details"
-            log.error("%s: %s: %s", self._peer, name, error)
+            problem = f"{name!r}: can't be opened: the server's log has the details"
+            log.error("%s: %r: %s", self._peer, name, error)
         self._opened = export if opens else None
         await self._send(self._protocol.answer_export(export.info if export else None, problem))
 
@@ -190,8 +190,8 @@ class Connection:
     async def _send_cached(self, view: PointInTimeView, request: Request) -> int:
         """Answers a read as far as that needs no waiting for the disk; returns how many bytes of it."""
         offset, end = request.offset, request.offset + request.size
-        if request.size > PIECE_BYTES and not self._protocol.is_divisible(request):
-            return 0
+        if offset // PIECE_BYTES != (end - 1) // PIECE_BYTES and not self._protocol.is_divisible(request):
+            return 0  # several pieces, none of which may fail once the first is sent
         buffer = self._shared.take_buffer()
         try:
             while offset < end:

@@ -51,12 +51,13 @@ from pitfs.nbd.wire import (
 
 Buffer = bytes | bytearray | memoryview
 
-_FLAGS: Final = ServerFlag.FIXED_NEWSTYLE | ServerFlag.NO_ZEROES
+# As numbers: of a Flag, ~ leaves only the bits that have names.
+_FLAGS: Final = int(ServerFlag.FIXED_NEWSTYLE | ServerFlag.NO_ZEROES)
 _WRITES: Final = frozenset((Command.WRITE, Command.TRIM, Command.WRITE_ZEROES))
-_READS: Final = {
-    Command.READ: CommandFlag.DF,
-    Command.CACHE: CommandFlag(0),
-    Command.BLOCK_STATUS: CommandFlag.REQ_ONE,
+_READS: Final[dict[int, int]] = {
+    Command.READ: int(CommandFlag.DF),
+    Command.CACHE: 0,
+    Command.BLOCK_STATUS: int(CommandFlag.REQ_ONE),
 }  # what is served, and the flags that each may have
 
 
@@ -231,7 +232,7 @@ class NbdProtocol:
         return Request(command, flags, cookie, offset, size)
 
     def _problem(self, command: int, flags: int, offset: int, size: int) -> str | None:
-        allowed = _READS.get(command)  # type: ignore[call-overload]
+        allowed = _READS.get(command)
         if allowed is None or (command == Command.BLOCK_STATUS and not self._negotiation.has_status):
             return "no such command here"
         if flags & ~allowed or (flags & CommandFlag.DF and not self.structured):

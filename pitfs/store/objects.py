@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import threading
 from collections import OrderedDict
+from contextlib import suppress
 from typing import Final
 
 from xxhash import xxh3_64_intdigest
@@ -24,7 +26,23 @@ from pitfs.store.layout import (
 )
 
 MAX_OPEN_OBJECTS: Final = 256  # well below the usual soft limit of 1024 descriptors
+# The blocks of one image may stand in as many objects as there were snapshots before it: with 256 descriptors and
+# 1,000 such objects reads took 2.5 times as long. Some 500 bytes each, kernel and all.
+MAX_OPEN_OBJECTS_READING: Final = 8192
+_OTHER_FILES: Final = 256  # descriptors that are left to whatever else the process does
 _CONTENTS: Final = (ObjectKind.SNAPSHOT_BLOCKS, ObjectKind.JOURNAL_BLOCKS)
+
+
+def reading_limit() -> int:
+    """How many objects a reader may keep open: raises the process's soft limit of descriptors as far as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_OPEN_OBJECTS_READING + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_OPEN_OBJECTS_READING if soft == resource.RLIM_INFINITY else max(min(wanted, soft) - _OTHER_FILES, 64)
 
 
 class MissingObjectError(CorruptionError):

@@ -19,7 +19,7 @@ from pitfs.store.catalog import Catalog
 from pitfs.store.facts import Interval, Resolution, Snapshot, Tail
 from pitfs.store.journals import JournalIndex, Position, chunk_cache
 from pitfs.store.layout import CATALOG, OBJECTS, ObjectKind, object_file, read_store_info
-from pitfs.store.objects import MissingObjectError, ObjectPool
+from pitfs.store.objects import MissingObjectError, ObjectPool, reading_limit
 from pitfs.store.snapshots import NodeReader, SnapshotMap
 from pitfs.store.tails import Tails
 
@@ -62,7 +62,8 @@ class Store:
         self.history = info.history
         self.volumes = info.volumes
         self._catalog = Catalog(os.path.join(path, CATALOG))
-        self.objects = ObjectPool(os.path.join(path, OBJECTS), bytes.fromhex(info.history))
+        history = bytes.fromhex(info.history)
+        self.objects = ObjectPool(os.path.join(path, OBJECTS), history, reading_limit())
         self._nodes = NodeReader(self.objects)
         self._chunks = chunk_cache()
         self._maps: Cache[int, SnapshotMap] = Cache(MAX_CACHED_MAPS)
@@ -210,6 +211,13 @@ class Store:
     def snapshots(self, from_ns: int | None = None, to_ns: int | None = None) -> Iterator[Snapshot]:
         """Snapshots by time."""
         return self._catalog.snapshots(from_ns, to_ns)
+
+    def newest_snapshots(self) -> Iterator[Snapshot]:
+        """Snapshots, newest first; one look-up for each."""
+        snapshot = self._catalog.last_snapshot()
+        while snapshot is not None:
+            yield snapshot
+            snapshot = self._catalog.snapshot_at_time(snapshot.time_ns - 1)
 
     def intervals(self, from_ns: int | None = None, to_ns: int | None = None) -> Iterator[Interval]:
         """Intervals between two snapshots that have an instant in that time, by time."""

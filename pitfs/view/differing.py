@@ -11,7 +11,7 @@ instants lie in: not the volume's size, nor the history between them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -36,11 +36,13 @@ class DifferingLeaf:
 
     Attributes:
         differs: bool[512].
+        zeros: bool[512], known to be zeros at the other instant.
         one, other: checksums uint64[512] at the two instants; of zeros too.
     """
 
     first: int
     differs: BoolArray
+    zeros: BoolArray
     one: U64Array
     other: U64Array
 
@@ -51,6 +53,9 @@ class Difference:
     Args:
         one, other: resolved states of the store, either may be the earlier one.
         volume: its index.
+
+    Attributes:
+        views: of the two, for reading where they differ.
     """
 
     def __init__(self, store: Store, one: Resolution, other: Resolution, volume: int) -> None:
@@ -60,7 +65,7 @@ class Difference:
         self._store, self._volume = store, volume
         self._states = one, other
         tables = TableCache(max_bytes=0)  # the few that it always has: leaves come one after the other
-        self._views = tuple(PointInTimeView(store, state, volume, tables) for state in self._states)
+        self.views = tuple(PointInTimeView(store, state, volume, tables) for state in self._states)
         self._zeros = np.uint64(xxh3_64_intdigest(bytes(info.block_size)))
 
     def leaves(self) -> Iterator[DifferingLeaf]:
@@ -79,17 +84,12 @@ class Difference:
             for start, end in runs(doubtful).tolist():
                 differs[start:end] = self._read_and_compare(index * FANOUT + start, end - start, buffers)
             if differs.any():
-                yield DifferingLeaf(index * FANOUT, differs, one, other)
+                yield DifferingLeaf(index * FANOUT, differs, tables[1][0] == 0, one, other)
             index = self._store.next_difference(*self._states, self._volume, index + 1)
 
-    def ranges(self) -> Iterator[tuple[int, int]]:
-        """Byte ranges [start, end) that differ, ascending, coalesced; whole blocks but for the volume's end.
-
-        Raises as `leaves`.
-        """
-        return joined(
-            ((runs(leaf.differs) + leaf.first) * self.block_size).clip(0, self.size_bytes) for leaf in self.leaves()
-        )
+    def ranges(self, leaves: Iterable[DifferingLeaf]) -> Iterator[tuple[int, int]]:
+        """Byte ranges [start, end) that differ in these, ascending, coalesced; whole blocks up to the image's end."""
+        return joined(((runs(leaf.differs) + leaf.first) * self.block_size).clip(0, self.size_bytes) for leaf in leaves)
 
     def _read_and_compare(self, first: int, count: int, buffers: tuple[ReadBuffer, ReadBuffer]) -> BoolArray:
         """Whether each of the blocks differs, by their bytes."""
@@ -98,7 +98,7 @@ class Difference:
         for start in range(0, count, step):
             end = min(start + step, count)
             offset, size = (first + start) * self.block_size, (end - start) * self.block_size
-            one, other = (view.read(offset, size, buffer) for view, buffer in zip(self._views, buffers, strict=True))
+            one, other = (view.read(offset, size, buffer) for view, buffer in zip(self.views, buffers, strict=True))
             if one == other:
                 differs[start:end] = False
                 continue

@@ -1,18 +1,20 @@
-"""A store with disks in it that can be attached, and `pitfs attach` and `detach` as a user calls them."""
+"""A store with disks in it that can be attached, and what is attached of it."""
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from pitfs.cli.main import main
 from pitfs.model.position import format_instant
 from pitfs.model.transfer import VolumeInfo
 from pitfs.store.ingest import Ingest
-from tests.helpers.processes import ROOT, pitfs_command, run, wait_until
+from tests.helpers.processes import run, wait_until
 from tests.helpers.stores import ingest_transfer
 from tests.helpers.transfers import History
 
@@ -74,23 +76,22 @@ def nothing_left(store: Path) -> Iterator[None]:
         for each in left:
             for place in each["mountpoints"]:
                 subprocess.run(["umount", place], capture_output=True, check=False)
-            subprocess.run([*pitfs_command(), "detach", each["device"]], capture_output=True, check=False)
+            main(["detach", each["device"]])
         wait_until(lambda: f" {store} " not in Path("/proc/self/mountinfo").read_text(), "its mounts are gone", 5)
     assert left == []
 
 
 def pitfs(*arguments: str | Path, code: int = 0) -> str:
-    """Standard output, or of a failure the one line on standard error."""
-    done = subprocess.run(
-        [*pitfs_command(), *map(str, arguments)], capture_output=True, text=True, check=False, cwd=ROOT, timeout=60
-    )
-    assert done.returncode == code, done.stderr
+    """Runs a command in this process. Standard output, or of a failure the one line on standard error."""
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        ended = main([str(argument) for argument in arguments])
+    assert ended == code, err.getvalue()
     if code:
-        assert done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
-    return done.stderr if code else done.stdout.strip()
+        assert out.getvalue() == "" and err.getvalue().count("\n") == 1, err.getvalue()
+    return err.getvalue() if code else out.getvalue().strip()
 
 
 def attached(store: Path) -> list[dict[str, Any]]:
     """What `attach --list` says of that store."""
-    rows: list[dict[str, Any]] = json.loads(run([*pitfs_command(), "attach", "--list", "--json"]).stdout)
+    rows: list[dict[str, Any]] = json.loads(pitfs("attach", "--list", "--json"))
     return [row for row in rows if row["store"] == str(store)]

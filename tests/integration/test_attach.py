@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from pitfs.fuse.loops import sector_size_for
 from pitfs.store.store import Store
 from tests.helpers.attaching import AFTER, BEFORE, Disks, attached, nothing_left, pitfs
 from tests.helpers.hosts import Mount
-from tests.helpers.loops import LoopDevice, MountedFilesystem, is_mounted
+from tests.helpers.loops import LoopDevice, MountedFilesystem, force_unmount, is_mounted
 from tests.helpers.processes import ROOT, pids_with, pitfs_command, run, wait_until
 from tests.helpers.readme import commands
 
@@ -30,6 +31,12 @@ MADE = Path("/run/pitfs/attached")
 @pytest.fixture(scope="module")
 def disks(tmp_path_factory: pytest.TempPathFactory) -> Disks:
     return Disks(tmp_path_factory.mktemp("disks with blanks"))
+
+
+@pytest.fixture(scope="class")
+def mount(disks: Disks, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mount]:
+    with Mount(disks.path, tmp_path_factory.mktemp("there")) as mount:
+        yield mount
 
 
 @pytest.fixture(autouse=True)
@@ -65,54 +72,67 @@ def test_the_file_in_a_partition_of_then(disks: Disks, tmp_path: Path) -> None:
 
 
 def test_the_night_of_the_readme(disks: Disks, tmp_path: Path) -> None:
+    """What it says from the first attach on, but for the commands between that are run elsewhere."""
     night = commands("The night")
-    (begin,) = (number for number, words in enumerate(night) if words[:2] == ["pitfs", "attach"])
-    (detach,) = (words for words in night if words[:2] == ["pitfs", "detach"])
+    (first, second) = (number for number, words in enumerate(night) if words[:2] == ["pitfs", "attach"])
+    (last,) = (number for number, words in enumerate(night) if words == ["umount", "/mnt/then", "/mnt/copy"])
+    assert night[last + 3] == ["umount", "/mnt/db1"]
     places = {"pitfs": pitfs_command()[0], "/srv/pitfs/db1": disks.path, "2026-11-22T23:54:07Z": disks.before}
     places |= {"root": "plain", "/mnt/then": tmp_path / "then", "/mnt/copy": tmp_path / "copy"}
-    for words in (*night[begin : begin + 4], ["umount", "/mnt/then"], detach):
-        done = run([places.get(word, word) for word in words])
-        if words[1] == "attach":
-            places["/dev/loop0"] = done.stdout.strip()
-        if words[0] == "ls":
-            assert "ledger.csv" in done.stdout and (tmp_path / "then" / "ledger.csv").read_bytes() == BEFORE
-    assert made_mounts(disks) == []
+    try:
+        for words in night[first : first + 4] + night[second : second + 3] + night[last : last + 3]:
+            done = run([places.get(word, word) for word in words], accept=(0, 1) if words[0] == "e2fsck" else (0,))
+            if words[:2] == ["pitfs", "attach"]:
+                places["/dev/loop1" if "--scratch" in words else "/dev/loop0"] = done.stdout.strip()
+            if words[0] == "ls":
+                assert "ledger.csv" in done.stdout and (tmp_path / "then" / "ledger.csv").read_bytes() == BEFORE
+            if words[-1] == "/mnt/copy" and words[0] == "mount":
+                (tmp_path / "copy" / "ledger.csv").write_bytes(AFTER)
+                run(["sync", "--file-system", tmp_path / "copy"])
+    finally:
+        for place in ("then", "copy"):
+            force_unmount(tmp_path / place)
+    assert attached(disks.path) == [] == made_mounts(disks)
 
 
-def test_all_that_json_says_is_so(disks: Disks) -> None:
-    said = json.loads(pitfs("attach", disks.path, "latest", "plain", "--json"))
-    device = said["device"]
-    queue = Path("/sys/block") / Path(device).name
-    assert (queue / "loop" / "dio").read_text() == "1\n" and said["direct_io"] is True
-    assert (queue / "ro").read_text() == "1\n" and said["read_only"] is True
-    assert (queue / "queue" / "logical_block_size").read_text() == "512\n" and said["sector_size"] == 512
-    assert said["filesystems"] == [{"device": device, "type": "ext4"}] and said["partitions"] == []
-    assert (said["instant"], said["seq"], said["volume"]) == (disks.after, 3, "plain")
-    with open(device, "rb") as file:
-        image = file.read()
-    assert len(image) == said["size_bytes"] and image == disks.history.states[3][1]
-    assert AFTER in image
-    pitfs("detach", device)
-
-
-def test_sectors_are_those_that_the_partition_table_was_written_with(disks: Disks) -> None:
-    assert sector_size_for(bytes(8192)) == 512
-    for size in (512, 4096):
-        assert sector_size_for(bytes(size) + b"EFI PART" + bytes(8192)) == size
-    for options, size in (([], 4096), (["--sector-size", "1024"], 1024)):
-        device = pitfs("attach", disks.path, "latest", "wide", *options)
-        found = Path(f"/sys/block/{Path(device).name}/queue/logical_block_size").read_text()
-        assert int(found) == size
+def test_what_is_written_to_a_scratch_image_is_thrown_away(disks: Disks, tmp_path: Path) -> None:
+    before = set(os.listdir("/var/tmp"))
+    devices = [pitfs("attach", disks.path, disks.before, "plain", *options) for options in (
+        ["--scratch", "--scratch-size", "1MiB"], ["--scratch"], [])]  # fmt: skip
+    assert [(row["read_only"], row["scratch"]) for row in attached(disks.path)].count((False, True)) == 2
+    assert len(made_mounts(disks)) == 3
+    fd = os.open(devices[0], os.O_RDWR | os.O_DIRECT)
+    try:
+        page = mmap.mmap(-1, 4096)
+        page.write(b"x" * 4096)
+        with pytest.raises(OSError) as caught:
+            for offset in range(0, 2 << 20, 4096):
+                os.pwrite(fd, page, offset)
+        assert (caught.value.errno, offset) == (errno.ENOSPC, 1 << 20)
+    finally:
+        os.close(fd)
+    for device in devices[1:]:
+        with open(device, "rb") as file:
+            assert file.read() == disks.history.states[0][1]
+    made = set(os.listdir("/var/tmp")) - before
+    assert len([name for name in made if name.startswith("pitfs-scratch.db1.")]) == 2
+    for device in devices:
         pitfs("detach", device)
+    assert not [name for name in set(os.listdir("/var/tmp")) - before if name.startswith("pitfs-scratch.db1.")]
 
 
-def test_a_tail_that_fills_no_sector_is_said_to_be_missing(disks: Disks) -> None:
-    done = run([*pitfs_command(), "attach", disks.path, "latest", "odd"])
-    device = done.stdout.strip()
-    assert f"the volume's last {10_100 % 512} bytes are missing" in done.stderr
-    with open(device, "rb") as file:
-        assert file.read() == disks.history.states[3][2][: 10_100 // 512 * 512]
+def test_scratch_goes_where_it_is_told_to_and_nowhere_else(disks: Disks, tmp_path: Path) -> None:
+    place = tmp_path / "scratch"
+    assert "no such directory" in pitfs("attach", disks.path, "latest", "plain", "--scratch-dir", place, code=2)
+    assert "inside the store" in pitfs("attach", disks.path, "latest", "plain", "--scratch-dir", disks.path, code=2)
+    assert "scratch_size=much" in pitfs("attach", disks.path, "latest", "plain", "--scratch-size", "much", code=2)
+    assert made_mounts(disks) == []
+    place.mkdir()
+    device = pitfs("attach", disks.path, "latest", "plain", "--scratch-dir", place)
+    with open(device, "r+b") as file:
+        file.write(b"x")
     pitfs("detach", device)
+    assert os.listdir(place) == []
 
 
 def test_several_at_once_share_a_mount_and_do_not_trip_over_each_other(disks: Disks) -> None:
@@ -136,13 +156,83 @@ def test_several_at_once_share_a_mount_and_do_not_trip_over_each_other(disks: Di
     assert made_mounts(disks) == []
 
 
-def test_a_mount_that_is_there_is_used_and_left_alone(disks: Disks, tmp_path: Path) -> None:
-    with Mount(disks.path, tmp_path) as mount:
+@pytest.mark.usefixtures("mount")
+class TestOverAMountThatIsThere:
+    def test_a_mount_that_is_there_is_used_and_left_alone(self, disks: Disks, mount: Mount) -> None:
         device = pitfs("attach", disks.path, disks.before, "plain")
         (row,) = attached(disks.path)
         assert row["mountpoint"] == str(mount.path) and made_mounts(disks) == []
         pitfs("detach", device)
         assert os.listdir(mount.path)
+
+    def test_all_that_json_says_is_so(self, disks: Disks) -> None:
+        said = json.loads(pitfs("attach", disks.path, "latest", "plain", "--json"))
+        device = said["device"]
+        queue = Path("/sys/block") / Path(device).name
+        assert (queue / "loop" / "dio").read_text() == "1\n" and said["direct_io"] is True
+        assert (queue / "ro").read_text() == "1\n" and said["read_only"] is True
+        assert (queue / "queue" / "logical_block_size").read_text() == "512\n" and said["sector_size"] == 512
+        assert said["filesystems"] == [{"device": device, "type": "ext4"}] and said["partitions"] == []
+        assert (said["instant"], said["seq"], said["volume"]) == (disks.after, 3, "plain")
+        with open(device, "rb") as file:
+            image = file.read()
+        assert len(image) == said["size_bytes"] and image == disks.history.states[3][1]
+        assert AFTER in image
+        pitfs("detach", device)
+
+    def test_sectors_are_those_that_the_partition_table_was_written_with(self, disks: Disks) -> None:
+        assert sector_size_for(bytes(8192)) == 512
+        for size in (512, 4096):
+            assert sector_size_for(bytes(size) + b"EFI PART" + bytes(8192)) == size
+        for options, size in (([], 4096), (["--sector-size", "1024"], 1024)):
+            device = pitfs("attach", disks.path, "latest", "wide", *options)
+            found = Path(f"/sys/block/{Path(device).name}/queue/logical_block_size").read_text()
+            assert int(found) == size
+            pitfs("detach", device)
+
+    def test_a_tail_that_fills_no_sector_is_said_to_be_missing(self, disks: Disks) -> None:
+        done = run([*pitfs_command(), "attach", disks.path, "latest", "odd"])
+        device = done.stdout.strip()
+        assert f"the volume's last {10_100 % 512} bytes are missing" in done.stderr
+        with open(device, "rb") as file:
+            assert file.read() == disks.history.states[3][2][: 10_100 // 512 * 512]
+        pitfs("detach", device)
+
+    def test_a_device_that_somebody_reads_stays(self, disks: Disks) -> None:
+        device = pitfs("attach", disks.path, disks.before, "plain")
+        with open(device, "rb"):
+            done = run([*pitfs_command(), "detach", device], accept=(1,))
+            assert f"{device}: opened by process {os.getpid()} " in done.stderr
+        assert len(attached(disks.path)) == 1
+        pitfs("detach", device)
+
+    def test_a_corrupted_block_is_an_error_for_that_range_alone(self, disks: Disks) -> None:
+        image = disks.history.images[1]
+        place = bytes(image).index(AFTER)
+        store = Store.open(str(disks.path))
+        try:
+            objects = sorted((disks.path / "objects").glob("*.blocks"))
+        finally:
+            store.close()
+        (damaged,) = (path for path in objects if path.read_bytes().count(AFTER) and "snapshot" in path.name)
+        good = damaged.read_bytes()
+        try:
+            # One copy may serve both volumes: all that there are.
+            damaged.write_bytes(good.replace(AFTER, b"X" + AFTER[1:]))
+            device = pitfs("attach", disks.path, "latest", "plain")
+            fd = os.open(device, os.O_RDONLY)
+            try:
+                with pytest.raises(OSError) as caught:
+                    os.pread(fd, 4096, place)
+                assert caught.value.errno == errno.EIO
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                for start in (0, place - 4096, place + 4096):
+                    assert os.pread(fd, 4096, start) == image[start : start + 4096]
+            finally:
+                os.close(fd)
+            pitfs("detach", device)
+        finally:
+            damaged.write_bytes(good)
 
 
 def test_what_is_not_ours_is_refused(disks: Disks, tmp_path: Path) -> None:
@@ -153,14 +243,6 @@ def test_what_is_not_ours_is_refused(disks: Disks, tmp_path: Path) -> None:
     for name in ("/dev/null", str(tmp_path / "file"), "x"):
         assert "not a loop device" in pitfs("detach", name, code=2)
     assert "no such device" in pitfs("detach", "/dev/loop98765", code=1)
-
-
-def test_a_device_that_somebody_reads_stays(disks: Disks) -> None:
-    device = pitfs("attach", disks.path, disks.before, "plain")
-    with open(device, "rb"):
-        assert f"process {os.getpid()} " in pitfs("detach", device, code=1)
-    assert len(attached(disks.path)) == 1
-    pitfs("detach", device)
 
 
 def test_a_dead_mount_is_in_nobodys_way(disks: Disks, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,35 +262,6 @@ def test_a_dead_mount_is_in_nobodys_way(disks: Disks, monkeypatch: pytest.Monkey
     pitfs("detach", first)
     pitfs("detach", second)
     assert made_mounts(disks) == []
-
-
-def test_a_corrupted_block_is_an_error_for_that_range_alone(disks: Disks) -> None:
-    image = disks.history.images[1]
-    place = bytes(image).index(AFTER)
-    store = Store.open(str(disks.path))
-    try:
-        objects = sorted((disks.path / "objects").glob("*.blocks"))
-    finally:
-        store.close()
-    (damaged,) = (path for path in objects if path.read_bytes().count(AFTER) and "snapshot" in path.name)
-    good = damaged.read_bytes()
-    try:
-        # One copy may serve both volumes: all that there are.
-        damaged.write_bytes(good.replace(AFTER, b"X" + AFTER[1:]))
-        device = pitfs("attach", disks.path, "latest", "plain")
-        fd = os.open(device, os.O_RDONLY)
-        try:
-            with pytest.raises(OSError) as caught:
-                os.pread(fd, 4096, place)
-            assert caught.value.errno == errno.EIO
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            for start in (0, place - 4096, place + 4096):
-                assert os.pread(fd, 4096, start) == image[start : start + 4096]
-        finally:
-            os.close(fd)
-        pitfs("detach", device)
-    finally:
-        damaged.write_bytes(good)
 
 
 # ------------------------------------------------------------------ failures half-way

@@ -64,7 +64,7 @@ def test_what_is_not_byte_exact_is_said_and_ends_it_with_1(tmp_path: Path) -> No
     assert left(place) == []
 
 
-@pytest.mark.parametrize("moment", ["receive --root", "protect db1.toml", "--freeze", "attach replica"])
+@pytest.mark.parametrize("moment", ["receive --root", "protect db1.toml", "--freeze", "--scratch"])
 def test_ctrl_c_leaves_nothing(tmp_path: Path, moment: str) -> None:
     place = tmp_path / "place"
     demo = start(place)

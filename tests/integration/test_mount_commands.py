@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from xxhash import xxh3_128_hexdigest
 
-from pitfs.cli.main import main
 from pitfs.model.position import format_instant
 from pitfs.model.transfer import VolumeInfo
 from pitfs.store.ingest import Ingest
+from tests.helpers.commands import said
 from tests.helpers.processes import run
 from tests.helpers.stores import ingest_transfer
 from tests.helpers.transfers import History
@@ -43,14 +43,6 @@ def store(history: History, tmp_path: Path) -> str:
 
 def name(history: History, seq: int) -> str:
     return format_instant(history.times_ns[seq])
-
-
-def said(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
-    capsys.readouterr()
-    assert main(list(arguments)) == code
-    output = capsys.readouterr()
-    assert code == 0 or (output.out == "" and output.err.count("\n") == 1)
-    return output.out if code == 0 else output.err
 
 
 def test_resolve_leads_to_the_newest_state_not_after(

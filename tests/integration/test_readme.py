@@ -25,7 +25,7 @@ SERVICES = ("pitfs-protect@.service", "pitfs-receive.service")
 # Programs of others whose long options are looked up in what they print for --help.
 OTHERS = frozenset(
     ("apt-get", "cp", "dd", "diff", "e2fsck", "fsfreeze", "getfattr", "install", "ln", "losetup", "ls", "mkdir")
-    + ("mkfs.ext4", "mount", "openssl", "python3", "systemctl", "truncate", "umount")
+    + ("mkfs.ext4", "mount", "nbdcopy", "nbdinfo", "openssl", "python3", "qemu-img", "systemctl", "truncate", "umount")
 )
 
 
@@ -53,7 +53,7 @@ def help_of(program: str) -> str:
 
 def test_the_table_of_commands_has_those_that_there_are() -> None:
     text = (ROOT / "README.rst").read_text(encoding="utf-8").partition("\nCommands\n")[2].partition("\nLimits\n")[0]
-    named = set(re.findall(r"^``pitfs (\w+)[ `]", text, re.MULTILINE))
+    named = set(re.findall(r"^``pitfs ([\w-]+)[ `]", text, re.MULTILINE))
     assert named == {name for name, (place, _) in COMMANDS.items() if "later:" not in place}
     for command in re.findall(r"^``pitfs ([^`]+)``", text, re.MULTILINE):
         full_parser().parse_args(command.replace("HOST:PORT", "127.0.0.1:7420").split())
@@ -215,6 +215,7 @@ def test_two_hosts_with_these_certificates_and_fstab_lines_work(hosts: Hosts) ->
             run(["mount", "-T", table, latest])
             assert (latest / "ledger").read_text() == "monday,100\n"
             run(["umount", latest])
+        write_to_an_image(hosts)
         run(["umount", live])
         wait_until(lambda: not run(["losetup", "-j", volume]).stdout, "umount detaches the loop device", 10)
     finally:
@@ -222,6 +223,27 @@ def test_two_hosts_with_these_certificates_and_fstab_lines_work(hosts: Hosts) ->
         force_unmount(live)
     hosts.protect.terminate()
     hosts.receive.terminate()
+
+
+def write_to_an_image(hosts: Hosts) -> None:
+    """The mount with scratch=, and what an attached image is checked with."""
+    scratch, latest = hosts.tmp / "scratch", hosts.tmp / "latest"
+    scratch.mkdir()
+    (words,) = (words for words in commands("Writable images") if words[0] == "mount")
+    options = words[words.index("-o") + 1].replace("/var/tmp/scratch", str(scratch))
+    (check,) = (words for words in commands("The night") if words[0] == "e2fsck")
+    with (
+        Mount(hosts.tmp / "stores" / "db1", hosts.tmp, options=options) as mount,
+        LoopDevice(mount.image("latest")) as device,
+    ):
+        run([*check[:-1], device], accept=(0, 1))
+        run(["mount", device, latest])
+        try:
+            with (latest / "ledger").open("a") as ledger:
+                ledger.write("tuesday,200\n")
+        finally:
+            run(["umount", latest])
+        run(["e2fsck", "-f", "-n", device])
 
 
 @pytest.mark.fuse

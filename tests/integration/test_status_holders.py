@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from pitfs.cli.holding import holder_rows, holder_text, loops_below
+from pitfs.cli.holding import holder_rows, holder_text
 from pitfs.model.position import format_instant
 from pitfs.store.holders import MAX_LISTED, Holder
 from pitfs.store.ingest import Ingest
+from tests.helpers.hosts import Mount
 from tests.helpers.loops import LoopDevice
 from tests.helpers.processes import pitfs_command, run
 from tests.helpers.stores import ingest_transfer
@@ -60,13 +61,13 @@ def test_a_line_about_a_holder_stays_short(store: str) -> None:
         assert len(text) < 300
 
 
+@pytest.mark.fuse
 @pytest.mark.loop
 def test_the_loop_devices_over_a_mounts_images_are_named(store: str, tmp_path: Path) -> None:
-    instant = tmp_path / "db1" / "2026-11-22T23-54-00.123456789Z"
-    instant.mkdir(parents=True)
-    (instant / "root.img").write_bytes(bytes(1 << 20))
-    with LoopDevice(instant / "root.img") as device, Holder(store, f"mount {tmp_path / 'db1'}"):
-        (row,) = holder_rows(store)
-        assert row["devices"] == [{"device": str(device), "image": f"{instant.name}/root.img"}]
-        assert holder_text(row).endswith(f"{device} over {instant.name}/root.img")
-        assert loops_below(str(tmp_path / "db")) == []
+    with Mount(Path(store), tmp_path) as mount, Holder(store, f"mount {mount.path}"):
+        instant = mount.instants()[0]
+        with LoopDevice(mount.image(instant, "v0"), read_only=True) as device:
+            (row,) = (row for row in holder_rows(store) if row["pid"] == os.getpid())
+            assert row["devices"] == [{"device": str(device), "instant": instant, "volume": "v0"}]
+            assert holder_text(row).endswith(f"{device} over {instant}/v0")
+        assert not any(row["devices"] for row in holder_rows(store))

@@ -15,14 +15,13 @@ import time
 from pathlib import Path
 
 from common import Setting, bytes_per_second, interleaved, per_second
+from memory import MountMemory
 from report import Measure, at_most, compare, note
 
 from pitfs.model.transfer import VolumeInfo
 from tests.helpers.histories import LongHistory, StrewnWrites
 from tests.helpers.hosts import Mount, instant_name
-from tests.helpers.processes import resident_bytes
 
-MIB = 1 << 20
 BLOCK = 4096
 SHORT_INTERVAL, LONG_INTERVAL, QUICK_LONG_INTERVAL = 10**4, 10**7, 10**6
 SNAPSHOTS, QUICK_SNAPSHOTS = 10_000, 1_000
@@ -32,18 +31,22 @@ STREWN = 16  # blocks that each of these snapshots wrote
 MOUNTS = 7  # fresh ones, for the first byte of the first instant that is named there
 INSTANTS = 10  # named in each
 
-FIRST_BYTE_MS, FIRST_BYTE_RATIO, LIST_S, RESIDENT_MIB, SAME = 20.0, 2.0, 0.5, 200.0, 0.95
+FIRST_BYTE_MS, FIRST_BYTE_RATIO, LIST_S, SAME = 20.0, 2.0, 0.5, 0.95
 
 
 def run(setting: Setting) -> list[Measure]:
-    resident: list[int] = []
-    parts = same_image, first_byte, listings
-    measures = [measure for part in parts for measure in part(setting, resident)]
-    most_mib = max(resident) / MIB
-    return [*measures, at_most("resident memory of the mount in all of these", most_mib, "MiB", RESIDENT_MIB)]
+    memory = MountMemory()
+    with memory.watching():
+        measures = rows(setting, memory)
+    return measures + memory.measures()
 
 
-def same_image(setting: Setting, resident: list[int]) -> list[Measure]:
+def rows(setting: Setting, memory: MountMemory) -> list[Measure]:
+    """All rows but those of the memory that is taken meanwhile."""
+    return [row for part in (same_image, first_byte, listings) for row in part(setting, memory)]
+
+
+def same_image(setting: Setting, memory: MountMemory) -> list[Measure]:
     """The image of an instant with 1,000 snapshots before and after it, against one with 1: as many blocks strewn."""
     size = QUICK_VOLUME_BYTES if setting.quick else VOLUME_BYTES
     many = QUICK_BEFORE if setting.quick else BEFORE
@@ -79,15 +82,15 @@ def same_image(setting: Setting, resident: list[int]) -> list[Measure]:
             })  # fmt: skip
             scaled = {side: [value / scale for value in values] for side, values in found.items()}
             measures.append(compare(name, scaled["many"], scaled["1"], unit, SAME, "with 1 snapshot"))
-            resident.append(resident_bytes(second.pids())["pss"])
+            memory.sample()
     return measures
 
 
-def first_byte(setting: Setting, resident: list[int]) -> list[Measure]:
+def first_byte(setting: Setting, memory: MountMemory) -> list[Measure]:
     """open and a read of 4 KiB by the name of an instant never named before, warm files below."""
     count = QUICK_LONG_INTERVAL if setting.quick else LONG_INTERVAL
-    short = _first_bytes(setting, SHORT_INTERVAL, resident)
-    long = _first_bytes(setting, count, resident)
+    short = _first_bytes(setting, SHORT_INTERVAL, memory)
+    long = _first_bytes(setting, count, memory)
     measures = []
     for what, place in (("the first after mounting", 0), ("further ones", 1)):
         value, other = long[place], short[place]
@@ -103,7 +106,7 @@ def first_byte(setting: Setting, resident: list[int]) -> list[Measure]:
     return measures
 
 
-def _first_bytes(setting: Setting, count: int, resident: list[int]) -> tuple[float, float]:
+def _first_bytes(setting: Setting, count: int, memory: MountMemory) -> tuple[float, float]:
     """Medians in ms: of the first instant after mounting, and of those named after it."""
     store, writes = _interval(setting.workspace, count)
     chance = random.Random(count)
@@ -119,7 +122,7 @@ def _first_bytes(setting: Setting, count: int, resident: list[int]) -> tuple[flo
                 taken_ms = (time.perf_counter() - begun) * 1000
                 os.close(fd)
                 (others if turn else firsts).append(taken_ms)
-            resident.append(resident_bytes(mount.pids())["pss"])
+            memory.sample()
     return statistics.median(firsts), statistics.median(others)
 
 
@@ -131,7 +134,7 @@ def _interval(workspace: Path, count: int) -> tuple[Path, StrewnWrites]:
         return history.path, history.interval(count, 1 << 20, data_every=16)
 
 
-def listings(setting: Setting, resident: list[int]) -> list[Measure]:
+def listings(setting: Setting, memory: MountMemory) -> list[Measure]:
     """`ls` of a mount with 10,000 snapshots, and of days, minutes and seconds with 10,000,000 writes behind them."""
     count = QUICK_SNAPSHOTS if setting.quick else SNAPSHOTS
     writes_count = QUICK_LONG_INTERVAL if setting.quick else LONG_INTERVAL
@@ -143,18 +146,18 @@ def listings(setting: Setting, resident: list[int]) -> list[Measure]:
     measures = []
     for command in (["ls"], ["ls", "-l"]):
         name = f"{' '.join(command)} of a mount with {count:,} snapshots"
-        measures.append(_listing(setting, store, name, command, (), resident))
+        measures.append(_listing(setting, store, name, command, (), memory))
     store, writes = _interval(setting.workspace, writes_count)
     middle = instant_name(writes.time_ns(writes_count // 2))
     day, minute = middle[:10], f"{middle[11:13]}-{middle[14:16]}"
     for what, parts in (("times/", ()), ("times/DAY", (day,)), ("times/DAY/MINUTE", (day, minute))):
         name = f"ls of {what} with {writes_count:,} writes"
-        measures.append(_listing(setting, store, name, ["ls"], ("times", *parts), resident))
+        measures.append(_listing(setting, store, name, ["ls"], ("times", *parts), memory))
     return measures
 
 
 def _listing(
-    setting: Setting, store: Path, name: str, command: list[str], below: tuple[str, ...], resident: list[int]
+    setting: Setting, store: Path, name: str, command: list[str], below: tuple[str, ...], memory: MountMemory
 ) -> Measure:  # fmt: skip
     """The median of a listing as the first thing after mounting."""
     found = []
@@ -163,5 +166,5 @@ def _listing(
             begun = time.perf_counter()
             subprocess.run([*command, mount.path.joinpath(*below)], stdout=subprocess.DEVNULL, check=True)
             found.append(time.perf_counter() - begun)
-            resident.append(resident_bytes(mount.pids())["pss"])
+            memory.sample()
     return at_most(name, statistics.median(found), "s", LIST_S)

@@ -11,9 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from report import Measure, at_most, plain
+
 from tests.helpers.processes import MARK, resident_bytes
 
 SAMPLE_S: Final = 1.0
+MIB: Final = 1 << 20
+GOAL_BYTES: Final = 200 << 20
 RUN: Final = "PITFS_BENCH_RUN"  # in the environment of all that a run starts
 _PROGRAM: Final = b"mount.pitfs"
 
@@ -28,7 +32,7 @@ class MountMemory:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Looks at all mounts that are made meanwhile, by whichever helper, once a second."""
+        """Looks at all mounts that are made meanwhile, by whoever, once a second; `sample` for shorter ones."""
         os.environ[RUN] = self._mark
         thread = threading.Thread(target=self._watch, daemon=True)
         thread.start()
@@ -48,6 +52,17 @@ class MountMemory:
             found = resident_bytes(pids)
             self.rss_bytes = max(self.rss_bytes, found["rss"])
             self.pss_bytes = max(self.pss_bytes, found["pss"])
+
+    def measures(self) -> list[Measure]:
+        """Rows of what was seen; none if no mount was."""
+        if not self.rss_bytes:
+            return []
+        return [
+            at_most(
+                "memory of a mount, RSS of all its processes", self.rss_bytes / MIB, "MiB", GOAL_BYTES / MIB
+            ),
+            plain("memory of a mount, PSS", self.pss_bytes / MIB, "MiB"),
+        ]
 
     def _mounts(self) -> list[list[int]]:
         """Processes by mount: those that inherited the same mark."""

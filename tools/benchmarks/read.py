@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import histories
+import scratch
 from common import Setting, bytes_per_second, per_second, preallocate, readahead
 from memory import MountMemory
 from peers import BARE, BORG, CHAIN, PEERS, RAW, RESTIC, Peer
-from report import Measure, at_most, compare, note, plain
+from report import Measure, compare, note, plain
 from rewriting import Rewriting
 
 from tests.helpers.hosts import Mount, Production, Replica, ask
@@ -32,7 +34,6 @@ QUICK_VOLUME_BYTES: Final = 512 << 20
 ROUNDS, QUICK_ROUNDS = 5, 3
 SLOW_ROUNDS, QUICK_SLOW_ROUNDS = 3, 2  # of peers that are
 SLOW_RUN_S: Final = 4  # they don't get through the volume in any sensible time
-MEMORY_GOAL_BYTES: Final = 200 << 20
 MIB: Final = 1 << 20
 
 
@@ -84,13 +85,11 @@ def run(setting: Setting) -> list[Measure]:
     with memory.watching():
         scene = prepare(setting)
         measures = _measure(setting, scene)
-    if memory.rss_bytes:
-        measures += [
-            at_most("memory of the mount, RSS of all its processes", memory.rss_bytes / MIB, "MiB",
-                    MEMORY_GOAL_BYTES / MIB),
-            plain("memory of the mount, PSS", memory.pss_bytes / MIB, "MiB"),
-        ]  # fmt: skip
-    return measures
+        measures += scratch.measures(setting, scene.store, scene.instant, scene.flat)
+        shutil.rmtree(scene.store)
+        scene.flat.unlink()
+        measures += histories.rows(setting, memory)
+    return measures + memory.measures()
 
 
 def prepare(setting: Setting) -> Scene:
@@ -137,6 +136,7 @@ def _measure(setting: Setting, scene: Scene) -> list[Measure]:
             note(f"preparing {peer.name} …")
             directory = tmp / f"peer-{PEERS.index(peer)}"
             directory.mkdir()
+            stack.callback(shutil.rmtree, directory)
             served = stack.enter_context(peer.serve(directory, scene.flat, scene.rewriting))
             candidates.append(Candidate(peer.name, served, peer))
         kib = readahead(mount.path)
@@ -182,8 +182,7 @@ def _compare(setting: Setting, load: Load, candidates: list[Candidate]) -> list[
     rounds, slow_rounds = (QUICK_ROUNDS, QUICK_SLOW_ROUNDS) if setting.quick else (ROUNDS, SLOW_ROUNDS)
     for each in candidates:
         each.values = []
-        if not each.slow:
-            _once(setting, load, each)  # what a server keeps, it has then
+        _once(setting, load, each)  # what a server keeps, it has then
     for number in range(rounds):
         for each in candidates:
             if not each.slow or number < slow_rounds:
