@@ -65,7 +65,8 @@ class Sequence:
     def __init__(self, size_bytes: int) -> None:
         self._size_bytes = size_bytes
         self._last_end = -1  # of the last read that wasn't cached
-        self.stop()
+        self._asked_end = 0
+        self.ask_from = NEVER  # a read from here on isn't to be served inline: more is to be asked for
 
     def next(self, offset: int, size: int) -> tuple[int, int]:
         """Bytes [start, end) of the image to ask for, now that a read isn't cached, or has come to `ask_from`."""
@@ -83,5 +84,4 @@ class Sequence:
 
     def stop(self) -> None:
         """Nothing more is asked for until the next read that isn't cached."""
-        self._asked_end = 0
-        self.ask_from = NEVER  # a read from here on isn't to be served inline: more is to be asked for
+        self._asked_end, self.ask_from = 0, NEVER
