@@ -22,17 +22,15 @@ stands in them: `store.holder_file`.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import logging
 import os
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import Final, Self
+from typing import Self
 
 import numpy as np
 
@@ -54,12 +52,12 @@ from pitfs.store.holder_file import (
     read_page,
     sealed,
 )
+from pitfs.store.holderslock import LOCK, HoldersLock, open_directory
 from pitfs.store.layout import HOLDERS
 from pitfs.store.store import Store
 
 log = logging.getLogger(__name__)
 
-LOCK: Final = "lock"
 
 
 class Holder:
@@ -73,22 +71,42 @@ class Holder:
         store: directory of an existing store.
         what: what it is and where, with a path that is absolute and has no links: "mount /mnt/db1",
             "export /srv/x.img". `pitfs status` shows it, and for a mount the loop devices over files below.
+        owner: pid of the process that it stands for, this one unless told: one that is to stay small, without
+            numpy, has another make it. `file` is what it is given for those that it forks, `inherited` is theirs.
     """
 
-    def __init__(self, store: str, what: str) -> None:
+    def __init__(self, store: str, what: str, owner: int | None = None) -> None:
         self.what = what
         self._path = os.path.join(store, HOLDERS)
-        self._owner = os.getpid()
+        self._owner = os.getpid() if owner is None else owner
         self._name = f"{self._owner}-{secrets.token_hex(4)}"
         self._directory = self._fd = -1
         self._told = False
         try:
-            self._directory = _open_directory(self._path, make=True)
-            self._lock = _Lock(self._directory)
+            self._directory = open_directory(self._path, make=True)
+            self._lock = HoldersLock(self._directory)
             self._make_file()
         except OSError as error:
             self.close()
             self._not_pinned(error)
+
+    @classmethod
+    def inherited(cls, what: str, owner: int, path: str, fd: int) -> Self:
+        """One that another process has made, in a process forked by its owner; takes the descriptor over."""
+        holder = cls.__new__(cls)
+        holder.what, holder._owner, holder._fd, holder._told = what, owner, fd, False
+        holder._path, holder._name = os.path.split(path)
+        try:
+            holder._directory = open_directory(holder._path, make=False)
+        except OSError as error:
+            raise storage_error(error, holder._path, "opening") from error
+        holder._lock = HoldersLock(holder._directory)
+        return holder
+
+    @property
+    def file(self) -> tuple[str, int] | None:
+        """Path and descriptor of its file; None where the store can't be written."""
+        return (os.path.join(self._path, self._name), self._fd) if self._fd >= 0 else None
 
     def __enter__(self) -> Self:
         return self
@@ -237,7 +255,7 @@ def pins_locked(store: str) -> Iterator[list[Held]]:
     """
     path = os.path.join(store, HOLDERS)
     try:
-        directory = _open_directory(path, make=True)
+        directory = open_directory(path, make=True)
     except OSError as error:
         raise storage_error(error, path, "looking who holds what") from error
     with _locked(directory, path) as found:
@@ -252,7 +270,7 @@ def held(store: str) -> list[Held]:
     """
     path = os.path.join(store, HOLDERS)
     try:
-        directory = _open_directory(path, make=False)
+        directory = open_directory(path, make=False)
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -265,7 +283,7 @@ def held(store: str) -> list[Held]:
 def _locked(directory: int, path: str) -> Iterator[list[Held]]:
     """Takes the descriptor of holders/ over."""
     try:
-        lock = _Lock(directory)
+        lock = HoldersLock(directory)
         try:
             lock.take(True)
         except FileNotFoundError:  # read-only, and there was never a holder
@@ -308,54 +326,3 @@ def _sweep(directory: int) -> list[Held]:
     return found
 
 
-def _open_directory(path: str, make: bool) -> int:
-    if make:
-        with suppress(FileExistsError):
-            os.mkdir(path, 0o700)
-    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-
-
-class _Lock:
-    """holders/lock. A descriptor for each process: one that is inherited would share the lock, not compete for it.
-    Threads of a process would, too, so they take turns first."""
-
-    def __init__(self, directory: int) -> None:
-        self._directory = directory
-        self._fd = self._pid = -1
-        self._turn = threading.Lock()
-
-    def take(self, wait: bool) -> bool:
-        """False where another has it and this one isn't to wait."""
-        if not self._turn.acquire(blocking=wait):
-            return False
-        try:
-            if self._pid != os.getpid():
-                self.close()
-                self._fd = self._open()
-                self._pid = os.getpid()
-            fcntl.flock(self._fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            self._turn.release()
-            return False
-        except BaseException:
-            self._turn.release()
-            raise
-        return True
-
-    def give(self) -> None:
-        fcntl.flock(self._fd, fcntl.LOCK_UN)
-        self._turn.release()
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd = self._pid = -1
-
-    def _open(self) -> int:
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
-        try:
-            return os.open(LOCK, flags | os.O_CREAT, 0o600, dir_fd=self._directory)
-        except OSError as error:
-            if error.errno not in (errno.EROFS, errno.EACCES):
-                raise
-            return os.open(LOCK, flags, dir_fd=self._directory)
