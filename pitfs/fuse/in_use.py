@@ -60,7 +60,7 @@ def _uses(process: str, mapped: bool) -> Iterator[tuple[str, str]]:
         return
     yield "working directory", os.readlink(f"{process}/cwd")
     yield "root directory", os.readlink(f"{process}/root")
-    with open(f"{process}/maps", encoding="utf-8", errors="surrogateescape") as file:
+    with open(f"{process}/maps", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         for line in file:
             fields = line.rstrip("\n").split(maxsplit=5)
             if len(fields) == 6 and fields[5].startswith("/"):

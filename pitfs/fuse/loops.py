@@ -283,7 +283,7 @@ def _joined(parts: Iterable[str]) -> str:
 
 
 def _read(path: str) -> str:
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         return file.read().removesuffix("\n")
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 log = logging.getLogger(__name__)
@@ -43,13 +43,19 @@ def escaped(field: str) -> str:
 
 def mounts() -> Iterator[MountInfo]:
     """All mounts of this namespace; of several at one place the topmost comes last."""
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        for line in file:
-            before, _, after = line.partition(" - ")
-            fields, kind = before.split(), after.split()
-            read_only = "ro" in fields[5].split(",")
-            mountpoint, source = _unescape(fields[4]), _unescape(kind[1])
-            yield MountInfo(mountpoint, fields[2], kind[0], source, read_only, fields[3] == "/")
+    # A carriage return ends no line: the kernel escapes spaces, tabs, line feeds and backslashes, nothing else.
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        yield from parse(file)
+
+
+def parse(lines: Iterable[str]) -> Iterator[MountInfo]:
+    """The mounts that lines of mountinfo tell of."""
+    for line in lines:
+        before, _, after = line.partition(" - ")
+        fields, kind = before.split(" "), after.split(" ")
+        read_only = "ro" in fields[5].split(",")
+        mountpoint, source = _unescape(fields[4]), _unescape(kind[1])
+        yield MountInfo(mountpoint, fields[2], kind[0], source, read_only, fields[3] == "/")
 
 
 def mounted_at(path: str) -> MountInfo | None:

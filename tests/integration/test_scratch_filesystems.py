@@ -76,11 +76,8 @@ def test_filesystems_replay_their_journals_and_are_written_while_replication_goe
             stack.callback(insert(live[kind], 0, ROWS).close)
             (live[kind] / "unsynced").write_bytes(os.urandom(MIB))
         instant = production.snapshot()
-        with (
-            Mount(replica.store(), tmp_path, options=f"scratch={tmp_path / 'scratch'}") as mount,
-            Mount(replica.store(), tmp_path, name="beside") as beside,
-        ):
-            before = {kind: xxhsum(beside.image(instant, kind)) for kind in SIZES}
+        with Mount(replica.store(), tmp_path, options=f"scratch={tmp_path / 'scratch'}") as mount:
+            before = {kind: xxhsum(mount.image(instant, kind)) for kind in SIZES}
             with running("sqlite", live["ext4"], tmp_path / "log", "--journal", "DELETE", "--rate", "100"):
                 for kind in ("ext4", "xfs"):
                     use(kind, mount.image(instant, kind), tmp_path)
@@ -88,8 +85,7 @@ def test_filesystems_replay_their_journals_and_are_written_while_replication_goe
             assert later > instant
             stack.close()  # btrfs takes two devices of one id for one filesystem: production's is unmounted first
             use("btrfs", mount.image(instant, "btrfs"), tmp_path)
-            assert {kind: digest(replica.store(), instant, kind) for kind in SIZES} == before
-            assert xxhsum(beside.image(instant, "ext4")) == before["ext4"] != xxhsum(mount.image(instant, "ext4"))
-            assert mount.image(later, "ext4").read_bytes() == beside.image(later, "ext4").read_bytes()
-            assert mount.complaints() == beside.complaints() == []
+            assert xxhsum(mount.image(instant, "ext4")) != before["ext4"]
+            assert mount.complaints() == []
+        assert {kind: digest(replica.store(), instant, kind) for kind in SIZES} == before
         assert os.listdir(tmp_path / "scratch") == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pitfs.fuse.loops import Loop, image_of
-from pitfs.fuse.mountinfo import MountInfo, escaped
+from pitfs.fuse.mountinfo import MountInfo, escaped, parse
 
 INSTANT = "2026-11-22T23-54-00.123456789Z"
 
@@ -48,3 +48,10 @@ def test_what_is_no_image_is_none(backing: str) -> None:
 
 def test_names_are_escaped_as_the_kernel_does() -> None:
     assert escaped("/a b\\c\td") == "/a\\040b\\134c\\011d"
+
+
+@pytest.mark.parametrize("character", ["\u00a0", "\u2028", "\x0b", "\x1c", "\x85", "\r"])
+def test_any_character_but_white_space_stands_in_the_kernels_table_as_it_is(character: str) -> None:
+    place = f"/mnt/a{character}b"
+    lines = [f"30 1 0:52 / {place} ro,relatime shared:1 - fuse.pitfs /srv/{character} ro,user_id=0\n"]
+    assert list(parse(lines)) == [MountInfo(place, "0:52", "fuse.pitfs", f"/srv/{character}", True, True)]
