@@ -113,6 +113,11 @@ class Replica(pyfuse3.Operations):
         """The handlers of a mount like that, over a store of their own. Raises as `opened`."""
         return cls(*opened(request))
 
+    @property
+    def history(self) -> str:
+        """Which history the store has, 32 hex digits."""
+        return self._store.history
+
     def close(self) -> None:
         """Called when no handler is under way any more."""
         self._store.close()

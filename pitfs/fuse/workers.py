@@ -113,6 +113,7 @@ class Minder:
         self._children: dict[int, _Child] = {}
         self._seat: Seat | None = None
         self._descriptor = -1
+        self._history = b""  # of the store that was looked at before it was mounted
         self._is_ending = False
         self._last_start_s = 0.0
         self._wakeup, self._waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -132,14 +133,16 @@ class Minder:
             message = child.channel.recv(_MAX_MESSAGE_BYTES)
             os.waitpid(child.pid, 0)
             self._forget(child.pid)
-            if message != READY:
+            word, _, self._history = message.partition(b" ")
+            if word != READY:
                 raise retell(message or b"1 the store's reader ended before it had it open")
 
         return outcome
 
     def _open_and_close(self, channel: socket.socket) -> None:
-        open_operations(self._request).close()
-        channel.send(READY)
+        operations = open_operations(self._request)
+        operations.close()
+        channel.send(READY + b" " + operations.history.encode())
 
     def serve(self, seat: Seat) -> None:
         """Starts the workers, writes `READY` when they answer, and returns when the mount is to end.
@@ -315,6 +318,9 @@ class Minder:
         os.close(clone)
         operations = open_operations(self._request)
         try:
+            # Inode numbers say seq and volume: the kernel would take what it has cached for the other's.
+            if operations.history.encode() != self._history:
+                raise PitfsError(f"{self._request.store}: is another one now than when it was mounted: mount it anew")
             self._seat.take(operations)
             channel.send(READY)
             Loop(self._descriptor).run()
