@@ -57,14 +57,14 @@ def tell(error: BaseException) -> bytes:
     """What a process says, in place of `READY`, to the one that waits for it."""
     if isinstance(error, PitfsError | OSError):
         code = error.exit_code if isinstance(error, PitfsError) else 1
-        return f"{code} {error}".encode()[:_MAX_MESSAGE_BYTES]
+        return f"{code} {error}".encode(errors="surrogateescape")[:_MAX_MESSAGE_BYTES]
     log.critical("ended by a bug in pitfs", exc_info=error)
-    return f"1 {type(error).__name__}: {error}: this is a bug in pitfs".encode()[:_MAX_MESSAGE_BYTES]
+    return f"1 {type(error).__name__}: {error}: this is a bug in pitfs".encode(errors="replace")[:_MAX_MESSAGE_BYTES]
 
 
 def retell(message: bytes) -> PitfsError:
     """The error that `tell` was given, as far as its user needs it."""
-    code, _, words = message.decode(errors="replace").partition(" ")
+    code, _, words = message.decode(errors="surrogateescape").partition(" ")
     failure = PitfsError(words)
     failure.exit_code = int(code)
     return failure

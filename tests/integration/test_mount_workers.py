@@ -210,7 +210,8 @@ def test_a_signal_during_a_read_lets_it_finish(history: tuple[Path, History], tm
 
 
 def test_what_a_process_says_to_another_keeps_message_and_exit_code() -> None:
-    for error, code in ((PitfsError("no more ädges"), 1), (UsageError("so not"), 2), (OSError(5, "disk"), 1)):
+    for error, code in ((PitfsError("no more ädges"), 1), (UsageError("so not"), 2), (OSError(5, "disk"), 1),
+                        (PitfsError("no file of bytes as \udcff"), 1)):  # fmt: skip
         again = retell(tell(error))
         assert (str(again), again.exit_code) == (str(error), code)
     assert "a bug in pitfs" in str(retell(tell(ZeroDivisionError("x"))))
