@@ -60,9 +60,10 @@ class Backfill:
         self._lost: list[_Journal] = []  # the replica believes that they will still come
 
     def close(self) -> None:
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Lets go of the one that was built last: where another is about to be, both would take their memory."""
         if self._built is not None:
             self._built[2].close()
             self._built = None
@@ -71,7 +72,7 @@ class Backfill:
 
     def add(self, shipment: Shipment, source: BlockSource) -> None:
         """Of an interval whose diff has arrived; takes the source over."""
-        self._forget()
+        self.forget()
         interval = shipment.interval
         if shipment.journal is None:
             source.close()
@@ -139,7 +140,7 @@ class Backfill:
             CorruptionError: the local journal is damaged, or has it no more.
         """
         if self._built is None or self._built[0] != mark:
-            self._forget()
+            self.forget()
             self._built = mark, *await trio.to_thread.run_sync(self._read, self._journals[mark], until)
         self._journals[mark].rung_bytes = self._built[1].rung_bytes
 
@@ -229,4 +230,4 @@ class Backfill:
     def drop(self, mark: int) -> None:
         self._journals.pop(mark, None)
         if self._built is not None and self._built[0] == mark:
-            self._forget()
+            self.forget()

@@ -26,6 +26,7 @@ from pitfs.model.position import format_instant
 from pitfs.storage.files import fsync_directory, write_all
 
 if TYPE_CHECKING:
+    from pitfs.store.store import Resolution, Store
     from pitfs.view.view import PointInTimeView
 
 NAME: Final = "export"
@@ -44,13 +45,23 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         epilog="""\
 examples:
   pitfs export /srv/replica/db1 latest root /srv/restore/root.img
-  pitfs export /srv/replica/db1 5m-ago root /dev/vg0/root --verify""",
+  pitfs export /srv/replica/db1 5m-ago root /dev/vg0/root --verify
+  pitfs export /srv/replica/db1 latest root /srv/restore/root.img --from 2026-11-22T23-54-00.123456789Z""",
     )
     add_store_and_time(parser)
     parser.add_argument("volume", metavar="VOLUME", help="name of the volume")
     parser.add_argument("file", metavar="FILE", help="file to make, or block device to overwrite")
     parser.add_argument("--verify", action="store_true", help="read FILE again and compare its digest")
-    parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--force", action="store_true", help="replace FILE if it exists")
+    existing.add_argument(
+        "--from",
+        dest="from_time",
+        metavar="TIME1",
+        help="FILE holds the image at TIME1, an earlier or later one: write only what differs. That is checked first "
+        "against what is there; with --verify the whole of FILE is compared afterwards. Interrupted, FILE is no image "
+        "until the same command has been run again",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,7 +71,11 @@ def run(args: argparse.Namespace) -> int:
 
     with open_held(args.store, f"export {os.path.realpath(args.file)}") as (store, holder):
         resolution = holder.pinned(store, resolve(store, args.time, args.tz)[0])
-        view = PointInTimeView(store, resolution, volume_index(store, args.volume))
+        volume = volume_index(store, args.volume)
+        view = PointInTimeView(store, resolution, volume)
+        if args.from_time is not None:
+            one = holder.pinned(store, resolve(store, args.from_time, args.tz)[0])
+            return _bring(store, one, view, args)
         try:
             mode = os.stat(args.file).st_mode
         except FileNotFoundError:
@@ -92,6 +107,29 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _bring(store: Store, one: Resolution, view: PointInTimeView, args: argparse.Namespace) -> int:
+    """`--from`: FILE holds the volume at `one`."""
+    from pitfs.cli.digest import image_digest
+    from pitfs.cli.forward import bring
+    from pitfs.cli.progress import progress
+
+    changed_bytes = bring(store, one, view.resolution, view.volume, args.file)
+    if args.verify:
+        with progress("digest", view.size_bytes) as advance:
+            digest = image_digest(view, advance)
+        fd = os.open(args.file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _verify(fd, args.file, view.size_bytes, digest)
+        finally:
+            os.close(fd)
+    print(
+        f"{args.file}: {args.volume} at {format_instant(view.resolution.time_ns)}, {changed_bytes} of "
+        f"{view.size_bytes} bytes differed" + (", verified" if args.verify else ""),
+        file=sys.stderr,
+    )
+    return 0
+
+
 def _export_to_file(view: PointInTimeView, path: str, verify: bool) -> None:
     path = os.path.realpath(path)  # of a symbolic link the target is replaced, not the link
     partial = path + PARTIAL
@@ -99,7 +137,7 @@ def _export_to_file(view: PointInTimeView, path: str, verify: bool) -> None:
     try:
         try:
             os.ftruncate(fd, 0)
-            os.ftruncate(fd, view.size_bytes)
+            _set_size(fd, partial, view.size_bytes)
             digest = _write(view, fd, sparse=True, hashed=verify)
             os.fsync(fd)  # data before the name
             if verify:
@@ -112,6 +150,19 @@ def _export_to_file(view: PointInTimeView, path: str, verify: bool) -> None:
         fsync_directory(os.path.dirname(path))
     finally:
         os.close(fd)
+
+
+def _set_size(fd: int, partial: str, size_bytes: int) -> None:
+    """Raises UsageError: the file system has no files of that size."""
+    try:
+        os.ftruncate(fd, size_bytes)
+    except OSError as error:
+        if error.errno != errno.EFBIG:
+            raise
+        raise UsageError(
+            f"{os.path.dirname(partial)}: its file system has no files of {size_bytes} bytes (ext4: less than 16 TiB): "
+            "export to another one (xfs, btrfs), or to a block device"
+        ) from None
 
 
 def _open_partial(partial: str) -> int:
@@ -242,4 +293,6 @@ def _verify(fd: int, path: str, size_bytes: int, digest: str) -> None:
             advance(count)
             offset += count
     if state.hexdigest() != digest:
-        raise CorruptionError(path, 0, f"digest {state.hexdigest()}, written was {digest}: write it again")
+        raise CorruptionError(
+            path, 0, f"digest {state.hexdigest()}, the image has {digest}: export the whole image with --force"
+        )

@@ -57,7 +57,7 @@ options (-o):
   allow_other             others may try; modes decide (set by uid=, gid= and mode=)
   uid=USER gid=GROUP      owner of everything (default root)
   mode=OCTAL              of images (default 0400); directories can be entered by those who may read. Write bits
-                          count with scratch= only; there the owner may always write (default 0600)
+                          count with scratch= only, where the owner may write if none is given (default 0600)
   tz=ZONE                 of times without Z or offset, such as Europe/Vienna (default UTC)
   strict                  only times whose state can be given exactly lead anywhere
   scratch=DIR             makes images writable: what is written goes to sparse files in DIR, an existing directory

@@ -315,6 +315,7 @@ class Shipper:
         try:
             segments = interval.start.segment, interval.end.segment
             await trio.to_thread.run_sync(self._durability.make, *segments)
+            self._backfill.forget()
             prepared = await trio.to_thread.run_sync(
                 shipment.prepare, interval, self._volumes, source, wants_journal
             )

@@ -34,6 +34,8 @@ PERMANENT_TIMEOUT_S: Final = 300.0  # what never changes may only be pruned
 # The kernel asks for the root on the way of every path; its mtime, which needs the catalog, may be this late.
 # Not a timeout of the kernel's: the root of a dead mount would seem alive for as long.
 ROOT_LATE_S: Final = 1.0
+# But for a moment: of 10,000 paths that ls -l walks each would ask.
+ROOT_TIMEOUT_S: Final = 0.05
 MAX_VIEWS: Final = 1024  # images with resolved tables at hand; a view is some 300 bytes
 MAX_THREADS: Final = 16  # cold reads under way: what a disk likes to have queued
 MAX_LISTINGS: Final = 16  # begun ones kept at hand; each holds at most a page of the catalog, and of bookmarks
@@ -136,6 +138,7 @@ class Replica(pyfuse3.Operations):
             return self._attributes(await self._ask(self._tree.entry, inode))
         if self._root is None or trio.current_time() >= self._root_until:
             self._root = self._attributes(await self._ask(self._tree.entry, inode))
+            self._root.attr_timeout = ROOT_TIMEOUT_S
             self._root_until = trio.current_time() + ROOT_LATE_S
         return self._root
 

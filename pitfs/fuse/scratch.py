@@ -21,7 +21,7 @@ from pitfs.fuse.common import failed, guard, holding, in_thread
 from pitfs.fuse.flusher import set_io_flusher
 from pitfs.fuse.replica import Image, Ownership, Replica, opened
 from pitfs.storage.files import FULL_ERRNOS
-from pitfs.view.overlay import NotCachedError, Overlay, OverlayView
+from pitfs.view.overlay import NotCachedError, Overlay, OverlayView, Write
 from pitfs.view.scratch import Scratch
 from pitfs.view.tree import Entry, Kind, NoEntryError, Tree, Type, unpack_inode
 from pitfs.view.view import PointInTimeView, ReadBuffer
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 handler = guard({NoEntryError: errno.ENOENT})
 
+# Writes that take less than this on average are done in the event loop: they go to the page cache.
+INLINE_WRITE_NS: Final = 1_000_000
 FULL_SAID_S: Final = 60.0  # a full scratch is said no oftener
 
 
@@ -52,6 +54,9 @@ class ScratchReplica(Replica):
         self._making = trio.Lock()
         self._syncing: dict[int, trio.Lock] = {}
         self._full_until = 0.0
+        self._average_ns = 0.0  # that a write took of late: each new one counts for an eighth
+        self._slow_writes = 0  # under way; meanwhile none is done inline: they must keep their order
+        self._writing: dict[int, trio.Lock] = {}
 
     @classmethod
     def for_mount(cls, request: MountRequest) -> Self:
@@ -93,31 +98,62 @@ class ScratchReplica(Replica):
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:  # type: ignore[override]
         # Guarded as the other handlers, but here: one coroutine less on the way of every write.
         view = self._writable.get(fh)
-        if view is not None and off + len(buf) <= view.size_bytes:
-            try:
-                view.write(off, buf)
-            except NotCachedError:
-                pass
-            except Exception as error:
-                raise self._write_failed(error) from error
-            else:
-                return len(buf)
-        return await self._write_slowly(fh, off, buf)
+        if (
+            view is None
+            or self._slow_writes
+            or self._average_ns >= INLINE_WRITE_NS
+            or off + len(buf) > view.size_bytes
+        ):
+            return await self._write_slowly(fh, off, buf)
+        try:
+            start_ns = time.monotonic_ns()
+            view.write(off, buf)
+            self._average_ns += (time.monotonic_ns() - start_ns - self._average_ns) / 8
+        except NotCachedError:
+            return await self._write_slowly(fh, off, buf)
+        except Exception as error:
+            raise self._write_failed(error) from error
+        return len(buf)
 
     @handler
     async def _write_slowly(self, inode: int, offset: int, data: bytes) -> int:
-        """The first write of an image, one that needs what isn't in memory, one beyond the end."""
+        """The first write of an image, one that needs what isn't in memory, one beyond the end, and each while the
+        disk of the scratch can't keep up, so that others needn't wait for it."""
         view = await self._writable_view(inode)
         data = data[: max(view.size_bytes - offset, 0)]
         if not data:
             raise pyfuse3.FUSEError(errno.ENOSPC)  # as a block device answers
+        self._slow_writes += 1
         try:
-            buffer = ReadBuffer(0)
-            edges = await in_thread(view.read_edges, offset, len(data), buffer, limiter=self._limiter)
-            view.write(offset, data, edges)
+            edges = b"", b""
+            if view.has_edges(offset, len(data)):
+                edges = await in_thread(
+                    view.read_edges, offset, len(data), ReadBuffer(0), limiter=self._limiter
+                )
+            async with holding(self._writing.setdefault(inode, trio.Lock())):
+                await self._put(view, view.prepare(offset, data, edges))
         except Exception as error:
             raise self._write_failed(error) from error
+        finally:
+            self._slow_writes -= 1
         return len(data)
+
+    async def _put(self, view: OverlayView, write: Write) -> None:
+        def timed() -> int:
+            start_ns = time.monotonic_ns()
+            view.overlay.store(write)
+            return time.monotonic_ns() - start_ns
+
+        try:
+            if self._average_ns < INLINE_WRITE_NS:
+                took_ns = timed()
+            else:
+                took_ns = await in_thread(timed, limiter=self._limiter)
+        except BaseException:
+            view.overlay.not_stored(write)
+            raise
+        view.overlay.stored(write)
+        self._average_ns += (took_ns - self._average_ns) / 8
 
     async def _writable_view(self, inode: int) -> OverlayView:
         async with holding(self._making):

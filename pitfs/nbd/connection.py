@@ -148,8 +148,8 @@ class Connection:
             problem = str(error)
             log.info("%s: %s", self._peer, error)
         except PitfsError as error:
-            problem = f"{name}: can't be opened: the server's log has the details"
-            log.error("%s: %s: %s", self._peer, name, error)
+            problem = f"{name!r}: can't be opened: the server's log has the details"
+            log.error("%s: %r: %s", self._peer, name, error)
         self._opened = export if opens else None
         await self._send(self._protocol.answer_export(export.info if export else None, problem))
 

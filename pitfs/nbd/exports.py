@@ -9,6 +9,7 @@ Whatever leads to an instant in the tree does so here, at the moment in which it
 from __future__ import annotations
 
 import collections
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -91,8 +92,8 @@ class Exports:
         if latest is None:
             return []
         instants = [(LATEST, f"the newest instant, {format_instant(latest.time_ns)} now")]
-        newest = collections.deque(self._store.snapshots(), MAX_LISTED_SNAPSHOTS)
-        instants += [(format_instant(each.time_ns), f"snapshot, seq {each.seq}") for each in reversed(newest)]
+        newest = itertools.islice(self._store.newest_snapshots(), MAX_LISTED_SNAPSHOTS)
+        instants += [(format_instant(each.time_ns), f"snapshot, seq {each.seq}") for each in newest]
         return [
             (f"{instant}/{volume.name}", description)
             for instant, description in instants

@@ -34,15 +34,17 @@ async def serve(
         start_tls: puts TLS over a connection, or raises PitfsError; clients without are told nothing. None: no TLS.
     """
     shared = Shared(exports)
-    count = 0
+    count, is_full = 0, False
 
     async def handle(inner: trio.SocketStream) -> None:
-        nonlocal count
+        nonlocal count, is_full
         if count >= MAX_CONNECTIONS:
-            log.warning("%s: closed: %d clients are connected already", peer_name(inner), count)
+            if not is_full:  # said once, not to each that comes then
+                log.warning("%s: closed: %d clients are connected already", peer_name(inner), count)
+            is_full = True
             await trio.aclose_forcefully(inner)
             return
-        count += 1
+        count, is_full = count + 1, False
         try:
             await _handle(inner, shared, start_tls)
         finally:

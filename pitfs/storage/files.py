@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 
 from pitfs.errors import CapacityError, CorruptionError, PitfsError
 
+_FALLOC_FL_KEEP_SIZE = 0x01  # linux/falloc.h
+_FALLOC_FL_PUNCH_HOLE = 0x02
 FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -52,6 +55,22 @@ def write_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> Non
     while view:
         written = os.pwrite(fd, view, offset)
         view, offset = view[written:], offset + written
+
+
+def punch(fd: int, offset: int, size: int) -> bool:
+    """Makes zeros of that range, a hole where it can be one; False where this kind of file can't have any.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    flags = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
+    if libc.fallocate64(fd, flags, ctypes.c_int64(offset), ctypes.c_int64(size)) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV):
+        return False
+    raise OSError(number, os.strerror(number))
 
 
 def read_exactly(fd: int, size: int, offset: int, what: str) -> bytes:

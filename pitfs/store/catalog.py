@@ -16,7 +16,7 @@ from typing import Any, Final
 from pitfs.errors import CorruptionError
 from pitfs.model.blockmap import Entry
 from pitfs.model.transfer import Bookmark, Gap
-from pitfs.store.database import PAGE_ROWS, REMEDY, Database, to_signed, to_unsigned
+from pitfs.store.database import FIRST_PAGE_ROWS, PAGE_ROWS, REMEDY, Database, to_signed, to_unsigned
 from pitfs.store.facts import Commit, Interval, LayersCommit, ObjectFacts, Piece, Snapshot, Tail
 
 
@@ -117,8 +117,8 @@ class Catalog(Database):
 
     def has_gap(self, after_ns: int, before_ns: int) -> bool:
         """Whether a gap overlaps the open stretch of time (after_ns, before_ns)."""
-        sql = "SELECT 1 FROM gaps WHERE to_time_ns > ? AND from_time_ns < ? LIMIT 1"
-        return bool(self._rows(sql, (after_ns, before_ns)))
+        sql = "SELECT from_time_ns FROM gaps WHERE to_time_ns > ? ORDER BY to_time_ns LIMIT 1"  # they don't overlap
+        return any(from_ns < before_ns for (from_ns,) in self._rows(sql, (after_ns,)))
 
     # Listings; from_ns is in, to_ns is out, None is no limit
 
@@ -130,14 +130,14 @@ class Catalog(Database):
         Args:
             columns: as many as the key has, whose values in a row are the key behind it; then the row's own.
         """
-        width = len(key)
+        width, page_rows = len(key), FIRST_PAGE_ROWS
         while True:
-            rows = self._rows(f"SELECT {columns} FROM {table} {sql} LIMIT {PAGE_ROWS}", (*key, *bindings))
+            rows = self._rows(f"SELECT {columns} FROM {table} {sql} LIMIT {page_rows}", (*key, *bindings))
             for row in rows:
                 yield self._verified(table, row[width:])
-            if len(rows) < PAGE_ROWS:
+            if len(rows) < page_rows:
                 return
-            key = rows[-1][:width]
+            key, page_rows = rows[-1][:width], min(2 * page_rows, PAGE_ROWS)
 
     def snapshots(self, from_ns: int | None, to_ns: int | None) -> Iterator[Snapshot]:
         sql = "WHERE time_ns > ? AND time_ns < ? ORDER BY time_ns"
@@ -146,9 +146,12 @@ class Catalog(Database):
 
     def intervals(self, from_ns: int | None, to_ns: int | None) -> Iterator[Interval]:
         """Those that have an instant in the stretch of time."""
-        sql = "WHERE to_time_ns > ? AND from_time_ns < ? ORDER BY to_time_ns"
-        for row in self._paged("intervals", "to_time_ns, *", sql, (_high(to_ns),), (_low(from_ns),)):
-            yield Interval(*row)
+        sql = "WHERE to_time_ns > ? ORDER BY to_time_ns"
+        for row in self._paged("intervals", "to_time_ns, *", sql, (), (_low(from_ns),)):
+            interval = Interval(*row)
+            if interval.from_time_ns >= _high(to_ns):  # so do all later ones
+                return
+            yield interval
 
     def bookmarks(self, from_ns: int | None = None) -> Iterator[Bookmark]:
         """By time, then name."""

@@ -212,6 +212,13 @@ class Store:
         """Snapshots by time."""
         return self._catalog.snapshots(from_ns, to_ns)
 
+    def newest_snapshots(self) -> Iterator[Snapshot]:
+        """Snapshots, newest first; one look-up for each."""
+        snapshot = self._catalog.last_snapshot()
+        while snapshot is not None:
+            yield snapshot
+            snapshot = self._catalog.snapshot_at_time(snapshot.time_ns - 1)
+
     def intervals(self, from_ns: int | None = None, to_ns: int | None = None) -> Iterator[Interval]:
         """Intervals between two snapshots that have an instant in that time, by time."""
         return self._catalog.intervals(from_ns, to_ns)

@@ -25,14 +25,14 @@ from pitfs.store.layout import MAX_SNAPSHOT_ID, is_name
 from pitfs.store.leftovers import StagingArea
 from pitfs.store.objects import ObjectPool
 from pitfs.store.snapshots import NodeReader
-from pitfs.store.tail import OpenTail, log_file
+from pitfs.store.tail import MAX_PENDING_ROWS, OpenTail, log_file
 from pitfs.store.taillog import TailLog
 from pitfs.store.writes import WriteCheck
 
 log = logging.getLogger(__name__)
 
-READABLE_S: Final = 0.25  # what came becomes readable so often: each time costs a commit and a sorted piece
-MAX_PENDING_ROWS: Final = 1 << 16  # or when so many wait for it: 2 MiB
+# What came becomes readable so often, or when MAX_PENDING_ROWS wait for it: it costs a commit and a sorted piece.
+READABLE_S: Final = 0.25
 _HINT: Final = "begin the session anew, so that production learns where the store stands"
 
 
@@ -160,7 +160,7 @@ class Stream:
 
     def publish(self) -> None:
         """Makes readable what came: nothing else would, where no flush comes any more. Raises as `write`."""
-        if self._tail is not None and self._tail.pending_rows:
+        if self._tail is not None and self._tail.has_news:
             self._check_usable()
             with self._breaks():
                 self._publish(0)
@@ -243,7 +243,7 @@ class Stream:
         """Makes all that came durable and readable."""
         tail = self._tail
         protected_through_ns = max(protected_through_ns, self.end[1])  # all writes up to the last one are in
-        if tail is None or not tail.pending_rows:
+        if tail is None or not tail.has_news:
             if protected_through_ns > self._catalog.meta("protected_through_ns"):
                 self._catalog.protect_through(protected_through_ns)
             return

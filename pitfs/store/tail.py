@@ -25,6 +25,7 @@ from pitfs.store.writes import Batch, positions, spread
 
 log = logging.getLogger(__name__)
 
+MAX_PENDING_ROWS: Final = 1 << 16  # that wait in memory to be readable: 3 MiB; a batch may come on top
 _COPY_BYTES: Final = 1 << 20
 _SECOND_NS: Final = 1_000_000_000
 
@@ -54,6 +55,7 @@ class OpenTail:
         self._block_sizes = block_sizes
         self._rows: list[Rows] = []
         self._positions: list[Rows] = []
+        self._minutes: dict[int, int] = {}  # of pieces that the catalog hasn't yet
         self._open_piece = partial(open_piece, objects, chunks=chunk_cache(1))
         self.end = facts.to_seq, facts.to_time_ns
         self.pending_rows = 0
@@ -80,22 +82,28 @@ class OpenTail:
         Raises:
             OSError, CapacityError, CorruptionError: then nothing more may be appended.
         """
-        if not self._rows:
-            self.log.sync()
-            return {}
-        pieces = add_piece(self.log, self.facts.pieces, self._rows, self._positions, self._open_piece)
+        if self._rows:
+            self._add_piece()
         self.log.sync()
-        times_ns = np.concatenate([each["time_ns"] for each in self._positions])
-        minutes: dict[int, int] = {}
-        for second in np.unique(times_ns // _SECOND_NS).tolist():
-            minutes[second // 60] = minutes.get(second // 60, 0) | second_bit(second * _SECOND_NS)
-        first_ns = self.facts.first_time_ns
-        self.facts = replace(
-            self.facts, to_seq=self.end[0], to_time_ns=self.end[1], log_end=self.log.end, pieces=pieces,
-            first_time_ns=int(times_ns[0]) if first_ns is None else first_ns,
-        )  # fmt: skip
-        self._rows, self._positions, self.pending_rows = [], [], 0
+        self.facts = replace(self.facts, to_seq=self.end[0], to_time_ns=self.end[1], log_end=self.log.end)
+        minutes, self._minutes = self._minutes, {}
         return minutes
+
+    @property
+    def has_news(self) -> bool:
+        """Whether anything came that the catalog hasn't."""
+        return bool(self._rows or self._minutes)
+
+    def _add_piece(self) -> None:
+        """Puts what waits in memory into pieces."""
+        pieces = add_piece(self.log, self.facts.pieces, self._rows, self._positions, self._open_piece)
+        times_ns = np.concatenate([each["time_ns"] for each in self._positions])
+        for second in np.unique(times_ns // _SECOND_NS).tolist():
+            self._minutes[second // 60] = self._minutes.get(second // 60, 0) | second_bit(second * _SECOND_NS)
+        first_ns = self.facts.first_time_ns
+        first_ns = int(times_ns[0]) if first_ns is None else first_ns
+        self.facts = replace(self.facts, pieces=pieces, first_time_ns=first_ns)
+        self._rows, self._positions, self.pending_rows = [], [], 0
 
     def close(self) -> None:
         self.log.close()
@@ -139,12 +147,12 @@ class OpenTail:
         return tail
 
     def _read_again(self) -> None:
-        path, fd, start = self.log.path, self.log.fd, self.log.end
+        path, fd, start, end = self.log.path, self.log.fd, self.log.end, self.end
         reader = LogReader(path, fd, self.log.tail)
         for head in reader.heads(start, self._block_sizes):
-            if head.first_seq != self.end[0] + 1 or not len(head.rows) or head.rows["time_ns"][0] <= self.end[1]:
+            if head.first_seq != end[0] + 1 or not len(head.rows) or head.rows["time_ns"][0] <= end[1]:
                 raise CorruptionError(path, head.offset, "writes that don't follow those before them")
-            self._add(head.first_seq, head.rows, head.checksums, head.zeros, head.body)
+            end = head.first_seq + len(head.rows) - 1, int(head.rows["time_ns"][-1])
         size = os.fstat(fd).st_size
         if size > reader.end:
             log.info("%s: cut at byte %d: what was behind it isn't whole", path, reader.end)
@@ -154,3 +162,8 @@ class OpenTail:
             write_all(fd, part, at)
         os.fdatasync(fd)
         self.log.end = self.log.durable = reader.end
+        # Once more: it may be all of a long interval, which becomes pieces behind it before the next of it is taken.
+        for head in LogReader(path, fd, self.log.tail).heads(start, self._block_sizes):
+            self._add(head.first_seq, head.rows, head.checksums, head.zeros, head.body)
+            if self.pending_rows >= MAX_PENDING_ROWS:
+                self._add_piece()

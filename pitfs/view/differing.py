@@ -36,11 +36,13 @@ class DifferingLeaf:
 
     Attributes:
         differs: bool[512].
+        zeros: bool[512], known to be zeros at the other instant.
         one, other: checksums uint64[512] at the two instants; of zeros too.
     """
 
     first: int
     differs: BoolArray
+    zeros: BoolArray
     one: U64Array
     other: U64Array
 
@@ -51,6 +53,9 @@ class Difference:
     Args:
         one, other: resolved states of the store, either may be the earlier one.
         volume: its index.
+
+    Attributes:
+        views: of the two, for reading where they differ.
     """
 
     def __init__(self, store: Store, one: Resolution, other: Resolution, volume: int) -> None:
@@ -60,7 +65,7 @@ class Difference:
         self._store, self._volume = store, volume
         self._states = one, other
         tables = TableCache(max_bytes=0)  # the few that it always has: leaves come one after the other
-        self._views = tuple(PointInTimeView(store, state, volume, tables) for state in self._states)
+        self.views = tuple(PointInTimeView(store, state, volume, tables) for state in self._states)
         self._zeros = np.uint64(xxh3_64_intdigest(bytes(info.block_size)))
 
     def leaves(self) -> Iterator[DifferingLeaf]:
@@ -79,7 +84,7 @@ class Difference:
             for start, end in runs(doubtful).tolist():
                 differs[start:end] = self._read_and_compare(index * FANOUT + start, end - start, buffers)
             if differs.any():
-                yield DifferingLeaf(index * FANOUT, differs, one, other)
+                yield DifferingLeaf(index * FANOUT, differs, tables[1][0] == 0, one, other)
             index = self._store.next_difference(*self._states, self._volume, index + 1)
 
     def ranges(self, leaves: Iterable[DifferingLeaf]) -> Iterator[tuple[int, int]]:
@@ -93,7 +98,7 @@ class Difference:
         for start in range(0, count, step):
             end = min(start + step, count)
             offset, size = (first + start) * self.block_size, (end - start) * self.block_size
-            one, other = (view.read(offset, size, buffer) for view, buffer in zip(self._views, buffers, strict=True))
+            one, other = (view.read(offset, size, buffer) for view, buffer in zip(self.views, buffers, strict=True))
             if one == other:
                 differs[start:end] = False
                 continue

@@ -21,7 +21,7 @@ import errno
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from pyroaring import BitMap64
 
@@ -47,6 +47,21 @@ class NotCachedError(Exception):
     """What must be copied up isn't in memory: `read_edges` may wait for it."""
 
 
+class Write(NamedTuple):
+    """A write as it goes to the overlay's file: whole where blocks are new to it.
+
+    Attributes:
+        first, last: blocks [first, last) that it touches.
+        new_count: how many of them weren't there; room is taken for these.
+    """
+
+    offset: int
+    data: bytes
+    first: int
+    last: int
+    new_count: int
+
+
 @dataclass(slots=True)
 class Room:
     """What all overlays of a mount may take together.
@@ -64,8 +79,8 @@ class Room:
         default_factory=lambda: ReadBuffer(0)
     )  # for one block: writes happen in one thread
 
-    def check(self, count: int, block_size: int) -> None:
-        """Raises CapacityError where `count` more blocks have no room."""
+    def take(self, count: int, block_size: int) -> None:
+        """Takes room for `count` more blocks. Raises CapacityError where there is none."""
         if self.limit_bytes is not None and self.used_bytes + count * block_size > self.limit_bytes:
             raise CapacityError(f"scratch_size is reached ({self.limit_bytes} bytes)")
         self.unmeasured += count + WRITE_WEIGHT
@@ -76,6 +91,7 @@ class Room:
                 if bitmap_bytes(self.bitmaps) > MAX_INDEX_BYTES:
                     raise CapacityError(f"the scratch's index takes more than {MAX_INDEX_BYTES >> 20} MiB")
             self.unmeasured = 0
+        self.used_bytes += count * block_size
 
 
 class Overlay:
@@ -119,20 +135,26 @@ class Overlay:
         if self.failed:
             raise PitfsError(f"{self.name}: {self.failed}: what was written is lost; mount anew")
 
-    def put(self, offset: int, data: bytes, first: int, last: int, new_count: int) -> None:
-        """Writes blocks [first, last), of which `new_count` are new; `data` has those whole. Raises OSError."""
-        done = os.pwrite(self.fd, data, offset)
-        if done != len(data):
-            write_all(self.fd, memoryview(data)[done:], offset + done)
+    def store(self, write: Write) -> None:
+        """Writes the file; may wait for the disk. Raises OSError; then the blocks that are new aren't there."""
+        done = os.pwrite(self.fd, write.data, write.offset)
+        if done != len(write.data):
+            write_all(self.fd, memoryview(write.data)[done:], write.offset + done)
+
+    def stored(self, write: Write) -> None:
+        """From now on it is read."""
         self.writes += 1
-        if new_count:
-            if last - first == 1:
-                self.blocks.add(first)
+        if write.new_count:
+            if write.last - write.first == 1:
+                self.blocks.add(write.first)
             else:
-                self.blocks.add_range(first, last)
-            self.room.used_bytes += new_count * self.block_size
+                self.blocks.add_range(write.first, write.last)
             if self._log is not None:
-                self._fresh.add_range(first, last)
+                self._fresh.add_range(write.first, write.last)
+
+    def not_stored(self, write: Write) -> None:
+        """Gives back the room that it was to have."""
+        self.room.used_bytes -= write.new_count * self.block_size
 
     def begin_sync(self) -> Begun:
         """What `sync` is to make durable; to be given to `unsynced` if that fails."""
@@ -280,17 +302,27 @@ class OverlayView:
 
     # -------------------------------------------------------------- writing
 
-    def write(self, offset: int, data: bytes, edges: Edges | None = None) -> None:
-        """Writes `data` (bytes) at byte `offset`, all of it within the volume.
+    def write(self, offset: int, data: bytes) -> None:
+        """Writes `data` (bytes) at byte `offset`, all of it within the volume. Raises as `prepare` and `store`."""
+        write = self.prepare(offset, data)
+        try:
+            self.overlay.store(write)
+        except BaseException:
+            self.overlay.not_stored(write)
+            raise
+        self.overlay.stored(write)
+
+    def prepare(self, offset: int, data: bytes, edges: Edges | None = None) -> Write:
+        """What `store` is to write; until it is `stored`, or `not_stored`, no other write of the overlay may begin.
 
         Args:
             edges: what `read_edges` said of the same range at any time before.
 
         Raises:
-            NotCachedError: the image below must be read for it and isn't in memory; nothing happened.
-            CapacityError: the scratch is full; nothing happened.
-            CorruptionError: what must be copied up can't be read; nothing happened.
-            OSError: the disk refuses; what was written before stays, but for the range itself.
+            NotCachedError: the image below must be read for it and isn't in memory.
+            CapacityError: the scratch is full.
+            CorruptionError: what must be copied up can't be read.
+            PitfsError: a sync has failed.
         """
         overlay, blocks, shift = self.overlay, self._blocks, self._shift
         if overlay.failed:
@@ -302,14 +334,18 @@ class OverlayView:
         else:
             new_count = last - first - blocks.range_cardinality(first, last)
         if new_count:
-            overlay.room.check(new_count, self.block_size)
             head, tail = self._edges(offset, end)
             if head or tail:
                 before, after = self._cached_edges(offset, end) if edges is None else edges
                 before, after = before if head else b"", after if tail else b""
                 offset -= len(before)
                 data = b"".join((before, data, after))
-        overlay.put(offset, data, first, last, new_count)
+            overlay.room.take(new_count, self.block_size)
+        return Write(offset, data, first, last, new_count)
+
+    def has_edges(self, offset: int, size: int) -> bool:
+        """Whether `read_edges` has anything to read."""
+        return self._edges(offset, offset + size) != (0, 0)
 
     def read_edges(self, offset: int, size: int, buffer: ReadBuffer) -> Edges:
         """What must be copied up for a write of that range; waits for the disk. Raises as a read does."""

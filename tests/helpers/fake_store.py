@@ -142,6 +142,9 @@ class FakeObjects:
     def fd(self, number: int) -> int:
         return self._fds[number]
 
+    def opened(self, number: int) -> int | None:
+        return self._fds.get(number)
+
     def overwrite(self, number: int, offset: int, data: bytes) -> None:
         os.pwrite(self._fds[number], data, 4096 + offset)
 

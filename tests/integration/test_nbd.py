@@ -15,13 +15,17 @@ import pytest
 import trustme
 from xxhash import xxh3_128_hexdigest
 
+from pitfs.cli import serve_nbd
 from pitfs.cli.main import main
 from pitfs.model.transfer import VolumeInfo
+from pitfs.nbd.exports import MAX_LISTED_SNAPSHOTS
+from pitfs.nbd.server import MAX_CONNECTIONS
 from pitfs.store.ingest import Ingest
 from pitfs.store.store import Store
 from pitfs.view.view import PointInTimeView
 from tests.helpers.hosts import digest, free_port, instant_name, xxhsum
 from tests.helpers.links import Files, issue
+from tests.helpers.processes import ROOT as ROOT_DIRECTORY
 from tests.helpers.processes import Daemon, HostError, pitfs_command, run, wait_until
 from tests.helpers.readme import commands
 from tests.helpers.refusals import pitfs_refused, together
@@ -295,6 +299,12 @@ def test_a_certificate_for_other_groups_reads_nothing(store: Path, tmp_path: Pat
 
 
 # ------------------------------------------------------------------ the README
+
+
+def test_the_limits_that_people_are_told_are_those_that_there_are() -> None:
+    assert f"newest {MAX_LISTED_SNAPSHOTS} snapshots" in Path(serve_nbd.__file__).read_text()
+    readme = " ".join((ROOT_DIRECTORY / "README.rst").read_text(encoding="utf-8").split())
+    assert f"At most {MAX_CONNECTIONS} clients are connected at a time" in readme
 
 
 def test_the_commands_of_the_readme_work(

@@ -215,6 +215,7 @@ def test_two_hosts_with_these_certificates_and_fstab_lines_work(hosts: Hosts) ->
             run(["mount", "-T", table, latest])
             assert (latest / "ledger").read_text() == "monday,100\n"
             run(["umount", latest])
+        write_to_an_image(hosts)
         run(["umount", live])
         wait_until(lambda: not run(["losetup", "-j", volume]).stdout, "umount detaches the loop device", 10)
     finally:
@@ -222,6 +223,27 @@ def test_two_hosts_with_these_certificates_and_fstab_lines_work(hosts: Hosts) ->
         force_unmount(live)
     hosts.protect.terminate()
     hosts.receive.terminate()
+
+
+def write_to_an_image(hosts: Hosts) -> None:
+    """The mount with scratch=, and what an attached image is checked with."""
+    scratch, latest = hosts.tmp / "scratch", hosts.tmp / "latest"
+    scratch.mkdir()
+    (words,) = (words for words in commands("Writable images") if words[0] == "mount")
+    options = words[words.index("-o") + 1].replace("/var/tmp/scratch", str(scratch))
+    (check,) = (words for words in commands("The night") if words[0] == "e2fsck")
+    with (
+        Mount(hosts.tmp / "stores" / "db1", hosts.tmp, options=options) as mount,
+        LoopDevice(mount.image("latest")) as device,
+    ):
+        run([*check[:-1], device], accept=(0, 1))
+        run(["mount", device, latest])
+        try:
+            with (latest / "ledger").open("a") as ledger:
+                ledger.write("tuesday,200\n")
+        finally:
+            run(["umount", latest])
+        run(["e2fsck", "-f", "-n", device])
 
 
 @pytest.mark.fuse

@@ -15,12 +15,13 @@ import pytest
 from pitfs.errors import CapacityError, CorruptionError, PitfsError, StoreError
 from pitfs.model.transfer import Durable, VolumeInfo
 from pitfs.store import database
+from pitfs.store import tail as tail_module
 from pitfs.store.catalog import Catalog
 from pitfs.store.closing import Closing
 from pitfs.store.ingest import Ingest
 from pitfs.store.store import Store
 from pitfs.store.stream import Stream
-from pitfs.store.tail import log_file
+from pitfs.store.tail import OpenTail, log_file
 from tests.helpers.stores import ingest_transfer, read_image
 from tests.helpers.streams import FakeClock, batch_of, mark_of
 from tests.helpers.transfers import History, Write
@@ -317,8 +318,19 @@ def test_a_flush_that_brings_writes_costs_one_sync_of_the_log_and_no_other(
     ingest.close()
 
 
-def test_a_catalog_that_lost_what_was_not_durable_of_it_is_made_up_from_the_log(tmp_path: Path) -> None:
+@pytest.mark.parametrize("most_rows", [1 << 16, 8])
+def test_a_catalog_that_lost_what_was_not_durable_of_it_is_made_up_from_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most_rows: int
+) -> None:
     """Power is lost: commits that weren't synced are gone, the log has all that was acknowledged."""
+    monkeypatch.setattr(tail_module, "MAX_PENDING_ROWS", most_rows)
+    added, real = list[int](), OpenTail._add
+
+    def add(tail: OpenTail, *columns: Any) -> None:
+        real(tail, *columns)
+        added.append(tail.pending_rows)
+
+    monkeypatch.setattr(OpenTail, "_add", add)
     history, clock = History(6, (VolumeInfo("a", 9_000, 1024),)), FakeClock()
     ingest = Ingest(str(tmp_path / "now"), history.hello, clock)
     ingest_transfer(ingest, history.close_interval())
@@ -351,4 +363,5 @@ def test_a_catalog_that_lost_what_was_not_durable_of_it_is_made_up_from_the_log(
         assert store.protected_through_ns() == history.times_ns[-1]
         store.close()
         again.close()
+    assert max(added) <= most_rows + 3 * 4, "no more wait in memory than a batch behind the limit"
     ingest.close()
