@@ -125,6 +125,11 @@ class Replica(pyfuse3.Operations):
         made._limiter = trio.CapacityLimiter(max(MAX_THREADS // request.workers, 1))  # each thread has a MiB's buffer
         return made
 
+    @property
+    def history(self) -> str:
+        """Which history the store has, 32 hex digits."""
+        return self._store.history
+
     def close(self) -> None:
         """Called when no handler is under way any more."""
         self._store.close()
