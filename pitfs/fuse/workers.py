@@ -339,12 +339,12 @@ class Minder:
         os.dup2(clone, self._descriptor, inheritable=False)
         os.close(clone)
         operations = open_operations(self._request)
-        if self._pins is not None:
-            operations.holder = Holder.inherited(self._what, os.getppid(), *self._pins)
         try:
             # Inode numbers say seq and volume: the kernel would take what it has cached for the other's.
             if operations.history.encode() != self._history:
                 raise PitfsError(f"{self._request.store}: is another one now than when it was mounted: mount it anew")
+            if self._pins is not None:
+                operations.holder = Holder.inherited(self._what, os.getppid(), *self._pins)
             self._seat.take(operations)
             channel.send(READY)
             Loop(self._descriptor).run()

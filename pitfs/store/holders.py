@@ -96,11 +96,14 @@ class Holder:
         holder = cls.__new__(cls)
         holder.what, holder._owner, holder._fd, holder._told = what, owner, fd, False
         holder._path, holder._name = os.path.split(path)
+        holder._directory = -1
         try:
             holder._directory = open_directory(holder._path, make=False)
+            holder._lock = HoldersLock(holder._directory)
         except OSError as error:
-            raise storage_error(error, holder._path, "opening") from error
-        holder._lock = HoldersLock(holder._directory)
+            os.close(fd)
+            holder._fd = -1
+            holder._not_pinned(error)
         return holder
 
     @property
