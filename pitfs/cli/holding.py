@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 from pitfs.model.position import format_instant
 
 if TYPE_CHECKING:
-    from pitfs.store.holders import Held, Holder
+    from pitfs.store.holder_file import Held
+    from pitfs.store.holders import Holder
     from pitfs.store.store import Store
 
 MOUNT: Final = "mount "  # a holder that is one says so, and where

@@ -275,17 +275,20 @@ def _serve(request: MountRequest, writer: int) -> None:
     from pitfs.fuse.init_flags import without_privileges
     from pitfs.fuse.loop import Seat
 
-    probed()
-    seat = Seat()
-    _fuse_init(seat, request)
     try:
-        with without_privileges(fuse_descriptor()) if request.scratch else contextlib.nullcontext():
-            seat.answer_init()
-        if not request.foreground:
-            _detach(request.verbose)
-        minder.serve(seat)
+        probed()
+        seat = Seat()
+        _fuse_init(seat, request)
+        try:
+            with without_privileges(fuse_descriptor()) if request.scratch else contextlib.nullcontext():
+                seat.answer_init()
+            if not request.foreground:
+                _detach(request.verbose)
+            minder.serve(seat)
+        finally:
+            pyfuse3.close()
     finally:
-        pyfuse3.close()
+        minder.close()
 
 
 def _fuse_init(operations: pyfuse3.Operations, request: MountRequest) -> None:

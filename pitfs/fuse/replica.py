@@ -21,14 +21,16 @@ import pyfuse3
 import trio
 
 from pitfs.fuse.common import failed, guard, in_thread
+from pitfs.fuse.loop import waiting
 from pitfs.store.store import Store
 from pitfs.view.tree import ROOT_INODE, Entry, Kind, NoEntryError, Tree, Type, unpack_inode
-from pitfs.view.view import PointInTimeView, ReadBuffer, TableCache
+from pitfs.view.view import MAX_TABLE_CACHE_BYTES, PointInTimeView, ReadBuffer, TableCache
 
 if TYPE_CHECKING:
     from pyfuse3 import FileHandleT, FileNameT, FlagT, InodeT, ReaddirToken, RequestContext, XAttrNameT
 
     from pitfs.fuse.mount import MountRequest
+    from pitfs.store.holders import Holder
 
 PERMANENT_TIMEOUT_S: Final = 300.0  # what never changes may only be pruned
 # The kernel asks for the root on the way of every path; its mtime, which needs the catalog, may be this late.
@@ -37,7 +39,7 @@ ROOT_LATE_S: Final = 1.0
 # But for a moment: of 10,000 paths that ls -l walks each would ask.
 ROOT_TIMEOUT_S: Final = 0.05
 MAX_VIEWS: Final = 1024  # images with resolved tables at hand; a view is some 300 bytes
-MAX_THREADS: Final = 16  # cold reads under way: what a disk likes to have queued
+MAX_THREADS: Final = 16  # of all processes, cold reads under way: what a disk likes to have queued
 MAX_LISTINGS: Final = 16  # begun ones kept at hand; each holds at most a page of the catalog, and of bookmarks
 NAME_MAX: Final = 255
 USER_ATTRIBUTES: Final = b"user."  # the one namespace of extended attributes that there is
@@ -86,6 +88,7 @@ class Replica(pyfuse3.Operations):
     """pyfuse3 handlers over one store."""
 
     supports_dot_lookup = False
+    holder: Holder | None = None  # that holds what open images show
 
     def __init__(self, store: Store, tree: Tree, ownership: Ownership) -> None:
         super().__init__()
@@ -113,7 +116,10 @@ class Replica(pyfuse3.Operations):
     @classmethod
     def for_mount(cls, request: MountRequest) -> Self:
         """The handlers of a mount like that, over a store of their own. Raises as `opened`."""
-        return cls(*opened(request))
+        made = cls(*opened(request))
+        made._tables = TableCache(MAX_TABLE_CACHE_BYTES // request.workers)
+        made._limiter = trio.CapacityLimiter(max(MAX_THREADS // request.workers, 1))  # each thread has a MiB's buffer
+        return made
 
     @property
     def history(self) -> str:
@@ -208,7 +214,7 @@ class Replica(pyfuse3.Operations):
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> pyfuse3.FileInfo:
         if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
             raise pyfuse3.FUSEError(errno.EROFS)
-        await self._view(inode)
+        await self._open_held(inode)
         return pyfuse3.FileInfo(fh=inode, keep_cache=True)
 
     async def read(self, fh: FileHandleT, off: int, size: int) -> memoryview:  # type: ignore[override]
@@ -236,7 +242,32 @@ class Replica(pyfuse3.Operations):
 
     @handler
     async def release(self, fh: FileHandleT) -> None:
-        return
+        await self._let_go(fh)
+
+    async def _open_held(self, inode: int) -> None:
+        """An image is opened: what it shows stays in the store until `_let_go`, in whichever process that is."""
+        if self.holder is None:
+            await self._view(inode)
+            return
+        resolution = await self._ask(self._tree.resolution_of, inode)
+        if resolution is None:
+            raise NoEntryError
+        held = resolution.seq, resolution.time_ns
+        if not self.holder.pin(*held, wait=False):
+            await in_thread(self.holder.pin, *held, limiter=self._limiter)
+        try:
+            # It may have been removed before it was held. Asked inline if no thread has the catalog.
+            if waiting.count or not self._tree.is_current():
+                await in_thread(self._tree.resolution_of, inode, True, limiter=self._tree_limiter)
+            await self._view(inode)
+        except BaseException:
+            await self._let_go(inode)
+            raise
+
+    async def _let_go(self, inode: int) -> None:
+        seq = unpack_inode(inode)[2]
+        if self.holder is not None and not self.holder.unpin(seq, wait=False):
+            await in_thread(self.holder.unpin, seq, limiter=self._limiter)
 
     async def _view(self, inode: int) -> Image:
         if inode not in self._views:

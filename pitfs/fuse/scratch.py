@@ -81,7 +81,7 @@ class ScratchReplica(Replica):
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> pyfuse3.FileInfo:
         if flags & os.O_TRUNC:
             raise self._fixed_size(inode)
-        await self._view(inode)
+        await self._open_held(inode)
         return pyfuse3.FileInfo(fh=inode, keep_cache=True)
 
     async def _view(self, inode: int) -> Image:

@@ -114,6 +114,7 @@ class Minder:
         self._seat: Seat | None = None
         self._descriptor = -1
         self._history = b""  # of the store that was looked at before it was mounted
+        self._pins: tuple[str, int] | None = None  # the holder's file: its path, and what keeps it locked
         self._is_ending = False
         self._last_start_s = 0.0
         self._wakeup, self._waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -130,19 +131,39 @@ class Minder:
         child = self._fork(self._open_and_close)
 
         def outcome() -> None:
-            message = child.channel.recv(_MAX_MESSAGE_BYTES)
+            message, descriptors, *_ = socket.recv_fds(child.channel, _MAX_MESSAGE_BYTES, 1)
             os.waitpid(child.pid, 0)
             self._forget(child.pid)
-            word, _, self._history = message.partition(b" ")
+            word, _, told = message.partition(b" ")
             if word != READY:
                 raise retell(message or b"1 the store's reader ended before it had it open")
+            self._history, _, path = told.partition(b" ")
+            self._pins = (os.fsdecode(path), descriptors[0]) if descriptors else None
 
         return outcome
 
     def _open_and_close(self, channel: socket.socket) -> None:
+        """Also makes the file of what the mount's images hold: the workers are one holder, with one file."""
+        from pitfs.store.holders import Holder
+
         operations = open_operations(self._request)
         operations.close()
-        channel.send(READY + b" " + operations.history.encode())
+        word = READY + b" " + operations.history.encode()
+        file = Holder(self._request.store, self._what, owner=os.getppid()).file
+        if file is None:
+            channel.send(word)
+        else:
+            socket.send_fds(channel, [word + b" " + os.fsencode(file[0])], [file[1]])
+
+    @property
+    def _what(self) -> str:
+        return f"mount {self._request.mountpoint}"
+
+    def close(self) -> None:
+        """Ends what the mount holds."""
+        if self._pins is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._pins[0])
 
     def serve(self, seat: Seat) -> None:
         """Starts the workers, writes `READY` when they answer, and returns when the mount is to end.
@@ -310,6 +331,7 @@ class Minder:
 
     def _work(self, channel: socket.socket) -> None:
         from pitfs.fuse.loop import Loop
+        from pitfs.store.holders import Holder
 
         assert self._seat is not None
         clone = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
@@ -321,6 +343,8 @@ class Minder:
             # Inode numbers say seq and volume: the kernel would take what it has cached for the other's.
             if operations.history.encode() != self._history:
                 raise PitfsError(f"{self._request.store}: is another one now than when it was mounted: mount it anew")
+            if self._pins is not None:
+                operations.holder = Holder.inherited(self._what, os.getppid(), *self._pins)
             self._seat.take(operations)
             channel.send(READY)
             Loop(self._descriptor).run()

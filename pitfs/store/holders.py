@@ -16,94 +16,48 @@ A pin that comes first is seen and kept. One that comes later is followed by a l
 the instant any more: the reader finds nothing rather than half. `pin` is the reader's half, `pins_locked` that of
 prune, `pinned` does the reader's steps in order.
 
-A holder's file is 33 pages of 4096 bytes, little-endian, each ending in the xxh3_64 of what stands before it:
-
-    page 0: offset size
-              0     8   magic      "PITFSHLD"
-              8     4   version    1
-             12     4   pid
-             16     8   since_ns   UTC
-             24     8   unlisted   pins that found no room in the pages below
-             32    16   seq, time_ns of the least of them since there were none
-             48    16   the same of the greatest
-             64     2   bytes of what
-             66         what it is, UTF-8: "mount /mnt/db1"
-    page 1 to 32: 170 × (seq, time_ns, count), int64 each; a count of 0 is room. A page of zeros is empty.
-
-An instant stands in the page that its seq hashes to, so a pin reads and writes one page, and the file has a fixed
-size: 5,440 instants. Where there are unlisted ones, everything between the least and the greatest is held; so is
-everything where a page can't be read. Pages are written whole, under the lock. Nothing is synced: after a power
-loss every holder is dead. Files of the dead are removed by whoever comes next.
+Nothing is synced: after a power loss every holder is dead. Files of the dead are removed by whoever comes next. What
+stands in them: `store.holder_file`.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import logging
 import os
 import secrets
-import struct
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Final, Self
+from typing import Self
 
 import numpy as np
-import numpy.typing as npt
-from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CorruptionError, NoSuchInstantError
-from pitfs.model.position import Position, format_instant
-from pitfs.storage.files import read_exactly, storage_error, write_all
+from pitfs.model.position import format_instant
+from pitfs.storage.files import storage_error, write_all
 from pitfs.store.facts import Resolution
-from pitfs.store.layout import HOLDERS, MAX_SEQ
+from pitfs.store.holder_file import (
+    HEADER,
+    MAGIC,
+    MAX_WHAT_BYTES,
+    PAGE_BYTES,
+    PAGES,
+    VERSION,
+    Entries,
+    Held,
+    entries_in,
+    read,
+    read_page,
+    sealed,
+)
+from pitfs.store.holderslock import LOCK, HoldersLock, open_directory
+from pitfs.store.layout import HOLDERS
 from pitfs.store.store import Store
 
 log = logging.getLogger(__name__)
 
-LOCK: Final = "lock"
-MAGIC: Final = b"PITFSHLD"
-VERSION: Final = 1
-PAGE_BYTES: Final = 4096  # written in one go: a page of the kernel's cache
-BODY_BYTES: Final = PAGE_BYTES - 8
-PAGES: Final = 32
-ENTRIES: Final = 170
-MAX_LISTED: Final = PAGES * ENTRIES
-FILE_BYTES: Final = PAGE_BYTES * (1 + PAGES)
-HEADER: Final = struct.Struct("<8sIIqqqqqqH")
-_CHECKSUM: Final = struct.Struct("<Q")
-MAX_WHAT_BYTES: Final = BODY_BYTES - HEADER.size
-_NO_PINS: Final = bytes(PAGE_BYTES)
-assert HEADER.size == 66 and ENTRIES * 24 <= BODY_BYTES
-
-Entries = npt.NDArray[np.int64]  # [170, 3]: seq, time_ns, count
-
-
-@dataclass(frozen=True, slots=True)
-class Unlisted:
-    """Instants that a holder holds without listing them: everything from `least` through `greatest` is held."""
-
-    count: int  # pins, not instants
-    least: Position
-    greatest: Position
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """A living holder and what it holds."""
-
-    pid: int
-    what: str
-    since_ns: int
-    instants: tuple[Position, ...]  # by seq, each once, at most MAX_LISTED
-    unlisted: Unlisted | None = None
-
-
-EVERYTHING: Final = Unlisted(0, Position(0, 0), Position(MAX_SEQ, (1 << 63) - 1))
 
 
 class Holder:
@@ -111,29 +65,48 @@ class Holder:
 
     Made after the fork that goes to the background and before workers are forked (those before any thread pins): they
     may pin and unpin through the copy that they inherit, from any thread, and one may unpin what another has pinned.
-    Where the store can't be
-    written, reading goes on without pins, and the log says so once.
+    Where the store can't be written, reading goes on without pins, and the log says so once.
 
     Args:
         store: directory of an existing store.
         what: what it is and where, with a path that is absolute and has no links: "mount /mnt/db1",
             "export /srv/x.img". `pitfs status` shows it, and for a mount the loop devices over files below.
+        owner: pid of the process that it stands for, this one unless told: one that is to stay small, without
+            numpy, has another make it. `file` is what it is given for those that it forks, `inherited` is theirs.
     """
 
-    def __init__(self, store: str, what: str) -> None:
+    def __init__(self, store: str, what: str, owner: int | None = None) -> None:
         self.what = what
         self._path = os.path.join(store, HOLDERS)
-        self._owner = os.getpid()
+        self._owner = os.getpid() if owner is None else owner
         self._name = f"{self._owner}-{secrets.token_hex(4)}"
         self._directory = self._fd = -1
         self._told = False
         try:
-            self._directory = _open_directory(self._path, make=True)
-            self._lock = _Lock(self._directory)
+            self._directory = open_directory(self._path, make=True)
+            self._lock = HoldersLock(self._directory)
             self._make_file()
         except OSError as error:
             self.close()
             self._not_pinned(error)
+
+    @classmethod
+    def inherited(cls, what: str, owner: int, path: str, fd: int) -> Self:
+        """One that another process has made, in a process forked by its owner; takes the descriptor over."""
+        holder = cls.__new__(cls)
+        holder.what, holder._owner, holder._fd, holder._told = what, owner, fd, False
+        holder._path, holder._name = os.path.split(path)
+        try:
+            holder._directory = open_directory(holder._path, make=False)
+        except OSError as error:
+            raise storage_error(error, holder._path, "opening") from error
+        holder._lock = HoldersLock(holder._directory)
+        return holder
+
+    @property
+    def file(self) -> tuple[str, int] | None:
+        """Path and descriptor of its file; None where the store can't be written."""
+        return (os.path.join(self._path, self._name), self._fd) if self._fd >= 0 else None
 
     def __enter__(self) -> Self:
         return self
@@ -200,7 +173,7 @@ class Holder:
             fd = os.open(self._name, flags, 0o600, dir_fd=self._directory)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX)
-                write_all(fd, _sealed(header) + bytes(PAGES * PAGE_BYTES), 0)  # whole: pins don't need new room
+                write_all(fd, sealed(header) + bytes(PAGES * PAGE_BYTES), 0)  # whole: pins don't need new room
             except BaseException:
                 os.close(fd)
                 with suppress(OSError):
@@ -254,17 +227,17 @@ class Holder:
 
     def _entries_of(self, seq: int) -> tuple[int, Entries]:
         page = 1 + ((seq * 0x9E3779B97F4A7C15 & (1 << 64) - 1) >> 40) % PAGES
-        return page, _entries(_read_page(self._fd, page, self._name))
+        return page, entries_in(read_page(self._fd, page, self._name))
 
     def _write(self, page: int, entries: Entries) -> None:
-        write_all(self._fd, _sealed(entries.tobytes()), page * PAGE_BYTES)
+        write_all(self._fd, sealed(entries.tobytes()), page * PAGE_BYTES)
 
     def _header(self) -> tuple[tuple[int, ...], bytes]:
-        body = _read_page(self._fd, 0, self._name)
+        body = read_page(self._fd, 0, self._name)
         return HEADER.unpack_from(body), body[HEADER.size :]
 
     def _write_header(self, header: tuple[int, ...], what: bytes) -> None:
-        write_all(self._fd, _sealed(HEADER.pack(*header) + what), 0)
+        write_all(self._fd, sealed(HEADER.pack(*header) + what), 0)
 
     def _not_pinned(self, error: Exception) -> None:
         if not self._told:
@@ -282,7 +255,7 @@ def pins_locked(store: str) -> Iterator[list[Held]]:
     """
     path = os.path.join(store, HOLDERS)
     try:
-        directory = _open_directory(path, make=True)
+        directory = open_directory(path, make=True)
     except OSError as error:
         raise storage_error(error, path, "looking who holds what") from error
     with _locked(directory, path) as found:
@@ -297,7 +270,7 @@ def held(store: str) -> list[Held]:
     """
     path = os.path.join(store, HOLDERS)
     try:
-        directory = _open_directory(path, make=False)
+        directory = open_directory(path, make=False)
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -310,7 +283,7 @@ def held(store: str) -> list[Held]:
 def _locked(directory: int, path: str) -> Iterator[list[Held]]:
     """Takes the descriptor of holders/ over."""
     try:
-        lock = _Lock(directory)
+        lock = HoldersLock(directory)
         try:
             lock.take(True)
         except FileNotFoundError:  # read-only, and there was never a holder
@@ -344,7 +317,7 @@ def _sweep(directory: int) -> list[Held]:
             try:
                 fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                found.append(_read(fd, name))
+                found.append(read(fd, name))
             else:
                 with suppress(OSError):  # read-only: it stays, and means nothing
                     os.unlink(name, dir_fd=directory)
@@ -353,98 +326,3 @@ def _sweep(directory: int) -> list[Held]:
     return found
 
 
-def _read(fd: int, name: str) -> Held:
-    """What a holder's file says; what can't be read of it is taken to hold everything."""
-    unlisted = None
-    try:
-        body = _read_page(fd, 0, name)
-        magic, version, pid, since_ns, count, *bounds, what_bytes = HEADER.unpack_from(body)
-        if magic != MAGIC or version != VERSION:
-            raise CorruptionError(name, 0, "no holder's file of this version")
-        what = body[HEADER.size : HEADER.size + what_bytes].decode("utf-8", "replace")
-        if count:
-            unlisted = Unlisted(count, Position(*bounds[:2]), Position(*bounds[2:]))
-    except (OSError, CorruptionError):
-        number = name.partition("-")[0]
-        return Held(int(number) if number.isdecimal() else 0, f"unreadable: {name}", 0, (), EVERYTHING)
-    instants = []
-    for page in range(1, 1 + PAGES):
-        try:
-            entries = _entries(_read_page(fd, page, name))
-        except (OSError, CorruptionError):
-            unlisted = EVERYTHING
-            continue
-        instants += [Position(seq, time_ns) for seq, time_ns, count in entries.tolist() if count]
-    return Held(pid, what, since_ns, tuple(sorted(instants)), unlisted)
-
-
-def _sealed(body: bytes) -> bytes:
-    """A page: the body, zeros, the checksum of both."""
-    body = body.ljust(BODY_BYTES, b"\0")
-    return body + _CHECKSUM.pack(xxh3_64_intdigest(body))
-
-
-def _read_page(fd: int, page: int, what: str) -> bytes:
-    """The body of a page. Raises CorruptionError where it isn't what was written."""
-    data = read_exactly(fd, PAGE_BYTES, page * PAGE_BYTES, what)
-    body = data[:BODY_BYTES]
-    if data != _NO_PINS and _CHECKSUM.unpack_from(data, BODY_BYTES)[0] != xxh3_64_intdigest(body):
-        raise CorruptionError(what, page * PAGE_BYTES, "a page doesn't match its checksum")
-    return body
-
-
-def _entries(body: bytes) -> Entries:
-    return np.frombuffer(bytearray(body[: ENTRIES * 24]), "<i8").astype(np.int64, copy=False).reshape(ENTRIES, 3)
-
-
-def _open_directory(path: str, make: bool) -> int:
-    if make:
-        with suppress(FileExistsError):
-            os.mkdir(path, 0o700)
-    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-
-
-class _Lock:
-    """holders/lock. A descriptor for each process: one that is inherited would share the lock, not compete for it.
-    Threads of a process would, too, so they take turns first."""
-
-    def __init__(self, directory: int) -> None:
-        self._directory = directory
-        self._fd = self._pid = -1
-        self._turn = threading.Lock()
-
-    def take(self, wait: bool) -> bool:
-        """False where another has it and this one isn't to wait."""
-        if not self._turn.acquire(blocking=wait):
-            return False
-        try:
-            if self._pid != os.getpid():
-                self.close()
-                self._fd = self._open()
-                self._pid = os.getpid()
-            fcntl.flock(self._fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            self._turn.release()
-            return False
-        except BaseException:
-            self._turn.release()
-            raise
-        return True
-
-    def give(self) -> None:
-        fcntl.flock(self._fd, fcntl.LOCK_UN)
-        self._turn.release()
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd = self._pid = -1
-
-    def _open(self) -> int:
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
-        try:
-            return os.open(LOCK, flags | os.O_CREAT, 0o600, dir_fd=self._directory)
-        except OSError as error:
-            if error.errno not in (errno.EROFS, errno.EACCES):
-                raise
-            return os.open(LOCK, flags, dir_fd=self._directory)

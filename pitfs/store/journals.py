@@ -41,7 +41,7 @@ CHUNK_ROWS: Final = 2048
 CHUNK_POSITIONS: Final = 4096
 CHUNK_BYTES: Final = CHUNK_ROWS * 32
 POSITIONS_VOLUME: Final = 0xFFFF
-MAX_CACHED_CHUNKS: Final = 256  # 16 MiB
+MAX_CACHED_CHUNKS: Final = 64  # 4 MiB: an interval of 100,000 rows; a leaf of a longer one has 3 or 4
 FENCE: Final = np.dtype(
     [
         ("first", "<i8"),
@@ -201,18 +201,21 @@ class RowIndex:
         last = _ends_of_runs(blocks)  # a block's entries may go on in the next chunk
         return blocks[last], pointers[last], checksums[last]
 
-    def next_block(self, volume: int, first: int) -> int | None:
-        """The first block, not before `first`, that has an entry of whatever seq; None if there is none."""
+    def next_block(self, volume: int, first: int, after_seq: int, through_seq: int) -> int | None:
+        """The first block, not before `first`, that has an entry of a seq in (after_seq, through_seq], or None."""
         firsts = self._firsts.get(volume)
         if firsts is None:
             return None
-        place = int(np.searchsorted(firsts, np.int64(first), "left"))
-        if place:  # what the chunk before begins with is smaller: it may go on with larger ones
-            blocks = self._chunk(int(self._numbers[volume][place - 1]))[0].view("<i8")
-            within = int(np.searchsorted(blocks, np.int64(first), "left"))
-            if within < len(blocks):
-                return int(blocks[within])
-        return int(firsts[place]) if place < len(firsts) else None
+        # What the chunk before begins with is smaller: it may go on with larger ones.
+        place = max(int(np.searchsorted(firsts, np.int64(first), "left")) - 1, 0)
+        for number in self._numbers[volume][place:]:
+            chunk = self._chunk(int(number))
+            blocks, seqs = chunk[0].view("<i8"), chunk[1].view("<i8")
+            start = int(blocks.searchsorted(first))
+            wanted = (seqs[start:] > after_seq) & (seqs[start:] <= through_seq)
+            if wanted.any():
+                return int(blocks[start + int(wanted.argmax())])
+        return None
 
     def position_at_seq(self, seq: int) -> Position | None:
         """The last position in the interval not after write `seq`, None if all are after it."""

@@ -29,7 +29,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 MAX_CACHED_MAPS: Final = 256  # snapshots whose roots are kept
-MAX_CACHED_FENCE_BYTES: Final = 8 << 20  # fence tables of journals: 40 bytes for 2048 entries
+MAX_CACHED_FENCE_BYTES: Final = 4 << 20  # fence tables of journals: 40 bytes for 2048 entries, 300 KB for 10**7
 _MINUTES_OF_DAY: Final = 24 * 60
 _SECOND_NS: Final = 1_000_000_000
 _FENCE_OVERHEAD_BYTES: Final = 1024
@@ -306,7 +306,7 @@ class Store:
         """
         tails = self._tails.now()
         base, over = self._layers(tails, resolution)
-        written = (self._next_written(tails, fourth, volume, first) for fourth, _ in over)
+        written = (self._next_written(tails, fourth, volume, first, -1, seq) for fourth, seq in over.items())
         return _earliest(self._map(base).next_leaf(volume, first), *written)
 
     @_again_if_replaced
@@ -314,35 +314,40 @@ class Store:
         """Index of the first leaf, not before `first`, in which two states may differ.
 
         Block maps are compared from their roots down without what they share, so that neither the volume's size nor
-        the history between the two counts; to that comes what the intervals wrote that the states lie in.
+        the history between the two counts; to that comes what was written in the intervals that the states lie in: up
+        to them, or between the two if it is the same one.
 
         Raises:
             CorruptionError: as `leaf`.
         """
         tails = self._tails.now()
         (base, over), (other_base, other_over) = self._layers(tails, one), self._layers(tails, other)
-        fourths = {fourth for fourth, _ in set(over) ^ set(other_over)}
-        written = (self._next_written(tails, fourth, volume, first) for fourth in fourths)
-        found = None
+        found = []
+        for fourth in over.keys() | other_over.keys():
+            after, through = sorted((over.get(fourth, -1), other_over.get(fourth, -1)))
+            if after != through:
+                found.append(self._next_written(tails, fourth, volume, first, after, through))
         if base != other_base:
-            found = self._map(base).next_difference(self._map(other_base), volume, first)
-        return _earliest(found, *written)
+            found.append(self._map(base).next_difference(self._map(other_base), volume, first))
+        return _earliest(*found)
 
-    def _layers(self, tails: Sequence[Tail], resolution: Resolution) -> tuple[int, list[tuple[int, int]]]:
-        """The snapshot that a state stands on, and what lies over it: (fourth of an interval or tail, last seq)."""
-        over = [] if resolution.journal is None else [(resolution.journal, resolution.seq)]
+    def _layers(self, tails: Sequence[Tail], resolution: Resolution) -> tuple[int, dict[int, int]]:
+        """The snapshot that a state stands on, and the last seq of what lies over it, by the fourth of each."""
+        over = {} if resolution.journal is None else {resolution.journal: resolution.seq}
         snapshot = resolution.third
         while (tail := _of_fourth(tails, snapshot)) is not None:
-            over.append((snapshot, tail.to_seq))
+            over[snapshot] = tail.to_seq
             snapshot = tail.from_snapshot
         return snapshot, over
 
-    def _next_written(self, tails: Sequence[Tail], fourth: int, volume: int, first: int) -> int | None:
-        """Index of the first leaf, not before `first`, into which an interval or tail wrote."""
+    def _next_written(
+        self, tails: Sequence[Tail], fourth: int, volume: int, first: int, after_seq: int, through_seq: int
+    ) -> int | None:
+        """Index of the first leaf, not before `first`, into which these writes of an interval or tail went."""
         tail = _of_fourth(tails, fourth)
         if tail is not None:
-            return self._tails.next_leaf(tail, volume, first)
-        block = self._journal_to(fourth).next_block(volume, first << FANOUT_BITS)
+            return self._tails.next_leaf(tail, volume, first, after_seq, through_seq)
+        block = self._journal_to(fourth).next_block(volume, first << FANOUT_BITS, after_seq, through_seq)
         return None if block is None else block >> FANOUT_BITS
 
     def _journal_to(self, snapshot: int) -> JournalIndex:

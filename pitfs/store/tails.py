@@ -77,9 +77,11 @@ class Tails:
                 pointers[blocks - start] = newer
                 checksums[blocks - start] = sums
 
-    def next_leaf(self, tail: Tail, volume: int, first: int) -> int | None:
-        """Index of the first leaf, not before `first`, into which the tail wrote."""
-        found = (self._index(piece).next_block(volume, first << FANOUT_BITS) for piece in tail.pieces)
+    def next_leaf(self, tail: Tail, volume: int, first: int, after_seq: int, through_seq: int) -> int | None:
+        """Index of the first leaf, not before `first`, into which writes (after_seq, through_seq] of the tail went."""
+        start = first << FANOUT_BITS
+        pieces = (piece for piece in tail.pieces if piece.to_seq > after_seq and piece.first_seq <= through_seq)
+        found = (self._index(piece).next_block(volume, start, after_seq, through_seq) for piece in pieces)
         return min((block >> FANOUT_BITS for block in found if block is not None), default=None)
 
     def _index(self, piece: Piece) -> RowIndex:

@@ -261,8 +261,14 @@ class Tree:
             self._resolutions.clear()
             self._data_version = version
 
-    def resolution_of(self, inode: int) -> Resolution | None:
-        """What an instant's directory or image shows; None for any other entry."""
+    def is_current(self) -> bool:
+        """Whether nothing was committed since: the known states can all be reached."""
+        return self._store.data_version() == self._data_version
+
+    def resolution_of(self, inode: int, anew: bool = False) -> Resolution | None:
+        """What an instant's directory or image shows, `anew` as the catalog is now; None for any other entry."""
+        if anew:
+            self._forget_if_changed()
         kind, _, seq = unpack_inode(inode)
         return self.resolution(seq) if kind in (Kind.INSTANT, Kind.IMAGE) else None
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import collections
 import errno
 import itertools
+import logging
 import mmap
 import os
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ from pitfs.store.layout import (
     pointer_unit,
 )
 from pitfs.store.objects import MissingObjectError
+from pitfs.view.ahead import Sequence, ask, ranges_of
 from pitfs.view.ranges import data_ranges
 
 if TYPE_CHECKING:
@@ -45,12 +47,14 @@ if TYPE_CHECKING:
 
 MAX_BLOCK_BYTES: Final = 64 << 10
 MAX_REQUEST_BYTES: Final = 1 << 20  # the largest read that FUSE sends
-# 64 MiB of tables lead to 16 GiB of image in blocks of 4 KiB: enough for random reads.
-MAX_TABLE_CACHE_BYTES: Final = 64 << 20
+# Of all processes of a mount. They lead to 8 GiB of image in blocks of 4 KiB: enough for random reads.
+MAX_TABLE_CACHE_BYTES: Final = 32 << 20
 
 _LEAF_BITS: Final = 40  # leaves of a volume: 2**40 * 512 blocks is beyond any size
 _ZEROS: Final = memoryview(bytes(MAX_REQUEST_BYTES))
 _NOWAIT: Final = os.RWF_NOWAIT
+
+log = logging.getLogger(__name__)
 
 Table = tuple[U64Array, U64Array]  # a leaf of the block map: pointers and checksums
 
@@ -126,6 +130,7 @@ class PointInTimeView:
         self._shift = info.block_size.bit_length() - 1
         self._units = np.uint64(info.block_size // UNIT_BYTES)
         self._can_nowait = True
+        self._sequence = Sequence(info.size_bytes)
         self._inline: tuple[ReadBuffer | None, tuple[memoryview]] = (None, (_ZEROS,))
 
     def read(self, offset: int, size: int, buffer: ReadBuffer) -> memoryview:
@@ -136,12 +141,33 @@ class PointInTimeView:
             PitfsError: the disk refuses.
         """
         try:
-            data = self._read(offset, size, buffer, 0)
+            data = self._read_asking(offset, size, buffer)
         except MissingObjectError:  # of a tail that has become an interval: resolved anew, its contents are there
             self._first_key = self._tables.new_view()
             data = self._read(offset, size, buffer, 0)
         assert data is not None
         return data
+
+    def _read_asking(self, offset: int, size: int, buffer: ReadBuffer) -> memoryview | None:
+        """`_read` that waits, after all that it and those behind it need has been asked for where it isn't cached."""
+        if size > self.block_size and self._can_nowait and 0 <= offset < self.size_bytes:
+            self._pointers(offset, min(offset + size, self.size_bytes))
+            data = self._read(offset, size, buffer, _NOWAIT) if offset < self._sequence.ask_from else None
+            if data is not None:
+                return data
+            try:
+                start, end = self._sequence.next(offset, size)
+                if start < end and not ask(ranges_of(self._pointers(start, end), int(self._units)), self._fd):
+                    self._sequence.stop()
+            except (PitfsError, OSError) as error:  # whoever reads that will be told
+                log.debug("asking ahead: %s", error)
+        return self._read(offset, size, buffer, 0)
+
+    def _pointers(self, start: int, end: int) -> U64Array:
+        """Of the blocks of bytes [start, end), resolved now where they aren't yet."""
+        entries = self._entries(start >> self._shift, ((end - 1) >> self._shift) + 1, 0)
+        assert entries is not None
+        return entries[0]
 
     def try_read_cached(self, offset: int, size: int, buffer: ReadBuffer) -> memoryview | None:
         """The same if it needs no waiting: tables resolved, objects open, data in the page cache. Else None:
@@ -152,7 +178,8 @@ class PointInTimeView:
         shift = self._shift
         block = offset >> shift
         if (offset + size - 1) >> shift != block or offset + size > self.size_bytes or offset < 0:
-            return self._read(offset, size, buffer, _NOWAIT) if self._can_nowait else None
+            is_inline = self._can_nowait and offset < self._sequence.ask_from
+            return self._read(offset, size, buffer, _NOWAIT) if is_inline else None
         table = self._tables.get(self._first_key + (block >> FANOUT_BITS))
         if table is None:
             return None

@@ -21,6 +21,7 @@ from pitfs.errors import PitfsError, UsageError
 from pitfs.fuse.workers import retell, tell
 from pitfs.model.position import format_instant
 from pitfs.model.transfer import VolumeInfo
+from pitfs.store.holders import held
 from pitfs.store.ingest import Ingest
 from tests.helpers.hosts import Mount
 from tests.helpers.loops import is_mounted
@@ -52,7 +53,11 @@ class SlowMount(Mount):
 
     def __init__(self, store: Path, tmp: Path, wait_s: float, options: str = "workers=2") -> None:
         super().__init__(store, tmp, options=options)
-        self.command = [sys.executable, "-m", "tests.helpers.slow_mount", str(wait_s)]
+        self.begun = tmp / "begun"
+        self.command = [sys.executable, "-m", "tests.helpers.slow_mount", str(wait_s), str(self.begun)]
+
+    def wait_for_reads(self, count: int) -> None:
+        wait_until(lambda: self.begun.stat().st_size >= count, f"{count} reads have begun", 10)
 
 
 def image_of(mount: Mount, history: History, seq: int) -> Path:
@@ -144,8 +149,7 @@ def test_who_waits_for_a_killed_worker_gets_an_error_and_the_mount_goes_on(
         waiting: list[Future[bytes]] = []
         for number, file in enumerate(files):
             waiting.append(pool.submit(os.pread, file, 4096, number * 4096))
-        wait_until(lambda: all(thread_count(pid) > 1 for pid in workers) or
-                   sum(thread_count(pid) - 1 for pid in workers) == 2, "both are under way", 10)  # fmt: skip
+        mount.wait_for_reads(2)
         for pid in workers:
             os.kill(pid, signal.SIGKILL)
         for each in waiting:
@@ -165,8 +169,31 @@ def test_who_waits_for_a_killed_worker_gets_an_error_and_the_mount_goes_on(
         wait_until(lambda: not mount.pids(), "all end", 10)
 
 
-def thread_count(pid: int) -> int:
-    return len(os.listdir(f"/proc/{pid}/task"))
+def test_an_open_image_is_held_until_it_is_closed_whichever_process_is_asked(
+    history: tuple[Path, History], tmp_path: Path
+) -> None:
+    store, model = history
+
+    def held_now() -> list[list[int]]:
+        return [[position.seq for position in holder.instants] for holder in held(str(store))]
+
+    with Mount(store, tmp_path, options="workers=3") as mount:
+        assert held_now() == [[]]
+        (holder,) = held(str(store))
+        assert (holder.pid, holder.what) == (mount.minder(), f"mount {mount.path}")
+        files = [os.open(image_of(mount, model, seq), os.O_RDONLY) for seq in (3, 8, 3, 40) for _ in range(5)]
+        assert held_now() == [[3, 8, 40]]
+        for pid in mount.workers():  # what is counted is counted by none of them
+            os.kill(pid, signal.SIGKILL)
+        for file in files[1:]:
+            with contextlib.suppress(OSError):
+                os.close(file)
+        # closing doesn't wait for the mount
+        wait_until(lambda: held_now() == [[3]], "what is closed isn't held", 10)
+        os.close(files[0])
+        wait_until(lambda: held_now() == [[]], "nothing is held", 10)
+        mount.unmount()
+        assert held(str(store)) == [] and os.listdir(store / "holders") == ["lock"]
 
 
 def test_another_store_in_the_same_place_is_not_taken_for_the_one_that_was_mounted(tmp_path: Path) -> None:
@@ -200,7 +227,7 @@ def test_a_signal_during_a_read_lets_it_finish(history: tuple[Path, History], tm
     with SlowMount(store, tmp_path, 0.7) as mount, ThreadPoolExecutor(1) as pool:
         file = os.open(image_of(mount, model, 5), os.O_RDONLY | os.O_DIRECT)
         answer = pool.submit(os.pread, file, 4096, 0)
-        wait_until(lambda: any(thread_count(pid) > 1 for pid in mount.workers()), "it is under way", 10)
+        mount.wait_for_reads(1)
         os.kill(mount.minder(), signal.SIGTERM)
         assert answer.result(20) == model.states[5][0][:4096]
         with contextlib.suppress(OSError):  # the mount is gone

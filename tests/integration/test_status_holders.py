@@ -10,7 +10,8 @@ import pytest
 
 from pitfs.cli.holding import holder_rows, holder_text
 from pitfs.model.position import format_instant
-from pitfs.store.holders import MAX_LISTED, Holder
+from pitfs.store.holder_file import MAX_LISTED
+from pitfs.store.holders import Holder
 from pitfs.store.ingest import Ingest
 from tests.helpers.hosts import Mount
 from tests.helpers.loops import LoopDevice

@@ -18,7 +18,8 @@ import pytest
 from pitfs.errors import NoSuchInstantError
 from pitfs.model.position import Position
 from pitfs.store import holders
-from pitfs.store.holders import EVERYTHING, MAX_LISTED, PAGE_BYTES, Holder, Unlisted, held, pins_locked
+from pitfs.store.holder_file import EVERYTHING, FILE_BYTES, MAX_LISTED, PAGE_BYTES, Unlisted
+from pitfs.store.holders import Holder, held, pins_locked
 from pitfs.store.ingest import Ingest
 from pitfs.store.store import Store
 from tests.helpers.stores import ingest_transfer
@@ -143,7 +144,7 @@ def test_more_than_can_be_listed_is_held_between_the_least_and_the_greatest(tmp_
             len(left), Position(left[0], left[0] * 10), Position(left[-1], left[-1] * 10)
         )
         assert MAX_LISTED * 9 // 10 < len(found.instants) <= MAX_LISTED
-        assert files(tmp_path)[0].stat().st_size == holders.FILE_BYTES
+        assert files(tmp_path)[0].stat().st_size == FILE_BYTES
         for seq in seqs:
             holder.unpin(seq)
         (found,) = held(str(tmp_path))
@@ -235,7 +236,7 @@ def test_a_read_only_store_is_read_without_pins(tmp_path: Path, caplog: pytest.L
         subprocess.run(["umount", here], check=True)
 
 
-@pytest.mark.parametrize("left", [b"", b"PITFSHLD", b"\0" * PAGE_BYTES, b"x" * holders.FILE_BYTES])
+@pytest.mark.parametrize("left", [b"", b"PITFSHLD", b"\0" * PAGE_BYTES, b"x" * FILE_BYTES])
 def test_what_a_dead_holder_left_half_written_is_removed(tmp_path: Path, left: bytes) -> None:
     Holder(str(tmp_path), "x").close()
     (tmp_path / "holders" / "123-abcdef01").write_bytes(left)

@@ -25,11 +25,15 @@ ROUNDS, QUICK_ROUNDS = 9, 5
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """How long and how often to measure; `workspace` is where all files are made, `plot` where a picture goes."""
+    """How long and how often to measure; `workspace` is where all files are made, `plot` where a picture goes.
+
+    `most_rounds`: of a group with so many rows that fewer must do.
+    """
 
     workspace: Path
     quick: bool
     plot: Path | None = None
+    most_rounds: int = ROUNDS
 
     @property
     def run_s(self) -> int:
@@ -37,7 +41,7 @@ class Setting:
 
     @property
     def rounds(self) -> int:
-        return QUICK_ROUNDS if self.quick else ROUNDS
+        return min(self.most_rounds, QUICK_ROUNDS if self.quick else ROUNDS)
 
 
 def require_tools() -> None:

@@ -9,6 +9,7 @@ other peers are taken as they come (the kernel's 128 KiB).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import export
 import histories
 import scratch
 from common import Setting, bytes_per_second, per_second, preallocate, readahead
@@ -81,11 +83,13 @@ class Scene:
 
 
 def run(setting: Setting) -> list[Measure]:
+    setting = dataclasses.replace(setting, most_rounds=QUICK_ROUNDS if setting.quick else ROUNDS)
     memory = MountMemory()
     with memory.watching():
         scene = prepare(setting)
         measures = _measure(setting, scene)
         measures += scratch.measures(setting, scene.store, scene.instant, scene.flat)
+        measures += export.measures(setting, scene.store, scene.instant, scene.flat)
         shutil.rmtree(scene.store)
         scene.flat.unlink()
         measures += histories.rows(setting, memory)
@@ -179,7 +183,7 @@ def _on_loops(candidates: list[Candidate]) -> Iterator[list[Candidate]]:
 
 def _compare(setting: Setting, load: Load, candidates: list[Candidate]) -> list[Measure]:
     """Round after round, so that what drifts drifts for all; slow ones take part in the first rounds only."""
-    rounds, slow_rounds = (QUICK_ROUNDS, QUICK_SLOW_ROUNDS) if setting.quick else (ROUNDS, SLOW_ROUNDS)
+    rounds, slow_rounds = setting.rounds, QUICK_SLOW_ROUNDS if setting.quick else SLOW_ROUNDS
     for each in candidates:
         each.values = []
         _once(setting, load, each)  # what a server keeps, it has then
