@@ -21,6 +21,7 @@ import zoneinfo
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+from pitfs.cli.heap import bound_heap
 from pitfs.cli.main import Parser, report
 from pitfs.errors import UsageError
 from pitfs.fuse.mount import MountRequest, mount_store
@@ -96,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             level=logging.INFO if args.verbose else logging.WARNING,
             format="mount.pitfs: %(levelname)s: %(message)s",
         )
+        bound_heap()  # a heap for each thread that reads took 15 MiB of a worker
         return mount_store(
             parse_options(
                 ",".join(args.options),

@@ -50,7 +50,8 @@ examples:
 def run(args: argparse.Namespace) -> int:
     import trio
 
-    from pitfs.cli.processes import bound_heap, set_up_daemon_logging
+    from pitfs.cli.heap import bound_heap
+    from pitfs.cli.processes import set_up_daemon_logging
     from pitfs.cli.service import run_until_signal
     from pitfs.config import load_grants, parse_window
 

@@ -14,8 +14,8 @@ from typing import Any, Final
 
 import trio
 
+from pitfs.cli.heap import bound_heap
 from pitfs.cli.processes import (
-    bound_heap,
     link_context,
     run_process,
     set_process_name,

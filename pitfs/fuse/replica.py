@@ -24,7 +24,7 @@ from pitfs.fuse.common import failed, guard, in_thread
 from pitfs.fuse.loop import waiting
 from pitfs.store.store import Store
 from pitfs.view.tree import ROOT_INODE, Entry, Kind, NoEntryError, Tree, Type, unpack_inode
-from pitfs.view.view import PointInTimeView, ReadBuffer, TableCache
+from pitfs.view.view import MAX_TABLE_CACHE_BYTES, PointInTimeView, ReadBuffer, TableCache
 
 if TYPE_CHECKING:
     from pyfuse3 import FileHandleT, FileNameT, FlagT, InodeT, ReaddirToken, RequestContext, XAttrNameT
@@ -39,8 +39,7 @@ ROOT_LATE_S: Final = 1.0
 # But for a moment: of 10,000 paths that ls -l walks each would ask.
 ROOT_TIMEOUT_S: Final = 0.05
 MAX_VIEWS: Final = 1024  # images with resolved tables at hand; a view is some 300 bytes
-MAX_TABLES_BYTES: Final = 16 << 20  # in each process: they lead to 4 GiB of image in blocks of 4 KiB
-MAX_THREADS: Final = 8  # cold reads under way, in each process: what a disk likes to have queued
+MAX_THREADS: Final = 16  # of all processes, cold reads under way: what a disk likes to have queued
 MAX_LISTINGS: Final = 16  # begun ones kept at hand; each holds at most a page of the catalog, and of bookmarks
 NAME_MAX: Final = 255
 USER_ATTRIBUTES: Final = b"user."  # the one namespace of extended attributes that there is
@@ -101,7 +100,7 @@ class Replica(pyfuse3.Operations):
             Type.FILE: stat.S_IFREG | ownership.mode,
             Type.LINK: stat.S_IFLNK | 0o777,
         }
-        self._tables = TableCache(MAX_TABLES_BYTES)
+        self._tables = TableCache()
         self._views: collections.OrderedDict[int, Image] = collections.OrderedDict()
         # One buffer for all inline reads: pyfuse3 sends what a handler returns before any other task runs.
         self._buffer = ReadBuffer()
@@ -117,7 +116,15 @@ class Replica(pyfuse3.Operations):
     @classmethod
     def for_mount(cls, request: MountRequest) -> Self:
         """The handlers of a mount like that, over a store of their own. Raises as `opened`."""
-        return cls(*opened(request))
+        made = cls(*opened(request))
+        made._tables = TableCache(MAX_TABLE_CACHE_BYTES // request.workers)
+        made._limiter = trio.CapacityLimiter(max(MAX_THREADS // request.workers, 1))  # each thread has a MiB's buffer
+        return made
+
+    @property
+    def history(self) -> str:
+        """Which history the store has, 32 hex digits."""
+        return self._store.history
 
     def close(self) -> None:
         """Called when no handler is under way any more."""

@@ -57,14 +57,14 @@ def tell(error: BaseException) -> bytes:
     """What a process says, in place of `READY`, to the one that waits for it."""
     if isinstance(error, PitfsError | OSError):
         code = error.exit_code if isinstance(error, PitfsError) else 1
-        return f"{code} {error}".encode()[:_MAX_MESSAGE_BYTES]
+        return f"{code} {error}".encode(errors="surrogateescape")[:_MAX_MESSAGE_BYTES]
     log.critical("ended by a bug in pitfs", exc_info=error)
-    return f"1 {type(error).__name__}: {error}: this is a bug in pitfs".encode()[:_MAX_MESSAGE_BYTES]
+    return f"1 {type(error).__name__}: {error}: this is a bug in pitfs".encode(errors="replace")[:_MAX_MESSAGE_BYTES]
 
 
 def retell(message: bytes) -> PitfsError:
     """The error that `tell` was given, as far as its user needs it."""
-    code, _, words = message.decode(errors="replace").partition(" ")
+    code, _, words = message.decode(errors="surrogateescape").partition(" ")
     failure = PitfsError(words)
     failure.exit_code = int(code)
     return failure
@@ -114,6 +114,7 @@ class Minder:
         self._seat: Seat | None = None
         self._descriptor = -1
         self._pins: tuple[str, int] | None = None  # the holder's file: its path, and what keeps it locked
+        self._history = b""  # of the store that was looked at before it was mounted
         self._is_ending = False
         self._last_start_s = 0.0
         self._wakeup, self._waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -133,7 +134,8 @@ class Minder:
             message, descriptors, *_ = socket.recv_fds(child.channel, _MAX_MESSAGE_BYTES, 1)
             os.waitpid(child.pid, 0)
             self._forget(child.pid)
-            word, _, path = message.partition(b" ")
+            word, _, rest = message.partition(b" ")
+            self._history, _, path = rest.partition(b" ")
             if word != READY:
                 raise retell(message or b"1 the store's reader ended before it had it open")
             self._pins = (os.fsdecode(path), descriptors[0]) if descriptors else None
@@ -144,12 +146,14 @@ class Minder:
         """Also makes the file of what the mount's images hold: the workers are one holder, with one file."""
         from pitfs.store.holders import Holder
 
-        open_operations(self._request).close()
+        operations = open_operations(self._request)
+        operations.close()
+        word = READY + b" " + operations.history.encode()
         file = Holder(self._request.store, self._what, owner=os.getppid()).file
         if file is None:
-            channel.send(READY)
+            channel.send(word)
         else:
-            socket.send_fds(channel, [READY + b" " + os.fsencode(file[0])], [file[1]])
+            socket.send_fds(channel, [word + b" " + os.fsencode(file[0])], [file[1]])
 
     @property
     def _what(self) -> str:
@@ -338,6 +342,9 @@ class Minder:
         if self._pins is not None:
             operations.holder = Holder.inherited(self._what, os.getppid(), *self._pins)
         try:
+            # Inode numbers say seq and volume: the kernel would take what it has cached for the other's.
+            if operations.history.encode() != self._history:
+                raise PitfsError(f"{self._request.store}: is another one now than when it was mounted: mount it anew")
             self._seat.take(operations)
             channel.send(READY)
             Loop(self._descriptor).run()

@@ -112,6 +112,8 @@ def _errors(path: str) -> Iterator[None]:
         raise CorruptionError(
             path, 0, f"{error}: {REMEDY}"
         ) from None
+    except UnicodeEncodeError:
+        raise StoreError(f"{path}: SQLite takes no path that isn't UTF-8: rename the directory") from None
     except apsw.CantOpenError:
         raise StoreError(f"{path}: can't be opened: is it there, and may this user read it?") from None
     except apsw.Error as error:

@@ -41,7 +41,7 @@ CHUNK_ROWS: Final = 2048
 CHUNK_POSITIONS: Final = 4096
 CHUNK_BYTES: Final = CHUNK_ROWS * 32
 POSITIONS_VOLUME: Final = 0xFFFF
-MAX_CACHED_CHUNKS: Final = 128  # 8 MiB; each process of a mount has as many
+MAX_CACHED_CHUNKS: Final = 64  # 4 MiB: an interval of 100,000 rows; a leaf of a longer one has 3 or 4
 FENCE: Final = np.dtype(
     [
         ("first", "<i8"),

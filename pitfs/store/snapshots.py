@@ -23,7 +23,7 @@ from pitfs.store.cache import Cache
 from pitfs.store.layout import HEADER_BYTES, ObjectKind, pointer_object, pointer_unit
 from pitfs.store.objects import ObjectPool
 
-MAX_CACHED_NODES: Final = 512  # 4 MiB: what is above the leaves of 1 TiB; each process of a mount has as many
+MAX_CACHED_NODES: Final = 512  # 4 MiB: the maps of 1 GiB at 4 KiB blocks, or the inner nodes of 500
 _ZEROS: Final = new_node()
 _ZEROS.setflags(write=False)
 

@@ -29,7 +29,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 MAX_CACHED_MAPS: Final = 256  # snapshots whose roots are kept
-MAX_CACHED_FENCE_BYTES: Final = 8 << 20  # fence tables of journals: 40 bytes for 2048 entries
+MAX_CACHED_FENCE_BYTES: Final = 4 << 20  # fence tables of journals: 40 bytes for 2048 entries, 300 KB for 10**7
 _MINUTES_OF_DAY: Final = 24 * 60
 _SECOND_NS: Final = 1_000_000_000
 _FENCE_OVERHEAD_BYTES: Final = 1024

@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 
 MAX_BLOCK_BYTES: Final = 64 << 10
 MAX_REQUEST_BYTES: Final = 1 << 20  # the largest read that FUSE sends
-# 64 MiB of tables lead to 16 GiB of image in blocks of 4 KiB: enough for random reads.
-MAX_TABLE_CACHE_BYTES: Final = 64 << 20
+# Of all processes of a mount. They lead to 8 GiB of image in blocks of 4 KiB: enough for random reads.
+MAX_TABLE_CACHE_BYTES: Final = 32 << 20
 
 _LEAF_BITS: Final = 40  # leaves of a volume: 2**40 * 512 blocks is beyond any size
 _ZEROS: Final = memoryview(bytes(MAX_REQUEST_BYTES))

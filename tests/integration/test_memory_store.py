@@ -1,16 +1,24 @@
-"""Memory of what writes a store doesn't grow with the length of an interval, and time does in proportion."""
+"""Memory of what writes a store doesn't grow with the length of an interval, and time does in proportion.
+
+Nor does that of a mount grow with what is read: all caches of all its processes have limits.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers.processes import ROOT
+from pitfs.model.transfer import VolumeInfo
+from tests.helpers.histories import LongHistory
+from tests.helpers.hosts import Mount, instant_name
+from tests.helpers.processes import ROOT, resident_bytes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 LIMIT_MIB, GROWTH_MIB = 200, 40
@@ -55,3 +63,22 @@ def test_an_interval_of_ten_million_writes_takes_no_more_memory_than_one_of_a_mi
     assert long["fed_s"] < 20 * short["fed_s"], (short, long)  # CPU seconds: ten, were they exact
     if way == "streamed":
         assert long["closed_s"] < 20 * short["closed_s"], (short, long)
+
+
+@pytest.mark.fuse
+def test_a_mount_whose_caches_are_all_full_stays_within_its_memory(tmp_path: Path) -> None:
+    """Blocks of every leaf of several instants, then all of some at once: more than tables and chunks are kept of."""
+    with LongHistory(tmp_path / "stores", VolumeInfo("root", 1 << 30, 512)) as history:
+        history.full_copy()
+        writes = history.interval(10**6, 1 << 20, stride=2, streamed=False)
+        store = history.path
+    with Mount(store, tmp_path) as mount, ThreadPoolExecutor(16) as threads:
+        for turn in range(6):
+            fd = os.open(mount.image(instant_name(writes.time_ns(900_000 + turn))), os.O_RDONLY)
+            try:
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+                size, step = (4096, 512 * 512) if turn < 4 else (1 << 20, 1 << 20)
+                list(threads.map(lambda at, fd=fd, size=size: os.pread(fd, size, at), range(0, 1 << 30, step)))
+            finally:
+                os.close(fd)
+            assert resident_bytes(mount.pids())["pss"] < LIMIT_MIB << 20

@@ -196,6 +196,32 @@ def test_an_open_image_is_held_until_it_is_closed_whichever_process_is_asked(
         assert held(str(store)) == [] and os.listdir(store / "holders") == ["lock"]
 
 
+def test_another_store_in_the_same_place_is_not_taken_for_the_one_that_was_mounted(tmp_path: Path) -> None:
+    """Inode numbers say seq and volume: the kernel would have cached pages of the one in images of the other."""
+    stores = []
+    for seed in (3, 4):
+        history = History(seed, (VolumeInfo("root", 40_000, 4096),))
+        ingest = Ingest(str(tmp_path / str(seed)), history.hello)
+        ingest_transfer(ingest, history.close_interval(0))
+        ingest.close()
+        stores.append((tmp_path / str(seed) / history.group, history.states[0][0]))
+    (store, content), (other, other_content) = stores
+    assert content != other_content
+    with Mount(store, tmp_path, options="workers=1") as mount:
+        image = next(iter(mount.path.glob("2*Z"))) / "root.img"
+        assert image.read_bytes() == content
+        store.rename(tmp_path / "away")
+        other.rename(store)
+        os.kill(mount.workers()[0], signal.SIGKILL)
+        with contextlib.suppress(OSError):
+            assert image.read_bytes() == content
+            with image.open("rb", buffering=0) as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                assert file.read(40_000) == content
+        wait_until(lambda: not mount.pids(), "the mount ends", 10)
+        assert "is another one now than when it was mounted" in mount.logged()
+
+
 def test_a_signal_during_a_read_lets_it_finish(history: tuple[Path, History], tmp_path: Path) -> None:
     store, model = history
     with SlowMount(store, tmp_path, 0.7) as mount, ThreadPoolExecutor(1) as pool:
@@ -211,7 +237,8 @@ def test_a_signal_during_a_read_lets_it_finish(history: tuple[Path, History], tm
 
 
 def test_what_a_process_says_to_another_keeps_message_and_exit_code() -> None:
-    for error, code in ((PitfsError("no more ädges"), 1), (UsageError("so not"), 2), (OSError(5, "disk"), 1)):
+    for error, code in ((PitfsError("no more ädges"), 1), (UsageError("so not"), 2), (OSError(5, "disk"), 1),
+                        (PitfsError("no file of bytes as \udcff"), 1)):  # fmt: skip
         again = retell(tell(error))
         assert (str(again), again.exit_code) == (str(error), code)
     assert "a bug in pitfs" in str(retell(tell(ZeroDivisionError("x"))))

@@ -12,6 +12,7 @@ from xxhash import xxh3_64_intdigest
 from pitfs.errors import CorruptionError, StoreError, StoreVersionError
 from pitfs.model.blockmap import EMPTY, Entry, MapBuilder, decode_node, new_node
 from pitfs.model.transfer import VolumeInfo
+from pitfs.store.database import Database
 from pitfs.store.journals import INDEX_ROW, JournalWriter
 from pitfs.store.layout import (
     HEADER_BYTES,
@@ -162,3 +163,8 @@ def test_what_is_not_a_store_is_said_to_be_none(tmp_path: Path) -> None:
         (store / "store.json").write_text(text)
         with pytest.raises(StoreError, match=r"store\.json"):
             read_store_info(str(store))
+
+
+def test_a_path_that_sqlite_does_not_take_is_said_to_be_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="isn't UTF-8: rename"):
+        Database(str(tmp_path / "catalog\udcff"), "make")
