@@ -96,14 +96,14 @@ class Holder:
         holder = cls.__new__(cls)
         holder.what, holder._owner, holder._fd, holder._told = what, owner, fd, False
         holder._path, holder._name = os.path.split(path)
-        holder._directory = -1
         try:
             holder._directory = open_directory(holder._path, make=False)
-            holder._lock = HoldersLock(holder._directory)
-        except OSError as error:
+        except OSError as error:  # removed since: as where it can't be written
             os.close(fd)
-            holder._fd = -1
+            holder._directory = holder._fd = -1
             holder._not_pinned(error)
+        else:
+            holder._lock = HoldersLock(holder._directory)
         return holder
 
     @property
