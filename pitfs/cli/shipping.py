@@ -386,6 +386,7 @@ class Shipper:
         if location is not None:
             lag_bytes = self._following.bytes_between(location, tail)
         decision, rate = standing.last_decision, self._config.replication.rate_bytes_per_s
+        connected = standing.link == "connected"
         return {
             "role": "production",
             "group": self._hello.group,
@@ -403,7 +404,7 @@ class Shipper:
             "seq": splitter["seq"],
             "link": standing.link,
             "mode": self._config.replication.mode,
-            "shipping": "streaming" if self._stream.active else standing.way,
+            "shipping": "streaming" if self._stream.active else standing.way if connected else "waits for the link",
             "sync": splitter["sync"],
             "passing": splitter["passing"] or None,
             "writes_waiting": splitter["waiting"] or None,
