@@ -33,7 +33,7 @@ from pitfs.storage.files import storage_error
 
 log = logging.getLogger(__name__)
 
-MAX_INTERVAL_ROWS: Final = 1 << 19  # blocks written: building the difference takes some 300 B of RAM for each
+MAX_INTERVAL_ROWS: Final = 1 << 19  # blocks written: building the difference takes some 240 B of RAM for each
 MAX_INTERVAL_PART: Final = 4  # of the journal's capacity: the largest part that an interval may take
 WATCH_S: Final = 2.0  # how often that is looked at: seldom for the splitter, often for what may be written
 
