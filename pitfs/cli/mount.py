@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from pitfs.cli.heap import bound_heap
-from pitfs.cli.main import Parser, report
+from pitfs.cli.main import Parser, fill_standard_descriptors, report
 from pitfs.errors import UsageError
 from pitfs.fuse.mount import MountRequest, mount_store
 from pitfs.fuse.workers import MAX_WORKERS
@@ -88,6 +88,7 @@ exit codes: 0 the mount answers, 1 failed, 2 wrong use
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `mount.pitfs`."""
+    fill_standard_descriptors()
     try:
         try:
             args = _parser().parse_args(argv)
