@@ -17,7 +17,8 @@ a disk writes whole or not at all) say so. They come first, and what belongs the
    128    376    zeros
    504      8    checksum  xxh3_64 of bytes 0..504
 
-Whoever finds them there can only go on between the same two instants, in either direction. A volume of less than
+Whoever finds them there can only go on between the same two instants, in either direction; what was cut off may be half
+a block, so nothing is read first then. A volume of less than
 512 bytes is written in one go.
 """
 
@@ -169,7 +170,8 @@ def _check(difference: Difference, fd: int, path: str, resumed: bool) -> int:
     """Reads what will be overwritten. Returns the bytes that differ.
 
     Args:
-        resumed: the first block isn't looked at: it holds the marker.
+        resumed: nothing is looked at: it was before it began, and all of it will be written; what a power cut left may
+            be half of a block.
     """
     changed_bytes, size_bytes, block_size = 0, difference.size_bytes, difference.block_size
     for leaf in _followed(difference, "check"):
@@ -177,11 +179,12 @@ def _check(difference: Difference, fd: int, path: str, resumed: bool) -> int:
             offset = (leaf.first + first) * block_size
             size = min((last - first) * block_size, size_bytes - offset)
             changed_bytes += size
+            if resumed:
+                continue
             data = memoryview(read_exactly(fd, size, offset, path).ljust((last - first) * block_size, b"\0"))
             blocks = [data[i : i + block_size] for i in range(0, len(data), block_size)]
             sums = np.array(list(map(xxh3_64_intdigest, blocks)), np.uint64)
             good = (sums == leaf.one[first:last]) | (sums == leaf.other[first:last])
-            good[0] |= resumed and offset == 0
             if not good.all():
                 raise _untrue(path, offset + int(np.flatnonzero(~good)[0]) * block_size)
     first_bytes = min(block_size, size_bytes)

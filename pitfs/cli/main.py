@@ -48,6 +48,7 @@ class Command(Protocol):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `pitfs`; returns the exit code: 0 done, 1 failed, 2 wrong use."""
+    fill_standard_descriptors()
     arguments = list(sys.argv[1:] if argv is None else argv)
     verbose = False
     try:
@@ -68,6 +69,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except BaseException as error:
         return report(error, verbose=verbose)
+
+
+def fill_standard_descriptors() -> None:
+    """Puts /dev/null where standard input, output or error is closed: else the next file that is opened, perhaps one
+    of the store, would be what is written to."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
 
 
 def build_parser(names: Sequence[str]) -> tuple[argparse.ArgumentParser, dict[str, Command]]:

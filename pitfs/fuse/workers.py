@@ -113,8 +113,8 @@ class Minder:
         self._children: dict[int, _Child] = {}
         self._seat: Seat | None = None
         self._descriptor = -1
-        self._pins: tuple[str, int] | None = None  # the holder's file: its path, and what keeps it locked
         self._history = b""  # of the store that was looked at before it was mounted
+        self._pins: tuple[str, int] | None = None  # the holder's file: its path, and what keeps it locked
         self._is_ending = False
         self._last_start_s = 0.0
         self._wakeup, self._waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -134,10 +134,10 @@ class Minder:
             message, descriptors, *_ = socket.recv_fds(child.channel, _MAX_MESSAGE_BYTES, 1)
             os.waitpid(child.pid, 0)
             self._forget(child.pid)
-            word, _, rest = message.partition(b" ")
-            self._history, _, path = rest.partition(b" ")
+            word, _, told = message.partition(b" ")
             if word != READY:
                 raise retell(message or b"1 the store's reader ended before it had it open")
+            self._history, _, path = told.partition(b" ")
             self._pins = (os.fsdecode(path), descriptors[0]) if descriptors else None
 
         return outcome

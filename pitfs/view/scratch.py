@@ -37,7 +37,8 @@ log = logging.getLogger(__name__)
 MAX_OVERLAYS: Final = 256  # each holds a descriptor or two
 LOCK_WAIT_S: Final = 3.0  # for a mount that has just been ended and is still closing its overlays
 LOCK_POLL_S: Final = 0.05
-PREFIX: Final = "pitfs-scratch-"  # of a file that is about to lose its name
+PREFIX: Final = ".pitfs-scratch-"  # of a file that is about to lose its name
+_NAMELESS: Final = re.compile(re.escape(PREFIX) + "[a-z0-9_]{8}")  # as tempfile makes them
 _NAME: Final = re.compile(
     r"([0-9a-f]{32})\.([0-9]{1,14})\.([A-Za-z0-9._-]{1,64})\.(data|index|index\.tmp)", re.ASCII
 )
@@ -153,7 +154,7 @@ class Scratch:
         kept: dict[tuple[int, str], set[str]] = {}
         for name in os.listdir(self.directory):
             match = _NAME.fullmatch(name)
-            if name.startswith(PREFIX):
+            if _NAMELESS.fullmatch(name) and os.path.isfile(os.path.join(self.directory, name)):
                 os.unlink(os.path.join(self.directory, name))
             elif match is None or not self.keep:
                 continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -169,3 +170,13 @@ def test_what_cannot_be_written_is_an_error_and_a_closed_pipe_is_not() -> None:
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 141
+
+
+def test_closed_standard_descriptors_are_no_place_for_files_of_ours() -> None:
+    script = (
+        "import os, sys; from pitfs.cli.main import main; code = main(['--version']); "
+        "found = {os.readlink(f'/proc/self/fd/{number}') for number in range(3)}; "
+        "os._exit(0 if code == 0 and found == {'/dev/null'} and sys.stdout and sys.stderr else 1)"
+    )
+    command = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(script)} <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], check=False).returncode == 0

@@ -41,14 +41,16 @@ def stored(history: str = "0" * 32) -> Any:
 
 def test_what_a_crash_left_is_removed_and_other_files_stay(tmp_path: Path) -> None:
     name = f"{'0' * 32}.7.root"
-    for left in (PREFIX + "abc", "notes", "lost+found"):
+    for left in (PREFIX + "ab3_xyz7", "notes", "pitfs-scratch-notes.txt", PREFIX + "2026-plans"):
         (tmp_path / left).touch()
+    (tmp_path / f"{PREFIX}folder_1").mkdir()
     for kept in (f"{name}.data", f"{'0' * 32}.8.data.index.tmp"):
         (tmp_path / kept).touch()
     Scratch(str(tmp_path), stored()).close()
-    assert PREFIX + "abc" not in os.listdir(tmp_path) and len(os.listdir(tmp_path)) == 4
+    assert PREFIX + "ab3_xyz7" not in os.listdir(tmp_path) and len(os.listdir(tmp_path)) == 6
     Scratch(str(tmp_path), stored(), keep=True).close()  # begun, and never finished
-    assert sorted(os.listdir(tmp_path)) == ["lost+found", "notes"]
+    left_alone = [PREFIX + "2026-plans", PREFIX + "folder_1", "notes", "pitfs-scratch-notes.txt"]
+    assert sorted(os.listdir(tmp_path)) == left_alone
 
 
 def test_a_kept_overlay_is_refused_where_it_does_not_fit(tmp_path: Path) -> None:
