@@ -13,6 +13,7 @@ import calendar
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import time
@@ -36,6 +37,8 @@ from tests.helpers.processes import (
 )
 
 GROUP = "g"
+# One that is removing much of what was written to its scratch can't be interrupted, however busy the disk is.
+KILL_TIMEOUT_S = 120.0
 
 
 def free_port() -> int:
@@ -265,13 +268,16 @@ class Mount:
         wait_until(lambda: not self.pids(), "the mount's daemon ends with umount", END_TIMEOUT_S)
 
     def kill(self) -> None:
-        """SIGKILL to all its processes; the dead mount stays."""
-        for pid in self.pids():
-            try:
-                os.kill(pid, 9)
-            except ProcessLookupError:
-                continue
-        wait_until(lambda: not self.pids(), "the killed mount is gone", END_TIMEOUT_S)
+        """SIGKILL to all its processes, also to one that another starts meanwhile; the dead mount stays."""
+
+        def none_left() -> bool:
+            pids = self.pids()
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            return not pids
+
+        wait_until(none_left, "the killed mount is gone", KILL_TIMEOUT_S)
 
     def clean_up(self) -> None:
         force_unmount(self.path)
