@@ -49,8 +49,10 @@ examples:
     parser.add_argument(
         "--scratch", action="store_true", help="writable: what is written goes beside the store and is thrown away"
     )
-    parser.add_argument("--scratch-dir", metavar="DIR", help="where to (default: a directory under /var/tmp)")
-    parser.add_argument("--scratch-size", metavar="SIZE", help="at most so much, such as 10GiB")
+    parser.add_argument(
+        "--scratch-dir", metavar="DIR", help="--scratch, and where to (default: a directory under /var/tmp)"
+    )
+    parser.add_argument("--scratch-size", metavar="SIZE", help="--scratch, and at most so much, such as 10GiB")
     parser.add_argument(
         "--sector-size", metavar="N", type=int, choices=(512, 1024, 2048, 4096),
         help="of the device, in bytes (default: what its partition table needs, else 512)",
@@ -92,7 +94,9 @@ def _attach(args: argparse.Namespace) -> int:
         undo.callback(_undo)
         with attached.signals_wait():
             place = attached.mount_with(path, image) if scratch is None else None
-            place = place or attached.make_mount(path, group, scratch)
+            if place is None:
+                attached.tidy()  # what a bare `losetup --detach` left may have the scratch directory
+                place = attached.make_mount(path, group, scratch)
         sector_size = args.sector_size or _sector_size(f"{place}/{image}")
         with attached.signals_wait():
             device = loops.attach(f"{place}/{image}", read_only=scratch is None, sector_size=sector_size)

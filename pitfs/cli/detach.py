@@ -35,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
     with exclusive():
         loop = loop_of(device)
         if loop is None:
+            with signals_wait():
+                tidy()  # after a bare `losetup --detach` the mount below is still there
             if not os.path.exists(device):
                 raise PitfsError(f"{args.device}: no such device: pitfs attach --list shows what is attached")
             raise PitfsError(f"{args.device}: nothing is attached there (any more): see pitfs attach --list")

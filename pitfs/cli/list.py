@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from pitfs.errors import UsageError
 from pitfs.model.position import AtSeq, format_instant, parse_time
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         from_ns = _bound(store, args.from_time, args.tz)
         to_ns = _bound(store, args.to_time, args.tz)
+        if from_ns is not None and to_ns is not None and from_ns >= to_ns:
+            raise UsageError(f"--from {args.from_time}: isn't before --to {args.to_time}: nothing lies between them")
         if args.json:
             _write_json(store, from_ns, to_ns)
         else:

@@ -45,6 +45,7 @@ KERNEL_OPTIONS: Final = frozenset(
         *("norelatime", "nostrictatime", "sync", "dirsync"),
     )
 )
+LEAST_PLAIN_BYTES: Final = 65536  # of a size without a unit
 REFUSED: Final = {
     "auto_unmount": "an empty directory in place of a dead mount looks like deleted data",
     "max_read": "the kernel's limit is used",
@@ -215,6 +216,8 @@ def _parse_size(value: str) -> int:
         size = parse_size(value)
     except ValueError as error:
         raise UsageError(f"option scratch_size={value}: {error}") from None
+    if value == str(size) and 0 < size < LEAST_PLAIN_BYTES:  # no unit: what else was meant would fill at once
+        raise UsageError(f"option scratch_size={value}: {size} bytes hold next to nothing: say the unit, as {value}GiB")
     if not 0 < size < 2**63:
         raise UsageError(f"option scratch_size={value}: must be more than nothing, and less than 2^63 bytes")
     return size

@@ -47,7 +47,7 @@ examples:
 clients:
   nbdinfo --list nbd://127.0.0.1
   nbdcopy nbd://127.0.0.1/latest/root root.img
-  qemu-img convert -p nbd+unix:///5m-ago/root?socket=/run/pitfs/nbd.sock root.qcow2
+  qemu-img convert -p -O qcow2 nbd+unix:///5m-ago/root?socket=/run/pitfs/nbd.sock root.qcow2
   nbdfuse --readonly /mnt/root nbd://127.0.0.1/bookmarks/before-upgrade/root""",
     )
     parser.add_argument("store", metavar="STORE", help="directory of the store")

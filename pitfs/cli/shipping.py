@@ -33,7 +33,7 @@ from pitfs.storage.files import storage_error
 
 log = logging.getLogger(__name__)
 
-MAX_INTERVAL_ROWS: Final = 1 << 19  # blocks written: building the difference takes some 300 B of RAM for each
+MAX_INTERVAL_ROWS: Final = 1 << 19  # blocks written: building the difference takes some 240 B of RAM for each
 MAX_INTERVAL_PART: Final = 4  # of the journal's capacity: the largest part that an interval may take
 WATCH_S: Final = 2.0  # how often that is looked at: seldom for the splitter, often for what may be written
 
@@ -386,6 +386,7 @@ class Shipper:
         if location is not None:
             lag_bytes = self._following.bytes_between(location, tail)
         decision, rate = standing.last_decision, self._config.replication.rate_bytes_per_s
+        connected = standing.link == "connected"
         return {
             "role": "production",
             "group": self._hello.group,
@@ -403,7 +404,7 @@ class Shipper:
             "seq": splitter["seq"],
             "link": standing.link,
             "mode": self._config.replication.mode,
-            "shipping": "streaming" if self._stream.active else standing.way,
+            "shipping": "streaming" if self._stream.active else standing.way if connected else "waits for the link",
             "sync": splitter["sync"],
             "passing": splitter["passing"] or None,
             "writes_waiting": splitter["waiting"] or None,

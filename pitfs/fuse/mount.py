@@ -192,7 +192,13 @@ def _clear_dead_mount(mountpoint: str, source: str) -> None:
 def _observe(reader: int, mountpoint: str, daemon: int | None) -> int:
     """Waits until the mount answers to somebody outside its daemon; passes on what that says instead."""
     with open(reader, "rb") as pipe:
-        word = pipe.read()
+        try:
+            word = pipe.read()
+        except KeyboardInterrupt:  # a mount that the caller was told isn't there mustn't come after that
+            if daemon is not None:
+                os.kill(daemon, signal.SIGTERM)
+                os.waitpid(daemon, 0)
+            raise
     if word == READY:
         try:
             device = os.stat(mountpoint).st_dev

@@ -3,6 +3,10 @@
 Handlers keep no state that an answer hangs on: a file handle is the inode number, and the inode number says
 which image of which instant it is. What is in memory is answered inline, data in the page cache are read inline
 into one buffer; what may need the disk goes to a thread, so that one slow block doesn't keep the others waiting.
+
+An instant has one seq, however it is named, and so one inode for each volume: the kernel keeps its pages once, for
+all names and openings. Two instants are two inodes, also where their blocks are the same: FUSE has no way to say that
+pages are shared. Their blocks stand in the same place of an object, whose pages the kernel has once; that is all.
 """
 
 from __future__ import annotations

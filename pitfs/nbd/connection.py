@@ -8,6 +8,7 @@ read is answered in pieces.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
@@ -124,8 +125,11 @@ class Connection:
         await self._send(self._protocol.greeting())
         while (event := await self._next()) is not None:
             match event:
-                case Send(data) | Close(data):
+                case Send(data):
                     await self._send(data)
+                case Close(data):
+                    with contextlib.suppress(OSError, trio.BrokenResourceError):  # who takes leave needn't wait for it
+                        await self._send(data)
                 case AskList():
                     listed = await self._shared.ask(self._shared.exports.listed)
                     await self._send(self._protocol.answer_list(listed))

@@ -98,9 +98,12 @@ class Holder:
         holder._path, holder._name = os.path.split(path)
         try:
             holder._directory = open_directory(holder._path, make=False)
-        except OSError as error:
-            raise storage_error(error, holder._path, "opening") from error
-        holder._lock = HoldersLock(holder._directory)
+        except OSError as error:  # removed since: as where it can't be written
+            os.close(fd)
+            holder._directory = holder._fd = -1
+            holder._not_pinned(error)
+        else:
+            holder._lock = HoldersLock(holder._directory)
         return holder
 
     @property

@@ -10,12 +10,13 @@ with Replica(tmp) as replica, Production(tmp, {"root": 64 << 20}, port=replica.p
 from __future__ import annotations
 
 import calendar
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -238,15 +239,21 @@ class Mount:
 
     def minder(self) -> int:
         """The process that started those that serve."""
-        pids = self.pids()
-        parents = {pid: int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in pids}
-        (minder,) = (pid for pid in pids if parents[pid] not in pids)
+        (minder,) = self._of_parent(lambda parent, pids: parent not in pids)
         return minder
 
     def workers(self) -> list[int]:
         """The processes that serve."""
-        minder = self.minder()
-        return [pid for pid in self.pids() if pid != minder]
+        return self._of_parent(lambda parent, pids: parent in pids)
+
+    def _of_parent(self, wanted: Callable[[int, list[int]], bool]) -> list[int]:
+        pids, found = self.pids(), []
+        for pid in pids:
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+                status = Path(f"/proc/{pid}/stat").read_text()
+                if wanted(int(status.rpartition(")")[2].split()[1]), pids):
+                    found.append(pid)
+        return found
 
     def unmount(self) -> None:
         """As a user does; the daemon ends with it.

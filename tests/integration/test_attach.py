@@ -135,6 +135,16 @@ def test_scratch_goes_where_it_is_told_to_and_nowhere_else(disks: Disks, tmp_pat
     assert os.listdir(place) == []
 
 
+def test_what_a_bare_losetup_leaves_is_in_nobodys_way(disks: Disks, tmp_path: Path) -> None:
+    device = pitfs("attach", disks.path, "latest", "plain", "--scratch-dir", tmp_path)
+    run(["losetup", "--detach", device])
+    assert len(made_mounts(disks)) == 1
+    device = pitfs("attach", disks.path, "latest", "plain", "--scratch-dir", tmp_path)  # which only one mount may use
+    run(["losetup", "--detach", device])
+    assert "nothing is attached there" in pitfs("detach", device, code=1)
+    assert made_mounts(disks) == [] == os.listdir(tmp_path)
+
+
 def test_several_at_once_share_a_mount_and_do_not_trip_over_each_other(disks: Disks) -> None:
     def at_once(commands: list[list[str | Path]]) -> list[str]:
         started = [

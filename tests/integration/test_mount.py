@@ -317,6 +317,20 @@ def test_the_foreground_serves_until_the_signal(replica: Replica, tmp_path: Path
         force_unmount(place)
 
 
+def test_ctrl_c_before_the_mount_answers_leaves_none(replica: Replica, tmp_path: Path) -> None:
+    place = tmp_path / "interrupted"
+    place.mkdir()
+    process = subprocess.Popen([*pitfs_command("mount.pitfs"), replica.path, place])
+    try:
+        wait_until(lambda: is_mounted(place), "it is mounted", 20)
+        process.send_signal(signal.SIGINT)
+        assert (process.wait(20), is_mounted(place)) in ((130, False), (0, True))  # or it came too late
+    finally:
+        process.kill()
+        process.wait()
+        force_unmount(place)
+
+
 def test_callers_pipes_are_let_go(replica: Replica, tmp_path: Path) -> None:
     place = tmp_path / "piped"
     place.mkdir()

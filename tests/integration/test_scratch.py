@@ -282,5 +282,6 @@ def test_wrong_use_is_refused_with_one_line(
         lambda: attempt("scratch_size=1GiB", "goes with scratch=DIR"),
         lambda: attempt(f"scratch={free},scratch_size=much", "scratch_size=much", "10GiB"),
         lambda: attempt(f"scratch={free},scratch_size=0", "scratch_size=0"),
+        lambda: attempt(f"scratch={free},scratch_size=10", "10 bytes", "10GiB"),
     )
     assert not is_mounted(place) and os.listdir(free) == []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +11,20 @@ import numpy as np
 import pytest
 
 from pitfs.model.transfer import VolumeInfo
-from pitfs.store import database
 from pitfs.store.ingest import Ingest
 from pitfs.store.snapshots import NodeReader
 from pitfs.store.store import Store
 from pitfs.view.differing import Difference, bitmap
+from tests.helpers.histories import unsynced
 from tests.helpers.stores import ingest_transfer
 from tests.helpers.streams import FakeClock, batch_of, mark_of
 from tests.helpers.transfers import History, random_history, random_transfers
 
 
 @pytest.fixture(autouse=True)
-def disk_that_needs_no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("fsync", "fdatasync"):
-        monkeypatch.setattr(os, name, lambda fd: None)
-    monkeypatch.setattr(database, "DURABLE", "OFF")
-    monkeypatch.setattr(database, "NOT_DURABLE", "OFF")
+def disk_that_needs_no_sync() -> Iterator[None]:
+    with unsynced():
+        yield
 
 
 def naive(one: bytes, other: bytes, block_size: int) -> list[tuple[int, int]]:

@@ -21,6 +21,7 @@ from report import Measure, at_most, compare, note
 from pitfs.model.transfer import VolumeInfo
 from tests.helpers.histories import LongHistory, StrewnWrites
 from tests.helpers.hosts import Mount, instant_name
+from tests.helpers.processes import HostError
 
 BLOCK = 4096
 SHORT_INTERVAL, LONG_INTERVAL, QUICK_LONG_INTERVAL = 10**4, 10**7, 10**6
@@ -28,8 +29,11 @@ SNAPSHOTS, QUICK_SNAPSHOTS = 10_000, 1_000
 BEFORE, QUICK_BEFORE = 1_000, 200  # snapshots before and after the instant that is read
 VOLUME_BYTES, QUICK_VOLUME_BYTES = 1 << 30, 256 << 20
 STREWN = 16  # blocks that each of these snapshots wrote
-MOUNTS = 7  # fresh ones, for the first byte of the first instant that is named there
+SMALL_BLOCK = 512  # of the volume with the intervals
+MOUNTS = 9  # fresh ones, for the first byte of the first instant that is named there
 INSTANTS = 10  # named in each
+
+CHANCE = random.Random(1)
 
 FIRST_BYTE_MS, FIRST_BYTE_RATIO, LIST_S, SAME = 20.0, 2.0, 0.5, 0.95
 
@@ -89,11 +93,13 @@ def same_image(setting: Setting, memory: MountMemory) -> list[Measure]:
 def first_byte(setting: Setting, memory: MountMemory) -> list[Measure]:
     """open and a read of 4 KiB by the name of an instant never named before, warm files below."""
     count = QUICK_LONG_INTERVAL if setting.quick else LONG_INTERVAL
-    short = _first_bytes(setting, SHORT_INTERVAL, memory)
-    long = _first_bytes(setting, count, memory)
+    intervals = [_interval(setting.workspace, each) for each in (SHORT_INTERVAL, count)]
+    rounds = [
+        [_first_bytes(store, writes, setting, memory) for store, writes in intervals] for _ in range(MOUNTS)
+    ]
     measures = []
-    for what, place in (("the first after mounting", 0), ("further ones", 1)):
-        value, other = long[place], short[place]
+    for what, part in (("the first after mounting", slice(1)), ("further ones", slice(1, None))):
+        other, value = (statistics.median(ms for each in rounds for ms in each[i][part]) for i in range(2))
         name = f"first byte of an instant in an interval of {count:,} writes, {what}"
         measures.append(at_most(name, value, "ms", FIRST_BYTE_MS))
         ratio = round(value / other, 2)
@@ -106,31 +112,29 @@ def first_byte(setting: Setting, memory: MountMemory) -> list[Measure]:
     return measures
 
 
-def _first_bytes(setting: Setting, count: int, memory: MountMemory) -> tuple[float, float]:
-    """Medians in ms: of the first instant after mounting, and of those named after it."""
-    store, writes = _interval(setting.workspace, count)
-    chance = random.Random(count)
-    firsts, others = [], []
-    for _ in range(MOUNTS):
-        with Mount(store, setting.workspace, name=f"bytes-{count}.mount") as mount:
-            for turn in range(INSTANTS):
-                image = mount.image(instant_name(writes.time_ns(chance.randrange(count))))
-                offset = chance.randrange(writes.span) * BLOCK
-                begun = time.perf_counter()
-                fd = os.open(image, os.O_RDONLY)
-                os.pread(fd, 4096, offset)
-                taken_ms = (time.perf_counter() - begun) * 1000
-                os.close(fd)
-                (others if turn else firsts).append(taken_ms)
-            memory.sample()
-    return statistics.median(firsts), statistics.median(others)
+def _first_bytes(store: Path, writes: StrewnWrites, setting: Setting, memory: MountMemory) -> list[float]:
+    """In ms: of the first instant after mounting, and of those named after it."""
+    found = []
+    with Mount(store, setting.workspace, name=f"bytes-{writes.count}.mount") as mount:
+        for _ in range(INSTANTS):
+            image = mount.image(instant_name(writes.time_ns(CHANCE.randrange(writes.count))))
+            offset = CHANCE.randrange(writes.span * SMALL_BLOCK // BLOCK) * BLOCK
+            begun = time.perf_counter()
+            fd = os.open(image, os.O_RDONLY)
+            data = os.pread(fd, BLOCK, offset)
+            found.append((time.perf_counter() - begun) * 1000)
+            os.close(fd)
+            if len(data) != BLOCK:
+                raise HostError(f"{image}: {len(data)} bytes at {offset}")
+        memory.sample()
+    return found
 
 
 @functools.cache
 def _interval(workspace: Path, count: int) -> tuple[Path, StrewnWrites]:
     note(f"an interval of {count:,} writes …")
-    with LongHistory(workspace / f"interval-{count}", VolumeInfo("root", 1 << 30, 512)) as history:
-        history.full_copy()
+    with LongHistory(workspace / f"interval-{count}", VolumeInfo("root", 1 << 30, SMALL_BLOCK)) as history:
+        history.full_copy(1 << 20)  # so that there is something to read where the interval hasn't written, too
         return history.path, history.interval(count, 1 << 20, data_every=16)
 
 
