@@ -73,6 +73,11 @@ def punch(fd: int, offset: int, size: int) -> bool:
     raise OSError(number, os.strerror(number))
 
 
+def reserve(fd: int, offset: int, size: int) -> None:
+    """Takes room for that range of a file, whose size stays; where that can't be, there is less, without a word."""
+    ctypes.CDLL(None).fallocate64(fd, _FALLOC_FL_KEEP_SIZE, ctypes.c_int64(offset), ctypes.c_int64(size))
+
+
 def read_exactly(fd: int, size: int, offset: int, what: str) -> bytes:
     """Reads `size` bytes at `offset`.
 

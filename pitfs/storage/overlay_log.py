@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from typing import Final
 
 from pyroaring import BitMap64
 
@@ -18,7 +19,10 @@ from pitfs.model.overlay import (
     encode_records,
     runs_of,
 )
-from pitfs.storage.files import FULL_ERRNOS, write_all
+from pitfs.storage.files import FULL_ERRNOS, reserve, write_all
+
+# Taken ahead: who has filled the disk with blocks can still say which: 4,000 runs of them.
+RESERVE_BYTES: Final = 64 << 10
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +49,7 @@ class OverlayLog:
             if OverlayHeader.decode(os.pread(self._fd, HEADER_BYTES, 0), path) != header:
                 raise CorruptionError(path, 0, "the log of another image, or of another store's")
             self._end = self._replay(header.block_count)
+            reserve(self._fd, self._end, RESERVE_BYTES)
         except BaseException:
             os.close(self._fd)
             raise
@@ -67,6 +72,7 @@ class OverlayLog:
                 raise
             os.fdatasync(self._fd)
             self._end += len(record)
+        reserve(self._fd, self._end, RESERVE_BYTES)
 
     def close(self) -> None:
         os.close(self._fd)

@@ -82,7 +82,7 @@ CREATE TABLE pieces (  -- of a tail's log: rows of first_seq to to_seq
 ) STRICT, WITHOUT ROWID;
 """
 
-
+_NO_INDEX: Final = (apsw.SQLITE_IOERR_SHMOPEN, apsw.SQLITE_IOERR_SHMSIZE, apsw.SQLITE_IOERR_SHMMAP)
 REMEDY: Final = "put a copy of it back, or move the store away for a new full copy"
 
 
@@ -114,6 +114,12 @@ def _errors(path: str) -> Iterator[None]:
         ) from None
     except UnicodeEncodeError:
         raise StoreError(f"{path}: SQLite takes no path that isn't UTF-8: rename the directory") from None
+    except apsw.IOError as error:
+        if getattr(error, "extendedresult", 0) not in _NO_INDEX:
+            raise PitfsError(f"{path}: {error}") from error
+        raise CapacityError(
+            f"{path}: its index ({path}-shm) can't be made, for reading as well: make room on that file system (32 KiB)"
+        ) from error
     except apsw.CantOpenError:
         raise StoreError(f"{path}: can't be opened: is it there, and may this user read it?") from None
     except apsw.Error as error:

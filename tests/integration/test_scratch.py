@@ -196,18 +196,21 @@ def test_a_full_scratch_refuses_new_blocks_alone(stored: Stored, scratch: Path, 
 
 
 def test_a_full_disk_refuses_the_writer_alone(stored: Stored, scratch: Path, tmp_path: Path) -> None:
-    run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", scratch])
+    run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", scratch])
     try:
         with Mount(stored.path, tmp_path, options=f"scratch={scratch},scratch_keep") as mount:
             image, content = mount.image(stored.instant), bytearray(stored.image(0))
             with image.open("r+b", buffering=0) as file:
                 with pytest.raises(OSError) as caught:
-                    for offset in range(0, len(content), 4096):
+                    for offset in range(0, len(content), 8192):
                         os.pwrite(file.fileno(), b"w" * 4096, offset)
                         content[offset : offset + 4096] = b"w" * 4096
                 assert caught.value.errno == errno.ENOSPC
             assert image.read_bytes() == content != stored.image(0)
             assert mount.image(stored.instant, "data").read_bytes() == stored.image(1)
+            mount.unmount()  # and what had room is kept, though nothing was synced
+            mount.start()
+            assert image.read_bytes() == content
     finally:
         run(["umount", scratch])
 

@@ -17,10 +17,16 @@ from pathlib import Path
 
 import pytest
 
+from pitfs.errors import CapacityError
+from pitfs.model.transfer import VolumeInfo
+from pitfs.store.ingest import Ingest
+from pitfs.store.store import Store
 from tests.helpers.hosts import Mount, Production, Replica, digest, free_port, instant_ns, xxhsum
 from tests.helpers.loops import LoopDevice, MountedFilesystem, fill, free_file
 from tests.helpers.processes import pitfs_command, run, wait_until
 from tests.helpers.refusals import pitfs_refused, refused, status_of, together, write_config
+from tests.helpers.stores import ingest_transfer
+from tests.helpers.transfers import History
 
 pytestmark = [pytest.mark.fuse, pytest.mark.loop, pytest.mark.timeout(120)]
 MIB = 1 << 20
@@ -337,3 +343,21 @@ def test_a_full_disk_below_the_backing_fails_that_write_and_is_no_end(tmp_path: 
             check_images(replica, tmp_path, {before: content})
             assert len(lines_with(production, "writes go on, but no instant")) == 1
             assert "Traceback" not in production.logged()
+
+
+def test_a_replica_too_full_to_be_opened_says_how_much_room_that_takes(tmp_path: Path) -> None:
+    history = History(1, (VolumeInfo("root", 8192, 4096),))
+    small = tmp_path / "small"
+    small.mkdir()
+    run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small])
+    try:
+        ingest = Ingest(str(small), history.hello)
+        ingest_transfer(ingest, history.close_interval(0))
+        ingest.close()
+        fill(small / "ballast")
+        with pytest.raises(CapacityError, match=r"make room on that file system \(32 KiB\)"):
+            Store.open(str(small / history.group))
+        (small / "ballast").unlink()
+        Store.open(str(small / history.group)).close()
+    finally:
+        run(["umount", small])
