@@ -95,7 +95,8 @@ class Writer:
 
 def check_images(replica: Replica, tmp: Path, states: dict[str, bytes], warning: str | None = None) -> None:
     """`warning`: words of the one line that may be logged."""
-    with Mount(replica.store(), tmp, name="check") as mount:
+    # Logs of one name are one.
+    with Mount(replica.store(), tmp, name="check" if warning is None else "warned") as mount:
         for instant, content in states.items():
             assert mount.image(instant).read_bytes() == content, instant
         assert [line for line in mount.complaints() if warning is None or warning not in line] == []
