@@ -68,7 +68,7 @@ options (-o):
                           get "No space left on device", reading goes on
   scratch_keep            what was written stays in DIR, and is there again when the same store is mounted with
                           the same scratch= and scratch_keep. What fsync was answered for survives a power cut
-  workers=N               processes that serve it (default: one for two cores, at most 2)
+  workers=N               processes that serve it (default: one for each core, at most 2)
   and those of mount(8): ro, noatime, nosuid, nodev, noexec, …
 
 examples:

@@ -36,8 +36,7 @@ if TYPE_CHECKING:
 
 DEVICE: Final = "/dev/fuse"
 MAX_WORKERS: Final = 16
-# At most, unless asked for: each has caches of its own.
-DEFAULT_WORKERS: Final = 2
+DEFAULT_WORKERS: Final = 2  # at most, and not more than there are cores: each has caches of its own
 RESEND_S: Final = 0.05  # a signal that came just before a blocking read is lost
 END_S: Final = 10.0  # for what is under way; then SIGKILL
 SCRATCH_END_S: Final = 600.0  # as well, and for making durable what is kept
@@ -51,9 +50,7 @@ log = logging.getLogger(__name__)
 
 
 def default_workers() -> int:
-    """One for two cores: whoever reads needs one as well. On two cores a second worker cost a tenth of the sequential
-    rate, and a third of that of random reads at depth 1; only at depth 16 it gained some (a seventh)."""
-    return max(min(len(os.sched_getaffinity(0)) // 2, DEFAULT_WORKERS), 1)
+    return min(len(os.sched_getaffinity(0)), DEFAULT_WORKERS)
 
 
 def tell(error: BaseException) -> bytes:
