@@ -14,7 +14,7 @@ from pitfs.errors import UsageError
 from pitfs.model.position import AtSeq, format_instant, parse_time
 
 if TYPE_CHECKING:
-    from pitfs.store.facts import Interval
+    from pitfs.store.catalog.records import Interval
     from pitfs.store.store import Store
 
 NAME: Final = "list"

@@ -15,8 +15,8 @@ import pyfuse3
 import trio
 
 from pitfs.errors import CapacityError
-from pitfs.production.splitter import Splitter
-from pitfs.production.volume import NotCachedError
+from pitfs.splitter.splitter import Splitter
+from pitfs.splitter.volume import NotCachedError
 
 log = logging.getLogger(__name__)
 

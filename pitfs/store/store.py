@@ -14,14 +14,14 @@ from typing import Final, ParamSpec, TypeVar
 from pitfs.errors import CorruptionError, NoSuchInstantError
 from pitfs.model.blockmap import FANOUT, FANOUT_BITS, U64Array
 from pitfs.model.transfer import Bookmark, Gap
-from pitfs.store.cache import Cache
-from pitfs.store.catalog import Catalog
-from pitfs.store.facts import Interval, Resolution, Snapshot, Tail
-from pitfs.store.journals import JournalIndex, Position, chunk_cache
-from pitfs.store.layout import CATALOG, OBJECTS, ObjectKind, object_file, read_store_info
-from pitfs.store.objects import MissingObjectError, ObjectPool, reading_limit
-from pitfs.store.snapshots import NodeReader, SnapshotMap
-from pitfs.store.tails import Tails
+from pitfs.store.catalog.catalog import Catalog
+from pitfs.store.catalog.records import Interval, OpenInterval, Resolution, Snapshot
+from pitfs.store.index.block_maps import NodeReader, SnapshotMap
+from pitfs.store.index.journal_index import JournalIndex, Position, chunk_cache
+from pitfs.store.objects.cache import Cache
+from pitfs.store.objects.format import CATALOG, OBJECTS, ObjectKind, object_file, read_store_info
+from pitfs.store.objects.pool import MissingObjectError, ObjectPool, reading_limit
+from pitfs.store.open_interval.reader import OpenIntervals
 
 __all__ = ["Resolution", "Store"]
 
@@ -70,7 +70,7 @@ class Store:
         self._journals: Cache[tuple[int, int], JournalIndex] = Cache(
             MAX_CACHED_FENCE_BYTES, lambda journal: journal.fence_bytes + _FENCE_OVERHEAD_BYTES
         )
-        self._tails = Tails(self._catalog, self.objects, self._chunks)
+        self._tails = OpenIntervals(self._catalog, self.objects, self._chunks)
 
     @classmethod
     def open(cls, path: str) -> Store:
@@ -331,7 +331,7 @@ class Store:
             found.append(self._map(base).next_difference(self._map(other_base), volume, first))
         return _earliest(*found)
 
-    def _layers(self, tails: Sequence[Tail], resolution: Resolution) -> tuple[int, dict[int, int]]:
+    def _layers(self, tails: Sequence[OpenInterval], resolution: Resolution) -> tuple[int, dict[int, int]]:
         """The snapshot that a state stands on, and the last seq of what lies over it, by the fourth of each."""
         over = {} if resolution.journal is None else {resolution.journal: resolution.seq}
         snapshot = resolution.third
@@ -341,7 +341,7 @@ class Store:
         return snapshot, over
 
     def _next_written(
-        self, tails: Sequence[Tail], fourth: int, volume: int, first: int, after_seq: int, through_seq: int
+        self, tails: Sequence[OpenInterval], fourth: int, volume: int, first: int, after_seq: int, through_seq: int
     ) -> int | None:
         """Index of the first leaf, not before `first`, into which these writes of an interval or tail went."""
         tail = _of_fourth(tails, fourth)
@@ -358,7 +358,7 @@ class Store:
         return self._journal(interval)
 
     def _third(
-        self, tails: Sequence[Tail], snapshot: int, volume: int, leaf_index: int
+        self, tails: Sequence[OpenInterval], snapshot: int, volume: int, leaf_index: int
     ) -> tuple[U64Array, U64Array]:
         """What a snapshot has, or a tail that becomes one when it is whole; the caller's own."""
         tail = _of_fourth(tails, snapshot)
@@ -409,7 +409,7 @@ class Store:
         )
 
 
-def _of_fourth(tails: Sequence[Tail], snapshot: int) -> Tail | None:
+def _of_fourth(tails: Sequence[OpenInterval], snapshot: int) -> OpenInterval | None:
     """The tail that becomes the interval that ends at that snapshot, while it is one."""
     return next((tail for tail in tails if tail.fourth == snapshot), None)
 

@@ -10,22 +10,23 @@ from typing import Any, cast
 import pytest
 import trio
 
-from pitfs.cli import following, shipping
 from pitfs.errors import CapacityError, LinkError
-from pitfs.link.sender import SenderSession
-from pitfs.model.record import Kind
+from pitfs.journal.reader import Copy, Interval
+from pitfs.link.sessions.sender import SenderSession
+from pitfs.model.record import RecordKind
 from pitfs.model.transfer import DIFF_ENTRY, Checkpoint, Data, Section
-from pitfs.model.transfer import Kind as TransferKind
-from pitfs.production import splitter as splitter_module
-from pitfs.production.agreement import Agreement
-from pitfs.production.reader import Copy, Interval
-from pitfs.production.service import SplitterService
+from pitfs.model.transfer import RecordKind as TransferKind
+from pitfs.replication import cursor as following
+from pitfs.replication import shipper as shipping
+from pitfs.splitter import splitter as splitter_module
+from pitfs.splitter.service import SplitterService
+from pitfs.splitter.sync_gate import SyncGate
 from pitfs.store.store import Store
 from tests.helpers.shipper import MARGIN_S, VOLUME_BYTES, Here, Parts
 from tests.helpers.stores import read_image
 
 PASSING_S = 0.1
-_IN_THE_RESERVE = (Kind.MARK, Kind.COPY_PROGRESS)
+_IN_THE_RESERVE = (RecordKind.MARK, RecordKind.COPY_PROGRESS)
 
 
 class Session(Here):
@@ -144,7 +145,7 @@ class Passing(Parts):
         else:
             self.pipeline.crash()
         self.pipeline.start()
-        self.service = SplitterService(self.splitter, Agreement(holds=False, blocks=False, copying=False))
+        self.service = SplitterService(self.splitter, SyncGate(holds=False, blocks=False, copying=False))
         self._limit()
 
     async def connect_anew(self) -> None:

@@ -16,13 +16,13 @@ import msgspec
 import pytest
 import trio
 
-from pitfs.cli.backfill import ERASED
-from pitfs.cli.shipper_process import ShipperControl
 from pitfs.errors import CapacityError, LinkError, PitfsError, PositionMismatchError, UsageError
-from pitfs.link.sender import SenderSession
+from pitfs.journal.reader import Copy, Interval
+from pitfs.link.sessions.sender import SenderSession
 from pitfs.model.transfer import WAITS, Checkpoint, Data, Section
-from pitfs.production.reader import Copy, Interval
+from pitfs.replication.backfill import ERASED
 from pitfs.storage.segment import SegmentReader
+from pitfs.supervision.shipper_process import ShipperControl
 from tests.helpers.shipper import Parts, recovers
 from tests.helpers.stores import feed
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from pitfs.errors import CapacityError, UsageError
+from pitfs.journal.reader import Interval
 from pitfs.model.record import CopyProgress
-from pitfs.production.reader import Interval
-from pitfs.production.start import VolumeSpec, lock_state, open_splitter
-from pitfs.production.state import BackingState, Progress, ProgressFile
-from pitfs.production.volume import NotCachedError
+from pitfs.splitter.progress import BackingState, Progress, ProgressFile
+from pitfs.splitter.startup import VolumeSpec, lock_state, open_splitter
+from pitfs.splitter.volume import NotCachedError
 from pitfs.store.store import Store
 from tests.helpers.pipeline import Pipeline
 from tests.property.test_whole_way import check_every_seq

@@ -21,12 +21,13 @@ from pitfs.errors import (
     RemoteProtocolError,
 )
 from pitfs.model.position import format_instant
-from pitfs.model.transfer import MAX_BATCH_ROWS, WRITE, Kind, StreamMark, VolumeInfo, Writes
-from pitfs.store import pieces, stream
-from pitfs.store.catalog import Catalog
-from pitfs.store.closing import Closing
+from pitfs.model.transfer import MAX_BATCH_ROWS, WRITE, StreamMark, TransferKind, VolumeInfo, Writes
+from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.ingest import Ingest
-from pitfs.store.layout import CATALOG
+from pitfs.store.objects.format import CATALOG
+from pitfs.store.open_interval import sorted_runs as pieces
+from pitfs.store.open_interval import stream
+from pitfs.store.open_interval.closing import Closing
 from pitfs.store.store import Store
 from tests.helpers.stores import ingest_transfer, read_image
 from tests.helpers.streams import FakeClock, batch_of, cut_here, mark_of
@@ -220,7 +221,7 @@ def test_a_transfer_that_follows_closes_what_was_streamed_under_the_mark_before_
     cut_here(history, 3)
     history.write()
     full = history.close_interval(full=True)
-    assert full.manifest.kind is Kind.FULL
+    assert full.manifest.kind is TransferKind.FULL
     ingest_transfer(ingest, full)
     assert [(s.seq, s.mark) for s in store.snapshots()][3:] == [(11, 2), (12, 3)]
     for seq in (*range(12), 12):
