@@ -44,7 +44,7 @@ from pitfs.model.transfer import (
     VolumeInfo,
     Writes,
 )
-from pitfs.store.catalog.catalog import database
+from pitfs.store.catalog import database
 from pitfs.store.ingest import Ingest
 
 START_NS: Final = 1_763_855_640_000_000_000

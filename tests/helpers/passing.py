@@ -14,8 +14,7 @@ from pitfs.errors import CapacityError, LinkError
 from pitfs.journal.reader import Copy, Interval
 from pitfs.link.sessions.sender import SenderSession
 from pitfs.model.record import RecordKind
-from pitfs.model.transfer import DIFF_ENTRY, Checkpoint, Data, Section
-from pitfs.model.transfer import RecordKind as TransferKind
+from pitfs.model.transfer import DIFF_ENTRY, Checkpoint, Data, Section, TransferKind
 from pitfs.replication import cursor as following
 from pitfs.replication import shipper as shipping
 from pitfs.splitter import splitter as splitter_module

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from pitfs.model.transfer import Begin
-from pitfs.store.catalog.catalog import Catalog, database
+from pitfs.store.catalog import database
+from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.ingest import Ingest
 from pitfs.store.objects.format import CATALOG
 from pitfs.store.open_interval.closing import Closing

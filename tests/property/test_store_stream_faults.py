@@ -14,7 +14,8 @@ import pytest
 
 from pitfs.errors import CapacityError, CorruptionError, PitfsError, StoreError
 from pitfs.model.transfer import Durable, VolumeInfo
-from pitfs.store.catalog.catalog import Catalog, database
+from pitfs.store.catalog import database
+from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.ingest import Ingest
 from pitfs.store.open_interval import writer as tail_module
 from pitfs.store.open_interval.closing import Closing

@@ -11,7 +11,7 @@ import pytest
 
 from pitfs.errors import CapacityError, LinkError
 from pitfs.journal.reader import Copy
-from pitfs.model.record import TransferKind as RecordKind
+from pitfs.model.record import RecordKind
 from pitfs.model.transfer import TransferKind
 from pitfs.splitter import change_bitmap as changes
 from pitfs.splitter import splitter

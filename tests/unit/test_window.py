@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pitfs.config.production import production as config
-from pitfs.link.protocol.protocol import window
+from pitfs.config import production as config
+from pitfs.link.protocol import window
 from pitfs.link.protocol.window import SPARE_BYTES, WindowPool, check_window
 
 MIB = 1 << 20
