@@ -47,7 +47,7 @@ def begin_copy(
     standing.seq, standing.time_ns, standing.position_time_ns, standing.mark = seq, time_ns, time_ns, copy.mark
     for index, at, piece in pieces(encoded):
         journal.append(RecordKind.COPY_BLOCKS, index, at, 0, seq, time_ns, piece)
-    standing.copy, standing.copy_location, standing.changes = copy, location, changes
+    standing.copy, standing.copy_location, standing.change_bitmap = copy, location, changes
     for index, volume in enumerate(volumes):
         volume.begin_copy(bitmaps[index] if changes else None)
 

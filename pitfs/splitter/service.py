@@ -73,7 +73,7 @@ class SplitterService:
         if self._followers:
             self._followers.unpark_all()
         standing = self._splitter.standing
-        if not self._agreement.holds or standing.passing:
+        if not self._agreement.holds or standing.bypass_cause:
             return True
         return await self._agreement.wait(standing.seq, standing.copy is not None)
 
@@ -106,7 +106,7 @@ class SplitterService:
 
     async def _prepare_spare(self) -> None:
         splitter = self._splitter
-        if splitter.journal.needs_spare and not splitter.standing.passing:
+        if splitter.journal.needs_spare and not splitter.standing.bypass_cause:
             await trio.to_thread.run_sync(splitter.journal.prepare_spare)
 
     def _look_at_clock(self) -> None:
@@ -126,17 +126,17 @@ class SplitterService:
         since = trio.current_time() - self._checkpoint_at
         rolled = segment != self._checkpoint_segment and (since > ROLLED_CHECKPOINT_S or self._is_filling)
         due = since > CHECKPOINT_INTERVAL_S and lsn != self._checkpoint_lsn
-        if (rolled or due) and not splitter.standing.passing:
+        if (rolled or due) and not splitter.standing.bypass_cause:
             progress = splitter.snapshot_progress()
             await trio.to_thread.run_sync(splitter.checkpoint, progress)
             self._checkpoint_segment, self._checkpoint_lsn = segment, lsn
             self._checkpoint_at = trio.current_time()
         await self._release()
-        if splitter.standing.passing:
+        if splitter.standing.bypass_cause:
             # With room for a segment only: what is left of this one would be full again at once.
             roomy = await trio.to_thread.run_sync(splitter.journal.prepare_spare)
             if roomy:
-                splitter.resume_journal(splitter.standing.passing)
+                splitter.resume_journal(splitter.standing.bypass_cause)
 
     @property
     def _is_filling(self) -> bool:
@@ -172,9 +172,9 @@ class SplitterService:
                 wanted = request.get("wanted")
                 splitter.release(int(request["segment"]), None if wanted is None else int(wanted))
             elif op == "rescan":
-                if splitter.standing.passing:
+                if splitter.standing.bypass_cause:
                     raise CapacityError(
-                        f"{splitter.standing.passing}: a copy begins once that is mended"
+                        f"{splitter.standing.bypass_cause}: a copy begins once that is mended"
                     )
                 splitter.start_copy(str(request["cause"]))
             elif op != "tail":
@@ -190,7 +190,7 @@ class SplitterService:
 
     def _standing(self) -> dict[str, Any]:
         standing, journal, volumes = self._splitter.standing, self._splitter.journal, self._splitter.volumes
-        changes = standing.changes if standing.passing else None
+        changes = standing.change_bitmap if standing.bypass_cause else None
         copying = [volume.copying for volume in volumes if volume.copying is not None] if standing.copy else []
         return {
             "lsn": journal.lsn,
@@ -204,7 +204,7 @@ class SplitterService:
             "mark": standing.mark,
             "used_bytes": journal.used_bytes,
             "capacity_bytes": journal.capacity_bytes,
-            "passing": standing.passing,
+            "passing": standing.bypass_cause,
             "changed_bytes": None if changes is None else size_bytes(changes.bitmaps, volumes),
             "waiting": self._waiting + self._agreement.waiting_count,
             "copy_mark": standing.copy.mark if standing.copy else None,

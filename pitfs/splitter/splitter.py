@@ -85,7 +85,7 @@ class Splitter:
         """
         volume = self.volumes[index]
         standing = self.standing
-        if standing.passing:
+        if standing.bypass_cause:
             if not self._passing_durable:
                 self._write_progress()  # a redo over this write would undo it
             self._note_change(index, offset, len(data))
@@ -125,7 +125,7 @@ class Splitter:
         else:
             standing.seq += 1
             standing.time_ns = standing.position_time_ns = now
-        if standing.changes is not None:
+        if standing.change_bitmap is not None:
             self._note_change(index, offset, len(data))
         self._write_backing(index, offset, data)
 
@@ -148,7 +148,7 @@ class Splitter:
         except OSError as error:
             # The journal has the write and the volume may have part of it: what is in these blocks must be read again.
             try:
-                if not self.standing.passing:
+                if not self.standing.bypass_cause:
                     self._pass_writes(f"{volume.backing.path}: a write failed: {os.strerror(error.errno or 0)}")
             finally:
                 self._note_change(index, offset, len(data))
@@ -156,13 +156,13 @@ class Splitter:
 
     def _note_change(self, index: int, offset: int, size: int) -> None:
         """Marks the blocks that a write touches, before it is done."""
-        changes, block_size = self.standing.changes, self.volumes[index].block_size
+        changes, block_size = self.standing.change_bitmap, self.volumes[index].block_size
         if changes is None:
             return
         first = offset // block_size
         if not changes.mark(index, first, -(-(offset + size) // block_size) - first):
             log.warning("what changes can't be remembered any more: it would take too much; a complete copy follows")
-            self.standing.changes = None
+            self.standing.change_bitmap = None
 
     def _fill(self, volume: Volume, offset: int, data: bytes, may_wait: bool) -> bytes:
         """Whole blocks around an unaligned write: edges from the current content, zeros behind the volume's end."""
@@ -197,28 +197,28 @@ class Splitter:
         if standing.copy is None:
             base = standing.seq, standing.position_time_ns
             limit_bytes = changes_limit_bytes(self.journal.capacity_bytes)
-            standing.changes = ChangeBitmap(base, [BitMap64() for _ in self.volumes], limit_bytes)
+            standing.change_bitmap = ChangeBitmap(base, [BitMap64() for _ in self.volumes], limit_bytes)
         # Else a copy is given up: what was to come with it, and after it, is marked; of a complete one nothing is.
-        standing.passing = cause
+        standing.bypass_cause = cause
         standing.copy = None
         self._passing_durable = False
         self._write_progress()
 
     def resume_journal(self, cause: str) -> bool:
         """Journals again after passing, with a copy to follow. False where there's no room for it yet."""
-        standing, journal, passing = self.standing, self.journal, self.standing.passing
+        standing, journal, passing = self.standing, self.journal, self.standing.bypass_cause
         if journal.used_bytes > journal.capacity_bytes // 2:
             return False
-        changes = standing.changes
+        changes = standing.change_bitmap
         try:
             journal.begin_anew()
             begin_copy(journal, standing, self.volumes, self._clock_ns(), cause, changes)
             journal.sync()
-            standing.passing = ""
+            standing.bypass_cause = ""
             self._write_progress()
         except (PitfsError, OSError) as error:
             # Begun in vain: writes go on passing beside it, once that is on disk again.
-            standing.copy, standing.passing, self._passing_durable = None, passing, False
+            standing.copy, standing.bypass_cause, self._passing_durable = None, passing, False
             log.warning("%s: journalling can't begin again yet: %s", passing, error)
             return False
         what = "complete copy"
@@ -235,7 +235,7 @@ class Splitter:
         """
         begin_copy(self.journal, self.standing, self.volumes, self._clock_ns(), cause, None)
         self.journal.sync()
-        self.standing.passing = ""
+        self.standing.bypass_cause = ""
         self._write_progress()
 
     # -- marks and the copy ------------------------------------------------------------------------------
@@ -247,8 +247,8 @@ class Splitter:
             CapacityError: writes are passing, so there is no position to name; retryable.
         """
         standing = self.standing
-        if standing.passing:
-            raise CapacityError(f"{standing.passing}: no snapshot can be taken until that is mended")
+        if standing.bypass_cause:
+            raise CapacityError(f"{standing.bypass_cause}: no snapshot can be taken until that is mended")
         time_ns = max(self._clock_ns(), standing.time_ns + 1)
         message = Mark(standing.mark + 1, standing.position_time_ns, bookmark)
         self.journal.append_message(RecordKind.MARK, standing.seq, time_ns, msgspec.msgpack.encode(message))
@@ -269,14 +269,14 @@ class Splitter:
             if progress.volume < len(self.volumes):
                 return
         if is_copied(self.volumes, progress):
-            standing.copy = standing.changes = None
+            standing.copy = standing.change_bitmap = None
 
     def now_ns(self) -> int:
         """The time that no later record's comes before; as the last record's, if the clock stands behind that.
 
         While writes pass it stands still: it is what all writes up to then are in the journal for.
         """
-        if not self.standing.passing:
+        if not self.standing.bypass_cause:
             self.standing.time_ns = max(self.standing.time_ns, self._clock_ns())
         return self.standing.time_ns
 
@@ -301,7 +301,7 @@ class Splitter:
 
     def sync(self) -> None:
         """What fsync promises: all earlier writes are durable. Runs in a thread or inline. Raises OSError."""
-        if self.standing.passing:
+        if self.standing.bypass_cause:
             if not self._passing_durable:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             self.sync_backings()
@@ -310,7 +310,7 @@ class Splitter:
 
     def sync_failed(self, error: OSError) -> None:
         """A failed fsync poisons what wasn't durable yet: nothing of it is believed, a rescan must follow."""
-        if self.standing.passing:
+        if self.standing.bypass_cause:
             return
         try:
             self._pass_writes(f"{self.journal.directory}: fsync failed: {os.strerror(error.errno or 0)}")
@@ -329,7 +329,7 @@ class Splitter:
             generation=self._generation,
             clean=clean,
             boot_id=self._boot_id,
-            passing=standing.passing,
+            passing=standing.bypass_cause,
             checkpoint_segment=journal.tail.segment,
             checkpoint_lsn=journal.lsn,
             seq=standing.seq,
@@ -402,7 +402,7 @@ class Splitter:
 
     def close(self) -> None:
         """Closes in order: everything durable, the state marked clean. Raises OSError."""
-        if not self.standing.passing:
+        if not self.standing.bypass_cause:
             self.journal.sync()
         for volume in self.volumes:
             os.fsync(volume.backing.fd)  # the modification times as well, which the progress has
@@ -414,10 +414,10 @@ class Splitter:
 
     def _keep_changes(self) -> int:
         """What changed while writes passed is kept for the next start; 0: nothing is, and a complete copy follows."""
-        if not self.standing.passing or self.standing.changes is None:
+        if not self.standing.bypass_cause or self.standing.change_bitmap is None:
             return 0
         try:
-            return keep_changes(os.path.dirname(self._progress.path), self.standing.changes)
+            return keep_changes(os.path.dirname(self._progress.path), self.standing.change_bitmap)
         except OSError as error:
             log.warning("what changed can't be kept: %s; a complete copy follows", error.strerror)
             return 0

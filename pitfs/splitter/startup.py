@@ -119,10 +119,10 @@ def open_splitter(
         cause = _copy_cause(progress, boot, volumes, mtimes_ns, standing.time_ns)
         if progress is not None and progress.passing:
             # The copy begins when there is room; production doesn't wait for it.
-            standing.passing = progress.passing
+            standing.bypass_cause = progress.passing
             standing.copy = None  # given up, or begun and not made durable: writes pass beside it
             if progress.clean and progress.changes and cause is None:
-                standing.changes = kept_changes(state, progress.changes, len(volumes), limit_bytes)
+                standing.change_bitmap = kept_changes(state, progress.changes, len(volumes), limit_bytes)
             splitter.checkpoint(splitter.snapshot_progress())
             forget_changes(state)
         elif cause is not None:
@@ -194,20 +194,20 @@ def _recover(
             pieces = None if start.is_complete else Pieces(start)
             base = start.from_seq, start.from_time_ns
             nothing = [BitMap64() for _ in volumes]
-            standing.changes = None if pieces is None else ChangeBitmap(base, nothing, limit_bytes)
+            standing.change_bitmap = None if pieces is None else ChangeBitmap(base, nothing, limit_bytes)
             for volume in volumes:
                 volume.begin_copy(None)
         elif record.kind is RecordKind.COPY_BLOCKS and pieces is not None:
             pieces.take(record)
         elif record.kind is RecordKind.COPY_PROGRESS:
             latest = msgspec.msgpack.decode(record.covered, type=CopyProgress)
-        changes = standing.changes
+        changes = standing.change_bitmap
         if (
             changes is not None
             and record.kind is RecordKind.WRITE
             and not changes.mark(record.volume, record.block, record.block_count)
         ):
-            standing.changes = None
+            standing.change_bitmap = None
         if record.lsn > checkpoint_lsn and record.kind in (RecordKind.WRITE, RecordKind.MARK, RecordKind.COPY_START):
             _advance(standing, record)
 
@@ -222,7 +222,7 @@ def _recover(
     if standing.copy is not None and pieces is not None:
         _go_on_copying(standing, volumes, pieces.bitmaps(directory))
     if latest and standing.copy and latest.mark == standing.copy.mark and is_copied(volumes, latest):
-        standing.copy = standing.changes = None
+        standing.copy = standing.change_bitmap = None
     if redone:
         log.info("recovered: %d journalled writes redone", redone)
     for number in list_segments(directory):
@@ -234,8 +234,8 @@ def _go_on_copying(standing: SplitterState, volumes: list[Volume], bitmaps: list
     """A copy of changes was running: of these blocks."""
     for volume, bitmap in zip(volumes, bitmaps, strict=True):
         volume.copying = bitmap
-    if standing.changes is not None and not standing.changes.add(bitmaps):
-        standing.changes = None
+    if standing.change_bitmap is not None and not standing.change_bitmap.add(bitmaps):
+        standing.change_bitmap = None
 
 
 def _tail_while_passing(

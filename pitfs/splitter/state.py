@@ -21,9 +21,9 @@ class SplitterState:
         time_ns: the last time given to any record.
         mark: the last mark.
         copy: the running copy, None if there is none; copy_location: where its COPY_START is.
-        passing: why writes aren't journalled, empty while they are.
-        changes: while writes pass, or a copy of changes runs: what may differ from a state that the replica has, or
-            will have from the journal; None: anything may.
+        bypass_cause: why writes aren't journalled, empty while they are.
+        change_bitmap: while writes bypass the journal, or a copy of changes runs: what may differ from a state
+            that the replica has, or will have from the journal; None: anything may.
     """
 
     seq: int = 0
@@ -32,8 +32,8 @@ class SplitterState:
     mark: int = 0
     copy: CopyStart | None = None
     copy_location: Location = NOWHERE
-    passing: str = ""
-    changes: ChangeBitmap | None = None
+    bypass_cause: str = ""
+    change_bitmap: ChangeBitmap | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -140,7 +140,7 @@ class Ingest:
         """Where the store stands, and what could become finer."""
         catalog, coarse = self._opened(), []
         for interval in catalog.coarse_intervals(MAX_COARSE):
-            blocks = catalog.object(object_file(ObjectKind.JOURNAL_BLOCKS, interval.snapshot))
+            blocks = catalog.object(object_file(ObjectKind.JOURNAL_BLOCKS, interval.end_snapshot_id))
             journal_bytes = blocks.data_bytes if blocks else 0
             positions = interval.from_seq, interval.from_time_ns, interval.to_seq, interval.to_time_ns
             coarse.append(Coarse(*positions, interval.granularity_ns, journal_bytes, interval.cause.endswith(WAITS)))
@@ -176,7 +176,7 @@ class Ingest:
             catalog.fence(self.hello.epoch, self.hello.instance)  # not before: an old copy must not shut out the host
             if not layers:
                 stream.close_here()
-            snapshot = catalog.next_snapshot_id() if base is None else base.snapshot
+            snapshot = catalog.next_snapshot_id() if base is None else base.end_snapshot_id
             if snapshot > MAX_SNAPSHOT_ID:
                 raise CapacityError(f"{self.path}: no more than {MAX_SNAPSHOT_ID} snapshots fit in a store")
             directory = self._staging if base is None else self._area.layers_directory(snapshot)

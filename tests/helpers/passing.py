@@ -125,16 +125,16 @@ class Passing(Parts):
         """Writes of which none is journalled."""
         self.full = True
         self.scatter(count)
-        assert self.splitter.standing.passing
+        assert self.splitter.standing.bypass_cause
 
     def room(self) -> bool:
         """What is shipped is given back, and writes are journalled again, if there is room for that."""
         self.full = False
         splitter = self.splitter
-        if not splitter.standing.passing:
+        if not splitter.standing.bypass_cause:
             return True
         splitter.journal.release(splitter.releasable_segment)
-        return bool(splitter.resume_journal(splitter.standing.passing))
+        return bool(splitter.resume_journal(splitter.standing.bypass_cause))
 
     def restart(self, clean: bool) -> None:
         """The splitter's process ends, in order or by a kill, and comes again."""
@@ -160,10 +160,10 @@ class Passing(Parts):
         while True:
             try:
                 item: Interval | Copy | None = None
-                with trio.move_on_after(PASSING_S if self.splitter.standing.passing else MARGIN_S) as waiting:
+                with trio.move_on_after(PASSING_S if self.splitter.standing.bypass_cause else MARGIN_S) as waiting:
                     item = await self.shipper._following.next_item(session, wait=False)
                 if waiting.cancelled_caught:  # it waits for a copy
-                    assert self.splitter.standing.passing
+                    assert self.splitter.standing.bypass_cause
                     await self.connect_anew()
                     return
                 if isinstance(item, Copy):
@@ -181,7 +181,7 @@ class Passing(Parts):
     async def settle(self) -> None:
         """Everything is on the replica."""
         await self.ship_all()
-        if self.splitter.standing.passing:
+        if self.splitter.standing.bypass_cause:
             self.splitter.checkpoint(self.splitter.snapshot_progress())
             assert self.room()
         self.mark()

@@ -167,7 +167,7 @@ class Parts:
 
     def fill(self) -> None:
         """Writes until they pass, and one more."""
-        while not self.pipeline.splitter.standing.passing:
+        while not self.pipeline.splitter.standing.bypass_cause:
             self.write(100_000)
         self.write(100_000)
 

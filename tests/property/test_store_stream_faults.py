@@ -293,7 +293,7 @@ def test_what_a_failed_sync_may_have_lost_is_written_again_before_it_is_acknowle
     monkeypatch.setattr(os, "pwrite", note_write)
     monkeypatch.setattr(os, "fdatasync", lambda fd: events.append("sync"))
     Ingest(root, run.history.hello).close()
-    assert written[0] == (tail.log_end, end)
+    assert written[0] == (tail.wal_end, end)
     assert events[:2] == ["write", "sync"]
 
 

@@ -36,8 +36,8 @@ def files(store: Path) -> list[Path]:
 def other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process that holds seq 7 at 700 ns and says so."""
     code = (
-        "import sys; from pitfs.store.pins.pins import Holder; holder = Holder(sys.argv[1], 'mount /mnt/db1'); "
-        "holder.pin(7, 700); print('held', flush=True); sys.stdin.read(); holder.close()"
+        "import sys; from pitfs.store.pins.pins import Pins; pins = Pins(sys.argv[1], 'mount /mnt/db1'); "
+        "pins.pin(7, 700); print('held', flush=True); sys.stdin.read(); pins.close()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -336,5 +336,5 @@ async def test_an_interval_longer_than_the_journal_can_hold_is_closed_early(part
             await parts.ship(layers=False)
         await parts.service._keep()
         await parts.service._prepare_spare()
-    assert not splitter.standing.passing
+    assert not splitter.standing.bypass_cause
     assert shipped >= 3

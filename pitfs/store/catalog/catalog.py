@@ -210,12 +210,12 @@ class Catalog(Database):
     ) -> None:
         """Adds a tail, or takes it in the place of the one that was there, with the pieces that it has now."""
         with self._changes(durable):
-            if tail.fourth >= self.next_snapshot_id():
-                self._put_meta("next_snapshot", tail.fourth + 1)
-            there = self._delete_tail(tail.id, but=tail.pieces)
-            *facts, _ = astuple(replace(tail, pieces=()))
+            if tail.end_snapshot_id >= self.next_snapshot_id():
+                self._put_meta("next_snapshot", tail.end_snapshot_id + 1)
+            there = self._delete_tail(tail.id, but=tail.runs)
+            *facts, _ = astuple(replace(tail, runs=()))
             self._put("tails", facts)
-            for piece in tail.pieces:
+            for piece in tail.runs:
                 if (piece.first_seq, piece.to_seq) not in there:
                     *values, checksum = astuple(piece)
                     self._put("pieces", (*values, to_signed(checksum)))
@@ -268,8 +268,8 @@ class Catalog(Database):
             self._put_minutes(commit.minutes)
             for key, value in numbers.items():
                 self._put_meta(key, max(value, self.meta(key)))  # they never go back
-            if commit.tail is not None:
-                self._delete_tail(commit.tail)
+            if commit.open_interval_id is not None:
+                self._delete_tail(commit.open_interval_id)
 
     def commit_layers(self, commit: LayersCommit) -> None:
         """Makes an interval finer, or nothing; durable when it returns."""
@@ -279,7 +279,7 @@ class Catalog(Database):
             for item in commit.objects:
                 self._db.execute("DELETE FROM objects WHERE name = ?", (item.name,))
                 self._put_object(item)
-            self._db.execute("DELETE FROM intervals WHERE snapshot = ?", (commit.base.snapshot,))
+            self._db.execute("DELETE FROM intervals WHERE snapshot = ?", (commit.base.end_snapshot_id,))
             self._put("intervals", astuple(commit.interval))
             self._put_minutes(commit.minutes)
 
@@ -313,8 +313,8 @@ class Catalog(Database):
             self._put_object(item)
 
     def _put_object(self, item: ObjectRecord) -> None:
-        facts = (item.name, item.kind, item.snapshot, item.data_bytes, item.tail_bytes)
-        self._put("objects", (*facts, to_signed(item.tail_checksum)))
+        facts = (item.name, item.kind, item.snapshot_id, item.data_bytes, item.footer_bytes)
+        self._put("objects", (*facts, to_signed(item.footer_checksum)))
 
     def _put_minutes(self, minutes: Mapping[int, int]) -> None:
         for minute, bits in minutes.items():

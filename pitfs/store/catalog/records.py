@@ -25,15 +25,15 @@ class Interval:
     """What lies between two neighbouring snapshots, (from_seq, to_seq].
 
     Attributes:
-        snapshot, from_snapshot: ids of the snapshots at its end and start (the patent's fourth, third).
+        end_snapshot_id, base_snapshot_id: of the snapshots at its end and start (the patent's fourth, third).
         first_time_ns: time of the first write in it, None if that isn't known.
         granularity_ns: 0 every write can be reached, None snapshots only.
         cause: why.
         journal_rows: entries of its difference journal.
     """
 
-    snapshot: int
-    from_snapshot: int
+    end_snapshot_id: int
+    base_snapshot_id: int
     from_seq: int
     from_time_ns: int
     to_seq: int
@@ -55,10 +55,10 @@ class ObjectRecord:
 
     name: str
     kind: int
-    snapshot: int
+    snapshot_id: int
     data_bytes: int
-    tail_bytes: int
-    tail_checksum: int
+    footer_bytes: int
+    footer_checksum: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Commit:
     interval: Interval | None = None
     objects: Sequence[ObjectRecord] = ()
     minutes: Mapping[int, int] = field(default_factory=dict)
-    tail: int | None = None
+    open_interval_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,20 +99,20 @@ class SortedRun:
     """A part of a tail that can be read: rows and positions of writes first_seq to to_seq (that one is in).
 
     Attributes:
-        tail: id of the tail in whose log it stands.
+        open_interval_id: id of the tail in whose log it stands.
         level: how often it was merged.
         fence_offset, fence_bytes, fence_checksum: of the fence table of its chunks (see `store.journals`).
     """
 
-    tail: int
+    open_interval_id: int
     first_seq: int
     first_time_ns: int
     to_seq: int
     level: int
     row_count: int
-    fence_offset: int
-    fence_bytes: int
-    fence_checksum: int
+    sparse_index_offset: int
+    sparse_index_bytes: int
+    sparse_index_checksum: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,31 +124,31 @@ class OpenInterval:
         fourth, from_snapshot: ids of the snapshots at its end (once it is closed) and at its start; that one
             may still be made of the tail before.
         to_seq, to_time_ns: the last write that can be read; where nothing can yet, where it begins.
-        log_end: byte of the log up to which all is durable and in pieces.
+        wal_end: byte of the log up to which all is durable and in pieces.
         mark: at its end, 0 while it is open; then also protected_through_ns and bookmark.
-        pieces: all that can be read, by seq.
+        runs: all that can be read, by seq.
     """
 
     id: int
-    fourth: int
-    from_snapshot: int
+    end_snapshot_id: int
+    base_snapshot_id: int
     from_seq: int
     from_time_ns: int
     to_seq: int
     to_time_ns: int
     first_time_ns: int | None
-    log_end: int
+    wal_end: int
     mark: int = 0
     protected_through_ns: int = 0
     bookmark: str | None = None
-    pieces: tuple[SortedRun, ...] = ()
+    runs: tuple[SortedRun, ...] = ()
 
     @property
     def interval(self) -> Interval:
         """As it is listed."""
         return Interval(
-            self.fourth, self.from_snapshot, self.from_seq, self.from_time_ns, self.to_seq, self.to_time_ns,
-            self.first_time_ns, 0, "streaming", sum(piece.row_count for piece in self.pieces),
+            self.end_snapshot_id, self.base_snapshot_id, self.from_seq, self.from_time_ns, self.to_seq, self.to_time_ns,
+            self.first_time_ns, 0, "streaming", sum(piece.row_count for piece in self.runs),
         )  # fmt: skip
 
 
@@ -160,8 +160,9 @@ class Resolution:
         seq, time_ns: its position.
         kind: "snapshot" or "intermediary".
         granularity_ns: of the interval it lies in, or that it ends: 0 every write, None snapshots only.
-        third: id of the snapshot whose block map holds what the journal doesn't; while it is made, of a tail.
-        journal: id of the snapshot at the interval's end (the fourth) whose difference journal comes first;
+        base_snapshot_id: of the snapshot (the third) whose block map holds what the journal doesn't; while that
+            snapshot is built, of the open interval that it is built from.
+        end_snapshot_id: of the snapshot at the interval's end (the fourth) whose difference journal comes first;
             None for a snapshot.
     """
 
@@ -169,5 +170,5 @@ class Resolution:
     time_ns: int
     kind: str
     granularity_ns: int | None
-    third: int
-    journal: int | None
+    base_snapshot_id: int
+    end_snapshot_id: int | None

@@ -317,8 +317,8 @@ class JournalIndex(RowIndex):
     ) -> None:
         self.interval = interval
         place = FencePlace(
-            ObjectKind.JOURNAL_INDEX, interval.snapshot,
-            HEADER_BYTES + facts.data_bytes, facts.tail_bytes, facts.tail_checksum, interval.layer,
+            ObjectKind.JOURNAL_INDEX, interval.end_snapshot_id,
+            HEADER_BYTES + facts.data_bytes, facts.footer_bytes, facts.footer_checksum, interval.layer,
         )  # fmt: skip
         super().__init__(objects, place, interval.layer, chunks)
 

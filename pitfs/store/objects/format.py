@@ -153,16 +153,16 @@ class ObjectHeader:
 
     kind: ObjectKind
     history: bytes  # 16 bytes
-    snapshot: int
+    snapshot_id: int
     data_bytes: int = 0
-    tail_bytes: int = 0
-    tail_checksum: int = 0
+    footer_bytes: int = 0
+    footer_checksum: int = 0
 
     def encode(self) -> bytes:
         """4096 bytes."""
         head = HEADER.pack(
-            MAGIC, VERSION, self.kind, 0, self.history, self.snapshot,
-            self.data_bytes, self.tail_bytes, self.tail_checksum,
+            MAGIC, VERSION, self.kind, 0, self.history, self.snapshot_id,
+            self.data_bytes, self.footer_bytes, self.footer_checksum,
         )  # fmt: skip
         return (head + _CHECKSUM.pack(xxh3_64_intdigest(head))).ljust(HEADER_BYTES, b"\0")
 

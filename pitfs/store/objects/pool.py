@@ -165,6 +165,6 @@ class ObjectPool:
             header = ObjectHeader.decode(read_exactly(fd, HEADER_BYTES, 0, path), path)
         except OSError as error:
             raise storage_error(error, path, "reading") from error
-        if (header.kind, header.snapshot, header.history) != (kind, snapshot, self._history):
+        if (header.kind, header.snapshot_id, header.history) != (kind, snapshot, self._history):
             raise CorruptionError(path, 0, "it is another object than its name says")
         return fd

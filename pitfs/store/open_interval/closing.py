@@ -147,7 +147,7 @@ class Closing:
             CapacityError, PitfsError: the disk is full, or refuses.
         """
         try:
-            directory = self._area.closing_directory(self.tail.fourth)
+            directory = self._area.closing_directory(self.tail.end_snapshot_id)
             try:
                 commit = self._build(directory)
             except RemoteProtocolError as error:  # rows that don't ascend: of a peer elsewhere, here of our own disk
@@ -169,17 +169,17 @@ class Closing:
         try:
             fds.append(os.open(self._log_path, os.O_RDONLY | os.O_CLOEXEC))
             kinds = ObjectKind.SNAPSHOT_BLOCKS, ObjectKind.JOURNAL_BLOCKS
-            contents = [_Contents(directory, kind, tail.fourth, fds[0], self._log_path) for kind in kinds]
+            contents = [_Contents(directory, kind, tail.end_snapshot_id, fds[0], self._log_path) for kind in kinds]
             fds += [each.fd for each in contents]
             for kind in (ObjectKind.MAP, ObjectKind.JOURNAL_INDEX):
-                fds.append(create(os.path.join(directory, object_file(kind, tail.fourth))))
-            roots_before = self._catalog.roots(tail.from_snapshot)
-            maps = MapWriter(fds[3], tail.fourth, self._volumes, roots_before, self._nodes.load)
+                fds.append(create(os.path.join(directory, object_file(kind, tail.end_snapshot_id))))
+            roots_before = self._catalog.roots(tail.base_snapshot_id)
+            maps = MapWriter(fds[3], tail.end_snapshot_id, self._volumes, roots_before, self._nodes.load)
             writer = JournalWriter(fds[4])
             counts = self._write_rows(maps, writer, *contents)
             objects = [each.finish(self._history) for each in contents]
             lengths = writer.finish()
-            index = ObjectHeader(ObjectKind.JOURNAL_INDEX, self._history, tail.fourth, *lengths)
+            index = ObjectHeader(ObjectKind.JOURNAL_INDEX, self._history, tail.end_snapshot_id, *lengths)
             objects.append(complete(fds[4], index, LAST_LAYER))
             manifest = self._manifest(*counts)
             roots, map_facts = maps.finish(manifest, self._history)
@@ -193,7 +193,7 @@ class Closing:
     ) -> tuple[int, int]:
         """Everything but what is written at the end; returns how many blocks were written, and rows."""
         chunks = chunk_cache(1)
-        indexes = [open_piece(self._objects, piece, chunks) for piece in self.tail.pieces]
+        indexes = [open_piece(self._objects, piece, chunks) for piece in self.tail.runs]
         block_count = row_count = 0
         held: Rows | None = None  # the last row: the next one tells whether it is its block's last
         for batch in merged([index.all_rows() for index in indexes], ("volume", "block", "seq")):
@@ -251,5 +251,5 @@ class Closing:
     def _commit(self, manifest: Manifest, roots: tuple[MapEntry, ...], objects: Sequence[ObjectRecord]) -> Commit:
         tail = self.tail
         interval = replace(tail.interval, cause=CAUSE, journal_rows=manifest.journal_count)
-        snapshot = Snapshot(tail.fourth, tail.to_seq, tail.to_time_ns, tail.mark)
-        return Commit(manifest, snapshot, roots, interval, objects, tail=tail.id)
+        snapshot = Snapshot(tail.end_snapshot_id, tail.to_seq, tail.to_time_ns, tail.mark)
+        return Commit(manifest, snapshot, roots, interval, objects, open_interval_id=tail.id)

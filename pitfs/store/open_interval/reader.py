@@ -44,7 +44,7 @@ class OpenIntervals:
     def latest(self, tails: Sequence[OpenInterval], after_seq: int) -> Resolution | None:
         """The newest state, if it is after the snapshot at `after_seq`."""
         for tail in reversed(tails):
-            if tail.pieces and tail.to_seq > after_seq:
+            if tail.runs and tail.to_seq > after_seq:
                 return _resolution(tail, (tail.to_seq, tail.to_time_ns))
         return None
 
@@ -52,7 +52,7 @@ class OpenIntervals:
         """The state after write `seq`, if it lies behind the snapshot at `after_seq` and can be read."""
         for tail in reversed(tails):
             if tail.from_seq >= after_seq and tail.from_seq < seq <= tail.to_seq:
-                piece = [piece for piece in tail.pieces if piece.first_seq <= seq][-1]
+                piece = [piece for piece in tail.runs if piece.first_seq <= seq][-1]
                 position = self._index(piece).position_at_seq(seq)
                 return _resolution(tail, position) if position is not None else None
         return None
@@ -60,7 +60,7 @@ class OpenIntervals:
     def at_time(self, tails: Sequence[OpenInterval], after_seq: int, time_ns: int) -> Resolution | None:
         """The newest state not after `time_ns`, if it lies behind the snapshot at `after_seq`."""
         for tail in reversed(tails):
-            pieces = [piece for piece in tail.pieces if piece.first_time_ns <= time_ns]
+            pieces = [piece for piece in tail.runs if piece.first_time_ns <= time_ns]
             if tail.from_seq >= after_seq and pieces:
                 position = self._index(pieces[-1]).position_at_time(time_ns)
                 return _resolution(tail, position) if position is not None else None
@@ -71,7 +71,7 @@ class OpenIntervals:
     ) -> None:
         """Puts what the tail's writes up to `seq` wrote into a leaf (figure 8: the journal comes before the third)."""
         start = leaf_index << FANOUT_BITS
-        for piece in tail.pieces:
+        for piece in tail.runs:
             if piece.first_seq <= seq:
                 blocks, newer, sums = self._index(piece).range(volume, start, start + FANOUT, seq)
                 pointers[blocks - start] = newer
@@ -80,15 +80,15 @@ class OpenIntervals:
     def next_leaf(self, tail: OpenInterval, volume: int, first: int, after_seq: int, through_seq: int) -> int | None:
         """Index of the first leaf, not before `first`, into which writes (after_seq, through_seq] of the tail went."""
         start = first << FANOUT_BITS
-        pieces = (piece for piece in tail.pieces if piece.to_seq > after_seq and piece.first_seq <= through_seq)
+        pieces = (piece for piece in tail.runs if piece.to_seq > after_seq and piece.first_seq <= through_seq)
         found = (self._index(piece).next_block(volume, start, after_seq, through_seq) for piece in pieces)
         return min((block >> FANOUT_BITS for block in found if block is not None), default=None)
 
     def _index(self, piece: SortedRun) -> RowIndex:
         return self._indexes.get(
-            (piece.tail, piece.fence_offset), lambda: open_piece(self._objects, piece, self._chunks)
+            (piece.open_interval_id, piece.sparse_index_offset), lambda: open_piece(self._objects, piece, self._chunks)
         )
 
 
 def _resolution(tail: OpenInterval, position: Position) -> Resolution:
-    return Resolution(*position, "intermediary", 0, tail.from_snapshot, tail.fourth)
+    return Resolution(*position, "intermediary", 0, tail.base_snapshot_id, tail.end_snapshot_id)

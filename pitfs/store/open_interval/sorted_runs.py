@@ -30,9 +30,13 @@ Rows = npt.NDArray[np.void]  # INDEX_ROW or POSITION
 def open_piece(objects: ObjectPool, piece: SortedRun, chunks: ChunkCache) -> RowIndex:
     """The piece's rows and positions. Raises as RowIndex."""
     place = FencePlace(
-        ObjectKind.JOURNAL_BLOCKS, piece.tail, piece.fence_offset, piece.fence_bytes, piece.fence_checksum
+        ObjectKind.JOURNAL_BLOCKS,
+        piece.open_interval_id,
+        piece.sparse_index_offset,
+        piece.sparse_index_bytes,
+        piece.sparse_index_checksum,
     )
-    return RowIndex(objects, place, piece.fence_offset, chunks)
+    return RowIndex(objects, place, piece.sparse_index_offset, chunks)
 
 
 def add_piece(

@@ -218,7 +218,7 @@ class Stream:
         """A new tail behind `end`: its log is durable before the catalog has it, and that before the first write."""
         catalog, (seq, time_ns) = self._catalog, self.end
         last = catalog.last_snapshot()
-        third = self._closing.tail.fourth if self._closing is not None else last.id if last is not None else 0
+        third = self._closing.tail.end_snapshot_id if self._closing is not None else last.id if last is not None else 0
         number = catalog.next_snapshot_id()
         if number + 1 > MAX_SNAPSHOT_ID:
             raise CapacityError(f"{catalog.path}: no more than {MAX_SNAPSHOT_ID} snapshots fit in a store")

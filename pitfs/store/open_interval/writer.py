@@ -85,7 +85,7 @@ class OpenIntervalWriter:
         if self._rows:
             self._add_piece()
         self.log.sync()
-        self.facts = replace(self.facts, to_seq=self.end[0], to_time_ns=self.end[1], log_end=self.log.end)
+        self.facts = replace(self.facts, to_seq=self.end[0], to_time_ns=self.end[1], wal_end=self.log.end)
         minutes, self._minutes = self._minutes, {}
         return minutes
 
@@ -96,13 +96,13 @@ class OpenIntervalWriter:
 
     def _add_piece(self) -> None:
         """Puts what waits in memory into pieces."""
-        pieces = add_piece(self.log, self.facts.pieces, self._rows, self._positions, self._open_piece)
+        pieces = add_piece(self.log, self.facts.runs, self._rows, self._positions, self._open_piece)
         times_ns = np.concatenate([each["time_ns"] for each in self._positions])
         for second in np.unique(times_ns // _SECOND_NS).tolist():
             self._minutes[second // 60] = self._minutes.get(second // 60, 0) | second_bit(second * _SECOND_NS)
         first_ns = self.facts.first_time_ns
         first_ns = int(times_ns[0]) if first_ns is None else first_ns
-        self.facts = replace(self.facts, pieces=pieces, first_time_ns=first_ns)
+        self.facts = replace(self.facts, runs=pieces, first_time_ns=first_ns)
         self._rows, self._positions, self.pending_rows = [], [], 0
 
     def close(self) -> None:
@@ -125,17 +125,17 @@ class OpenIntervalWriter:
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
-            if facts.pieces:
+            if facts.runs:
                 raise CorruptionError(
                     path, 0, "the log of the open interval is missing: the catalog is older than the objects, or "
                     "damaged: put the newest copy of it back, or move the store away for a new full copy"
                 ) from None  # fmt: skip
             return None
-        tail_log = WriteAheadLog(path, facts.id, fd, facts.log_end, facts.log_end)
+        tail_log = WriteAheadLog(path, facts.id, fd, facts.wal_end, facts.wal_end)
         try:
             tail = cls(facts, tail_log, objects, block_sizes)
             header = ObjectHeader.decode(read_exactly(fd, HEADER_BYTES, 0, path), path)
-            if (header.kind, header.snapshot) != (ObjectKind.JOURNAL_BLOCKS, facts.id):
+            if (header.kind, header.snapshot_id) != (ObjectKind.JOURNAL_BLOCKS, facts.id):
                 raise CorruptionError(path, 0, "it is another object than its name says")
             tail._read_again()
         except BaseException:

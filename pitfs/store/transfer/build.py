@@ -169,8 +169,8 @@ def complete(fd: int, header: ObjectHeader, layer: int = LAST_LAYER) -> ObjectRe
     write_all(fd, header.encode(), 0)
     os.fsync(fd)
     return ObjectRecord(
-        object_file(header.kind, header.snapshot, layer), header.kind, header.snapshot,
-        header.data_bytes, header.tail_bytes, header.tail_checksum,
+        object_file(header.kind, header.snapshot_id, layer), header.kind, header.snapshot_id,
+        header.data_bytes, header.footer_bytes, header.footer_checksum,
     )  # fmt: skip
 
 

@@ -86,12 +86,12 @@ class Committer:
             return
         layer, replaced, before = layer_of(m.granularity_ns), None, None
         if base.granularity_ns is not None:
-            replaced = object_file(ObjectKind.JOURNAL_INDEX, base.snapshot, base.layer)
+            replaced = object_file(ObjectKind.JOURNAL_INDEX, base.end_snapshot_id, base.layer)
             facts = catalog.object(replaced)
             if facts is None:
                 raise CorruptionError(catalog.path, 0, f"it lists an interval but not {replaced}")
             before = JournalIndex(self._objects, base, facts, chunk_cache())
-        fourth = SnapshotMap(self._nodes, catalog.roots(base.snapshot), self._volumes)
+        fourth = SnapshotMap(self._nodes, catalog.roots(base.end_snapshot_id), self._volumes)
         built = LayersBuilder(
             staged, self._history, self._volumes, base, before, fourth, self._objects
         ).build(layer)
@@ -114,7 +114,7 @@ class Committer:
             facts = complete(staged_fd, header)
             self._publish(staged.directory, (facts,))
             return (facts,)
-        name = object_file(header.kind, header.snapshot)
+        name = object_file(header.kind, header.snapshot_id)
         fd = os.open(os.path.join(self._objects.directory, name), os.O_RDWR | os.O_CLOEXEC)
         try:
             for at in range(0, length, COPY_BYTES):

@@ -68,7 +68,7 @@ def interval_of(catalog: Catalog, manifest: Manifest) -> Interval:
             f"{catalog.path}: production sends layers of the interval from seq {m.from_seq} to {m.to_seq}, which the "
             f"store doesn't have: {hint}"
         )
-    blocks = catalog.object(object_file(ObjectKind.JOURNAL_BLOCKS, interval.snapshot))
+    blocks = catalog.object(object_file(ObjectKind.JOURNAL_BLOCKS, interval.end_snapshot_id))
     has = interval.granularity_ns, blocks.data_bytes if blocks else 0
     if has != (m.base_granularity_ns, m.base_bytes):
         raise PositionMismatchError(
@@ -166,7 +166,7 @@ class LayersBuilder:
             CorruptionError: what is staged, the index before, or the block map is damaged.
             OSError: the disk refuses.
         """
-        staged, snapshot = self._staged, self._base.snapshot
+        staged, snapshot = self._staged, self._base.end_snapshot_id
         for section in (Section.POSITIONS, Section.JOURNAL, Section.JOURNAL_BLOCKS):
             staged.verify(section)
         with closing(SharedContents(staged, self._block_sizes, self._objects)) as shared:
@@ -215,7 +215,7 @@ class LayersBuilder:
 
     def _rows(self, run: Run, end: int, shared: SharedContents) -> Iterator[npt.NDArray[np.void]]:
         """A run's rows as the index has them."""
-        snapshot, shared_before = self._base.snapshot, run.shared
+        snapshot, shared_before = self._base.end_snapshot_id, run.shared
         first = pointer(contents_object(snapshot, ObjectKind.JOURNAL_BLOCKS), self._base_units + run.unit)
         own = OwnContents(self._staged, Section.JOURNAL_BLOCKS, self._volumes, first, run.block)
         for rows in self._staged.rows(Section.JOURNAL, run.row, end, False, RUN_BATCH_ROWS):
@@ -247,6 +247,6 @@ class LayersBuilder:
             pointers, checksums = self._fourth.leaf(int(first["volume"]), int(first["block"]) >> FANOUT_BITS)
             index = found["block"][part] & (FANOUT - 1)
             found["pointer"][part], found["checksum"][part] = pointers[index], checksums[index]
-        ours = contents_object(self._base.snapshot, ObjectKind.SNAPSHOT_BLOCKS)
+        ours = contents_object(self._base.end_snapshot_id, ObjectKind.SNAPSHOT_BLOCKS)
         if (found["pointer"][places] >> np.uint64(UNIT_BITS) != ours).any():
             raise refuse("journal", "a row leads to the snapshot's content of a block that the interval didn't write")

@@ -53,7 +53,7 @@ class StagingArea:
         unknown = self._catalog.unknown_objects([name for name in names if is_object_file(name)])
         tails = self._catalog.tails()
         logs = {object_file(ObjectKind.JOURNAL_BLOCKS, tail.id) for tail in tails}
-        made = {name for tail in tails if tail.mark for name in _objects_of(tail.fourth)}
+        made = {name for tail in tails if tail.mark for name in _objects_of(tail.end_snapshot_id)}
         found = [name for name in unknown if name not in logs and os.path.exists(os.path.join(self._objects, name))]
         of_tails = {name for name in found if name in made or self._is_outdated_log(name)}
         homes = {name: self.path if name in of_tails else self._home_of(name) for name in found}
