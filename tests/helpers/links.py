@@ -13,7 +13,7 @@ import trio
 import trustme
 
 from pitfs.errors import PitfsError
-from pitfs.link.frames import (
+from pitfs.link.protocol.frames import (
     Accept,
     Buffer,
     Committed,
@@ -28,10 +28,10 @@ from pitfs.link.frames import (
     Resume,
     WireData,
 )
-from pitfs.link.protocol import LinkProtocol, Role
-from pitfs.link.receiver import ReadGrants
-from pitfs.link.tls import LinkContext
-from pitfs.link.transport import Limits, serve
+from pitfs.link.protocol.protocol import LinkProtocol, Role
+from pitfs.link.sessions.connect import Limits, serve
+from pitfs.link.sessions.receiver import ReadGrants
+from pitfs.link.transport.tls import LinkContext
 from pitfs.model.transfer import (
     Begin,
     Bookmark,
@@ -42,21 +42,21 @@ from pitfs.model.transfer import (
     Flush,
     Gap,
     Hello,
-    Kind,
     Manifest,
     Park,
     ResumePoint,
     Section,
     StreamMark,
+    TransferKind,
     VolumeInfo,
     Welcome,
     Writes,
 )
 
-HELLO = Hello("db1", "00ff", (VolumeInfo("root", 1 << 30, 4096), VolumeInfo("data", 1 << 20, 512)))
+HELLO = Hello("db1", "00ff" * 8, (VolumeInfo("root", 1 << 30, 4096), VolumeInfo("data", 1 << 20, 512)))
 MANIFEST = Manifest(
     mark=1,
-    kind=Kind.INTERVAL,
+    kind=TransferKind.INTERVAL,
     from_seq=0,
     from_time_ns=5,
     to_seq=9,
@@ -69,7 +69,7 @@ MANIFEST = Manifest(
     journal_count=0,
     position_count=0,
     identity="c0ffee",
-    bookmarks=(Bookmark("before upgrade", 9, 50),),
+    bookmarks=(Bookmark("before-upgrade", 9, 50),),
     gaps=(Gap(1, 8, 3, 9, "journal full"),),
 )
 WELCOME = Welcome(3, 12, 70, 80)

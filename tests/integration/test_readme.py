@@ -14,7 +14,7 @@ import pytest
 
 from pitfs.cli.main import COMMANDS, full_parser
 from pitfs.cli.mount import parse_options
-from pitfs.config import load_config, load_grants
+from pitfs.config.production import load_config, load_grants
 from pitfs.model.position import parse_time
 from tests.helpers.hosts import Mount, digest, free_port, xxhsum
 from tests.helpers.loops import LoopDevice, force_unmount
