@@ -26,7 +26,7 @@ from pitfs.cli.main import main
 from pitfs.model.transfer import Hello, VolumeInfo
 from pitfs.store.ingest import Ingest
 from tests.helpers.hosts import Mount, Production, Replica, ask, digest
-from tests.helpers.processes import wait_until
+from tests.helpers.processes import ROOT, run, wait_until
 
 GOLDEN = Path(__file__).parent
 VERSIONS = sorted(path.name for path in GOLDEN.glob("version-*"))
@@ -230,6 +230,12 @@ def test_a_kept_store_is_mounted(unpack: Unpack, tmp_path: Path) -> None:
             assert list(map(xxh3_128_hexdigest, images)) == kept.states[seq]
 
 
+def test_there_can_be_more_versions(tmp_path: Path) -> None:
+    """What makes them works with this one as well."""
+    run([ROOT / "tools" / "golden", "99", "first-copy", "--into", tmp_path])
+    assert {path.name for path in (tmp_path / "version-99").iterdir()} == {"first-copy.json", "first-copy.tar.xz"}
+
+
 # -- going on --------------------------------------------------------------------------------------------------
 
 
@@ -347,7 +353,8 @@ def test_a_kept_state_is_recovered_for_a_new_store(unpack: Unpack) -> None:
     bring_into_this_boot(kept.state)
     with kept.replica() as replica, kept.production(replica) as production:
         wait_for_shipper(production)
-        pitfs("snapshot", production.config)
+        # Before, a snapshot would lie in what the new store can't have.
+        wait_until(lambda: said("status", production.config)["protected_through"], "the copy is there")
         final = go_on(production, kept)
         production.terminate()
         replica.terminate()
