@@ -7,9 +7,9 @@ from typing import Any, Final
 
 import trio
 
-from pitfs.config import Config
+from pitfs.config.production import Config
 from pitfs.errors import PitfsError, UsageError
-from pitfs.production import control
+from pitfs.splitter import control
 
 STARTING_S: Final = 10.0  # the shipper answers some time after writes are accepted
 POLL_S: Final = 0.1

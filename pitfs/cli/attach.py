@@ -13,7 +13,7 @@ from pitfs.errors import PitfsError, UsageError
 from pitfs.model.position import format_instant
 
 if TYPE_CHECKING:
-    from pitfs.fuse.loops import ImageLoop
+    from pitfs.fuse.kernel.loop_devices import ImageLoop
 
 NAME: Final = "attach"
 HEAD_BYTES: Final = 8192  # in which partition tables say of what size sectors are
@@ -73,8 +73,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _attach(args: argparse.Namespace) -> int:
-    from pitfs.cli import attached
-    from pitfs.fuse import loops
+    from pitfs.fuse import attachments as attached
+    from pitfs.fuse.kernel import loop_devices as loops
     from pitfs.store.store import Store
     from pitfs.view.tree import image_name
 
@@ -124,7 +124,7 @@ def _attach(args: argparse.Namespace) -> int:
 
 
 def _scratch(directory: str | None, size: str | None) -> Any:
-    from pitfs.cli.attached import Scratch
+    from pitfs.fuse.attachments import Scratch
 
     for value in (directory, size):
         if value is not None and "," in value:
@@ -133,7 +133,7 @@ def _scratch(directory: str | None, size: str | None) -> Any:
 
 
 def _sector_size(image: str) -> int:
-    from pitfs.fuse.loops import SECTOR_BYTES, sector_size_for
+    from pitfs.fuse.kernel.loop_devices import SECTOR_BYTES, sector_size_for
 
     try:
         with open(image, "rb", buffering=0) as file:
@@ -143,8 +143,8 @@ def _sector_size(image: str) -> int:
 
 
 def _detach(device: str) -> None:
-    from pitfs.cli.attached import signals_wait
-    from pitfs.fuse.loops import detach, loop_of
+    from pitfs.fuse.attachments import signals_wait
+    from pitfs.fuse.kernel.loop_devices import detach, loop_of
 
     with signals_wait():
         loop = loop_of(device)
@@ -153,7 +153,7 @@ def _detach(device: str) -> None:
 
 
 def _undo() -> None:
-    from pitfs.cli.attached import signals_wait, tidy
+    from pitfs.fuse.attachments import signals_wait, tidy
 
     with signals_wait():
         tidy()
@@ -161,7 +161,7 @@ def _undo() -> None:
 
 def _filesystems(device: str) -> list[dict[str, str]]:
     """Which filesystem there is on the device, or on which of its partitions."""
-    from pitfs.fuse.loops import filesystem_on, partitions
+    from pitfs.fuse.kernel.loop_devices import filesystem_on, partitions
 
     found = []
     for path in partitions(device) or [device]:
@@ -202,7 +202,7 @@ def _say(text: str) -> None:
 
 
 def _describe(image: ImageLoop) -> dict[str, Any]:
-    from pitfs.fuse.loops import mountpoints_of, partitions
+    from pitfs.fuse.kernel.loop_devices import mountpoints_of, partitions
 
     mount = image.mount
     return {
@@ -220,7 +220,7 @@ def _describe(image: ImageLoop) -> dict[str, Any]:
 
 
 def _list(as_json: bool) -> None:
-    from pitfs.fuse.loops import image_loops
+    from pitfs.fuse.kernel.loop_devices import image_loops
 
     rows = [_describe(image) for image in image_loops()]
     if as_json:

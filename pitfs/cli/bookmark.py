@@ -8,7 +8,7 @@ import re
 from typing import Any, Final
 
 from pitfs.cli.asking import ask
-from pitfs.config import load_config
+from pitfs.config.production import load_config
 from pitfs.errors import UsageError
 
 NAME: Final = "bookmark"

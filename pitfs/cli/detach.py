@@ -26,10 +26,10 @@ examples:
 
 
 def run(args: argparse.Namespace) -> int:
-    from pitfs.cli.attached import exclusive, is_ours, signals_wait, tidy
-    from pitfs.fuse.in_use import users_below
-    from pitfs.fuse.loops import detach, device_named, image_of, loop_of
-    from pitfs.fuse.mountinfo import mounts
+    from pitfs.fuse.attachments import exclusive, is_ours, signals_wait, tidy
+    from pitfs.fuse.kernel.loop_devices import detach, device_named, image_of, loop_of
+    from pitfs.fuse.kernel.mountinfo import mounts
+    from pitfs.fuse.kernel.users import users_below
 
     device = device_named(args.device)
     with exclusive():

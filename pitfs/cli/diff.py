@@ -22,7 +22,7 @@ from pitfs.model.position import format_instant
 from pitfs.storage.files import FULL_ERRNOS, write_all
 
 if TYPE_CHECKING:
-    from pitfs.view.differing import Difference, DifferingLeaf
+    from pitfs.view.differences import Difference, DifferingLeaf
 
 NAME: Final = "diff"
 Ranges = Iterable[tuple[int, int]]
@@ -60,7 +60,7 @@ examples:
 
 def run(args: argparse.Namespace) -> int:
     from pitfs.cli.holding import open_held
-    from pitfs.view.differing import Difference
+    from pitfs.view.differences import Difference
 
     with open_held(args.store, f"diff of {args.volume}") as (store, holder):
         one, other = (
@@ -132,7 +132,7 @@ def _write_json(facts: dict[str, Any], ranges: Ranges) -> tuple[int, int]:
 @contextlib.contextmanager
 def _bitmap(path: str, difference: Difference, leaves: Iterable[DifferingLeaf]) -> Iterator[Iterator[DifferingLeaf]]:
     """Gives the leaves on; their bits are in a new file when the block ends, which isn't there if it fails."""
-    from pitfs.view.differing import bitmap
+    from pitfs.view.differences import bitmap
 
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

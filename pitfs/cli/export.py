@@ -66,7 +66,7 @@ examples:
 
 def run(args: argparse.Namespace) -> int:
     from pitfs.cli.holding import open_held
-    from pitfs.production.backing import written_by_others
+    from pitfs.splitter.backing import written_by_others
     from pitfs.view.view import PointInTimeView
 
     with open_held(args.store, f"export {os.path.realpath(args.file)}") as (store, holder):
@@ -110,8 +110,8 @@ def run(args: argparse.Namespace) -> int:
 def _bring(store: Store, one: Resolution, view: PointInTimeView, args: argparse.Namespace) -> int:
     """`--from`: FILE holds the volume at `one`."""
     from pitfs.cli.digest import image_digest
-    from pitfs.cli.forward import bring
     from pitfs.cli.progress import progress
+    from pitfs.restore.incremental_export import bring
 
     changed_bytes = bring(store, one, view.resolution, view.volume, args.file)
     if args.verify:

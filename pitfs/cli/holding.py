@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 from pitfs.model.position import format_instant
 
 if TYPE_CHECKING:
-    from pitfs.store.holder_file import Held
-    from pitfs.store.holders import Holder
+    from pitfs.store.pins.pin_file import PinnedInstants
+    from pitfs.store.pins.pins import Pins
     from pitfs.store.store import Store
 
 MOUNT: Final = "mount "  # a holder that is one says so, and where
@@ -18,7 +18,7 @@ _SHOWN: Final = 3  # instants in a line of text
 
 
 @contextlib.contextmanager
-def open_held(path: str, what: str) -> Iterator[tuple[Store, Holder]]:
+def open_held(path: str, what: str) -> Iterator[tuple[Store, Pins]]:
     """Opens a store to read instants of it, which are held from `Holder.pinned` to the end of the block.
 
     Args:
@@ -27,12 +27,12 @@ def open_held(path: str, what: str) -> Iterator[tuple[Store, Holder]]:
     Raises:
         StoreError: it isn't one.
     """
-    from pitfs.store.holders import Holder
+    from pitfs.store.pins.pins import Pins
     from pitfs.store.store import Store
 
     store = Store.open(path)
     try:
-        with Holder(path, what) as holder:
+        with Pins(path, what) as holder:
             yield store, holder
     finally:
         store.close()
@@ -40,13 +40,13 @@ def open_held(path: str, what: str) -> Iterator[tuple[Store, Holder]]:
 
 def holder_rows(store: str) -> list[dict[str, Any]]:
     """The holders of a store, as `status --json` gives them."""
-    from pitfs.store.holders import held
+    from pitfs.store.pins.pins import held
 
     return [_row(each) for each in held(store)]
 
 
-def _row(each: Held) -> dict[str, Any]:
-    from pitfs.fuse.loops import image_loops
+def _row(each: PinnedInstants) -> dict[str, Any]:
+    from pitfs.fuse.kernel.loop_devices import image_loops
 
     devices = []
     if each.what.startswith(MOUNT):

@@ -14,7 +14,7 @@ from pitfs.errors import UsageError
 from pitfs.model.position import AtSeq, format_instant, parse_time
 
 if TYPE_CHECKING:
-    from pitfs.store.facts import Interval
+    from pitfs.store.catalog.records import Interval
     from pitfs.store.store import Store
 
 NAME: Final = "list"
@@ -101,7 +101,7 @@ def _rows(store: Store, from_ns: int | None, to_ns: int | None) -> Iterator[tupl
     def closed() -> Iterator[Row]:
         nonlocal last
         for interval in store.intervals(from_ns, to_ns):
-            last = interval.snapshot
+            last = interval.end_snapshot_id
             yield _interval(interval)
 
     yield (
@@ -117,7 +117,7 @@ def _rows(store: Store, from_ns: int | None, to_ns: int | None) -> Iterator[tupl
     )
     yield (
         "open_intervals",
-        (_interval(each) for each in streaming if each.snapshot > last),
+        (_interval(each) for each in streaming if each.end_snapshot_id > last),
     )
     yield (
         "bookmarks",

@@ -21,11 +21,11 @@ import zoneinfo
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from pitfs.cli.heap import bound_heap
 from pitfs.cli.main import Parser, fill_standard_descriptors, report
 from pitfs.errors import UsageError
 from pitfs.fuse.mount import MountRequest, mount_store
 from pitfs.fuse.workers import MAX_WORKERS
+from pitfs.supervision.heap import bound_heap
 
 NAME: Final = "mount.pitfs"
 
@@ -212,7 +212,7 @@ def _parse_directory(value: str) -> str:
 
 
 def _parse_size(value: str) -> int:
-    from pitfs.config import parse_size  # 10 ms that only this option pays
+    from pitfs.config.production import parse_size  # 10 ms that only this option pays
 
     try:
         size = parse_size(value)

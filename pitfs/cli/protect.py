@@ -9,7 +9,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
-from pitfs.config import Config, load_config
+from pitfs.config.production import Config, load_config
 from pitfs.errors import EXIT_FAILED
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NAME: Final = "protect"
-SPLITTER: Final = "pitfs.cli.splitter_process"
-SHIPPER: Final = "pitfs.cli.shipper_process"
+SPLITTER: Final = "pitfs.supervision.splitter_process"
+SHIPPER: Final = "pitfs.supervision.shipper_process"
 RESTART_S: Final = 1.0
 STEADY_S: Final = 60.0  # a part that ran this long gets the short pause again
 MAX_RESTART_S: Final = 30.0
@@ -41,7 +41,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 def run(args: argparse.Namespace) -> int:
     import trio
 
-    from pitfs.cli.processes import link_context, set_process_name, set_up_daemon_logging
+    from pitfs.supervision.processes import link_context, set_process_name, set_up_daemon_logging
 
     config = load_config(args.config)
     link_context(config)  # what is wrong with the certificates is said before anything starts
@@ -63,7 +63,7 @@ class _Minder:
     async def run(self) -> int:
         import trio
 
-        from pitfs.cli.service import notify, notify_ready
+        from pitfs.supervision.service import notify, notify_ready
 
         async with trio.open_nursery() as nursery:
             await nursery.start(self._stop_on_signal, nursery.cancel_scope)
@@ -147,7 +147,7 @@ class _Minder:
         return 1
 
     async def _stop_on_signal(self, scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
-        from pitfs.cli.service import stop_signals
+        from pitfs.supervision.service import stop_signals
 
         with stop_signals() as signals:
             task_status.started()

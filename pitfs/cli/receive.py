@@ -7,12 +7,12 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from pitfs.cli.listening import add_tls_files, given_tls_files, listen, parse_address, tls_context
 from pitfs.errors import PitfsError, UsageError
+from pitfs.supervision.listening import add_tls_files, given_tls_files, listen, parse_address, tls_context
 
 if TYPE_CHECKING:
-    from pitfs.link.receiver import ReadGrants
-    from pitfs.link.tls import LinkContext
+    from pitfs.link.sessions.receiver import ReadGrants
+    from pitfs.link.transport.tls import LinkContext
 
 NAME: Final = "receive"
 
@@ -50,10 +50,10 @@ examples:
 def run(args: argparse.Namespace) -> int:
     import trio
 
-    from pitfs.cli.heap import bound_heap
-    from pitfs.cli.processes import set_up_daemon_logging
-    from pitfs.cli.service import run_until_signal
-    from pitfs.config import load_grants, parse_window
+    from pitfs.config.production import load_grants, parse_window
+    from pitfs.supervision.heap import bound_heap
+    from pitfs.supervision.processes import set_up_daemon_logging
+    from pitfs.supervision.service import run_until_signal
 
     bound_heap()
     try:
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _context(args: argparse.Namespace, host: str) -> LinkContext | None:
-    from pitfs.link.tls import require_loopback
+    from pitfs.link.transport.tls import require_loopback
 
     if not args.insecure:
         return tls_context(args, "--insecure on loopback")
@@ -111,12 +111,12 @@ async def _receive(
 
     import trio
 
-    from pitfs.cli.processes import trim_heap
-    from pitfs.cli.service import notify_ready
-    from pitfs.link.stream import address_text
-    from pitfs.link.transport import Limits, serve
+    from pitfs.link.sessions.connect import Limits, serve
+    from pitfs.link.transport.streams import address_text
     from pitfs.store.ingest import Ingest
     from pitfs.store.opening import check_sender
+    from pitfs.supervision.processes import trim_heap
+    from pitfs.supervision.service import notify_ready
 
     log = logging.getLogger(__name__)
     listeners = await listen(host, port, "pitfs receive")

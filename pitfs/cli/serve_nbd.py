@@ -8,7 +8,7 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from pitfs.cli.listening import (
+from pitfs.supervision.listening import (
     add_tls_files,
     given_tls_files,
     listen,
@@ -20,9 +20,9 @@ from pitfs.cli.listening import (
 if TYPE_CHECKING:
     import trio
 
-    from pitfs.link.stream import TlsStream
-    from pitfs.link.tls import LinkContext
-    from pitfs.store.holders import Holder
+    from pitfs.link.transport.streams import TlsStream
+    from pitfs.link.transport.tls import LinkContext
+    from pitfs.store.pins.pins import Pins
     from pitfs.store.store import Store
 
 NAME: Final = "serve-nbd"
@@ -65,9 +65,9 @@ def run(args: argparse.Namespace) -> int:
     import trio
 
     from pitfs.cli.holding import open_held
-    from pitfs.cli.processes import set_up_daemon_logging
-    from pitfs.cli.service import run_until_signal
-    from pitfs.link.tls import require_loopback
+    from pitfs.link.transport.tls import require_loopback
+    from pitfs.supervision.processes import set_up_daemon_logging
+    from pitfs.supervision.service import run_until_signal
 
     address = parse_address(args.listen) if args.listen is not None else None
     tls = None
@@ -82,14 +82,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _serve(
-    store: Store, holder: Holder, address: tuple[str, int] | None, path: str, tls: LinkContext | None
+    store: Store, holder: Pins, address: tuple[str, int] | None, path: str, tls: LinkContext | None
 ) -> None:
     import logging
     import time
 
-    from pitfs.cli.service import notify_ready
     from pitfs.nbd.exports import Exports
     from pitfs.nbd.server import serve
+    from pitfs.supervision.service import notify_ready
     from pitfs.view.tree import Tree
 
     log = logging.getLogger(__name__)
@@ -116,9 +116,9 @@ async def _start_tls(group: str, tls: LinkContext, inner: trio.SocketStream) -> 
     import trio
 
     from pitfs.errors import LinkError, LinkRefusedError
-    from pitfs.link.failures import in_words, tls_error
-    from pitfs.link.stream import TlsStream
-    from pitfs.link.tls import is_granted, names_of
+    from pitfs.link.sessions.failures import in_words, tls_error
+    from pitfs.link.transport.streams import TlsStream
+    from pitfs.link.transport.tls import is_granted, names_of
     from pitfs.nbd.stream import peer_name
 
     stream = TlsStream(inner, tls)

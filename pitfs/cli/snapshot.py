@@ -7,7 +7,7 @@ import json
 from typing import Any, Final
 
 from pitfs.cli.asking import ask
-from pitfs.config import load_config
+from pitfs.config.production import load_config
 
 NAME: Final = "snapshot"
 

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _production(path: str) -> dict[str, Any]:
     from pitfs.cli.asking import ask
-    from pitfs.config import load_config
+    from pitfs.config.production import load_config
 
     return ask(load_config(path), "status")
 

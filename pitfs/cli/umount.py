@@ -57,8 +57,8 @@ def _unmount(mountpoint: str, options: Sequence[str]) -> int:
 
 def busy(mountpoint: str) -> str:
     """One line: who holds the mount, and what to do; empty if nobody is found."""
-    from pitfs.fuse.in_use import users_below
-    from pitfs.fuse.loops import image_loops, mountpoints_of
+    from pitfs.fuse.kernel.loop_devices import image_loops, mountpoints_of
+    from pitfs.fuse.kernel.users import users_below
 
     who, what = [], []
     for image in image_loops():

@@ -30,7 +30,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from pitfs.errors import PitfsError, UsageError
-from pitfs.fuse.mountinfo import escaped, mounted_at
+from pitfs.fuse.kernel.mountinfo import escaped, mounted_at
 from pitfs.fuse.workers import READY, Minder, default_workers, fuse_descriptor, retell, tell
 
 if TYPE_CHECKING:
@@ -278,12 +278,12 @@ def _serve(request: MountRequest, writer: int) -> None:
     probed = minder.probe()
     import pyfuse3  # while the store is looked at; the first of these takes longer
 
-    from pitfs.fuse.init_flags import without_privileges
-    from pitfs.fuse.loop import Seat
+    from pitfs.fuse.kernel.init_flags import without_privileges
+    from pitfs.fuse.request_loop import DeferredOperations
 
     try:
         probed()
-        seat = Seat()
+        seat = DeferredOperations()
         _fuse_init(seat, request)
         try:
             with without_privileges(fuse_descriptor()) if request.scratch else contextlib.nullcontext():

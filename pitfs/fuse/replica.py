@@ -24,17 +24,17 @@ from typing import TYPE_CHECKING, Final, Never, Protocol, Self, TypeVar
 import pyfuse3
 import trio
 
-from pitfs.fuse.common import failed, guard, in_thread
-from pitfs.fuse.loop import waiting
+from pitfs.fuse.handlers import failed, guard, in_thread
+from pitfs.fuse.request_loop import waiting
 from pitfs.store.store import Store
-from pitfs.view.tree import ROOT_INODE, Entry, Kind, NoEntryError, Tree, Type, unpack_inode
+from pitfs.view.tree import ROOT_INODE, EntryType, InodeKind, NoEntryError, Tree, TreeEntry, unpack_inode
 from pitfs.view.view import MAX_TABLE_CACHE_BYTES, PointInTimeView, ReadBuffer, TableCache
 
 if TYPE_CHECKING:
     from pyfuse3 import FileHandleT, FileNameT, FlagT, InodeT, ReaddirToken, RequestContext, XAttrNameT
 
     from pitfs.fuse.mount import MountRequest
-    from pitfs.store.holders import Holder
+    from pitfs.store.pins.pins import Pins
 
 PERMANENT_TIMEOUT_S: Final = 300.0  # what never changes may only be pruned
 # The kernel asks for the root on the way of every path; its mtime, which needs the catalog, may be this late.
@@ -49,7 +49,7 @@ NAME_MAX: Final = 255
 USER_ATTRIBUTES: Final = b"user."  # the one namespace of extended attributes that there is
 
 T = TypeVar("T")
-Listed = tuple[str, Entry, int]  # name, entry, cookie of what follows
+Listed = tuple[str, TreeEntry, int]  # name, entry, cookie of what follows
 handler = guard({NoEntryError: errno.ENOENT})
 
 
@@ -92,7 +92,7 @@ class Replica(pyfuse3.Operations):
     """pyfuse3 handlers over one store."""
 
     supports_dot_lookup = False
-    holder: Holder | None = None  # that holds what open images show
+    holder: Pins | None = None  # that holds what open images show
 
     def __init__(self, store: Store, tree: Tree, ownership: Ownership) -> None:
         super().__init__()
@@ -100,9 +100,9 @@ class Replica(pyfuse3.Operations):
         self._tree = tree
         self._ownership = ownership
         self._modes = {
-            Type.DIRECTORY: stat.S_IFDIR | ownership.directory_mode,
-            Type.FILE: stat.S_IFREG | ownership.mode,
-            Type.LINK: stat.S_IFLNK | 0o777,
+            EntryType.DIRECTORY: stat.S_IFDIR | ownership.directory_mode,
+            EntryType.FILE: stat.S_IFREG | ownership.mode,
+            EntryType.LINK: stat.S_IFLNK | 0o777,
         }
         self._tables = TableCache()
         self._views: collections.OrderedDict[int, Image] = collections.OrderedDict()
@@ -277,7 +277,7 @@ class Replica(pyfuse3.Operations):
         if inode not in self._views:
             kind, volume, _ = unpack_inode(inode)
             resolution = await self._ask(self._tree.resolution_of, inode)
-            if resolution is None or kind is not Kind.IMAGE or volume >= len(self._store.volumes):
+            if resolution is None or kind is not InodeKind.IMAGE or volume >= len(self._store.volumes):
                 raise NoEntryError
             # Another may have made one meanwhile: which of the two stays doesn't matter.
             self._views[inode] = PointInTimeView(self._store, resolution, volume, self._tables)
@@ -292,7 +292,7 @@ class Replica(pyfuse3.Operations):
             return question(inode, *args)
         return await in_thread(question, inode, *args, limiter=self._tree_limiter)
 
-    def _attributes(self, entry: Entry) -> pyfuse3.EntryAttributes:
+    def _attributes(self, entry: TreeEntry) -> pyfuse3.EntryAttributes:
         attributes = pyfuse3.EntryAttributes()
         attributes.st_ino = entry.inode
         attributes.st_mode = self._modes[entry.type]

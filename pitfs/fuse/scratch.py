@@ -17,13 +17,13 @@ import pyfuse3
 import trio
 
 from pitfs.errors import CapacityError
-from pitfs.fuse.common import failed, guard, holding, in_thread
-from pitfs.fuse.flusher import set_io_flusher
+from pitfs.fuse.handlers import failed, guard, holding, in_thread
+from pitfs.fuse.kernel.io_flusher import set_io_flusher
 from pitfs.fuse.replica import Image, Ownership, Replica, opened
 from pitfs.storage.files import FULL_ERRNOS
 from pitfs.view.overlay import NotCachedError, Overlay, OverlayView, Write
-from pitfs.view.scratch import Scratch
-from pitfs.view.tree import Entry, Kind, NoEntryError, Tree, Type, unpack_inode
+from pitfs.view.scratch import ScratchDirectory
+from pitfs.view.tree import EntryType, InodeKind, NoEntryError, Tree, TreeEntry, unpack_inode
 from pitfs.view.view import PointInTimeView, ReadBuffer
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class ScratchReplica(Replica):
         False  # the kernel would hold writes back, and a full scratch would be met too late
     )
 
-    def __init__(self, store: Store, tree: Tree, ownership: Ownership, scratch: Scratch) -> None:
+    def __init__(self, store: Store, tree: Tree, ownership: Ownership, scratch: ScratchDirectory) -> None:
         super().__init__(store, tree, ownership)
         self._scratch = scratch
         self._writable: dict[int, OverlayView] = {}  # at most an overlay's each, which the scratch limits
@@ -65,7 +65,7 @@ class ScratchReplica(Replica):
         set_io_flusher()
         store, tree, ownership = opened(request)
         try:
-            scratch = Scratch(request.scratch, store, request.scratch_size_bytes, request.scratch_keep)
+            scratch = ScratchDirectory(request.scratch, store, request.scratch_size_bytes, request.scratch_keep)
         except BaseException:
             store.close()
             raise
@@ -197,13 +197,13 @@ class ScratchReplica(Replica):
 
     def _overlay(self, inode: int) -> Overlay | None:
         kind, volume, seq = unpack_inode(inode)
-        return self._scratch.get(seq, volume) if kind is Kind.IMAGE else None
+        return self._scratch.get(seq, volume) if kind is InodeKind.IMAGE else None
 
     # -------------------------------------------------------------- attributes
 
-    def _attributes(self, entry: Entry) -> pyfuse3.EntryAttributes:
+    def _attributes(self, entry: TreeEntry) -> pyfuse3.EntryAttributes:
         attributes = super()._attributes(entry)
-        if entry.type is Type.FILE:
+        if entry.type is EntryType.FILE:
             overlay = self._overlay(entry.inode)
             mtime_ns = overlay.mtime_ns if overlay is not None else None
             if mtime_ns is not None:  # the kernel asks again after each write

@@ -15,8 +15,8 @@ import pyfuse3
 import trio
 
 from pitfs.errors import CapacityError
-from pitfs.production.splitter import Splitter
-from pitfs.production.volume import NotCachedError
+from pitfs.splitter.splitter import Splitter
+from pitfs.splitter.volume import NotCachedError
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Syncer:
         """
         journal = self._splitter.journal
         if (
-            self._splitter.standing.passing
+            self._splitter.standing.bypass_cause
             or self._lock.locked()
             or journal.syncing
             or self._average_ns >= INLINE_SYNC_NS
@@ -66,7 +66,7 @@ class Syncer:
         splitter = self._splitter
         target = splitter.journal.appended_bytes
         async with self._lock:
-            if splitter.standing.passing:
+            if splitter.standing.bypass_cause:
                 await trio.to_thread.run_sync(splitter.sync)
             elif splitter.journal.synced_bytes < target:
                 await trio.to_thread.run_sync(self._sync)

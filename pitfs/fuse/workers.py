@@ -30,9 +30,9 @@ from typing import TYPE_CHECKING, Final, NoReturn
 from pitfs.errors import PitfsError
 
 if TYPE_CHECKING:
-    from pitfs.fuse.loop import Seat
     from pitfs.fuse.mount import MountRequest
     from pitfs.fuse.replica import Replica
+    from pitfs.fuse.request_loop import DeferredOperations
 
 DEVICE: Final = "/dev/fuse"
 MAX_WORKERS: Final = 16
@@ -111,7 +111,7 @@ class Minder:
         self._request = request
         self._writer = writer
         self._children: dict[int, _Child] = {}
-        self._seat: Seat | None = None
+        self._seat: DeferredOperations | None = None
         self._descriptor = -1
         self._history = b""  # of the store that was looked at before it was mounted
         self._pins: tuple[str, int] | None = None  # the holder's file: its path, and what keeps it locked
@@ -144,12 +144,12 @@ class Minder:
 
     def _open_and_close(self, channel: socket.socket) -> None:
         """Also makes the file of what the mount's images hold: the workers are one holder, with one file."""
-        from pitfs.store.holders import Holder
+        from pitfs.store.pins.pins import Pins
 
         operations = open_operations(self._request)
         operations.close()
         word = READY + b" " + operations.history.encode()
-        file = Holder(self._request.store, self._what, owner=os.getppid()).file
+        file = Pins(self._request.store, self._what, owner=os.getppid()).file
         if file is None:
             channel.send(word)
         else:
@@ -165,7 +165,7 @@ class Minder:
             with contextlib.suppress(OSError):
                 os.unlink(self._pins[0])
 
-    def serve(self, seat: Seat) -> None:
+    def serve(self, seat: DeferredOperations) -> None:
         """Starts the workers, writes `READY` when they answer, and returns when the mount is to end.
 
         Raises:
@@ -330,8 +330,8 @@ class Minder:
             os._exit(code)
 
     def _work(self, channel: socket.socket) -> None:
-        from pitfs.fuse.loop import Loop
-        from pitfs.store.holders import Holder
+        from pitfs.fuse.request_loop import RequestLoop
+        from pitfs.store.pins.pins import Pins
 
         assert self._seat is not None
         clone = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
@@ -344,9 +344,9 @@ class Minder:
             if operations.history.encode() != self._history:
                 raise PitfsError(f"{self._request.store}: is another one now than when it was mounted: mount it anew")
             if self._pins is not None:
-                operations.holder = Holder.inherited(self._what, os.getppid(), *self._pins)
+                operations.holder = Pins.inherited(self._what, os.getppid(), *self._pins)
             self._seat.take(operations)
             channel.send(READY)
-            Loop(self._descriptor).run()
+            RequestLoop(self._descriptor).run()
         finally:
             operations.close()

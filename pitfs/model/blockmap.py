@@ -37,14 +37,14 @@ Node = U64Array  # shape (2, 512)
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class MapEntry:
     """What leads to a node (or a block): a pointer and the checksum of what stands there; 0, 0: zeros."""
 
     pointer: int = 0
     checksum: int = 0
 
 
-EMPTY: Final = Entry()
+EMPTY: Final = MapEntry()
 
 LoadNode = Callable[[int, int], Node]  # (pointer, checksum) -> verified node, not to be written to
 EmitNode = Callable[[Node], int]  # node -> its pointer, never 0
@@ -71,7 +71,7 @@ def tree_depth(block_count: int) -> int:
     return depth
 
 
-def find_leaf(root: Entry, block_count: int, leaf_index: int, load_node: LoadNode) -> Node | None:
+def find_leaf(root: MapEntry, block_count: int, leaf_index: int, load_node: LoadNode) -> Node | None:
     """The leaf of blocks [leaf_index * 512, + 512), None if all of them are zeros.
 
     Raises:
@@ -83,11 +83,11 @@ def find_leaf(root: Entry, block_count: int, leaf_index: int, load_node: LoadNod
             return None
         node = load_node(entry.pointer, entry.checksum)
         slot = (leaf_index >> (FANOUT_BITS * (level - 1))) & (FANOUT - 1)
-        entry = Entry(int(node[POINTERS, slot]), int(node[CHECKSUMS, slot]))
+        entry = MapEntry(int(node[POINTERS, slot]), int(node[CHECKSUMS, slot]))
     return load_node(entry.pointer, entry.checksum) if entry.pointer else None
 
 
-def next_difference(one: Entry, other: Entry, block_count: int, first: int, load_node: LoadNode) -> int | None:
+def next_difference(one: MapEntry, other: MapEntry, block_count: int, first: int, load_node: LoadNode) -> int | None:
     """Index of the first leaf, not before leaf `first`, in which two trees may differ; None if there is none.
 
     What they share is passed over, and what is empty in both: nodes on two paths of each are read, however much lies
@@ -103,7 +103,7 @@ def next_difference(one: Entry, other: Entry, block_count: int, first: int, load
     return _next_difference(one, other, level, first, load_node) if first >> (FANOUT_BITS * level) == 0 else None
 
 
-def _next_difference(one: Entry, other: Entry, level: int, first: int, load_node: LoadNode) -> int | None:
+def _next_difference(one: MapEntry, other: MapEntry, level: int, first: int, load_node: LoadNode) -> int | None:
     """As `next_difference` in subtrees that have so many levels above their leaves."""
     if one == other or not level:
         return None if one == other else first
@@ -113,14 +113,14 @@ def _next_difference(one: Entry, other: Entry, level: int, first: int, load_node
     differs = (nodes[0][:, slot:] != nodes[1][:, slot:]).any(axis=0)
     for here in (np.flatnonzero(differs) + slot).tolist():
         within = first - (slot << shift) if here == slot else 0
-        children = [Entry(int(node[POINTERS, here]), int(node[CHECKSUMS, here])) for node in nodes]
+        children = [MapEntry(int(node[POINTERS, here]), int(node[CHECKSUMS, here])) for node in nodes]
         found = _next_difference(children[0], children[1], level - 1, within, load_node)
         if found is not None:
             return int((here << shift) + found)
     return None
 
 
-def next_leaf(root: Entry, block_count: int, first: int, load_node: LoadNode) -> int | None:
+def next_leaf(root: MapEntry, block_count: int, first: int, load_node: LoadNode) -> int | None:
     """Index of the first leaf, not before leaf `first`, that isn't all zeros; None if there is none.
 
     Raises:
@@ -139,7 +139,7 @@ class MapBuilder:
         emit_node: writes a new node, children before their parents, and says where it stands.
     """
 
-    def __init__(self, block_count: int, root: Entry, load_node: LoadNode, emit_node: EmitNode) -> None:
+    def __init__(self, block_count: int, root: MapEntry, load_node: LoadNode, emit_node: EmitNode) -> None:
         self._depth = tree_depth(block_count)
         self._root = root
         self._load_node = load_node
@@ -164,7 +164,7 @@ class MapBuilder:
             leaf[POINTERS, slots[start:end]] = pointers[start:end]
             leaf[CHECKSUMS, slots[start:end]] = checksums[start:end]
 
-    def finish(self) -> Entry:
+    def finish(self) -> MapEntry:
         """Emits what is open and returns the root; the root before if nothing was updated."""
         while self._path:
             self._close_last()
@@ -190,18 +190,18 @@ class MapBuilder:
         """Where in the node at `level` (0 the root) the open path goes on."""
         return (self._leaf_index >> (FANOUT_BITS * (self._depth - 2 - level))) & (FANOUT - 1)
 
-    def _child(self, level: int) -> Entry:
+    def _child(self, level: int) -> MapEntry:
         """What leads to the node at `level` of the open path."""
         if level == 0:
             return self._root
         parent, slot = self._path[level - 1], self._slot(level - 1)
-        return Entry(int(parent[POINTERS, slot]), int(parent[CHECKSUMS, slot]))
+        return MapEntry(int(parent[POINTERS, slot]), int(parent[CHECKSUMS, slot]))
 
     def _close_last(self) -> None:
         node = self._path.pop()
         entry = EMPTY
         if node[POINTERS].any():
-            entry = Entry(self._emit_node(node), xxh3_64_intdigest(node.data))
+            entry = MapEntry(self._emit_node(node), xxh3_64_intdigest(node.data))
         level = len(self._path)
         if level == 0:
             self._root = entry

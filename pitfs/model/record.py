@@ -51,7 +51,7 @@ MAX_BODY_BYTES: Final = MAX_WRITE_BYTES + 2 * 65536 + 8 * (MAX_WRITE_BYTES // 51
 assert HEADER_BYTES == 64
 
 
-class Kind(enum.IntEnum):
+class RecordKind(enum.IntEnum):
     WRITE = 1
     BEFORE_IMAGE = 2  # content of blocks as the running copy must still see them (copy before write)
     MARK = 3  # the interval closes here
@@ -61,8 +61,8 @@ class Kind(enum.IntEnum):
     COPY_BLOCKS = 7  # behind a COPY_START: which blocks it is a copy of
 
 
-_KINDS: Final = frozenset(Kind)
-_WITH_BLOCKS: Final = frozenset({Kind.WRITE, Kind.BEFORE_IMAGE})
+_KINDS: Final = frozenset(RecordKind)
+_WITH_BLOCKS: Final = frozenset({RecordKind.WRITE, RecordKind.BEFORE_IMAGE})
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class Record:
         size_bytes: of the whole record.
     """
 
-    kind: Kind
+    kind: RecordKind
     volume: int
     block: int
     block_count: int
@@ -196,7 +196,7 @@ def decode_head(data: bytes | memoryview, offset: int, seed: int, what: str, pos
             what, position + offset, f"journal record's checksum {checksum:016x}, found {found:016x}"
         )
     return Record(
-        Kind(kind),
+        RecordKind(kind),
         volume,
         block,
         block_count,

@@ -21,14 +21,14 @@ UNKNOWN_BACKLOG_BYTES: Final = 16 << 20  # the same while the rate isn't known
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class ShippingMode:
     """How writes go: as a stream as they come, or by intervals; `reason`: in words, for people."""
 
     streams: bool
     reason: str
 
 
-def way_to_go(
+def choose_shipping_mode(
     *,
     mode: str,
     streaming: bool,
@@ -37,7 +37,7 @@ def way_to_go(
     interval_s: float,
     rate_bytes_per_s: float | None,
     fitted: bool,
-) -> Way:
+) -> ShippingMode:
     """The table:
 
         mode snapshot                                       intervals
@@ -54,19 +54,21 @@ def way_to_go(
         fitted: whether every write of the last interval that went as such fitted into the link's rate.
     """
     if mode == "snapshot":
-        return Way(False, "mode is snapshot")
+        return ShippingMode(False, "mode is snapshot")
     if mode in ("async", "sync"):
-        return Way(True, f"mode is {mode}")
+        return ShippingMode(True, f"mode is {mode}")
     if streaming:
         if behind_s > behind_limit_s(interval_s):
-            return Way(False, f"intervals: as a stream the replica was {behind_s:.1f} s behind")
-        return Way(True, "the link keeps up")
+            return ShippingMode(False, f"intervals: as a stream the replica was {behind_s:.1f} s behind")
+        return ShippingMode(True, "the link keeps up")
     if not fitted:
-        return Way(False, "intervals: every write of the last one took more than the link carries")
+        return ShippingMode(False, "intervals: every write of the last one took more than the link carries")
     room = UNKNOWN_BACKLOG_BYTES if rate_bytes_per_s is None else rate_bytes_per_s * MAX_BACKLOG_S
     if backlog_bytes > room:
-        return Way(False, f"intervals: {megabytes(backlog_bytes)} MB wait, {megabytes(room)} MB go in a second")
-    return Way(True, "the link keeps up")
+        return ShippingMode(
+            False, f"intervals: {megabytes(backlog_bytes)} MB wait, {megabytes(room)} MB go in a second"
+        )
+    return ShippingMode(True, "the link keeps up")
 
 
 def behind_limit_s(interval_s: float) -> float:
@@ -74,7 +76,7 @@ def behind_limit_s(interval_s: float) -> float:
     return max(MIN_BEHIND_S, interval_s / 4)
 
 
-class Kind(enum.Enum):
+class StepKind(enum.Enum):
     DIFF = "diff"
     BUILD = "build"  # the newest journal's layers have to be known first
     LAYERS = "layers"
@@ -102,7 +104,7 @@ class Waiting:
 class Step:
     """What to do; `layer`: the last to send; `reason`: in words, for people."""
 
-    kind: Kind
+    kind: StepKind
     mark: int = 0
     layer: int = NO_LAYER
     reason: str = ""
@@ -123,28 +125,28 @@ def next_step(*, diff_due: bool, waiting: Sequence[Waiting], room_bytes: float |
         room_bytes: what the link carries until the next diff is due; None where its rate isn't known.
     """
     if diff_due:
-        return Step(Kind.DIFF, reason="a snapshot diff goes before anything else")
+        return Step(StepKind.DIFF, reason="a snapshot diff goes before anything else")
     if not waiting:
-        return Step(Kind.WAIT, reason="all that was written is on the replica")
+        return Step(StepKind.WAIT, reason="all that was written is on the replica")
     newest = waiting[0]
     if newest.rung_bytes is None:
-        return Step(Kind.BUILD, newest.mark)
+        return Step(StepKind.BUILD, newest.mark)
     left = layers_left(newest.layer, newest.rung_bytes)
     if not left:
         raise ValueError(f"nothing is left of the journal to mark {newest.mark}")
     if newest.parked is not None:
-        return Step(Kind.LAYERS, newest.mark, newest.parked, "going on where a diff came first")
+        return Step(StepKind.LAYERS, newest.mark, newest.parked, "going on where a diff came first")
     if room_bytes is None:
         last, _ = left[-1]
-        return Step(Kind.LAYERS, newest.mark, last, "no rate is configured or measured yet: everything is sent")
+        return Step(StepKind.LAYERS, newest.mark, last, "no rate is configured or measured yet: everything is sent")
     fitting = [(layer, size) for layer, size in left if size <= room_bytes]
     if fitting:
         layer, size = fitting[-1]
         return Step(
-            Kind.LAYERS, newest.mark, layer, f"{megabytes(size)} MB fit into {megabytes(room_bytes)} MB of room"
+            StepKind.LAYERS, newest.mark, layer, f"{megabytes(size)} MB fit into {megabytes(room_bytes)} MB of room"
         )
     layer, size = left[0]
-    return Step(Kind.LAYERS, newest.mark, layer, f"the link is idle: {megabytes(size)} MB as far as they get")
+    return Step(StepKind.LAYERS, newest.mark, layer, f"the link is idle: {megabytes(size)} MB as far as they get")
 
 
 def layers_left(layer: int, rung_bytes: Sequence[int | None]) -> list[tuple[int, int]]:

@@ -121,7 +121,7 @@ ROWS: Final = {
 assert DIFF_ENTRY.itemsize == 24 and JOURNAL_ENTRY.itemsize == 32 and WRITE.itemsize == 24
 
 
-class Kind(enum.IntEnum):
+class TransferKind(enum.IntEnum):
     FULL = 1
     INTERVAL = 2
     LAYERS = 3
@@ -177,7 +177,7 @@ class Manifest(msgspec.Struct, frozen=True):
     """
 
     mark: int
-    kind: Kind
+    kind: TransferKind
     from_seq: int
     from_time_ns: int
     to_seq: int

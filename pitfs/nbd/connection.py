@@ -19,7 +19,7 @@ import trio
 from pitfs.errors import CorruptionError, PitfsError, RemoteProtocolError
 from pitfs.nbd.exports import Export, Exports, NoSuchExportError
 from pitfs.nbd.negotiation import AskExport, AskList, Close, Send, StartTls
-from pitfs.nbd.protocol import Buffer, Event, NbdProtocol, Request, State
+from pitfs.nbd.protocol import Buffer, Event, NbdProtocol, NbdState, Request
 from pitfs.nbd.stream import SocketStream, TlsStream, WrappedStream
 from pitfs.nbd.wire import HOLE_AND_ZERO, Command, CommandFlag, Error
 from pitfs.view.view import PointInTimeView, ReadBuffer
@@ -84,7 +84,7 @@ class Connection:
     async def _next(self) -> Event | None:
         """What comes from the client next; None at the end."""
         while (event := next(self._events, None)) is None:
-            if self._protocol.state is State.CLOSED:
+            if self._protocol.state is NbdState.CLOSED:
                 return None
             data = await self._stream.receive()
             if not data:

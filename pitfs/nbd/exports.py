@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Final
 from pitfs.errors import NoSuchInstantError, PitfsError
 from pitfs.model.position import format_instant
 from pitfs.nbd.negotiation import ExportInfo
-from pitfs.view.tree import LATEST, ROOT_INODE, NoEntryError, Tree, Type
+from pitfs.view.tree import LATEST, ROOT_INODE, EntryType, NoEntryError, Tree
 from pitfs.view.view import PointInTimeView, TableCache
 
 if TYPE_CHECKING:
-    from pitfs.store.holders import Holder
+    from pitfs.store.pins.pins import Pins
     from pitfs.store.store import Resolution, Store
 
 MAX_LISTED_SNAPSHOTS: Final = 100  # the newest; a client may ask about each that is listed
@@ -40,7 +40,7 @@ class Export:
 class Exports:
     """The exports of one store. For one thread at a time, as the tree is; the views that it gives are for any."""
 
-    def __init__(self, store: Store, tree: Tree, holder: Holder) -> None:
+    def __init__(self, store: Store, tree: Tree, holder: Pins) -> None:
         self._store = store
         self._tree = tree
         self._holder = holder
@@ -102,7 +102,7 @@ class Exports:
 
     def _follow(self, directory: int, name: str) -> int:
         entry = self._tree.lookup(directory, name.encode())
-        if entry.type is Type.LINK:  # in whatever directory, to an instant of the root's
+        if entry.type is EntryType.LINK:  # in whatever directory, to an instant of the root's
             target = self._tree.target(entry.inode).rpartition("/")[2]
             entry = self._tree.lookup(ROOT_INODE, target.encode())
         return entry.inode

@@ -61,7 +61,7 @@ _READS: Final[dict[int, int]] = {
 }  # what is served, and the flags that each may have
 
 
-class State(enum.Enum):
+class NbdState(enum.Enum):
     GREETING = enum.auto()
     OPTIONS = enum.auto()
     ASKING = enum.auto()
@@ -92,7 +92,7 @@ class NbdProtocol:
     """
 
     def __init__(self, *, offers_tls: bool) -> None:
-        self.state = State.GREETING
+        self.state = NbdState.GREETING
         self.structured = False
         self._negotiation = Negotiation(offers_tls=offers_tls)
         self._part = bytearray()  # what came of the unit under way; at most one unit
@@ -114,8 +114,8 @@ class NbdProtocol:
             RemoteProtocolError: the client broke the protocol; the connection can only be closed.
         """
         view = memoryview(data)
-        while len(view) and self.state is not State.CLOSED:
-            if self.state in (State.ASKING, State.STARTING_TLS):
+        while len(view) and self.state is not NbdState.CLOSED:
+            if self.state in (NbdState.ASKING, NbdState.STARTING_TLS):
                 raise LocalProtocolError(f"{self.state.name}: the client's question isn't answered")
             if self._skip:
                 count = min(self._skip, len(view))
@@ -132,9 +132,9 @@ class NbdProtocol:
                 if len(self._part) < self._wanted:
                     return
                 unit, self._part = self._part, bytearray()
-            if self.state is State.TRANSMISSION:
+            if self.state is NbdState.TRANSMISSION:
                 event = self._read_request(unit)
-            elif self.state is State.GREETING:
+            elif self.state is NbdState.GREETING:
                 event = self._read_flags(unit)
             else:
                 event = self._read_option(unit)
@@ -150,7 +150,7 @@ class NbdProtocol:
         Raises:
             RemoteProtocolError: it stopped in the middle of something.
         """
-        if self.state is not State.CLOSED and (self._part or self._skip):
+        if self.state is not NbdState.CLOSED and (self._part or self._skip):
             raise RemoteProtocolError("the connection ended in the middle of a request")
 
     # -------------------------------------------------------------- negotiation
@@ -176,21 +176,21 @@ class NbdProtocol:
         """The state that the negotiation has led to."""
         negotiation = self._negotiation
         if negotiation.is_over:
-            self.state = State.CLOSED
+            self.state = NbdState.CLOSED
         elif negotiation.chosen is not None:
-            self.state, self._wanted = State.TRANSMISSION, REQUEST.size
+            self.state, self._wanted = NbdState.TRANSMISSION, REQUEST.size
             self.structured, self._size_bytes = negotiation.structured, negotiation.chosen.size_bytes
         elif negotiation.awaits_tls:
-            self.state = State.STARTING_TLS
+            self.state = NbdState.STARTING_TLS
         else:
-            self.state = State.ASKING if negotiation.is_asking else State.OPTIONS
+            self.state = NbdState.ASKING if negotiation.is_asking else NbdState.OPTIONS
 
     def _read_flags(self, unit: Buffer) -> Event | None:
         (flags,) = CLIENT_FLAGS.unpack(unit)
         if flags & ~_FLAGS:
             raise RemoteProtocolError(f"the client isn't one of NBD, or of a later one: flags {flags:#x}")
         self._negotiation.no_zeroes = bool(flags & ServerFlag.NO_ZEROES)
-        self.state, self._wanted = State.OPTIONS, OPTION.size
+        self.state, self._wanted = NbdState.OPTIONS, OPTION.size
         return None
 
     def _read_option(self, unit: Buffer) -> Event | None:
@@ -217,7 +217,7 @@ class NbdProtocol:
             if offset + size <= self._size_bytes:  # what nearly all are
                 return Request(command, flags, cookie, offset, size)
         elif command == Command.DISC:
-            self.state = State.CLOSED
+            self.state = NbdState.CLOSED
             return Close()
         elif command == Command.WRITE and size:
             if size > MAX_REQUEST_BYTES:

@@ -34,8 +34,8 @@ from pitfs.model.record import (
     HEADER_BYTES,
     MAX_BODY_BYTES,
     MAX_MESSAGE_BYTES,
-    Kind,
     Record,
+    RecordKind,
     block_checksums,
     decode_head,
 )
@@ -139,7 +139,7 @@ class SegmentReader:
             except IndexError:
                 raise CorruptionError(self.path, offset, "the file ends inside a record") from None
             yield offset, record
-            if record.kind is Kind.SEAL:
+            if record.kind is RecordKind.SEAL:
                 return
             offset += record.size_bytes
 

@@ -34,18 +34,17 @@ from pitfs.model.transfer import (
     Durable,
     End,
     Hello,
-    Kind,
     Manifest,
     ResumePoint,
     StreamMark,
+    TransferKind,
     Welcome,
     Writes,
 )
 from pitfs.storage.files import fsync_directory, storage_error
-from pitfs.store.catalog import Catalog
-from pitfs.store.committing import Committer
-from pitfs.store.layers import interval_of
-from pitfs.store.layout import (
+from pitfs.store.catalog.catalog import Catalog
+from pitfs.store.index.block_maps import NodeReader
+from pitfs.store.objects.format import (
     CATALOG,
     MAX_SNAPSHOT_ID,
     OBJECTS,
@@ -55,13 +54,14 @@ from pitfs.store.layout import (
     check_identity,
     object_file,
 )
-from pitfs.store.leftovers import StagingArea
-from pitfs.store.objects import ObjectPool
+from pitfs.store.objects.pool import ObjectPool
+from pitfs.store.open_interval.stream import Stream
 from pitfs.store.opening import check_epoch, check_place, check_same_group, make_store_json, take_lock
-from pitfs.store.rows import check_manifest
-from pitfs.store.snapshots import NodeReader
-from pitfs.store.staging import StagedTransfer, read_progress
-from pitfs.store.stream import Stream
+from pitfs.store.transfer.commit import Committer
+from pitfs.store.transfer.layers import interval_of
+from pitfs.store.transfer.recovery import StagingArea
+from pitfs.store.transfer.staging import StagedTransfer, read_progress
+from pitfs.store.transfer.validation import check_manifest
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class Ingest:
         """Where the store stands, and what could become finer."""
         catalog, coarse = self._opened(), []
         for interval in catalog.coarse_intervals(MAX_COARSE):
-            blocks = catalog.object(object_file(ObjectKind.JOURNAL_BLOCKS, interval.snapshot))
+            blocks = catalog.object(object_file(ObjectKind.JOURNAL_BLOCKS, interval.end_snapshot_id))
             journal_bytes = blocks.data_bytes if blocks else 0
             positions = interval.from_seq, interval.from_time_ns, interval.to_seq, interval.to_time_ns
             coarse.append(Coarse(*positions, interval.granularity_ns, journal_bytes, interval.cause.endswith(WAITS)))
@@ -167,7 +167,7 @@ class Ingest:
         catalog, stream = self._opened(), self._streaming()
         self._close_staged()
         check_manifest(manifest, self.hello.volumes)
-        layers = manifest.kind is Kind.LAYERS
+        layers = manifest.kind is TransferKind.LAYERS
         with self._errors("beginning a transfer"):
             if not layers:
                 stream.wait_for_closing()
@@ -176,7 +176,7 @@ class Ingest:
             catalog.fence(self.hello.epoch, self.hello.instance)  # not before: an old copy must not shut out the host
             if not layers:
                 stream.close_here()
-            snapshot = catalog.next_snapshot_id() if base is None else base.snapshot
+            snapshot = catalog.next_snapshot_id() if base is None else base.end_snapshot_id
             if snapshot > MAX_SNAPSHOT_ID:
                 raise CapacityError(f"{self.path}: no more than {MAX_SNAPSHOT_ID} snapshots fit in a store")
             directory = self._staging if base is None else self._area.layers_directory(snapshot)
@@ -244,7 +244,7 @@ class Ingest:
             RemoteProtocolError: they can't be, or a transfer to the next mark is under way.
         """
         stream = self._streaming()
-        if self._staged is not None and self._staged.manifest.kind is not Kind.LAYERS:
+        if self._staged is not None and self._staged.manifest.kind is not TransferKind.LAYERS:
             raise RemoteProtocolError(f"{self.path}: writes are streamed while a transfer is under way that has them")
         with self._errors("writing"):
             stream.write(writes)
@@ -295,17 +295,17 @@ class Ingest:
         """Whether it leads on from that mark, and from the position of what came last."""
         hint = "begin the session anew, so that production learns where the store stands"
         # Before a copy one may have been given up, whose marks are skipped.
-        skips = manifest.kind in (Kind.FULL, Kind.CHANGES) and manifest.mark > mark
+        skips = manifest.kind in (TransferKind.FULL, TransferKind.CHANGES) and manifest.mark > mark
         if manifest.mark != mark + 1 and not skips:
             raise PositionMismatchError(
                 f"{self.path}: production sends mark {manifest.mark}, the store has {mark} and takes "
                 f"{mark + 1}: {hint}"
             )
-        if mark == 0 and manifest.kind is not Kind.FULL:
+        if mark == 0 and manifest.kind is not TransferKind.FULL:
             raise PositionMismatchError(
                 f"{self.path}: the store is empty and takes a full copy first: {hint}"
             )
-        if manifest.kind is Kind.FULL:
+        if manifest.kind is TransferKind.FULL:
             if mark and (manifest.to_seq <= seq or manifest.to_time_ns <= time_ns):
                 raise PositionMismatchError(
                     f"{self.path}: a full copy at seq {manifest.to_seq}, the store is at "

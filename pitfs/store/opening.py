@@ -12,8 +12,8 @@ import msgspec
 from pitfs.errors import PositionMismatchError, StoreError
 from pitfs.model.transfer import Hello
 from pitfs.storage.files import durable_replace, fsync_directory, storage_error
-from pitfs.store.catalog import Catalog
-from pitfs.store.layout import (
+from pitfs.store.catalog.catalog import Catalog
+from pitfs.store.objects.format import (
     CATALOG,
     FORMAT,
     HOLDERS,

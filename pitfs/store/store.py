@@ -14,14 +14,14 @@ from typing import Final, ParamSpec, TypeVar
 from pitfs.errors import CorruptionError, NoSuchInstantError
 from pitfs.model.blockmap import FANOUT, FANOUT_BITS, U64Array
 from pitfs.model.transfer import Bookmark, Gap
-from pitfs.store.cache import Cache
-from pitfs.store.catalog import Catalog
-from pitfs.store.facts import Interval, Resolution, Snapshot, Tail
-from pitfs.store.journals import JournalIndex, Position, chunk_cache
-from pitfs.store.layout import CATALOG, OBJECTS, ObjectKind, object_file, read_store_info
-from pitfs.store.objects import MissingObjectError, ObjectPool, reading_limit
-from pitfs.store.snapshots import NodeReader, SnapshotMap
-from pitfs.store.tails import Tails
+from pitfs.store.catalog.catalog import Catalog
+from pitfs.store.catalog.records import Interval, OpenInterval, Resolution, Snapshot
+from pitfs.store.index.block_maps import NodeReader, SnapshotMap
+from pitfs.store.index.journal_index import JournalIndex, Position, chunk_cache
+from pitfs.store.objects.cache import Cache
+from pitfs.store.objects.format import CATALOG, OBJECTS, ObjectKind, object_file, read_store_info
+from pitfs.store.objects.pool import MissingObjectError, ObjectPool, reading_limit
+from pitfs.store.open_interval.reader import OpenIntervals
 
 __all__ = ["Resolution", "Store"]
 
@@ -70,7 +70,7 @@ class Store:
         self._journals: Cache[tuple[int, int], JournalIndex] = Cache(
             MAX_CACHED_FENCE_BYTES, lambda journal: journal.fence_bytes + _FENCE_OVERHEAD_BYTES
         )
-        self._tails = Tails(self._catalog, self.objects, self._chunks)
+        self._tails = OpenIntervals(self._catalog, self.objects, self._chunks)
 
     @classmethod
     def open(cls, path: str) -> Store:
@@ -227,7 +227,7 @@ class Store:
         """What streams in behind the last snapshot, as far as it can be read; two while one is being closed."""
         for tail in self._tails.now():
             is_within = (from_ns is None or tail.to_time_ns >= from_ns) and (to_ns is None or tail.from_time_ns < to_ns)
-            if tail.pieces and is_within:
+            if tail.runs and is_within:
                 yield tail.interval
 
     def bookmarks(self, from_ns: int | None = None) -> Iterator[Bookmark]:
@@ -281,15 +281,15 @@ class Store:
             CorruptionError: block map or journal aren't what was written.
         """
         tails = self._tails.now()  # first: they become intervals, not the reverse
-        pointers, checksums = self._third(tails, resolution.third, volume, leaf_index)
-        if resolution.journal is None:
+        pointers, checksums = self._third(tails, resolution.base_snapshot_id, volume, leaf_index)
+        if resolution.end_snapshot_id is None:
             return pointers, checksums
-        tail = _of_fourth(tails, resolution.journal)
+        tail = _of_fourth(tails, resolution.end_snapshot_id)
         if tail is not None:
             self._tails.overlay(tail, resolution.seq, volume, leaf_index, pointers, checksums)
             return pointers, checksums
         start = leaf_index << FANOUT_BITS
-        journal = self._journal_to(resolution.journal)
+        journal = self._journal_to(resolution.end_snapshot_id)
         blocks, newer, sums = journal.range(volume, start, start + FANOUT, resolution.seq)
         pointers[blocks - start] = newer
         checksums[blocks - start] = sums
@@ -331,17 +331,17 @@ class Store:
             found.append(self._map(base).next_difference(self._map(other_base), volume, first))
         return _earliest(*found)
 
-    def _layers(self, tails: Sequence[Tail], resolution: Resolution) -> tuple[int, dict[int, int]]:
+    def _layers(self, tails: Sequence[OpenInterval], resolution: Resolution) -> tuple[int, dict[int, int]]:
         """The snapshot that a state stands on, and the last seq of what lies over it, by the fourth of each."""
-        over = {} if resolution.journal is None else {resolution.journal: resolution.seq}
-        snapshot = resolution.third
+        over = {} if resolution.end_snapshot_id is None else {resolution.end_snapshot_id: resolution.seq}
+        snapshot = resolution.base_snapshot_id
         while (tail := _of_fourth(tails, snapshot)) is not None:
             over[snapshot] = tail.to_seq
-            snapshot = tail.from_snapshot
+            snapshot = tail.base_snapshot_id
         return snapshot, over
 
     def _next_written(
-        self, tails: Sequence[Tail], fourth: int, volume: int, first: int, after_seq: int, through_seq: int
+        self, tails: Sequence[OpenInterval], fourth: int, volume: int, first: int, after_seq: int, through_seq: int
     ) -> int | None:
         """Index of the first leaf, not before `first`, into which these writes of an interval or tail went."""
         tail = _of_fourth(tails, fourth)
@@ -358,14 +358,14 @@ class Store:
         return self._journal(interval)
 
     def _third(
-        self, tails: Sequence[Tail], snapshot: int, volume: int, leaf_index: int
+        self, tails: Sequence[OpenInterval], snapshot: int, volume: int, leaf_index: int
     ) -> tuple[U64Array, U64Array]:
         """What a snapshot has, or a tail that becomes one when it is whole; the caller's own."""
         tail = _of_fourth(tails, snapshot)
         if tail is None:
             pointers, checksums = self._map(snapshot).leaf(volume, leaf_index)
             return pointers.copy(), checksums.copy()
-        pointers, checksums = self._third(tails, tail.from_snapshot, volume, leaf_index)
+        pointers, checksums = self._third(tails, tail.base_snapshot_id, volume, leaf_index)
         self._tails.overlay(tail, tail.to_seq, volume, leaf_index, pointers, checksums)
         return pointers, checksums
 
@@ -384,15 +384,16 @@ class Store:
         """The interval's journal, or the finer one that took its place: that has the same states, and more."""
         while True:
             try:
-                return self._journals.get((interval.snapshot, interval.layer), partial(self._open_journal, interval))
+                key = (interval.end_snapshot_id, interval.layer)
+                return self._journals.get(key, partial(self._open_journal, interval))
             except MissingObjectError:
-                now = self._catalog.interval_to(interval.snapshot)
+                now = self._catalog.interval_to(interval.end_snapshot_id)
                 if now is None or now.layer <= interval.layer:
                     raise
                 interval = now
 
     def _open_journal(self, interval: Interval) -> JournalIndex:
-        name = object_file(ObjectKind.JOURNAL_INDEX, interval.snapshot, interval.layer)
+        name = object_file(ObjectKind.JOURNAL_INDEX, interval.end_snapshot_id, interval.layer)
         facts = self._catalog.object(name)
         if facts is None:
             raise MissingObjectError(self._catalog.path, 0, f"it lists an interval but not {name}")
@@ -405,13 +406,13 @@ class Store:
 
     def _intermediary(self, interval: Interval, position: Position) -> Resolution:
         return Resolution(
-            *position, "intermediary", interval.granularity_ns, interval.from_snapshot, interval.snapshot
+            *position, "intermediary", interval.granularity_ns, interval.base_snapshot_id, interval.end_snapshot_id
         )
 
 
-def _of_fourth(tails: Sequence[Tail], snapshot: int) -> Tail | None:
+def _of_fourth(tails: Sequence[OpenInterval], snapshot: int) -> OpenInterval | None:
     """The tail that becomes the interval that ends at that snapshot, while it is one."""
-    return next((tail for tail in tails if tail.fourth == snapshot), None)
+    return next((tail for tail in tails if tail.end_snapshot_id == snapshot), None)
 
 
 def _earliest(*found: int | None) -> int | None:

@@ -44,7 +44,7 @@ _NAME: Final = re.compile(
 )
 
 
-class Scratch:
+class ScratchDirectory:
     """The overlays over a store's images.
 
     Args:

@@ -67,7 +67,7 @@ class NoEntryError(Exception):
     """There is nothing of that name or number (any more)."""
 
 
-class Kind(enum.IntEnum):
+class InodeKind(enum.IntEnum):
     FIXED = 0
     INSTANT = 1
     IMAGE = 2
@@ -76,7 +76,7 @@ class Kind(enum.IntEnum):
     MINUTE = 5
 
 
-_OF_AN_INSTANT: Final = (Kind.INSTANT, Kind.IMAGE, Kind.LINK)
+_OF_AN_INSTANT: Final = (InodeKind.INSTANT, InodeKind.IMAGE, InodeKind.LINK)
 
 ROOT_INODE: Final = 1
 LATEST_INODE: Final = 2
@@ -84,14 +84,14 @@ BOOKMARKS_INODE: Final = 3
 TIMES_INODE: Final = 4
 
 
-class Type(enum.Enum):
+class EntryType(enum.Enum):
     DIRECTORY = 1
     FILE = 2
     LINK = 3
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Entry:
+class TreeEntry:
     """What stat(2) would tell.
 
     Attributes:
@@ -100,25 +100,25 @@ class Entry:
     """
 
     inode: int
-    type: Type
+    type: EntryType
     mtime_ns: int
     size: int = 0
     nlink: int = 1
     permanent: bool = False
 
 
-def pack_inode(kind: Kind, minor: int, major: int) -> int:
+def pack_inode(kind: InodeKind, minor: int, major: int) -> int:
     return kind << _KIND_SHIFT | minor << _MINOR_SHIFT | major
 
 
-def unpack_inode(inode: int) -> tuple[Kind, int, int]:
+def unpack_inode(inode: int) -> tuple[InodeKind, int, int]:
     """(kind, volume or depth, seq or number).
 
     Raises:
         NoEntryError: it's none of ours.
     """
     try:
-        kind = Kind(inode >> _KIND_SHIFT)
+        kind = InodeKind(inode >> _KIND_SHIFT)
     except ValueError:
         raise NoEntryError from None
     return kind, inode >> _MINOR_SHIFT & (MAX_VOLUMES - 1), inode & MAX_SEQ
@@ -159,7 +159,7 @@ class Tree:
 
     # -------------------------------------------------------------- one entry
 
-    def lookup(self, parent: int, name: bytes) -> Entry:
+    def lookup(self, parent: int, name: bytes) -> TreeEntry:
         """The entry `name` of the directory `parent`.
 
         Raises:
@@ -181,36 +181,36 @@ class Tree:
         if parent == TIMES_INODE:
             return self._lookup_day(text)
         kind, _, number = unpack_inode(parent)
-        if kind is Kind.INSTANT:
+        if kind is InodeKind.INSTANT:
             volume = self._volumes.get(text)
             if volume is None:
                 raise NoEntryError
             return self._image(self.resolution(number), volume)
-        if kind is Kind.DAY:
+        if kind is InodeKind.DAY:
             return self._lookup_minute(number, text)
-        if kind is Kind.MINUTE:
+        if kind is InodeKind.MINUTE:
             return self._lookup_second(number, text)
         raise NoEntryError
 
-    def entry(self, inode: int) -> Entry:
+    def entry(self, inode: int) -> TreeEntry:
         """The entry with that number.
 
         Raises:
             NoEntryError: it is gone, or was never there.
         """
         kind, minor, number = unpack_inode(inode)
-        if kind is Kind.FIXED:
+        if kind is InodeKind.FIXED:
             if inode not in (ROOT_INODE, LATEST_INODE, BOOKMARKS_INODE, TIMES_INODE):
                 raise NoEntryError
             return self._fixed(inode)
-        if kind is Kind.DAY:
-            return Entry(inode, Type.DIRECTORY, number * DAY_NS)
-        if kind is Kind.MINUTE:
-            return Entry(inode, Type.DIRECTORY, number * MINUTE_NS)
+        if kind is InodeKind.DAY:
+            return TreeEntry(inode, EntryType.DIRECTORY, number * DAY_NS)
+        if kind is InodeKind.MINUTE:
+            return TreeEntry(inode, EntryType.DIRECTORY, number * MINUTE_NS)
         resolution = self.resolution(number)
-        if kind is Kind.INSTANT:
+        if kind is InodeKind.INSTANT:
             return self._instant(resolution.seq, resolution.time_ns)
-        if kind is Kind.LINK:
+        if kind is InodeKind.LINK:
             return self._link(resolution.seq, resolution.time_ns, minor)
         if minor >= len(self._store.volumes):
             raise NoEntryError
@@ -228,7 +228,7 @@ class Tree:
                 raise NoEntryError
             return format_instant(latest.time_ns)
         kind, depth, seq = unpack_inode(inode)
-        if kind is not Kind.LINK:
+        if kind is not InodeKind.LINK:
             raise NoEntryError
         return "../" * depth + format_instant(self.resolution(seq).time_ns)
 
@@ -270,7 +270,7 @@ class Tree:
         if anew:
             self._forget_if_changed()
         kind, _, seq = unpack_inode(inode)
-        return self.resolution(seq) if kind in (Kind.INSTANT, Kind.IMAGE) else None
+        return self.resolution(seq) if kind in (InodeKind.INSTANT, InodeKind.IMAGE) else None
 
     def attributes_of(self, inode: int) -> dict[bytes, bytes]:
         """The extended attributes of an instant's directory or image; none of any other entry."""
@@ -279,7 +279,7 @@ class Tree:
 
     # -------------------------------------------------------------- listings
 
-    def listing(self, inode: int, cookie: int) -> Iterator[tuple[str, Entry, int]]:
+    def listing(self, inode: int, cookie: int) -> Iterator[tuple[str, TreeEntry, int]]:
         """(name, entry, cookie of what follows) of a directory, from `cookie` (0: from the start) on.
 
         In the order of time, as the store pages it. A cookie says what it stands behind, not how many: what
@@ -295,15 +295,15 @@ class Tree:
         if inode == TIMES_INODE:
             return self._list_days(cookie)
         kind, _, number = unpack_inode(inode)
-        if kind is Kind.INSTANT:
+        if kind is InodeKind.INSTANT:
             return self._list_images(self.resolution(number), cookie)
-        if kind is Kind.DAY:
+        if kind is InodeKind.DAY:
             return self._list_minutes(number, cookie)
-        if kind is Kind.MINUTE:
+        if kind is InodeKind.MINUTE:
             return self._list_seconds(number, cookie)
         raise NoEntryError
 
-    def _list_root(self, cookie: int) -> Iterator[tuple[str, Entry, int]]:
+    def _list_root(self, cookie: int) -> Iterator[tuple[str, TreeEntry, int]]:
         fixed = ((LATEST, LATEST_INODE), (BOOKMARKS, BOOKMARKS_INODE), (TIMES, TIMES_INODE))
         for number, (name, inode) in enumerate(fixed, 1):
             if cookie < number and not (inode == LATEST_INODE and self._store.latest() is None):
@@ -313,25 +313,25 @@ class Tree:
             entry = self._instant(snapshot.seq, snapshot.time_ns)
             yield format_instant(snapshot.time_ns), entry, snapshot.time_ns + _COOKIE_BASE
 
-    def _list_images(self, resolution: Resolution, cookie: int) -> Iterator[tuple[str, Entry, int]]:
+    def _list_images(self, resolution: Resolution, cookie: int) -> Iterator[tuple[str, TreeEntry, int]]:
         for index, volume in enumerate(self._store.volumes):
             if index >= cookie:
                 yield image_name(volume), self._image(resolution, index), index + 1
 
-    def _list_bookmarks(self, cookie: int) -> Iterator[tuple[str, Entry, int]]:
+    def _list_bookmarks(self, cookie: int) -> Iterator[tuple[str, TreeEntry, int]]:
         for bookmark, following in bookmarks_behind(self._store, max(cookie - _COOKIE_BASE, 0)):
             yield bookmark.name, self._link(bookmark.seq, bookmark.time_ns, 1), following + _COOKIE_BASE
 
-    def _list_days(self, cookie: int) -> Iterator[tuple[str, Entry, int]]:
+    def _list_days(self, cookie: int) -> Iterator[tuple[str, TreeEntry, int]]:
         for day in self._store.days(max(cookie - _COOKIE_BASE, 0)):
             yield format_day(day), self._day(day), day + _COOKIE_BASE + 1
 
-    def _list_minutes(self, day: int, cookie: int) -> Iterator[tuple[str, Entry, int]]:
+    def _list_minutes(self, day: int, cookie: int) -> Iterator[tuple[str, TreeEntry, int]]:
         for minute in self._store.minutes(day):
             if minute + _COOKIE_BASE >= cookie:
                 yield _clock_name(minute * 60)[:5], self._minute(minute), minute + _COOKIE_BASE + 1
 
-    def _list_seconds(self, minute: int, cookie: int) -> Iterator[tuple[str, Entry, int]]:
+    def _list_seconds(self, minute: int, cookie: int) -> Iterator[tuple[str, TreeEntry, int]]:
         for resolution in self._store.seconds(minute):
             second = resolution.time_ns // SECOND_NS
             number = 2 * second + _COOKIE_BASE
@@ -342,7 +342,7 @@ class Tree:
 
     # -------------------------------------------------------------- names
 
-    def _lookup_root(self, name: str) -> Entry:
+    def _lookup_root(self, name: str) -> TreeEntry:
         if name == LATEST:
             if self._store.latest() is None:
                 raise NoEntryError
@@ -367,7 +367,7 @@ class Tree:
         self._resolutions[resolution.seq] = resolution  # the link is read next
         return self._link(resolution.seq, resolution.time_ns, 0)
 
-    def _lookup_day(self, name: str) -> Entry:
+    def _lookup_day(self, name: str) -> TreeEntry:
         if not _DAY.fullmatch(name):
             raise NoEntryError
         start_ns = parse_instant(f"{name}T00-00-00.000000000Z")
@@ -376,7 +376,7 @@ class Tree:
         self._last_in(start_ns, start_ns + DAY_NS)
         return self._day(start_ns // DAY_NS)
 
-    def _lookup_minute(self, day: int, name: str) -> Entry:
+    def _lookup_minute(self, day: int, name: str) -> TreeEntry:
         match = _MINUTE.fullmatch(name)
         if match is None:
             raise NoEntryError
@@ -384,7 +384,7 @@ class Tree:
         self._last_in(minute * MINUTE_NS, (minute + 1) * MINUTE_NS)
         return self._minute(minute)
 
-    def _lookup_second(self, minute: int, name: str) -> Entry:
+    def _lookup_second(self, minute: int, name: str) -> TreeEntry:
         match = _SECOND.fullmatch(name)
         if match is None or int(match[1]) * 60 + int(match[2]) != minute % 1440:
             raise NoEntryError
@@ -416,30 +416,30 @@ class Tree:
 
     # -------------------------------------------------------------- entries
 
-    def _fixed(self, inode: int) -> Entry:
+    def _fixed(self, inode: int) -> TreeEntry:
         latest = self._store.latest()
         mtime_ns = latest.time_ns if latest else 0
         if inode == LATEST_INODE:
-            return Entry(inode, Type.LINK, mtime_ns, size=len(format_instant(mtime_ns)))
-        return Entry(inode, Type.DIRECTORY, mtime_ns)
+            return TreeEntry(inode, EntryType.LINK, mtime_ns, size=len(format_instant(mtime_ns)))
+        return TreeEntry(inode, EntryType.DIRECTORY, mtime_ns)
 
-    def _instant(self, seq: int, time_ns: int) -> Entry:
-        return Entry(pack_inode(Kind.INSTANT, 0, seq), Type.DIRECTORY, time_ns, nlink=2, permanent=True)
+    def _instant(self, seq: int, time_ns: int) -> TreeEntry:
+        return TreeEntry(pack_inode(InodeKind.INSTANT, 0, seq), EntryType.DIRECTORY, time_ns, nlink=2, permanent=True)
 
-    def _image(self, resolution: Resolution, volume: int) -> Entry:
+    def _image(self, resolution: Resolution, volume: int) -> TreeEntry:
         size = self._store.volumes[volume].size_bytes
-        inode = pack_inode(Kind.IMAGE, volume, resolution.seq)
-        return Entry(inode, Type.FILE, resolution.time_ns, size=size, permanent=True)
+        inode = pack_inode(InodeKind.IMAGE, volume, resolution.seq)
+        return TreeEntry(inode, EntryType.FILE, resolution.time_ns, size=size, permanent=True)
 
-    def _link(self, seq: int, time_ns: int, depth: int) -> Entry:
+    def _link(self, seq: int, time_ns: int, depth: int) -> TreeEntry:
         size = 3 * depth + len(format_instant(time_ns))
-        return Entry(pack_inode(Kind.LINK, depth, seq), Type.LINK, time_ns, size=size)
+        return TreeEntry(pack_inode(InodeKind.LINK, depth, seq), EntryType.LINK, time_ns, size=size)
 
-    def _day(self, day: int) -> Entry:
-        return Entry(pack_inode(Kind.DAY, 0, day), Type.DIRECTORY, day * DAY_NS)
+    def _day(self, day: int) -> TreeEntry:
+        return TreeEntry(pack_inode(InodeKind.DAY, 0, day), EntryType.DIRECTORY, day * DAY_NS)
 
-    def _minute(self, minute: int) -> Entry:
-        return Entry(pack_inode(Kind.MINUTE, 0, minute), Type.DIRECTORY, minute * MINUTE_NS)
+    def _minute(self, minute: int) -> TreeEntry:
+        return TreeEntry(pack_inode(InodeKind.MINUTE, 0, minute), EntryType.DIRECTORY, minute * MINUTE_NS)
 
 
 def _clock_name(second: int) -> str:

@@ -27,7 +27,7 @@ from pitfs.errors import CorruptionError, PitfsError
 from pitfs.model.blockmap import FANOUT, FANOUT_BITS, NODE_BYTES, U64Array
 from pitfs.model.transfer import UNIT_BYTES
 from pitfs.storage.files import storage_error
-from pitfs.store.layout import (
+from pitfs.store.objects.format import (
     HEADER_BYTES,
     OBJECTS,
     UNIT_BITS,
@@ -38,9 +38,9 @@ from pitfs.store.layout import (
     pointer_object,
     pointer_unit,
 )
-from pitfs.store.objects import MissingObjectError
-from pitfs.view.ahead import Sequence, ask, ranges_of
+from pitfs.store.objects.pool import MissingObjectError
 from pitfs.view.ranges import data_ranges
+from pitfs.view.readahead import Sequence, ask, ranges_of
 
 if TYPE_CHECKING:
     from pitfs.store.store import Resolution, Store

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from pitfs.errors import CapacityError, CorruptionError
-from pitfs.model.record import Kind, Record, block_checksums
-from pitfs.production.journal import MIN_SEGMENT_BYTES, Journal, Location
-from pitfs.production.recovery import Tail, replay
+from pitfs.journal.recovery import JournalTail, replay
+from pitfs.journal.writer import MIN_SEGMENT_BYTES, Journal, Location
+from pitfs.model.record import Record, RecordKind, block_checksums
 from pitfs.storage.segment import DATA_OFFSET, SegmentHeader, SegmentReader, list_segments
 
 HISTORY = bytes(range(16))
@@ -25,15 +25,15 @@ def content(number: int) -> bytes:
 def append(journal: Journal, seq: int, blocks: int = 1) -> None:
     data = b"".join(content(seq * 1000 + index) for index in range(blocks))
     covered = b"".join(each.to_bytes(8, "little") for each in block_checksums(data, BLOCK))
-    journal.append(Kind.WRITE, 0, seq, blocks, seq, 1000 + seq, covered, data)
+    journal.append(RecordKind.WRITE, 0, seq, blocks, seq, 1000 + seq, covered, data)
 
 
-def recover(directory: Path) -> tuple[list[int], Tail | None]:
+def recover(directory: Path) -> tuple[list[int], JournalTail | None]:
     """The seqs found, each verified, and the tail."""
     found: list[int] = []
 
     def visit(reader: SegmentReader, offset: int, record: Record) -> None:
-        if record.kind is Kind.WRITE:
+        if record.kind is RecordKind.WRITE:
             data = reader.verified_contents(offset, record)
             assert data[:BLOCK] == content(record.seq * 1000)
             found.append(record.seq)

@@ -8,8 +8,8 @@ import msgspec
 from pyroaring import BitMap64
 from xxhash import xxh3_64_intdigest
 
-from pitfs.model.record import CopyStart, Kind
-from pitfs.production.changes import FILE, Changes, keep_changes, kept_changes, pieces
+from pitfs.model.record import CopyStart, RecordKind
+from pitfs.splitter.change_bitmap import FILE, ChangeBitmap, keep_changes, kept_changes, pieces
 
 CHANGES_FILE = bytes.fromhex(
     "83a6666f726d617401a4626173659207cd04d2a76269746d61707392c4380200000000000000000000003a3000000100"
@@ -21,8 +21,8 @@ COPY_START = bytes.fromhex(
 )
 
 
-def changes() -> Changes:
-    return Changes((7, 1234), [BitMap64([1, 2, 5, 1 << 33]), BitMap64()], 1 << 20)
+def changes() -> ChangeBitmap:
+    return ChangeBitmap((7, 1234), [BitMap64([1, 2, 5, 1 << 33]), BitMap64()], 1 << 20)
 
 
 def test_the_file_is_these_bytes(tmp_path: Path) -> None:
@@ -38,4 +38,4 @@ def test_a_copy_of_changes_begins_with_these_bytes() -> None:
     start = CopyStart(3, 7, 1234, "full", tuple(len(each) for each in encoded))
     assert msgspec.msgpack.encode(start) == COPY_START
     assert list(pieces(encoded)) == [(0, 0, encoded[0]), (1, 0, encoded[1])]
-    assert int(Kind.COPY_BLOCKS) == 7
+    assert int(RecordKind.COPY_BLOCKS) == 7

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pitfs.errors import CorruptionError, StoreVersionError
-from pitfs.model.record import Kind, decode_head, encode_head
+from pitfs.model.record import RecordKind, decode_head, encode_head
 from pitfs.storage.segment import DATA_OFFSET, SegmentHeader, segment_name, segment_number
 
 RECORD = bytes.fromhex(
@@ -21,7 +21,7 @@ COVERED = bytes(range(16))
 
 
 def encoded() -> bytes:
-    return encode_head(Kind.WRITE, 2, 7, 2, 42, 123456789, 9, 8, COVERED, 512, seed=0x1234)
+    return encode_head(RecordKind.WRITE, 2, 7, 2, 42, 123456789, 9, 8, COVERED, 512, seed=0x1234)
 
 
 def header() -> SegmentHeader:
@@ -41,7 +41,7 @@ def test_a_segments_header_is_these_bytes() -> None:
 
 def test_a_record_decodes_to_what_was_encoded_and_only_with_its_seed() -> None:
     record = decode_head(encoded(), 0, 0x1234, "x", 0)
-    assert (record.kind, record.volume, record.block, record.block_count) == (Kind.WRITE, 2, 7, 2)
+    assert (record.kind, record.volume, record.block, record.block_count) == (RecordKind.WRITE, 2, 7, 2)
     assert (record.seq, record.time_ns, record.lsn, record.durable_lsn) == (42, 123456789, 9, 8)
     assert record.covered == COVERED and record.size_bytes == 64 + 16 + 512
     with pytest.raises(CorruptionError):

@@ -13,7 +13,7 @@ from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import NoSuchInstantError
 from pitfs.model.transfer import Bookmark, Gap, VolumeInfo
-from pitfs.store.catalog import Snapshot
+from pitfs.store.catalog.catalog import Snapshot
 from pitfs.store.store import Resolution
 
 MINUTE_S = 60

@@ -36,15 +36,15 @@ from pitfs.model.transfer import (
     Data,
     End,
     Hello,
-    Kind,
     Manifest,
     Section,
     Source,
     StreamMark,
+    TransferKind,
     VolumeInfo,
     Writes,
 )
-from pitfs.store import database
+from pitfs.store.catalog import database
 from pitfs.store.ingest import Ingest
 
 START_NS: Final = 1_763_855_640_000_000_000
@@ -183,14 +183,14 @@ class LongHistory:
     def full_copy(self, block_count: int = 0, first_block: int = 0) -> None:
         """The first snapshot: so many blocks from `first_block` on have data, all others are zeros."""
         blocks = np.arange(first_block, first_block + block_count, dtype=np.int64)
-        self._diff(Kind.FULL, self.seq, self.time_ns, [blocks])
+        self._diff(TransferKind.FULL, self.seq, self.time_ns, [blocks])
 
     def snapshots(self, count: int, blocks_each: int = 1, first_block: int = 0, span: int | None = None) -> None:
         """Snapshots without journals, a second apart, each with a write to every one of some strewn blocks."""
         span = self.volume.block_count - first_block if span is None else span
         for _ in range(count):
             blocks = first_block + np.unique(self._random.integers(0, span, blocks_each))
-            self._diff(Kind.INTERVAL, self.seq + len(blocks), self.time_ns + SNAPSHOT_STEP_NS, [blocks])
+            self._diff(TransferKind.INTERVAL, self.seq + len(blocks), self.time_ns + SNAPSHOT_STEP_NS, [blocks])
 
     def interval(
         self, count: int, span: int, first_block: int = 0, stride: int = 1, data_every: int = 16, *,
@@ -223,7 +223,7 @@ class LongHistory:
 
     # How they go
 
-    def _manifest(self, kind: Kind, to_seq: int, to_time_ns: int, diff_count: int | None) -> Manifest:
+    def _manifest(self, kind: TransferKind, to_seq: int, to_time_ns: int, diff_count: int | None) -> Manifest:
         return Manifest(
             mark=self._mark, kind=kind, from_seq=self.seq, from_time_ns=self.time_ns, to_seq=to_seq,
             to_time_ns=to_time_ns, first_time_ns=None if to_seq == self.seq else self.time_ns + 1,
@@ -231,11 +231,12 @@ class LongHistory:
             journal_count=0, position_count=0, identity=f"{kind} {self._mark}",
         )  # fmt: skip
 
-    def _diff(self, kind: Kind, to_seq: int, to_time_ns: int, batches: list[I64]) -> None:
+    def _diff(self, kind: TransferKind, to_seq: int, to_time_ns: int, batches: list[I64]) -> None:
         """A transfer whose rows all have data."""
         self._mark += 1
         ingest, size = self.ingest, self.volume.block_size
-        ingest.begin(self._manifest(kind, to_seq, to_time_ns, None if kind is Kind.FULL else sum(map(len, batches))))
+        diff_count = None if kind is TransferKind.FULL else sum(map(len, batches))
+        ingest.begin(self._manifest(kind, to_seq, to_time_ns, diff_count))
         rows_bytes = contents_bytes = 0
         for blocks in batches:
             for part in np.array_split(blocks, -(-len(blocks) * size // (1 << 20)) or 1):
@@ -278,7 +279,7 @@ class LongHistory:
         from_seq, from_ns = self.seq, self.time_ns
         to_seq, to_ns = from_seq + writes.count, from_ns + STEP_NS * writes.count
         self._mark += 1
-        manifest = self._manifest(Kind.INTERVAL, to_seq, to_ns, min(writes.span, writes.count))
+        manifest = self._manifest(TransferKind.INTERVAL, to_seq, to_ns, min(writes.span, writes.count))
         sections = _Sections(self.ingest, self.volume.block_size)
         self.ingest.begin(manifest)
         for blocks, numbers, is_last in writes.sorted_batches():
@@ -286,7 +287,7 @@ class LongHistory:
         self.ingest.end(End(sections.lengths))
         sections = _Sections(self.ingest, self.volume.block_size)
         layers = {
-            "kind": Kind.LAYERS, "granularity_ns": 0, "base_granularity_ns": None, "diff_count": 0, "cause": "",
+            "kind": TransferKind.LAYERS, "granularity_ns": 0, "base_granularity_ns": None, "diff_count": 0, "cause": "",
             "journal_count": writes.count, "position_count": writes.count, "identity": f"layers {self._mark}",
         }  # fmt: skip
         self.ingest.begin(Manifest(**{name: getattr(manifest, name) for name in manifest.__struct_fields__} | layers))

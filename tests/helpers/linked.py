@@ -15,15 +15,18 @@ from typing import Any, Final, cast
 import pytest
 import trio
 
-from pitfs.cli import backfill, sending, shipping, standing, streaming
-from pitfs.cli.shipping import Shipper
-from pitfs.config import load_config
-from pitfs.link.receiver import Limits
-from pitfs.link.transport import SenderSession, Timeouts, connect, serve
-from pitfs.model.schedule import Way
-from pitfs.production.agreement import Agreement
-from pitfs.production.control import Connection
-from pitfs.production.service import SplitterService
+from pitfs.config.production import load_config
+from pitfs.link.sessions.connect import SenderSession, Timeouts, connect, serve
+from pitfs.link.sessions.receiver import Limits
+from pitfs.model.schedule import ShippingMode
+from pitfs.replication import backfill, sending
+from pitfs.replication import shipper as shipping
+from pitfs.replication import status as standing
+from pitfs.replication import stream as streaming
+from pitfs.replication.shipper import Shipper
+from pitfs.splitter.control import Connection
+from pitfs.splitter.service import SplitterService
+from pitfs.splitter.sync_gate import SyncGate
 from pitfs.store.ingest import Ingest
 from pitfs.store.store import Store
 from tests.helpers.netlink import Proxy
@@ -40,7 +43,7 @@ class Linked:
 
     def __init__(self, pipeline: Pipeline, proxy: Proxy) -> None:
         self.pipeline, self.proxy = pipeline, proxy
-        self.service = SplitterService(pipeline.splitter, Agreement(holds=False, blocks=False, copying=False))
+        self.service = SplitterService(pipeline.splitter, SyncGate(holds=False, blocks=False, copying=False))
         backings = {f"v{index}": path for index, path in enumerate(pipeline.backings)}
         # The rate is never reached, and makes the room for layers known: none, so that each goes for itself.
         config = write_config(
@@ -118,7 +121,7 @@ async def linked(
     monkeypatch.setattr(standing, "BACKOFF_S", (0.001,))
     for module in (sending, shipping, backfill):
         monkeypatch.setattr(module, "payload_bytes_for", lambda rate: FRAME_BYTES)
-    monkeypatch.setattr(shipping, "way_to_go", lambda **_: Way(streams, "for the test"))
+    monkeypatch.setattr(shipping, "way_to_go", lambda **_: ShippingMode(streams, "for the test"))
     for name in ("MIN_WINDOW_BYTES", "MAX_WINDOW_BYTES"):
         monkeypatch.setattr(streaming, name, 2 * FRAME_BYTES)
     pipeline.ingest.close()  # the receiver opens the store

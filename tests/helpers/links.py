@@ -13,7 +13,7 @@ import trio
 import trustme
 
 from pitfs.errors import PitfsError
-from pitfs.link.frames import (
+from pitfs.link.protocol.frames import (
     Accept,
     Buffer,
     Committed,
@@ -28,10 +28,10 @@ from pitfs.link.frames import (
     Resume,
     WireData,
 )
-from pitfs.link.protocol import LinkProtocol, Role
-from pitfs.link.receiver import ReadGrants
-from pitfs.link.tls import LinkContext
-from pitfs.link.transport import Limits, serve
+from pitfs.link.protocol.protocol import LinkProtocol, Role
+from pitfs.link.sessions.connect import Limits, serve
+from pitfs.link.sessions.receiver import ReadGrants
+from pitfs.link.transport.tls import LinkContext
 from pitfs.model.transfer import (
     Begin,
     Bookmark,
@@ -42,12 +42,12 @@ from pitfs.model.transfer import (
     Flush,
     Gap,
     Hello,
-    Kind,
     Manifest,
     Park,
     ResumePoint,
     Section,
     StreamMark,
+    TransferKind,
     VolumeInfo,
     Welcome,
     Writes,
@@ -56,7 +56,7 @@ from pitfs.model.transfer import (
 HELLO = Hello("db1", "00ff", (VolumeInfo("root", 1 << 30, 4096), VolumeInfo("data", 1 << 20, 512)))
 MANIFEST = Manifest(
     mark=1,
-    kind=Kind.INTERVAL,
+    kind=TransferKind.INTERVAL,
     from_seq=0,
     from_time_ns=5,
     to_seq=9,

@@ -12,7 +12,7 @@ import trio
 
 from pitfs.nbd.exports import Exports
 from pitfs.nbd.server import StartTls, serve
-from pitfs.store.holders import Holder
+from pitfs.store.pins.pins import Pins
 from pitfs.store.store import Store
 from pitfs.view.tree import Tree
 
@@ -180,7 +180,7 @@ async def nbd_server(store: Store, tmp: Path, start_tls: StartTls | None = None)
     await listening.bind(str(path))
     listening.listen(128)
     tree = Tree(store, lambda: 1_800_000_000 * 10**9)
-    with Holder(store.path, "serve-nbd test") as holder:
+    with Pins(store.path, "serve-nbd test") as holder:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(serve, [trio.SocketListener(listening)], Exports(store, tree, holder), start_tls)
             yield path

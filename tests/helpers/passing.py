@@ -10,22 +10,22 @@ from typing import Any, cast
 import pytest
 import trio
 
-from pitfs.cli import following, shipping
 from pitfs.errors import CapacityError, LinkError
-from pitfs.link.sender import SenderSession
-from pitfs.model.record import Kind
-from pitfs.model.transfer import DIFF_ENTRY, Checkpoint, Data, Section
-from pitfs.model.transfer import Kind as TransferKind
-from pitfs.production import splitter as splitter_module
-from pitfs.production.agreement import Agreement
-from pitfs.production.reader import Copy, Interval
-from pitfs.production.service import SplitterService
+from pitfs.journal.reader import Copy, Interval
+from pitfs.link.sessions.sender import SenderSession
+from pitfs.model.record import RecordKind
+from pitfs.model.transfer import DIFF_ENTRY, Checkpoint, Data, Section, TransferKind
+from pitfs.replication import cursor as following
+from pitfs.replication import shipper as shipping
+from pitfs.splitter import splitter as splitter_module
+from pitfs.splitter.service import SplitterService
+from pitfs.splitter.sync_gate import SyncGate
 from pitfs.store.store import Store
 from tests.helpers.shipper import MARGIN_S, VOLUME_BYTES, Here, Parts
 from tests.helpers.stores import read_image
 
 PASSING_S = 0.1
-_IN_THE_RESERVE = (Kind.MARK, Kind.COPY_PROGRESS)
+_IN_THE_RESERVE = (RecordKind.MARK, RecordKind.COPY_PROGRESS)
 
 
 class Session(Here):
@@ -125,16 +125,16 @@ class Passing(Parts):
         """Writes of which none is journalled."""
         self.full = True
         self.scatter(count)
-        assert self.splitter.standing.passing
+        assert self.splitter.standing.bypass_cause
 
     def room(self) -> bool:
         """What is shipped is given back, and writes are journalled again, if there is room for that."""
         self.full = False
         splitter = self.splitter
-        if not splitter.standing.passing:
+        if not splitter.standing.bypass_cause:
             return True
         splitter.journal.release(splitter.releasable_segment)
-        return bool(splitter.resume_journal(splitter.standing.passing))
+        return bool(splitter.resume_journal(splitter.standing.bypass_cause))
 
     def restart(self, clean: bool) -> None:
         """The splitter's process ends, in order or by a kill, and comes again."""
@@ -144,7 +144,7 @@ class Passing(Parts):
         else:
             self.pipeline.crash()
         self.pipeline.start()
-        self.service = SplitterService(self.splitter, Agreement(holds=False, blocks=False, copying=False))
+        self.service = SplitterService(self.splitter, SyncGate(holds=False, blocks=False, copying=False))
         self._limit()
 
     async def connect_anew(self) -> None:
@@ -160,10 +160,10 @@ class Passing(Parts):
         while True:
             try:
                 item: Interval | Copy | None = None
-                with trio.move_on_after(PASSING_S if self.splitter.standing.passing else MARGIN_S) as waiting:
+                with trio.move_on_after(PASSING_S if self.splitter.standing.bypass_cause else MARGIN_S) as waiting:
                     item = await self.shipper._following.next_item(session, wait=False)
                 if waiting.cancelled_caught:  # it waits for a copy
-                    assert self.splitter.standing.passing
+                    assert self.splitter.standing.bypass_cause
                     await self.connect_anew()
                     return
                 if isinstance(item, Copy):
@@ -181,7 +181,7 @@ class Passing(Parts):
     async def settle(self) -> None:
         """Everything is on the replica."""
         await self.ship_all()
-        if self.splitter.standing.passing:
+        if self.splitter.standing.bypass_cause:
             self.splitter.checkpoint(self.splitter.snapshot_progress())
             assert self.room()
         self.mark()

@@ -10,16 +10,17 @@ from pathlib import Path
 
 import numpy as np
 
+from pitfs.journal.reader import BlockSource, Copy, Interval, JournalReader
+from pitfs.journal.writer import Location
 from pitfs.model.granularity import decide
 from pitfs.model.ladder import NO_LAYER, layer_of
 from pitfs.model.record import CopyProgress
 from pitfs.model.transfer import Hello, Manifest, ResumePoint, TransferFrame, VolumeInfo
-from pitfs.production import copying, shipment
-from pitfs.production.journal import Location
-from pitfs.production.reader import BlockSource, Copy, Interval, JournalReader
-from pitfs.production.splitter import Splitter
-from pitfs.production.start import VolumeSpec, journal_directory, lock_state, open_splitter
-from pitfs.production.state import read_group
+from pitfs.replication import full_sync as copying
+from pitfs.replication import shipment
+from pitfs.splitter.progress import read_group
+from pitfs.splitter.splitter import Splitter
+from pitfs.splitter.startup import VolumeSpec, journal_directory, lock_state, open_splitter
 from pitfs.store.ingest import Ingest
 from tests.helpers.stores import feed
 

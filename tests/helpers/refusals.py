@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pitfs.cli.asking import ask
-from pitfs.config import load_config
+from pitfs.config.production import load_config
 from tests.helpers.hosts import Production
 from tests.helpers.processes import ROOT, pitfs_command
 

@@ -9,9 +9,9 @@ from typing import Any, cast
 
 import trio
 
-from pitfs.cli.shipping import Shipper
-from pitfs.config import load_config
-from pitfs.link.sender import SenderSession
+from pitfs.config.production import load_config
+from pitfs.journal.reader import Copy, Interval
+from pitfs.link.sessions.sender import SenderSession
 from pitfs.model.transfer import (
     Checkpoint,
     Data,
@@ -24,11 +24,11 @@ from pitfs.model.transfer import (
     Welcome,
     Writes,
 )
-from pitfs.production.agreement import Agreement
-from pitfs.production.control import Connection
-from pitfs.production.reader import Copy, Interval
-from pitfs.production.service import SplitterService
-from pitfs.store.facts import Interval as Facts
+from pitfs.replication.shipper import Shipper
+from pitfs.splitter.control import Connection
+from pitfs.splitter.service import SplitterService
+from pitfs.splitter.sync_gate import SyncGate
+from pitfs.store.catalog.records import Interval as Facts
 from pitfs.store.ingest import Ingest
 from pitfs.store.store import Store
 from tests.helpers.pipeline import Pipeline
@@ -91,7 +91,7 @@ class Parts:
 
     def __init__(self, tmp: Path, seed: int = 0) -> None:
         self.pipeline = Pipeline(tmp, [VOLUME_BYTES], [4096], capacity_bytes=16 << 20, seed=seed)
-        self.service = SplitterService(self.pipeline.splitter, Agreement(holds=False, blocks=False, copying=False))
+        self.service = SplitterService(self.pipeline.splitter, SyncGate(holds=False, blocks=False, copying=False))
         config = load_config(str(write_config(tmp, {"v0": self.pipeline.backings[0]})))
         self.session = Here(self.pipeline.ingest)
         self.shipper = Shipper(config, self.pipeline.hello, cast(Connection, self), cast(Connection, self), None)
@@ -167,7 +167,7 @@ class Parts:
 
     def fill(self) -> None:
         """Writes until they pass, and one more."""
-        while not self.pipeline.splitter.standing.passing:
+        while not self.pipeline.splitter.standing.bypass_cause:
             self.write(100_000)
         self.write(100_000)
 

@@ -10,7 +10,7 @@ from xxhash import xxh3_64_intdigest
 from pitfs.errors import CorruptionError
 from pitfs.model.transfer import Begin, Checkpoint, Data, Park, ResumePoint, TransferFrame, Welcome
 from pitfs.store.ingest import Ingest
-from pitfs.store.layout import pointer_object, pointer_unit
+from pitfs.store.objects.format import pointer_object, pointer_unit
 from pitfs.store.store import Resolution, Store
 from tests.helpers.transfers import Transfer
 

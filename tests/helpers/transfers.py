@@ -28,11 +28,11 @@ from pitfs.model.transfer import (
     End,
     Gap,
     Hello,
-    Kind,
     Manifest,
     Section,
     Source,
     TransferFrame,
+    TransferKind,
     VolumeInfo,
 )
 
@@ -67,7 +67,7 @@ class Transfer:
     def end(self) -> End:
         one, two, three, four, five = (len(self.sections[section]) for section in TRANSFER_SECTIONS)
         checksums = []
-        shares = Section.JOURNAL_BLOCKS if self.manifest.kind is Kind.LAYERS else Section.DIFF_BLOCKS
+        shares = Section.JOURNAL_BLOCKS if self.manifest.kind is TransferKind.LAYERS else Section.DIFF_BLOCKS
         for section in (Section.DIFF_BLOCKS, Section.JOURNAL_BLOCKS):
             ends = np.cumsum(self.block_sizes[section]).tolist()
             blocks = [self.sections[section][a:b] for a, b in itertools.pairwise([0, *ends])]
@@ -215,7 +215,7 @@ class History:
         gaps = (Gap(*self.at, seq, time_ns, "rescan"),) if full and not first else ()
         manifest = Manifest(
             mark=self.mark,
-            kind=Kind.FULL if full else Kind.INTERVAL,
+            kind=TransferKind.FULL if full else TransferKind.INTERVAL,
             from_seq=self.at[0],
             from_time_ns=self.at[1],
             to_seq=seq,
@@ -336,7 +336,7 @@ class _Sections:
                     contents.append(content)
                 rows.append((block, seq, unit, volume, source, 0))
             manifest = msgspec.structs.replace(
-                diff, kind=Kind.LAYERS, granularity_ns=rung_ns, cause="every write" if rung_ns == 0 else "slow",
+                diff, kind=TransferKind.LAYERS, granularity_ns=rung_ns, cause="every write" if rung_ns == 0 else "slow",
                 base_granularity_ns=None if base < 0 else RUNGS_NS[base], base_bytes=base_bytes,
                 diff_count=0, journal_count=len(rows), position_count=len(positions),
                 identity=f"{diff.identity}-{base}-{layer}", bookmarks=(), gaps=(),

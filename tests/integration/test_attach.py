@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from pitfs.fuse.loops import sector_size_for
+from pitfs.fuse.kernel.loop_devices import sector_size_for
 from pitfs.store.store import Store
 from tests.helpers.attaching import AFTER, BEFORE, Disks, attached, nothing_left, pitfs
 from tests.helpers.documents import commands

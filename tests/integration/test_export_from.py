@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from pitfs.cli import forward
-from pitfs.cli.forward import Marker
 from pitfs.model.position import Position, format_instant
 from pitfs.model.transfer import VolumeInfo
+from pitfs.restore import incremental_export as forward
+from pitfs.restore.incremental_export import Marker
 from pitfs.store.ingest import Ingest
 from tests.helpers.commands import said
 from tests.helpers.loops import LoopDevice

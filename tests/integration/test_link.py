@@ -24,10 +24,10 @@ from pitfs.errors import (
     StoreError,
     UsageError,
 )
-from pitfs.link.frames import PREFACE, Accept, Encoding, Greeting, Resume, WireData
-from pitfs.link.protocol import LinkProtocol, Role
-from pitfs.link.sender import WINDOW_BYTES
-from pitfs.link.transport import Limits, SenderSession, Timeouts, connect, serve
+from pitfs.link.protocol.frames import PREFACE, Accept, Encoding, Greeting, Resume, WireData
+from pitfs.link.protocol.protocol import LinkProtocol, Role
+from pitfs.link.sessions.connect import Limits, SenderSession, Timeouts, connect, serve
+from pitfs.link.sessions.sender import WINDOW_BYTES
 from pitfs.model.transfer import Begin, Checkpoint, Data, End, Hello, ResumePoint, Section, Welcome
 from tests.helpers.links import HELLO, MANIFEST, NOTHING, FakeIngest, joined, replica
 
@@ -400,7 +400,7 @@ async def test_a_peer_of_another_version_is_refused_with_both_versions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with replica(Opener()) as port:
-        monkeypatch.setattr("pitfs.link.sender.VERSIONS", (2, 3))
+        monkeypatch.setattr("pitfs.link.sessions.sender.VERSIONS", (2, 3))
         with pytest.raises(LinkRefusedError, match="speaks versions 1 of the protocol and the sender 2, 3"):
             async with link(port):
                 pass
@@ -467,7 +467,7 @@ async def test_a_peer_that_does_not_answer_at_all_is_given_up() -> None:
 
 
 async def test_without_tls_only_loopback_is_talked_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pitfs.link.transport.is_loopback", lambda address: address != "127.0.0.1")
+    monkeypatch.setattr("pitfs.link.sessions.connect.is_loopback", lambda address: address != "127.0.0.1")
     async with replica(Opener()) as port:
         with pytest.raises(UsageError, match="insecure is for loopback only"):
             async with link(port):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import trio
 
-from pitfs.link.transport import Limits, SenderSession, connect
+from pitfs.link.sessions.connect import Limits, SenderSession, connect
 from pitfs.model.transfer import JOURNAL_ENTRY, Checkpoint, Data, End, Hello, Section
 from tests.helpers.links import HELLO, MANIFEST, FakeIngest, replica
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import trio
 
-from pitfs.link.receiver import Limits
-from pitfs.link.sender import SenderSession
-from pitfs.link.stream import Timeouts
+from pitfs.link.sessions.receiver import Limits
+from pitfs.link.sessions.sender import SenderSession
+from pitfs.link.transport.streams import Timeouts
 from pitfs.model.transfer import End, Welcome
-from pitfs.production import copying
+from pitfs.replication import full_sync as copying
 from tests.helpers.linked import FRAME_BYTES, Linked, linked
 from tests.helpers.netlink import Proxy
 from tests.helpers.pipeline import Pipeline

@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from pitfs.errors import CapacityError, LinkError
-from pitfs.link.transport import connect
+from pitfs.link.sessions.connect import connect
 from pitfs.model.transfer import (
     WRITE,
     Checkpoint,

@@ -15,7 +15,7 @@ import pytest
 import trio
 import trustme
 
-from pitfs.config import load_grants
+from pitfs.config.production import load_grants
 from pitfs.errors import (
     ConfigError,
     LinkError,
@@ -24,9 +24,9 @@ from pitfs.errors import (
     RemoteProtocolError,
     UsageError,
 )
-from pitfs.link.stream import TlsStream
-from pitfs.link.tls import client_context, is_granted, is_loopback, require_loopback, server_context
-from pitfs.link.transport import connect
+from pitfs.link.sessions.connect import connect
+from pitfs.link.transport.streams import TlsStream
+from pitfs.link.transport.tls import client_context, is_granted, is_loopback, require_loopback, server_context
 from tests.helpers.links import HELLO, MANIFEST, FakeIngest, Files, issue, replica
 from tests.integration.test_link import NOISE, ship
 
@@ -181,7 +181,7 @@ async def test_a_certificate_for_other_groups_is_refused(
 ) -> None:
     names = (("DNS", "production.example"), ("URI", "pitfs:group:db2"))
     monkeypatch.setattr(
-        "pitfs.link.stream.TlsStream.peer_certificate", lambda self: {"subjectAltName": names}
+        "pitfs.link.transport.streams.TlsStream.peer_certificate", lambda self: {"subjectAltName": names}
     )
     async with replica(FakeIngest, server_context(*pki["replica"].as_arguments())) as port:
         with pytest.raises(LinkRefusedError, match="the certificate doesn't grant group db1"):

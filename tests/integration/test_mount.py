@@ -23,9 +23,9 @@ from pitfs.fuse.replica import Ownership
 from pitfs.fuse.replica import Replica as Handlers
 from pitfs.model.position import format_instant
 from pitfs.model.transfer import VolumeInfo
-from pitfs.store.catalog import Catalog
+from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.ingest import Ingest
-from pitfs.store.objects import ObjectPool
+from pitfs.store.objects.pool import ObjectPool
 from pitfs.store.store import Store
 from pitfs.view.tree import Tree
 from tests.helpers.hosts import Mount

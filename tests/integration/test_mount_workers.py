@@ -21,8 +21,8 @@ from pitfs.errors import PitfsError, UsageError
 from pitfs.fuse.workers import retell, tell
 from pitfs.model.position import format_instant
 from pitfs.model.transfer import VolumeInfo
-from pitfs.store.holders import held
 from pitfs.store.ingest import Ingest
+from pitfs.store.pins.pins import held
 from tests.helpers.hosts import Mount
 from tests.helpers.loops import is_mounted
 from tests.helpers.processes import cpu_seconds, wait_until

@@ -17,8 +17,8 @@ import trio
 import trustme
 
 from pitfs.errors import LinkError, LinkRefusedError, PositionMismatchError
-from pitfs.link.tls import LinkContext, client_context
-from pitfs.link.transport import SenderSession, connect
+from pitfs.link.sessions.connect import SenderSession, connect
+from pitfs.link.transport.tls import LinkContext, client_context
 from pitfs.model.transfer import Begin, End, Welcome
 from pitfs.store.store import Store
 from tests.helpers.links import issue

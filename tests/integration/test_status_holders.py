@@ -10,9 +10,9 @@ import pytest
 
 from pitfs.cli.holding import holder_rows, holder_text
 from pitfs.model.position import format_instant
-from pitfs.store.holder_file import MAX_LISTED
-from pitfs.store.holders import Holder
 from pitfs.store.ingest import Ingest
+from pitfs.store.pins.pin_file import MAX_LISTED
+from pitfs.store.pins.pins import Pins
 from tests.helpers.hosts import Mount
 from tests.helpers.loops import LoopDevice
 from tests.helpers.processes import pitfs_command, run
@@ -34,7 +34,7 @@ def test_status_names_the_holders(store: str) -> None:
     command = [*pitfs_command(), "status", store]
     assert json.loads(run([*command, "--json"]).stdout)["holders"] == []
     assert "holder" not in run(command).stdout
-    with Holder(store, "export /srv/x.img") as holder:
+    with Pins(store, "export /srv/x.img") as holder:
         holder.pin(5, 1_700_000_000_000_000_000)
         (row,) = json.loads(run([*command, "--json"]).stdout)["holders"]
         assert format_instant(0) < row.pop("since") < "2100"
@@ -52,7 +52,7 @@ def test_status_names_the_holders(store: str) -> None:
 
 
 def test_a_line_about_a_holder_stays_short(store: str) -> None:
-    with Holder(store, "mount /nowhere") as holder:
+    with Pins(store, "mount /nowhere") as holder:
         assert holder_text(holder_rows(store)[0]) == f"mount /nowhere (pid {os.getpid()}): no instant now"
         for seq in range(MAX_LISTED + 1):
             holder.pin(seq, seq * 10**9)
@@ -65,7 +65,7 @@ def test_a_line_about_a_holder_stays_short(store: str) -> None:
 @pytest.mark.fuse
 @pytest.mark.loop
 def test_the_loop_devices_over_a_mounts_images_are_named(store: str, tmp_path: Path) -> None:
-    with Mount(Path(store), tmp_path) as mount, Holder(store, f"mount {mount.path}"):
+    with Mount(Path(store), tmp_path) as mount, Pins(store, f"mount {mount.path}"):
         instant = mount.instants()[0]
         with LoopDevice(mount.image(instant, "v0"), read_only=True) as device:
             (row,) = (row for row in holder_rows(store) if row["pid"] == os.getpid())

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import trustme
 
-from pitfs.link.frames import PREFACE, Refuse, encode
+from pitfs.link.protocol.frames import PREFACE, Refuse, encode
 from tests.helpers.hosts import Production, Replica, digest, free_port, xxhsum
 from tests.helpers.links import Files, issue
 from tests.helpers.peers import peer_that_says

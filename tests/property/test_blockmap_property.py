@@ -9,8 +9,8 @@ from xxhash import xxh3_64_intdigest
 from pitfs.model.blockmap import (
     EMPTY,
     FANOUT,
-    Entry,
     MapBuilder,
+    MapEntry,
     Node,
     find_leaf,
     next_difference,
@@ -35,7 +35,7 @@ class Nodes:
         return np.frombuffer(data, "<u8").reshape(2, FANOUT)
 
 
-def as_dictionary(nodes: Nodes, root: Entry, block_count: int) -> dict[int, tuple[int, int]]:
+def as_dictionary(nodes: Nodes, root: MapEntry, block_count: int) -> dict[int, tuple[int, int]]:
     found = {}
     for leaf_index in range(-(-block_count // FANOUT)):
         leaf = find_leaf(root, block_count, leaf_index, nodes.load)
@@ -156,7 +156,7 @@ def test_a_map_of_which_all_blocks_become_zeros_is_empty_again() -> None:
 
 
 def test_nothing_updated_is_the_same_map() -> None:
-    root = Entry(5, 6)
+    root = MapEntry(5, 6)
     assert MapBuilder(10, root, Nodes().load, Nodes().emit).finish() == root
 
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pitfs.errors import RemoteProtocolError
-from pitfs.link.codec import PayloadDecoder, PayloadEncoder
-from pitfs.link.columns import ColumnDecoder, ColumnEncoder, max_columns_bytes
-from pitfs.link.frames import Encoding, WireData, decode, encode
+from pitfs.link.codec.columns import ColumnDecoder, ColumnEncoder, max_columns_bytes
+from pitfs.link.codec.payloads import PayloadDecoder, PayloadEncoder
+from pitfs.link.protocol.frames import Encoding, WireData, decode, encode
 from pitfs.model.transfer import MAX_PAYLOAD_BYTES, ROWS, Data, Section
 
 FUZZ_ROUNDS = 3000

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pitfs.config import Config, load_config, parse_config
+from pitfs.config.production import Config, load_config, parse_config
 from pitfs.errors import ConfigError
 from tests.unit.test_config import FULL
 

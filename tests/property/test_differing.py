@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from pitfs.model.transfer import VolumeInfo
+from pitfs.store.index.block_maps import NodeReader
 from pitfs.store.ingest import Ingest
-from pitfs.store.snapshots import NodeReader
 from pitfs.store.store import Store
-from pitfs.view.differing import Difference, bitmap
+from pitfs.view.differences import Difference, bitmap
 from tests.helpers.histories import unsynced
 from tests.helpers.stores import ingest_transfer
 from tests.helpers.streams import FakeClock, batch_of, mark_of

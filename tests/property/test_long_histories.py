@@ -13,9 +13,9 @@ import pytest
 from pitfs.cli.main import main
 from pitfs.model.position import DAY_NS, format_instant
 from pitfs.model.transfer import VolumeInfo
-from pitfs.store.catalog import Catalog
-from pitfs.store.database import Database
-from pitfs.store.objects import ObjectPool
+from pitfs.store.catalog.catalog import Catalog
+from pitfs.store.catalog.database import Database
+from pitfs.store.objects.pool import ObjectPool
 from pitfs.store.store import Store
 from pitfs.view.ranges import data_ranges
 from pitfs.view.tree import ROOT_INODE, Tree

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pitfs.model.transfer import Kind
+from pitfs.model.transfer import TransferKind
 from tests.helpers.passing import Passing
 
 STEPS = 40
@@ -27,7 +27,7 @@ async def step(parts: Passing, saved: list[Path]) -> None:
         case 0 | 1 | 2:
             parts.scatter(int(random.integers(1, 8)))
         case 3:
-            if not parts.splitter.standing.passing:
+            if not parts.splitter.standing.bypass_cause:
                 parts.mark()
         case 4:
             parts.overflow(int(random.integers(1, 6)))
@@ -56,7 +56,7 @@ async def step(parts: Passing, saved: list[Path]) -> None:
 async def test_no_order_of_full_journals_stops_and_copies_leads_astray(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    monkeypatch.setattr("pitfs.production.copying.STRETCH_BYTES", 65536)
+    monkeypatch.setattr("pitfs.replication.full_sync.STRETCH_BYTES", 65536)
     parts = Passing(tmp_path, monkeypatch, seed)
     await parts.locate()
     if seed % 2:
@@ -71,7 +71,7 @@ async def test_no_order_of_full_journals_stops_and_copies_leads_astray(
 
 async def test_these_orders_have_copies_of_both_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The property above is about something."""
-    kinds: list[Kind] = []
+    kinds: list[TransferKind] = []
     for seed in range(8):
         with monkeypatch.context() as patch:
             parts = Passing(tmp_path / str(seed), patch, seed)
@@ -82,4 +82,4 @@ async def test_these_orders_have_copies_of_both_kinds(tmp_path: Path, monkeypatc
                 await step(parts, saved)
             kinds += parts.session.kinds
             parts.close()
-    assert kinds.count(Kind.CHANGES) > 5 and kinds.count(Kind.FULL) > 6
+    assert kinds.count(TransferKind.CHANGES) > 5 and kinds.count(TransferKind.FULL) > 6

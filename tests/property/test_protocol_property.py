@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pitfs.errors import LocalProtocolError, RemoteProtocolError
-from pitfs.link.frames import PREFACE, Frame
-from pitfs.link.protocol import LinkProtocol, Role
+from pitfs.link.protocol.frames import PREFACE, Frame
+from pitfs.link.protocol.protocol import LinkProtocol, Role
 from tests.helpers.links import conversation, wire_of
 
 SESSION = conversation()

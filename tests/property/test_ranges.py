@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pitfs.model.transfer import VolumeInfo
-from pitfs.store import database
+from pitfs.store.catalog import database
 from pitfs.store.ingest import Ingest
 from pitfs.store.store import Resolution, Store
 from pitfs.view.ranges import data_ranges

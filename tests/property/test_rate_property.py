@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pitfs.link.rate import TokenBucket
+from pitfs.link.transport.rate import TokenBucket
 
 STEPS = st.lists(
     st.tuples(

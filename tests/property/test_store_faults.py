@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from pitfs.errors import CapacityError, CorruptionError, PitfsError, StoreError
-from pitfs.model.transfer import Begin, End, Kind, VolumeInfo
-from pitfs.store.catalog import Catalog
-from pitfs.store.facts import Commit, LayersCommit
+from pitfs.model.transfer import Begin, End, TransferKind, VolumeInfo
+from pitfs.store.catalog.catalog import Catalog
+from pitfs.store.catalog.records import Commit, LayersCommit
 from pitfs.store.ingest import Ingest
-from pitfs.store.layout import CATALOG, STORE_JSON
+from pitfs.store.objects.format import CATALOG, STORE_JSON
 from pitfs.store.store import Store
 from tests.helpers.stores import feed, ingest_transfer, read_image
 from tests.helpers.transfers import History, Transfer
@@ -126,7 +126,7 @@ def position_of(ingest: Ingest) -> tuple[int, int, int]:
 def position_with(transfer: Transfer, committed: bool) -> tuple[int, int, int]:
     """What `position_of` must be with that transfer, or before it."""
     m = transfer.manifest
-    if m.kind is Kind.INTERVAL:
+    if m.kind is TransferKind.INTERVAL:
         return (m.mark, m.to_seq, -1) if committed else (m.mark - 1, m.from_seq, 0)
     granularity_ns = m.granularity_ns if committed else m.base_granularity_ns
     return m.mark, m.to_seq, -1 if granularity_ns is None else granularity_ns
@@ -270,7 +270,7 @@ def test_a_staged_row_that_changed_on_disk_makes_the_transfer_begin_anew(
         feed(ingest, frame)
     ingest.checkpoint((1,))
     ingest.close()
-    name = "diff.rows" if transfer.manifest.kind is Kind.INTERVAL else "journal.rows"
+    name = "diff.rows" if transfer.manifest.kind is TransferKind.INTERVAL else "journal.rows"
     (rows,) = (path for path in Path(ingest.path, "staging").rglob(name) if path.stat().st_size)
     data = bytearray(rows.read_bytes())
     data[0] ^= 1  # the block's number: contents and checksums would still agree
@@ -331,7 +331,7 @@ def test_each_file_is_durable_before_its_name_and_both_before_the_commit(
     for event in objects:
         assert ("fsync", event[1]) in events[: events.index(event)]
     after_the_last = events[events.index(objects[-1]) : committed]
-    staging = "staging" if transfer.manifest.kind is Kind.INTERVAL else f"layers-{3:016x}"
+    staging = "staging" if transfer.manifest.kind is TransferKind.INTERVAL else f"layers-{3:016x}"
     assert {("fsync", "objects"), ("fsync", staging)} <= set(after_the_last)
 
 

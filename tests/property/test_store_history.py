@@ -152,7 +152,7 @@ def test_each_layer_makes_an_interval_finer_and_an_open_image_stays_right(tmp_pa
         assert (interval.granularity_ns, interval.cause) == (m.granularity_ns, m.cause)
         opened += [store.at_seq(seq) for seq in range(m.from_seq, m.to_seq + 1)]
         objects = set(os.listdir(os.path.join(ingest.path, "objects")))
-        assert len([name for name in objects if name.startswith(f"journal-{interval.snapshot:016x}-")]) == 1
+        assert len([name for name in objects if name.startswith(f"journal-{interval.end_snapshot_id:016x}-")]) == 1
         for resolution in random.permutation(np.array(opened, dtype=object))[:20]:
             for volume in range(len(history.volumes)):
                 assert read_image(store, resolution, volume) == history.states[resolution.seq][volume]

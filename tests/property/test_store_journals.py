@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from pitfs.errors import CorruptionError
-from pitfs.store import journals
-from pitfs.store.facts import Interval, ObjectFacts
-from pitfs.store.journals import INDEX_ROW, JournalIndex, JournalWriter, chunk_cache
-from pitfs.store.layout import ObjectHeader, ObjectKind, object_file
-from pitfs.store.objects import ObjectPool
+from pitfs.store.catalog.records import Interval, ObjectRecord
+from pitfs.store.index import journal_index as journals
+from pitfs.store.index.journal_index import INDEX_ROW, JournalIndex, JournalWriter, chunk_cache
+from pitfs.store.objects.format import ObjectHeader, ObjectKind, object_file
+from pitfs.store.objects.pool import ObjectPool
 
 HISTORY = bytes(16)
 FROM_SEQ = 100
@@ -40,7 +40,7 @@ def write_index(
     os.close(fd)
     last = FROM_SEQ + len(times_ns)
     interval = Interval(2, 1, FROM_SEQ, 0, last, int(times_ns[-1]), int(times_ns[0]), 0, "", 0)
-    facts = ObjectFacts(name, ObjectKind.JOURNAL_INDEX, 2, data_bytes, tail_bytes, checksum)
+    facts = ObjectRecord(name, ObjectKind.JOURNAL_INDEX, 2, data_bytes, tail_bytes, checksum)
     pool = ObjectPool(str(directory), HISTORY)
     return pool, JournalIndex(pool, interval, facts, chunk_cache(4))
 
@@ -123,7 +123,7 @@ def test_a_damaged_chunk_or_fence_table_is_noticed(tmp_path: Path) -> None:
         with pytest.raises(CorruptionError, match="checksum"):
             index.range(0, 0, 40, FROM_SEQ + 300)
     path.write_bytes(good[:-1] + b"\xff")
-    facts = ObjectFacts(path.name, ObjectKind.JOURNAL_INDEX, 2, 300 * 40, 80, 12345)
+    facts = ObjectRecord(path.name, ObjectKind.JOURNAL_INDEX, 2, 300 * 40, 80, 12345)
     with pytest.raises(CorruptionError, match="checksum"):
         JournalIndex(pool, index.interval, facts, chunk_cache())
     path.write_bytes(good[:5000])

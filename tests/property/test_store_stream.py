@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from pitfs.model.transfer import Begin
-from pitfs.store import database
-from pitfs.store.catalog import Catalog
-from pitfs.store.closing import Closing
+from pitfs.store.catalog import database
+from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.ingest import Ingest
-from pitfs.store.layout import CATALOG
+from pitfs.store.objects.format import CATALOG
+from pitfs.store.open_interval.closing import Closing
 from pitfs.store.store import Resolution, Store
 from pitfs.view.view import PointInTimeView, ReadBuffer
 from tests.helpers.stores import feed, ingest_transfer, read_image

@@ -14,14 +14,14 @@ import pytest
 
 from pitfs.errors import CapacityError, CorruptionError, PitfsError, StoreError
 from pitfs.model.transfer import Durable, VolumeInfo
-from pitfs.store import database
-from pitfs.store import tail as tail_module
-from pitfs.store.catalog import Catalog
-from pitfs.store.closing import Closing
+from pitfs.store.catalog import database
+from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.ingest import Ingest
+from pitfs.store.open_interval import writer as tail_module
+from pitfs.store.open_interval.closing import Closing
+from pitfs.store.open_interval.stream import Stream
+from pitfs.store.open_interval.writer import OpenIntervalWriter, log_file
 from pitfs.store.store import Store
-from pitfs.store.stream import Stream
-from pitfs.store.tail import OpenTail, log_file
 from tests.helpers.stores import ingest_transfer, read_image
 from tests.helpers.streams import FakeClock, batch_of, mark_of
 from tests.helpers.transfers import History, Write
@@ -293,7 +293,7 @@ def test_what_a_failed_sync_may_have_lost_is_written_again_before_it_is_acknowle
     monkeypatch.setattr(os, "pwrite", note_write)
     monkeypatch.setattr(os, "fdatasync", lambda fd: events.append("sync"))
     Ingest(root, run.history.hello).close()
-    assert written[0] == (tail.log_end, end)
+    assert written[0] == (tail.wal_end, end)
     assert events[:2] == ["write", "sync"]
 
 
@@ -324,13 +324,13 @@ def test_a_catalog_that_lost_what_was_not_durable_of_it_is_made_up_from_the_log(
 ) -> None:
     """Power is lost: commits that weren't synced are gone, the log has all that was acknowledged."""
     monkeypatch.setattr(tail_module, "MAX_PENDING_ROWS", most_rows)
-    added, real = list[int](), OpenTail._add
+    added, real = list[int](), OpenIntervalWriter._add
 
-    def add(tail: OpenTail, *columns: Any) -> None:
+    def add(tail: OpenIntervalWriter, *columns: Any) -> None:
         real(tail, *columns)
         added.append(tail.pending_rows)
 
-    monkeypatch.setattr(OpenTail, "_add", add)
+    monkeypatch.setattr(OpenIntervalWriter, "_add", add)
     history, clock = History(6, (VolumeInfo("a", 9_000, 1024),)), FakeClock()
     ingest = Ingest(str(tmp_path / "now"), history.hello, clock)
     ingest_transfer(ingest, history.close_interval())

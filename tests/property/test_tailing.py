@@ -9,12 +9,12 @@ import pytest
 from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CorruptionError
+from pitfs.journal.reader import JournalReader
+from pitfs.journal.stream_reader import StreamChunk, next_chunk
+from pitfs.journal.writer import Location, journal_path
 from pitfs.model.record import block_checksums
 from pitfs.model.transfer import StreamMark
-from pitfs.production.journal import Location, journal_path
-from pitfs.production.reader import JournalReader
-from pitfs.production.start import journal_directory
-from pitfs.production.tailing import Piece, next_piece
+from pitfs.splitter.startup import journal_directory
 from tests.helpers.pipeline import Pipeline
 
 SIZES, BLOCK_SIZES = [70_000, 33_000], [4096, 512]
@@ -32,14 +32,14 @@ class Stream:
                        zip(pipeline.states[0], BLOCK_SIZES, strict=True)]  # fmt: skip
         self.seq = 0
 
-    def next(self, limit_bytes: int) -> Piece | None:
+    def next(self, limit_bytes: int) -> StreamChunk | None:
         tail = self.pipeline.splitter.journal.tail
-        piece = next_piece(self.reader, tail, limit_bytes, BLOCK_SIZES)
+        piece = next_chunk(self.reader, tail, limit_bytes, BLOCK_SIZES)
         if piece is not None and piece.writes is not None:
             self.apply(piece)
         return piece
 
-    def apply(self, piece: Piece) -> None:
+    def apply(self, piece: StreamChunk) -> None:
         assert piece.writes is not None and piece.writes.first_seq == self.seq + 1
         contents, at = bytes(piece.writes.contents), 0
         for row in piece.writes.rows:
@@ -90,7 +90,7 @@ def test_the_digest_is_of_the_checksums_taken_at_the_splitter(tmp_path: Path) ->
         reader.seek(Location(1, 4096), (0, 0))
         reader.next(pipeline.splitter.journal.tail)
         pipeline.write(0, 4096, pipeline.random.bytes(12_288))
-        piece = next_piece(reader, pipeline.splitter.journal.tail, 1 << 20, [4096])
+        piece = next_chunk(reader, pipeline.splitter.journal.tail, 1 << 20, [4096])
         assert piece is not None and piece.writes is not None
         checksums = np.array(block_checksums(piece.writes.contents, 4096), "<u8")
         assert piece.writes.digest == xxh3_64_intdigest(checksums.tobytes())
@@ -112,7 +112,7 @@ def test_a_flipped_bit_in_the_journal_is_not_streamed(tmp_path: Path) -> None:
         data[tail.offset - 1] ^= 1
         path.write_bytes(data)
         with pytest.raises(CorruptionError, match="a block doesn't match the checksum"):
-            next_piece(reader, tail, 1 << 20, [4096])
+            next_chunk(reader, tail, 1 << 20, [4096])
         reader.close()
     finally:
         pipeline.close()

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pitfs.production.reader import Copy
+from pitfs.journal.reader import Copy
 from pitfs.store.store import Store
 from tests.helpers.pipeline import Pipeline
 from tests.helpers.stores import feed, read_image
@@ -56,7 +56,8 @@ def test_the_first_copy_is_the_state_at_ready_however_writes_race_with_it(tmp_pa
     pipeline = Pipeline(tmp_path, [400_000, 90_001], [4096, 512], seed=seed)
     copy = next(pipeline.items())
     assert isinstance(copy, Copy)
-    from pitfs.production import copying, shipment
+    from pitfs.replication import full_sync as copying
+    from pitfs.replication import shipment
 
     resume = pipeline.ingest.begin(
         shipment.copy_manifest(copy, pipeline.hello.history, pipeline.ingest.welcome())

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pitfs.journal.reader import BlockSource, Interval
 from pitfs.model.ladder import LAST_LAYER, NO_LAYER, RUNGS_NS
 from pitfs.model.transfer import End
-from pitfs.production import shipment
-from pitfs.production.reader import BlockSource, Interval
-from pitfs.production.shipment import Shipment
-from pitfs.production.start import journal_directory
+from pitfs.replication import shipment
+from pitfs.replication.shipment import Shipment
+from pitfs.splitter.startup import journal_directory
 from pitfs.store.ingest import Ingest
 from pitfs.store.store import Store
 from tests.helpers.pipeline import Pipeline

@@ -5,10 +5,10 @@ from __future__ import annotations
 import trio
 import trio.testing
 
-from pitfs.production.agreement import ANSWER_S, Agreement
+from pitfs.splitter.sync_gate import ANSWER_S, SyncGate
 
 
-async def waits(agreement: Agreement, seq: int, copying: bool = False) -> bool:
+async def waits(agreement: SyncGate, seq: int, copying: bool = False) -> bool:
     """Whether that write isn't answered at once."""
     answered = False
 
@@ -23,19 +23,19 @@ async def waits(agreement: Agreement, seq: int, copying: bool = False) -> bool:
     return not answered
 
 
-async def answered_after(agreement: Agreement, seq: int) -> float:
+async def answered_after(agreement: SyncGate, seq: int) -> float:
     begun = trio.current_time()
     assert await agreement.wait(seq, False)
     return trio.current_time() - begun
 
 
 async def test_in_other_modes_nothing_waits() -> None:
-    agreement = Agreement(holds=False, blocks=True, copying=False)
+    agreement = SyncGate(holds=False, blocks=True, copying=False)
     assert not await waits(agreement, 5) and agreement.text is None
 
 
 async def test_a_write_waits_until_the_replica_has_it(autojump_clock: trio.testing.MockClock) -> None:
-    agreement = Agreement(holds=True, blocks=False, copying=False)
+    agreement = SyncGate(holds=True, blocks=False, copying=False)
     agreement.replicated(4, True)
     assert agreement.text == "in step"
 
@@ -52,7 +52,7 @@ async def test_a_write_waits_until_the_replica_has_it(autojump_clock: trio.testi
 
 
 async def test_degrade_goes_on_without_a_replica_and_says_so(autojump_clock: trio.testing.MockClock) -> None:
-    agreement = Agreement(holds=True, blocks=False, copying=False)
+    agreement = SyncGate(holds=True, blocks=False, copying=False)
     assert await answered_after(agreement, 1) == 0  # never connected
     agreement.replicated(1, True)
 
@@ -68,7 +68,7 @@ async def test_degrade_goes_on_without_a_replica_and_says_so(autojump_clock: tri
 
 
 async def test_degrade_waits_for_a_silent_link_so_long_only(autojump_clock: trio.testing.MockClock) -> None:
-    agreement = Agreement(holds=True, blocks=False, copying=False)
+    agreement = SyncGate(holds=True, blocks=False, copying=False)
     agreement.replicated(1, True)
     assert await answered_after(agreement, 2) == ANSWER_S
     assert await answered_after(agreement, 3) == 0
@@ -78,7 +78,7 @@ async def test_degrade_waits_for_a_silent_link_so_long_only(autojump_clock: trio
 
 
 async def test_block_waits_for_as_long_as_it_takes(autojump_clock: trio.testing.MockClock) -> None:
-    agreement = Agreement(holds=True, blocks=True, copying=False)
+    agreement = SyncGate(holds=True, blocks=True, copying=False)
 
     async def come_back() -> None:
         await trio.sleep(3600)
@@ -95,7 +95,7 @@ async def test_block_waits_for_as_long_as_it_takes(autojump_clock: trio.testing.
 
 
 async def test_what_is_written_during_a_copy_waits_for_nothing_until_the_replica_has_caught_up() -> None:
-    agreement = Agreement(holds=True, blocks=True, copying=True)
+    agreement = SyncGate(holds=True, blocks=True, copying=True)
     assert not await waits(agreement, 1, copying=True)
     assert not await waits(agreement, 2)
     assert "catching up" in (agreement.text or "")
@@ -105,7 +105,7 @@ async def test_what_is_written_during_a_copy_waits_for_nothing_until_the_replica
 
 
 async def test_a_stop_lets_go_of_writes_unanswered() -> None:
-    agreement = Agreement(holds=True, blocks=True, copying=False)
+    agreement = SyncGate(holds=True, blocks=True, copying=False)
     async with trio.open_nursery() as nursery:
         results: list[bool] = []
 
@@ -122,7 +122,7 @@ async def test_a_stop_lets_go_of_writes_unanswered() -> None:
 async def test_after_a_silence_it_is_in_step_once_it_has_what_was_answered_without_it(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    agreement = Agreement(holds=True, blocks=False, copying=False)
+    agreement = SyncGate(holds=True, blocks=False, copying=False)
     agreement.replicated(1, True)
     assert await answered_after(agreement, 9) == ANSWER_S
     agreement.replicated(2, True)  # as it says what it had said before the silence

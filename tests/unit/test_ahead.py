@@ -8,8 +8,8 @@ import random
 import numpy as np
 
 from pitfs.model.transfer import UNIT_BYTES
-from pitfs.store.layout import HEADER_BYTES, UNIT_BITS
-from pitfs.view.ahead import AHEAD_BYTES, GAP_BYTES, LEAST_BYTES, NEVER, Sequence, ranges_of
+from pitfs.store.objects.format import HEADER_BYTES, UNIT_BITS
+from pitfs.view.readahead import AHEAD_BYTES, GAP_BYTES, LEAST_BYTES, NEVER, Sequence, ranges_of
 
 MIB = 1 << 20
 SIZE = 64 * MIB

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pitfs.errors import RemoteProtocolError
-from pitfs.link.batches import BatchCutter, BatchJoiner
+from pitfs.link.protocol.batches import BatchCutter, BatchJoiner
 from pitfs.model.transfer import (
     MAX_BATCH_BYTES,
     MAX_BATCH_ROWS,

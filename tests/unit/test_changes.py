@@ -7,14 +7,14 @@ import pytest
 from pyroaring import BitMap64
 
 from pitfs.errors import CorruptionError
+from pitfs.journal.writer import segment_bytes_for
 from pitfs.model.bitmap import CONTAINER_BYTES, bitmap_bytes
-from pitfs.model.record import MAX_MESSAGE_BYTES, CopyStart, Kind, Record
-from pitfs.production.changes import Changes, Pieces, changes_limit_bytes, pieces
-from pitfs.production.journal import segment_bytes_for
+from pitfs.model.record import MAX_MESSAGE_BYTES, CopyStart, Record, RecordKind
+from pitfs.splitter.change_bitmap import ChangeBitmap, Pieces, changes_limit_bytes, pieces
 
 
-def changes(limit_bytes: int = 1 << 20, volumes: int = 1) -> Changes:
-    return Changes((0, 0), [BitMap64() for _ in range(volumes)], limit_bytes)
+def changes(limit_bytes: int = 1 << 20, volumes: int = 1) -> ChangeBitmap:
+    return ChangeBitmap((0, 0), [BitMap64() for _ in range(volumes)], limit_bytes)
 
 
 def strewn(count: int) -> BitMap64:
@@ -22,7 +22,7 @@ def strewn(count: int) -> BitMap64:
     return BitMap64(random.integers(0, 1 << 26, count).tolist())
 
 
-def record(volume: int, body: bytes, kind: Kind = Kind.COPY_BLOCKS) -> Record:
+def record(volume: int, body: bytes, kind: RecordKind = RecordKind.COPY_BLOCKS) -> Record:
     return Record(kind, volume, 0, 0, 0, 0, 0, 0, body, 64, 64 + len(body))
 
 
@@ -74,7 +74,7 @@ def test_in_pieces_and_put_together_it_is_the_same() -> None:
     together, without_one = Pieces(start), Pieces(start)
     for number, (volume, _, body) in enumerate(found):
         together.take(record(volume, body))
-        together.take(record(volume, body, Kind.WRITE))
+        together.take(record(volume, body, RecordKind.WRITE))
         if number != 1:
             without_one.take(record(volume, body))
     assert together.bitmaps("here") == bitmaps

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pitfs.production.agreement import Agreement
-from pitfs.production.service import SplitterService
+from pitfs.splitter.service import SplitterService
+from pitfs.splitter.sync_gate import SyncGate
 from pitfs.store.store import Store
 from tests.helpers.pipeline import Pipeline
 from tests.property.test_whole_way import check_every_seq
@@ -34,7 +34,7 @@ async def test_a_clock_that_jumps_leaves_every_state_where_its_time_says(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pipeline = Pipeline(tmp_path, [100_000], [4096], seed=8)
-    service = SplitterService(pipeline.splitter, Agreement(holds=False, blocks=False, copying=False))
+    service = SplitterService(pipeline.splitter, SyncGate(holds=False, blocks=False, copying=False))
     jump = jumping(pipeline)
     lines = []
     for by_ns in (0, -HOUR_NS, HOUR_NS, TEN_YEARS_NS, -TEN_YEARS_NS):

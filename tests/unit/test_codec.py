@@ -10,9 +10,9 @@ import pytest
 from backports import zstd
 
 from pitfs.errors import RemoteProtocolError
-from pitfs.link.codec import DOUBT_BYTES, MAX_SKIP_BYTES, PayloadDecoder, PayloadEncoder
-from pitfs.link.frames import Encoding, WireData, encode
-from pitfs.link.window import MAX_WINDOW_BYTES, MIN_WINDOW_BYTES
+from pitfs.link.codec.payloads import DOUBT_BYTES, MAX_SKIP_BYTES, PayloadDecoder, PayloadEncoder
+from pitfs.link.protocol.frames import Encoding, WireData, encode
+from pitfs.link.protocol.window import MAX_WINDOW_BYTES, MIN_WINDOW_BYTES
 from pitfs.model.transfer import MAX_PAYLOAD_BYTES, WRITE, Data, Section
 
 MIB = 1 << 20

@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from pitfs.link.codec import PayloadEncoder
-from pitfs.link.columns import ColumnDecoder, ColumnEncoder, max_columns_bytes
+from pitfs.link.codec.columns import ColumnDecoder, ColumnEncoder, max_columns_bytes
+from pitfs.link.codec.payloads import PayloadEncoder
 from pitfs.model.transfer import DIFF_ENTRY, JOURNAL_ENTRY, POSITION, ROWS, WRITE, Data, Section, Source
 
 BEGIN_NS = 1_763_855_640 * 10**9

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pitfs.config import (
+from pitfs.config.production import (
     Config,
     GroupConfig,
     JournalConfig,

@@ -13,9 +13,9 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from pitfs.cli.shipper_process import BOOKMARKS_FILE, ShipperControl
 from pitfs.errors import EXIT_FAILED, PitfsError
-from pitfs.production.control import MAX_CONNECTIONS, Connection, ControlError, Handler, serve
+from pitfs.splitter.control import MAX_CONNECTIONS, Connection, ControlError, Handler, serve
+from pitfs.supervision.shipper_process import BOOKMARKS_FILE, ShipperControl
 from tests.helpers.shipper import Parts
 
 NAME = "s.sock"
@@ -223,7 +223,7 @@ async def test_without_descriptors_a_client_waits_and_the_process_goes_on(
         return await real(self)
 
     monkeypatch.setattr(kind, "accept", accept)
-    monkeypatch.setattr("pitfs.production.control.ACCEPT_AGAIN_S", 0.01)
+    monkeypatch.setattr("pitfs.splitter.control.ACCEPT_AGAIN_S", 0.01)
     async with served(tmp_path, Slow().handle):
         connection = await Connection.open(str(tmp_path), NAME)
         assert await connection.request("quick") == {"op": "quick"}

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from pitfs.link.effort import MAX_WAIT, MIN_WAIT, PERIOD_BYTES, Effort
+from pitfs.link.codec.adaptive import MAX_WAIT, MIN_WAIT, PERIOD_BYTES, AdaptiveCompression
 
 MIB = 1 << 20
 BATCH_BYTES = 4 * MIB
@@ -20,7 +20,13 @@ class Pipe:
     """Gives an Effort batches as they would be timed: caller, compressor and link work at the same time."""
 
     def __init__(
-        self, effort: Effort, *, link: float, ratio: float = 0.5, caller: float = 1e10, seen: float | None = None
+        self,
+        effort: AdaptiveCompression,
+        *,
+        link: float,
+        ratio: float = 0.5,
+        caller: float = 1e10,
+        seen: float | None = None,
     ) -> None:
         self.effort, self.link, self.ratio, self.caller = effort, link, ratio, caller
         self.seen = seen  # of the link, by the kernel; None: what it is
@@ -52,27 +58,27 @@ class Pipe:
 
 
 def test_on_a_link_faster_than_the_compressor_it_steps_back_soon_and_stays() -> None:
-    choices = Pipe(Effort(), link=LOOPBACK).run(10_000)
+    choices = Pipe(AdaptiveCompression(), link=LOOPBACK).run(10_000)
     first = choices.index(False)
     assert first * BATCH_BYTES <= (MIN_WAIT + 1) * PERIOD_BYTES
     assert not any(choices[first:])
 
 
 def test_where_the_link_holds_things_up_everything_is_compressed() -> None:
-    assert all(Pipe(Effort(), link=GIGABIT).run(20_000))
+    assert all(Pipe(AdaptiveCompression(), link=GIGABIT).run(20_000))
 
 
 def test_where_the_caller_holds_things_up_everything_is_compressed() -> None:
-    assert all(Pipe(Effort(), link=LOOPBACK, caller=COMPRESSOR / 2).run(20_000))
+    assert all(Pipe(AdaptiveCompression(), link=LOOPBACK, caller=COMPRESSOR / 2).run(20_000))
 
 
 def test_a_link_that_carries_more_compressed_than_raw_is_not_tried() -> None:
     """Gigabit and data that shrink to a tenth: the compressor holds things up, and yet it pays."""
-    assert all(Pipe(Effort(), link=GIGABIT, ratio=0.1).run(40_000))
+    assert all(Pipe(AdaptiveCompression(), link=GIGABIT, ratio=0.1).run(40_000))
 
 
 def test_nor_is_one_of_which_nothing_is_known() -> None:
-    assert all(Pipe(Effort(), link=LOOPBACK, seen=0).run(2000))
+    assert all(Pipe(AdaptiveCompression(), link=LOOPBACK, seen=0).run(2000))
 
 
 def tries(choices: list[bool]) -> list[int]:
@@ -82,7 +88,7 @@ def tries(choices: list[bool]) -> list[int]:
 @pytest.mark.parametrize("link", [GIGABIT, GIGABIT / 10])
 def test_a_link_that_only_looks_fast_is_tried_now_and_then_and_ever_more_rarely(link: float) -> None:
     """A token bucket, or a proxy, takes bursts faster than it passes them on."""
-    pipe = Pipe(Effort(), link=link, ratio=0.01, seen=LOOPBACK)
+    pipe = Pipe(AdaptiveCompression(), link=link, ratio=0.01, seen=LOOPBACK)
     found = tries(pipe.run(40_000))
     waits = [later - before for before, later in itertools.pairwise(found)]
     assert len(waits) >= 3 and all(later > 3 * before for before, later in itertools.pairwise(waits))
@@ -90,17 +96,17 @@ def test_a_link_that_only_looks_fast_is_tried_now_and_then_and_ever_more_rarely(
 
 
 def test_tries_do_not_become_rarer_than_that() -> None:
-    pipe = Pipe(Effort(), link=GIGABIT, ratio=0.1, seen=LOOPBACK)
+    pipe = Pipe(AdaptiveCompression(), link=GIGABIT, ratio=0.1, seen=LOOPBACK)
     assert len(tries(pipe.run(5 * MAX_WAIT * PERIOD_BYTES // 10**6))) >= 7
 
 
 def test_no_try_where_the_configured_rate_is_below_the_compressor() -> None:
-    assert all(Pipe(Effort(GIGABIT), link=GIGABIT, ratio=0.1, seen=LOOPBACK).run(40_000))
-    assert not all(Pipe(Effort(LOOPBACK), link=LOOPBACK).run(1000))
+    assert all(Pipe(AdaptiveCompression(GIGABIT), link=GIGABIT, ratio=0.1, seen=LOOPBACK).run(40_000))
+    assert not all(Pipe(AdaptiveCompression(LOOPBACK), link=LOOPBACK).run(1000))
 
 
 def test_when_the_link_becomes_slow_it_comes_back_at_once_and_when_it_is_fast_again_steps_back_soon() -> None:
-    pipe = Pipe(Effort(), link=LOOPBACK)
+    pipe = Pipe(AdaptiveCompression(), link=LOOPBACK)
     pipe.run(5000)
     pipe.link = GIGABIT
     choices = pipe.run(2000)
@@ -110,7 +116,7 @@ def test_when_the_link_becomes_slow_it_comes_back_at_once_and_when_it_is_fast_ag
 
 
 def test_when_less_is_to_be_sent_than_the_compressor_takes_it_comes_back() -> None:
-    pipe = Pipe(Effort(), link=LOOPBACK)
+    pipe = Pipe(AdaptiveCompression(), link=LOOPBACK)
     pipe.run(5000)
     pipe.caller = COMPRESSOR / 4
     choices = pipe.run(1000)
@@ -118,7 +124,7 @@ def test_when_less_is_to_be_sent_than_the_compressor_takes_it_comes_back() -> No
 
 
 def test_frames_without_payload_change_nothing() -> None:
-    effort = Effort()
+    effort = AdaptiveCompression()
     for _ in range(1000):
         effort.observe(0, idle_s=0.0, encode_s=1.0, room_s=0.0, link_bytes_per_s=LOOPBACK)
     assert effort.compresses

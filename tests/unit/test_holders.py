@@ -17,10 +17,10 @@ import pytest
 
 from pitfs.errors import NoSuchInstantError
 from pitfs.model.position import Position
-from pitfs.store import holders
-from pitfs.store.holder_file import EVERYTHING, FILE_BYTES, MAX_LISTED, PAGE_BYTES, Unlisted
-from pitfs.store.holders import Holder, held, pins_locked
 from pitfs.store.ingest import Ingest
+from pitfs.store.pins import pins as holders
+from pitfs.store.pins.pin_file import EVERYTHING, FILE_BYTES, MAX_LISTED, PAGE_BYTES, Unlisted
+from pitfs.store.pins.pins import Pins, held, pins_locked
 from pitfs.store.store import Store
 from tests.helpers.stores import ingest_transfer
 from tests.helpers.transfers import random_history, random_transfers
@@ -36,8 +36,8 @@ def files(store: Path) -> list[Path]:
 def other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process that holds seq 7 at 700 ns and says so."""
     code = (
-        "import sys; from pitfs.store.holders import Holder; holder = Holder(sys.argv[1], 'mount /mnt/db1'); "
-        "holder.pin(7, 700); print('held', flush=True); sys.stdin.read(); holder.close()"
+        "import sys; from pitfs.store.pins.pins import Pins; pins = Pins(sys.argv[1], 'mount /mnt/db1'); "
+        "pins.pin(7, 700); print('held', flush=True); sys.stdin.read(); pins.close()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -52,7 +52,7 @@ def other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 def test_what_is_pinned_is_listed_until_it_is_unpinned(tmp_path: Path) -> None:
     assert held(str(tmp_path)) == []
-    with Holder(str(tmp_path), "export /srv/x.img") as holder:
+    with Pins(str(tmp_path), "export /srv/x.img") as holder:
         assert holder.pin(9, 900) and holder.pin(3, 300) and holder.pin(9, 900)
         (found,) = held(str(tmp_path))
         assert (found.pid, found.what, found.unlisted) == (os.getpid(), "export /srv/x.img", None)
@@ -69,7 +69,7 @@ def test_what_is_pinned_is_listed_until_it_is_unpinned(tmp_path: Path) -> None:
 
 
 def test_two_processes_hold_the_same_instant(tmp_path: Path, other: subprocess.Popen[str]) -> None:
-    with Holder(str(tmp_path), "nbd unix:/run/x") as holder:
+    with Pins(str(tmp_path), "nbd unix:/run/x") as holder:
         holder.pin(7, 700)
         found = held(str(tmp_path))
         assert [(each.pid, each.what) for each in found] == [(other.pid, "mount /mnt/db1"), (os.getpid(), holder.what)]
@@ -91,12 +91,12 @@ def test_a_killed_holder_holds_nothing_and_its_file_is_removed(
         assert held(str(tmp_path)) == []
         assert files(tmp_path) == []
     else:
-        with Holder(str(tmp_path), "x"):
+        with Pins(str(tmp_path), "x"):
             assert len(files(tmp_path)) == 1
 
 
 def test_forked_workers_pin_and_unpin_for_all(tmp_path: Path) -> None:
-    with Holder(str(tmp_path), "mount /m") as holder:
+    with Pins(str(tmp_path), "mount /m") as holder:
         holder.pin(1, 100)
         for pinned, unpinned in ((2, 1), (3, 2)):
             worker = os.fork()
@@ -113,7 +113,7 @@ def test_a_holder_lives_as_long_as_one_of_its_workers(tmp_path: Path) -> None:
     store, (ready, say_ready), (go_on, say_go_on), (ended, still_there) = str(tmp_path), os.pipe(), os.pipe(), os.pipe()
     minder = os.fork()
     if minder == 0:
-        holder = Holder(store, "mount /m")
+        holder = Pins(store, "mount /m")
         if os.fork() == 0:
             holder.pin(2, 200)
             os.close(say_go_on)
@@ -133,7 +133,7 @@ def test_a_holder_lives_as_long_as_one_of_its_workers(tmp_path: Path) -> None:
 
 
 def test_more_than_can_be_listed_is_held_between_the_least_and_the_greatest(tmp_path: Path) -> None:
-    with Holder(str(tmp_path), "x") as holder:
+    with Pins(str(tmp_path), "x") as holder:
         seqs = range(100_000, 100_000 + MAX_LISTED + 500)
         for seq in seqs:
             holder.pin(seq, seq * 10)
@@ -152,7 +152,7 @@ def test_more_than_can_be_listed_is_held_between_the_least_and_the_greatest(tmp_
 
 
 def test_no_pin_comes_while_a_removal_looks(tmp_path: Path) -> None:
-    with Holder(str(tmp_path), "x") as holder:
+    with Pins(str(tmp_path), "x") as holder:
         with pins_locked(str(tmp_path)) as found:
             assert [each.instants for each in found] == [()]
             assert not holder.pin(1, 100, wait=False)
@@ -172,7 +172,7 @@ def test_an_instant_is_resolved_again_when_it_is_pinned(tmp_path: Path) -> None:
     store = Store.open(ingest.path)
     latest = store.latest()
     assert latest is not None
-    with Holder(ingest.path, "x") as holder:
+    with Pins(ingest.path, "x") as holder:
         assert holder.pinned(store, latest) == latest
         assert held(ingest.path)[0].instants == (Position(latest.seq, latest.time_ns),)
         holder.unpin(latest.seq)
@@ -198,7 +198,7 @@ def test_reading_goes_on_where_the_store_can_not_be_written(
 
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
         patch.setattr(holders.os, name, refuse)
-        with Holder(str(tmp_path), "x") as holder:
+        with Pins(str(tmp_path), "x") as holder:
             assert holder.pin(1, 100)
             assert holder.unpin(1)
     assert [record.message.count("not pinned: ") for record in caplog.records] == [1]
@@ -208,7 +208,7 @@ def test_reading_goes_on_where_the_store_can_not_be_written(
 def test_a_pin_that_the_disk_refuses_is_said_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with Holder(str(tmp_path), "x") as holder, caplog.at_level(logging.WARNING):
+    with Pins(str(tmp_path), "x") as holder, caplog.at_level(logging.WARNING):
         with monkeypatch.context() as patch:
             patch.setattr(holders, "write_all", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
             assert holder.pin(1, 100) and holder.pin(2, 200)
@@ -225,10 +225,10 @@ def test_a_read_only_store_is_read_without_pins(tmp_path: Path, caplog: pytest.L
     subprocess.run(["mount", "--bind", tmp_path, here], check=True)
     try:
         subprocess.run(["mount", "-o", "remount,bind,ro", here], check=True)
-        with Holder(str(here), "x") as holder:
+        with Pins(str(here), "x") as holder:
             assert holder.pin(1, 100) and held(str(here)) == []
         assert "not pinned: Read-only file system" in caplog.text
-        with Holder(str(tmp_path), "y") as holder:  # of one that is read-only for others only
+        with Pins(str(tmp_path), "y") as holder:  # of one that is read-only for others only
             holder.pin(1, 100)
             assert [each.what for each in held(str(here))] == ["y"]
             assert held(str(here))[0].instants == (Position(1, 100),)
@@ -238,7 +238,7 @@ def test_a_read_only_store_is_read_without_pins(tmp_path: Path, caplog: pytest.L
 
 @pytest.mark.parametrize("left", [b"", b"PITFSHLD", b"\0" * PAGE_BYTES, b"x" * FILE_BYTES])
 def test_what_a_dead_holder_left_half_written_is_removed(tmp_path: Path, left: bytes) -> None:
-    Holder(str(tmp_path), "x").close()
+    Pins(str(tmp_path), "x").close()
     (tmp_path / "holders" / "123-abcdef01").write_bytes(left)
     assert held(str(tmp_path)) == []
     assert files(tmp_path) == []
@@ -246,7 +246,7 @@ def test_what_a_dead_holder_left_half_written_is_removed(tmp_path: Path, left: b
 
 @pytest.mark.parametrize("page", [0, 1, 32])
 def test_a_living_holder_that_can_not_be_read_holds_everything(tmp_path: Path, page: int) -> None:
-    with Holder(str(tmp_path), "x") as holder:
+    with Pins(str(tmp_path), "x") as holder:
         for seq in range(200):
             holder.pin(seq, seq)
         with files(tmp_path)[0].open("r+b") as file:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pitfs.fuse.loops import Loop, image_of
-from pitfs.fuse.mountinfo import MountInfo, escaped, parse
+from pitfs.fuse.kernel.loop_devices import LoopDevice, image_of
+from pitfs.fuse.kernel.mountinfo import MountInfo, escaped, parse
 
 INSTANT = "2026-11-22T23-54-00.123456789Z"
 
@@ -31,7 +31,7 @@ MOUNTED = [
     ],
 )
 def test_an_image_is_told_by_where_it_lies(backing: str, place: str | None) -> None:
-    image = image_of(Loop("/dev/loop7", backing, True), MOUNTED)
+    image = image_of(LoopDevice("/dev/loop7", backing, True), MOUNTED)
     assert image is not None
     assert (image.instant, image.volume) == (INSTANT, "root")
     assert (image.mount.mountpoint if image.mount else None) == place
@@ -43,7 +43,7 @@ def test_an_image_is_told_by_where_it_lies(backing: str, place: str | None) -> N
      "/a/b.img", "", f"/{INSTANT}/x/root.img"],
 )  # fmt: skip
 def test_what_is_no_image_is_none(backing: str) -> None:
-    assert image_of(Loop("/dev/loop7", backing, True), MOUNTED) is None
+    assert image_of(LoopDevice("/dev/loop7", backing, True), MOUNTED) is None
 
 
 def test_names_are_escaped_as_the_kernel_does() -> None:

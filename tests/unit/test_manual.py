@@ -13,7 +13,7 @@ import pytest
 
 from pitfs.cli import mount
 from pitfs.cli.main import COMMANDS, full_parser
-from pitfs.config import MAX_VOLUMES, load_config, parse_config
+from pitfs.config.production import MAX_VOLUMES, load_config, parse_config
 from pitfs.errors import ConfigError
 from pitfs.fuse.workers import DEFAULT_WORKERS, MAX_WORKERS
 from pitfs.model.position import parse_time

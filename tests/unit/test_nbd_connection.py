@@ -15,8 +15,8 @@ import trio.testing
 from pitfs.model.transfer import VolumeInfo
 from pitfs.nbd.connection import MAX_REQUESTS, PIECE_BYTES
 from pitfs.nbd.server import HANDSHAKE_S, MAX_CONNECTIONS
-from pitfs.store.holders import held
 from pitfs.store.ingest import Ingest
+from pitfs.store.pins.pins import held
 from pitfs.store.store import Store
 from pitfs.view.view import PointInTimeView, ReadBuffer
 from tests.helpers import nbd

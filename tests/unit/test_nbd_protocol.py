@@ -8,7 +8,7 @@ import pytest
 
 from pitfs.errors import LocalProtocolError, RemoteProtocolError
 from pitfs.nbd.negotiation import AskExport, AskList, Close, ExportInfo, Send, StartTls
-from pitfs.nbd.protocol import Event, NbdProtocol, Request, State
+from pitfs.nbd.protocol import Event, NbdProtocol, NbdState, Request
 from tests.helpers import nbd
 
 NAME = "latest/root"
@@ -48,7 +48,7 @@ class Server:
             self.feed(HELLO + nbd.option(nbd.STRUCTURED) + nbd.meta(NAME, nbd.CONTEXT) + nbd.go(NAME))
         else:
             self.feed(HELLO + nbd.go(NAME))
-        assert self.protocol.state is State.TRANSMISSION
+        assert self.protocol.state is NbdState.TRANSMISSION
         self.sent, self.events = b"", []
         return self
 
@@ -132,7 +132,7 @@ def test_a_session_is_the_same_however_its_bytes_are_cut(size: int) -> None:
     assert [event.command for event in whole.events if isinstance(event, Request)] == [
         nbd.READ, nbd.BLOCK_STATUS, nbd.CACHE,
     ]  # fmt: skip
-    assert whole.protocol.state is State.CLOSED
+    assert whole.protocol.state is NbdState.CLOSED
 
 
 def test_what_comes_behind_the_goodbye_is_not_looked_at() -> None:
@@ -186,7 +186,7 @@ def test_options_are_answered() -> None:
         *[(nbd.INFO, nbd.REP_INFO)] * 4, (nbd.INFO, nbd.ACK),
     ]  # fmt: skip
     assert server.replies()[0][2] == b"\0\0\0\x0blatest/rootnewest"
-    assert server.protocol.state is State.OPTIONS
+    assert server.protocol.state is NbdState.OPTIONS
 
 
 def test_old_clients_open_exports_by_name_alone() -> None:
@@ -194,10 +194,10 @@ def test_old_clients_open_exports_by_name_alone() -> None:
         server = Server()
         server.feed(struct.pack(">I", flags) + nbd.option(nbd.EXPORT_NAME, NAME.encode()))
         assert server.sent[18:] == struct.pack(">QH", 1 << 20, 0x503) + bytes(zeroes)
-        assert server.protocol.state is State.TRANSMISSION
+        assert server.protocol.state is NbdState.TRANSMISSION
     server = Server()
     server.feed(HELLO + nbd.option(nbd.EXPORT_NAME, b"other/root"))
-    assert server.sent == nbd.GREETING and server.protocol.state is State.CLOSED
+    assert server.sent == nbd.GREETING and server.protocol.state is NbdState.CLOSED
 
 
 def test_block_status_is_only_for_the_export_that_it_was_selected_for() -> None:
@@ -275,7 +275,7 @@ def test_nothing_is_told_before_tls_where_it_is_offered() -> None:
     server.feed(HELLO + nbd.option(nbd.STARTTLS))
     server.feed(nbd.option(nbd.STARTTLS) + nbd.go(NAME))
     assert [kind for _, kind, _ in server.replies()][:2] == [nbd.ACK, nbd.ERR_INVALID]
-    assert server.protocol.state is State.TRANSMISSION and not server.protocol.structured
+    assert server.protocol.state is NbdState.TRANSMISSION and not server.protocol.structured
 
 
 def test_plain_text_behind_starttls_is_not_taken_for_something_said_within_tls() -> None:

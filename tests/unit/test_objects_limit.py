@@ -6,8 +6,8 @@ import resource
 
 import pytest
 
-from pitfs.store import objects
-from pitfs.store.objects import MAX_OPEN_OBJECTS_READING, reading_limit
+from pitfs.store.objects import pool as objects
+from pitfs.store.objects.pool import MAX_OPEN_OBJECTS_READING, reading_limit
 
 
 @pytest.mark.parametrize(

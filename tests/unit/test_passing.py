@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from pitfs.errors import CapacityError, LinkError
-from pitfs.model.record import Kind as RecordKind
-from pitfs.model.transfer import Kind
-from pitfs.production import changes, splitter
-from pitfs.production.reader import Copy
+from pitfs.journal.reader import Copy
+from pitfs.model.record import RecordKind
+from pitfs.model.transfer import TransferKind
+from pitfs.splitter import change_bitmap as changes
+from pitfs.splitter import splitter
 from pitfs.store.ingest import Ingest
 from pitfs.store.store import Store
 from tests.helpers.passing import Passing
@@ -38,8 +39,8 @@ async def begin(parts: Passing) -> None:
     del parts.session.kinds[:], parts.session.rows[:], parts.session.contents_bytes[:]
 
 
-def copies(parts: Passing) -> list[Kind]:
-    return [kind for kind in parts.session.kinds if kind in (Kind.FULL, Kind.CHANGES)]
+def copies(parts: Passing) -> list[TransferKind]:
+    return [kind for kind in parts.session.kinds if kind in (TransferKind.FULL, TransferKind.CHANGES)]
 
 
 async def test_only_what_changed_is_copied_and_the_gap_has_cause_and_bounds(parts: Passing) -> None:
@@ -52,8 +53,8 @@ async def test_only_what_changed_is_copied_and_the_gap_has_cause_and_bounds(part
     parts.put(30 * BLOCK, bytes(2 * BLOCK))  # zeros, where something was or not
     await parts.settle()
     parts.check()
-    assert copies(parts) == [Kind.CHANGES]
-    at = parts.session.kinds.index(Kind.CHANGES)
+    assert copies(parts) == [TransferKind.CHANGES]
+    at = parts.session.kinds.index(TransferKind.CHANGES)
     assert parts.session.rows[at] == 5 and parts.session.contents_bytes[at] == 3 * BLOCK
     store = Store.open(parts.pipeline.ingest.path)
     (gap,) = store.gaps()
@@ -88,23 +89,23 @@ async def test_a_stop_in_order_while_writes_pass_keeps_what_changed(parts: Passi
     await begin(parts)
     parts.overflow()
     parts.restart(clean=True)
-    assert parts.splitter.standing.passing and parts.splitter.standing.changes is not None
+    assert parts.splitter.standing.bypass_cause and parts.splitter.standing.change_bitmap is not None
     assert not os.path.exists(os.path.join(parts.pipeline.state, changes.FILE)), "it counts once"
     parts.full = True
     parts.scatter(3)
     await parts.settle()
     parts.check()
-    assert copies(parts) == [Kind.CHANGES]
+    assert copies(parts) == [TransferKind.CHANGES]
 
 
 async def test_after_a_kill_while_writes_pass_everything_is_copied(parts: Passing) -> None:
     await begin(parts)
     parts.overflow()
     parts.restart(clean=False)
-    assert parts.splitter.standing.passing and parts.splitter.standing.changes is None
+    assert parts.splitter.standing.bypass_cause and parts.splitter.standing.change_bitmap is None
     await parts.settle()
     parts.check()
-    assert copies(parts) == [Kind.FULL]
+    assert copies(parts) == [TransferKind.FULL]
 
 
 async def test_a_kill_after_a_stop_in_order_leaves_nothing_to_be_believed(parts: Passing) -> None:
@@ -122,10 +123,10 @@ async def test_a_kill_after_a_stop_in_order_leaves_nothing_to_be_believed(parts:
     parts.scatter(3)
     path.write_bytes(saved)  # as if its removal had been lost
     parts.restart(clean=False)
-    assert parts.splitter.standing.changes is None
+    assert parts.splitter.standing.change_bitmap is None
     await parts.settle()
     parts.check()
-    assert copies(parts) == [Kind.FULL]
+    assert copies(parts) == [TransferKind.FULL]
 
 
 def changed_by_others(parts: Passing, path: Path) -> None:
@@ -141,7 +142,7 @@ def one_bit(parts: Passing, path: Path) -> None:
 
 
 def of_another_stop(parts: Passing, path: Path) -> None:
-    kept = changes.Changes((1, 2), [changes.BitMap64([7])], 1 << 20)
+    kept = changes.ChangeBitmap((1, 2), [changes.BitMap64([7])], 1 << 20)
     changes.keep_changes(parts.pipeline.state, kept)
 
 
@@ -160,10 +161,10 @@ async def test_a_bitmap_that_does_not_belong_to_what_is_there_is_never_used(
     harm(parts, Path(parts.pipeline.state, changes.FILE))
     parts.pipeline.start()
     parts.service._splitter = parts.splitter
-    assert parts.splitter.standing.passing and parts.splitter.standing.changes is None
+    assert parts.splitter.standing.bypass_cause and parts.splitter.standing.change_bitmap is None
     await parts.settle()
     parts.check()
-    assert copies(parts) == [Kind.FULL]
+    assert copies(parts) == [TransferKind.FULL]
 
 
 async def test_a_bitmap_that_cannot_be_kept_does_not_hinder_the_stop(
@@ -178,7 +179,7 @@ async def test_a_bitmap_that_cannot_be_kept_does_not_hinder_the_stop(
     with monkeypatch.context() as patch:
         patch.setattr(splitter, "keep_changes", full)
         parts.restart(clean=True)
-    assert parts.splitter.standing.changes is None
+    assert parts.splitter.standing.change_bitmap is None
     assert "can't be kept: No space left on device; a complete copy follows" in caplog.text
 
 
@@ -199,14 +200,14 @@ async def test_writes_that_pass_again_during_the_copy_are_copied_with_all_before
     parts.overflow()
     await parts.settle()
     parts.check()
-    assert copies(parts) == [Kind.CHANGES]
+    assert copies(parts) == [TransferKind.CHANGES]
     store = Store.open(parts.pipeline.ingest.path)
     assert len(list(store.gaps())) == 1
     store.close()
 
 
 async def test_writes_that_pass_in_the_middle_of_the_copy(parts: Passing, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pitfs.production.copying.STRETCH_BYTES", 4 * BLOCK)
+    monkeypatch.setattr("pitfs.replication.full_sync.STRETCH_BYTES", 4 * BLOCK)
     await begin(parts)
     parts.overflow(10)
     assert parts.room()
@@ -221,10 +222,10 @@ async def test_writes_that_pass_in_the_middle_of_the_copy(parts: Passing, monkey
     parts.during = during
     await parts.ship_all()
     parts.during = lambda: None
-    assert parts.splitter.standing.passing
+    assert parts.splitter.standing.bypass_cause
     await parts.settle()
     parts.check()
-    assert copies(parts) == [Kind.CHANGES, Kind.CHANGES]
+    assert copies(parts) == [TransferKind.CHANGES, TransferKind.CHANGES]
 
 
 async def test_a_kill_during_the_copy_goes_on_with_it(parts: Passing) -> None:
@@ -238,10 +239,10 @@ async def test_a_kill_during_the_copy_goes_on_with_it(parts: Passing) -> None:
         parts.restart(clean=clean)
         assert parts.splitter.volumes[0].copying == copying
         assert parts.splitter.volumes[0].preserved == preserved
-        assert parts.splitter.standing.copy is not None and not parts.splitter.standing.passing
+        assert parts.splitter.standing.copy is not None and not parts.splitter.standing.bypass_cause
     await parts.settle()
     parts.check()
-    assert copies(parts) == [Kind.CHANGES]
+    assert copies(parts) == [TransferKind.CHANGES]
 
 
 class Killed(BaseException):
@@ -278,12 +279,12 @@ def killed_at(parts: Passing, patch: pytest.MonkeyPatch, point: str) -> None:
 @pytest.mark.parametrize(
     ("point", "kind"),
     [
-        ("MARK", Kind.FULL), ("COPY_START", Kind.FULL), ("COPY_BLOCKS", Kind.FULL), ("sync", Kind.FULL),
-        ("progress", Kind.FULL), ("after progress", Kind.CHANGES),
+        ("MARK", TransferKind.FULL), ("COPY_START", TransferKind.FULL), ("COPY_BLOCKS", TransferKind.FULL),
+        ("sync", TransferKind.FULL), ("progress", TransferKind.FULL), ("after progress", TransferKind.CHANGES),
     ],
 )  # fmt: skip
 async def test_a_kill_while_journalling_begins_again(
-    parts: Passing, monkeypatch: pytest.MonkeyPatch, point: str, kind: Kind
+    parts: Passing, monkeypatch: pytest.MonkeyPatch, point: str, kind: TransferKind
 ) -> None:
     await begin(parts)
     parts.overflow()
@@ -292,7 +293,7 @@ async def test_a_kill_while_journalling_begins_again(
         with pytest.raises(Killed):
             parts.room()
     parts.restart(clean=False)
-    assert bool(parts.splitter.standing.passing) == (kind is Kind.FULL)
+    assert bool(parts.splitter.standing.bypass_cause) == (kind is TransferKind.FULL)
     parts.scatter(4)
     await parts.connect_anew()
     await parts.settle()
@@ -300,9 +301,9 @@ async def test_a_kill_while_journalling_begins_again(
     assert copies(parts) == [kind]
 
 
-@pytest.mark.parametrize(("point", "kind"), [("progress", Kind.FULL), ("after progress", Kind.CHANGES)])
+@pytest.mark.parametrize(("point", "kind"), [("progress", TransferKind.FULL), ("after progress", TransferKind.CHANGES)])
 async def test_a_kill_during_a_stop_in_order(
-    parts: Passing, monkeypatch: pytest.MonkeyPatch, point: str, kind: Kind
+    parts: Passing, monkeypatch: pytest.MonkeyPatch, point: str, kind: TransferKind
 ) -> None:
     await begin(parts)
     parts.overflow()
@@ -316,7 +317,7 @@ async def test_a_kill_during_a_stop_in_order(
     assert os.path.exists(os.path.join(parts.pipeline.state, changes.FILE))
     parts.pipeline.start()
     parts.service._splitter = parts.splitter
-    assert (parts.splitter.standing.changes is None) == (kind is Kind.FULL)
+    assert (parts.splitter.standing.change_bitmap is None) == (kind is TransferKind.FULL)
     await parts.settle()
     parts.check()
     assert copies(parts) == [kind]
@@ -334,7 +335,7 @@ async def test_after_power_loss_during_the_copy_everything_is_copied(parts: Pass
     await parts.connect_anew()
     await parts.settle()
     parts.check()
-    assert copies(parts) == [Kind.FULL]
+    assert copies(parts) == [TransferKind.FULL]
 
 
 async def test_before_images_are_kept_of_what_is_copied_alone(parts: Passing) -> None:
@@ -354,7 +355,7 @@ async def test_a_complete_copy_that_is_given_up_is_followed_by_a_complete_one(pa
     parts.overflow()
     await parts.settle()
     parts.check()
-    assert copies(parts) == [Kind.FULL]
+    assert copies(parts) == [TransferKind.FULL]
 
 
 async def test_a_replica_that_stands_elsewhere_gets_a_complete_copy(parts: Passing) -> None:
@@ -373,7 +374,7 @@ async def test_a_replica_that_stands_elsewhere_gets_a_complete_copy(parts: Passi
     await parts.connect_anew()
     await parts.settle()
     parts.check()
-    assert copies(parts) == [Kind.FULL]
+    assert copies(parts) == [TransferKind.FULL]
     assert "hasn't the state that the changed blocks build on" in parts.shipper.standing.lost[2]
 
 
@@ -390,7 +391,7 @@ async def test_a_replica_with_nothing_gets_a_complete_copy(parts: Passing, tmp_p
     await parts.connect_anew()
     assert isinstance(await parts.ship(), Copy)
     parts.assert_replica_has_all()
-    assert copies(parts) == [Kind.FULL]
+    assert copies(parts) == [TransferKind.FULL]
 
 
 async def test_the_word_of_a_commit_that_is_lost_is_made_good(parts: Passing) -> None:
@@ -403,13 +404,13 @@ async def test_the_word_of_a_commit_that_is_lost_is_made_good(parts: Passing) ->
     assert isinstance(copy, Copy)
     await parts.ship_all()
     parts.splitter.standing.copy = copy.start  # as if it hadn't heard of it
-    parts.splitter.standing.changes = changes.Changes(
+    parts.splitter.standing.change_bitmap = changes.ChangeBitmap(
         (copy.start.from_seq, copy.start.from_time_ns), [changes.BitMap64()], 1 << 20
     )
     parts.overflow()
     await parts.settle()
     parts.check()
-    assert copies(parts) == [Kind.CHANGES, Kind.FULL]
+    assert copies(parts) == [TransferKind.CHANGES, TransferKind.FULL]
 
 
 async def test_beyond_the_limit_everything_is_copied(
@@ -420,14 +421,14 @@ async def test_beyond_the_limit_everything_is_copied(
     await begin(parts)
     parts.full = True
     parts.put(0, b"1")
-    assert parts.splitter.standing.changes is not None
+    assert parts.splitter.standing.change_bitmap is not None
     for block in range(0, 40, 2):
         parts.put(block * BLOCK, b"1")
-    assert parts.splitter.standing.changes is None
+    assert parts.splitter.standing.change_bitmap is None
     assert caplog.text.count("what changes can't be remembered any more") == 1
     await parts.settle()
     parts.check()
-    assert copies(parts) == [Kind.FULL]
+    assert copies(parts) == [TransferKind.FULL]
 
 
 async def test_tries_to_go_on_that_fail_lose_nothing_of_what_changed(
@@ -448,7 +449,7 @@ async def test_tries_to_go_on_that_fail_lose_nothing_of_what_changed(
         await parts.ship_all()
     await parts.settle()
     parts.check()
-    assert copies(parts) == [Kind.CHANGES]
+    assert copies(parts) == [TransferKind.CHANGES]
 
 
 def _refuse(*_: object) -> None:
@@ -474,22 +475,22 @@ async def test_a_write_that_the_backing_refuses_is_read_again(
         with pytest.raises(OSError, match="No space left"):
             parts.splitter.write(0, 50_000, b"x" * 20_000)
     parts.pipeline.states.append([before[:50_000] + b"x" * 1000 + before[51_000:]])
-    assert parts.splitter.standing.passing
+    assert parts.splitter.standing.bypass_cause
     parts.at[parts.splitter.standing.seq] = before[:50_000] + b"x" * 20_000 + before[70_000:]
     await parts.settle()
     parts.check()
-    assert copies(parts) == [Kind.CHANGES]
+    assert copies(parts) == [TransferKind.CHANGES]
 
 
 async def test_a_journal_that_is_really_full_is_mended_so(parts: Passing) -> None:
     await begin(parts)
-    while not parts.splitter.standing.passing:
+    while not parts.splitter.standing.bypass_cause:
         parts.put(int(parts.pipeline.random.integers(VOLUME_BYTES - 100_000)), os.urandom(100_000))
     parts.scatter(4)
     assert not parts.room(), "there is none yet"
     await parts.settle()
     parts.check()
-    assert copies(parts) == [Kind.CHANGES]
+    assert copies(parts) == [TransferKind.CHANGES]
 
 
 async def test_a_start_while_writes_pass_gives_back_what_the_replica_has(parts: Passing) -> None:
@@ -504,7 +505,7 @@ async def test_a_start_while_writes_pass_gives_back_what_the_replica_has(parts: 
     await parts.connect_anew()
     assert parts.room()
     await parts.settle()
-    assert copies(parts) == [Kind.CHANGES]
+    assert copies(parts) == [TransferKind.CHANGES]
     parts.assert_replica_has_all()
 
 
@@ -525,7 +526,7 @@ async def test_what_is_wanted_for_backfill_gives_way_before_writes_pass(
     first = journal.used_bytes
     while journal.tail.segment < 6:  # of four that there may be; no checkpoint is written meanwhile
         parts.write(100_000)
-        assert not parts.splitter.standing.passing
+        assert not parts.splitter.standing.bypass_cause
     assert first <= journal.used_bytes <= journal.capacity_bytes
     assert "given up that were kept for backfill" in caplog.text
     parts.mark()
@@ -544,7 +545,7 @@ async def test_what_only_a_redo_needs_gives_way_before_writes_pass(parts: Passin
     recovery = parts.splitter.recovery_segment
     while journal.tail.segment < 6:
         parts.write(100_000)
-        assert not parts.splitter.standing.passing
+        assert not parts.splitter.standing.bypass_cause
     assert parts.splitter.recovery_segment > recovery
 
 
@@ -553,4 +554,4 @@ def test_a_full_journal_without_anything_to_give_up_is_full(parts: Passing) -> N
     with pytest.raises(CapacityError, match="capacity"):
         while True:
             parts.write(100_000)
-    assert not parts.splitter.standing.passing
+    assert not parts.splitter.standing.bypass_cause

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pitfs.config import MAX_VOLUMES
+from pitfs.config.production import MAX_VOLUMES
 from pitfs.errors import CorruptionError
-from pitfs.production.state import SLOT_BYTES, BackingState, Progress, ProgressFile
+from pitfs.splitter.progress import SLOT_BYTES, BackingState, Progress, ProgressFile
 
 LARGE = 2**63 - 1
 

@@ -11,7 +11,7 @@ import pytest
 import xxhash
 
 from pitfs.errors import LocalProtocolError, RemoteProtocolError
-from pitfs.link.frames import (
+from pitfs.link.protocol.frames import (
     HEADER,
     MAX_BODY_BYTES,
     MAX_GROWTH_BYTES,
@@ -29,7 +29,7 @@ from pitfs.link.frames import (
     Resume,
     WireData,
 )
-from pitfs.link.protocol import LinkProtocol, Role, State
+from pitfs.link.protocol.protocol import LinkProtocol, LinkState, Role
 from pitfs.model.transfer import (
     MAX_PAYLOAD_BYTES,
     Begin,
@@ -88,7 +88,7 @@ def test_each_frame_arrives_whole_byte_by_byte_and_with_trailing_data(index: int
     assert [got for i in range(len(data)) for got in peer.receive(data[i : i + 1])] == [frame]
     peer = walked(OTHER[who], index)
     assert list(peer.receive(data + b"\x05")) == [frame]
-    if peer.state is not State.CLOSED:
+    if peer.state is not LinkState.CLOSED:
         with pytest.raises(RemoteProtocolError, match="middle of a frame"):
             peer.receive_eof()
 
@@ -99,7 +99,7 @@ def test_two_peers_joined_in_memory_hold_a_whole_session_and_agree_on_its_end() 
         got = list(peers[OTHER[who]].receive(joined(peers[who].send(frame))))
         assert got == [frame]
         assert peers[who].state is peers[OTHER[who]].state
-    assert peers[Role.SENDER].state is State.CLOSED
+    assert peers[Role.SENDER].state is LinkState.CLOSED
 
 
 @pytest.mark.parametrize("role", list(Role))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pitfs.link.rate import TokenBucket
+from pitfs.link.transport.rate import TokenBucket
 
 
 def test_a_burst_goes_at_once_and_what_follows_at_the_rate() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pitfs.model.ladder import LAST_LAYER, NO_LAYER, RUNGS_NS
-from pitfs.model.schedule import Kind, Step, Waiting, layers_left, next_step
+from pitfs.model.schedule import Step, StepKind, Waiting, layers_left, next_step
 
 MB = 1_000_000
 # No position on the first two rungs; 1 s takes 2 MB, 500 ms 3 MB, …, every write 20 MB.
@@ -20,37 +20,37 @@ def waiting(layer: int = NO_LAYER, parked: int | None = None, mark: int = 7) -> 
 @pytest.mark.parametrize(
     ("diff_due", "journals", "room_bytes", "kind", "mark", "layer"),
     [
-        (True, [waiting()], 100 * MB, Kind.DIFF, 0, NO_LAYER),
-        (True, [], None, Kind.DIFF, 0, NO_LAYER),
-        (False, [], 100 * MB, Kind.WAIT, 0, NO_LAYER),
-        (False, [Waiting(7, NO_LAYER, None)], 100 * MB, Kind.BUILD, 7, NO_LAYER),
-        (False, [waiting()], 100 * MB, Kind.LAYERS, 7, LAST_LAYER),
-        (False, [waiting()], None, Kind.LAYERS, 7, LAST_LAYER),
-        (False, [waiting()], 20 * MB, Kind.LAYERS, 7, LAST_LAYER),
-        (False, [waiting()], 20 * MB - 1, Kind.LAYERS, 7, 8),
-        (False, [waiting()], 5 * MB, Kind.LAYERS, 7, 4),
-        (False, [waiting()], 2 * MB, Kind.LAYERS, 7, 2),
-        (False, [waiting()], 2 * MB - 1, Kind.LAYERS, 7, 2),  # the link is idle: as far as it gets
-        (False, [waiting()], 0, Kind.LAYERS, 7, 2),
-        (False, [waiting(4)], 2 * MB, Kind.LAYERS, 7, 5),  # 7 - 5 MB
-        (False, [waiting(4)], 15 * MB, Kind.LAYERS, 7, LAST_LAYER),
-        (False, [waiting(8)], 0, Kind.LAYERS, 7, LAST_LAYER),
-        (False, [waiting(parked=6)], 100 * MB, Kind.LAYERS, 7, 6),  # what came of it isn't sent again
-        (False, [waiting(mark=8), waiting(mark=7)], 100 * MB, Kind.LAYERS, 8, LAST_LAYER),
-        (False, [waiting(mark=8), waiting(mark=7, parked=2)], 0, Kind.LAYERS, 8, 2),
+        (True, [waiting()], 100 * MB, StepKind.DIFF, 0, NO_LAYER),
+        (True, [], None, StepKind.DIFF, 0, NO_LAYER),
+        (False, [], 100 * MB, StepKind.WAIT, 0, NO_LAYER),
+        (False, [Waiting(7, NO_LAYER, None)], 100 * MB, StepKind.BUILD, 7, NO_LAYER),
+        (False, [waiting()], 100 * MB, StepKind.LAYERS, 7, LAST_LAYER),
+        (False, [waiting()], None, StepKind.LAYERS, 7, LAST_LAYER),
+        (False, [waiting()], 20 * MB, StepKind.LAYERS, 7, LAST_LAYER),
+        (False, [waiting()], 20 * MB - 1, StepKind.LAYERS, 7, 8),
+        (False, [waiting()], 5 * MB, StepKind.LAYERS, 7, 4),
+        (False, [waiting()], 2 * MB, StepKind.LAYERS, 7, 2),
+        (False, [waiting()], 2 * MB - 1, StepKind.LAYERS, 7, 2),  # the link is idle: as far as it gets
+        (False, [waiting()], 0, StepKind.LAYERS, 7, 2),
+        (False, [waiting(4)], 2 * MB, StepKind.LAYERS, 7, 5),  # 7 - 5 MB
+        (False, [waiting(4)], 15 * MB, StepKind.LAYERS, 7, LAST_LAYER),
+        (False, [waiting(8)], 0, StepKind.LAYERS, 7, LAST_LAYER),
+        (False, [waiting(parked=6)], 100 * MB, StepKind.LAYERS, 7, 6),  # what came of it isn't sent again
+        (False, [waiting(mark=8), waiting(mark=7)], 100 * MB, StepKind.LAYERS, 8, LAST_LAYER),
+        (False, [waiting(mark=8), waiting(mark=7, parked=2)], 0, StepKind.LAYERS, 8, 2),
     ],
 )
 def test_what_goes_next(
-    diff_due: bool, journals: list[Waiting], room_bytes: float | None, kind: Kind, mark: int, layer: int
+    diff_due: bool, journals: list[Waiting], room_bytes: float | None, kind: StepKind, mark: int, layer: int
 ) -> None:
     step = next_step(diff_due=diff_due, waiting=journals, room_bytes=room_bytes)
     assert (step.kind, step.mark, step.layer) == (kind, mark, layer)
-    assert step.reason or step.kind is Kind.BUILD
+    assert step.reason or step.kind is StepKind.BUILD
 
 
 def test_a_reason_says_what_fits() -> None:
     assert next_step(diff_due=False, waiting=[waiting()], room_bytes=6 * MB) == Step(
-        Kind.LAYERS, 7, 4, "5.0 MB fit into 6.0 MB of room"
+        StepKind.LAYERS, 7, 4, "5.0 MB fit into 6.0 MB of room"
     )
 
 

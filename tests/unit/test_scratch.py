@@ -15,20 +15,20 @@ import pytest
 import trio
 
 from pitfs.errors import CapacityError, PitfsError, UsageError
-from pitfs.fuse.init_flags import HANDLE_KILLPRIV_V2, with_flag
+from pitfs.fuse.kernel.init_flags import HANDLE_KILLPRIV_V2, with_flag
 from pitfs.fuse.replica import Ownership
 from pitfs.fuse.scratch import INLINE_WRITE_NS, ScratchReplica
 from pitfs.model.transfer import VolumeInfo
 from pitfs.store.ingest import Ingest
 from pitfs.store.store import Store
 from pitfs.view import scratch as scratch_module
-from pitfs.view.scratch import PREFIX, Scratch
-from pitfs.view.tree import Kind, Tree, pack_inode
+from pitfs.view.scratch import PREFIX, ScratchDirectory
+from pitfs.view.tree import InodeKind, Tree, pack_inode
 from tests.helpers.stores import ingest_transfer
 from tests.helpers.transfers import History
 
 VOLUMES = (VolumeInfo("root", 300_000, 65536), VolumeInfo("data", 5_000, 512))
-ROOT = pack_inode(Kind.IMAGE, 0, 0)
+ROOT = pack_inode(InodeKind.IMAGE, 0, 0)
 
 
 def stored(history: str = "0" * 32) -> Any:
@@ -46,50 +46,50 @@ def test_what_a_crash_left_is_removed_and_other_files_stay(tmp_path: Path) -> No
     (tmp_path / f"{PREFIX}folder_1").mkdir()
     for kept in (f"{name}.data", f"{'0' * 32}.8.data.index.tmp"):
         (tmp_path / kept).touch()
-    Scratch(str(tmp_path), stored()).close()
+    ScratchDirectory(str(tmp_path), stored()).close()
     assert PREFIX + "ab3_xyz7" not in os.listdir(tmp_path) and len(os.listdir(tmp_path)) == 6
-    Scratch(str(tmp_path), stored(), keep=True).close()  # begun, and never finished
+    ScratchDirectory(str(tmp_path), stored(), keep=True).close()  # begun, and never finished
     left_alone = [PREFIX + "2026-plans", PREFIX + "folder_1", "notes", "pitfs-scratch-notes.txt"]
     assert sorted(os.listdir(tmp_path)) == left_alone
 
 
 def test_a_kept_overlay_is_refused_where_it_does_not_fit(tmp_path: Path) -> None:
-    scratch = Scratch(str(tmp_path), stored(), keep=True)
+    scratch = ScratchDirectory(str(tmp_path), stored(), keep=True)
     scratch.make(7, 0)
     scratch.close()
     data = tmp_path / f"{'0' * 32}.7.root.data"
     with pytest.raises(UsageError, match="another store"):
-        Scratch(str(tmp_path), stored("1" * 32), keep=True)
+        ScratchDirectory(str(tmp_path), stored("1" * 32), keep=True)
     other = stored()
     other.volumes = (VolumeInfo("other", 300_000, 65536),)
     with pytest.raises(UsageError, match="has a volume root"):
-        Scratch(str(tmp_path), other, keep=True)
+        ScratchDirectory(str(tmp_path), other, keep=True)
     other.volumes = (VolumeInfo("root", 300_000, 4096),)
     with pytest.raises(PitfsError, match="remove both files"):
-        Scratch(str(tmp_path), other, keep=True)
+        ScratchDirectory(str(tmp_path), other, keep=True)
     os.truncate(data, 299_999)
     with pytest.raises(PitfsError, match="remove both files"):
-        Scratch(str(tmp_path), stored(), keep=True)
+        ScratchDirectory(str(tmp_path), stored(), keep=True)
     os.truncate(data, 300_000)
-    Scratch(str(tmp_path), stored(), keep=True).close()
+    ScratchDirectory(str(tmp_path), stored(), keep=True).close()
 
 
 def test_the_lock_is_waited_for_a_little_and_then_refused(tmp_path: Path) -> None:
-    first = Scratch(str(tmp_path), stored())
+    first = ScratchDirectory(str(tmp_path), stored())
     waits: list[float] = []
     with pytest.raises(UsageError, match="another mount uses it"):
-        Scratch(str(tmp_path), stored(), sleep=waits.append)
+        ScratchDirectory(str(tmp_path), stored(), sleep=waits.append)
     assert sum(waits) == pytest.approx(scratch_module.LOCK_WAIT_S, abs=0.1)
 
     def end_the_first(_: float) -> None:
         first.close()
 
-    Scratch(str(tmp_path), stored(), sleep=end_the_first).close()
+    ScratchDirectory(str(tmp_path), stored(), sleep=end_the_first).close()
 
 
 def test_so_many_images_are_written_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scratch_module, "MAX_OVERLAYS", 2)
-    scratch = Scratch(str(tmp_path), stored(), keep=True)
+    scratch = ScratchDirectory(str(tmp_path), stored(), keep=True)
     scratch.make(1, 0)
     scratch.make(1, 1)
     with pytest.raises(CapacityError):
@@ -114,7 +114,7 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
 @pytest.fixture
 def handlers(history: tuple[Path, bytes], tmp_path: Path) -> Iterator[ScratchReplica]:
     store = Store.open(str(history[0]))
-    scratch = Scratch(str(tmp_path), store, keep=True)
+    scratch = ScratchDirectory(str(tmp_path), store, keep=True)
     handlers = ScratchReplica(store, Tree(store, lambda: 0), Ownership(mode=0o600), scratch)
     yield handlers
     handlers.close()

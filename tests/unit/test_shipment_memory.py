@@ -6,13 +6,13 @@ import tracemalloc
 
 import numpy as np
 
-from pitfs.cli.shipping import MAX_INTERVAL_ROWS
+from pitfs.journal.reader import Interval
+from pitfs.journal.writer import Location
 from pitfs.model.difference import Columns
 from pitfs.model.ladder import LAST_LAYER, NO_LAYER
 from pitfs.model.transfer import VolumeInfo
-from pitfs.production import shipment
-from pitfs.production.journal import Location
-from pitfs.production.reader import Interval
+from pitfs.replication import shipment
+from pitfs.replication.shipper import MAX_INTERVAL_ROWS
 
 ROWS = 200_000
 

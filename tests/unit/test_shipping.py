@@ -16,13 +16,13 @@ import msgspec
 import pytest
 import trio
 
-from pitfs.cli.backfill import ERASED
-from pitfs.cli.shipper_process import ShipperControl
 from pitfs.errors import CapacityError, LinkError, PitfsError, PositionMismatchError, UsageError
-from pitfs.link.sender import SenderSession
+from pitfs.journal.reader import Copy, Interval
+from pitfs.link.sessions.sender import SenderSession
 from pitfs.model.transfer import WAITS, Checkpoint, Data, Section
-from pitfs.production.reader import Copy, Interval
+from pitfs.replication.backfill import ERASED
 from pitfs.storage.segment import SegmentReader
+from pitfs.supervision.shipper_process import ShipperControl
 from tests.helpers.shipper import Parts, recovers
 from tests.helpers.stores import feed
 
@@ -174,7 +174,7 @@ async def test_a_name_that_could_not_be_given_can_be_given_later(
     parts.fill()
     with pytest.raises(CapacityError, match="capacity"):
         await control.handle({"op": "bookmark", "name": "noon"})
-    parts.pipeline.splitter.standing.passing = ""
+    parts.pipeline.splitter.standing.bypass_cause = ""
     await control.handle({"op": "bookmark", "name": "noon"})
 
     def full(*_: object) -> None:
@@ -271,7 +271,7 @@ async def test_journals_are_kept_until_the_room_is_needed(parts: Parts) -> None:
         if parts.pipeline.random.random() < 0.1:
             parts.mark()
             await parts.ship(layers=False)
-    assert not splitter.standing.passing
+    assert not splitter.standing.bypass_cause
     await parts.ship_layers()
     found = parts.granularities()
     assert found[0] is None and found[-1] == 0

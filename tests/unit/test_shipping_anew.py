@@ -13,14 +13,14 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from pitfs.cli.standing import InGapError
 from pitfs.errors import LinkError, PitfsError, PositionMismatchError
-from pitfs.link import checks
-from pitfs.link.sender import SenderSession
+from pitfs.journal.reader import Copy, Interval
+from pitfs.journal.writer import Location
+from pitfs.link.protocol import checks
+from pitfs.link.sessions.sender import SenderSession
 from pitfs.model.transfer import Begin, Checkpoint, Data, End, Welcome
-from pitfs.production import shipment
-from pitfs.production.journal import Location
-from pitfs.production.reader import Copy, Interval
+from pitfs.replication import shipment
+from pitfs.replication.status import InGapError
 from tests.helpers.shipper import MARGIN_S, VOLUME_BYTES, Here, Parts, recovers
 
 
@@ -181,7 +181,7 @@ def in_its_place(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     async def connect(*_: Any, **__: Any) -> AsyncIterator[Here]:
         yield parts.session
 
-    monkeypatch.setattr("pitfs.cli.shipping.connect", connect)
+    monkeypatch.setattr("pitfs.replication.shipper.connect", connect)
 
 
 async def test_a_backing_volume_that_is_gone_is_said_and_tried_again(
@@ -265,7 +265,7 @@ async def test_a_cause_of_any_length_can_be_sent(parts: Parts) -> None:
 async def test_an_interval_that_grows_too_large_is_closed_early(
     parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pitfs.cli.shipping.MAX_INTERVAL_ROWS", 100)
+    monkeypatch.setattr("pitfs.replication.shipper.MAX_INTERVAL_ROWS", 100)
     shipper, splitter = parts.shipper, parts.pipeline.splitter
     await parts.locate()
     await parts.ship()
@@ -288,7 +288,7 @@ async def test_an_interval_that_grows_too_large_is_closed_early(
 async def test_an_interval_that_was_closed_early_has_only_its_own_time_to_be_sent_in(
     parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pitfs.cli.shipping.MAX_INTERVAL_ROWS", 1)
+    monkeypatch.setattr("pitfs.replication.shipper.MAX_INTERVAL_ROWS", 1)
     shipper = parts.shipper
     shipper.standing.rates.append(1e6)  # 2 MB in the whole interval of 2 s, next to nothing in a microsecond
     await parts.locate()
@@ -309,7 +309,7 @@ async def test_an_interval_that_was_closed_early_has_only_its_own_time_to_be_sen
 
 
 async def test_a_mark_is_counted_from_whoever_set_it(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pitfs.cli.shipping.MAX_INTERVAL_ROWS", 100)
+    monkeypatch.setattr("pitfs.replication.shipper.MAX_INTERVAL_ROWS", 100)
     shipper, splitter = parts.shipper, parts.pipeline.splitter
     await shipper._close_large()
     parts.write(4096 * 60)
@@ -336,5 +336,5 @@ async def test_an_interval_longer_than_the_journal_can_hold_is_closed_early(part
             await parts.ship(layers=False)
         await parts.service._keep()
         await parts.service._prepare_spare()
-    assert not splitter.standing.passing
+    assert not splitter.standing.bypass_cause
     assert shipped >= 3

@@ -11,10 +11,10 @@ import pytest
 import trio
 import trio.testing
 
-from pitfs.link.sender import SenderSession
+from pitfs.journal.reader import Interval
+from pitfs.link.sessions.sender import SenderSession
 from pitfs.model.transfer import Flush, Writes
-from pitfs.production.reader import Interval
-from pitfs.store.closing import Closing
+from pitfs.store.open_interval.closing import Closing
 from tests.helpers.shipper import Parts
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from pitfs.errors import CapacityError, UsageError
+from pitfs.journal.reader import Interval
 from pitfs.model.record import CopyProgress
-from pitfs.production.reader import Interval
-from pitfs.production.start import VolumeSpec, lock_state, open_splitter
-from pitfs.production.state import BackingState, Progress, ProgressFile
-from pitfs.production.volume import NotCachedError
+from pitfs.splitter.progress import BackingState, Progress, ProgressFile
+from pitfs.splitter.startup import VolumeSpec, lock_state, open_splitter
+from pitfs.splitter.volume import NotCachedError
 from pitfs.store.store import Store
 from tests.helpers.pipeline import Pipeline
 from tests.property.test_whole_way import check_every_seq
@@ -26,7 +26,7 @@ def pipeline(tmp_path: Path) -> Pipeline:
 
 def fill(pipeline: Pipeline) -> int:
     """Writes until the journal is full; returns the last seq that is journalled."""
-    while not pipeline.splitter.standing.passing:
+    while not pipeline.splitter.standing.bypass_cause:
         pipeline.write(0, 0, os.urandom(150_000))
     return pipeline.splitter.standing.seq
 
@@ -45,7 +45,7 @@ def test_times_rise_with_seq_though_the_clock_stands_still(pipeline: Pipeline) -
 def test_a_full_journal_lets_writes_pass_and_says_so_in_a_gap(pipeline: Pipeline) -> None:
     pipeline.ship()  # the first copy
     last = fill(pipeline)
-    assert "capacity" in pipeline.splitter.standing.passing
+    assert "capacity" in pipeline.splitter.standing.bypass_cause
     assert pipeline.backings[0].read_bytes() == pipeline.states[-1][0], "writes go on"
     with pytest.raises(CapacityError):
         pipeline.splitter.mark()
@@ -76,7 +76,7 @@ def test_passing_survives_a_kill_and_production_goes_on(pipeline: Pipeline) -> N
     fill(pipeline)
     pipeline.crash()
     pipeline.start()
-    assert "capacity" in pipeline.splitter.standing.passing, "no room yet, and writes aren't to wait for it"
+    assert "capacity" in pipeline.splitter.standing.bypass_cause, "no room yet, and writes aren't to wait for it"
     pipeline.random_write()
     assert pipeline.backings[0].read_bytes() == pipeline.states[-1][0]
     pipeline.close()

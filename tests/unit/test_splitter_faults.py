@@ -66,11 +66,11 @@ def test_a_write_that_passes_is_answered_only_once_passing_is_on_disk(
     pipeline.write(0, 0, b"1" * 4096)
     refuse_once(monkeypatch, "progress")
     pipeline.splitter.sync_failed(OSError(errno.EIO, "Input/output error"))
-    assert pipeline.splitter.standing.passing
+    assert pipeline.splitter.standing.bypass_cause
     pipeline.write(0, 0, b"3" * 4096)  # records it first
     pipeline.crash()
     pipeline.start()
-    assert pipeline.splitter.standing.passing
+    assert pipeline.splitter.standing.bypass_cause
     assert pipeline.backings[0].read_bytes() == pipeline.states[-1][0], "the redo undid an answered write"
     pipeline.close()
 
@@ -80,7 +80,7 @@ def test_a_copy_that_was_given_up_does_not_come_back_with_a_restart(pipeline: Pi
     pipeline.splitter.sync_failed(OSError(errno.EIO, "Input/output error"))
     pipeline.crash()
     pipeline.start()
-    assert pipeline.splitter.standing.passing and pipeline.splitter.standing.copy is None
+    assert pipeline.splitter.standing.bypass_cause and pipeline.splitter.standing.copy is None
     pipeline.close()
 
 
@@ -144,7 +144,7 @@ def test_journalling_does_not_begin_again_while_the_backing_refuses(
     pipeline.write(0, 0, b"1" * 4096)
     refuse_once(monkeypatch, "backing0")
     assert not splitter.resume_journal("it was full")
-    assert splitter.standing.passing and splitter.standing.copy is None
+    assert splitter.standing.bypass_cause and splitter.standing.copy is None
     with pytest.raises(OSError, match="Input/output"):
         splitter.sync()
     pipeline.close()
@@ -161,5 +161,5 @@ def test_marks_of_an_attempt_to_go_on_are_not_given_again_after_a_restart(
     pipeline.write(0, 0, b"2" * 4096)  # passes
     pipeline.crash()
     pipeline.start()
-    assert pipeline.splitter.standing.passing and pipeline.splitter.standing.mark == tried
+    assert pipeline.splitter.standing.bypass_cause and pipeline.splitter.standing.mark == tried
     pipeline.close()

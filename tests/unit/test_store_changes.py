@@ -11,7 +11,7 @@ import pytest
 from pitfs.cli.main import main
 from pitfs.errors import PitfsError, PositionMismatchError
 from pitfs.model.position import format_instant
-from pitfs.model.transfer import Data, Gap, Hello, Kind, Manifest, Section, VolumeInfo
+from pitfs.model.transfer import Data, Gap, Hello, Manifest, Section, TransferKind, VolumeInfo
 from pitfs.store.ingest import Ingest
 from pitfs.store.store import Store
 from tests.helpers.stores import ingest_transfer, read_image
@@ -28,7 +28,7 @@ def changes(history: History, **values: object) -> Transfer:
     m = transfer.manifest
     gap = Gap(m.from_seq, m.from_time_ns, m.to_seq, m.to_time_ns, "it was full")
     made: dict[str, object] = {
-        "kind": Kind.CHANGES, "mark": m.mark + 4, "diff_count": None, "first_time_ns": None, "gaps": (gap,),
+        "kind": TransferKind.CHANGES, "mark": m.mark + 4, "diff_count": None, "first_time_ns": None, "gaps": (gap,),
         "granularity_ns": None, "cause": "it was full",
     }  # fmt: skip
     transfer.manifest = msgspec.structs.replace(m, **(made | values))

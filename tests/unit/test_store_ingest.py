@@ -36,8 +36,8 @@ from pitfs.model.transfer import (
     VolumeInfo,
 )
 from pitfs.store.ingest import Ingest
-from pitfs.store.rows import PositionsCheck, PositionsInOrder
 from pitfs.store.store import Store
+from pitfs.store.transfer.validation import PositionsCheck, PositionsInOrder
 from tests.helpers.links import MANIFEST
 from tests.helpers.stores import ingest_transfer, read_image
 from tests.helpers.transfers import START_NS, History, Transfer
@@ -572,7 +572,7 @@ def test_a_frame_larger_than_the_limit_is_refused(ingest: Ingest, interval: Tran
 def test_more_rows_than_a_batch_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    monkeypatch.setattr("pitfs.store.staging.BATCH_ROWS", 3)
+    monkeypatch.setattr("pitfs.store.transfer.staging.BATCH_ROWS", 3)
     history = History(seed, (VolumeInfo("a", 100_000, 512), VolumeInfo("b", 90_000, 2048)))
     made = Ingest(str(tmp_path), history.hello)
     for number in range(3):

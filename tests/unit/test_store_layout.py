@@ -10,11 +10,11 @@ import pytest
 from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CorruptionError, StoreError, StoreVersionError
-from pitfs.model.blockmap import EMPTY, Entry, MapBuilder, decode_node, new_node
+from pitfs.model.blockmap import EMPTY, MapBuilder, MapEntry, decode_node, new_node
 from pitfs.model.transfer import VolumeInfo
-from pitfs.store.database import Database
-from pitfs.store.journals import INDEX_ROW, JournalWriter
-from pitfs.store.layout import (
+from pitfs.store.catalog.database import Database
+from pitfs.store.index.journal_index import INDEX_ROW, JournalWriter
+from pitfs.store.objects.format import (
     HEADER_BYTES,
     ObjectHeader,
     ObjectKind,
@@ -60,7 +60,7 @@ def test_a_map_has_the_golden_bytes() -> None:
     )
     root = builder.finish()
     assert b"".join(data.rstrip(b"\0") for data in emitted) == golden("store-map-nodes.hex")
-    assert root == Entry(pointer(3, 2), xxh3_64_intdigest(emitted[-1]))
+    assert root == MapEntry(pointer(3, 2), xxh3_64_intdigest(emitted[-1]))
     assert decode_node(emitted[0])[1, 1] == 17
 
 

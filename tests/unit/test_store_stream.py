@@ -21,12 +21,13 @@ from pitfs.errors import (
     RemoteProtocolError,
 )
 from pitfs.model.position import format_instant
-from pitfs.model.transfer import MAX_BATCH_ROWS, WRITE, Kind, StreamMark, VolumeInfo, Writes
-from pitfs.store import pieces, stream
-from pitfs.store.catalog import Catalog
-from pitfs.store.closing import Closing
+from pitfs.model.transfer import MAX_BATCH_ROWS, WRITE, StreamMark, TransferKind, VolumeInfo, Writes
+from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.ingest import Ingest
-from pitfs.store.layout import CATALOG
+from pitfs.store.objects.format import CATALOG
+from pitfs.store.open_interval import sorted_runs as pieces
+from pitfs.store.open_interval import stream
+from pitfs.store.open_interval.closing import Closing
 from pitfs.store.store import Store
 from tests.helpers.stores import ingest_transfer, read_image
 from tests.helpers.streams import FakeClock, batch_of, cut_here, mark_of
@@ -220,7 +221,7 @@ def test_a_transfer_that_follows_closes_what_was_streamed_under_the_mark_before_
     cut_here(history, 3)
     history.write()
     full = history.close_interval(full=True)
-    assert full.manifest.kind is Kind.FULL
+    assert full.manifest.kind is TransferKind.FULL
     ingest_transfer(ingest, full)
     assert [(s.seq, s.mark) for s in store.snapshots()][3:] == [(11, 2), (12, 3)]
     for seq in (*range(12), 12):
@@ -295,11 +296,11 @@ def test_pieces_stay_few_and_merges_bounded(
         clock.now_s += 1
         ingest.flush(0)
         (tail,) = catalog.tails()
-        most = max(most, len(tail.pieces))
-        assert [piece.first_seq for piece in tail.pieces] == [1, *(piece.to_seq + 1 for piece in tail.pieces[:-1])]
-        assert all(piece.row_count <= 300 for piece in tail.pieces)
+        most = max(most, len(tail.runs))
+        assert [piece.first_seq for piece in tail.runs] == [1, *(piece.to_seq + 1 for piece in tail.runs[:-1])]
+        assert all(piece.row_count <= 300 for piece in tail.runs)
     catalog.close()
-    assert sum(piece.row_count for piece in tail.pieces) == sum(len(w.contents) for w in history.open)
+    assert sum(piece.row_count for piece in tail.runs) == sum(len(w.contents) for w in history.open)
     assert most <= 3 * 4 + 3  # three of each of four levels, and as many large ones as the rows make
     for seq in range(0, 301, 7):
         assert read_image(store, store.at_seq(seq), 0) == history.states[seq][0]
@@ -395,8 +396,8 @@ def test_a_piece_that_changed_on_the_disk_is_noticed(
     (tail,) = catalog.tails()
     catalog.close()
     path = Path(ingest.path, "objects", f"journal-{tail.id:016x}.blocks")
-    data, (piece,) = path.read_bytes(), tail.pieces
-    for offset in (piece.fence_offset + 8, piece.fence_offset - 40):
+    data, (piece,) = path.read_bytes(), tail.runs
+    for offset in (piece.sparse_index_offset + 8, piece.sparse_index_offset - 40):
         damaged = bytearray(data)
         damaged[offset] ^= 1
         path.write_bytes(damaged)

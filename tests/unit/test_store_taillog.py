@@ -12,10 +12,18 @@ from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CorruptionError
 from pitfs.model.transfer import WRITE
-from pitfs.store.journals import INDEX_ROW
-from pitfs.store.layout import HEADER_BYTES
-from pitfs.store.taillog import HEAD_BYTES, PIECE, WRITES, LogReader, TailLog, align, encode_head
-from pitfs.store.writes import spread
+from pitfs.store.index.journal_index import INDEX_ROW
+from pitfs.store.objects.format import HEADER_BYTES
+from pitfs.store.open_interval.wal import (
+    HEAD_BYTES,
+    PIECE,
+    WRITES,
+    WalReader,
+    WriteAheadLog,
+    align,
+    encode_head,
+)
+from pitfs.store.open_interval.writes import spread
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 BLOCK_SIZES = np.array([512, 1024], "<i8")
@@ -34,21 +42,21 @@ def checksums() -> np.ndarray:
 ZEROS = np.array([False, False, True, False])
 
 
-def append(log: TailLog, first_seq: int) -> int:
+def append(log: WriteAheadLog, first_seq: int) -> int:
     return log.append_writes(
         first_seq, rows_of(1000 * first_seq), checksums(), ZEROS, memoryview(b"".join(BLOCKS))
     )
 
 
 @pytest.fixture
-def log(tmp_path: Path) -> Iterator[TailLog]:
-    made = TailLog.create(str(tmp_path / "log"), 9, bytes(16))
+def log(tmp_path: Path) -> Iterator[WriteAheadLog]:
+    made = WriteAheadLog.create(str(tmp_path / "log"), 9, bytes(16))
     yield made
     made.close()
 
 
-def read(log: TailLog, start: int = HEADER_BYTES) -> tuple[list[int], int]:
-    reader = LogReader(log.path, log.fd, log.tail)
+def read(log: WriteAheadLog, start: int = HEADER_BYTES) -> tuple[list[int], int]:
+    reader = WalReader(log.path, log.fd, log.tail)
     heads = list(reader.heads(start, BLOCK_SIZES))
     return [head.first_seq for head in heads], reader.end
 
@@ -62,13 +70,13 @@ def test_heads_have_the_golden_bytes() -> None:
     assert not any(writes[145:]) and not any(piece[HEAD_BYTES:])
 
 
-def test_what_was_appended_is_read_again_and_pieces_are_passed_over(log: TailLog) -> None:
+def test_what_was_appended_is_read_again_and_pieces_are_passed_over(log: WriteAheadLog) -> None:
     starts = [append(log, 1)]
     os.pwrite(log.fd, b"p" * 777, log.piece_start())
     log.append_piece(777)
     starts.append(append(log, 3))
     assert all(start % 512 == 0 for start in (*starts, log.end))
-    heads = list(LogReader(log.path, log.fd, 9).heads(HEADER_BYTES, BLOCK_SIZES))
+    heads = list(WalReader(log.path, log.fd, 9).heads(HEADER_BYTES, BLOCK_SIZES))
     assert [head.body for head in heads] == starts
     for head in heads:
         assert head.rows.tolist() == rows_of(1000 * head.first_seq).tolist()
@@ -76,7 +84,7 @@ def test_what_was_appended_is_read_again_and_pieces_are_passed_over(log: TailLog
     assert read(log) == ([1, 3], log.end)
 
 
-def test_rows_lead_to_each_block_of_each_write(log: TailLog) -> None:
+def test_rows_lead_to_each_block_of_each_write(log: WriteAheadLog) -> None:
     start = append(log, 1)
     rows = spread(1, rows_of(1000), checksums(), ZEROS, BLOCK_SIZES, 9, start)
     unit = (19 << 36) + (start - HEADER_BYTES) // 512
@@ -85,7 +93,7 @@ def test_rows_lead_to_each_block_of_each_write(log: TailLog) -> None:
     assert rows.tolist() == np.array(wanted, INDEX_ROW).tolist()
 
 
-def test_cut_at_any_byte_it_ends_where_the_last_whole_batch_does(log: TailLog) -> None:
+def test_cut_at_any_byte_it_ends_where_the_last_whole_batch_does(log: WriteAheadLog) -> None:
     ends = [log.end]
     for seq in (1, 3, 5):
         append(log, seq)
@@ -96,7 +104,7 @@ def test_cut_at_any_byte_it_ends_where_the_last_whole_batch_does(log: TailLog) -
         assert read(log) == (whole, max(end for end in ends if end <= size))
 
 
-def test_a_flipped_bit_is_a_tear_where_nothing_behind_it_says_that_it_was_durable(log: TailLog) -> None:
+def test_a_flipped_bit_is_a_tear_where_nothing_behind_it_says_that_it_was_durable(log: WriteAheadLog) -> None:
     append(log, 1)
     log.sync()
     ends = [log.end]
@@ -111,7 +119,7 @@ def test_a_flipped_bit_is_a_tear_where_nothing_behind_it_says_that_it_was_durabl
         os.pwrite(log.fd, byte, at)
 
 
-def test_a_flipped_bit_before_what_says_that_it_was_durable_is_damage(log: TailLog) -> None:
+def test_a_flipped_bit_before_what_says_that_it_was_durable_is_damage(log: WriteAheadLog) -> None:
     append(log, 1)
     end = log.end
     log.sync()
@@ -125,7 +133,7 @@ def test_a_flipped_bit_before_what_says_that_it_was_durable_is_damage(log: TailL
     assert read(log) == ([1, 3], log.end)
 
 
-def test_a_log_that_ends_before_what_was_acknowledged_is_damage(log: TailLog) -> None:
+def test_a_log_that_ends_before_what_was_acknowledged_is_damage(log: WriteAheadLog) -> None:
     append(log, 1)
     start = log.end
     os.ftruncate(log.fd, start - 512)

@@ -19,11 +19,11 @@ from pitfs.view.tree import (
     MAX_SEQ,
     ROOT_INODE,
     TIMES_INODE,
-    Entry,
-    Kind,
+    EntryType,
+    InodeKind,
     NoEntryError,
     Tree,
-    Type,
+    TreeEntry,
     pack_inode,
     unpack_inode,
 )
@@ -60,7 +60,7 @@ def make(strict: bool = False, zone: str = "UTC", **more: Any) -> tuple[Tree, Pa
     return Tree(store, lambda: T0 + 700 * SECOND, zoneinfo.ZoneInfo(zone), strict), store  # type: ignore[arg-type]
 
 
-def listed(tree: Tree, inode: int) -> dict[str, Entry]:
+def listed(tree: Tree, inode: int) -> dict[str, TreeEntry]:
     return {name: entry for name, entry, _ in tree.listing(inode, 0)}
 
 
@@ -75,7 +75,7 @@ def pages(tree: Tree, inode: int, size: int) -> Iterator[list[str]]:
 
 def leads_to(tree: Tree, name: str, parent: int = ROOT_INODE) -> str:
     entry = tree.lookup(parent, name.encode())
-    assert entry.type is Type.LINK
+    assert entry.type is EntryType.LINK
     target = tree.target(entry.inode)
     assert entry.size == len(target)
     return target
@@ -97,9 +97,9 @@ def test_every_listed_entry_can_be_looked_up_and_is_the_same() -> None:
             seen += 1
             assert tree.lookup(directory, name.encode()) == entry
             assert tree.entry(entry.inode) == entry
-            if entry.type is Type.DIRECTORY:
+            if entry.type is EntryType.DIRECTORY:
                 to_do.append(entry.inode)
-            elif entry.type is Type.LINK:
+            elif entry.type is EntryType.LINK:
                 assert tree.lookup(ROOT_INODE, tree.target(entry.inode).split("/")[-1].encode())
     assert seen == 24
 
@@ -107,10 +107,10 @@ def test_every_listed_entry_can_be_looked_up_and_is_the_same() -> None:
 def test_an_instant_that_is_no_snapshot_is_a_directory_when_named() -> None:
     tree, _ = make()
     entry = tree.lookup(ROOT_INODE, format_instant(TIMES[1]).encode())
-    assert (entry.type, entry.mtime_ns, entry.permanent) == (Type.DIRECTORY, TIMES[1], True)
+    assert (entry.type, entry.mtime_ns, entry.permanent) == (EntryType.DIRECTORY, TIMES[1], True)
     assert list(listed(tree, entry.inode)) == ["root.img", "data.img"]
     image = tree.lookup(entry.inode, b"data.img")
-    assert (image.type, image.size, image.mtime_ns) == (Type.FILE, 12_345, TIMES[1])
+    assert (image.type, image.size, image.mtime_ns) == (EntryType.FILE, 12_345, TIMES[1])
 
 
 def test_any_other_way_to_say_a_time_is_a_link() -> None:
@@ -202,7 +202,7 @@ def test_inode_numbers_say_it_all_and_are_unique() -> None:
         for name, inode in [("", directory.inode), *((n, e.inode) for n, e in listed(tree, directory.inode).items())]:
             assert 0 < inode < 1 << 63
             assert seen.setdefault(inode, f"{seq}/{name}") == f"{seq}/{name}"
-    assert unpack_inode(pack_inode(Kind.IMAGE, 1023, MAX_SEQ)) == (Kind.IMAGE, 1023, MAX_SEQ)
+    assert unpack_inode(pack_inode(InodeKind.IMAGE, 1023, MAX_SEQ)) == (InodeKind.IMAGE, 1023, MAX_SEQ)
 
 
 @pytest.mark.parametrize(

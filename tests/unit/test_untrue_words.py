@@ -9,8 +9,8 @@ import msgspec
 import pytest
 
 from pitfs.errors import RemoteProtocolError
-from pitfs.link.frames import Accept, Committed, Greeting, Resume
-from pitfs.link.protocol import LinkProtocol, Role
+from pitfs.link.protocol.frames import Accept, Committed, Greeting, Resume
+from pitfs.link.protocol.protocol import LinkProtocol, Role
 from pitfs.model.transfer import Begin, Durable, End, Flush, ResumePoint, StreamMark, Welcome
 from tests.helpers.links import HELLO, MANIFEST, NOTHING, joined
 from tests.helpers.shipper import Here, Parts

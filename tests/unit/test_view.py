@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from pitfs.errors import CorruptionError, PitfsError
-from pitfs.store.layout import ObjectHeader, ObjectKind, object_file
-from pitfs.store.objects import ObjectPool
+from pitfs.store.objects.format import ObjectHeader, ObjectKind, object_file
+from pitfs.store.objects.pool import ObjectPool
 from pitfs.view import view as view_module
 from pitfs.view.view import PointInTimeView, ReadBuffer, TableCache
 from tests.helpers.fake_store import FakeImageStore, FakeObjects

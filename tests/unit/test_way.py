@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pitfs.model.schedule import behind_limit_s, way_to_go
+from pitfs.model.schedule import behind_limit_s, choose_shipping_mode
 
 KEEPS_UP = {
     "mode": "dynamic", "streaming": True, "behind_s": 0.3, "backlog_bytes": 0,
@@ -31,7 +31,7 @@ KEEPS_UP = {
     ],
 )
 def test_the_way_that_writes_go(changes: dict[str, object], streams: bool, reason: str) -> None:
-    way = way_to_go(**(KEEPS_UP | changes))  # type: ignore[arg-type]
+    way = choose_shipping_mode(**(KEEPS_UP | changes))  # type: ignore[arg-type]
     assert way.streams is streams and reason in way.reason
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from pitfs import config
-from pitfs.link import window
-from pitfs.link.window import SPARE_BYTES, WindowPool, check_window
+from pitfs.config import production as config
+from pitfs.link.protocol import window
+from pitfs.link.protocol.window import SPARE_BYTES, WindowPool, check_window
 
 MIB = 1 << 20
 

@@ -18,9 +18,11 @@ from common import Setting
 from report import Measure, at_most, figure, note, plain
 from traces import KINDS, Trace, recorded
 
-from pitfs.link.batches import BatchCutter
-from pitfs.link.codec import PayloadEncoder
-from pitfs.link.frames import Frame, WireData, encode
+from pitfs.journal.reader import BlockSource, JournalReader
+from pitfs.journal.stream_reader import next_chunk
+from pitfs.link.codec.payloads import PayloadEncoder
+from pitfs.link.protocol.batches import BatchCutter
+from pitfs.link.protocol.frames import Frame, WireData, encode
 from pitfs.model.ladder import LAST_LAYER, NO_LAYER, RUNGS_NS
 from pitfs.model.transfer import (
     Begin,
@@ -31,8 +33,7 @@ from pitfs.model.transfer import (
     StreamMark,
     TransferFrame,
 )
-from pitfs.production.reader import BlockSource, JournalReader
-from pitfs.production.shipment import (
+from pitfs.replication.shipment import (
     Shipment,
     diff_frames,
     diff_manifest,
@@ -41,7 +42,6 @@ from pitfs.production.shipment import (
     pick_layers,
     prepare,
 )
-from pitfs.production.tailing import next_piece
 
 ROWS: Final = frozenset({Section.DIFF, Section.POSITIONS, Section.JOURNAL, Section.WRITES})
 BATCH_BYTES: Final = 1 << 20  # contents of a streamed batch: small ones, as on a link that keeps up
@@ -118,7 +118,7 @@ def streamed(trace: Trace) -> Iterator[Sent]:
     first, last = trace.intervals[0], trace.intervals[-1]
     reader.seek(first.start, (first.from_seq, first.from_time_ns))
     with contextlib.closing(reader):
-        while (piece := next_piece(reader, last.end, BATCH_BYTES, trace.block_sizes)) is not None:
+        while (piece := next_chunk(reader, last.end, BATCH_BYTES, trace.block_sizes)) is not None:
             if piece.writes is not None:
                 yield from cutter.cut(piece.writes)
                 seq, time_ns = piece.position

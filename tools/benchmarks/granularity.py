@@ -24,7 +24,7 @@ from granularity_plot import Moment, Picture
 from report import Measure, at_most, note, plain
 
 from pitfs.cli.asking import ask
-from pitfs.config import load_config
+from pitfs.config.production import load_config
 from pitfs.errors import PitfsError
 from pitfs.model.ladder import RUNGS_NS
 from pitfs.store.store import Store

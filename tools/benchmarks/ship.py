@@ -19,7 +19,7 @@ from common import Setting, bare_passthrough, fio
 from report import Measure, at_most, figure, note, plain
 
 from pitfs.cli.asking import ask
-from pitfs.config import load_config
+from pitfs.config.production import load_config
 from pitfs.errors import PitfsError
 from pitfs.store.store import Store
 from tests.helpers.hosts import Mount, Production, Replica, digest, xxhsum

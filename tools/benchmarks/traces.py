@@ -25,12 +25,12 @@ from common import Setting, fio
 from report import note
 
 from pitfs.cli.protect import SPLITTER
+from pitfs.journal.reader import Interval, JournalReader
+from pitfs.journal.writer import Location
 from pitfs.model.transfer import VolumeInfo
-from pitfs.production.control import SPLITTER_SOCKET, Connection
-from pitfs.production.journal import Location
-from pitfs.production.reader import Interval, JournalReader
-from pitfs.production.start import journal_directory
-from pitfs.production.state import read_group
+from pitfs.splitter.control import SPLITTER_SOCKET, Connection
+from pitfs.splitter.progress import read_group
+from pitfs.splitter.startup import journal_directory
 from tests.helpers import postgresql
 from tests.helpers.hosts import Production, free_port
 from tests.helpers.load import running

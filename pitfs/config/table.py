@@ -1,0 +1,224 @@
+"""A TOML table that gives its values by type, and errors with file, line and key. For config.py."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any, Final, Never
+
+from pitfs.errors import ConfigError
+
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_QUANTITY = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?([A-Za-z]+)")
+_KINDS: Final = {str: "text in quotes", int: "an integer", bool: "true or false"}
+
+
+MAX_FILE_BYTES: Final = 1 << 20  # a configuration is a page; more is the wrong file
+
+
+def read_text(path: str) -> str:
+    """The text of a file.
+
+    Raises:
+        ConfigError: it can't be read, is too large, or isn't text.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise ConfigError(path, "", f"can't be read: {getattr(error, 'strerror', None) or error}") from error
+    if len(content) > MAX_FILE_BYTES:
+        raise ConfigError(
+            path, "", f"is larger than {MAX_FILE_BYTES >> 20} MiB: not a configuration of pitfs"
+        )
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError(path, f"line {line}", "isn't UTF-8 text") from error
+
+
+def parse_table(text: str, path: str) -> Table:
+    """The document's top table; `path` is for messages. Raises ConfigError: it isn't TOML."""
+    try:
+        document = tomllib.loads(text)
+    except RecursionError as error:
+        raise ConfigError(path, "", "isn't valid TOML: nested too deeply") from error
+    except ValueError as error:  # TOMLDecodeError, or a number with more digits than Python converts
+        problem = " ".join(str(error).split())
+        place = re.search(r" \(at (line [0-9]+, column [0-9]+|end of document)\)$", problem)
+        where = place[1] if place else ""
+        problem = problem[: place.start()] if place else problem
+        raise ConfigError(path, where, f"isn't valid TOML: {problem}") from error
+    return Table(TomlSource(path, text), (), document)
+
+
+class TomlSource:
+    """The text of a file, to find the lines of keys; only looked through when there is an error."""
+
+    def __init__(self, path: str, text: str) -> None:
+        self.path, self._text = path, text
+
+    def line(self, keys: tuple[str, ...]) -> int | None:
+        """Line of the key or, where that isn't found (inline tables), of the table around it."""
+        if '"""' in self._text or "'''" in self._text:
+            return None  # lines of a long string look like keys: rather no line than a wrong one
+        lines: dict[str, int] = {}
+        prefix = ""
+        for number, line in enumerate(self._text.split("\n"), 1):
+            if header := re.match(r"\s*\[([^\[\]]+)\]", line):
+                prefix = _dotted(header[1])
+                lines.setdefault(prefix, number)
+            elif (pair := re.match(r"\s*([A-Za-z0-9_.\"' -]+?)\s*=", line)) is not None:
+                name = _dotted(pair[1])
+                lines.setdefault(f"{prefix}.{name}" if prefix else name, number)
+        for length in range(len(keys), 0, -1):
+            if (found := lines.get(".".join(keys[:length]))) is not None:
+                return found
+        return None
+
+
+def _dotted(key: str) -> str:
+    return ".".join(part.strip().strip("\"'") for part in key.split("."))
+
+
+class Table:
+    """A table of the document: takes values out by type; every failure names file, line and key."""
+
+    def __init__(self, source: TomlSource, keys: tuple[str, ...], values: Mapping[str, Any]) -> None:
+        self._source, self._keys, self.values = source, keys, values
+
+    def fail(self, key: str, problem: str) -> Never:
+        keys = (*self._keys, key) if key else self._keys
+        line = self._source.line(keys)
+        name = ".".join(_printable(part) for part in keys)
+        where = ", ".join(part for part in (f"line {line}" if line else "", name) if part)
+        raise ConfigError(self._source.path, where, problem)
+
+    def only(self, known: tuple[str, ...]) -> None:
+        for key, value in self.values.items():
+            if key in known:
+                continue
+            close = difflib.get_close_matches(key[:64], known, 1)
+            hint = f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(known)}"
+            self.fail(key, f"unknown {'table' if isinstance(value, dict) else 'key'}; {hint}")
+
+    def table(self, key: str, *, optional: bool = False) -> Table:
+        if key not in self.values and not optional:
+            self.fail("", f"the table [{'.'.join((*self._keys, key))}] is missing")
+        value = self.values.get(key, {})
+        if not isinstance(value, dict):
+            self.fail(key, f"must be a table, not {_kind(value)}")
+        return Table(self._source, (*self._keys, key), value)
+
+    def _get(self, key: str, kind: type, default: Any = None) -> Any:
+        if key not in self.values:
+            if default is None:
+                self.fail(key, "is missing")
+            return default
+        value = self.values[key]
+        if type(value) is not kind:  # bool is an int to Python, not to TOML
+            self.fail(key, f"must be {_KINDS[kind]}, not {_kind(value)}")
+        return value
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value: str = self._get(key, str, default)
+        if not value or not value.isprintable():
+            self.fail(key, "is empty" if not value else "has characters that can't be printed")
+        return value
+
+    def texts(self, key: str) -> list[str]:
+        """A list of at least one text."""
+        values = self.values[key]
+        if not isinstance(values, list) or not values or not all(isinstance(each, str) for each in values):
+            self.fail(key, 'must be a list of texts in quotes, as in ["one", "two"]')
+        return values
+
+    def integer(self, key: str, default: int) -> int:
+        value: int = self._get(key, int, default)
+        return value
+
+    def boolean(self, key: str, default: bool) -> bool:
+        value: bool = self._get(key, bool, default)
+        return value
+
+    def choice(self, key: str, choices: tuple[str, ...], default: str) -> str:
+        value = self.text(key, default)
+        if value not in choices:
+            close = difflib.get_close_matches(value[:64], choices, 1)
+            hint = f"did you mean '{close[0]}'?" if close else f"it is one of {', '.join(choices)}"
+            self.fail(key, f"{_short(value)} isn't known; {hint}")
+        return value
+
+    def absolute_path(self, key: str) -> str:
+        value = self.text(key)
+        if not value.startswith("/"):
+            self.fail(key, f"{_short(value)} must be an absolute path, beginning with /")
+        if len(value.encode()) >= 4096:
+            self.fail(key, "is longer than a path can be")
+        return value
+
+    def check_name(self, key: str, name: str) -> None:
+        if not _NAME.fullmatch(name) or name in (".", ".."):
+            self.fail(
+                key, f"{_short(name)} isn't a valid name: 1 to 64 of A-Z a-z 0-9 . _ - (not '.' or '..')"
+            )
+
+    def quantity(
+        self,
+        key: str,
+        units: Mapping[str, int | Fraction],
+        example: str,
+        default: int | None = None,
+        *,
+        plain: bool = False,
+        per_second: bool = False,
+    ) -> int:
+        """A number with unit, rounded down to whole nanoseconds or bytes.
+
+        Args:
+            plain: an integer without unit is good too.
+            per_second: "/s" may stand behind the unit.
+        """
+        if plain and type(self.values.get(key)) is int:
+            return self.integer(key, 0)
+        if key not in self.values and default is not None:
+            return default
+        if type(self.values.get(key)) in (int, float):
+            self.fail(key, f"needs a unit, as {example}")
+        value = self.text(key)
+        try:
+            return parse_quantity(value, units, example, per_second=per_second)
+        except ValueError as error:
+            self.fail(key, str(error))
+
+
+def parse_quantity(
+    text: str, units: Mapping[str, int | Fraction], example: str, *, per_second: bool = False
+) -> int:
+    """A number with unit, rounded down.
+
+    Raises:
+        ValueError: it isn't one; the message is for the user.
+    """
+    match = _QUANTITY.fullmatch(text.removesuffix("/s") if per_second else text)
+    if match is None or match[2] not in units:
+        raise ValueError(f"{_short(text)} isn't a number with one of {', '.join(units)}, as {example}")
+    return int(Fraction(match[1]) * units[match[2]])
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, dict):
+        return "a table"
+    return _KINDS.get(type(value), f"a {type(value).__name__}")
+
+
+def _printable(key: str) -> str:
+    return key if _NAME.fullmatch(key) else _short(key)
+
+
+def _short(value: str) -> str:
+    return repr(value if len(value) <= 80 else value[:77] + "…")

@@ -1,0 +1,157 @@
+"""Failures across the wire: errors to (code, message, retryable) and back; the system's errors in words."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import ssl
+from typing import Final
+
+import trio
+
+from pitfs.errors import (
+    CapacityError,
+    CorruptionError,
+    LinkError,
+    LinkRefusedError,
+    PitfsError,
+    PositionMismatchError,
+    RemoteProtocolError,
+    StoreError,
+    UsageError,
+)
+from pitfs.link.protocol.checks import MAX_MESSAGE_LENGTH
+from pitfs.link.protocol.frames import Fault, Refuse
+from pitfs.link.transport.tls import LinkContext
+
+SHUTDOWN: Final = "shutdown"
+SUPERSEDED: Final = "superseded"
+BUSY: Final = "busy"
+VERSION: Final = "version"
+NOT_GRANTED: Final = "not-granted"
+INTERNAL: Final = "internal"
+STORAGE: Final = "storage"
+
+# Most specific first: the first class that fits gives the code.
+_CODES: Final[tuple[tuple[type[PitfsError], str], ...]] = (
+    (CapacityError, "capacity"),
+    (PositionMismatchError, "position"),
+    (CorruptionError, "corruption"),
+    (RemoteProtocolError, "protocol"),
+    (StoreError, "store"),
+    (UsageError, "usage"),
+    (PitfsError, "failed"),
+)
+_NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Told(PitfsError):
+    """What one side tells the other with a code of its own."""
+
+    def __init__(self, code: str, message: str, *, retryable: bool) -> None:
+        super().__init__(message)
+        self.code = code
+        self.retryable = retryable
+
+
+def describe(error: Exception) -> tuple[str, str, bool]:
+    """Code, message and retryable of an error that the peer shall know.
+
+    Mistakes of ours come as `internal`, without their text, which may say more than a peer should know.
+    """
+    match error:
+        case Told():
+            code, message, retryable = error.code, str(error), error.retryable
+        case PitfsError():
+            code = next(code for kind, code in _CODES if isinstance(error, kind))
+            message, retryable = str(error), error.retryable
+        case OSError(errno=number) if number in _NO_ROOM:
+            code, message, retryable = "capacity", f"{error.filename or 'the store'}: {error.strerror}", True
+        case OSError():
+            code, message, retryable = STORAGE, f"{error.filename or 'the store'}: {error.strerror}", True
+        case _:
+            code, message, retryable = INTERNAL, "a mistake in pitfs there; its log has the details", True
+    return code, message[:MAX_MESSAGE_LENGTH], retryable
+
+
+def error_from(peer: str, answer: Refuse | Fault) -> PitfsError:
+    """The error for what a receiver told us; its text is made fit for a terminal and a log."""
+    words = "".join(character if character.isprintable() else "?" for character in answer.message)
+    message = f"{peer}: {words}"
+    match answer.code:
+        case "capacity":
+            return CapacityError(message)
+        case "position":
+            return PositionMismatchError(message)
+        case _ if answer.retryable:
+            return LinkError(message)
+        case _:
+            return LinkRefusedError(message)
+
+
+def in_words(error: BaseException) -> str:
+    """An error of the system, of a socket or of a group of attempts, in a few words."""
+    match error:
+        case BaseExceptionGroup():
+            return in_words(error.exceptions[0])
+        case socket.gaierror():
+            return f"the name can't be resolved ({error.strerror})"
+        case ConnectionRefusedError():
+            return "connection refused: is `pitfs receive` running there?"
+        case TimeoutError():
+            return "no answer"
+        case OSError(errno=number) if number:
+            return os.strerror(number)
+        case trio.BrokenResourceError() | trio.ClosedResourceError():
+            return in_words(error.__cause__) if error.__cause__ else "the connection broke"
+        case OSError() if isinstance(error.__cause__, BaseException):
+            return in_words(error.__cause__)
+        case _:
+            return str(error) or type(error).__name__
+
+
+# OpenSSL's reason -> words about the other side; {ours} is our certificate, {authority} our authority file.
+_ALERTS: Final = {
+    "CERTIFICATE_REQUIRED": "it wants a certificate and got none",
+    "UNKNOWN_CA": "it doesn't know the authority that signed our certificate {ours}",
+    "CERTIFICATE_EXPIRED": "our certificate {ours} has expired",
+    "BAD_CERTIFICATE": "it refuses our certificate {ours}",
+    "CERTIFICATE_UNKNOWN": "it refuses our certificate {ours}",
+    "CERTIFICATE_REVOKED": "our certificate {ours} was revoked",
+    "UNSUPPORTED_CERTIFICATE": "our certificate {ours} isn't made for this use",
+    "ACCESS_DENIED": "it refuses our certificate {ours}",
+    "PROTOCOL_VERSION": "it doesn't speak our versions of TLS (1.2 and 1.3)",
+    "INSUFFICIENT_SECURITY": "it refuses our ciphers",
+    "HANDSHAKE_FAILURE": "it refused the TLS handshake: no certificate, or no cipher in common",
+}
+_NO_TLS: Final = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "PACKET_LENGTH_TOO_LONG", "UNEXPECTED_MESSAGE")
+
+
+def tls_error(peer: str, error: ssl.SSLError, context: LinkContext | None) -> LinkError:
+    """The error for a failed TLS handshake or a TLS alert; names our files, which the context knows."""
+    ours = context.certificate_file if context else ""
+    authority = context.authority_file if context else ""
+    reason = error.reason or ""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        match error.verify_code:
+            case 10:  # X509_V_ERR_CERT_HAS_EXPIRED
+                words = "its certificate has expired"
+            case 9:  # X509_V_ERR_CERT_NOT_YET_VALID
+                words = "its certificate isn't valid yet (are both clocks right?)"
+            case 62 | 64:  # X509_V_ERR_HOSTNAME_MISMATCH, …IP_ADDRESS_MISMATCH
+                words = f"its certificate is for another host ({error.verify_message})"
+            case _:
+                words = f"its certificate isn't signed by the authority {authority} ({error.verify_message})"
+        return LinkRefusedError(f"{peer}: {words}")
+    if "PEER_DID_NOT_RETURN_A_CERTIFICATE" in reason:
+        return LinkRefusedError(f"{peer}: it sent no certificate")
+    if "ALERT" in reason:
+        words = next((text for alert, text in _ALERTS.items() if reason.endswith(alert)), "")
+        if words:
+            return LinkRefusedError(f"{peer}: {words.format(ours=ours)}")
+    if reason in ("UNSUPPORTED_PROTOCOL", "VERSION_TOO_LOW", "TLSV1_ALERT_PROTOCOL_VERSION"):
+        return LinkRefusedError(f"{peer}: {_ALERTS['PROTOCOL_VERSION']}")
+    if reason in _NO_TLS:
+        return LinkRefusedError(f"{peer}: it doesn't speak TLS: give both sides certificates, or neither")
+    return LinkError(f"{peer}: TLS: {reason.replace('_', ' ').lower() or error}")

@@ -1,0 +1,426 @@
+"""The replica's end of the link: one session for each connection, many groups at once.
+
+    socket --read--> _incoming (bounded) --batches--> thread: decode, ingest --> _outgoing --write--> socket
+
+Reading goes on while a thread writes; a hop to a thread costs 150 to 300 µs, so it takes all that waits.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import ssl
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Final, TypeVar
+
+import trio
+
+from pitfs.errors import LinkError, PitfsError, RemoteProtocolError
+from pitfs.link.protocol.frames import (
+    VERSIONS,
+    Accept,
+    Committed,
+    Fault,
+    Frame,
+    Greeting,
+    Ping,
+    Pong,
+    Refuse,
+    WireData,
+    common_version,
+)
+from pitfs.link.protocol.protocol import LinkProtocol, LinkState, Role
+from pitfs.link.protocol.window import DEFAULT_WINDOW_BYTES, WindowPool
+from pitfs.link.sessions import failures
+from pitfs.link.sessions.applier import Applier, IngestProtocol
+from pitfs.link.sessions.failures import Told
+from pitfs.link.transport.streams import FrameQueue, PlainStream, TlsStream, peer_name, send_buffers
+from pitfs.link.transport.tls import LinkContext, is_granted, names_of
+from pitfs.model.transfer import Durable, Flush, Hello, Welcome
+
+log = logging.getLogger(__name__)
+
+FRAME_COST_BYTES: Final = 256  # what an empty frame counts for in a queue
+IDLE_S: Final = 0.5  # a stream is quiet for longer only where its link is: what came last is made readable then
+REPLIES_BYTES: Final = 256 << 10  # replies that may wait: 1,000, far more than a window has checkpoints
+
+T = TypeVar("T")
+CheckSender = Callable[[Hello], None]
+ReadGrants = Callable[[], Mapping[str, frozenset[str]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What peers may take of this host.
+
+    Attributes:
+        handshaking: connections that haven't greeted yet; the oldest gives way, so that idle ones can't shut
+            out a sender. Each holds some 300 KiB: 20 MiB.
+        sessions: greeted ones; more are told to come again. Each holds a thread and twice the queue.
+        queue_bytes: between socket and ingest: enough to overlap them, and for batches.
+        window_bytes: the largest window of the codec; see `WindowPool` for what all may have together.
+        handshake_s: from the connection to its HELLO.
+        ping_s, dead_s: as Timeouts of the sender.
+        goodbye_s: to tell a peer why its session ends.
+    """
+
+    handshaking: int = 64
+    sessions: int = 64
+    queue_bytes: int = 4 << 20
+    window_bytes: int = DEFAULT_WINDOW_BYTES
+    handshake_s: float = 10.0
+    ping_s: float = 5.0
+    dead_s: float = 20.0
+    goodbye_s: float = 2.0
+
+
+async def serve(
+    listeners: list[trio.SocketListener],
+    open_ingest: Callable[[Hello], IngestProtocol],
+    *,
+    tls: LinkContext | None = None,
+    limits: Limits = Limits(),
+    read_grants: ReadGrants | None = None,
+    check_sender: CheckSender = lambda _: None,
+) -> None:
+    """Serves sessions until cancelled; then each finishes the call under way and tells its peer.
+
+    Args:
+        open_ingest: opens (or makes) the group's store; called in a thread, may raise any PitfsError.
+        tls: of `server_context`; None for loopback only.
+        read_grants: called in a thread for each session, so that a change takes effect: of each group, whose
+            certificates (`identities_of`) may write it. None: whatever the certificates themselves say.
+        check_sender: called in a thread before the group's session is ended for this sender's; raises PitfsError
+            for one that the store wouldn't take.
+    """
+    receiver = _Receiver(open_ingest, tls, limits, read_grants, check_sender)
+    async with trio.open_nursery() as nursery:
+        await trio.serve_listeners(receiver.handle, listeners, handler_nursery=nursery)
+
+
+class _Receiver:
+    """All connections of one `serve`."""
+
+    def __init__(
+        self,
+        open_ingest: Callable[[Hello], IngestProtocol],
+        tls: LinkContext | None,
+        limits: Limits,
+        read_grants: ReadGrants | None,
+        check_sender: CheckSender,
+    ) -> None:
+        self.check_sender = check_sender
+        self.open_ingest, self.tls, self.limits, self._read_grants = open_ingest, tls, limits, read_grants
+        self.threads = trio.CapacityLimiter(limits.sessions)
+        self.windows = WindowPool(limits.window_bytes)
+        self._handshaking: dict[trio.CancelScope, None] = {}  # oldest first
+        self._sessions = 0
+        self._live: dict[str, _Session] = {}  # by group
+
+    async def handle(self, inner: trio.SocketStream) -> None:
+        """One connection, from TLS handshake to close; raises nothing but Cancelled."""
+        peer = peer_name(inner)
+        try:
+            greeted = await self._greet(inner, peer)
+            if greeted is not None:
+                await self._run(*greeted)
+        except Exception:
+            log.exception("%s: session ended by a mistake in pitfs", peer)
+        finally:
+            await trio.aclose_forcefully(inner)
+
+    async def _greet(
+        self, inner: trio.SocketStream, peer: str
+    ) -> tuple[PlainStream, LinkProtocol, Greeting, str] | None:
+        """TLS, preface and HELLO, within time and number; None if there is no session."""
+        with trio.move_on_after(self.limits.handshake_s) as scope:
+            self._handshaking[scope] = None
+            if len(self._handshaking) > self.limits.handshaking:
+                next(iter(self._handshaking)).cancel()
+            try:
+                stream = TlsStream(inner, self.tls) if self.tls else PlainStream(inner)
+                return await self._read_greeting(stream, peer)
+            except ssl.SSLError as error:
+                log.warning("refused %s", failures.tls_error(peer, error, self.tls))
+                await stream.linger()
+            except RemoteProtocolError as error:
+                log.warning("refused %s: %s", peer, error)
+                await stream.linger()
+            except (trio.BrokenResourceError, trio.ClosedResourceError, EOFError, OSError):
+                log.info("%s: it left before it said HELLO", peer)
+            finally:
+                del self._handshaking[scope]
+        if scope.cancelled_caught:
+            log.warning("%s: it said no HELLO within %g s, or others came", peer, self.limits.handshake_s)
+        return None
+
+    async def _read_greeting(
+        self, stream: PlainStream, peer: str
+    ) -> tuple[PlainStream, LinkProtocol, Greeting, str]:
+        identity = ""
+        if isinstance(stream, TlsStream):
+            await stream.do_handshake()
+            identity = names_of(stream.peer_certificate())
+        protocol = LinkProtocol(Role.RECEIVER)
+        # Said first, so that a peer that expects TLS or something else sees what we are.
+        await send_buffers(stream, protocol.start(), None, lambda _: None)
+        while True:
+            data = await stream.receive_some()
+            if not data:
+                raise EOFError
+            for frame in protocol.receive(data):
+                if isinstance(frame, Greeting):
+                    return stream, protocol, frame, f"{peer} ({identity})" if identity else peer
+
+    async def _run(self, stream: PlainStream, protocol: LinkProtocol, greeting: Greeting, peer: str) -> None:
+        session = _Session(self, stream, protocol, peer)
+        self._sessions += 1
+        try:
+            await session.run(greeting)
+        finally:
+            self._sessions -= 1
+
+    async def check(self, greeting: Greeting, stream: PlainStream) -> Hello:
+        """Whether this peer may have a session.
+
+        Raises:
+            Told: no common version, a certificate for other groups, or too many sessions.
+        """
+        if greeting.hello is None:
+            theirs = ", ".join(map(str, greeting.versions))
+            ours = ", ".join(map(str, VERSIONS))
+            words = (
+                f"this replica speaks versions {ours} of the protocol and the sender {theirs}: upgrade one"
+            )
+            raise Told(failures.VERSION, words, retryable=False)
+        group = greeting.hello.group
+        if isinstance(stream, TlsStream) and not is_granted(stream.peer_certificate(), group):
+            raise Told(failures.NOT_GRANTED, f"the certificate doesn't grant group {group}", retryable=False)
+        if self._read_grants is not None:
+            await self._check_grants(self._read_grants, group, stream)
+        if self._sessions > self.limits.sessions:
+            raise Told(failures.BUSY, f"{self.limits.sessions} sessions already", retryable=True)
+        return greeting.hello
+
+    async def _check_grants(self, read_grants: ReadGrants, group: str, stream: PlainStream) -> None:
+        identities = stream.peer_identities() if isinstance(stream, TlsStream) else frozenset()
+        try:
+            granted = (await trio.to_thread.run_sync(read_grants, limiter=self.threads)).get(group, frozenset())
+        except PitfsError as error:
+            log.error("nobody gets in: %s", error)
+            words = "the replica can't read who may write which group: see its log"
+            raise Told(failures.NOT_GRANTED, words, retryable=True) from error
+        if not identities & granted:
+            words = f"the replica's grants don't let this certificate write group {group}"
+            raise Told(failures.NOT_GRANTED, words, retryable=False)
+
+    async def take_over(self, group: str, epoch: int, session: _Session) -> None:
+        """Makes this the group's session; an older one is ended first.
+
+        Its peer is most likely the other end of a half-open connection of the same sender, or of one before it.
+
+        Raises:
+            Told: the sender there began later than this one.
+        """
+        session.epoch = epoch
+        while (older := self._live.get(group)) is not None:
+            if older.epoch > epoch:
+                words = (
+                    f"another production host, {older.peer}, sends group {group} with a copy of this one's state "
+                    "and was started later: stop the one that shouldn't"
+                )
+                raise Told(failures.SUPERSEDED, words, retryable=True)
+            older.stop(
+                Told(failures.SUPERSEDED, f"a connection from {session.peer} took over", retryable=True)
+            )
+            await older.released.wait()
+        self._live[group] = session  # no await since the look: two can't both find it free
+
+    def release(self, session: _Session) -> None:
+        for group, live in list(self._live.items()):
+            if live is session:
+                del self._live[group]
+
+
+class _Session:
+    """One greeted connection."""
+
+    def __init__(self, receiver: _Receiver, stream: PlainStream, protocol: LinkProtocol, peer: str) -> None:
+        self.peer = peer
+        self.released = trio.Event()  # set once the ingest is closed
+        self.epoch = 0  # of its sender
+        self._receiver, self._stream, self._protocol = receiver, stream, protocol
+        self._limits = receiver.limits
+        self._incoming: FrameQueue[Frame] = FrameQueue(self._limits.queue_bytes)
+        self._outgoing: FrameQueue[Frame] = FrameQueue(REPLIES_BYTES)
+        self._window_bytes = 0  # taken from the receiver's pool
+        self._applier: Applier | None = None
+        self._scope = trio.CancelScope()
+        self._reason: Exception | None = None  # why it ends; None: the peer left in order
+        self._stopping = False
+        self._mid_frame = False  # a frame was sent in part: nothing can follow
+        self._began = False
+
+    async def run(self, greeting: Greeting) -> None:
+        """Serves the session to its end."""
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._guard, self._read_all)
+                    nursery.start_soon(self._guard, self._write_all)
+                    nursery.start_soon(self._guard, self._beat)
+                    await self._guard(lambda: self._work(greeting))
+                    self._scope.cancel()
+        except BaseException:  # cancelled from outside: the receiver stops
+            self.stop(
+                Told(failures.SHUTDOWN, "the receiver stops; the transfer can be resumed", retryable=True)
+            )
+            raise
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._close_ingest()
+                self._applier = None  # the window goes with it
+                self._receiver.windows.give_back(self._window_bytes)
+                self._receiver.release(self)
+                self.released.set()
+                await self._say_goodbye()
+
+    def stop(self, reason: Exception | None) -> None:
+        """Ends the session; the first reason stands."""
+        if not self._stopping:
+            self._stopping, self._reason = True, reason
+        self._scope.cancel()
+
+    async def _guard(self, task: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await task()
+        except Exception as error:
+            if not isinstance(error, PitfsError | OSError):
+                log.exception("%s: a mistake in pitfs", self.peer)
+            self.stop(error)
+
+    async def _work(self, greeting: Greeting) -> None:
+        """Opens the store, then feeds it what comes, until the peer has left and all is fed."""
+        hello = await self._receiver.check(greeting, self._stream)
+        await self._in_thread(lambda: self._receiver.check_sender(hello))
+        await self._receiver.take_over(hello.group, hello.epoch, self)
+        self._window_bytes = self._receiver.windows.take(greeting.window_bytes)
+        applier, welcome = await self._in_thread(lambda: self._open(hello))
+        self._applier = applier
+        self._began = True
+        words = "%s: session began, group %s at mark %d, window %d MiB"
+        log.info(words, self.peer, hello.group, welcome.mark, self._window_bytes >> 20)
+        version = common_version(greeting.versions) or VERSIONS[0]
+        self._reply(Accept(version, welcome, self._window_bytes))
+        streams = False
+        while True:
+            with trio.move_on_after(IDLE_S if streams else math.inf) as scope:
+                batch = await self._incoming.take(lambda frame: not isinstance(frame, WireData | Flush))
+            if scope.cancelled_caught:
+                streams = False
+                await self._in_thread(applier.publish)
+                continue
+            if not batch:
+                return
+            for reply in await self._in_thread(partial(applier.apply, batch)):
+                if isinstance(reply, Committed):
+                    state = reply.welcome
+                    log.debug("%s: group %s: mark %d committed, seq %d", self.peer, hello.group, state.mark, state.seq)
+                streams = streams or isinstance(reply, Durable)
+                self._reply(reply)
+
+    async def _in_thread(self, call: Callable[[], T]) -> T:
+        return await trio.to_thread.run_sync(call, limiter=self._receiver.threads)
+
+    def _open(self, hello: Hello) -> tuple[Applier, Welcome]:
+        ingest = self._receiver.open_ingest(hello)
+        try:
+            return Applier(ingest, self._window_bytes), ingest.welcome()
+        except BaseException:
+            ingest.close()
+            raise
+
+    def _reply(self, frame: Frame) -> None:
+        """Queues a reply. Each answers a frame that was taken from the bounded queue, so no limit is needed
+        but that of a peer that sends and never reads."""
+        if not self._outgoing.put_nowait(frame, FRAME_COST_BYTES):
+            raise LinkError("it doesn't read the answers to what it sends")
+
+    async def _read_all(self) -> None:
+        """Reads until the peer leaves; what came before is still ingested then."""
+        try:
+            while True:
+                with trio.move_on_after(self._limits.dead_s) as scope:
+                    data = await self._stream.receive_some()
+                if scope.cancelled_caught:
+                    raise LinkError(f"nothing heard from it for {self._limits.dead_s:g} s")
+                if not data:
+                    break
+                for frame in self._protocol.receive(data):
+                    await self._take_in(frame)
+            if self._protocol.state not in (LinkState.ASKED, LinkState.READY):
+                self._reason = LinkError("the connection ended within a transfer, which can be resumed")
+        except (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError, ConnectionError) as error:
+            self._reason = LinkError(failures.in_words(error))
+        self._incoming.close()
+
+    async def _take_in(self, frame: Frame) -> None:
+        match frame:
+            case Ping(token=token):
+                self._outgoing.put_control(Pong(token))
+            case Pong():
+                pass
+            case WireData(raw_length=raw_length):
+                await self._incoming.put(frame, raw_length + FRAME_COST_BYTES)
+            case _:
+                await self._incoming.put(frame, FRAME_COST_BYTES)
+
+    async def _write_all(self) -> None:
+        try:
+            while batch := await self._outgoing.take():
+                buffers = [buffer for frame in batch for buffer in self._protocol.send(frame)]
+                self._mid_frame = True
+                await send_buffers(self._stream, buffers, None, lambda _: None)
+                self._mid_frame = False
+        except (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError, ConnectionError):
+            self._outgoing.ignore()  # reading tells why; what came is still ingested
+
+    async def _beat(self) -> None:
+        token = 0
+        while True:
+            await trio.sleep(self._limits.ping_s)
+            token += 1
+            self._outgoing.put_control(Ping(token))
+
+    async def _close_ingest(self) -> None:
+        if self._applier is None:
+            return
+        try:
+            await self._in_thread(self._applier.close)
+        except Exception as error:
+            log.error("%s: closing the store: %s", self.peer, error)
+
+    async def _say_goodbye(self) -> None:
+        """Tells the peer why, as far as it still listens, and writes the log's line."""
+        reason = self._reason
+        what = "session ended" if self._began else "refused"
+        log.log(
+            logging.INFO if reason is None else logging.WARNING,
+            "%s: %s: %s",
+            self.peer,
+            what,
+            reason or "done",
+        )
+        with trio.move_on_after(self._limits.goodbye_s):
+            with suppress(trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError, ConnectionError):
+                answer = Refuse if self._protocol.state is LinkState.ASKED else Fault
+                if reason is not None and not self._mid_frame and self._protocol.state is not LinkState.CLOSED:
+                    code, message, retryable = failures.describe(reason)
+                    if answer is Refuse and isinstance(reason, RemoteProtocolError):
+                        retryable = False  # the same HELLO will be as wrong the next time
+                    buffers = self._protocol.send(answer(code, message, retryable))
+                    await send_buffers(self._stream, buffers, None, lambda _: None)
+            await self._stream.linger()

@@ -1,0 +1,321 @@
+"""What sender and receiver share in moving bytes: plain and TLS streams, bounded queues, paced writing."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Final, Generic, TypeVar
+
+import trio
+
+from pitfs.link.protocol.frames import Buffer
+from pitfs.link.transport.rate import TokenBucket
+from pitfs.link.transport.tls import identities_of
+
+RECEIVE_BYTES: Final = (
+    256 << 10
+)  # one call: large enough that the loop doesn't dominate, small against frames
+TLS_RECORD_BYTES: Final = 16 << 10
+JOIN_BYTES: Final = 32 << 10  # buffers up to this are joined: cheaper to copy than to send alone
+DELIVERY_RATE_AT: Final = 160  # tcpi_delivery_rate, u64, in struct tcp_info (linux/tcp.h)
+MAX_CONTROLS: Final = 16  # control frames that may wait beyond a queue's limit; more are dropped (PING, PONG)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Seconds. A peer sends a PING each `ping_s`, so a live one is heard from four times within `dead_s`."""
+
+    connect_s: float = 10.0
+    ping_s: float = 5.0
+    dead_s: float = 20.0
+
+
+class PlainStream:
+    """A TCP connection as it is, for loopback."""
+
+    def __init__(self, inner: trio.SocketStream) -> None:
+        self.inner = inner
+        # Received into again and again: fresh memory for each call costs more than copying out of the cache.
+        self._received = memoryview(bytearray(RECEIVE_BYTES))
+
+    async def receive_some(self) -> Buffer:
+        """Some bytes, valid until the next call; empty at the end of the connection.
+
+        Raises:
+            trio.BrokenResourceError: the connection broke; its cause says why.
+            trio.ClosedResourceError: we closed it.
+        """
+        try:
+            return self._received[: await self.inner.socket.recv_into(self._received)]
+        except OSError as error:
+            raise trio.BrokenResourceError from error
+
+    async def send_all(self, data: Buffer) -> None:
+        await self.inner.send_all(data)
+
+    async def linger(self) -> None:
+        """Ends our direction and reads the other to its end.
+
+        Closing with unread bytes would reset the connection, and the peer might lose our last words. The
+        caller limits the time.
+        """
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError, OSError):
+            self.inner.socket.shutdown(socket.SHUT_WR)
+            while await self.inner.receive_some(RECEIVE_BYTES):
+                pass
+
+    async def aclose(self) -> None:
+        await trio.aclose_forcefully(self.inner)
+
+
+class TlsStream(PlainStream):
+    """TLS over a TCP connection.
+
+    Not trio.SSLStream, for two reasons: that never sends the alert when a handshake fails, so the peer
+    wouldn't learn why; and it gives 16 KiB for each pass through the loop. At most one
+    task receives and one sends.
+    """
+
+    def __init__(
+        self, inner: trio.SocketStream, context: ssl.SSLContext, server_hostname: str | None = None
+    ) -> None:
+        super().__init__(inner)
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(
+            self._incoming,
+            self._outgoing,
+            server_side=server_hostname is None,
+            server_hostname=server_hostname,
+        )
+        self._sending = trio.Lock()  # what the BIO gives must reach the socket in that order
+        self._buffer = bytearray(RECEIVE_BYTES + TLS_RECORD_BYTES)
+        self._ended = False  # the peer sent close_notify
+
+    async def do_handshake(self) -> None:
+        """
+        Raises:
+            ssl.SSLError: it failed; an alert was sent to the peer where TLS has one.
+            EOFError: the peer closed the connection.
+            trio.BrokenResourceError: the connection broke.
+        """
+        while True:
+            try:
+                self._tls.do_handshake()
+            except ssl.SSLWantReadError:
+                await self._flush()
+            except ssl.SSLError:
+                with suppress(trio.BrokenResourceError):
+                    await self._flush()
+                raise
+            else:
+                break
+            data = await super().receive_some()
+            if not data:
+                raise EOFError
+            self._incoming.write(data)
+        await self._flush()
+
+    def peer_certificate(self) -> dict[str, Any]:
+        return dict(self._tls.getpeercert() or {})
+
+    def peer_identities(self) -> frozenset[str]:
+        return identities_of(self.peer_certificate(), self._tls.getpeercert(binary_form=True) or b"")
+
+    async def receive_some(self) -> Buffer:
+        """As PlainStream; an end without close_notify counts as an end: the protocol knows if all is there.
+
+        Raises:
+            ssl.SSLError: an alert of the peer, or bytes that aren't TLS.
+        """
+        # What comes behind close_notify isn't received: nothing would ever take it out of the BIO again.
+        while not self._ended:
+            view = memoryview(self._buffer)
+            filled = 0
+            try:
+                while filled < RECEIVE_BYTES and not self._ended:
+                    count = self._tls.read(TLS_RECORD_BYTES, view[filled:])
+                    filled += int(count)
+                    self._ended = not count
+            except ssl.SSLZeroReturnError:
+                self._ended = True
+            except ssl.SSLWantReadError:
+                pass
+            if self._outgoing.pending and not self._sending.locked():  # else the sending task takes it along
+                await self._flush()
+            if filled:
+                return view[:filled]
+            if self._ended:
+                break
+            data = await super().receive_some()
+            if not data:
+                return b""
+            self._incoming.write(data)
+        return b""
+
+    async def send_all(self, data: Buffer) -> None:
+        view = memoryview(data)
+        async with self._sending:
+            while len(view):
+                count = self._tls.write(view[:RECEIVE_BYTES])
+                view = view[count:]
+                await self.inner.send_all(self._outgoing.read())
+
+    async def linger(self) -> None:
+        with suppress(ssl.SSLError, ValueError, trio.BrokenResourceError, trio.ClosedResourceError):
+            with suppress(ssl.SSLWantReadError):
+                self._tls.unwrap()  # only makes our close_notify
+            await self._flush()
+        await super().linger()
+
+    async def _flush(self) -> None:
+        async with self._sending:
+            if self._outgoing.pending:
+                await self.inner.send_all(self._outgoing.read())
+
+
+def delivery_bytes_per_s(stream: trio.SocketStream) -> int:
+    """How fast the kernel saw bytes arrive at the peer lately, at most; 0: not known."""
+    try:
+        info = stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, DELIVERY_RATE_AT + 8)
+    except OSError:
+        return 0
+    return int.from_bytes(info[DELIVERY_RATE_AT:], sys.byteorder)
+
+
+def peer_name(stream: trio.SocketStream) -> str:
+    """HOST:PORT of the other side."""
+    try:
+        host, port, *_ = stream.socket.getpeername()
+    except OSError:
+        return "a peer that is gone"
+    return address_text(host, port)
+
+
+def address_text(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class FrameQueue(Generic[T]):
+    """A queue bounded by bytes between tasks; one consumer, which takes all that waits.
+
+    While a batch is being worked on the queue may fill again, so twice the limit is held at most, and
+    one item.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self._items: deque[tuple[T, int]] = deque()
+        self._bytes = 0
+        self._controls = 0
+        self._closed = False
+        self._ignoring = False
+        self._changed = trio.lowlevel.ParkingLot()
+
+    async def put(self, item: T, size_bytes: int) -> None:
+        """Waits for room, then appends.
+
+        Raises:
+            trio.ClosedResourceError: the queue is closed.
+        """
+        while self._bytes and self._bytes + size_bytes > self.limit_bytes and not self._closed:
+            await self._changed.park()
+        if self._closed:
+            raise trio.ClosedResourceError
+        self._append(item, size_bytes)
+
+    def put_nowait(self, item: T, size_bytes: int) -> bool:
+        """Appends if there is room; False if there is none. Without effect on a queue that ignores."""
+        if self._ignoring:
+            return True
+        if self._closed or (self._bytes and self._bytes + size_bytes > self.limit_bytes):
+            return False
+        self._append(item, size_bytes)
+        return True
+
+    def put_control(self, item: T) -> None:
+        """Appends at once, or drops the item if too many such wait or the queue is closed."""
+        if self._controls < MAX_CONTROLS and not self._closed:
+            self._controls += 1
+            self._append(item, 0)
+
+    def _append(self, item: T, size_bytes: int) -> None:
+        self._items.append((item, size_bytes))
+        self._bytes += size_bytes
+        self._changed.unpark_all()
+
+    async def take(self, is_last: Callable[[T], bool] | None = None) -> list[T]:
+        """Waits until something is there and takes all of it, or up to and with the first item that is last.
+
+        Returns:
+            the items; none if the queue is closed and empty.
+        """
+        while not self._items and not self._closed:
+            await self._changed.park()
+        batch: list[T] = []
+        while self._items:
+            item, size_bytes = self._items.popleft()
+            self._bytes -= size_bytes
+            self._controls -= not size_bytes
+            batch.append(item)
+            if is_last and is_last(item):
+                break
+        self._changed.unpark_all()
+        return batch
+
+    def close(self, *, discard: bool = False) -> None:
+        """Nothing more comes in; what is in can still be taken unless it is discarded."""
+        self._closed = True
+        if discard:
+            self._items.clear()
+        self._changed.unpark_all()
+
+    def ignore(self) -> None:
+        """Discards what is in, and what comes by `put_nowait` and `put_control` from now on."""
+        self._ignoring = True
+        self.close(discard=True)
+
+
+def joined(buffers: Iterable[Buffer]) -> Iterator[Buffer]:
+    """Joins neighbouring small buffers, passes on large ones as they are."""
+    small: list[Buffer] = []
+    small_bytes = 0
+    for buffer in buffers:
+        if small and small_bytes + len(buffer) > JOIN_BYTES:
+            yield b"".join(small)
+            small, small_bytes = [], 0
+        if len(buffer) > JOIN_BYTES:
+            yield buffer
+        else:
+            small.append(buffer)
+            small_bytes += len(buffer)
+    if small:
+        yield b"".join(small)
+
+
+async def send_buffers(
+    stream: PlainStream,
+    buffers: Iterable[Buffer],
+    bucket: TokenBucket | None,
+    on_sent: Callable[[int], None],
+) -> None:
+    """Sends buffers in order, held to the rate of the bucket; calls `on_sent` with bytes as they go."""
+    for buffer in joined(buffers):
+        step = (
+            len(buffer) if bucket is None else bucket.burst_bytes // 2
+        )  # the other half fills while it sleeps
+        view = memoryview(buffer)
+        while len(view):
+            part = view[:step]
+            view = view[step:]
+            if bucket is not None:
+                while delay_s := bucket.take(len(part), trio.current_time()):
+                    await trio.sleep(delay_s)
+            await stream.send_all(part)
+            on_sent(len(part))

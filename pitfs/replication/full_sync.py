@@ -1,0 +1,283 @@
+"""A copy of the state at a position, read from the backing volumes while writes go on: complete, or of changes.
+
+A complete one has every block that isn't zero. Of a copy of changes the journal says which blocks it has, behind its
+COPY_START; these all go, zeros among them, for the replica has something else there.
+
+Copy before write: the splitter journals the before-image of a block before it overwrites one that the
+replica doesn't durably have. So, after reading a stretch of the backing volume, whatever before-images the
+journal holds by then replace what was read: if a block has none, its write hadn't begun when it was read.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from collections.abc import Callable, Iterator
+from typing import Final
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from pyroaring import BitMap64
+from xxhash import xxh3_64_intdigest
+
+from pitfs.errors import CorruptionError, PositionMismatchError
+from pitfs.journal.reader import JournalReader
+from pitfs.journal.writer import Location, journal_path
+from pitfs.model.record import CopyProgress, CopyStart, Record, RecordKind
+from pitfs.model.transfer import (
+    DIFF_ENTRY,
+    MAX_PAYLOAD_BYTES,
+    Checkpoint,
+    Data,
+    End,
+    ResumePoint,
+    Section,
+    Source,
+    TransferFrame,
+    VolumeInfo,
+)
+from pitfs.splitter.change_bitmap import Pieces
+
+STRETCH_BYTES: Final = 16 << 20  # of a backing volume, read at a time
+CHECKPOINT_BYTES: Final = 8 << 20  # sent before the replica is asked to make it durable
+CHECKPOINT_READ_BYTES: Final = (
+    256 << 20
+)  # read or skipped: zeros send nothing, but their before-images are kept
+_PRESERVED: Final = np.dtype([("block", "<i8"), ("segment", "<i8"), ("offset", "<i8"), ("checksum", "<u8")])
+_PACK_PRESERVED: Final = struct.Struct("<qqqQ").pack
+
+
+class _BeforeImages:
+    """Where the before-images of blocks not yet copied stand in the journal; 32 bytes for each.
+
+    Kept by stretch of the volume, so that each stretch finds its own at once; offset 0 stands for zeros.
+    """
+
+    def __init__(self, directory: str, volumes: tuple[VolumeInfo, ...], start: Location, mark: int) -> None:
+        self._reader = JournalReader(directory, [volume.block_size for volume in volumes])
+        self._reader.seek(start, (0, 0))
+        self._directory = directory
+        self._volumes = volumes
+        self._mark = mark
+        self._stretches: dict[tuple[int, int], bytearray] = {}
+        self._done = (0, 0)  # stretches before this one are copied
+        self._pieces: Pieces | None = None
+        self.progress = CopyProgress(mark, 0, 0)
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def follow(self, until: Location) -> None:
+        """Takes in what the splitter preserved until then. Raises CorruptionError."""
+
+        def visit(location: Location, record: Record) -> bool:
+            if record.kind is RecordKind.BEFORE_IMAGE:
+                self._add(location, record)
+            elif record.kind is RecordKind.COPY_START:
+                start = msgspec.msgpack.decode(record.covered, type=CopyStart)
+                self._pieces = None if start.is_complete else Pieces(start)
+            elif record.kind is RecordKind.COPY_BLOCKS and self._pieces is not None:
+                self._pieces.take(record)
+            elif record.kind is RecordKind.COPY_PROGRESS:
+                progress = msgspec.msgpack.decode(record.covered, type=CopyProgress)
+                if progress.mark == self._mark:
+                    self.progress = progress
+            return False
+
+        self._reader.follow(until, visit)
+
+    def wanted(self) -> list[BitMap64 | None]:
+        """Of each volume the blocks that are copied, None for all; call it once. Raises CorruptionError."""
+        if self._pieces is None:
+            return [None] * len(self._volumes)
+        wanted, self._pieces = self._pieces.bitmaps(self._directory), None
+        return list(wanted)
+
+    def _add(self, location: Location, record: Record) -> None:
+        size = self._volumes[record.volume].block_size
+        zeros = record.size_bytes == record.contents_offset
+        for index, checksum in enumerate(record.checksums):
+            block = record.block + index
+            key = record.volume, block * size // STRETCH_BYTES
+            if key >= self._done:
+                offset = 0 if zeros else location.offset + record.contents_offset + index * size
+                rows = self._stretches.setdefault(key, bytearray())
+                rows += _PACK_PRESERVED(block, location.segment, offset, checksum)
+
+    def done(self, volume: int, stretch: int) -> None:
+        """This stretch is copied, and all before it."""
+        self._done = volume, stretch + 1
+        for key in [key for key in self._stretches if key < self._done]:
+            del self._stretches[key]
+
+    def apply(self, volume: int, stretch: int, first: int, buffer: bytearray) -> None:
+        """Puts the before-images of a stretch over what was read; `buffer` begins with block `first`.
+
+        Raises:
+            CorruptionError: one of them isn't what was preserved.
+        """
+        found = self._stretches.get((volume, stretch))
+        if found is None:
+            return
+        block_size = self._volumes[volume].block_size
+        rows = np.frombuffer(bytes(found), dtype=_PRESERVED)
+        rows = rows[rows["block"] >= first]
+        blocks = np.frombuffer(buffer, dtype=np.uint64).reshape(-1, block_size // 8)
+        blocks[rows["block"][rows["offset"] == 0] - first] = 0
+        fds: dict[int, int] = {}
+        try:
+            for block, segment, offset, checksum in rows[rows["offset"] != 0].tolist():
+                path = journal_path(self._directory, segment)
+                if segment not in fds:
+                    fds[segment] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                image = os.pread(fds[segment], block_size, offset)
+                if len(image) != block_size or xxh3_64_intdigest(image) != checksum:
+                    raise CorruptionError(path, offset, "a before-image doesn't match its checksum")
+                at = (block - first) * block_size
+                buffer[at : at + block_size] = image
+        finally:
+            for fd in fds.values():
+                os.close(fd)
+
+
+def frames(
+    directory: str,
+    volumes: tuple[VolumeInfo, ...],
+    backing_fds: list[int],
+    start: Location,
+    mark: int,
+    resume: ResumePoint,
+    tail: Callable[[], Location],
+) -> Iterator[TransferFrame]:
+    """The frames of a copy behind what the replica durably has.
+
+    Args:
+        directory: of the journal; start: of the COPY_START number `mark` in it.
+        backing_fds: of the backing volumes, for reading.
+        tail: where the journal's tail is now; blocks.
+
+    Raises:
+        CorruptionError: the journal is damaged, or a backing volume ends early.
+        PositionMismatchError: the replica has less of the copy than it had acknowledged.
+        OSError: a backing volume can't be read.
+    """
+    images = _BeforeImages(directory, volumes, start, mark)
+    try:
+        images.follow(tail())
+        at_volume, at_block = (resume.cursor[0], resume.cursor[1]) if len(resume.cursor) == 2 else (0, 0)
+        if (images.progress.volume, images.progress.block) > (at_volume, at_block):
+            raise PositionMismatchError("the replica lost a part of the copy that it had acknowledged")
+        rows_bytes, contents_bytes = resume.lengths[0], resume.lengths[1]
+        sent = read = 0
+        wanted = images.wanted()
+        for index in range(at_volume, len(volumes)):
+            volume, fd, blocks = volumes[index], backing_fds[index], wanted[index]
+            block = at_block if index == at_volume else 0
+            while (first := _next_block(volume, block, fd, blocks)) is not None:
+                stretch = first * volume.block_size // STRETCH_BYTES
+                end = min(volume.block_count, (stretch + 1) * STRETCH_BYTES // volume.block_size)
+                picked = None if blocks is None else _between(blocks, first, end)
+                buffer = _read(volume, first, end, fd) if picked is None else _read_picked(volume, picked, fd)
+                images.follow(tail())
+                images.apply(index, stretch, first, buffer)
+                for entries, payload in _portions(volume, index, first, buffer, picked):
+                    yield Data(Section.DIFF, rows_bytes, entries.tobytes())
+                    if payload:
+                        yield Data(Section.DIFF_BLOCKS, contents_bytes, payload)
+                    rows_bytes, contents_bytes = rows_bytes + entries.nbytes, contents_bytes + len(payload)
+                    sent += entries.nbytes + len(payload)
+                images.done(index, stretch)
+                read += (end - block) * volume.block_size
+                block = end
+                if sent >= CHECKPOINT_BYTES or read >= CHECKPOINT_READ_BYTES:
+                    sent = read = 0
+                    yield Checkpoint((index, block))
+        yield End((rows_bytes, contents_bytes, 0, 0, 0))
+    finally:
+        images.close()
+
+
+def _seek_data(fd: int, offset: int) -> int | None:
+    """Where the next bytes are that aren't in a hole of the backing file, None where only holes are left.
+
+    What is a hole now was one at the copy's position: the splitter fills holes, and nobody makes them.
+    """
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return None
+        if error.errno == errno.EINVAL:  # a block device: everything is data
+            return offset
+        raise
+
+
+def _next_block(volume: VolumeInfo, block: int, fd: int, wanted: BitMap64 | None) -> int | None:
+    """The next block that is wanted; where all are, the next one that isn't in a hole."""
+    if block >= volume.block_count:
+        return None
+    if wanted is not None:
+        return wanted.next_set_bit(block) if len(wanted) and block <= wanted.max() else None
+    offset = _seek_data(fd, block * volume.block_size)
+    return None if offset is None else offset // volume.block_size
+
+
+def _between(blocks: BitMap64, first: int, end: int) -> npt.NDArray[np.int64]:
+    """Those of the blocks in [first, end), ascending."""
+    stretch = BitMap64()
+    stretch.add_range(first, end)
+    return np.array((blocks & stretch).to_array(), dtype=np.int64)
+
+
+def _read_picked(volume: VolumeInfo, picked: npt.NDArray[np.int64], fd: int) -> bytearray:
+    """From the first of the blocks to the last; what isn't among them isn't read, and zero."""
+    size, first = volume.block_size, int(picked[0])
+    buffer = bytearray((int(picked[-1]) + 1 - first) * size)
+    for run in np.split(picked, np.flatnonzero(np.diff(picked) != 1) + 1):
+        start, end = int(run[0]), int(run[-1]) + 1
+        buffer[(start - first) * size : (end - first) * size] = _read(volume, start, end, fd)
+    return buffer
+
+
+def _read(volume: VolumeInfo, first: int, end: int, fd: int) -> bytearray:
+    """Blocks [first, end), holes not read, the last block of the volume padded with zeros."""
+    buffer = bytearray((end - first) * volume.block_size)
+    view = memoryview(buffer)
+    start = first * volume.block_size
+    stop = min(end * volume.block_size, volume.size_bytes)
+    offset = _seek_data(fd, start)
+    while offset is not None and offset < stop:
+        try:
+            hole = min(stop, os.lseek(fd, offset, os.SEEK_HOLE))
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            hole = stop
+        wanted = hole - offset
+        if os.preadv(fd, [view[offset - start : hole - start]], offset) != wanted:
+            raise CorruptionError(f"backing of volume {volume.name}", offset, "it ends before its size")
+        offset = _seek_data(fd, hole) if hole < stop else None
+    return buffer
+
+
+def _portions(
+    volume: VolumeInfo, index: int, first: int, buffer: bytearray, picked: npt.NDArray[np.int64] | None
+) -> Iterator[tuple[npt.NDArray[np.void], bytes]]:
+    """Rows and contents of the picked blocks (None: of all that aren't zero), a payload's worth at a time.
+
+    Args:
+        buffer: of blocks from `first` on.
+    """
+    size = volume.block_size
+    blocks = np.frombuffer(buffer, dtype=np.uint64).reshape(-1, size // 8)
+    places = np.flatnonzero(blocks.any(axis=1)) if picked is None else picked - first
+    step = MAX_PAYLOAD_BYTES // size
+    for start in range(0, len(places), step):
+        contents = blocks[places[start : start + step]]
+        filled = contents.any(axis=1)
+        entries = np.zeros(len(contents), dtype=DIFF_ENTRY)
+        entries["block"], entries["volume"] = first + places[start : start + step], index
+        entries["source"] = np.where(filled, int(Source.FOURTH), int(Source.ZERO))
+        yield entries, contents[filled].tobytes()

@@ -1,0 +1,174 @@
+"""What the catalog knows, as values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from pitfs.model.blockmap import MapEntry
+from pitfs.model.ladder import layer_of
+from pitfs.model.transfer import Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The complete state at one position."""
+
+    id: int
+    seq: int
+    time_ns: int
+    mark: int
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """What lies between two neighbouring snapshots, (from_seq, to_seq].
+
+    Attributes:
+        end_snapshot_id, base_snapshot_id: of the snapshots at its end and start (the patent's fourth, third).
+        first_time_ns: time of the first write in it, None if that isn't known.
+        granularity_ns: 0 every write can be reached, None snapshots only.
+        cause: why.
+        journal_rows: entries of its difference journal.
+    """
+
+    end_snapshot_id: int
+    base_snapshot_id: int
+    from_seq: int
+    from_time_ns: int
+    to_seq: int
+    to_time_ns: int
+    first_time_ns: int | None
+    granularity_ns: int | None
+    cause: str
+    journal_rows: int
+
+    @property
+    def layer(self) -> int:
+        """The last layer of the ladder that its difference journal has; NO_LAYER without one."""
+        return layer_of(self.granularity_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectRecord:
+    """An object as the catalog knows it."""
+
+    name: str
+    kind: int
+    snapshot_id: int
+    data_bytes: int
+    footer_bytes: int
+    footer_checksum: int
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """All that one transfer, or the closing of a tail, adds to the history.
+
+    Attributes:
+        snapshot: None if nothing was written in it. tail: id of the tail that it takes the place of.
+    """
+
+    manifest: Manifest
+    snapshot: Snapshot | None
+    roots: Sequence[MapEntry] = ()
+    interval: Interval | None = None
+    objects: Sequence[ObjectRecord] = ()
+    minutes: Mapping[int, int] = field(default_factory=dict)
+    open_interval_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayersCommit:
+    """What layers make of a committed interval.
+
+    Attributes:
+        base, interval: as it was and as it is then.
+        objects: new ones, and those that have grown. replaced: name of the index that they take the place of.
+    """
+
+    base: Interval
+    interval: Interval
+    objects: Sequence[ObjectRecord]
+    replaced: str | None
+    minutes: Mapping[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class SortedRun:
+    """A part of a tail that can be read: rows and positions of writes first_seq to to_seq (that one is in).
+
+    Attributes:
+        open_interval_id: id of the tail in whose log it stands.
+        level: how often it was merged.
+        fence_offset, fence_bytes, fence_checksum: of the fence table of its chunks (see `store.journals`).
+    """
+
+    open_interval_id: int
+    first_seq: int
+    first_time_ns: int
+    to_seq: int
+    level: int
+    row_count: int
+    sparse_index_offset: int
+    sparse_index_bytes: int
+    sparse_index_checksum: int
+
+
+@dataclass(frozen=True, slots=True)
+class OpenInterval:
+    """The open interval as far as it can be read; or one that was closed and isn't a snapshot yet.
+
+    Attributes:
+        id: of its log, journal-<id>.blocks: a number of snapshots that none will have.
+        fourth, from_snapshot: ids of the snapshots at its end (once it is closed) and at its start; that one
+            may still be made of the tail before.
+        to_seq, to_time_ns: the last write that can be read; where nothing can yet, where it begins.
+        wal_end: byte of the log up to which all is durable and in pieces.
+        mark: at its end, 0 while it is open; then also protected_through_ns and bookmark.
+        runs: all that can be read, by seq.
+    """
+
+    id: int
+    end_snapshot_id: int
+    base_snapshot_id: int
+    from_seq: int
+    from_time_ns: int
+    to_seq: int
+    to_time_ns: int
+    first_time_ns: int | None
+    wal_end: int
+    mark: int = 0
+    protected_through_ns: int = 0
+    bookmark: str | None = None
+    runs: tuple[SortedRun, ...] = ()
+
+    @property
+    def interval(self) -> Interval:
+        """As it is listed."""
+        return Interval(
+            self.end_snapshot_id, self.base_snapshot_id, self.from_seq, self.from_time_ns, self.to_seq, self.to_time_ns,
+            self.first_time_ns, 0, "streaming", sum(piece.row_count for piece in self.runs),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """A reachable state, and where to read it from; a key for caches.
+
+    Attributes:
+        seq, time_ns: its position.
+        kind: "snapshot" or "intermediary".
+        granularity_ns: of the interval it lies in, or that it ends: 0 every write, None snapshots only.
+        base_snapshot_id: of the snapshot (the third) whose block map holds what the journal doesn't; while that
+            snapshot is built, of the open interval that it is built from.
+        end_snapshot_id: of the snapshot at the interval's end (the fourth) whose difference journal comes first;
+            None for a snapshot.
+    """
+
+    seq: int
+    time_ns: int
+    kind: str
+    granularity_ns: int | None
+    base_snapshot_id: int
+    end_snapshot_id: int | None

@@ -1,0 +1,170 @@
+"""Open objects: a bounded number of file descriptors, each object's header checked when it is opened."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import threading
+from collections import OrderedDict
+from contextlib import suppress
+from typing import Final
+
+from xxhash import xxh3_64_intdigest
+
+from pitfs.errors import CorruptionError
+from pitfs.model.ladder import LAST_LAYER
+from pitfs.storage.files import read_exactly, storage_error
+from pitfs.store.objects.format import (
+    HEADER_BYTES,
+    ObjectHeader,
+    ObjectKind,
+    contents_kind,
+    contents_object,
+    data_offset,
+    object_file,
+)
+
+MAX_OPEN_OBJECTS: Final = 256  # well below the usual soft limit of 1024 descriptors
+# The blocks of one image may stand in as many objects as there were snapshots before it: with 256 descriptors and
+# 1,000 such objects reads took 2.5 times as long. Some 500 bytes each, kernel and all.
+MAX_OPEN_OBJECTS_READING: Final = 8192
+_OTHER_FILES: Final = 256  # descriptors that are left to whatever else the process does
+_CONTENTS: Final = (ObjectKind.SNAPSHOT_BLOCKS, ObjectKind.JOURNAL_BLOCKS)
+
+
+def reading_limit() -> int:
+    """How many objects a reader may keep open: raises the process's soft limit of descriptors as far as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_OPEN_OBJECTS_READING + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_OPEN_OBJECTS_READING if soft == resource.RLIM_INFINITY else max(min(wanted, soft) - _OTHER_FILES, 64)
+
+
+class MissingObjectError(CorruptionError):
+    """An object isn't there: a finer index may have taken its place, or an interval that of a tail's log."""
+
+
+class Descriptor(int):
+    """A file descriptor, closed when the last one who holds it lets go.
+
+    A thread may be kept waiting between asking for an object's descriptor and reading from it, for as long as
+    others need to open any number of objects. Were it closed by then, the read would fail, or be of another file.
+    """
+
+    __slots__ = ()
+
+    def __del__(self) -> None:
+        os.close(self)
+
+
+class ObjectPool:
+    """Objects of one store, opened for reading as they are needed.
+
+    Args:
+        directory: objects/ of the store.
+        history: 16 bytes; an object of another history isn't this store's.
+        limit: descriptors that are kept; those in use at the moment come on top.
+    """
+
+    def __init__(self, directory: str, history: bytes, limit: int = MAX_OPEN_OBJECTS) -> None:
+        self.directory = directory
+        self._history = history
+        self._limit = limit
+        self._open: OrderedDict[tuple[ObjectKind, int, int], Descriptor] = OrderedDict()
+        # The contents objects among them by number: what every read asks, without the lock. A hit doesn't
+        # count as a use: at worst an object is opened once more.
+        self._contents: dict[int, Descriptor] = {}
+        self._lock = threading.Lock()
+        # Descriptor of the contents object with that number (of a pointer) if it is open: never waits.
+        self.opened = self._contents.get
+
+    def fd(self, object_number: int) -> Descriptor:
+        """As `opened`, but opens it if need be; good for as long as the caller holds it.
+
+        Raises:
+            CorruptionError: it is missing, or it isn't that object.
+            PitfsError: it can't be opened.
+        """
+        fd = self._contents.get(object_number)
+        if fd is not None:
+            return fd
+        kind, snapshot = contents_kind(object_number)
+        return self.fd_of(kind, snapshot)
+
+    def data_offset(self, unit: int) -> int:
+        """Byte of a contents object where `unit` stands."""
+        return data_offset(unit)
+
+    def fd_of(self, kind: ObjectKind, snapshot: int, layer: int = LAST_LAYER) -> Descriptor:
+        """As `fd`, for an object of any kind; `layer`: of an index."""
+        key = (kind, snapshot, layer)
+        with self._lock:
+            fd = self._open.get(key)
+            if fd is not None:
+                self._open.move_to_end(key)
+                return fd
+        fd = self._open_checked(kind, snapshot, layer)  # without the lock: one slow object doesn't keep others waiting
+        with self._lock:
+            fd = self._open.setdefault(key, fd)  # another thread may have been faster
+            if kind in _CONTENTS:
+                self._contents[contents_object(snapshot, kind)] = fd
+            if len(self._open) > self._limit:
+                (kind, snapshot, _), _ = self._open.popitem(last=False)
+                if kind in _CONTENTS:
+                    del self._contents[contents_object(snapshot, kind)]
+        return fd
+
+    def forget(self, kind: ObjectKind, snapshot: int) -> None:
+        """Lets go of an object that was removed: its room is free when the last one who reads it is done."""
+        with self._lock:
+            self._open.pop((kind, snapshot, LAST_LAYER), None)
+            if kind in _CONTENTS:
+                self._contents.pop(contents_object(snapshot, kind), None)
+
+    def path_of(self, kind: ObjectKind, snapshot: int, layer: int = LAST_LAYER) -> str:
+        return os.path.join(self.directory, object_file(kind, snapshot, layer))
+
+    def read_verified(
+        self, kind: ObjectKind, snapshot: int, size: int, offset: int, checksum: int, layer: int = LAST_LAYER
+    ) -> bytes:
+        """Bytes of an object whose xxh3_64 is `checksum`.
+
+        Raises:
+            CorruptionError: they aren't those.
+            PitfsError: the disk refuses.
+        """
+        path = self.path_of(kind, snapshot, layer)
+        fd = self.fd_of(kind, snapshot, layer)
+        try:
+            data = read_exactly(fd, size, offset, path)
+        except OSError as error:
+            raise storage_error(error, path, "reading") from error
+        if xxh3_64_intdigest(data) != checksum:
+            raise CorruptionError(path, offset, f"{size} bytes that don't match their checksum")
+        return data
+
+    def close(self) -> None:
+        with self._lock:
+            self._open.clear()
+            self._contents.clear()
+
+    def _open_checked(self, kind: ObjectKind, snapshot: int, layer: int) -> Descriptor:
+        path = self.path_of(kind, snapshot, layer)
+        try:
+            fd = Descriptor(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                raise MissingObjectError(path, 0, "the object is missing") from None
+            raise storage_error(error, path, "opening") from error
+        try:
+            header = ObjectHeader.decode(read_exactly(fd, HEADER_BYTES, 0, path), path)
+        except OSError as error:
+            raise storage_error(error, path, "reading") from error
+        if (header.kind, header.snapshot_id, header.history) != (kind, snapshot, self._history):
+            raise CorruptionError(path, 0, "it is another object than its name says")
+        return fd

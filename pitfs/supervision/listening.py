@@ -1,0 +1,159 @@
+"""How services are listened at: addresses, unix sockets, and whose certificates are asked for."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+from pitfs.errors import PitfsError, UsageError
+
+if TYPE_CHECKING:
+
+    import trio
+
+    from pitfs.link.transport.tls import LinkContext
+
+MAX_PORT: Final = 65535
+MAX_UNIX_BYTES: Final = 107  # of the path of a unix socket
+BACKLOG: Final = 128
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """HOST:PORT or [HOST]:PORT; HOST may be empty for all addresses.
+
+    Raises:
+        UsageError: it isn't one.
+    """
+    host, colon, port_text = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host or "[" in host or "]" in host:
+        raise UsageError(f"--listen {text}: an IPv6 address goes into brackets, as in [::1]:7420")
+    if not colon or not (port_text.isascii() and port_text.isdigit()):
+        raise UsageError(f"--listen {text}: isn't HOST:PORT, as in 127.0.0.1:7420")
+    if int(port_text[:9]) > MAX_PORT or len(port_text) > 9:
+        raise UsageError(f"--listen {text}: ports go to {MAX_PORT}")
+    return host, int(port_text)
+
+
+def add_tls_files(parser: argparse.ArgumentParser, others: str) -> None:
+    """The options that name the PEM files; `others` are those who connect."""
+    parser.add_argument("--certificate", metavar="FILE", help="PEM file of this host's certificate")
+    parser.add_argument("--key", metavar="FILE", help="PEM file of its key")
+    parser.add_argument(
+        "--authority", metavar="FILE", help=f"PEM file of the authority whose certificates {others} show"
+    )
+
+
+def given_tls_files(args: argparse.Namespace) -> list[str]:
+    """Those of these options that were given."""
+    return [f"--{name}" for name in ("certificate", "key", "authority") if getattr(args, name) is not None]
+
+
+def tls_context(args: argparse.Namespace, otherwise: str) -> LinkContext:
+    """What all three files make.
+
+    Args:
+        otherwise: what may be done instead, for the error.
+
+    Raises:
+        UsageError: one is missing, or isn't right.
+    """
+    from pitfs.link.transport.tls import server_context
+
+    given = given_tls_files(args)
+    if len(given) < 3:
+        missing = ", ".join(each for each in ("--certificate", "--key", "--authority") if each not in given)
+        raise UsageError(f"{missing} missing: give all three files, or {otherwise}")
+    return server_context(args.certificate, args.key, args.authority)
+
+
+async def listen(host: str, port: int, program: str) -> list[trio.SocketListener]:
+    """Listens at all addresses of a host; `program` is who else may listen there, for the error.
+
+    Raises:
+        PitfsError: that can't be; says why.
+    """
+    import socket
+
+    import trio
+
+    where = f"{host or 'all addresses'}, port {port}"
+    # trio makes :: IPv6 only; people mean by it what Linux does, both.
+    bind_host = None if host in ("", "::") else host
+    try:
+        return await trio.open_tcp_listeners(port, host=bind_host)
+    except socket.gaierror as error:
+        raise UsageError(f"{where}: the name can't be resolved ({error.strerror})") from None
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise PitfsError(f"{where}: the address is in use: is another `{program}` running?") from None
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise PitfsError(f"{where}: isn't an address of this host") from None
+        raise PitfsError(f"{where}: can't listen: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def listen_unix(path: str) -> Iterator[trio.SocketListener]:
+    """Listens at a unix socket, for this user alone; its file is removed at the end.
+
+    One that is left of a process that is gone is taken over.
+
+    Raises:
+        PitfsError: somebody listens there, or something else has that name.
+    """
+    import fcntl
+    import socket
+
+    import trio
+
+    if len(os.fsencode(path)) > MAX_UNIX_BYTES:
+        raise UsageError(f"{path}: the path of a unix socket has at most {MAX_UNIX_BYTES} bytes")
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC))
+        try:
+            directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(directory, fcntl.LOCK_EX)  # of two that find the same old socket one waits for the other
+                _remove_stale(path)
+                listener.bind(path)
+                os.chmod(path, 0o600)  # nobody can connect yet
+                listener.listen(BACKLOG)
+            finally:
+                os.close(directory)
+        except OSError as error:
+            raise PitfsError(f"{path}: can't listen there: {error.strerror}") from None
+        made = os.lstat(path)
+        try:
+            yield trio.SocketListener(trio.socket.from_stdlib_socket(listener))
+        finally:
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.lstat(path), made):  # and not another's, made when ours had been removed
+                    os.unlink(path)
+
+
+def _remove_stale(path: str) -> None:
+    import socket
+    import stat
+
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise UsageError(f"{path}: exists and isn't a socket: give another name, or remove it")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
+        probe.setblocking(False)  # one whose queue is full is alive as well
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        except OSError as error:
+            if error.errno != errno.EAGAIN:
+                raise
+    raise PitfsError(f"{path}: another process listens there: end it, or give another path")

@@ -1,0 +1,82 @@
+"""What the processes of `pitfs protect` share: their frame, their names, and not outliving the minder."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import sys
+from collections.abc import Callable
+from typing import Final
+
+import trio
+
+from pitfs.cli.main import report
+from pitfs.config.production import Config, load_config
+from pitfs.errors import UsageError
+from pitfs.link.transport.tls import LinkContext, client_context, require_loopback
+from pitfs.supervision.service import stop_signals
+
+PR_SET_NAME: Final = 15
+TRIM_S: Final = 10.0
+
+
+def set_process_name(name: str) -> None:
+    """The name that ps and top show, so that an administrator can tell the processes apart."""
+    ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode()[:15], 0, 0, 0)
+
+
+async def trim_heap() -> None:
+    """Gives unused memory back to the system now and then, for ever."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    while malloc_trim is not None:
+        await trio.sleep(TRIM_S)
+        await trio.to_thread.run_sync(malloc_trim, 0)
+
+
+async def told_to_stop() -> None:
+    """Returns on SIGTERM or SIGINT, or when the minder is gone: two splitters of a group must never be.
+
+    Standard input is a pipe that the minder never writes to. (PR_SET_PDEATHSIG follows the thread that
+    started a process, not the minder.)
+    """
+    async with trio.open_nursery() as nursery:
+
+        async def signalled() -> None:
+            with stop_signals() as signals:
+                async for _ in signals:
+                    nursery.cancel_scope.cancel()
+
+        nursery.start_soon(signalled)
+        await trio.lowlevel.wait_readable(sys.stdin.fileno())
+        nursery.cancel_scope.cancel()
+
+
+def set_up_daemon_logging(verbose: int) -> None:
+    """One line per event on standard error; a service manager adds the time."""
+    level = logging.DEBUG if verbose else logging.INFO
+    logging.basicConfig(
+        level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+    )
+
+
+def link_context(config: Config) -> LinkContext | None:
+    """TLS for the link. Raises UsageError for files that aren't right, or no TLS beyond loopback."""
+    tls = config.tls
+    if tls.insecure:
+        require_loopback(config.replication.host)
+        return None
+    if tls.certificate is None or tls.key is None or tls.authority is None:
+        raise UsageError(f"{config.path}: [tls]: certificate, key and authority are needed")
+    return client_context(tls.certificate, tls.key, tls.authority)
+
+
+def run_process(serve: Callable[[Config], int]) -> int:
+    """Frame of a part's process: `PROGRAM CONFIG [-v]`, errors as one line, the contract's exit codes."""
+    verbose = "-v" in sys.argv[2:]
+    try:
+        if len(sys.argv) < 2:
+            raise UsageError("CONFIG is missing; this process is started by 'pitfs protect'")
+        set_up_daemon_logging(verbose)
+        return serve(load_config(sys.argv[1]))
+    except BaseException as error:
+        return report(error, verbose=verbose)
