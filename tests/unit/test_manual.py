@@ -22,7 +22,7 @@ from pitfs.view.scratch import MAX_OVERLAYS
 from tests.helpers.documents import MANUAL, PAGES, README, configurations, page, sections, terms
 from tests.helpers.processes import ROOT
 
-# How deep an option of -o must be filled in to be one: others take any text.
+# A value for each option of -o that takes one.
 SAMPLES = {"uid": "root", "gid": "root", "mode": "0440", "tz": "UTC", "scratch": "/var/tmp", "scratch_size": "10GiB"}
 SAMPLES |= {"workers": "1"}
 
