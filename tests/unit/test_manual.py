@@ -161,6 +161,15 @@ def test_each_way_to_say_a_time_is_understood() -> None:
             parse_time(way, now_ns=10**18)
 
 
+def test_the_figures_of_the_readme_are_those_of_the_manual() -> None:
+    table = sections(README.read_text(encoding="utf-8"))["Measured"]
+    rows = [line for line in table.splitlines() if re.search(r"  [0-9]+\.[0-9]{2}$", line)]
+    assert len(rows) >= 5
+    measured = set(re.findall(r"[0-9][0-9,.]*[0-9]", page("pitfs.7").partition("\nMEASURED\n")[2]))
+    for row in rows:
+        assert set(re.findall(r"[0-9][0-9,.]*[0-9]", row)) <= measured
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
