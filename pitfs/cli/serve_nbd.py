@@ -116,7 +116,7 @@ async def _start_tls(group: str, tls: LinkContext, inner: trio.SocketStream) -> 
     import trio
 
     from pitfs.errors import LinkError, LinkRefusedError
-    from pitfs.link.sessions.failures import in_words, tls_error
+    from pitfs.link.sessions.failures import describe_os_error, tls_error
     from pitfs.link.transport.streams import TlsStream
     from pitfs.link.transport.tls import is_granted, names_of
     from pitfs.nbd.stream import peer_name
@@ -127,7 +127,7 @@ async def _start_tls(group: str, tls: LinkContext, inner: trio.SocketStream) -> 
     except ssl.SSLError as error:
         raise tls_error(peer_name(inner), error, tls) from None
     except (EOFError, OSError, trio.BrokenResourceError) as error:
-        raise LinkError(f"in the TLS handshake: {in_words(error) or 'it left'}") from None
+        raise LinkError(f"in the TLS handshake: {describe_os_error(error) or 'it left'}") from None
     certificate = stream.peer_certificate()
     if not is_granted(certificate, group):
         raise LinkRefusedError(f"the certificate of {names_of(certificate)} grants other groups, not {group}")

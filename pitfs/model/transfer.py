@@ -219,10 +219,10 @@ class Hello(msgspec.Struct, frozen=True):
     instance: int = 0
 
 
-class Coarse(msgspec.Struct, frozen=True):
+class CoarseInterval(msgspec.Struct, frozen=True):
     """An interval that the replica doesn't have at every write: its positions, and what it has of it.
 
-    `journal_bytes`: of its JOURNAL_BLOCKS. `waits`: its cause says that more will come.
+    `journal_bytes`: of its JOURNAL_BLOCKS. `awaits_backfill`: its cause says that more will come.
     """
 
     from_seq: int
@@ -231,28 +231,28 @@ class Coarse(msgspec.Struct, frozen=True):
     to_time_ns: int
     granularity_ns: int | None
     journal_bytes: int
-    waits: bool = False
+    awaits_backfill: bool = msgspec.field(default=False, name="waits")
 
 
 class Welcome(msgspec.Struct, frozen=True):
     """Where the replica stands: its last committed mark, 0 and zeros if it has none.
 
     `coarse` (at the start of a session): the newest intervals that could become finer, newest first.
-    `tail_seq`, `tail_time_ns`: the last write behind that mark which it has durably, from a stream; zeros if none.
+    `streamed_seq`, `streamed_time_ns`: the last write behind that mark that it has durably from a stream, or zeros.
     """
 
     mark: int
     seq: int
     time_ns: int
     protected_through_ns: int
-    coarse: tuple[Coarse, ...] = ()
-    tail_seq: int = 0
-    tail_time_ns: int = 0
+    coarse: tuple[CoarseInterval, ...] = ()
+    streamed_seq: int = msgspec.field(default=0, name="tail_seq")
+    streamed_time_ns: int = msgspec.field(default=0, name="tail_time_ns")
 
     @property
     def end(self) -> tuple[int, int]:
         """(seq, time_ns) of the last write that it has durably: what leads on begins there."""
-        return (self.tail_seq, self.tail_time_ns) if self.tail_seq else (self.seq, self.time_ns)
+        return (self.streamed_seq, self.streamed_time_ns) if self.streamed_seq else (self.seq, self.time_ns)
 
 
 # What a sender puts out for one transfer, in order: Begin, (Data | Checkpoint)*, then End or Park.

@@ -17,7 +17,7 @@ from pitfs.link.sessions.connect import SenderSession
 from pitfs.model.granularity import Decision, megabytes
 from pitfs.model.ladder import LAST_LAYER, NO_LAYER, RUNGS_NS, layer_of
 from pitfs.model.schedule import Step, Waiting, layers_left
-from pitfs.model.transfer import WAITS, Coarse, VolumeInfo
+from pitfs.model.transfer import WAITS, CoarseInterval, VolumeInfo
 from pitfs.replication import shipment
 from pitfs.replication.sending import BATCH_BYTES, payload_bytes_for, send
 from pitfs.replication.shipment import Shipment
@@ -84,7 +84,7 @@ class Backfill:
         self._built = interval.mark, shipment, source
         self._bound()
 
-    def restore(self, coarse: Sequence[Coarse], marks: Sequence[SeenMark], mark: int) -> None:
+    def restore(self, coarse: Sequence[CoarseInterval], marks: Sequence[SeenMark], mark: int) -> None:
         """What a replica says that it lacks, as far as the local journal has it.
 
         Args:
@@ -112,7 +112,7 @@ class Backfill:
         self._lost = [
             _Journal(mark, Location(0, 0), (0, 0), (each.from_seq, each.from_time_ns), to,
                      layer_of(each.granularity_ns), each.journal_bytes)
-            for to, each in lacks.items() if each.waits and to not in here
+            for to, each in lacks.items() if each.awaits_backfill and to not in here
         ]  # fmt: skip
 
     def _bound(self) -> None:

@@ -75,9 +75,9 @@ class JournalCursor:
                 f"{splitter['mark']}: "
                 "this state directory is an old copy: put the current one back, or begin a new group"
             )
-        if welcome.tail_seq > splitter["seq"]:
+        if welcome.streamed_seq > splitter["seq"]:
             raise PositionMismatchError(
-                f"the replica has write {welcome.tail_seq} of group {self._hello.group!r}, this host only "
+                f"the replica has write {welcome.streamed_seq} of group {self._hello.group!r}, this host only "
                 f"{splitter['seq']}: "
                 "this state directory is an old copy: put the current one back, or begin a new group"
             )
@@ -114,7 +114,7 @@ class JournalCursor:
             numbers = await trio.to_thread.run_sync(list_segments, self.directory)
             try:
                 return await trio.to_thread.run_sync(
-                    self.reader.seek_mark, welcome.mark, tail, welcome.tail_seq
+                    self.reader.seek_mark, welcome.mark, tail, welcome.streamed_seq
                 )
             except CorruptionError:
                 # Removed or recycled under our eyes? Then it is looked for in what is left.

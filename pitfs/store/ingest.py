@@ -30,7 +30,7 @@ from pitfs.errors import (
 from pitfs.model.group import identity_problem
 from pitfs.model.transfer import (
     WAITS,
-    Coarse,
+    CoarseInterval,
     Data,
     Durable,
     End,
@@ -143,7 +143,8 @@ class Ingest:
             blocks = catalog.object(object_file(ObjectKind.JOURNAL_BLOCKS, interval.end_snapshot_id))
             journal_bytes = blocks.data_bytes if blocks else 0
             positions = interval.from_seq, interval.from_time_ns, interval.to_seq, interval.to_time_ns
-            coarse.append(Coarse(*positions, interval.granularity_ns, journal_bytes, interval.cause.endswith(WAITS)))
+            waits = interval.cause.endswith(WAITS)
+            coarse.append(CoarseInterval(*positions, interval.granularity_ns, journal_bytes, waits))
         return msgspec.structs.replace(self._standing(), coarse=tuple(coarse))
 
     def _standing(self) -> Welcome:

@@ -37,7 +37,7 @@ class AdaptiveCompression:
     def __init__(self, cap_bytes_per_s: float | None = None) -> None:
         """`cap_bytes_per_s`: the configured rate; a compressor faster than that needn't step back."""
         self.state = CompressionState.COMPRESSING
-        self._cap = cap_bytes_per_s
+        self.cap_bytes_per_s = cap_bytes_per_s
         self._wait = self._left = MIN_WAIT  # periods
         self._speed = 0.0  # bytes/s of payload, when the compressor held things up
         self._paid = False  # RAW was worth it for a period at least
@@ -75,7 +75,7 @@ class AdaptiveCompression:
 
     def _judge_compressing(self, link_bytes_per_s: float) -> None:
         speed = self._bytes / max(self._total_s, 1e-9)
-        link_speed = link_bytes_per_s if self._cap is None else min(self._cap, link_bytes_per_s)
+        link_speed = link_bytes_per_s if self.cap_bytes_per_s is None else min(self.cap_bytes_per_s, link_bytes_per_s)
         if self._encode_s < BOUND_SHARE * self._total_s or link_speed < GAIN * speed:
             return
         self._left -= 1

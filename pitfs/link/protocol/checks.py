@@ -75,7 +75,7 @@ def _check_parts(frame: object) -> None:
                 _check_hello(value)
             case Welcome():
                 numbers = value.mark, value.seq, value.time_ns, value.protected_through_ns
-                _check_numbers("welcome", (*numbers, value.tail_seq, value.tail_time_ns))
+                _check_numbers("welcome", (*numbers, value.streamed_seq, value.streamed_time_ns))
                 if len(value.coarse) > MAX_COARSE:
                     raise ValueError(f"{len(value.coarse)} intervals, limit {MAX_COARSE}")
                 for each in value.coarse:

@@ -114,7 +114,7 @@ async def _open(host: str, port: int, peer: str, tls: LinkContext | None) -> Pla
         inner = await trio.open_tcp_stream(host, port)
     except (OSError, UnicodeError) as error:
         cause = error.__cause__ if isinstance(error.__cause__, BaseException) else error
-        raise LinkError(f"{peer}: {failures.in_words(cause)}") from None
+        raise LinkError(f"{peer}: {failures.describe_os_error(cause)}") from None
     try:
         if tls is None:
             address = str(inner.socket.getpeername()[0])
@@ -136,7 +136,7 @@ async def _open(host: str, port: int, peer: str, tls: LinkContext | None) -> Pla
         ) from None
     except (trio.BrokenResourceError, OSError) as error:
         await trio.aclose_forcefully(inner)
-        raise LinkError(f"{peer}: in the TLS handshake: {failures.in_words(error)}") from None
+        raise LinkError(f"{peer}: in the TLS handshake: {failures.describe_os_error(error)}") from None
     except ValueError as error:  # a host name that can't stand in a certificate
         await trio.aclose_forcefully(inner)
         raise LinkRefusedError(f"{peer}: {error}") from None

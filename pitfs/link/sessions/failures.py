@@ -46,7 +46,7 @@ _CODES: Final[tuple[tuple[type[PitfsError], str], ...]] = (
 _NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class Told(PitfsError):
+class PeerError(PitfsError):
     """What one side tells the other with a code of its own."""
 
     def __init__(self, code: str, message: str, *, retryable: bool) -> None:
@@ -61,7 +61,7 @@ def describe(error: Exception) -> tuple[str, str, bool]:
     Mistakes of ours come as `internal`, without their text, which may say more than a peer should know.
     """
     match error:
-        case Told():
+        case PeerError():
             code, message, retryable = error.code, str(error), error.retryable
         case PitfsError():
             code = next(code for kind, code in _CODES if isinstance(error, kind))
@@ -90,11 +90,11 @@ def error_from(peer: str, answer: Refuse | Fault) -> PitfsError:
             return LinkRefusedError(message)
 
 
-def in_words(error: BaseException) -> str:
+def describe_os_error(error: BaseException) -> str:
     """An error of the system, of a socket or of a group of attempts, in a few words."""
     match error:
         case BaseExceptionGroup():
-            return in_words(error.exceptions[0])
+            return describe_os_error(error.exceptions[0])
         case socket.gaierror():
             return f"the name can't be resolved ({error.strerror})"
         case ConnectionRefusedError():
@@ -104,9 +104,9 @@ def in_words(error: BaseException) -> str:
         case OSError(errno=number) if number:
             return os.strerror(number)
         case trio.BrokenResourceError() | trio.ClosedResourceError():
-            return in_words(error.__cause__) if error.__cause__ else "the connection broke"
+            return describe_os_error(error.__cause__) if error.__cause__ else "the connection broke"
         case OSError() if isinstance(error.__cause__, BaseException):
-            return in_words(error.__cause__)
+            return describe_os_error(error.__cause__)
         case _:
             return str(error) or type(error).__name__
 

@@ -36,7 +36,7 @@ from pitfs.link.protocol.protocol import LinkProtocol, LinkState, Role
 from pitfs.link.protocol.window import DEFAULT_WINDOW_BYTES, WindowPool
 from pitfs.link.sessions import failures
 from pitfs.link.sessions.applier import Applier, IngestProtocol
-from pitfs.link.sessions.failures import Told
+from pitfs.link.sessions.failures import PeerError
 from pitfs.link.transport.streams import FrameQueue, PlainStream, TlsStream, peer_name, send_buffers
 from pitfs.link.transport.tls import LinkContext, is_granted, names_of
 from pitfs.model.transfer import Durable, Flush, Hello, Welcome
@@ -187,7 +187,7 @@ class _Receiver:
         """Whether this peer may have a session.
 
         Raises:
-            Told: no common version, a certificate for other groups, or too many sessions.
+            PeerError: no common version, a certificate for other groups, or too many sessions.
         """
         if greeting.hello is None:
             theirs = ", ".join(map(str, greeting.versions))
@@ -195,14 +195,14 @@ class _Receiver:
             words = (
                 f"this replica speaks versions {ours} of the protocol and the sender {theirs}: upgrade one"
             )
-            raise Told(failures.VERSION, words, retryable=False)
+            raise PeerError(failures.VERSION, words, retryable=False)
         group = greeting.hello.group
         if isinstance(stream, TlsStream) and not is_granted(stream.peer_certificate(), group):
-            raise Told(failures.NOT_GRANTED, f"the certificate doesn't grant group {group}", retryable=False)
+            raise PeerError(failures.NOT_GRANTED, f"the certificate doesn't grant group {group}", retryable=False)
         if self._read_grants is not None:
             await self._check_grants(self._read_grants, group, stream)
         if self._sessions > self.limits.sessions:
-            raise Told(failures.BUSY, f"{self.limits.sessions} sessions already", retryable=True)
+            raise PeerError(failures.BUSY, f"{self.limits.sessions} sessions already", retryable=True)
         return greeting.hello
 
     async def _check_grants(self, read_grants: ReadGrants, group: str, stream: PlainStream) -> None:
@@ -212,10 +212,10 @@ class _Receiver:
         except PitfsError as error:
             log.error("nobody gets in: %s", error)
             words = "the replica can't read who may write which group: see its log"
-            raise Told(failures.NOT_GRANTED, words, retryable=True) from error
+            raise PeerError(failures.NOT_GRANTED, words, retryable=True) from error
         if not identities & granted:
             words = f"the replica's grants don't let this certificate write group {group}"
-            raise Told(failures.NOT_GRANTED, words, retryable=False)
+            raise PeerError(failures.NOT_GRANTED, words, retryable=False)
 
     async def take_over(self, group: str, epoch: int, session: _Session) -> None:
         """Makes this the group's session; an older one is ended first.
@@ -223,7 +223,7 @@ class _Receiver:
         Its peer is most likely the other end of a half-open connection of the same sender, or of one before it.
 
         Raises:
-            Told: the sender there began later than this one.
+            PeerError: the sender there began later than this one.
         """
         session.epoch = epoch
         while (older := self._live.get(group)) is not None:
@@ -232,9 +232,9 @@ class _Receiver:
                     f"another production host, {older.peer}, sends group {group} with a copy of this one's state "
                     "and was started later: stop the one that shouldn't"
                 )
-                raise Told(failures.SUPERSEDED, words, retryable=True)
+                raise PeerError(failures.SUPERSEDED, words, retryable=True)
             older.stop(
-                Told(failures.SUPERSEDED, f"a connection from {session.peer} took over", retryable=True)
+                PeerError(failures.SUPERSEDED, f"a connection from {session.peer} took over", retryable=True)
             )
             await older.released.wait()
         self._live[group] = session  # no await since the look: two can't both find it free
@@ -276,7 +276,7 @@ class _Session:
                     self._scope.cancel()
         except BaseException:  # cancelled from outside: the receiver stops
             self.stop(
-                Told(failures.SHUTDOWN, "the receiver stops; the transfer can be resumed", retryable=True)
+                PeerError(failures.SHUTDOWN, "the receiver stops; the transfer can be resumed", retryable=True)
             )
             raise
         finally:
@@ -364,7 +364,7 @@ class _Session:
             if self._protocol.state not in (LinkState.ASKED, LinkState.READY):
                 self._reason = LinkError("the connection ended within a transfer, which can be resumed")
         except (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError, ConnectionError) as error:
-            self._reason = LinkError(failures.in_words(error))
+            self._reason = LinkError(failures.describe_os_error(error))
         self._incoming.close()
 
     async def _take_in(self, frame: Frame) -> None:

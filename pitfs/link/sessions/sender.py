@@ -107,7 +107,7 @@ class SenderSession:
         self._protocol = LinkProtocol(Role.SENDER)
         self.window_bytes = window_bytes
         self._encoder = PayloadEncoder(window_bytes)  # until WELCOME says of which window
-        self._effort = AdaptiveCompression(None if bucket is None else bucket.rate_bytes_per_s)
+        self.compression = AdaptiveCompression(None if bucket is None else bucket.rate_bytes_per_s)
         self._pending: FrameQueue[Frame | Data] = FrameQueue(queue_bytes)
         self._outgoing: FrameQueue[Frame] = FrameQueue(queue_bytes)
         self._changed = trio.lowlevel.ParkingLot()  # a reply, PROGRESS or failure came
@@ -262,7 +262,7 @@ class SenderSession:
         begun_s = trio.current_time()
         while batch := await self._pending.take():
             taken_s = trio.current_time()
-            compresses = self._effort.compresses
+            compresses = self.compression.compresses
             pairs = [
                 (frame, compresses and isinstance(frame, Data) and self._encoder.wants(frame)) for frame in batch
             ]
@@ -279,7 +279,7 @@ class SenderSession:
                 except trio.ClosedResourceError:
                     return
             now_s = trio.current_time()
-            self._effort.observe(
+            self.compression.observe(
                 sum(len(frame.payload) for frame in batch if isinstance(frame, Data)),
                 idle_s=taken_s - begun_s,
                 encode_s=encoded_s - taken_s,
@@ -309,7 +309,7 @@ class SenderSession:
             with trio.move_on_after(VERDICT_S):
                 while self.failure is None:
                     await self._changed.park()
-            self._fail(LinkError(f"{self.peer}: {failures.in_words(error)}"))
+            self._fail(LinkError(f"{self.peer}: {failures.describe_os_error(error)}"))
 
     def _count(self, sent_bytes: int) -> None:
         self.wire_bytes += sent_bytes
@@ -331,7 +331,7 @@ class SenderSession:
         except ssl.SSLError as error:
             self._fail(failures.tls_error(self.peer, error, self._tls))
         except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
-            self._fail(LinkError(f"{self.peer}: {failures.in_words(error)}"))
+            self._fail(LinkError(f"{self.peer}: {failures.describe_os_error(error)}"))
         except PitfsError as error:
             self._fail(error)
         await self._stream.aclose()  # so that the peer needn't wait for the caller to notice
