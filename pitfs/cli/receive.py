@@ -50,14 +50,15 @@ examples:
 def run(args: argparse.Namespace) -> int:
     import trio
 
-    from pitfs.config.production import load_grants, parse_window
+    from pitfs.config.grants import load_grants
+    from pitfs.config.quantities import WINDOW
     from pitfs.supervision.heap import bound_heap
     from pitfs.supervision.processes import set_up_daemon_logging
     from pitfs.supervision.service import run_until_signal
 
     bound_heap()
     try:
-        window_bytes = parse_window(args.window)
+        window_bytes = WINDOW.parse(args.window)
     except ValueError as error:
         raise UsageError(f"--window {error}") from None
     host, port = parse_address(args.listen)
@@ -112,7 +113,7 @@ async def _receive(
     import trio
 
     from pitfs.link.sessions.connect import Limits, serve
-    from pitfs.link.transport.streams import address_text
+    from pitfs.model.endpoint import format_endpoint
     from pitfs.store.ingest import Ingest
     from pitfs.store.opening import check_sender
     from pitfs.supervision.processes import trim_heap
@@ -121,7 +122,7 @@ async def _receive(
     log = logging.getLogger(__name__)
     listeners = await listen(host, port, "pitfs receive")
     for listener in listeners:
-        log.info("listening at %s, stores in %s", address_text(*listener.socket.getsockname()[:2]), root)
+        log.info("listening at %s, stores in %s", format_endpoint(*listener.socket.getsockname()[:2]), root)
     notify_ready()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(trim_heap)

@@ -87,6 +87,7 @@ async def _serve(
     import logging
     import time
 
+    from pitfs.model.endpoint import format_endpoint
     from pitfs.nbd.exports import Exports
     from pitfs.nbd.server import serve
     from pitfs.supervision.service import notify_ready
@@ -100,7 +101,8 @@ async def _serve(
         else:
             listeners = await listen(*address, "pitfs serve-nbd")
         for listener in listeners:
-            log.info("listening at %s", listener.socket.getsockname())
+            name = listener.socket.getsockname()
+            log.info("listening at %s", name if isinstance(name, str) else format_endpoint(*name[:2]))
         notify_ready()
         await serve(listeners, exports, None if tls is None else partial(_start_tls, store.group, tls))
 

@@ -1,4 +1,4 @@
-"""A TOML table that gives its values by type, and errors with file, line and key. For config.py."""
+"""A TOML table that gives its values by type, and errors with file, line and key."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import difflib
 import re
 import tomllib
 from collections.abc import Mapping
-from fractions import Fraction
 from typing import Any, Final, Never
 
+from pitfs.config.quantities import Quantity
 from pitfs.errors import ConfigError
 from pitfs.model.group import NAME_RULE, is_name
 
-_QUANTITY = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?([A-Za-z]+)")
 _KINDS: Final = {str: "text in quotes", int: "an integer", bool: "true or false"}
 
 
@@ -165,47 +164,16 @@ class Table:
         if not is_name(name):
             self.fail(key, f"{_short(name)} isn't a valid name: {NAME_RULE}")
 
-    def quantity(
-        self,
-        key: str,
-        units: Mapping[str, int | Fraction],
-        example: str,
-        default: int | None = None,
-        *,
-        plain: bool = False,
-        per_second: bool = False,
-    ) -> int:
-        """A number with unit, rounded down to whole nanoseconds or bytes.
-
-        Args:
-            plain: an integer without unit is good too.
-            per_second: "/s" may stand behind the unit.
-        """
-        if plain and type(self.values.get(key)) is int:
-            return self.integer(key, 0)
+    def quantity(self, key: str, quantity: Quantity, default: int | None = None) -> int:
         if key not in self.values and default is not None:
             return default
-        if type(self.values.get(key)) in (int, float):
-            self.fail(key, f"needs a unit, as {example}")
-        value = self.text(key)
+        value = self.values.get(key)
+        if type(value) is float or (type(value) is int and not quantity.without_unit):
+            self.fail(key, f"needs a unit, as {quantity.example}")
         try:
-            return parse_quantity(value, units, example, per_second=per_second)
+            return quantity.parse(value if type(value) is int else self.text(key))
         except ValueError as error:
             self.fail(key, str(error))
-
-
-def parse_quantity(
-    text: str, units: Mapping[str, int | Fraction], example: str, *, per_second: bool = False
-) -> int:
-    """A number with unit, rounded down.
-
-    Raises:
-        ValueError: it isn't one; the message is for the user.
-    """
-    match = _QUANTITY.fullmatch(text.removesuffix("/s") if per_second else text)
-    if match is None or match[2] not in units:
-        raise ValueError(f"{_short(text)} isn't a number with one of {', '.join(units)}, as {example}")
-    return int(Fraction(match[1]) * units[match[2]])
 
 
 def _kind(value: object) -> str:

@@ -14,9 +14,9 @@ from pitfs.errors import CorruptionError, LinkError, PitfsError, PositionMismatc
 from pitfs.journal.reader import BlockSource, Copy, Durability, Interval
 from pitfs.journal.writer import Location
 from pitfs.link.sessions.connect import SenderSession, connect
-from pitfs.link.transport.streams import address_text
 from pitfs.link.transport.tls import LinkContext
 from pitfs.model import schedule
+from pitfs.model.endpoint import format_endpoint
 from pitfs.model.granularity import EVERY_WRITE
 from pitfs.model.position import format_instant
 from pitfs.model.schedule import ShippingMode, behind_limit_s, choose_shipping_mode, next_step
@@ -65,7 +65,7 @@ class Shipper:
         self._needed_segment = 0  # what stands before it has been shipped, but for what is wanted for backfill
         self._last_mark, self._marked_at = -1, Location(0, 0)  # as `watch` saw it
         self._early: set[int] = set()  # marks to be shipped that `watch` set; as few as fit into the journal
-        self.standing = ReplicationStatus(address_text(config.replication.host, config.replication.port))
+        self.standing = ReplicationStatus(format_endpoint(config.replication.host, config.replication.port))
         self._budget = Budget(config.replication, self.standing)
         self._following = following = JournalCursor(config, hello, splitter, self.standing, self._give_back)
         self._directory = following.directory

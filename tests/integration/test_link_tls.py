@@ -15,7 +15,7 @@ import pytest
 import trio
 import trustme
 
-from pitfs.config.production import load_grants
+from pitfs.config.grants import load_grants
 from pitfs.errors import (
     ConfigError,
     LinkError,
@@ -26,7 +26,8 @@ from pitfs.errors import (
 )
 from pitfs.link.sessions.connect import connect
 from pitfs.link.transport.streams import TlsStream
-from pitfs.link.transport.tls import client_context, is_granted, is_loopback, require_loopback, server_context
+from pitfs.link.transport.tls import client_context, is_granted, require_loopback, server_context
+from pitfs.model.endpoint import is_loopback
 from tests.helpers.links import HELLO, MANIFEST, FakeIngest, Files, issue, replica
 from tests.integration.test_link import NOISE, ship
 

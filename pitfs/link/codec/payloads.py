@@ -21,8 +21,8 @@ from typing import Final
 from pitfs.errors import RemoteProtocolError
 from pitfs.link.codec.columns import ColumnDecoder, ColumnEncoder, max_columns_bytes
 from pitfs.link.protocol.frames import Buffer, Encoding, WireData
-from pitfs.link.protocol.window import DEFAULT_WINDOW_BYTES, check_window
 from pitfs.model.transfer import ROWS, Data, Section
+from pitfs.model.window import DEFAULT_WINDOW_BYTES, check_window
 
 if sys.version_info >= (3, 14):
     from compression import zstd

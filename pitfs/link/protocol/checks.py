@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable
 from typing import Final
 
-from pitfs.link.protocol.window import check_window
 from pitfs.model.group import NAME_RULE, identity_problem, is_name
 from pitfs.model.transfer import (
     Begin,
@@ -26,6 +25,7 @@ from pitfs.model.transfer import (
     StreamMark,
     Welcome,
 )
+from pitfs.model.window import check_window
 
 MAX_NUMBER: Final = (1 << 63) - 1  # the store's catalog and numpy columns are int64
 MAX_VERSIONS: Final = 64

@@ -26,7 +26,6 @@ import msgspec
 import xxhash
 
 from pitfs.link.protocol import checks
-from pitfs.link.protocol.window import MIN_WINDOW_BYTES
 from pitfs.model.transfer import (
     MAX_PAYLOAD_BYTES,
     ROWS,
@@ -42,6 +41,7 @@ from pitfs.model.transfer import (
     StreamMark,
     Welcome,
 )
+from pitfs.model.window import MIN_WINDOW_BYTES
 
 PREFACE: Final = b"\x89pitfs\r\n"
 VERSIONS: Final = (1,)  # that this program speaks, best first

@@ -11,15 +11,16 @@ from typing import Final, NoReturn
 import trio
 
 from pitfs.errors import LinkError, LinkRefusedError, UsageError
-from pitfs.link.protocol.window import DEFAULT_WINDOW_BYTES
 from pitfs.link.sessions import failures
 from pitfs.link.sessions.applier import IngestProtocol
 from pitfs.link.sessions.receiver import Limits, serve
 from pitfs.link.sessions.sender import QUEUE_BYTES, SenderSession
 from pitfs.link.transport.rate import TokenBucket
-from pitfs.link.transport.streams import PlainStream, Timeouts, TlsStream, address_text
-from pitfs.link.transport.tls import LinkContext, is_loopback
+from pitfs.link.transport.streams import PlainStream, Timeouts, TlsStream
+from pitfs.link.transport.tls import LinkContext
+from pitfs.model.endpoint import format_endpoint, is_loopback
 from pitfs.model.transfer import Hello
+from pitfs.model.window import DEFAULT_WINDOW_BYTES
 
 __all__ = ["IngestProtocol", "Limits", "SenderSession", "Timeouts", "connect", "serve"]
 
@@ -58,7 +59,7 @@ async def connect(
         PositionMismatchError, CapacityError: the replica says so.
         UsageError: no TLS, and the address isn't loopback.
     """
-    peer = address_text(host, port)
+    peer = format_endpoint(host, port)
     with trio.move_on_after(timeouts.connect_s) as scope:
         stream = await _open(host, port, peer, tls)
     if scope.cancelled_caught:

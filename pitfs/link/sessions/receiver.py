@@ -33,13 +33,14 @@ from pitfs.link.protocol.frames import (
     common_version,
 )
 from pitfs.link.protocol.protocol import LinkProtocol, LinkState, Role
-from pitfs.link.protocol.window import DEFAULT_WINDOW_BYTES, WindowPool
 from pitfs.link.sessions import failures
 from pitfs.link.sessions.applier import Applier, IngestProtocol
 from pitfs.link.sessions.failures import PeerError
+from pitfs.link.sessions.window_pool import WindowPool
 from pitfs.link.transport.streams import FrameQueue, PlainStream, TlsStream, peer_name, send_buffers
 from pitfs.link.transport.tls import LinkContext, is_granted, names_of
 from pitfs.model.transfer import Durable, Flush, Hello, Welcome
+from pitfs.model.window import DEFAULT_WINDOW_BYTES
 
 log = logging.getLogger(__name__)
 

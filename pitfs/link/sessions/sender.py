@@ -36,7 +36,6 @@ from pitfs.link.protocol.frames import (
     WireData,
 )
 from pitfs.link.protocol.protocol import LinkProtocol, Role
-from pitfs.link.protocol.window import DEFAULT_WINDOW_BYTES
 from pitfs.link.sessions import failures
 from pitfs.link.transport.rate import TokenBucket
 from pitfs.link.transport.streams import FrameQueue, PlainStream, Timeouts, delivery_bytes_per_s, send_buffers
@@ -57,6 +56,7 @@ from pitfs.model.transfer import (
     Welcome,
     Writes,
 )
+from pitfs.model.window import DEFAULT_WINDOW_BYTES
 
 # Sent without PROGRESS: two checkpoints, so that one is on its way while the other becomes durable.
 WINDOW_BYTES: Final = 32 << 20

@@ -16,6 +16,7 @@ import trio
 from pitfs.link.protocol.frames import Buffer
 from pitfs.link.transport.rate import TokenBucket
 from pitfs.link.transport.tls import identities_of
+from pitfs.model.endpoint import format_endpoint
 
 RECEIVE_BYTES: Final = (
     256 << 10
@@ -195,11 +196,7 @@ def peer_name(stream: trio.SocketStream) -> str:
         host, port, *_ = stream.socket.getpeername()
     except OSError:
         return "a peer that is gone"
-    return address_text(host, port)
-
-
-def address_text(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return format_endpoint(host, port)
 
 
 class FrameQueue(Generic[T]):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import os
 import socket
 import ssl
@@ -11,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from pitfs.errors import UsageError
+from pitfs.model.endpoint import is_loopback
 
 GRANT_PREFIX: Final = "pitfs:group:"  # URI in a certificate's subjectAltName that grants a group
 
@@ -108,13 +108,6 @@ def require_loopback(host: str) -> None:
                 f"{host or 'all interfaces'}: insecure is for loopback only and {address[0]} isn't;"
                 " give certificate, key and authority"
             )
-
-
-def is_loopback(address: str) -> bool:
-    """Whether an IP address (scope allowed) is loopback, also when mapped into IPv6."""
-    parsed = ipaddress.ip_address(address.partition("%")[0])
-    mapped = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None
-    return (mapped or parsed).is_loopback
 
 
 def names_of(certificate: Mapping[str, Any]) -> str:
