@@ -43,11 +43,13 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
+
+from pitfs.model.group import NAME_PATTERN
 
 UNIT_BYTES: Final = 512
 MAX_PAYLOAD_BYTES: Final = 1 << 20  # one Data frame; the limit of everything that is held at once
@@ -55,7 +57,22 @@ MAX_CHECKPOINT_BYTES: Final = 16 << 20  # a sender checkpoints at least this oft
 MAX_BATCH_BYTES: Final = 4 << 20  # contents of a batch of streamed writes: some of the greatest there can be
 MAX_BATCH_ROWS: Final = 32 << 10
 MAX_JOURNAL_RUNS: Final = 64  # in JOURNAL: the replica merges them
+MAX_NUMBER: Final = (1 << 63) - 1  # the store's catalog and numpy columns are int64
+MAX_BOOKMARKS: Final = 4096  # for each transfer; with gaps they fit into BEGIN's limit of 4 MiB
+MAX_GAPS: Final = 512
+MAX_TEXT_LENGTH: Final = 1000  # of a cause, an identity
+MAX_COARSE_INTERVALS: Final = 1024
 WAITS: Final = "until the link is idle"  # how the cause of an interval ends whose journal hasn't come, but will
+
+
+# What the fields of a value that comes over the link may be: msgspec checks it when it decodes one.
+Number = Annotated[int, msgspec.Meta(ge=0, le=MAX_NUMBER)]  # a seq, a time, a count, a length
+Mark = Annotated[int, msgspec.Meta(ge=1, le=MAX_NUMBER)]
+Digest = Annotated[int, msgspec.Meta(ge=0)]  # 64 bits: msgpack carries no more
+Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT_LENGTH)]
+Name = Annotated[str, msgspec.Meta(pattern=NAME_PATTERN)]
+Lengths = tuple[Number, Number, Number, Number, Number]  # of the sections of a transfer, 1 … 5
+Cursor = Annotated[tuple[Number, ...], msgspec.Meta(max_length=64)]
 
 
 class Section(enum.IntEnum):
@@ -141,19 +158,19 @@ class VolumeInfo(msgspec.Struct, frozen=True):
 
 
 class Bookmark(msgspec.Struct, frozen=True):
-    name: str
-    seq: int
-    time_ns: int
+    name: Name
+    seq: Number
+    time_ns: Number
 
 
 class Gap(msgspec.Struct, frozen=True):
     """Instants between two positions that can't be given, and why; ends exclusive."""
 
-    from_seq: int
-    from_time_ns: int
-    to_seq: int
-    to_time_ns: int
-    cause: str
+    from_seq: Number
+    from_time_ns: Number
+    to_seq: Number
+    to_time_ns: Number
+    cause: Text
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -176,31 +193,31 @@ class Manifest(msgspec.Struct, frozen=True):
         identity: equal exactly if the sections' bytes are equal; a staged transfer resumes only then.
     """
 
-    mark: int
+    mark: Mark
     kind: TransferKind
-    from_seq: int
-    from_time_ns: int
-    to_seq: int
-    to_time_ns: int
-    first_time_ns: int | None
-    protected_through_ns: int
-    granularity_ns: int | None
-    cause: str
-    diff_count: int | None
-    journal_count: int
-    position_count: int
-    identity: str
-    base_granularity_ns: int | None = None
-    base_bytes: int = 0
-    bookmarks: tuple[Bookmark, ...] = ()
-    gaps: tuple[Gap, ...] = ()
+    from_seq: Number
+    from_time_ns: Number
+    to_seq: Number
+    to_time_ns: Number
+    first_time_ns: Number | None
+    protected_through_ns: Number
+    granularity_ns: Number | None
+    cause: Text
+    diff_count: Number | None
+    journal_count: Number
+    position_count: Number
+    identity: Text
+    base_granularity_ns: Number | None = None
+    base_bytes: Number = 0
+    bookmarks: Annotated[tuple[Bookmark, ...], msgspec.Meta(max_length=MAX_BOOKMARKS)] = ()
+    gaps: Annotated[tuple[Gap, ...], msgspec.Meta(max_length=MAX_GAPS)] = ()
 
 
 class ResumePoint(msgspec.Struct, frozen=True):
     """How far a transfer is durable on the replica: bytes of each section (1 … 5), and the sender's cursor."""
 
-    lengths: tuple[int, int, int, int, int] = (0, 0, 0, 0, 0)
-    cursor: tuple[int, ...] = ()
+    lengths: Lengths = (0, 0, 0, 0, 0)
+    cursor: Cursor = ()
 
 
 class Hello(msgspec.Struct, frozen=True):
@@ -215,8 +232,8 @@ class Hello(msgspec.Struct, frozen=True):
     group: str
     history: str
     volumes: tuple[VolumeInfo, ...]
-    epoch: int = 0
-    instance: int = 0
+    epoch: Number = 0
+    instance: Number = 0
 
 
 class CoarseInterval(msgspec.Struct, frozen=True):
@@ -225,12 +242,12 @@ class CoarseInterval(msgspec.Struct, frozen=True):
     `journal_bytes`: of its JOURNAL_BLOCKS. `awaits_backfill`: its cause says that more will come.
     """
 
-    from_seq: int
-    from_time_ns: int
-    to_seq: int
-    to_time_ns: int
-    granularity_ns: int | None
-    journal_bytes: int
+    from_seq: Number
+    from_time_ns: Number
+    to_seq: Number
+    to_time_ns: Number
+    granularity_ns: Number | None
+    journal_bytes: Number
     awaits_backfill: bool = msgspec.field(default=False, name="waits")
 
 
@@ -241,13 +258,13 @@ class Welcome(msgspec.Struct, frozen=True):
     `streamed_seq`, `streamed_time_ns`: the last write behind that mark that it has durably from a stream, or zeros.
     """
 
-    mark: int
-    seq: int
-    time_ns: int
-    protected_through_ns: int
-    coarse: tuple[CoarseInterval, ...] = ()
-    streamed_seq: int = msgspec.field(default=0, name="tail_seq")
-    streamed_time_ns: int = msgspec.field(default=0, name="tail_time_ns")
+    mark: Number
+    seq: Number
+    time_ns: Number
+    protected_through_ns: Number
+    coarse: Annotated[tuple[CoarseInterval, ...], msgspec.Meta(max_length=MAX_COARSE_INTERVALS)] = ()
+    streamed_seq: Number = msgspec.field(default=0, name="tail_seq")
+    streamed_time_ns: Number = msgspec.field(default=0, name="tail_time_ns")
 
     @property
     def end(self) -> tuple[int, int]:
@@ -276,7 +293,7 @@ class Data(msgspec.Struct, frozen=True):
 class Checkpoint(msgspec.Struct, frozen=True):
     """Asks the replica to make what came so far durable and to remember the cursor with it."""
 
-    cursor: tuple[int, ...]
+    cursor: Cursor
 
 
 class End(msgspec.Struct, frozen=True):
@@ -289,14 +306,14 @@ class End(msgspec.Struct, frozen=True):
             they were taken at the splitter. None where blocks were read from the backing volume.
     """
 
-    lengths: tuple[int, int, int, int, int]
-    checksums: tuple[int, int] | None = None
+    lengths: Lengths
+    checksums: tuple[Digest, Digest] | None = None
 
 
 class Park(msgspec.Struct, frozen=True):
     """Something else goes first: what came is made durable, and the transfer can be resumed later."""
 
-    cursor: tuple[int, ...] = ()
+    cursor: Cursor = ()
 
 
 TransferFrame = Begin | Data | Checkpoint | End | Park
@@ -330,19 +347,19 @@ class Flush(msgspec.Struct, frozen=True):
         protected_through_ns: every write up to this time is in.
     """
 
-    seq: int
-    digest: int
-    protected_through_ns: int
+    seq: Number
+    digest: Digest
+    protected_through_ns: Number
 
 
 class StreamMark(msgspec.Struct, frozen=True):
     """The open interval ends at the last streamed write, (seq, time_ns); of an empty one the mark moves on alone."""
 
-    mark: int
-    seq: int
-    time_ns: int
-    protected_through_ns: int
-    bookmark: str | None = None
+    mark: Mark
+    seq: Number
+    time_ns: Number
+    protected_through_ns: Number
+    bookmark: Name | None = None
 
 
 class Durable(msgspec.Struct, frozen=True):
@@ -354,7 +371,7 @@ class Durable(msgspec.Struct, frozen=True):
         protected_through_ns: as readers see it.
     """
 
-    seq: int
-    time_ns: int
-    mark: int
-    protected_through_ns: int
+    seq: Number
+    time_ns: Number
+    mark: Number
+    protected_through_ns: Number

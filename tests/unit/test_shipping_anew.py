@@ -16,9 +16,9 @@ from trio.testing import wait_all_tasks_blocked
 from pitfs.errors import LinkError, PitfsError, PositionMismatchError
 from pitfs.journal.reader import Copy, Interval
 from pitfs.journal.writer import Location
-from pitfs.link.protocol import checks
+from pitfs.link.protocol.frames import encode
 from pitfs.link.sessions.sender import SenderSession
-from pitfs.model.transfer import Begin, Checkpoint, Data, End, Welcome
+from pitfs.model.transfer import MAX_TEXT_LENGTH, Begin, Checkpoint, Data, End, Welcome
 from pitfs.replication import shipment
 from pitfs.replication.status import InGapError
 from tests.helpers.shipper import MARGIN_S, VOLUME_BYTES, Here, Parts, recovers
@@ -242,7 +242,7 @@ async def test_a_peers_word_alone_makes_nothing_be_copied_again(
 
 
 async def test_a_cause_of_any_length_can_be_sent(parts: Parts) -> None:
-    assert shipment.MAX_CAUSE_LENGTH == checks.MAX_TEXT_LENGTH, (
+    assert shipment.MAX_CAUSE_LENGTH == MAX_TEXT_LENGTH, (
         "the link's limit, which production can't import"
     )
     await parts.locate()
@@ -253,7 +253,7 @@ async def test_a_cause_of_any_length_can_be_sent(parts: Parts) -> None:
         item = await parts.next()
         assert isinstance(item, Copy)
         manifest = shipment.copy_manifest(item, parts.pipeline.hello.history, parts.session.welcome)
-        checks.check(Begin(manifest))
+        encode(Begin(manifest))
         assert len(manifest.cause) == 1000 and manifest.gaps[0].cause == manifest.cause
         assert manifest.cause.endswith("…") == (len(cause) > 1000)
         await parts.shipper._ship_copy(cast(SenderSession, parts.session), item)

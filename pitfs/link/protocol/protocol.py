@@ -32,8 +32,8 @@ from typing import Final
 from pitfs.errors import LocalProtocolError, RemoteProtocolError
 from pitfs.link.protocol.frames import (
     HEADER,
-    KINDS,
     PREFACE,
+    TYPE_OF,
     VERSIONS,
     Accept,
     Buffer,
@@ -179,7 +179,7 @@ class LinkProtocol:
         Raises:
             LocalProtocolError: this frame may not be sent now, or breaks a limit.
         """
-        frame_type = KINDS[type(frame)]
+        frame_type = TYPE_OF[type(frame)]
         next_state = _TABLE[self.state].get(frame_type)
         if next_state is None or frame_type not in _MAY_SEND[self.role]:
             raise LocalProtocolError(f"{self.role.value} sends {frame_type.name} in state {self.state.name}")
@@ -253,7 +253,7 @@ class LinkProtocol:
             frame = decode(whole)
         except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors too
             raise self._error(f"{type(error).__name__}: {error}") from None
-        frame_type = KINDS[type(frame)]
+        frame_type = TYPE_OF[type(frame)]
         problem = self._follow(frame_type, frame)
         if problem:
             raise self._error(problem)

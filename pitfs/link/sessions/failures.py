@@ -21,8 +21,7 @@ from pitfs.errors import (
     StoreError,
     UsageError,
 )
-from pitfs.link.protocol.checks import MAX_MESSAGE_LENGTH
-from pitfs.link.protocol.frames import Fault, Refuse
+from pitfs.link.protocol.frames import MAX_MESSAGE_LENGTH, Fault, Refuse
 from pitfs.link.transport.tls import LinkContext
 
 SHUTDOWN: Final = "shutdown"
