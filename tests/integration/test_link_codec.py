@@ -83,7 +83,7 @@ async def test_a_connection_that_breaks_within_a_transfer_leaves_nothing_to_the_
             await session.send(Checkpoint(()))
             while not session.durable.lengths[1]:
                 await trio.sleep(0.001)
-            await session._stream.aclose()
+            await session.connection.stream.aclose()
         async with link(port) as session:
             await session.begin(MANIFEST)
             await session.send(Data(Section.DIFF_BLOCKS, 0, TEXT))

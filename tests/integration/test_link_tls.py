@@ -76,7 +76,7 @@ async def test_transfers_go_over_tls_1_3(pki: dict[str, Files]) -> None:
             rate_bytes_per_s=None,
         ) as session,
     ):
-        assert session._stream._tls.version() == "TLSv1.3"  # type: ignore[attr-defined]
+        assert session.connection.stream._tls.version() == "TLSv1.3"  # type: ignore[attr-defined]
         await ship(session, 20)
     assert bytes(made[0].sections[1]) == NOISE * 20 and made[0].closed
 

@@ -1,26 +1,6 @@
 """The replication protocol as a state machine without I/O: bytes in, frames out, and back.
 
-    state       frame       from        next        meaning
-    GREETING    HELLO       sender      ASKED       who I am
-    ASKED       WELCOME     receiver    READY       where the replica stands
-                REFUSE      receiver    CLOSED
-    READY       BEGIN       sender      BEGINNING   a transfer
-    BEGINNING   RESUME      receiver    TRANSFER    what is durable of it already
-    TRANSFER    DATA        sender      TRANSFER
-                CHECKPOINT  sender      TRANSFER    make it durable
-                PROGRESS    receiver    TRANSFER    it is; one for each CHECKPOINT
-                END         sender      ENDING
-                PARK        sender      PARKING     make it durable; something else goes first
-    ENDING      PROGRESS    receiver    ENDING
-                COMMITTED   receiver    READY       only after all PROGRESS
-    PARKING     PROGRESS    receiver    PARKING
-                PARKED      receiver    READY       only after all PROGRESS
-
-PING and PONG may go either way after HELLO; FAULT from the receiver after WELCOME closes. The table is of the
-conversation, so both roles walk through the same one.
-
-Beside it the stream of the open interval's writes goes, whatever the state, from WELCOME on: DATA of WRITES, its DATA
-of WRITE_BLOCKS, then FLUSH; or MARK. DURABLE of the receiver answers each FLUSH and MARK, in order.
+`LinkState` draws the conversation, `_TRANSITIONS` is it as a table. Both roles walk through the same table.
 """
 
 from __future__ import annotations
@@ -57,6 +37,22 @@ class Role(enum.Enum):
 
 
 class LinkState(enum.Enum):
+    """The state of the conversation.
+
+        GREETING --HELLO--> ASKED --WELCOME-->  READY  --BEGIN--> BEGINNING --RESUME--> TRANSFER
+                              |                  ^  ^                                    |    |
+                            REFUSE               |  +--COMMITTED-- ENDING  <----END------+    |
+                              v                  +-----PARKED----- PARKING <----PARK----------+
+                            CLOSED <--FAULT-- any state after ASKED
+
+    A transfer's DATA and CHECKPOINTs go in TRANSFER. A PROGRESS answers each CHECKPOINT, in TRANSFER, ENDING or
+    PARKING; COMMITTED and PARKED come after all PROGRESS.
+
+    The writes of the open interval stream beside this, in any state after ASKED: DATA of WRITES, its DATA of
+    WRITE_BLOCKS, then FLUSH; or MARK. A DURABLE answers each FLUSH and MARK, in order. PING and PONG may go either way
+    in any state after GREETING.
+    """
+
     GREETING = enum.auto()
     ASKED = enum.auto()
     READY = enum.auto()
@@ -67,66 +63,34 @@ class LinkState(enum.Enum):
     CLOSED = enum.auto()
 
 
-_ALIVE: Final = (FrameType.PING, FrameType.PONG)
-_TABLE: Final[dict[LinkState, dict[FrameType, LinkState]]] = {
-    LinkState.GREETING: {FrameType.HELLO: LinkState.ASKED},
-    LinkState.ASKED: {FrameType.WELCOME: LinkState.READY, FrameType.REFUSE: LinkState.CLOSED},
-    LinkState.READY: {FrameType.BEGIN: LinkState.BEGINNING, FrameType.FAULT: LinkState.CLOSED},
-    LinkState.BEGINNING: {FrameType.RESUME: LinkState.TRANSFER, FrameType.FAULT: LinkState.CLOSED},
-    LinkState.TRANSFER: {
-        FrameType.DATA: LinkState.TRANSFER,
-        FrameType.CHECKPOINT: LinkState.TRANSFER,
-        FrameType.PROGRESS: LinkState.TRANSFER,
-        FrameType.END: LinkState.ENDING,
-        FrameType.PARK: LinkState.PARKING,
-        FrameType.FAULT: LinkState.CLOSED,
-    },
-    LinkState.ENDING: {
-        FrameType.PROGRESS: LinkState.ENDING,
-        FrameType.COMMITTED: LinkState.READY,
-        FrameType.FAULT: LinkState.CLOSED,
-    },
-    LinkState.PARKING: {
-        FrameType.PROGRESS: LinkState.PARKING,
-        FrameType.PARKED: LinkState.READY,
-        FrameType.FAULT: LinkState.CLOSED,
-    },
-    LinkState.CLOSED: {},
-}
-_STREAM: Final = (FrameType.DATA, FrameType.FLUSH, FrameType.MARK, FrameType.DURABLE)
-for _state, _moves in _TABLE.items():
-    if _state not in (LinkState.GREETING, LinkState.CLOSED):
-        _moves.update(dict.fromkeys(_ALIVE, _state))
-    if _state not in (LinkState.GREETING, LinkState.ASKED, LinkState.CLOSED):
-        _moves.update(dict.fromkeys(_STREAM, _state))
+_S, _F = LinkState, FrameType
+_STREAM: Final = (_F.DATA, _F.FLUSH, _F.MARK, _F.DURABLE)
 
+
+def _session(state: LinkState, own: dict[FrameType, LinkState]) -> dict[FrameType, LinkState]:
+    """The transitions of a state after ASKED: its own ones, and what may come in all of these."""
+    common = dict.fromkeys((_F.PING, _F.PONG, *_STREAM), state)
+    return common | {_F.FAULT: _S.CLOSED} | own
+
+
+_TRANSITIONS: Final[dict[LinkState, dict[FrameType, LinkState]]] = {
+    _S.GREETING: {_F.HELLO: _S.ASKED},
+    _S.ASKED: {_F.WELCOME: _S.READY, _F.REFUSE: _S.CLOSED, _F.PING: _S.ASKED, _F.PONG: _S.ASKED},
+    _S.READY: _session(_S.READY, {_F.BEGIN: _S.BEGINNING}),
+    _S.BEGINNING: _session(_S.BEGINNING, {_F.RESUME: _S.TRANSFER}),
+    _S.TRANSFER: _session(
+        _S.TRANSFER,
+        {_F.CHECKPOINT: _S.TRANSFER, _F.PROGRESS: _S.TRANSFER, _F.END: _S.ENDING, _F.PARK: _S.PARKING},
+    ),
+    _S.ENDING: _session(_S.ENDING, {_F.PROGRESS: _S.ENDING, _F.COMMITTED: _S.READY}),
+    _S.PARKING: _session(_S.PARKING, {_F.PROGRESS: _S.PARKING, _F.PARKED: _S.READY}),
+    _S.CLOSED: {},
+}
+_OF_SENDER: Final = frozenset({_F.HELLO, _F.BEGIN, _F.DATA, _F.CHECKPOINT, _F.END, _F.PARK, _F.FLUSH, _F.MARK})
+_OF_BOTH: Final = frozenset({_F.PING, _F.PONG})
 _MAY_SEND: Final = {
-    Role.SENDER: frozenset(
-        {
-            FrameType.HELLO,
-            FrameType.BEGIN,
-            FrameType.DATA,
-            FrameType.CHECKPOINT,
-            FrameType.END,
-            FrameType.PARK,
-            FrameType.FLUSH,
-            FrameType.MARK,
-            *_ALIVE,
-        }
-    ),
-    Role.RECEIVER: frozenset(
-        {
-            FrameType.WELCOME,
-            FrameType.REFUSE,
-            FrameType.RESUME,
-            FrameType.PROGRESS,
-            FrameType.COMMITTED,
-            FrameType.PARKED,
-            FrameType.FAULT,
-            FrameType.DURABLE,
-            *_ALIVE,
-        }
-    ),
+    Role.SENDER: _OF_SENDER | _OF_BOTH,
+    Role.RECEIVER: frozenset(FrameType) - _OF_SENDER,
 }
 _OTHER: Final = {Role.SENDER: Role.RECEIVER, Role.RECEIVER: Role.SENDER}
 
@@ -180,7 +144,7 @@ class LinkProtocol:
             LocalProtocolError: this frame may not be sent now, or breaks a limit.
         """
         frame_type = TYPE_OF[type(frame)]
-        next_state = _TABLE[self.state].get(frame_type)
+        next_state = _TRANSITIONS[self.state].get(frame_type)
         if next_state is None or frame_type not in _MAY_SEND[self.role]:
             raise LocalProtocolError(f"{self.role.value} sends {frame_type.name} in state {self.state.name}")
         try:
@@ -244,7 +208,7 @@ class LinkProtocol:
             frame_type, length = read_header(self._frame)
         except ValueError as error:
             raise self._error(str(error)) from None
-        if frame_type not in _MAY_SEND[_OTHER[self.role]] or frame_type not in _TABLE[self.state]:
+        if frame_type not in _MAY_SEND[_OTHER[self.role]] or frame_type not in _TRANSITIONS[self.state]:
             raise self._error(f"{frame_type.name} may not come in state {self.state.name}")
         self._wanted = HEADER.size + length
 
@@ -257,7 +221,7 @@ class LinkProtocol:
         problem = self._follow(frame_type, frame)
         if problem:
             raise self._error(problem)
-        self.state = _TABLE[self.state][frame_type]
+        self.state = _TRANSITIONS[self.state][frame_type]
         return frame
 
     def _follow(self, frame_type: FrameType, frame: Frame) -> str | None:

@@ -1,8 +1,8 @@
 """The replica's end of the link: one session for each connection, many groups at once.
 
-    socket --read--> _incoming (bounded) --batches--> thread: decode, ingest --> _outgoing --write--> socket
+    socket --read--> _incoming (bounded) --batches--> thread: decode, ingest --> outgoing --write--> socket
 
-Reading goes on while a thread writes; a hop to a thread costs 150 to 300 µs, so it takes all that waits.
+Reading goes on while a thread writes. A hop to a thread costs 150 to 300 µs, so each takes all frames that wait.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ from pitfs.link.protocol.frames import (
     Fault,
     Frame,
     Greeting,
-    Ping,
-    Pong,
     Refuse,
     WireData,
     common_version,
@@ -35,9 +33,11 @@ from pitfs.link.protocol.frames import (
 from pitfs.link.protocol.protocol import LinkProtocol, LinkState, Role
 from pitfs.link.sessions import failures
 from pitfs.link.sessions.applier import Applier, IngestProtocol
+from pitfs.link.sessions.connection import Connection
 from pitfs.link.sessions.failures import PeerError
+from pitfs.link.sessions.frame_queue import FrameQueue
 from pitfs.link.sessions.window_pool import WindowPool
-from pitfs.link.transport.streams import FrameQueue, PlainStream, TlsStream, peer_name, send_buffers
+from pitfs.link.transport.streams import LINK_ERRORS, PlainStream, TlsStream, peer_name
 from pitfs.link.transport.tls import LinkContext, is_granted, names_of
 from pitfs.model.transfer import Durable, Flush, Hello, Welcome
 from pitfs.model.window import DEFAULT_WINDOW_BYTES
@@ -133,9 +133,7 @@ class _Receiver:
         finally:
             await trio.aclose_forcefully(inner)
 
-    async def _greet(
-        self, inner: trio.SocketStream, peer: str
-    ) -> tuple[PlainStream, LinkProtocol, Greeting, str] | None:
+    async def _greet(self, inner: trio.SocketStream, peer: str) -> tuple[Connection, Greeting, str] | None:
         """TLS, preface and HELLO, within time and number; None if there is no session."""
         with trio.move_on_after(self.limits.handshake_s) as scope:
             self._handshaking[scope] = None
@@ -147,10 +145,10 @@ class _Receiver:
             except ssl.SSLError as error:
                 log.warning("refused %s", failures.tls_error(peer, error, self.tls))
                 await stream.linger()
-            except RemoteProtocolError as error:
+            except LinkError as error:
                 log.warning("refused %s: %s", peer, error)
                 await stream.linger()
-            except (trio.BrokenResourceError, trio.ClosedResourceError, EOFError, OSError):
+            except (EOFError, *LINK_ERRORS):
                 log.info("%s: it left before it said HELLO", peer)
             finally:
                 del self._handshaking[scope]
@@ -158,26 +156,27 @@ class _Receiver:
             log.warning("%s: it said no HELLO within %g s, or others came", peer, self.limits.handshake_s)
         return None
 
-    async def _read_greeting(
-        self, stream: PlainStream, peer: str
-    ) -> tuple[PlainStream, LinkProtocol, Greeting, str]:
-        identity = ""
+    async def _read_greeting(self, stream: PlainStream, peer: str) -> tuple[Connection, Greeting, str]:
         if isinstance(stream, TlsStream):
             await stream.do_handshake()
-            identity = names_of(stream.peer_certificate())
-        protocol = LinkProtocol(Role.RECEIVER)
-        # Said first, so that a peer that expects TLS or something else sees what we are.
-        await send_buffers(stream, protocol.start(), None, lambda _: None)
-        while True:
-            data = await stream.receive_some()
-            if not data:
-                raise EOFError
-            for frame in protocol.receive(data):
-                if isinstance(frame, Greeting):
-                    return stream, protocol, frame, f"{peer} ({identity})" if identity else peer
+            if name := names_of(stream.peer_certificate()):
+                peer = f"{peer} ({name})"
+        connection = Connection(
+            stream,
+            LinkProtocol(Role.RECEIVER),
+            queue_bytes=REPLIES_BYTES,
+            ping_s=self.limits.ping_s,
+            dead_s=self.limits.dead_s,
+        )
+        # First, so that a peer that expects TLS or something else sees what this side speaks.
+        await connection.send_preface()
+        while (frames := await connection.receive()) is not None:
+            if greetings := [frame for frame in frames if isinstance(frame, Greeting)]:
+                return connection, greetings[0], peer
+        raise EOFError
 
-    async def _run(self, stream: PlainStream, protocol: LinkProtocol, greeting: Greeting, peer: str) -> None:
-        session = _Session(self, stream, protocol, peer)
+    async def _run(self, connection: Connection, greeting: Greeting, peer: str) -> None:
+        session = _Session(self, connection, peer)
         self._sessions += 1
         try:
             await session.run(greeting)
@@ -249,20 +248,17 @@ class _Receiver:
 class _Session:
     """One greeted connection."""
 
-    def __init__(self, receiver: _Receiver, stream: PlainStream, protocol: LinkProtocol, peer: str) -> None:
+    def __init__(self, receiver: _Receiver, connection: Connection, peer: str) -> None:
         self.peer = peer
         self.released = trio.Event()  # set once the ingest is closed
         self.epoch = 0  # of its sender
-        self._receiver, self._stream, self._protocol = receiver, stream, protocol
-        self._limits = receiver.limits
-        self._incoming: FrameQueue[Frame] = FrameQueue(self._limits.queue_bytes)
-        self._outgoing: FrameQueue[Frame] = FrameQueue(REPLIES_BYTES)
+        self._receiver, self._connection = receiver, connection
+        self._incoming: FrameQueue[Frame] = FrameQueue(receiver.limits.queue_bytes)
         self._window_bytes = 0  # taken from the receiver's pool
         self._applier: Applier | None = None
         self._scope = trio.CancelScope()
         self._reason: Exception | None = None  # why it ends; None: the peer left in order
         self._stopping = False
-        self._mid_frame = False  # a frame was sent in part: nothing can follow
         self._began = False
 
     async def run(self, greeting: Greeting) -> None:
@@ -272,7 +268,7 @@ class _Session:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._guard, self._read_all)
                     nursery.start_soon(self._guard, self._write_all)
-                    nursery.start_soon(self._guard, self._beat)
+                    nursery.start_soon(self._guard, self._connection.send_heartbeats)
                     await self._guard(lambda: self._work(greeting))
                     self._scope.cancel()
         except BaseException:  # cancelled from outside: the receiver stops
@@ -305,7 +301,7 @@ class _Session:
 
     async def _work(self, greeting: Greeting) -> None:
         """Opens the store, then feeds it what comes, until the peer has left and all is fed."""
-        hello = await self._receiver.check(greeting, self._stream)
+        hello = await self._receiver.check(greeting, self._connection.stream)
         await self._in_thread(lambda: self._receiver.check_sender(hello))
         await self._receiver.take_over(hello.group, hello.epoch, self)
         self._window_bytes = self._receiver.windows.take(greeting.window_bytes)
@@ -347,54 +343,27 @@ class _Session:
     def _reply(self, frame: Frame) -> None:
         """Queues a reply. Each answers a frame that was taken from the bounded queue, so no limit is needed
         but that of a peer that sends and never reads."""
-        if not self._outgoing.put_nowait(frame, FRAME_COST_BYTES):
+        if not self._connection.outgoing.put_nowait(frame, FRAME_COST_BYTES):
             raise LinkError("it doesn't read the answers to what it sends")
 
     async def _read_all(self) -> None:
         """Reads until the peer leaves; what came before is still ingested then."""
         try:
-            while True:
-                with trio.move_on_after(self._limits.dead_s) as scope:
-                    data = await self._stream.receive_some()
-                if scope.cancelled_caught:
-                    raise LinkError(f"nothing heard from it for {self._limits.dead_s:g} s")
-                if not data:
-                    break
-                for frame in self._protocol.receive(data):
-                    await self._take_in(frame)
-            if self._protocol.state not in (LinkState.ASKED, LinkState.READY):
+            while (frames := await self._connection.receive()) is not None:
+                for frame in frames:
+                    size_bytes = frame.raw_length if isinstance(frame, WireData) else 0
+                    await self._incoming.put(frame, size_bytes + FRAME_COST_BYTES)
+            if self._connection.state not in (LinkState.ASKED, LinkState.READY):
                 self._reason = LinkError("the connection ended within a transfer, which can be resumed")
-        except (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError, ConnectionError) as error:
+        except LINK_ERRORS as error:
             self._reason = LinkError(failures.describe_os_error(error))
         self._incoming.close()
 
-    async def _take_in(self, frame: Frame) -> None:
-        match frame:
-            case Ping(token=token):
-                self._outgoing.put_control(Pong(token))
-            case Pong():
-                pass
-            case WireData(raw_length=raw_length):
-                await self._incoming.put(frame, raw_length + FRAME_COST_BYTES)
-            case _:
-                await self._incoming.put(frame, FRAME_COST_BYTES)
-
     async def _write_all(self) -> None:
         try:
-            while batch := await self._outgoing.take():
-                buffers = [buffer for frame in batch for buffer in self._protocol.send(frame)]
-                self._mid_frame = True
-                await send_buffers(self._stream, buffers, None, lambda _: None)
-                self._mid_frame = False
-        except (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError, ConnectionError):
-            self._outgoing.ignore()  # reading tells why; what came is still ingested
-
-    async def _beat(self) -> None:
-        token = 0
-        while True:
-            await trio.sleep(self._limits.ping_s)
-            token += 1
-            self._outgoing.put_control(Ping(token))
+            await self._connection.write_all()
+        except LINK_ERRORS:
+            self._connection.outgoing.ignore()  # reading tells why; what came is still ingested
 
     async def _close_ingest(self) -> None:
         if self._applier is None:
@@ -405,23 +374,19 @@ class _Session:
             log.error("%s: closing the store: %s", self.peer, error)
 
     async def _say_goodbye(self) -> None:
-        """Tells the peer why, as far as it still listens, and writes the log's line."""
-        reason = self._reason
+        """Tells the peer why the session ends, as far as it still listens, and writes the log's line."""
+        reason, connection = self._reason, self._connection
+        level = logging.INFO if reason is None else logging.WARNING
         what = "session ended" if self._began else "refused"
-        log.log(
-            logging.INFO if reason is None else logging.WARNING,
-            "%s: %s: %s",
-            self.peer,
-            what,
-            reason or "done",
-        )
-        with trio.move_on_after(self._limits.goodbye_s):
-            with suppress(trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError, ConnectionError):
-                answer = Refuse if self._protocol.state is LinkState.ASKED else Fault
-                if reason is not None and not self._mid_frame and self._protocol.state is not LinkState.CLOSED:
+        log.log(level, "%s: %s: %s", self.peer, what, reason or "done")
+        with trio.move_on_after(self._receiver.limits.goodbye_s):
+            with suppress(*LINK_ERRORS):
+                if reason is not None and not connection.is_mid_frame and connection.state is not LinkState.CLOSED:
                     code, message, retryable = failures.describe(reason)
-                    if answer is Refuse and isinstance(reason, RemoteProtocolError):
-                        retryable = False  # the same HELLO will be as wrong the next time
-                    buffers = self._protocol.send(answer(code, message, retryable))
-                    await send_buffers(self._stream, buffers, None, lambda _: None)
-            await self._stream.linger()
+                    answer: Refuse | Fault = Fault(code, message, retryable)
+                    if connection.state is LinkState.ASKED:
+                        # After a RemoteProtocolError the same HELLO would be as wrong the next time.
+                        again = retryable and not isinstance(reason, RemoteProtocolError)
+                        answer = Refuse(code, message, again)
+                    await connection.send([answer])
+            await connection.stream.linger()
