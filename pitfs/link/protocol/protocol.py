@@ -21,6 +21,7 @@ from pitfs.link.protocol.frames import (
     Frame,
     FrameType,
     Greeting,
+    Parked,
     Progress,
     Resume,
     WireData,
@@ -28,7 +29,7 @@ from pitfs.link.protocol.frames import (
     encode,
     read_header,
 )
-from pitfs.model.transfer import TRANSFER_SECTIONS, Durable, Flush, StreamMark
+from pitfs.model.transfer import TRANSFER_SECTIONS, Checkpoint, Durable, Flush, StreamMark
 
 
 class Role(enum.Enum):
@@ -110,7 +111,7 @@ class LinkProtocol:
 
     Attributes:
         role: which side this is.
-        state: where the conversation stands, as this side sees it.
+        state: of the conversation, as this side sees it.
     """
 
     def __init__(self, role: Role) -> None:
@@ -124,8 +125,8 @@ class LinkProtocol:
         self._window_bytes = 0  # that HELLO offers
         self._checkpoints = 0  # CHECKPOINTs without their PROGRESS
         self._flushes = 0  # FLUSHes and MARKs without their DURABLE
-        self._streamed_seq = self._durable_seq = self._known_mark = 0
-        self._ends = [0, 0, 0, 0, 0]  # furthest byte of each section that a PROGRESS may name
+        self._streamed_seq = self._durable_seq = self._last_mark = 0
+        self._sent = [0, 0, 0, 0, 0]  # furthest byte of each section that a PROGRESS may name
         self._durable = (0, 0, 0, 0, 0)
 
     def start(self) -> list[Buffer]:
@@ -151,8 +152,7 @@ class LinkProtocol:
             buffers = encode(frame)
         except ValueError as error:
             raise LocalProtocolError(f"{frame_type.name}: {error}") from error
-        problem = self._follow(frame_type, frame)
-        if problem:
+        if problem := self._account(frame):
             raise LocalProtocolError(problem)
         self.state = next_state
         return self.start() + buffers
@@ -184,7 +184,7 @@ class LinkProtocol:
                 yield self._read_frame(whole)
 
     def receive_eof(self) -> None:
-        """Tells that the peer will send no more.
+        """The peer will send no more.
 
         Raises:
             RemoteProtocolError: it stopped in the middle of a frame.
@@ -195,9 +195,9 @@ class LinkProtocol:
     def _check_preface(self) -> None:
         start = bytes(self._frame)
         if not PREFACE.startswith(start):
-            words = next((words for sign, words in _STRANGERS if start.startswith(sign)), "")
-            if not words and any(sign.startswith(start) for sign, _ in _STRANGERS):
-                return  # a byte more or two tell which stranger
+            words = next((words for first, words in _STRANGERS if start.startswith(first)), "")
+            if not words and any(first.startswith(start) for first, _ in _STRANGERS):
+                return  # the next bytes will say which one
             raise self._error("the peer isn't pitfs" + (f": {words}" if words else ""))
         if start == PREFACE:
             self._expect_preface = False
@@ -217,54 +217,59 @@ class LinkProtocol:
             frame = decode(whole)
         except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors too
             raise self._error(f"{type(error).__name__}: {error}") from None
-        frame_type = TYPE_OF[type(frame)]
-        problem = self._follow(frame_type, frame)
-        if problem:
+        if problem := self._account(frame):
             raise self._error(problem)
-        self.state = _TRANSITIONS[self.state][frame_type]
+        self.state = _TRANSITIONS[self.state][TYPE_OF[type(frame)]]
         return frame
 
-    def _follow(self, frame_type: FrameType, frame: Frame) -> str | None:
-        """Checks what the table can't say, for both directions; returns the problem if there is one."""
-        if isinstance(frame, Accept | Committed | StreamMark):
-            mark = frame.mark if isinstance(frame, StreamMark) else frame.welcome.mark
-            self._known_mark = max(self._known_mark, mark)
+    def _account(self, frame: Frame) -> str | None:
+        """Compares a frame, sent or received, with those before it; returns the problem if there is one.
+
+        The transitions say which type may come in which state. Numbers must agree, too: an answer needs its question,
+        and the receiver can't have more than was sent.
+        """
         match frame:
-            case Accept(version=version) if version not in VERSIONS:
-                return f"WELCOME names version {version}, spoken are {VERSIONS}"
-            case Greeting(window_bytes=window_bytes):
-                self._window_bytes = window_bytes
-            case Accept(window_bytes=window_bytes) if window_bytes > self._window_bytes:
-                return f"WELCOME with a window of {window_bytes} bytes, HELLO offers {self._window_bytes}"
+            case Greeting():
+                self._window_bytes = frame.window_bytes
+            case Accept():
+                if frame.version not in VERSIONS:
+                    return f"WELCOME names version {frame.version}, spoken are {VERSIONS}"
+                if frame.window_bytes > self._window_bytes:
+                    return f"WELCOME with a window of {frame.window_bytes} bytes, HELLO offers {self._window_bytes}"
+                self._last_mark = frame.welcome.mark
             case Resume(point=point):
-                self._ends, self._durable, self._checkpoints = list(point.lengths), point.lengths, 0
+                self._sent, self._durable, self._checkpoints = list(point.lengths), point.lengths, 0
             case WireData(section=section) if section in TRANSFER_SECTIONS:
                 if self.state is not LinkState.TRANSFER:
                     return f"DATA of {section.name} may not come in state {self.state.name}"
-                index = section - 1
-                self._ends[index] = max(self._ends[index], frame.offset + frame.raw_length)
+                self._sent[section - 1] = max(self._sent[section - 1], frame.offset + frame.raw_length)
+            case Checkpoint():
+                self._checkpoints += 1
             case Progress(point=point):
                 if not self._checkpoints:
                     return "PROGRESS without a CHECKPOINT"
-                bounds = zip(self._durable, point.lengths, self._ends, strict=True)
+                bounds = zip(self._durable, point.lengths, self._sent, strict=True)
                 if self.role is Role.SENDER and any(not low <= at <= high for low, at, high in bounds):
-                    return f"PROGRESS to {point.lengths}, sent {tuple(self._ends)}, before {self._durable}"
+                    return f"PROGRESS to {point.lengths}, sent {tuple(self._sent)}, before {self._durable}"
                 self._checkpoints -= 1
                 self._durable = point.lengths
-            case _ if frame_type is FrameType.CHECKPOINT:
-                self._checkpoints += 1
-            case Flush(seq=seq) | StreamMark(seq=seq):
-                self._flushes, self._streamed_seq = self._flushes + 1, seq
+            case Committed() | Parked():
+                if self._checkpoints:
+                    return f"{TYPE_OF[type(frame)].name} with {self._checkpoints} CHECKPOINTs unanswered"
+                if isinstance(frame, Committed):
+                    self._last_mark = max(self._last_mark, frame.welcome.mark)
+            case Flush() | StreamMark():
+                self._flushes, self._streamed_seq = self._flushes + 1, frame.seq
+                if isinstance(frame, StreamMark):
+                    self._last_mark = max(self._last_mark, frame.mark)
             case Durable(seq=seq):
                 if not self._flushes:
                     return "DURABLE without a FLUSH or MARK"
                 if self.role is Role.SENDER and not self._durable_seq <= seq <= self._streamed_seq:
                     return f"DURABLE to seq {seq}, streamed {self._streamed_seq}, before {self._durable_seq}"
-                if self.role is Role.SENDER and frame.mark > self._known_mark:
-                    return f"DURABLE to mark {frame.mark}, the last one streamed is {self._known_mark}"
+                if self.role is Role.SENDER and frame.mark > self._last_mark:
+                    return f"DURABLE to mark {frame.mark}, the last one streamed is {self._last_mark}"
                 self._flushes, self._durable_seq = self._flushes - 1, seq
-            case _ if frame_type in (FrameType.COMMITTED, FrameType.PARKED) and self._checkpoints:
-                return f"{frame_type.name} with {self._checkpoints} CHECKPOINTs unanswered"
         return None
 
     def _error(self, problem: str) -> RemoteProtocolError:
