@@ -96,7 +96,7 @@ def describe_os_error(error: BaseException) -> str:
             return os.strerror(number)
         case trio.BrokenResourceError() | trio.ClosedResourceError():
             return describe_os_error(error.__cause__) if error.__cause__ else "the connection broke"
-        case OSError() if isinstance(error.__cause__, BaseException):
+        case OSError() | UnicodeError() if error.__cause__ is not None:
             return describe_os_error(error.__cause__)
         case _:
             return str(error) or type(error).__name__

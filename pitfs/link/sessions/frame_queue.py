@@ -14,10 +14,9 @@ T = TypeVar("T")
 
 
 class FrameQueue(Generic[T]):
-    """A queue bounded by bytes between tasks; one consumer, which takes all that waits.
+    """A queue between tasks, bounded by bytes. One consumer takes all that waits.
 
-    While a batch is being worked on the queue may fill again, so twice the limit is held at most, and
-    one item.
+    While the consumer works on a batch the queue may fill again: at most twice the limit and one item are held.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -26,7 +25,6 @@ class FrameQueue(Generic[T]):
         self._bytes = 0
         self._controls = 0
         self._closed = False
-        self._ignoring = False
         self._changed = trio.lowlevel.ParkingLot()
 
     async def put(self, item: T, size_bytes: int) -> None:
@@ -42,12 +40,11 @@ class FrameQueue(Generic[T]):
         self._append(item, size_bytes)
 
     def put_nowait(self, item: T, size_bytes: int) -> bool:
-        """Appends if there is room; False if there is none. Without effect on a queue that ignores."""
-        if self._ignoring:
-            return True
-        if self._closed or (self._bytes and self._bytes + size_bytes > self.limit_bytes):
+        """Appends, or drops the item if the queue is closed; False if there is no room."""
+        if self._bytes and self._bytes + size_bytes > self.limit_bytes and not self._closed:
             return False
-        self._append(item, size_bytes)
+        if not self._closed:
+            self._append(item, size_bytes)
         return True
 
     def put_control(self, item: T) -> None:
@@ -81,13 +78,8 @@ class FrameQueue(Generic[T]):
         return batch
 
     def close(self, *, discard: bool = False) -> None:
-        """Nothing more comes in; what is in can still be taken unless it is discarded."""
+        """Lets nothing more in; what is in can still be taken unless it is discarded."""
         self._closed = True
         if discard:
             self._items.clear()
         self._changed.unpark_all()
-
-    def ignore(self) -> None:
-        """Discards what is in, and what comes by `put_nowait` and `put_control` from now on."""
-        self._ignoring = True
-        self.close(discard=True)

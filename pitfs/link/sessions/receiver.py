@@ -58,9 +58,9 @@ class Limits:
     """What peers may take of this host.
 
     Attributes:
-        handshaking: connections that haven't greeted yet; the oldest gives way, so that idle ones can't shut
+        handshaking: connections that haven't sent HELLO yet. The oldest gives way, so that idle ones can't shut
             out a sender. Each holds some 300 KiB: 20 MiB.
-        sessions: greeted ones; more are told to come again. Each holds a thread and twice the queue.
+        sessions: connections that have; more are refused for now. Each holds a thread and twice the queue.
         queue_bytes: between socket and ingest: enough to overlap them, and for batches.
         window_bytes: the largest window of the codec; see `WindowPool` for what all may have together.
         handshake_s: from the connection to its HELLO.
@@ -125,9 +125,13 @@ class _Receiver:
         """One connection, from TLS handshake to close; raises nothing but Cancelled."""
         peer = peer_name(inner)
         try:
-            greeted = await self._greet(inner, peer)
-            if greeted is not None:
-                await self._run(*greeted)
+            if (greeted := await self._greet(inner, peer)) is not None:
+                connection, greeting, peer = greeted
+                self._sessions += 1
+                try:
+                    await _Session(self, connection, peer).run(greeting)
+                finally:
+                    self._sessions -= 1
         except Exception:
             log.exception("%s: session ended by a mistake in pitfs", peer)
         finally:
@@ -175,14 +179,6 @@ class _Receiver:
                 return connection, greetings[0], peer
         raise EOFError
 
-    async def _run(self, connection: Connection, greeting: Greeting, peer: str) -> None:
-        session = _Session(self, connection, peer)
-        self._sessions += 1
-        try:
-            await session.run(greeting)
-        finally:
-            self._sessions -= 1
-
     async def check(self, greeting: Greeting, stream: PlainStream) -> Hello:
         """Whether this peer may have a session.
 
@@ -192,9 +188,7 @@ class _Receiver:
         if greeting.hello is None:
             theirs = ", ".join(map(str, greeting.versions))
             ours = ", ".join(map(str, VERSIONS))
-            words = (
-                f"this replica speaks versions {ours} of the protocol and the sender {theirs}: upgrade one"
-            )
+            words = f"this replica speaks versions {ours} of the protocol and the sender {theirs}: upgrade one"
             raise PeerError(failures.VERSION, words, retryable=False)
         group = greeting.hello.group
         if isinstance(stream, TlsStream) and not is_granted(stream.peer_certificate(), group):
@@ -202,7 +196,7 @@ class _Receiver:
         if self._read_grants is not None:
             await self._check_grants(self._read_grants, group, stream)
         if self._sessions > self.limits.sessions:
-            raise PeerError(failures.BUSY, f"{self.limits.sessions} sessions already", retryable=True)
+            raise PeerError(failures.BUSY, f"it has {self.limits.sessions} sessions already", retryable=True)
         return greeting.hello
 
     async def _check_grants(self, read_grants: ReadGrants, group: str, stream: PlainStream) -> None:
@@ -218,9 +212,9 @@ class _Receiver:
             raise PeerError(failures.NOT_GRANTED, words, retryable=False)
 
     async def take_over(self, group: str, epoch: int, session: _Session) -> None:
-        """Makes this the group's session; an older one is ended first.
+        """Makes this the group's session, and ends an older one first.
 
-        Its peer is most likely the other end of a half-open connection of the same sender, or of one before it.
+        The older one's peer most likely is the same sender, whose connection broke without our knowing.
 
         Raises:
             PeerError: the sender there began later than this one.
@@ -233,11 +227,10 @@ class _Receiver:
                     "and was started later: stop the one that shouldn't"
                 )
                 raise PeerError(failures.SUPERSEDED, words, retryable=True)
-            older.stop(
-                PeerError(failures.SUPERSEDED, f"a connection from {session.peer} took over", retryable=True)
-            )
+            words = f"a connection from {session.peer} took over"
+            older.stop(PeerError(failures.SUPERSEDED, words, retryable=True))
             await older.released.wait()
-        self._live[group] = session  # no await since the look: two can't both find it free
+        self._live[group] = session  # no await since the check: two sessions can't both find it free
 
     def release(self, session: _Session) -> None:
         for group, live in list(self._live.items()):
@@ -272,9 +265,8 @@ class _Session:
                     await self._guard(lambda: self._work(greeting))
                     self._scope.cancel()
         except BaseException:  # cancelled from outside: the receiver stops
-            self.stop(
-                PeerError(failures.SHUTDOWN, "the receiver stops; the transfer can be resumed", retryable=True)
-            )
+            words = "the receiver stops; the transfer can be resumed"
+            self.stop(PeerError(failures.SHUTDOWN, words, retryable=True))
             raise
         finally:
             with trio.CancelScope(shield=True):
@@ -318,7 +310,7 @@ class _Session:
                 batch = await self._incoming.take(lambda frame: not isinstance(frame, WireData | Flush))
             if scope.cancelled_caught:
                 streams = False
-                await self._in_thread(applier.publish)
+                await self._in_thread(applier.ingest.publish)
                 continue
             if not batch:
                 return
@@ -341,8 +333,7 @@ class _Session:
             raise
 
     def _reply(self, frame: Frame) -> None:
-        """Queues a reply. Each answers a frame that was taken from the bounded queue, so no limit is needed
-        but that of a peer that sends and never reads."""
+        """Queues a reply; the limit is for a peer that sends and never reads."""
         if not self._connection.outgoing.put_nowait(frame, FRAME_COST_BYTES):
             raise LinkError("it doesn't read the answers to what it sends")
 
@@ -363,13 +354,14 @@ class _Session:
         try:
             await self._connection.write_all()
         except LINK_ERRORS:
-            self._connection.outgoing.ignore()  # reading tells why; what came is still ingested
+            # The reader will learn why; what came is still ingested, and its answers are dropped.
+            self._connection.outgoing.close(discard=True)
 
     async def _close_ingest(self) -> None:
         if self._applier is None:
             return
         try:
-            await self._in_thread(self._applier.close)
+            await self._in_thread(self._applier.ingest.close)
         except Exception as error:
             log.error("%s: closing the store: %s", self.peer, error)
 

@@ -1,4 +1,4 @@
-"""TLS for both sides: contexts from PEM files, and who may go without."""
+"""TLS for both sides: contexts from PEM files, names in certificates, and which links may do without TLS."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import os
 import socket
 import ssl
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 from pitfs.errors import UsageError
@@ -99,9 +99,8 @@ def require_loopback(host: str) -> None:
     try:
         found = socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
-        raise UsageError(
-            f"{host}: the name can't be resolved ({getattr(error, 'strerror', error)})"
-        ) from None
+        problem = getattr(error, "strerror", error)
+        raise UsageError(f"{host}: the name can't be resolved ({problem})") from None
     for *_, address in found:
         if not is_loopback(str(address[0])):
             raise UsageError(
@@ -132,11 +131,6 @@ def is_granted(certificate: Mapping[str, Any], group: str) -> bool:
     A certificate whose subjectAltName has URIs `pitfs:group:NAME` may send those groups and no other; one
     without any may send all, which is what an authority made for one pair of hosts wants.
     """
-    granted = set(_granted(certificate.get("subjectAltName", ())))
-    return not granted or group in granted
-
-
-def _granted(names: Iterable[tuple[str, str]]) -> Iterable[str]:
-    for kind, value in names:
-        if kind == "URI" and value.startswith(GRANT_PREFIX):
-            yield value[len(GRANT_PREFIX) :]
+    names = certificate.get("subjectAltName", ())
+    granted = [value for kind, value in names if kind == "URI" and value.startswith(GRANT_PREFIX)]
+    return not granted or GRANT_PREFIX + group in granted
