@@ -2,12 +2,11 @@
 
     config = load_config("/etc/pitfs/db1.toml")
 
-A `Config` that exists is valid in itself; what depends on the machine (does the backing file exist, can
-the replica be reached) is found out by those who use it. Every error is a `ConfigError` of one line with
-the file, the line where it is cheap to find, the key, and what to write instead.
+A `Config` that exists is valid in itself. Who uses it finds out what depends on the machine: whether the backing
+exists, whether the replica answers. Every error is a `ConfigError` of one line with the file, the line where it is
+cheap to find, the key, and what to write instead.
 
-Paths must be absolute: the same file is read by a service manager, by hand and by tools, each with
-another working directory, so a relative path would mean something else to each.
+Paths must be absolute: a service manager, a person and tools read the same file in different working directories.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class GroupConfig:
 class VolumeConfig:
     name: str
     backing: str  # regular file or block device, absolute
-    block_size: int = 4096  # bytes
+    block_size: int  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +44,17 @@ class SplitterConfig:
 class ReplicationConfig:
     host: str  # name or address, an IPv6 address without its brackets
     port: int
-    mode: str = "dynamic"  # sync | async | snapshot | dynamic
-    interval_ns: int = 60 * 10**9
-    rate_bytes_per_s: int | None = None  # None: no cap, the measured rate
-    on_disconnect: str = "degrade"  # of mode sync: degrade | block
-    window_bytes: int = DEFAULT_WINDOW_BYTES  # how far back the codec may refer; memory on both sides
+    mode: str  # sync | async | snapshot | dynamic
+    interval_ns: int
+    rate_bytes_per_s: int | None  # None: no cap, the measured rate
+    on_disconnect: str  # of mode sync: degrade | block
+    window_bytes: int  # how far back the codec may refer; memory on both sides
 
 
 @dataclass(frozen=True, slots=True)
 class JournalConfig:
-    capacity_bytes: int = 10 << 30
-    on_full: str = "degrade"  # degrade | block
+    capacity_bytes: int
+    on_full: str  # degrade | block
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +82,7 @@ def load_config(path: str) -> Config:
     """Reads and validates the file.
 
     Raises:
-        ConfigError: it can't be read, isn't TOML, or says something that can't be meant.
+        ConfigError: it can't be read, isn't TOML, or has an invalid value.
     """
     return parse_config(read_text(path), path)
 
@@ -181,7 +180,7 @@ def _read_tls(table: Table, host: str) -> TlsConfig:
 
 
 def _check_places(top: Table, config: Config) -> None:
-    """No two volumes share a backing, and nothing that the splitter needs lies under its own mount."""
+    """Checks that no two volumes share a backing, and that nothing the splitter needs is under its own mount."""
     volumes = top.table("volumes")
     seen: dict[object, str] = {}
     for volume in config.volumes:
@@ -204,6 +203,6 @@ def _identities(path: str) -> Iterable[object]:
     yield os.path.realpath(path)
     try:
         status = os.stat(path)
-    except OSError:  # not there (yet): whoever opens it says so
+    except OSError:  # it may not exist yet; who opens it reports that
         return
     yield (status.st_dev, status.st_ino)

@@ -13,8 +13,6 @@ from pitfs.errors import ConfigError
 from pitfs.model.group import NAME_RULE, is_name
 
 _KINDS: Final = {str: "text in quotes", int: "an integer", bool: "true or false"}
-
-
 MAX_FILE_BYTES: Final = 1 << 20  # a configuration is a page; more is the wrong file
 
 
@@ -30,9 +28,7 @@ def read_text(path: str) -> str:
     except (OSError, ValueError) as error:
         raise ConfigError(path, "", f"can't be read: {getattr(error, 'strerror', None) or error}") from error
     if len(content) > MAX_FILE_BYTES:
-        raise ConfigError(
-            path, "", f"is larger than {MAX_FILE_BYTES >> 20} MiB: not a configuration of pitfs"
-        )
+        raise ConfigError(path, "", f"is larger than {MAX_FILE_BYTES >> 20} MiB: not a configuration of pitfs")
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -56,15 +52,15 @@ def parse_table(text: str, path: str) -> Table:
 
 
 class TomlSource:
-    """The text of a file, to find the lines of keys; only looked through when there is an error."""
+    """The text of a file, to find the lines of keys when there is an error."""
 
     def __init__(self, path: str, text: str) -> None:
         self.path, self._text = path, text
 
     def line(self, keys: tuple[str, ...]) -> int | None:
-        """Line of the key or, where that isn't found (inline tables), of the table around it."""
+        """Line of the key or, if it isn't found (inline tables), of the table around it."""
         if '"""' in self._text or "'''" in self._text:
-            return None  # lines of a long string look like keys: rather no line than a wrong one
+            return None  # lines of a long string may look like keys, and a wrong line is worse than none
         lines: dict[str, int] = {}
         prefix = ""
         for number, line in enumerate(self._text.split("\n"), 1):
@@ -137,12 +133,10 @@ class Table:
         return values
 
     def integer(self, key: str, default: int) -> int:
-        value: int = self._get(key, int, default)
-        return value
+        return int(self._get(key, int, default))
 
     def boolean(self, key: str, default: bool) -> bool:
-        value: bool = self._get(key, bool, default)
-        return value
+        return bool(self._get(key, bool, default))
 
     def choice(self, key: str, choices: tuple[str, ...], default: str) -> str:
         value = self.text(key, default)

@@ -67,7 +67,7 @@ VERDICT_S: Final = 2.0  # after a failed write: time to read why the peer closed
 class SenderSession:
     """A session with a replica; made by `connect`, used by one task at a time.
 
-    After an error, or after cancelling begin, send or finish, only leaving the context is left to do.
+    After an error, or after begin, send or finish was cancelled, the caller can only leave the context.
     Every method raises what ended the session: LinkError, LinkRefusedError, PositionMismatchError or CapacityError;
     and LocalProtocolError where a transfer is under way and shouldn't be, or the other way round.
 
