@@ -202,15 +202,15 @@ def test_umount_ends_the_daemon_and_sigterm_unmounts(replica: Replica, tmp_path:
         mount.unmount()
         mount.start()
         assert not set(pids) & set(mount.pids())
-        os.kill(mount.minder(), signal.SIGTERM)
+        os.kill(mount.supervisor(), signal.SIGTERM)
         wait_until(lambda: not is_mounted(mount.path), "SIGTERM unmounts", 10)
         wait_until(lambda: not mount.pids(), "the daemon ends", 10)
         assert mount.complaints() == []
 
 
 def test_a_killed_daemons_mount_is_cleared_and_mounted_anew(replica: Replica, mount: Mount) -> None:
-    os.kill(mount.minder(), signal.SIGKILL)
-    wait_until(lambda: not mount.pids(), "the workers go with the minder", 10)
+    os.kill(mount.supervisor(), signal.SIGKILL)
+    wait_until(lambda: not mount.pids(), "the workers end with the supervisor", 10)
     with pytest.raises(OSError) as caught:
         os.stat(mount.path)
     assert caught.value.errno in (errno.ENOTCONN, errno.ECONNABORTED)

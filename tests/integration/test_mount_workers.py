@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from pitfs.errors import PitfsError, UsageError
-from pitfs.fuse.workers import retell, tell
+from pitfs.fuse.mount.workers import decode_failure, encode_failure
 from pitfs.model.position import format_instant
 from pitfs.model.transfer import VolumeInfo
 from pitfs.store.ingest import Ingest
@@ -164,7 +164,7 @@ def test_who_waits_for_a_killed_worker_gets_an_error_and_the_mount_goes_on(
         assert sorted(line.split("worker ")[1].split(":")[0] for line in mount.complaints()) == sorted(
             f"{pid} ended by SIGKILL" for pid in workers
         )
-        os.kill(mount.minder(), signal.SIGTERM)
+        os.kill(mount.supervisor(), signal.SIGTERM)
         wait_until(lambda: not is_mounted(mount.path), "SIGTERM unmounts", 10)
         wait_until(lambda: not mount.pids(), "all end", 10)
 
@@ -180,7 +180,7 @@ def test_an_open_image_is_held_until_it_is_closed_whichever_process_is_asked(
     with Mount(store, tmp_path, options="workers=3") as mount:
         assert held_now() == [[]]
         (holder,) = held(str(store))
-        assert (holder.pid, holder.what) == (mount.minder(), f"mount {mount.path}")
+        assert (holder.pid, holder.what) == (mount.supervisor(), f"mount {mount.path}")
         files = [os.open(image_of(mount, model, seq), os.O_RDONLY) for seq in (3, 8, 3, 40) for _ in range(5)]
         assert held_now() == [[3, 8, 40]]
         counted_by = mount.workers()  # none of them: what is held is in the file
@@ -231,7 +231,7 @@ def test_a_signal_during_a_read_lets_it_finish(history: tuple[Path, History], tm
         file = os.open(image_of(mount, model, 5), os.O_RDONLY | os.O_DIRECT)
         answer = pool.submit(os.pread, file, 4096, 0)
         mount.wait_for_reads(1)
-        os.kill(mount.minder(), signal.SIGTERM)
+        os.kill(mount.supervisor(), signal.SIGTERM)
         assert answer.result(20) == model.states[5][0][:4096]
         with contextlib.suppress(OSError):  # the mount is gone
             os.close(file)
@@ -242,9 +242,9 @@ def test_a_signal_during_a_read_lets_it_finish(history: tuple[Path, History], tm
 def test_what_a_process_says_to_another_keeps_message_and_exit_code() -> None:
     for error, code in ((PitfsError("no more ädges"), 1), (UsageError("so not"), 2), (OSError(5, "disk"), 1),
                         (PitfsError("no file of bytes as \udcff"), 1)):  # fmt: skip
-        again = retell(tell(error))
+        again = decode_failure(encode_failure(error))
         assert (str(again), again.exit_code) == (str(error), code)
-    assert "a bug in pitfs" in str(retell(tell(ZeroDivisionError("x"))))
+    assert "a bug in pitfs" in str(decode_failure(encode_failure(ZeroDivisionError("x"))))
 
 
 def test_the_foreground_tells_why_the_store_can_not_be_served(tmp_path: Path) -> None:

@@ -1,22 +1,23 @@
-"""Mounting a store: a place for it, a daemon, and a return only when the mount answers.
+"""Mounting a store: the checks before, a daemon that serves it, and a return only when the mount answers.
 
     mount_store ── checks the mountpoint, clears a dead mount of the same store
         │ fork (before trio and threads exist; numpy starts some when it is imported)
-        ├─ daemon     mounts, starts the workers (pitfs.fuse.workers) and says so through a pipe when they have the
-        │             store open; minds them until umount or SIGTERM
-        └─ observer   waits for the daemon's word, stats the root from outside, raises the readahead
+        ├─ daemon     mounts, starts the workers (pitfs.fuse.mount.workers), writes READY to a pipe when they have
+        │             the store open, supervises them until umount or SIGTERM
+        └─ observer   waits for READY, stats the root from outside the daemon, raises the readahead
 
-In the background the observer is the parent, whose exit code is the command's; in the foreground it is a
-child, and the caller's process is the daemon. Log lines of a background daemon go to syslog; where there is none
-(/dev/log) standard error is kept if it is a terminal or a file. A pipe isn't kept: whoever reads it to its
-end would wait for the unmount; the kernel's log (/dev/kmsg) gets the lines instead.
+In the background the observer is the parent, whose exit code is the command's. In the foreground it is a child, and
+the caller's process is the daemon.
+
+Log lines of a background daemon go to syslog. Where there is none (/dev/log) standard error is kept if it is a
+terminal or a file. A pipe isn't kept, since whoever reads it to its end would wait for the unmount; the kernel's log
+(/dev/kmsg) gets the lines instead.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import errno
 import io
 import logging
@@ -26,56 +27,30 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from pitfs.errors import PitfsError, UsageError
-from pitfs.fuse.kernel.mountinfo import escaped, mounted_at
-from pitfs.fuse.workers import READY, Minder, default_workers, fuse_descriptor, retell, tell
+from pitfs.fuse.kernel.mountinfo import DEAD_ERRNOS, clear_dead_mount, escaped, mounted_at
+from pitfs.fuse.mount.request import FSTYPE, SUBTYPE, MountRequest, source_name
+from pitfs.fuse.mount.workers import (
+    READY,
+    WorkerSupervisor,
+    decode_failure,
+    encode_failure,
+    end_of_process,
+    fuse_descriptor,
+)
 
 if TYPE_CHECKING:
     import pyfuse3
 
-SUBTYPE: Final = "pitfs"
-FSTYPE: Final = "fuse.pitfs"
 # 128 KiB is the kernel's; sequential reads with 1 MiB are more than twice as fast, with 4 MiB no faster.
 READAHEAD_KIB: Final = 2048
-MAX_DEAD_MOUNTS: Final = 16  # stacked on one mountpoint; more is somebody's loop
 UMOUNT_HELPER: Final = "/sbin/umount.pitfs"
 UMOUNT_OPTION: Final = "helper=pitfs"
-_DEAD: Final = (errno.ENOTCONN, errno.ECONNABORTED)
 
 log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class MountRequest:
-    """What to mount, where and how.
-
-    Attributes:
-        mode: of images; directories get the right to enter where there is one to read.
-        kernel_options: of mount(8), passed on as they are.
-        scratch: the directory of the overlays that make images writable; None: they are read-only.
-        scratch_size_bytes: what may be written over all; None: what the disk has.
-        scratch_keep: whether overlays stay.
-        workers: processes that serve it.
-    """
-
-    store: str
-    mountpoint: str
-    uid: int = 0
-    gid: int = 0
-    mode: int = 0o400
-    zone: datetime.tzinfo = datetime.UTC
-    strict: bool = False
-    allow_other: bool = False
-    kernel_options: tuple[str, ...] = ()
-    scratch: str | None = None
-    scratch_size_bytes: int | None = None
-    scratch_keep: bool = False
-    workers: int = dataclasses.field(default_factory=default_workers)
-    foreground: bool = False
-    verbose: bool = False
 
 
 def mount_store(request: MountRequest) -> int:
@@ -84,7 +59,7 @@ def mount_store(request: MountRequest) -> int:
     Raises:
         PitfsError: it can't be mounted, and why.
     """
-    # The parents' links are followed, the mountpoint itself is not asked: it may be dead.
+    # The links in the parent's path are resolved; the mountpoint itself isn't touched, since it may be a dead mount.
     parent, name = os.path.split(os.path.abspath(request.mountpoint))
     mountpoint = os.path.join(os.path.realpath(parent), name)
     request = dataclasses.replace(request, store=os.path.realpath(request.store), mountpoint=mountpoint)
@@ -110,36 +85,33 @@ def mount_store(request: MountRequest) -> int:
     return 0
 
 
-def source_name(store: str) -> str:
-    """The store's path as the mount's source: in ASCII, which is what pyfuse3 passes on."""
-    return os.fsencode(store).decode("ascii", "backslashreplace")
-
-
 # ------------------------------------------------------------------ the mountpoint
 
 
 def _prepare_mountpoint(request: MountRequest) -> str:
     """Makes sure that the store can be mounted there; returns the mountpoint without symbolic links."""
-    mountpoint = request.mountpoint
-    for _ in range(MAX_DEAD_MOUNTS):
-        try:
-            found = os.stat(mountpoint)
-        except OSError as error:
-            if error.errno in _DEAD:
-                _clear_dead_mount(mountpoint, source_name(request.store))
-                continue
-            if error.errno == errno.ENOENT:
-                raise UsageError(f"{mountpoint}: no such directory: make it first (mkdir)") from None
-            raise UsageError(f"{mountpoint}: {error.strerror}: give a directory to mount on") from None
-        break
-    else:
-        raise PitfsError(f"{mountpoint}: more than {MAX_DEAD_MOUNTS} dead mounts: clear them with umount -l")
+    mountpoint, source = request.mountpoint, source_name(request.store)
+    if clear_dead_mount(mountpoint, FSTYPE, source):
+        print(f"mount.pitfs: {mountpoint}: cleared a dead mount of this store", file=sys.stderr)
+    try:
+        found = os.stat(mountpoint)
+    except OSError as error:
+        if error.errno in DEAD_ERRNOS:
+            dead = mounted_at(mountpoint)
+            if dead is None:
+                reason = "on a dead filesystem (its daemon is gone): umount that first"
+            else:
+                reason = f"a dead mount of {dead.source} ({dead.type}) is there: clear it with: umount -l {mountpoint}"
+            raise PitfsError(f"{mountpoint}: {reason}") from None
+        if error.errno == errno.ENOENT:
+            raise UsageError(f"{mountpoint}: no such directory: make it first (mkdir)") from None
+        raise UsageError(f"{mountpoint}: {error.strerror}: give a directory to mount on") from None
     if not stat.S_ISDIR(found.st_mode):
         raise UsageError(f"{mountpoint}: not a directory: give a directory to mount on")
     mountpoint = os.path.realpath(mountpoint)
     there = mounted_at(mountpoint)
     if there is not None and there.type == FSTYPE:
-        what = "this store is" if there.source == source_name(request.store) else f"{there.source} is"
+        what = "this store is" if there.source == source else f"{there.source} is"
         raise PitfsError(
             f"{mountpoint}: {what} already mounted there: end it with umount, or choose another directory"
         )
@@ -167,55 +139,35 @@ def _check_scratch(scratch: str, request: MountRequest) -> str:
 
 
 def _contains(directory: str, path: str) -> bool:
-    return path == directory or path.startswith(directory.rstrip("/") + "/")
-
-
-def _clear_dead_mount(mountpoint: str, source: str) -> None:
-    """Takes down the mount of a daemon that is gone, if it was one of this store."""
-    dead = mounted_at(mountpoint)
-    command = f"umount -l {mountpoint}"
-    if dead is None:
-        raise PitfsError(f"{mountpoint}: on a dead filesystem (its daemon is gone): umount that first")
-    if (dead.type, dead.source) != (FSTYPE, source):
-        raise PitfsError(
-            f"{mountpoint}: a dead mount of {dead.source} ({dead.type}) is there: clear it with: {command}"
-        )
-    done = subprocess.run(["umount", "-l", "--", mountpoint], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise PitfsError(f"{mountpoint}: {done.stderr.strip()}: clear the dead mount with: {command}")
-    print(f"mount.pitfs: {mountpoint}: cleared a dead mount of this store", file=sys.stderr)
+    return os.path.commonpath((directory, path)) == directory
 
 
 # ------------------------------------------------------------------ the observer
 
 
 def _observe(reader: int, mountpoint: str, daemon: int | None) -> int:
-    """Waits until the mount answers to somebody outside its daemon; passes on what that says instead."""
+    """Waits until the mount answers to a process that isn't its daemon, or raises what the daemon says instead."""
     with open(reader, "rb") as pipe:
         try:
-            word = pipe.read()
-        except KeyboardInterrupt:  # a mount that the caller was told isn't there mustn't come after that
+            message = pipe.read()
+        except KeyboardInterrupt:  # the caller is told that there is no mount: none may appear after that
             if daemon is not None:
                 os.kill(daemon, signal.SIGTERM)
                 os.waitpid(daemon, 0)
             raise
-    if word == READY:
+    if message == READY:
         try:
             device = os.stat(mountpoint).st_dev
         except OSError as error:
-            if error.errno not in _DEAD:
+            if error.errno not in DEAD_ERRNOS:
                 raise
         else:
             _raise_readahead(device)
-            _have_umount_ask_us(mountpoint)
+            _register_umount_helper(mountpoint)
             return 0
-    elif word:
-        raise retell(word)
-    how = ""
-    if daemon is not None:
-        status = os.waitpid(daemon, 0)[1]
-        ended = os.waitstatus_to_exitcode(status)
-        how = f" by {signal.Signals(-ended).name}" if ended < 0 else f" with {ended}"
+    elif message:
+        raise decode_failure(message)
+    how = f" {end_of_process(os.waitpid(daemon, 0)[1])}" if daemon is not None else ""
     raise PitfsError(
         f"{mountpoint}: the daemon ended{how} before the mount answered: the system's log may say why"
     )
@@ -230,8 +182,8 @@ def _raise_readahead(device: int) -> None:
         log.info("%s: %s: sequential reads will be slower", path, error.strerror)
 
 
-def _have_umount_ask_us(mountpoint: str) -> None:
-    """Leaves word in libmount's table that umount(8) is to call umount.pitfs, which names who holds a busy mount."""
+def _register_umount_helper(mountpoint: str) -> None:
+    """Enters umount.pitfs in libmount's table, so that umount(8) calls it: it names who holds a busy mount."""
     mount = mounted_at(mountpoint)
     if os.geteuid() != 0 or mount is None or not os.path.exists(UMOUNT_HELPER):
         return
@@ -239,13 +191,13 @@ def _have_umount_ask_us(mountpoint: str) -> None:
     try:
         with open("/run/mount/utab", encoding="utf-8", errors="surrogateescape") as file:
             if any(entry in line and UMOUNT_OPTION in line for line in file):
-                return  # left by a mount that ended without umount(8); one more would stay with it
+                return  # of a mount that ended without umount(8); umount(8) removes only one entry
     except FileNotFoundError:
         pass
     command = ["mount", "--fake", "--internal-only", "--no-canonicalize", "-t", FSTYPE]
     command += ["-o", UMOUNT_OPTION, "--", mount.source, mountpoint]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    if done.returncode:  # umount(8) then says no more than that it is busy
+    if done.returncode:  # for a busy mount umount(8) then says only that it is busy
         log.info("%s: %s", mountpoint, done.stderr.strip())
 
 
@@ -261,40 +213,40 @@ def _run_daemon(request: MountRequest, writer: int) -> NoReturn:
         _serve(request, writer)
         code = 0
     except BaseException as error:
-        message = tell(error)
+        message = encode_failure(error)
         if isinstance(error, PitfsError):
             code = error.exit_code
         try:
             os.write(writer, message)
-        except OSError:  # the mount had answered already, the observer is gone
-            log.error("%s", retell(message))
+        except OSError:  # the mount has answered before, and the observer is gone
+            log.error("%s", decode_failure(message))
     finally:
         os._exit(code)
 
 
 def _serve(request: MountRequest, writer: int) -> None:
-    """Mounts, starts those who serve, tells the observer, and minds them until the end."""
-    minder = Minder(request, writer)
-    probed = minder.probe()
-    import pyfuse3  # while the store is looked at; the first of these takes longer
+    """Mounts, starts the workers, writes READY to the observer, and supervises the workers until the end."""
+    supervisor = WorkerSupervisor(request, writer)
+    finish_probe = supervisor.start_probe()
+    import pyfuse3  # while another process opens the store, which takes about as long
 
-    from pitfs.fuse.kernel.init_flags import without_privileges
-    from pitfs.fuse.request_loop import DeferredOperations
+    from pitfs.fuse.kernel.init_flags import killpriv_flag_added
+    from pitfs.fuse.mount.request_loop import DeferredOperations
 
     try:
-        probed()
-        seat = DeferredOperations()
-        _fuse_init(seat, request)
+        finish_probe()
+        operations = DeferredOperations()
+        _fuse_init(operations, request)
         try:
-            with without_privileges(fuse_descriptor()) if request.scratch else contextlib.nullcontext():
-                seat.answer_init()
+            with killpriv_flag_added(fuse_descriptor()) if request.scratch else contextlib.nullcontext():
+                operations.answer_init()
             if not request.foreground:
-                _detach(request.verbose)
-            minder.serve(seat)
+                _detach_from_caller(request.verbose)
+            supervisor.serve(operations)
         finally:
             pyfuse3.close()
     finally:
-        minder.close()
+        supervisor.close()
 
 
 def _fuse_init(operations: pyfuse3.Operations, request: MountRequest) -> None:
@@ -307,31 +259,29 @@ def _fuse_init(operations: pyfuse3.Operations, request: MountRequest) -> None:
         options.add("ro")
     if request.allow_other:
         options.add("allow_other")
-    with _CapturedStderr() as said:
+    with _captured_stderr() as captured:
         try:
             pyfuse3.init(operations, request.mountpoint, options)
         except RuntimeError as error:
-            reason = said().strip().replace("\n", "; ").removeprefix("fuse: ") or str(error)
+            reason = captured().strip().replace("\n", "; ").removeprefix("fuse: ") or str(error)
             raise PitfsError(f"{request.mountpoint}: {reason}") from None
 
 
-class _CapturedStderr:
-    """libfuse writes the reason of a failure to descriptor 2: takes it into the error."""
-
-    def __enter__(self) -> Callable[[], str]:
-        self._saved = os.dup(2)
-        self._file = io.FileIO(os.memfd_create("stderr"), "r+")
-        os.dup2(self._file.fileno(), 2)
-        return lambda: os.pread(self._file.fileno(), 4096, 0).decode(errors="replace")
-
-    def __exit__(self, *_: object) -> None:
-        os.dup2(self._saved, 2)
-        os.close(self._saved)
-        self._file.close()
+@contextlib.contextmanager
+def _captured_stderr() -> Iterator[Callable[[], str]]:
+    """Captures what is written to descriptor 2, where libfuse writes why it fails; yields a function that reads it."""
+    saved = os.dup(2)
+    with io.FileIO(os.memfd_create("stderr"), "r+") as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield lambda: os.pread(file.fileno(), 4096, 0).decode(errors="replace")
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
 
 
-def _detach(verbose: bool) -> None:
-    """Lets go of the terminal and of the caller's pipes; from here on the log is where lines go."""
+def _detach_from_caller(verbose: bool) -> None:
+    """Closes the terminal or the caller's pipes; from here on all lines go to the log."""
     logger = logging.getLogger()
     for each in list(logger.handlers):
         logger.removeHandler(each)

@@ -1,13 +1,13 @@
-"""What `pitfs attach` makes and `pitfs detach` takes down: mounts, and loop devices over images in them.
+"""The mounts that `pitfs attach` makes under its loop devices, and `pitfs detach` takes down.
 
-    /run/pitfs/attached.lock            held while anything below is made or taken down
-    /run/pitfs/attached/GROUP.xxxxxxxx  a mount that attach has made: one read-only mount for each store, a mount of
+    /run/pitfs/attached.lock            locked while a mount or device is made or taken down
+    /run/pitfs/attached/GROUP.xxxxxxxx  a mount made by attach: one read-only mount for each store, a mount of
                                         its own for each scratch image
     /var/tmp/pitfs-scratch.GROUP.xxxx…  what is written to that mount, unless another directory was given
 
-There is no other state: the kernel's tables say which device is over which image of which mount. So what a killed
-attach left, or a reboot, can't disagree with anything: a mount here over which there is no device is in nobody's
-way, and whoever comes next takes it down.
+There is no other state. The kernel's tables say which device is over which image of which mount, so nothing can
+disagree with them after a reboot or a killed attach. A mount here without a device over it is unused: the next attach
+or detach takes it down.
 """
 
 from __future__ import annotations
@@ -22,34 +22,36 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Final
 
 from pitfs.errors import PitfsError, UsageError
-from pitfs.fuse.kernel.loop_devices import image_loops
+from pitfs.fuse.attach.images import image_loops
 from pitfs.fuse.kernel.mountinfo import MountInfo, is_dead, mounts
-from pitfs.fuse.kernel.users import users_below
-from pitfs.fuse.mount import FSTYPE, source_name
+from pitfs.fuse.kernel.processes import processes_below
+from pitfs.fuse.mount.request import FSTYPE, source_name
 
 RUN: Final = "/run/pitfs"
 DIRECTORY: Final = f"{RUN}/attached"
 SCRATCH: Final = "/var/tmp/pitfs-scratch."  # not /tmp, which may be memory
 INTERRUPTS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-END_S: Final = 3.0  # for the kernel and the mount's daemon to let go of what is taken down
+END_S: Final = 3.0  # for the kernel and the mount's daemon to release what is taken down
 POLL_S: Final = 0.02
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Scratch:
-    """Where a writable image's writes go: a directory, else one made for it; at most so much, as the mount reads it."""
+class ScratchOptions:
+    """Of a writable image: where its writes go (None: a directory made for it), and how many bytes at most, as an
+    option of mount.pitfs."""
 
     directory: str | None
     size: str | None
 
 
 @contextlib.contextmanager
-def exclusive() -> Iterator[None]:
-    """One attach or detach at a time on this machine; the others wait. SIGTERM and SIGHUP interrupt as Ctrl-C does.
+def attach_lock() -> Iterator[None]:
+    """Lets one attach or detach run at a time on this machine. SIGTERM and SIGHUP interrupt it as Ctrl-C does.
 
     Raises:
         UsageError: not as root.
@@ -58,48 +60,53 @@ def exclusive() -> Iterator[None]:
         raise UsageError("only root may mount and make loop devices: run it as root")
     os.makedirs(RUN, 0o755, exist_ok=True)
     fd = os.open(f"{DIRECTORY}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    previous = [(number, signal.signal(number, signal.default_int_handler)) for number in INTERRUPTS[1:]]
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
-        for number, handler in previous:
-            signal.signal(number, handler)
+    with _signals_call(signal.default_int_handler, INTERRUPTS[1:]):
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
 
 
 @contextlib.contextmanager
-def signals_wait() -> Iterator[None]:
-    """Ctrl-C and the like end the command after this, when it is known what there is to undo."""
+def signals_deferred() -> Iterator[None]:
+    """Lets the block finish before Ctrl-C and the like end the command: then it is known what there is to undo."""
     caught: list[int] = []
-    previous = [(number, signal.signal(number, lambda *_: caught.append(1))) for number in INTERRUPTS]
-    try:
+    with _signals_call(lambda number, _: caught.append(number), INTERRUPTS):
         yield
-    finally:
-        for number, handler in previous:
-            signal.signal(number, handler)
     if caught:
         raise KeyboardInterrupt
 
 
-def is_ours(mount: MountInfo) -> bool:
-    """Whether attach has made it."""
+@contextlib.contextmanager
+def _signals_call(
+    handler: Callable[[int, FrameType | None], object], numbers: Sequence[signal.Signals]
+) -> Iterator[None]:
+    previous = [(number, signal.signal(number, handler)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, former in previous:
+            signal.signal(number, former)
+
+
+def is_made_by_attach(mount: MountInfo) -> bool:
     return os.path.dirname(mount.mountpoint) == DIRECTORY
 
 
-def mount_with(store: str, image: str) -> str | None:
-    """Where the store is mounted read-only so that this image (INSTANT/VOLUME.img) can be opened; None if nowhere.
+def find_mount(store: str, image: str) -> str | None:
+    """The mountpoint of a read-only mount of the store in which this image (INSTANT/VOLUME.img) can be opened.
 
-    One that attach has made goes before one that somebody else has.
+    A mount that attach has made is preferred. None if there is no such mount.
     """
     wanted = source_name(store)
     there = [mount for mount in mounts() if (mount.type, mount.source) == (FSTYPE, wanted)]
-    for mount in sorted(there, key=is_ours, reverse=True):
+    for mount in sorted(there, key=is_made_by_attach, reverse=True):
         if not mount.read_only or not mount.whole:
             continue
         try:
             fd = os.open(f"{mount.mountpoint}/{image}", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:  # dead, hidden by another mount, or of a store that lay there before
+        except OSError:  # dead, hidden by another mount, or of another store that was at this path before
             continue
         device = os.fstat(fd).st_dev
         os.close(fd)
@@ -108,11 +115,11 @@ def mount_with(store: str, image: str) -> str | None:
     return None
 
 
-def make_mount(store: str, group: str, scratch: Scratch | None) -> str:
-    """Mounts the store at a place of its own. What a failure leaves is for `tidy`.
+def make_mount(store: str, group: str, scratch: ScratchOptions | None) -> str:
+    """Mounts the store at a new mountpoint, which it returns. `unmount_unused` removes what a failure leaves.
 
     Raises:
-        PitfsError: the mount failed; what mount.pitfs said.
+        PitfsError: the mount failed; with the message of mount.pitfs.
     """
     os.makedirs(DIRECTORY, 0o700, exist_ok=True)
     mountpoint = tempfile.mkdtemp(prefix=f"{group}.", dir=DIRECTORY)
@@ -137,30 +144,30 @@ def make_mount(store: str, group: str, scratch: Scratch | None) -> str:
     return mountpoint
 
 
-def tidy() -> list[str]:
-    """Takes down the mounts that attach has made and no loop device is over, and their scratch.
+def unmount_unused() -> list[str]:
+    """Unmounts what attach has mounted and no loop device uses any more, and removes the scratch of that.
 
     Returns:
-        Those that stay because a process uses them.
+        the mountpoints that stay because a process uses them.
     """
     used = {image.mount.mountpoint for image in image_loops() if image.mount is not None}
-    stay = []
+    busy = []
     with contextlib.suppress(FileNotFoundError):
         for name in sorted(os.listdir(DIRECTORY)):
             mountpoint = f"{DIRECTORY}/{name}"
             if mountpoint in used:
                 continue
             if not _unmount(mountpoint):
-                stay.append(mountpoint)
+                busy.append(mountpoint)
                 continue
-            with contextlib.suppress(OSError):  # somebody has put something in it, or it isn't ours at all
+            with contextlib.suppress(OSError):  # not empty: somebody has put a file in it
                 os.rmdir(mountpoint)
             _remove_scratch(_scratch_of(mountpoint))
-    return stay
+    return busy
 
 
 def _unmount(mountpoint: str) -> bool:
-    """Unmounts whatever is there and waits for its daemon's end; False if a process is in it."""
+    """Unmounts the mountpoint and waits for the daemon's end; False if a process uses the mount."""
     daemons = _daemons(mountpoint)
     deadline = time.monotonic() + END_S
     while any(mount.mountpoint == mountpoint for mount in mounts()):
@@ -169,18 +176,18 @@ def _unmount(mountpoint: str) -> bool:
             ["umount", "--internal-only", *lazily, "--", mountpoint],
             capture_output=True, text=True, check=False, start_new_session=True,
         )  # fmt: skip
-        # A device that was detached a moment ago is let go of a little later.
-        if done.returncode and (users_below(mountpoint) or time.monotonic() > deadline):
+        # The kernel closes the file of a detached device a little later: until then the mount is busy without a user.
+        if done.returncode and (processes_below(mountpoint) or time.monotonic() > deadline):
             return False
         if done.returncode:
             time.sleep(POLL_S)
     while set(daemons) & set(_daemons(mountpoint)) and time.monotonic() < deadline:
-        time.sleep(POLL_S)  # it throws scratch away last
+        time.sleep(POLL_S)  # the daemon removes the scratch at its very end
     return True
 
 
 def _daemons(mountpoint: str) -> list[int]:
-    """Processes that were started to serve a mount there: a place that attach has made is in no other command."""
+    """Processes that serve the mount: the name of a mountpoint that attach has made is in no other command."""
     found = []
     for name in os.listdir("/proc"):
         if name.isdigit():
@@ -195,13 +202,12 @@ def _scratch_of(mountpoint: str) -> str:
 
 
 def _remove_scratch(directory: str) -> None:
-    """Removes it and what is in it; the mount's daemon may just be doing so as well."""
+    """Removes the directory and what is in it; the mount's daemon may be doing the same."""
     deadline = time.monotonic() + END_S
     while os.path.lexists(directory):
         shutil.rmtree(directory, ignore_errors=True)
-        if not os.path.lexists(directory):
-            return
-        if time.monotonic() > deadline:
-            print(f"pitfs: {directory}: can't be removed: remove it by hand", file=sys.stderr)
-            return
-        time.sleep(POLL_S)
+        if os.path.lexists(directory):
+            if time.monotonic() > deadline:
+                print(f"pitfs: {directory}: can't be removed: remove it by hand", file=sys.stderr)
+                return
+            time.sleep(POLL_S)
