@@ -1,9 +1,9 @@
 """One connection of a client: the negotiation, then its requests.
 
-What is in memory is answered at once, in the order in which it was asked for; what may need the disk is read in a
-thread, several at a time, and answered as it comes. A client that doesn't read what it asked for is waited for: at
-most `MAX_REQUESTS` of its requests are under way, and what they hold is bounded whatever their size, since a large
-read is answered in pieces.
+What is in memory is answered at once, in the order of the requests. What may need the disk is read in threads, several
+requests at a time, and answered as it comes. If a client doesn't read the replies, the server waits for it: at most
+`MAX_REQUESTS` of its requests are under way. What they hold in memory is bounded whatever their size, since a large read
+is answered in pieces.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import trio
 
 from pitfs.errors import CorruptionError, PitfsError, RemoteProtocolError
 from pitfs.nbd.exports import Export, Exports, NoSuchExportError
-from pitfs.nbd.negotiation import AskExport, AskList, Close, Send, StartTls
-from pitfs.nbd.protocol import Buffer, Event, NbdProtocol, NbdState, Request
+from pitfs.nbd.negotiation import Close, ListExports, LookUpExport, NbdState, Send, StartTls
+from pitfs.nbd.protocol import Buffer, Event, NbdProtocol, Request
 from pitfs.nbd.stream import SocketStream, TlsStream, WrappedStream
 from pitfs.nbd.wire import HOLE_AND_ZERO, Command, CommandFlag, Error
 from pitfs.view.view import PointInTimeView, ReadBuffer
@@ -31,44 +31,44 @@ SMALL_BYTES: Final = 64 << 10
 MAX_LARGE: Final = 4  # pieces larger than that under way for one connection
 MAX_EXTENTS: Final = 16 << 10  # of one answer; the client asks again from where they end
 MAX_SPARE_BUFFERS: Final = 16
-REPLY_BYTES: Final = 32 << 10  # a reply takes as long as this many bytes more of it
-MAX_UNYIELDED_BYTES: Final = 1 << 20  # sent from memory before other connections have their turn
+REPLY_BYTES: Final = 32 << 10  # a reply costs, beside its data, as much time as this many bytes of data
+MAX_UNYIELDED_BYTES: Final = 1 << 20  # sent from memory before other connections get their turn
 
-NO_DATA: Final = "damaged, or the disk refuses: the server's log has the details"
+NO_DATA: Final = "damaged, or the disk failed: the server's log has the details"
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-class Shared:
-    """What all connections of a server have in common."""
+class SharedResources:
+    """What all connections of a server share."""
 
     def __init__(self, exports: Exports) -> None:
         self.exports = exports
         self.readers = trio.CapacityLimiter(MAX_THREADS)
-        self._finders = trio.CapacityLimiter(1)  # exports are for one thread at a time
+        self._lookups = trio.CapacityLimiter(1)  # exports are for one thread at a time
         self._spare: list[ReadBuffer] = []
 
-    async def ask(self, question: Callable[..., T], *args: object) -> T:
-        """A question to the exports."""
-        return await trio.to_thread.run_sync(question, *args, limiter=self._finders)
+    async def query(self, function: Callable[..., T], *args: object) -> T:
+        """Calls a method of the exports in a thread."""
+        return await trio.to_thread.run_sync(function, *args, limiter=self._lookups)
 
-    def take_buffer(self) -> ReadBuffer:
+    def acquire_buffer(self) -> ReadBuffer:
         return self._spare.pop() if self._spare else ReadBuffer(PIECE_BYTES)
 
-    def give_back(self, buffer: ReadBuffer) -> None:
+    def release_buffer(self, buffer: ReadBuffer) -> None:
         if len(self._spare) < MAX_SPARE_BUFFERS:
             self._spare.append(buffer)
 
 
 class Connection:
-    """Serves one client: `negotiate`, then `serve`, and `release` whatever became of them.
+    """Serves one client: `negotiate`, then `serve`, and `release` in any case.
 
-    Both raise RemoteProtocolError where the client breaks the protocol, and OSError or trio.BrokenResourceError
-    where the connection breaks.
+    The first two raise RemoteProtocolError if the client breaks the protocol, and OSError or trio.BrokenResourceError
+    if the connection breaks.
     """
 
-    def __init__(self, stream: SocketStream, peer: str, shared: Shared, *, offers_tls: bool) -> None:
+    def __init__(self, stream: SocketStream, peer: str, shared: SharedResources, *, offers_tls: bool) -> None:
         self._stream: SocketStream | WrappedStream = stream
         self._peer = peer
         self._shared = shared
@@ -82,7 +82,7 @@ class Connection:
         self._broken: Exception | None = None  # why a task of `serve` ended the connection
 
     async def _next(self) -> Event | None:
-        """What comes from the client next; None at the end."""
+        """The client's next event; None at the end of the connection."""
         while (event := next(self._events, None)) is None:
             if self._protocol.state is NbdState.CLOSED:
                 return None
@@ -102,10 +102,10 @@ class Connection:
             await self._stream.send(header, data)
         finally:
             self._sending.release()
-        await self._worked_on(len(data))
+        await self._yield_if_due(len(data))
 
-    async def _worked_on(self, size: int) -> None:
-        """Gives other connections their turn now and then, where nothing else did."""
+    async def _yield_if_due(self, size: int) -> None:
+        """Gives other connections their turn now and then, since what is in memory is sent without a pause."""
         self._unyielded_bytes += size + REPLY_BYTES
         if self._unyielded_bytes > MAX_UNYIELDED_BYTES:
             self._unyielded_bytes = 0
@@ -117,10 +117,10 @@ class Connection:
         """The export that the client opens; None if it leaves first.
 
         Args:
-            start_tls: puts TLS over the socket once the client asks for it; raises PitfsError.
+            start_tls: puts TLS over the socket once the client wants it; raises PitfsError.
 
         Raises:
-            PitfsError: no TLS, or the store can't be read.
+            PitfsError: TLS fails, or the store can't be read.
         """
         await self._send(self._protocol.greeting())
         while (event := await self._next()) is not None:
@@ -128,13 +128,13 @@ class Connection:
                 case Send(data):
                     await self._send(data)
                 case Close(data):
-                    with contextlib.suppress(OSError, trio.BrokenResourceError):  # who takes leave needn't wait for it
+                    with contextlib.suppress(OSError, trio.BrokenResourceError):  # it may have closed already
                         await self._send(data)
-                case AskList():
-                    listed = await self._shared.ask(self._shared.exports.listed)
+                case ListExports():
+                    listed = await self._shared.query(self._shared.exports.listed)
                     await self._send(self._protocol.answer_list(listed))
-                case AskExport(name, opens):
-                    await self._answer(name, opens)
+                case LookUpExport(name, opens):
+                    await self._answer_lookup(name, opens)
                     if self._opened is not None:
                         return self._opened
                 case StartTls(data):
@@ -144,10 +144,10 @@ class Connection:
                     self._protocol.tls_started()
         return None
 
-    async def _answer(self, name: str, opens: bool) -> None:
+    async def _answer_lookup(self, name: str, opens: bool) -> None:
         export, problem = None, ""
         try:
-            export = await self._shared.ask(partial(self._shared.exports.find, name, opens=opens))
+            export = await self._shared.query(partial(self._shared.exports.find, name, opens=opens))
         except NoSuchExportError as error:
             problem = str(error)
             log.info("%s: %s", self._peer, error)
@@ -158,10 +158,10 @@ class Connection:
         await self._send(self._protocol.answer_export(export.info if export else None, problem))
 
     async def release(self) -> None:
-        """Lets go of the instant that was opened."""
+        """Unpins the instant of the opened export."""
         if self._opened is not None:
             with trio.CancelScope(shield=True):
-                await self._shared.ask(self._shared.exports.close, self._opened)
+                await self._shared.query(self._shared.exports.close, self._opened)
 
     # -------------------------------------------------------------- requests
 
@@ -192,11 +192,11 @@ class Connection:
                 await self._send(event.data)
 
     async def _send_cached(self, view: PointInTimeView, request: Request) -> int:
-        """Answers a read as far as that needs no waiting for the disk; returns how many bytes of it."""
+        """Sends the beginning of a read as far as it is in memory; returns how many bytes that is."""
         offset, end = request.offset, request.offset + request.size
         if offset // PIECE_BYTES != (end - 1) // PIECE_BYTES and not self._protocol.is_divisible(request):
-            return 0  # several pieces, none of which may fail once the first is sent
-        buffer = self._shared.take_buffer()
+            return 0  # several pieces in one chunk: once the first is sent none may fail
+        buffer = self._shared.acquire_buffer()
         try:
             while offset < end:
                 size = min(PIECE_BYTES - offset % PIECE_BYTES, end - offset)
@@ -205,65 +205,67 @@ class Connection:
                     break
                 await self._send(self._protocol.data_header(request, offset, size), data)
                 offset += size
-        except PitfsError:  # found again, and answered, where what can't be read at once is read
+        except PitfsError:  # `_perform` meets it again, and answers it
             pass
         finally:
-            self._shared.give_back(buffer)
+            self._shared.release_buffer(buffer)
         return offset - request.offset
 
     async def _perform(
         self, view: PointInTimeView, request: Request, done: int, nursery: trio.Nursery
     ) -> None:
-        """Answers a request, a read from byte `done` of it on."""
+        """Answers a request; of a read `done` bytes have been sent."""
         is_large = request.size > SMALL_BYTES
         if is_large:
             await self._large.acquire()
-        buffer = self._shared.take_buffer()
+        buffer = self._shared.acquire_buffer()
         try:
-            if request.command == Command.BLOCK_STATUS:
-                await self._tell_status(view, request)
-            elif request.command == Command.CACHE:
-                await self._cache(view, request, buffer)
-            elif self._protocol.is_divisible(request):
-                await self._send_pieces(view, request, done, buffer)
-            else:
-                await self._send_whole(view, request, buffer)
+            await self._answer(view, request, done, buffer)
         except (OSError, trio.BrokenResourceError, _UnfinishedError) as error:
             self._break(error, nursery)
         finally:
-            self._shared.give_back(buffer)
+            self._shared.release_buffer(buffer)
             if is_large:
                 self._large.release()
             self._slots.release()
 
-    async def _send_pieces(
-        self, view: PointInTimeView, request: Request, done: int, buffer: ReadBuffer
-    ) -> None:
-        has_end = False
-        for offset, size in _cut(request.offset + done, request.size - done, PIECE_BYTES):
-            try:
-                data = await self._read(view, offset, size, buffer)
-            except CorruptionError:
-                has_end = await self._send_blocks(view, request, offset, size, buffer)
-            except PitfsError as error:
-                log.error("%s: %s", self._peer, error)
-                await self._send(self._protocol.failed_at(request, Error.EIO, NO_DATA, offset))
-                has_end = False
+    async def _answer(self, view: PointInTimeView, request: Request, done: int, buffer: ReadBuffer) -> None:
+        try:
+            if request.command == Command.BLOCK_STATUS:
+                await self._send_block_status(view, request)
+            elif request.command == Command.CACHE:
+                await self._read_all(view, request, buffer)
+                await self._send(self._protocol.finished(request))
+            elif self._protocol.is_divisible(request):
+                offset, size = request.offset + done, request.size - done
+                if not await self._send_pieces(view, request, offset, size, PIECE_BYTES, buffer):
+                    await self._send(self._protocol.finished(request))
             else:
-                await self._send(self._protocol.data_header(request, offset, size), data)
-                has_end = True
-        if not has_end:
-            await self._send(self._protocol.finished(request))
+                await self._send_whole(view, request, buffer)
+        except _UnfinishedError:
+            raise
+        except PitfsError as error:
+            log.error("%s: %s", self._peer, error)
+            await self._send(self._protocol.failed(request, Error.EIO, NO_DATA))
 
-    async def _send_blocks(
-        self, view: PointInTimeView, request: Request, offset: int, size: int, buffer: ReadBuffer
+    async def _send_pieces(
+        self, view: PointInTimeView, request: Request, offset: int, size: int, step: int, buffer: ReadBuffer
     ) -> bool:
-        """Sends those blocks that are what was written; returns whether the last one is."""
+        """Sends a range of a read as one chunk for each `step` bytes, of data or an error.
+
+        A damaged piece is sent block by block, so that only the damaged blocks of it are errors.
+
+        Returns:
+            whether the last chunk has data: then it was the reply's last.
+        """
         has_end = False
-        for start, length in _cut(offset, size, view.block_size):
+        for start, length in _cut(offset, size, step):
             try:
                 data = await self._read(view, start, length, buffer)
             except PitfsError as error:
+                if isinstance(error, CorruptionError) and step > view.block_size:
+                    has_end = await self._send_pieces(view, request, start, length, view.block_size, buffer)
+                    continue
                 log.error("%s: %s", self._peer, error)
                 await self._send(self._protocol.failed_at(request, Error.EIO, NO_DATA, start))
                 has_end = False
@@ -273,20 +275,13 @@ class Connection:
         return has_end
 
     async def _send_whole(self, view: PointInTimeView, request: Request, buffer: ReadBuffer) -> None:
-        """Answers a read that comes in one piece, and must be right from its first byte on.
+        """Answers a read that has one header for all its data, so none of it may turn out to be damaged afterwards.
 
-        A large one is read twice rather than kept: once to know that it is right, once to send it.
+        A large one is read twice, since it isn't kept: the first time to verify it, the second time to send it.
         """
-        pieces = list(_cut(request.offset, request.size, PIECE_BYTES))
-        data: Buffer = b""
-        try:
-            for piece in pieces:
-                data = await self._read(view, *piece, buffer)
-        except PitfsError as error:
-            log.error("%s: %s", self._peer, error)
-            await self._send(self._protocol.failed(request, Error.EIO, NO_DATA))
-            return
+        data = await self._read_all(view, request, buffer)
         header = self._protocol.data_header(request, request.offset, request.size)
+        pieces = list(_cut(request.offset, request.size, PIECE_BYTES))
         if len(pieces) == 1:
             await self._send(header, data)
             return
@@ -299,38 +294,29 @@ class Connection:
                 await self._stream.send(header, data)
                 header = b""
 
-    async def _cache(self, view: PointInTimeView, request: Request, buffer: ReadBuffer) -> None:
-        """Reads, so that it is in memory when it is asked for."""
-        try:
-            for piece in _cut(request.offset, request.size, PIECE_BYTES):
-                await self._read(view, *piece, buffer)
-        except PitfsError as error:
-            log.error("%s: %s", self._peer, error)
-            await self._send(self._protocol.failed(request, Error.EIO, NO_DATA))
-        else:
-            await self._send(self._protocol.finished(request))
-
-    async def _tell_status(self, view: PointInTimeView, request: Request) -> None:
+    async def _send_block_status(self, view: PointInTimeView, request: Request) -> None:
         limit = 1 if request.flags & CommandFlag.REQ_ONE else MAX_EXTENTS
-        question = partial(_extents, view, request.offset, request.offset + request.size, limit)
-        try:
-            extents = await trio.to_thread.run_sync(question, limiter=self._shared.readers)
-        except PitfsError as error:
-            log.error("%s: %s", self._peer, error)
-            await self._send(self._protocol.failed(request, Error.EIO, NO_DATA))
-        else:
-            await self._send(self._protocol.extents(request, extents))
+        query = partial(_extents, view, request.offset, request.offset + request.size, limit)
+        extents = await trio.to_thread.run_sync(query, limiter=self._shared.readers)
+        await self._send(self._protocol.extents(request, extents))
+
+    async def _read_all(self, view: PointInTimeView, request: Request, buffer: ReadBuffer) -> Buffer:
+        """Reads all pieces of a request, and so verifies them and brings them into memory; returns the last one."""
+        data: Buffer = b""
+        for piece in _cut(request.offset, request.size, PIECE_BYTES):
+            data = await self._read(view, *piece, buffer)
+        return data
 
     async def _read(self, view: PointInTimeView, offset: int, size: int, buffer: ReadBuffer) -> memoryview:
         data = view.try_read_cached(offset, size, buffer)
         if data is None:
             return await trio.to_thread.run_sync(view.read, offset, size, buffer, limiter=self._shared.readers)
-        await self._worked_on(size)
+        await self._yield_if_due(size)
         return data
 
 
 class _UnfinishedError(PitfsError):
-    """A reply that can't be completed: the client can only learn it by the end of the connection."""
+    """A reply can't be completed: only the end of the connection can say so to the client."""
 
 
 def _cut(offset: int, size: int, step: int) -> Iterator[tuple[int, int]]:
@@ -343,7 +329,7 @@ def _cut(offset: int, size: int, step: int) -> Iterator[tuple[int, int]]:
 
 
 def _extents(view: PointInTimeView, start: int, end: int, limit: int) -> list[tuple[int, int]]:
-    """(bytes, flags) from `start` on: what has data and what hasn't, in turns."""
+    """(bytes, flags) from `start` on, with and without data in turns."""
     extents: list[tuple[int, int]] = []
     at = start
     for low, high in view.data_ranges(start, end):
