@@ -19,7 +19,7 @@ import itertools
 import os
 import stat
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Final, Never, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Never, ParamSpec, TypeVar
 
 import pyfuse3
 import trio
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
     from pitfs.store.pins.pins import Pins
     from pitfs.store.store import Store
+    from pitfs.view.overlay import OverlayView
+
+    Image = PointInTimeView | OverlayView
 
 PERMANENT_TIMEOUT_S: Final = 300.0  # what never changes may only be pruned
 # Each path begins at the root, and the root's mtime needs the catalog: it may be this old. This isn't the kernel's
@@ -66,13 +69,6 @@ def handler(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Corout
             raise failed(function.__name__, error) from error
 
     return guarded
-
-
-class Image(Protocol):
-    """A `PointInTimeView`, or what is read like one."""
-
-    def read(self, offset: int, size: int, buffer: ReadBuffer, /) -> memoryview: ...
-    def try_read_cached(self, offset: int, size: int, buffer: ReadBuffer, /) -> memoryview | None: ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

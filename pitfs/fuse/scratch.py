@@ -18,7 +18,7 @@ import trio
 
 from pitfs.errors import CapacityError
 from pitfs.fuse.handlers import failed, holding, in_thread
-from pitfs.fuse.replica import Image, Ownership, Replica, handler
+from pitfs.fuse.replica import Ownership, Replica, handler
 from pitfs.storage.files import FULL_ERRNOS
 from pitfs.view.overlay import NotCachedError, Overlay, OverlayView, Write
 from pitfs.view.scratch import ScratchDirectory
@@ -28,6 +28,7 @@ from pitfs.view.view import PointInTimeView, ReadBuffer
 if TYPE_CHECKING:
     from pyfuse3 import FileHandleT, FlagT, InodeT, RequestContext, SetattrFields
 
+    from pitfs.fuse.replica import Image
     from pitfs.store.store import Store
 
 log = logging.getLogger(__name__)

@@ -1,9 +1,9 @@
 """One connection of a client: the negotiation, then its requests.
 
-What is in memory is answered at once, in the order of the requests. What may need the disk is read in threads, several
-requests at a time, and answered as it comes. If a client doesn't read the replies, the server waits for it: at most
-`MAX_REQUESTS` of its requests are under way. What they hold in memory is bounded whatever their size, since a large read
-is answered in pieces.
+What is in memory is answered at once, in the order of the requests. What may need the disk is read in threads,
+several requests at a time, and answered as it comes. If a client doesn't read the replies, the server waits for it:
+at most `MAX_REQUESTS` of its requests are under way. What they hold in memory is bounded whatever their size, since a
+large read is answered in pieces.
 """
 
 from __future__ import annotations

@@ -123,6 +123,9 @@ class Close:
     data: bytes = b""
 
 
+Answer = Send | ListExports | LookUpExport | StartTls | Close
+
+
 @dataclass(frozen=True, slots=True)
 class _Lookup:
     """An option that waits for the caller's answer."""
@@ -172,7 +175,7 @@ class Negotiation:
         self._no_zeroes = bool(flags & wire.ServerFlag.NO_ZEROES)
         self.step(Step.FLAGS)
 
-    def answer_option(self, option: int, data: memoryview) -> Send | ListExports | LookUpExport | StartTls | Close:
+    def answer_option(self, option: int, data: memoryview) -> Answer:
         """The answer to an option, or what the caller has to do for it.
 
         Raises:

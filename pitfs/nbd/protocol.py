@@ -14,17 +14,7 @@ from typing import Final, NamedTuple
 
 from pitfs.errors import LocalProtocolError, RemoteProtocolError
 from pitfs.nbd import wire
-from pitfs.nbd.negotiation import (
-    Close,
-    ExportInfo,
-    ListExports,
-    LookUpExport,
-    NbdState,
-    Negotiation,
-    Send,
-    StartTls,
-    Step,
-)
+from pitfs.nbd.negotiation import Answer, Close, ExportInfo, NbdState, Negotiation, Send, StartTls, Step
 from pitfs.nbd.wire import ChunkType, Command, CommandFlag, Error
 
 Buffer = bytes | bytearray | memoryview
@@ -48,7 +38,7 @@ class Request(NamedTuple):
     size: int
 
 
-Event = Send | ListExports | LookUpExport | StartTls | Close | Request
+Event = Answer | Request
 
 
 class NbdProtocol(Negotiation):

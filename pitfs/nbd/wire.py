@@ -79,13 +79,6 @@ class Reply(enum.IntEnum):
     ERR_UNKNOWN = 1 << 31 | 6
 
 
-class Info(enum.IntEnum):
-    EXPORT = 0
-    NAME = 1
-    DESCRIPTION = 2
-    BLOCK_SIZE = 3
-
-
 class ExportFlag(enum.IntFlag):
     HAS_FLAGS = 1 << 0
     READ_ONLY = 1 << 1
@@ -157,13 +150,13 @@ def counted_text(data: memoryview) -> tuple[str | None, memoryview]:
 
 
 def infos(size_bytes: int, flags: ExportFlag, block_size: int, name: str, description: str) -> list[bytes]:
-    """The data of the INFO replies that describe an export."""
+    """The data of the INFO replies that describe an export: its kind (u16), and what belongs to that."""
     preferred = max(block_size, 4096)  # any read is answered; whole blocks are read fastest
     return [
-        U16.pack(Info.EXPORT) + SIZE_AND_FLAGS.pack(size_bytes, flags),
-        struct.pack(">HIII", Info.BLOCK_SIZE, 1, preferred, MAX_REQUEST_BYTES),
-        U16.pack(Info.NAME) + name.encode(),
-        U16.pack(Info.DESCRIPTION) + description.encode(),
+        U16.pack(0) + SIZE_AND_FLAGS.pack(size_bytes, flags),
+        struct.pack(">HIII", 3, 1, preferred, MAX_REQUEST_BYTES),  # block sizes: least, preferred, greatest
+        U16.pack(1) + name.encode(),
+        U16.pack(2) + description.encode(),
     ]
 
 

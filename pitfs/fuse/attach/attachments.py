@@ -21,13 +21,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Final
 
 from pitfs.errors import PitfsError, UsageError
 from pitfs.fuse.attach.images import image_loops
+from pitfs.fuse.kernel.loop_devices import polls
 from pitfs.fuse.kernel.mountinfo import MountInfo, is_dead, mounts
 from pitfs.fuse.kernel.processes import processes_below
 from pitfs.fuse.mount.request import FSTYPE, source_name
@@ -37,7 +37,6 @@ DIRECTORY: Final = f"{RUN}/attached"
 SCRATCH: Final = "/var/tmp/pitfs-scratch."  # not /tmp, which may be memory
 INTERRUPTS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 END_S: Final = 3.0  # for the kernel and the mount's daemon to release what is taken down
-POLL_S: Final = 0.02
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -168,21 +167,23 @@ def unmount_unused() -> list[str]:
 
 def _unmount(mountpoint: str) -> bool:
     """Unmounts the mountpoint and waits for the daemon's end; False if a process uses the mount."""
-    daemons = _daemons(mountpoint)
-    deadline = time.monotonic() + END_S
-    while any(mount.mountpoint == mountpoint for mount in mounts()):
+    daemons = set(_daemons(mountpoint))
+    for _ in polls(END_S):
+        if not any(mount.mountpoint == mountpoint for mount in mounts()):
+            break
         lazily = ["--lazy"] if is_dead(mountpoint) else []
         done = subprocess.run(
             ["umount", "--internal-only", *lazily, "--", mountpoint],
             capture_output=True, text=True, check=False, start_new_session=True,
         )  # fmt: skip
-        # The kernel closes the file of a detached device a little later: until then the mount is busy without a user.
-        if done.returncode and (processes_below(mountpoint) or time.monotonic() > deadline):
+        # The kernel closes a detached device's file a little later: until then the mount is busy without a process.
+        if done.returncode and processes_below(mountpoint):
             return False
-        if done.returncode:
-            time.sleep(POLL_S)
-    while set(daemons) & set(_daemons(mountpoint)) and time.monotonic() < deadline:
-        time.sleep(POLL_S)  # the daemon removes the scratch at its very end
+    else:
+        return False
+    for _ in polls(END_S):  # the daemon removes the scratch at its very end
+        if not daemons.intersection(_daemons(mountpoint)):
+            break
     return True
 
 
@@ -203,11 +204,8 @@ def _scratch_of(mountpoint: str) -> str:
 
 def _remove_scratch(directory: str) -> None:
     """Removes the directory and what is in it; the mount's daemon may be doing the same."""
-    deadline = time.monotonic() + END_S
-    while os.path.lexists(directory):
+    for _ in polls(END_S):
         shutil.rmtree(directory, ignore_errors=True)
-        if os.path.lexists(directory):
-            if time.monotonic() > deadline:
-                print(f"pitfs: {directory}: can't be removed: remove it by hand", file=sys.stderr)
-                return
-            time.sleep(POLL_S)
+        if not os.path.lexists(directory):
+            return
+    print(f"pitfs: {directory}: can't be removed: remove it by hand", file=sys.stderr)

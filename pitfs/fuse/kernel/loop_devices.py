@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -43,8 +43,13 @@ class LoopDevice:
 
 def loop_devices() -> list[LoopDevice]:
     """All loop devices in use, in the order of their numbers."""
-    numbers = [int(name[4:]) for name in os.listdir("/sys/block") if re.fullmatch(r"loop[0-9]+", name)]
-    return [loop for number in sorted(numbers) if (loop := loop_of(f"/dev/loop{number}")) is not None]
+    return [loop for name in _numbered("/sys/block", "loop") if (loop := loop_of(f"/dev/{name}")) is not None]
+
+
+def _numbered(directory: str, prefix: str) -> list[str]:
+    """Names in the directory that are the prefix and a number, by number."""
+    names = [name for name in os.listdir(directory) if re.fullmatch(rf"{prefix}[0-9]+", name)]
+    return sorted(names, key=lambda name: (len(name), name))
 
 
 def loop_of(device: str) -> LoopDevice | None:
@@ -89,12 +94,9 @@ def attach(path: str, *, read_only: bool, sector_size: int) -> str:
 def partitions(device: str) -> list[str]:
     """Paths of the device's partitions, in their order; their nodes may not be there yet."""
     name = os.path.basename(device)
-    numbers = []
     with contextlib.suppress(FileNotFoundError):
-        for entry in os.listdir(f"/sys/block/{name}"):
-            if match := re.fullmatch(rf"{name}p([0-9]+)", entry):
-                numbers.append(int(match[1]))
-    return [f"{device}p{number}" for number in sorted(numbers)]
+        return [f"/dev/{entry}" for entry in _numbered(f"/sys/block/{name}", f"{name}p")]
+    return []
 
 
 def wait_for_partitions(device: str) -> list[str]:
@@ -102,12 +104,12 @@ def wait_for_partitions(device: str) -> list[str]:
     if not partitions(device):
         # The kernel may have no parser for this kind of partition table. Fails if there is no table: never mind.
         _run(["partx", "--add", "--", device])
-    deadline = time.monotonic() + NODES_S
-    while True:
+    missing: list[str] = []
+    for _ in polls(NODES_S):
         missing = [path for path in partitions(device) if not os.path.exists(path)]
-        if not missing or time.monotonic() > deadline:
-            return missing
-        time.sleep(POLL_S)
+        if not missing:
+            break
+    return missing
 
 
 def has_direct_io(device: str) -> bool:
@@ -160,19 +162,19 @@ def detach(loop: LoopDevice) -> None:
     Raises:
         PitfsError: the device is in use; names by whom, and what to do.
     """
-    deadline = time.monotonic() + RELEASE_S
-    while not _clear_backing(loop.device):
-        reason = _why_busy(loop)
-        if reason or time.monotonic() > deadline:
-            raise PitfsError(f"{loop.device}: {reason or 'in use, perhaps mounted in another mount namespace: lsns'}")
-        time.sleep(POLL_S)
+    for _ in polls(RELEASE_S):
+        if _clear_backing(loop.device):
+            break
+        if reason := _why_busy(loop):
+            raise PitfsError(f"{loop.device}: {reason}")
+    else:
+        raise PitfsError(f"{loop.device}: in use, perhaps mounted in another mount namespace: lsns")
     # The kernel frees it when the last descriptor is closed: that was ours, unless somebody opened it just now.
-    deadline = time.monotonic() + RELEASE_S
-    while loop_of(loop.device) == loop:
-        if time.monotonic() > deadline:
-            openers = _joined(_openers(loop.device)) or "whoever has it open"
-            raise PitfsError(f"{loop.device}: goes when it is closed by {openers}")
-        time.sleep(POLL_S)
+    for _ in polls(RELEASE_S):
+        if loop_of(loop.device) != loop:
+            return
+    openers = _joined(_openers(loop.device)) or "whoever has it open"
+    raise PitfsError(f"{loop.device}: goes when it is closed by {openers}")
 
 
 def _clear_backing(device: str) -> bool:
@@ -219,6 +221,15 @@ def device_named(text: str) -> str:
     if not re.fullmatch(r"/dev/loop[0-9]+", device):
         raise UsageError(f"{text}: not a loop device: pitfs attach --list shows what is attached")
     return device
+
+
+def polls(timeout_s: float) -> Iterator[None]:
+    """Yields until the time is over, with pauses: at least once."""
+    deadline = time.monotonic() + timeout_s
+    yield
+    while time.monotonic() <= deadline:
+        time.sleep(POLL_S)
+        yield
 
 
 def _joined(parts: Iterable[object]) -> str:

@@ -13,10 +13,6 @@ MAX_WORKERS: Final = 16
 DEFAULT_WORKERS: Final = 2  # at most, and not more than there are cores: each has caches of its own
 
 
-def default_workers() -> int:
-    return min(len(os.sched_getaffinity(0)), DEFAULT_WORKERS)
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class MountRequest:
     """What to mount, where and how.
@@ -42,7 +38,7 @@ class MountRequest:
     scratch: str | None = None
     scratch_size_bytes: int | None = None
     scratch_keep: bool = False
-    workers: int = dataclasses.field(default_factory=default_workers)
+    workers: int = dataclasses.field(default_factory=lambda: min(len(os.sched_getaffinity(0)), DEFAULT_WORKERS))
     foreground: bool = False
     verbose: bool = False
 

@@ -123,11 +123,7 @@ def open_operations(request: MountRequest) -> Replica:
 
 
 @dataclasses.dataclass(slots=True)
-class _Child:
-    """A process that was started, and the supervisor's end of the channel to it."""
-
-    pid: int
-    channel: socket.socket
+class _Worker:
     is_ready: bool = False
     has_failed: bool = False  # and said why
 
@@ -142,13 +138,15 @@ class WorkerSupervisor:
     def __init__(self, request: MountRequest, writer: int) -> None:
         self._request = request
         self._writer = writer
-        self._children: dict[int, _Child] = {}
+        self._workers: dict[int, _Worker] = {}  # by pid
         self._operations: DeferredOperations | None = None
         self._descriptor = -1
         self._history = b""  # of the store as it was before it was mounted
         self._pins: tuple[str, int] | None = None  # file of the pins: its path, and the descriptor that keeps it locked
         self._is_ending = False
         self._last_start_s = 0.0
+        # The workers' messages: pid, and READY or a failure.
+        self._inbox, self._outbox = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._wakeup, self._waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
@@ -159,16 +157,18 @@ class WorkerSupervisor:
         Returns:
             the function that waits for the outcome; it raises PitfsError if the store can't be opened.
         """
-        child = self._fork(self._probe)
+        pid = self._fork(self._probe)
 
         def finish() -> None:
-            message, descriptors, *_ = socket.recv_fds(child.channel, _MAX_MESSAGE_BYTES, 1)
-            os.waitpid(child.pid, 0)
-            self._remove(child.pid)
-            word, _, rest = message.partition(b" ")
+            os.waitpid(pid, 0)
+            try:
+                message, descriptors, *_ = socket.recv_fds(self._inbox, _MAX_MESSAGE_BYTES, 1, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                raise PitfsError("the process that opens the store ended before it had it open") from None
+            _, word, *rest = message.split(b" ", 3)
             if word != READY:
-                raise decode_failure(message or b"1 the process that opens the store ended before it had it open")
-            self._history, _, path = rest.partition(b" ")
+                raise decode_failure(message.partition(b" ")[2])
+            self._history, path = rest
             self._pins = (os.fsdecode(path), descriptors[0]) if descriptors else None
 
         return finish
@@ -192,9 +192,8 @@ class WorkerSupervisor:
         self._operations, self._descriptor = operations, fuse_descriptor()
         signal.set_wakeup_fd(self._waker, warn_on_full_buffer=False)  # no signal is lost between two polls
         try:
-            for _ in range(self._request.workers):
-                self._fork(self._work)
-            while not self._is_ending and not all(child.is_ready for child in self._children.values()):
+            self._start_missing()
+            while not self._is_ending and not all(worker.is_ready for worker in self._workers.values()):
                 self._wait(None)
             os.write(self._writer, READY)
             os.close(self._writer)
@@ -206,85 +205,71 @@ class WorkerSupervisor:
 
     def _wait(self, timeout_s: float | None) -> None:
         """Waits for a message or the end of a worker, or for a signal, and acts on it."""
-        poll = select.poll()
-        poll.register(self._wakeup, select.POLLIN)
-        channels = {child.channel.fileno(): child for child in self._children.values()}
-        for descriptor in channels:
-            poll.register(descriptor, select.POLLIN)
-        for descriptor, _ in poll.poll(None if timeout_s is None else timeout_s * 1000):
-            if descriptor in channels:
-                self._receive(channels[descriptor])
+        select.select([self._wakeup, self._inbox.fileno()], [], [], timeout_s)
+        self._receive()
         self._reap()
 
-    def _receive(self, child: _Child) -> None:
-        """Takes the worker's message, if there is one."""
-        try:
-            message = child.channel.recv(_MAX_MESSAGE_BYTES, socket.MSG_DONTWAIT)
-        except (BlockingIOError, ConnectionResetError):
-            return
-        if message == READY:
-            child.is_ready = True
-        elif message:
-            failure = decode_failure(message)
-            child.has_failed = True
+    def _receive(self) -> None:
+        """Takes the messages that are there."""
+        while not self._is_ending:
+            try:
+                message = self._inbox.recv(_MAX_MESSAGE_BYTES, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            pid, _, text = message.partition(b" ")
+            worker = self._workers[int(pid)]
+            if text == READY:
+                worker.is_ready = True
+                continue
+            worker.has_failed = True
             if not self._any_ready():
-                raise failure
-            log.error("a worker can't be started: %s", failure)
+                raise decode_failure(text)
+            log.error("a worker can't be started: %s", decode_failure(text))
 
     def _any_ready(self) -> bool:
-        return any(child.is_ready for child in self._children.values())
+        return any(worker.is_ready for worker in self._workers.values())
 
     def _reap(self) -> None:
         """Takes note of all workers that have ended."""
         with contextlib.suppress(BlockingIOError):
             os.read(self._wakeup, 4096)
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
+        while self._workers:
+            pid, status = os.waitpid(-1, os.WNOHANG)
             if not pid:
                 return
-            child = self._children.get(pid)
             try:
-                if child is not None and not self._is_ending:
-                    self._receive(child)  # its last message
+                self._receive()  # its last message
             finally:
-                self._remove(pid)
-            if child is not None and not self._is_ending:
-                self._on_end(child, end_of_process(status))
+                worker = self._workers.pop(pid, None)
+            if worker is not None and not self._is_ending:  # None: the observer of a mount in the foreground
+                self._on_end(pid, worker, end_of_process(status))
 
-    def _on_end(self, child: _Child, how: str) -> None:
+    def _on_end(self, pid: int, worker: _Worker, how: str) -> None:
         """A worker has ended: so does the mount, or another worker takes its place."""
         if self._is_unmounted():
             self._is_ending = True
             return
-        if child.has_failed:
+        if worker.has_failed:
             return
-        if child.is_ready and self._request.scratch is not None:
+        if worker.is_ready and self._request.scratch is not None:
             # Another one would show images without what the kernel and its users have written to them.
             raise PitfsError(
                 f"{self._request.mountpoint}: the process that had what was written to the images ended {how}: "
                 f"the mount ends with it; what was fsynced to a kept scratch is there when it is mounted anew"
             )
-        if not child.is_ready and not self._any_ready():
+        if not worker.is_ready and not self._any_ready():
             raise PitfsError(f"{self._request.mountpoint}: a worker ended {how} before it served")
-        log.error("worker %d ended %s: the requests that it had taken fail, another takes its place", child.pid, how)
+        log.error("worker %d ended %s: the requests that it had taken fail, another takes its place", pid, how)
 
     def _start_missing(self) -> float | None:
         """Starts the workers that are missing; returns the time until they may be, None if none is missing."""
-        missing = self._request.workers - len(self._children)
+        missing = self._request.workers - len(self._workers)
         pause_s = self._last_start_s + RESTART_S - time.monotonic()
         if missing and pause_s > 0:
             return pause_s
         for _ in range(missing):
-            self._fork(self._work)
+            self._workers[self._fork(self._work)] = _Worker()
         return None
-
-    def _remove(self, pid: int) -> None:
-        child = self._children.pop(pid, None)
-        if child is not None:
-            child.channel.close()
 
     def _is_unmounted(self) -> bool:
         poll = select.poll()
@@ -298,29 +283,24 @@ class WorkerSupervisor:
     def _end_workers(self) -> None:
         self._is_ending = True
         deadline_s = time.monotonic() + (END_S if self._request.scratch is None else SCRATCH_END_S)
-        while self._children:
+        while self._workers:
             number = signal.SIGTERM if time.monotonic() < deadline_s else signal.SIGKILL
-            for pid in self._children:
+            for pid in self._workers:
                 os.kill(pid, number)
             select.select([self._wakeup], [], [], RESEND_S)
             self._reap()
 
     # -------------------------------------------------------------- in the children
 
-    def _fork(self, work: Callable[[socket.socket], None]) -> _Child:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    def _fork(self, work: Callable[[], None]) -> int:
         supervisor = os.getpid()
         pid = os.fork()
         if not pid:
-            self._run_child(supervisor, work, theirs)
-        theirs.close()
+            self._run_child(supervisor, work)
         self._last_start_s = time.monotonic()
-        child = self._children[pid] = _Child(pid, ours)
-        return child
+        return pid
 
-    def _run_child(
-        self, supervisor: int, work: Callable[[socket.socket], None], channel: socket.socket
-    ) -> NoReturn:
+    def _run_child(self, supervisor: int, work: Callable[[], None]) -> NoReturn:
         """A child's process from fork to exit. It never returns, since the stack below is the supervisor's."""
         code = 1
         try:
@@ -334,30 +314,28 @@ class WorkerSupervisor:
             for descriptor in (self._writer, self._wakeup, self._waker):
                 if descriptor >= 0:
                     os.close(descriptor)
-            for other in self._children.values():
-                other.channel.close()
-            work(channel)
+            work()
             code = 0
         except BaseException as error:
             with contextlib.suppress(OSError):
-                channel.send(encode_failure(error))
+                self._send(encode_failure(error))
         finally:
             os._exit(code)
 
-    def _probe(self, channel: socket.socket) -> None:
+    def _send(self, message: bytes, *descriptors: int) -> None:
+        socket.send_fds(self._outbox, [b"%d %s" % (os.getpid(), message)], descriptors)
+
+    def _probe(self) -> None:
         """Opens the store once, and makes the file of the mount's pins: the workers share one."""
         from pitfs.store.pins.pins import Pins
 
         operations = open_operations(self._request)
         operations.close()
-        message = READY + b" " + operations.history.encode()
         file = Pins(self._request.store, self._pins_label, owner=os.getppid()).file
-        if file is None:
-            channel.send(message)
-        else:
-            socket.send_fds(channel, [message + b" " + os.fsencode(file[0])], [file[1]])
+        path, *descriptors = file or ("",)
+        self._send(b"%s %s %s" % (READY, operations.history.encode(), os.fsencode(path)), *descriptors)
 
-    def _work(self, channel: socket.socket) -> None:
+    def _work(self) -> None:
         from pitfs.fuse.mount.request_loop import RequestLoop
         from pitfs.store.pins.pins import Pins
 
@@ -375,7 +353,7 @@ class WorkerSupervisor:
             if self._pins is not None:
                 operations.pins = Pins.inherited(self._pins_label, os.getppid(), *self._pins)
             self._operations.delegate_to(operations)
-            channel.send(READY)
+            self._send(READY)
             RequestLoop(self._descriptor).run()
         finally:
             operations.close()
