@@ -78,6 +78,8 @@ class Connection:
         self._slots = trio.Semaphore(MAX_REQUESTS)
         self._large = trio.Semaphore(MAX_LARGE)
         self._opened: Export | None = None
+        self._view: PointInTimeView  # that is served, and by which tasks: of `serve`
+        self._nursery: trio.Nursery
         self._unyielded_bytes = 0
         self._broken: Exception | None = None  # why a task of `serve` ended the connection
 
@@ -167,31 +169,32 @@ class Connection:
 
     async def serve(self, view: PointInTimeView) -> None:
         """Answers requests until the client leaves."""
-        async with trio.open_nursery() as nursery:
+        self._view = view
+        async with trio.open_nursery() as self._nursery:
             try:
-                await self._take_requests(view, nursery)
+                await self._take_requests()
             except (RemoteProtocolError, OSError, trio.BrokenResourceError) as error:
-                self._break(error, nursery)
+                self._break(error)
         if self._broken is not None:
             raise self._broken
 
-    def _break(self, error: Exception, nursery: trio.Nursery) -> None:
+    def _break(self, error: Exception) -> None:
         self._broken = self._broken or error
-        nursery.cancel_scope.cancel()
+        self._nursery.cancel_scope.cancel()
 
-    async def _take_requests(self, view: PointInTimeView, nursery: trio.Nursery) -> None:
+    async def _take_requests(self) -> None:
         while (event := await self._next()) is not None:
             if isinstance(event, Request):
                 done = 0
                 if event.command == Command.READ:
-                    done = await self._send_cached(view, event)
+                    done = await self._send_cached(event)
                 if done < event.size:
                     await self._slots.acquire()
-                    nursery.start_soon(self._perform, view, event, done, nursery)
+                    self._nursery.start_soon(self._perform, event, done)
             elif isinstance(event, Send):
                 await self._send(event.data)
 
-    async def _send_cached(self, view: PointInTimeView, request: Request) -> int:
+    async def _send_cached(self, request: Request) -> int:
         """Sends the beginning of a read as far as it is in memory; returns how many bytes that is."""
         offset, end = request.offset, request.offset + request.size
         if offset // PIECE_BYTES != (end - 1) // PIECE_BYTES and not self._protocol.is_divisible(request):
@@ -200,7 +203,7 @@ class Connection:
         try:
             while offset < end:
                 size = min(PIECE_BYTES - offset % PIECE_BYTES, end - offset)
-                data = view.try_read_cached(offset, size, buffer)
+                data = self._view.try_read_cached(offset, size, buffer)
                 if data is None:
                     break
                 await self._send(self._protocol.data_header(request, offset, size), data)
@@ -211,45 +214,43 @@ class Connection:
             self._shared.release_buffer(buffer)
         return offset - request.offset
 
-    async def _perform(
-        self, view: PointInTimeView, request: Request, done: int, nursery: trio.Nursery
-    ) -> None:
+    async def _perform(self, request: Request, done: int) -> None:
         """Answers a request; of a read `done` bytes have been sent."""
         is_large = request.size > SMALL_BYTES
         if is_large:
             await self._large.acquire()
         buffer = self._shared.acquire_buffer()
         try:
-            await self._answer(view, request, done, buffer)
+            await self._answer(request, done, buffer)
         except (OSError, trio.BrokenResourceError, _UnfinishedError) as error:
-            self._break(error, nursery)
+            self._break(error)
         finally:
             self._shared.release_buffer(buffer)
             if is_large:
                 self._large.release()
             self._slots.release()
 
-    async def _answer(self, view: PointInTimeView, request: Request, done: int, buffer: ReadBuffer) -> None:
+    async def _answer(self, request: Request, done: int, buffer: ReadBuffer) -> None:
         try:
             if request.command == Command.BLOCK_STATUS:
-                await self._send_block_status(view, request)
+                await self._send_block_status(request)
             elif request.command == Command.CACHE:
-                await self._read_all(view, request, buffer)
+                await self._read_all(request, buffer)
                 await self._send(self._protocol.finished(request))
             elif self._protocol.is_divisible(request):
                 offset, size = request.offset + done, request.size - done
-                if not await self._send_pieces(view, request, offset, size, PIECE_BYTES, buffer):
+                if not await self._send_pieces(request, offset, size, PIECE_BYTES, buffer):
                     await self._send(self._protocol.finished(request))
             else:
-                await self._send_whole(view, request, buffer)
+                await self._send_whole(request, buffer)
         except _UnfinishedError:
             raise
         except PitfsError as error:
             log.error("%s: %s", self._peer, error)
-            await self._send(self._protocol.failed(request, Error.EIO, NO_DATA))
+            await self._send(self._protocol.failed(request.cookie, Error.EIO, NO_DATA))
 
     async def _send_pieces(
-        self, view: PointInTimeView, request: Request, offset: int, size: int, step: int, buffer: ReadBuffer
+        self, request: Request, offset: int, size: int, step: int, buffer: ReadBuffer
     ) -> bool:
         """Sends a range of a read as one chunk for each `step` bytes, of data or an error.
 
@@ -261,10 +262,10 @@ class Connection:
         has_end = False
         for start, length in _cut(offset, size, step):
             try:
-                data = await self._read(view, start, length, buffer)
+                data = await self._read(start, length, buffer)
             except PitfsError as error:
-                if isinstance(error, CorruptionError) and step > view.block_size:
-                    has_end = await self._send_pieces(view, request, start, length, view.block_size, buffer)
+                if isinstance(error, CorruptionError) and step > self._view.block_size:
+                    has_end = await self._send_pieces(request, start, length, self._view.block_size, buffer)
                     continue
                 log.error("%s: %s", self._peer, error)
                 await self._send(self._protocol.failed_at(request, Error.EIO, NO_DATA, start))
@@ -274,12 +275,12 @@ class Connection:
                 has_end = True
         return has_end
 
-    async def _send_whole(self, view: PointInTimeView, request: Request, buffer: ReadBuffer) -> None:
+    async def _send_whole(self, request: Request, buffer: ReadBuffer) -> None:
         """Answers a read that has one header for all its data, so none of it may turn out to be damaged afterwards.
 
         A large one is read twice, since it isn't kept: the first time to verify it, the second time to send it.
         """
-        data = await self._read_all(view, request, buffer)
+        data = await self._read_all(request, buffer)
         header = self._protocol.data_header(request, request.offset, request.size)
         pieces = list(_cut(request.offset, request.size, PIECE_BYTES))
         if len(pieces) == 1:
@@ -288,29 +289,29 @@ class Connection:
         async with self._sending:
             for piece in pieces:
                 try:
-                    data = await self._read(view, *piece, buffer)
+                    data = await self._read(*piece, buffer)
                 except PitfsError as error:
                     raise _UnfinishedError(f"in the middle of a reply: {error}") from error
                 await self._stream.send(header, data)
                 header = b""
 
-    async def _send_block_status(self, view: PointInTimeView, request: Request) -> None:
+    async def _send_block_status(self, request: Request) -> None:
         limit = 1 if request.flags & CommandFlag.REQ_ONE else MAX_EXTENTS
-        query = partial(_extents, view, request.offset, request.offset + request.size, limit)
+        query = partial(_extents, self._view, request.offset, request.offset + request.size, limit)
         extents = await trio.to_thread.run_sync(query, limiter=self._shared.readers)
         await self._send(self._protocol.extents(request, extents))
 
-    async def _read_all(self, view: PointInTimeView, request: Request, buffer: ReadBuffer) -> Buffer:
+    async def _read_all(self, request: Request, buffer: ReadBuffer) -> Buffer:
         """Reads all pieces of a request, and so verifies them and brings them into memory; returns the last one."""
         data: Buffer = b""
         for piece in _cut(request.offset, request.size, PIECE_BYTES):
-            data = await self._read(view, *piece, buffer)
+            data = await self._read(*piece, buffer)
         return data
 
-    async def _read(self, view: PointInTimeView, offset: int, size: int, buffer: ReadBuffer) -> memoryview:
-        data = view.try_read_cached(offset, size, buffer)
+    async def _read(self, offset: int, size: int, buffer: ReadBuffer) -> memoryview:
+        data = self._view.try_read_cached(offset, size, buffer)
         if data is None:
-            return await trio.to_thread.run_sync(view.read, offset, size, buffer, limiter=self._shared.readers)
+            return await trio.to_thread.run_sync(self._view.read, offset, size, buffer, limiter=self._shared.readers)
         await self._yield_if_due(size)
         return data
 

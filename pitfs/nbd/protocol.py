@@ -73,7 +73,7 @@ class NbdProtocol(Negotiation):
                 view = view[count:]
                 self._skip -= count
                 if not self._skip:
-                    yield self._refusal(self._refused_cookie, Error.EPERM, "the export is read-only")
+                    yield Send(self.failed(self._refused_cookie, Error.EPERM, "the export is read-only"))
                 continue
             taken = view[: self._wanted - len(self._part)]
             view = view[len(taken) :]
@@ -141,10 +141,10 @@ class NbdProtocol(Negotiation):
             self._skip, self._refused_cookie = size, cookie
             return None
         elif command in _WRITES:
-            return self._refusal(cookie, Error.EPERM, "the export is read-only")
+            return Send(self.failed(cookie, Error.EPERM, "the export is read-only"))
         problem = self._problem(command, flags, offset, size)
         if problem:
-            return self._refusal(cookie, Error.EINVAL, problem)
+            return Send(self.failed(cookie, Error.EINVAL, problem))
         return Request(command, flags, cookie, offset, size)
 
     def _problem(self, command: int, flags: int, offset: int, size: int) -> str | None:
@@ -175,9 +175,11 @@ class NbdProtocol(Negotiation):
         flags = wire.DONE if offset + size == request.offset + request.size else 0
         return wire.DATA_CHUNK.pack(wire.CHUNK_MAGIC, flags, ChunkType.OFFSET_DATA, request.cookie, 8 + size, offset)
 
-    def failed(self, request: Request, error: Error, message: str) -> bytes:
+    def failed(self, cookie: int, error: Error, message: str) -> bytes:
         """The whole reply to a request that failed."""
-        return self._refusal(request.cookie, error, message).data
+        if self.structured:
+            return wire.error_chunk(wire.DONE, cookie, error, message, None)
+        return wire.SIMPLE.pack(wire.SIMPLE_MAGIC, error, cookie)
 
     def failed_at(self, request: Request, error: Error, message: str, offset: int) -> bytes:
         """A chunk of a divisible read: there are no data from `offset` on. It is never the last chunk."""
@@ -194,8 +196,3 @@ class NbdProtocol(Negotiation):
         if self.structured:
             return wire.chunk(wire.DONE, ChunkType.NONE, request.cookie)
         return wire.SIMPLE.pack(wire.SIMPLE_MAGIC, 0, request.cookie)
-
-    def _refusal(self, cookie: int, error: Error, message: str) -> Send:
-        if self.structured:
-            return Send(wire.error_chunk(wire.DONE, cookie, error, message, None))
-        return Send(wire.SIMPLE.pack(wire.SIMPLE_MAGIC, error, cookie))

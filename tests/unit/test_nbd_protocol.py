@@ -109,7 +109,7 @@ def test_the_bytes_of_replies() -> None:
     (read,) = simple.feed(nbd.request(nbd.READ, 4096, 8192, 0x1122))
     assert isinstance(read, Request) and not simple.protocol.is_divisible(read)
     assert simple.protocol.data_header(read, 4096, 8192) == bytes.fromhex(f"67446698 00000000 {cookie}")
-    assert simple.protocol.failed(read, 5, "no") == bytes.fromhex(f"67446698 00000005 {cookie}")  # type: ignore[arg-type]
+    assert simple.protocol.failed(read.cookie, 5, "no") == bytes.fromhex(f"67446698 00000005 {cookie}")  # type: ignore[arg-type]
 
 
 WHOLE = nbd.session(
