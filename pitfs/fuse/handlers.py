@@ -1,4 +1,4 @@
-"""How a handler may wait: counted, so that the request loop keeps the timer on, and shielded from cancellation."""
+"""How a handler may wait: counted, so that the request loop knows of it, and shielded from cancellation."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ log = logging.getLogger(__name__)
 class BlockedHandlers:
     """Counts the handlers of this process that wait for a thread or a lock.
 
-    A context manager around each such wait. While it is entered the timer runs that takes the request loop out of a
-    blocking read (`pitfs.fuse.mount.request_loop`); a handler that waits without it waits until the next request
-    comes.
+    A context manager around each such wait. While it is entered the timer runs that takes the request loop
+    out of a blocking read (`pitfs.fuse.mount.request_loop`); a handler that waits without it waits until the
+    next request comes.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ blocked_handlers = BlockedHandlers()  # of this process: pyfuse3 has one mount i
 
 
 def failed(name: str, error: Exception) -> pyfuse3.FUSEError:
-    """EIO for an error of the handler `name`, after a line in the log, with a traceback if it is our mistake."""
+    """EIO for an error of the handler `name`, after a line in the log (with a traceback for our mistakes)."""
     if isinstance(error, PitfsError | OSError):
         log.error("%s: %s", name, error)
     else:
@@ -63,7 +63,7 @@ def failed(name: str, error: Exception) -> pyfuse3.FUSEError:
 async def in_thread(
     function: Callable[..., T], *args: object, limiter: trio.CapacityLimiter | None = None
 ) -> T:
-    """`function(*args)` in a thread, never cancelled: a cancelled handler sends no reply, and its caller hangs."""
+    """`function(*args)` in a thread, never cancelled: without the handler's reply its caller would hang."""
     with blocked_handlers, trio.CancelScope(shield=True):
         result = await trio.to_thread.run_sync(function, *args, limiter=limiter)
     return result  # noqa: RET504 — returned inside, mypy thinks that the scope may swallow it

@@ -1,12 +1,14 @@
 """The replica's mount: translates requests to the tree and the view, errors to errno. Nothing else.
 
-No answer depends on what a handler keeps: a file handle is the inode number, and the inode number says which image of
-which instant it is. What is in memory is answered inline; data in the page cache are read inline into one buffer. What
-may need the disk goes to a thread, so that one slow block doesn't hold up the other requests.
+No answer depends on what a handler keeps: a file handle is the inode number, and the inode number says which
+image of which instant it is. What is in memory is answered inline; data in the page cache are read inline
+into one buffer. What may need the disk goes to a thread, so that one slow block doesn't hold up the other
+requests.
 
-An instant has one seq, however it is named, and so one inode for each volume: the kernel keeps its pages once, for
-all names and openings. Two instants are two inodes even where their blocks are equal, since FUSE has no way to share
-pages between inodes. Equal blocks are stored in one place of an object, though, whose pages the kernel has once.
+An instant has one seq, however it is named, and so one inode for each volume: the kernel keeps its pages
+once, for all names and openings. Two instants are two inodes even where their blocks are equal, since FUSE
+has no way to share pages between inodes. Equal blocks are stored in one place of an object, though, whose
+pages the kernel has once.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ if TYPE_CHECKING:
     Image = PointInTimeView | OverlayView
 
 PERMANENT_TIMEOUT_S: Final = 300.0  # what never changes may only be pruned
-# Each path begins at the root, and the root's mtime needs the catalog: it may be this old. This isn't the kernel's
-# timeout, since the root of a dead mount would seem alive for as long.
+# Each path begins at the root, and the root's mtime needs the catalog: it may be this old. This isn't the
+# kernel's timeout, since the root of a dead mount would seem alive for as long.
 ROOT_MAX_AGE_S: Final = 1.0
 ROOT_TIMEOUT_S: Final = 0.05  # the kernel's: ls -l of 10,000 paths would ask for the root with each
 MAX_VIEWS: Final = 1024  # images with resolved tables at hand; a view is some 300 bytes
@@ -54,8 +56,7 @@ Listed = tuple[str, TreeEntry, int]  # name, entry, cookie of what follows
 
 
 def handler(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """Decorator of each handler: lets only `FUSEError` out. Another error would end pyfuse3's main loop, and all
-    callers would hang."""
+    """Decorator of each handler: lets only `FUSEError` out. Other errors would end pyfuse3's main loop."""
 
     @functools.wraps(function)
     async def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -192,7 +193,8 @@ class Replica(pyfuse3.Operations):
 
     @handler
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
-        # ls -l asks for three others of each entry until one is unsupported; so does the kernel before each write.
+        # ls -l asks for three others of each entry until one is unsupported; so does the kernel before each
+        # write.
         if not name.startswith(USER_ATTRIBUTES):
             raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
         value = (await in_thread(self._tree.attributes_of, inode, limiter=self._tree_limiter)).get(name)
@@ -252,7 +254,8 @@ class Replica(pyfuse3.Operations):
         if not self.pins.pin(*pinned, wait=False):
             await in_thread(self.pins.pin, *pinned, limiter=self._limiter)
         try:
-            # It may have been pruned before it was pinned. Asked inline only if no thread may be using the catalog.
+            # It may have been pruned before it was pinned. Asked inline only if no thread may be using the
+            # catalog.
             if blocked_handlers.count or not self._tree.is_current():
                 await in_thread(self._tree.resolution_of, inode, True, limiter=self._tree_limiter)
             await self._view(inode)
@@ -279,7 +282,7 @@ class Replica(pyfuse3.Operations):
         return self._views[inode]
 
     async def _query(self, query: Callable[..., T], inode: int, *args: object) -> T:
-        """`query(inode, …)`, a method of the tree: inline where the tree has the answer in memory, else in a thread."""
+        """`query(inode, …)` of the tree: inline where the tree has the answer in memory, else in a thread."""
         if self._tree.knows(inode):
             return query(inode, *args)
         return await in_thread(query, inode, *args, limiter=self._tree_limiter)

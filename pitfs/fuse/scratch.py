@@ -1,8 +1,8 @@
 """The replica's mount with writable images: writes go to overlays in the scratch directory, never to the store.
 
-Writes go to the page cache inline, as the splitter's do. A write that needs bytes from the disk first (an image's first
-write, or the rest of a block that is written in part) gets them in a thread. One process serves such a mount, since the
-table of written blocks is in its memory.
+Writes go to the page cache inline, as the splitter's do. A write that needs bytes from the disk first (an
+image's first write, or the rest of a block that is written in part) gets them in a thread. One process serves
+such a mount, since the table of written blocks is in its memory.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class ScratchReplica(Replica):
         self._write_locks: dict[int, trio.Lock] = {}
         self._sync_locks: dict[int, trio.Lock] = {}
         self._full_log_at = 0.0
-        self._average_ns = 0.0  # that writes take: a moving average, in which each new one counts for an eighth
+        self._average_ns = 0.0  # that writes take: a moving average, each new one counts for an eighth
         self._slow_writes = 0  # under way; meanwhile none is done inline: they must keep their order
 
     def close(self) -> None:
@@ -98,8 +98,8 @@ class ScratchReplica(Replica):
 
     @handler
     async def _write_slowly(self, inode: int, offset: int, data: bytes) -> int:
-        """Does what can't be done inline: the first write of an image, one that needs bytes from the disk, one beyond
-        the end, and all writes while the scratch's disk is slow, so that other requests needn't wait for it."""
+        """Does what can't be done inline: the first write of an image, one that needs bytes from the disk,
+        one beyond the end, and all writes while the scratch's disk is slow."""
         view = await self._writable_view(inode)
         data = data[: max(view.size_bytes - offset, 0)]
         if not data:

@@ -84,10 +84,9 @@ class SplitterOperations(pyfuse3.Operations):
     """Requests of the kernel on the splitter's mount.
 
     Args:
-        splitter: what writes and reads go to.
-        syncer: what fsync goes to.
-        wait_for_room: waits until the journal may have room again (on_full = "block"); False: it won't have any.
-        written: waits until a write may be answered (mode sync); False: it will never be.
+        splitter: what writes and reads go to. syncer: what fsync goes to. wait_for_room: waits until the
+        journal may have room again (on_full = "block"); False: it won't have any. written: waits until a
+        write may be answered (mode sync); False: it will never be.
     """
 
     supports_dot_lookup = False
@@ -220,8 +219,9 @@ class SplitterOperations(pyfuse3.Operations):
         self._attributes(inode)
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode), keep_cache=True)
 
-    # Left to pyfuse3: forget, release and releasedir, since inodes and handles are computed, not counted; flush, since
-    # close(2) promises nothing; fsyncdir; access. It answers ENOSYS, after which the kernel takes them for done.
+    # Left to pyfuse3: forget, release and releasedir, since inodes and handles are computed, not counted;
+    # flush, since close(2) promises nothing; fsyncdir; access. It answers ENOSYS, after which the kernel
+    # takes them for done.
 
     async def statfs(self, ctx: Any) -> pyfuse3.StatvfsData:
         result = pyfuse3.StatvfsData()

@@ -1,9 +1,9 @@
 """One connection of a client: the negotiation, then its requests.
 
-What is in memory is answered at once, in the order of the requests. What may need the disk is read in threads,
-several requests at a time, and answered as it comes. If a client doesn't read the replies, the server waits for it:
-at most `MAX_REQUESTS` of its requests are under way. What they hold in memory is bounded whatever their size, since a
-large read is answered in pieces.
+What is in memory is answered at once, in the order of the requests. What may need the disk is read in
+threads, several requests at a time, and answered as it comes. If a client doesn't read the replies, the
+server waits for it: at most `MAX_REQUESTS` of its requests are under way. What they hold in memory is bounded
+whatever their size, since a large read is answered in pieces.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class SharedResources:
 class Connection:
     """Serves one client: `negotiate`, then `serve`, and `release` in any case.
 
-    The first two raise RemoteProtocolError if the client breaks the protocol, and OSError or trio.BrokenResourceError
-    if the connection breaks.
+    The first two raise RemoteProtocolError if the client breaks the protocol, and OSError or
+    trio.BrokenResourceError if the connection breaks.
     """
 
     def __init__(self, stream: SocketStream, peer: str, shared: SharedResources, *, offers_tls: bool) -> None:
@@ -107,7 +107,7 @@ class Connection:
         await self._yield_if_due(len(data))
 
     async def _yield_if_due(self, size: int) -> None:
-        """Gives other connections their turn now and then, since what is in memory is sent without a pause."""
+        """Gives other connections their turn now and then: what is in memory is sent without a pause."""
         self._unyielded_bytes += size + REPLY_BYTES
         if self._unyielded_bytes > MAX_UNYIELDED_BYTES:
             self._unyielded_bytes = 0
@@ -276,9 +276,9 @@ class Connection:
         return has_end
 
     async def _send_whole(self, request: Request, buffer: ReadBuffer) -> None:
-        """Answers a read that has one header for all its data, so none of it may turn out to be damaged afterwards.
+        """Answers a read with one header for all its data, so that all must be verified before the header.
 
-        A large one is read twice, since it isn't kept: the first time to verify it, the second time to send it.
+        A large one isn't kept but read twice: the first time to verify it, the second time to send it.
         """
         data = await self._read_all(request, buffer)
         header = self._protocol.data_header(request, request.offset, request.size)
@@ -302,7 +302,7 @@ class Connection:
         await self._send(self._protocol.extents(request, extents))
 
     async def _read_all(self, request: Request, buffer: ReadBuffer) -> Buffer:
-        """Reads all pieces of a request, and so verifies them and brings them into memory; returns the last one."""
+        """Reads all pieces of a request: they are verified and in memory then. Returns the last one."""
         data: Buffer = b""
         for piece in _cut(request.offset, request.size, PIECE_BYTES):
             data = await self._read(*piece, buffer)
@@ -311,7 +311,8 @@ class Connection:
     async def _read(self, offset: int, size: int, buffer: ReadBuffer) -> memoryview:
         data = self._view.try_read_cached(offset, size, buffer)
         if data is None:
-            return await trio.to_thread.run_sync(self._view.read, offset, size, buffer, limiter=self._shared.readers)
+            read, limiter = self._view.read, self._shared.readers
+            return await trio.to_thread.run_sync(read, offset, size, buffer, limiter=limiter)
         await self._yield_if_due(size)
         return data
 

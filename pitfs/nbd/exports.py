@@ -3,7 +3,8 @@
     2026-11-22T23-54-00.123456789Z/root    the canonical name
     latest/root, 5m-ago/root, bookmarks/before-upgrade/root, times/2026-11-22/23-54/23-54-07/root, …
 
-Whatever leads to an instant in the tree does so here. A name is resolved at the moment when a client asks for it.
+Whatever leads to an instant in the tree does so here. A name is resolved at the moment when a client asks for
+it.
 """
 
 from __future__ import annotations

@@ -48,30 +48,14 @@ class NbdState(enum.Enum):
     CLOSED = enum.auto()
 
 
-class Step(enum.Enum):
-    """What changes the state."""
-
-    FLAGS = enum.auto()
-    LIST = enum.auto()
-    LOOK_UP = enum.auto()
-    STARTTLS = enum.auto()
-    ANSWER = enum.auto()
-    OPEN = enum.auto()
-    CLOSE = enum.auto()
-
-
-_TRANSITIONS: Final = {
-    (NbdState.GREETING, Step.FLAGS): NbdState.OPTIONS,
-    (NbdState.OPTIONS, Step.LIST): NbdState.LISTING,
-    (NbdState.OPTIONS, Step.LOOK_UP): NbdState.LOOKUP,
-    (NbdState.OPTIONS, Step.STARTTLS): NbdState.TLS_HANDSHAKE,
-    (NbdState.OPTIONS, Step.CLOSE): NbdState.CLOSED,
-    (NbdState.LISTING, Step.ANSWER): NbdState.OPTIONS,
-    (NbdState.LOOKUP, Step.ANSWER): NbdState.OPTIONS,
-    (NbdState.LOOKUP, Step.OPEN): NbdState.TRANSMISSION,
-    (NbdState.LOOKUP, Step.CLOSE): NbdState.CLOSED,
-    (NbdState.TLS_HANDSHAKE, Step.ANSWER): NbdState.OPTIONS,
-    (NbdState.TRANSMISSION, Step.CLOSE): NbdState.CLOSED,
+_TRANSITIONS: Final[dict[NbdState, tuple[NbdState, ...]]] = {
+    NbdState.GREETING: (NbdState.OPTIONS,),
+    NbdState.OPTIONS: (NbdState.LISTING, NbdState.LOOKUP, NbdState.TLS_HANDSHAKE, NbdState.CLOSED),
+    NbdState.LISTING: (NbdState.OPTIONS,),
+    NbdState.LOOKUP: (NbdState.OPTIONS, NbdState.TRANSMISSION, NbdState.CLOSED),
+    NbdState.TLS_HANDSHAKE: (NbdState.OPTIONS,),
+    NbdState.TRANSMISSION: (NbdState.CLOSED,),
+    NbdState.CLOSED: (),
 }
 
 
@@ -103,7 +87,7 @@ class ListExports:
 
 @dataclass(frozen=True, slots=True)
 class LookUpExport:
-    """The client wants an export by name: `answer_export`. With `opens` it is the client's if there is one."""
+    """The client wants an export by name: `answer_export`. With `opens` that opens it."""
 
     name: str
     opens: bool
@@ -139,7 +123,7 @@ class Negotiation:
     """The server's side of it, for one connection.
 
     Attributes:
-        state: changed by `step` alone.
+        state: changed by `move` alone.
         structured: whether replies are structured; a client that didn't ask for that gets simple ones.
         has_status: whether the client may ask for the block status of the export that it has opened.
     """
@@ -153,16 +137,15 @@ class Negotiation:
         self._lookup = _Lookup(0)  # in LOOKUP: the option under way
         self._context_of: str | None = None  # name of the export that base:allocation was selected for
 
-    def step(self, step: Step) -> None:
-        """Changes the state.
+    def move(self, here: NbdState, there: NbdState) -> None:
+        """Changes the state from `here` to `there`.
 
         Raises:
-            LocalProtocolError: the caller answers what the client hasn't asked for.
+            LocalProtocolError: it isn't `here`: the caller answers what the client hasn't asked for.
         """
-        state = _TRANSITIONS.get((self.state, step))
-        if state is None:
-            raise LocalProtocolError(f"{step.name} in state {self.state.name}")
-        self.state = state
+        if self.state is not here or there not in _TRANSITIONS[here]:
+            raise LocalProtocolError(f"from {here.name} to {there.name}, in state {self.state.name}")
+        self.state = there
 
     def answer_flags(self, flags: int) -> None:
         """Takes the client's flags; they have no reply.
@@ -173,7 +156,7 @@ class Negotiation:
         if flags & ~wire.SERVER_FLAGS:
             raise RemoteProtocolError(f"not a client of NBD, or one of a later version: flags {flags:#x}")
         self._no_zeroes = bool(flags & wire.ServerFlag.NO_ZEROES)
-        self.step(Step.FLAGS)
+        self.move(NbdState.GREETING, NbdState.OPTIONS)
 
     def answer_option(self, option: int, data: memoryview) -> Answer:
         """The answer to an option, or what the caller has to do for it.
@@ -189,7 +172,7 @@ class Negotiation:
             return _invalid(option, "this option has no data")
         match option:
             case Option.ABORT:
-                self.step(Step.CLOSE)
+                self.move(NbdState.OPTIONS, NbdState.CLOSED)
                 return Close(option_reply(option, Reply.ACK))
             case Option.STARTTLS:
                 return self._start_tls()
@@ -197,7 +180,7 @@ class Negotiation:
                 self.structured = True
                 return Send(option_reply(option, Reply.ACK))
             case Option.LIST:
-                self.step(Step.LIST)
+                self.move(NbdState.OPTIONS, NbdState.LISTING)
                 return ListExports()
             case Option.EXPORT_NAME:
                 name = wire.text(data)
@@ -206,7 +189,8 @@ class Negotiation:
                 return self._look_up(_Lookup(option, name))
             case Option.INFO | Option.GO:
                 name, rest = wire.counted_text(data)
-                # Behind the name come the numbers of what the client wants to know, u16 each. It gets everything.
+                # Behind the name come the numbers of what the client wants to know, u16 each. It gets
+                # everything.
                 if name is None or len(rest) < 2 or len(rest) != 2 + 2 * wire.U16.unpack_from(rest)[0]:
                     return _invalid(option, "malformed")
                 return self._look_up(_Lookup(option, name))
@@ -219,7 +203,7 @@ class Negotiation:
             return _invalid(Option.STARTTLS, "TLS is there already")
         if not self._offers_tls:
             return Send(option_reply(Option.STARTTLS, Reply.ERR_POLICY, b"this server has no certificate"))
-        self.step(Step.STARTTLS)
+        self.move(NbdState.OPTIONS, NbdState.TLS_HANDSHAKE)
         return StartTls(option_reply(Option.STARTTLS, Reply.ACK))
 
     def _look_up_contexts(self, option: int, data: memoryview) -> Send | LookUpExport:
@@ -243,13 +227,13 @@ class Negotiation:
         return self._look_up(_Lookup(option, name, selects))
 
     def _look_up(self, lookup: _Lookup) -> LookUpExport:
-        self.step(Step.LOOK_UP)
+        self.move(NbdState.OPTIONS, NbdState.LOOKUP)
         self._lookup = lookup
         return LookUpExport(lookup.name, lookup.option in _OPENING)
 
     def answer_list(self, exports: Iterable[tuple[str, str]]) -> bytes:
         """The reply to ListExports: names and descriptions."""
-        self.step(Step.ANSWER)
+        self.move(NbdState.LISTING, NbdState.OPTIONS)
         replies = [
             option_reply(Option.LIST, Reply.SERVER, wire.counted(name) + description.encode())
             for name, description in exports
@@ -260,9 +244,10 @@ class Negotiation:
         """The reply to LookUpExport: the export, or None and why there is none."""
         option, name, selects = self._lookup.option, self._lookup.name, self._lookup.selects
         if option in _OPENING and export is not None:
-            self.step(Step.OPEN)
+            self.move(NbdState.LOOKUP, NbdState.TRANSMISSION)
         else:
-            self.step(Step.CLOSE if option == Option.EXPORT_NAME else Step.ANSWER)
+            refuses = option == Option.EXPORT_NAME
+            self.move(NbdState.LOOKUP, NbdState.CLOSED if refuses else NbdState.OPTIONS)
         if option == Option.SET_META_CONTEXT:
             self._context_of = name if export is not None and selects else None
         if export is None:
@@ -280,11 +265,12 @@ class Negotiation:
             zeroes = b"" if self._no_zeroes else bytes(wire.ZEROES_BYTES)
             return wire.SIZE_AND_FLAGS.pack(export.size_bytes, flags) + zeroes
         infos = wire.infos(export.size_bytes, flags, export.block_size, export.name, export.description)
-        return b"".join(option_reply(option, Reply.INFO, info) for info in infos) + option_reply(option, Reply.ACK)
+        replies = [option_reply(option, Reply.INFO, info) for info in infos]
+        return b"".join(replies) + option_reply(option, Reply.ACK)
 
     def tls_started(self) -> None:
-        """The handshake is done: everything from now on comes through TLS, and what was agreed before is void."""
-        self.step(Step.ANSWER)
+        """The handshake is done: all comes through TLS from now on, and what was agreed before is void."""
+        self.move(NbdState.TLS_HANDSHAKE, NbdState.OPTIONS)
         self._has_tls = True
         self.structured, self._context_of = False, None
 

@@ -1,10 +1,10 @@
 """The server's side of NBD as a state machine without I/O: bytes in, events out, and answers to bytes.
 
-The first half of a connection is its `Negotiation`, whose `NbdState` draws the states of both halves; this is what cuts
-the client's bytes into units, and the second half, the requests.
+The first half of a connection is its `Negotiation`, whose `NbdState` draws the states of both halves; this is
+what cuts the client's bytes into units, and the second half, the requests.
 
-Where TLS is offered it is required. What a client may send is limited: 32 KiB for an option, 4 KiB for a name, 32 MiB
-for a read or for the payload of a write, which is skipped, not kept.
+Where TLS is offered it is required. What a client may send is limited: 32 KiB for an option, 4 KiB for a
+name, 32 MiB for a read or for the payload of a write, which is skipped, not kept.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Final, NamedTuple
 
 from pitfs.errors import LocalProtocolError, RemoteProtocolError
 from pitfs.nbd import wire
-from pitfs.nbd.negotiation import Answer, Close, ExportInfo, NbdState, Negotiation, Send, StartTls, Step
-from pitfs.nbd.wire import ChunkType, Command, CommandFlag, Error
+from pitfs.nbd.negotiation import Answer, Close, ExportInfo, NbdState, Negotiation, Send, StartTls
+from pitfs.nbd.wire import CHUNK_MAGIC, DATA_CHUNK, ChunkType, Command, CommandFlag, Error
 
 Buffer = bytes | bytearray | memoryview
 
@@ -29,7 +29,7 @@ _READS: Final[dict[int, int]] = {
 
 
 class Request(NamedTuple):
-    """A valid request, within the export: to be answered by `data_header` and data, `failed`, `extents`, `finished`."""
+    """A valid request, within the export; see `data_header`, `failed`, `extents`, `finished`."""
 
     command: int
     flags: int
@@ -58,8 +58,8 @@ class NbdProtocol(Negotiation):
     def receive(self, data: Buffer) -> Iterator[Event]:
         """Takes bytes from the client and yields what is complete with them.
 
-        The iterator is lazy: `data` mustn't change until it is at its end, and the caller has to answer an event
-        before it takes the next one.
+        The iterator is lazy: `data` mustn't change until it is at its end, and the caller has to answer an
+        event before it takes the next one.
 
         Raises:
             RemoteProtocolError: the client broke the protocol; the connection can only be closed.
@@ -133,7 +133,7 @@ class NbdProtocol(Negotiation):
             if offset + size <= self._size_bytes:  # what nearly all are
                 return Request(command, flags, cookie, offset, size)
         elif command == Command.DISC:
-            self.step(Step.CLOSE)
+            self.move(NbdState.TRANSMISSION, NbdState.CLOSED)
             return Close()
         elif command == Command.WRITE and size:
             if size > wire.MAX_REQUEST_BYTES:
@@ -162,7 +162,7 @@ class NbdProtocol(Negotiation):
         return None
 
     def is_divisible(self, request: Request) -> bool:
-        """Whether the reply to a read may be several chunks, in any order, each of which may fail; else it is one."""
+        """Whether the reply may be several chunks, in any order, each of which may fail; else it is one."""
         return self.structured and not request.flags & CommandFlag.DF
 
     def data_header(self, request: Request, offset: int, size: int) -> bytes:
@@ -173,7 +173,7 @@ class NbdProtocol(Negotiation):
         if not self.structured:
             return wire.SIMPLE.pack(wire.SIMPLE_MAGIC, 0, request.cookie)
         flags = wire.DONE if offset + size == request.offset + request.size else 0
-        return wire.DATA_CHUNK.pack(wire.CHUNK_MAGIC, flags, ChunkType.OFFSET_DATA, request.cookie, 8 + size, offset)
+        return DATA_CHUNK.pack(CHUNK_MAGIC, flags, ChunkType.OFFSET_DATA, request.cookie, 8 + size, offset)
 
     def failed(self, cookie: int, error: Error, message: str) -> bytes:
         """The whole reply to a request that failed."""

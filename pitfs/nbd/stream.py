@@ -29,7 +29,7 @@ class SocketStream:
         self._received = memoryview(bytearray(RECEIVE_BYTES))
 
     async def receive(self) -> Buffer:
-        """Returns some bytes, valid until the next call; none at the end of the connection. Raises OSError."""
+        """Some bytes, valid until the next call; none at the end of the connection. Raises OSError."""
         return self._received[: await self._socket.recv_into(self._received)]
 
     async def send(self, header: bytes, data: Buffer = b"") -> None:

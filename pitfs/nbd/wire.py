@@ -52,7 +52,7 @@ class ServerFlag(enum.IntFlag):
     NO_ZEROES = 2
 
 
-SERVER_FLAGS: Final = int(ServerFlag.FIXED_NEWSTYLE | ServerFlag.NO_ZEROES)  # a number: ~ of a Flag drops other bits
+SERVER_FLAGS: Final = int(ServerFlag.FIXED_NEWSTYLE | ServerFlag.NO_ZEROES)  # a number, for ~
 
 
 class Option(enum.IntEnum):

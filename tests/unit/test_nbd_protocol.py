@@ -293,3 +293,7 @@ def test_an_answer_that_is_late_or_was_not_asked_for_is_our_mistake() -> None:
     assert next(asked) == ListExports()
     with pytest.raises(LocalProtocolError):
         next(asked)
+    for answer in (lambda: protocol.answer_export(EXPORT), protocol.tls_started):
+        with pytest.raises(LocalProtocolError):
+            answer()
+    assert protocol.state is NbdState.LISTING

@@ -5,9 +5,9 @@
                                         its own for each scratch image
     /var/tmp/pitfs-scratch.GROUP.xxxx…  what is written to that mount, unless another directory was given
 
-There is no other state. The kernel's tables say which device is over which image of which mount, so nothing can
-disagree with them after a reboot or a killed attach. A mount here without a device over it is unused: the next attach
-or detach takes it down.
+There is no other state. The kernel's tables say which device is over which image of which mount, so nothing
+can disagree with them after a reboot or a killed attach. A mount here without a device over it is unused: the
+next attach or detach takes it down.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ END_S: Final = 3.0  # for the kernel and the mount's daemon to release what is t
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ScratchOptions:
-    """Of a writable image: where its writes go (None: a directory made for it), and how many bytes at most, as an
-    option of mount.pitfs."""
+    """Where a writable image's writes go (None: to a directory made for it), and how many bytes at most."""
 
     directory: str | None
     size: str | None
@@ -50,7 +49,7 @@ class ScratchOptions:
 
 @contextlib.contextmanager
 def attach_lock() -> Iterator[None]:
-    """Lets one attach or detach run at a time on this machine. SIGTERM and SIGHUP interrupt it as Ctrl-C does.
+    """Lets one attach or detach run at a time on this machine. SIGTERM and SIGHUP interrupt as Ctrl-C does.
 
     Raises:
         UsageError: not as root.
@@ -69,7 +68,7 @@ def attach_lock() -> Iterator[None]:
 
 @contextlib.contextmanager
 def signals_deferred() -> Iterator[None]:
-    """Lets the block finish before Ctrl-C and the like end the command: then it is known what there is to undo."""
+    """Lets the block finish before Ctrl-C or the like ends the command, so that it is known what to undo."""
     caught: list[int] = []
     with _signals_call(lambda number, _: caught.append(number), INTERRUPTS):
         yield
@@ -94,7 +93,7 @@ def is_made_by_attach(mount: MountInfo) -> bool:
 
 
 def find_mount(store: str, image: str) -> str | None:
-    """The mountpoint of a read-only mount of the store in which this image (INSTANT/VOLUME.img) can be opened.
+    """The mountpoint of a read-only mount of the store that has this image (INSTANT/VOLUME.img).
 
     A mount that attach has made is preferred. None if there is no such mount.
     """
@@ -176,7 +175,7 @@ def _unmount(mountpoint: str) -> bool:
             ["umount", "--internal-only", *lazily, "--", mountpoint],
             capture_output=True, text=True, check=False, start_new_session=True,
         )  # fmt: skip
-        # The kernel closes a detached device's file a little later: until then the mount is busy without a process.
+        # The kernel closes a detached device's file a little later; until then the mount is busy.
         if done.returncode and processes_below(mountpoint):
             return False
     else:
@@ -188,7 +187,7 @@ def _unmount(mountpoint: str) -> bool:
 
 
 def _daemons(mountpoint: str) -> list[int]:
-    """Processes that serve the mount: the name of a mountpoint that attach has made is in no other command."""
+    """Processes that serve the mount: no other command has the name of a mountpoint made by attach."""
     found = []
     for name in os.listdir("/proc"):
         if name.isdigit():

@@ -1,9 +1,9 @@
 """Which loop devices are over images of pitfs mounts.
 
-A loop device belongs to pitfs if its backing file is an image in a mount of a store, whoever attached it. The file is
-recognised by its path, which /sys gives even where the mount's daemon is dead or hangs; asking the device for its
-file's inode would ask the daemon. A mount that was taken down lazily has no mountpoint any more: the path then begins
-at the root of the mount, /INSTANT/VOLUME.img.
+A loop device belongs to pitfs if its backing file is an image in a mount of a store, whoever attached it. The
+file is recognised by its path, which /sys gives even where the mount's daemon is dead or hangs; asking the
+device for its file's inode would ask the daemon. A mount that was taken down lazily has no mountpoint any
+more: the path then begins at the root of the mount, /INSTANT/VOLUME.img.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def image_loops() -> list[ImageLoop]:
 
 
 def image_of(loop: LoopDevice, mounted: Iterable[MountInfo]) -> ImageLoop | None:
-    """The image that the device is over; None if it is over something else. Of mounts at one place the last counts."""
+    """The image that the device is over; None if it is over something else. `mounted`: topmost last."""
     around = [each for each in mounted if loop.backing.startswith(each.mountpoint.rstrip("/") + "/")]
     mount = max(reversed(around), key=lambda each: len(each.mountpoint), default=None)
     if mount is not None and mount.type == FSTYPE:

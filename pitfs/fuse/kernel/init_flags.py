@@ -1,13 +1,13 @@
-"""Adds a flag to FUSE's first exchange (INIT) that libfuse doesn't pass on: files have no privileges to take away.
+"""Adds a flag to FUSE's first exchange (INIT) that libfuse doesn't know: no getxattr before each write.
 
-Before each write the kernel asks whether the file has capabilities (getxattr "security.capability"), since a write
-must take these away: one more request for every write, which halves their rate. It stops asking once a filesystem
-has said with FUSE_HANDLE_KILLPRIV_V2 that it takes them away itself. Images never have any, so pitfs can say that;
-but libfuse up to 3.16 doesn't know the flag.
+Before each write the kernel asks whether the file has capabilities (getxattr "security.capability"), since a
+write must take these away: one more request for every write, which halves their rate. It stops asking once a
+filesystem has said with FUSE_HANDLE_KILLPRIV_V2 that it takes them away itself. Images never have any, so
+pitfs can say that; but libfuse up to 3.16 doesn't know the flag.
 
-So a socket stands in the place of the device during INIT. This module reads the kernel's request from the device,
-gives it to libfuse through the socket, takes libfuse's reply from there, sets the flag, and writes the reply to the
-device. Afterwards libfuse reads from the device itself.
+So a socket stands in the place of the device during INIT. This module reads the kernel's request from the
+device, gives it to libfuse through the socket, takes libfuse's reply from there, sets the flag, and writes
+the reply to the device. Afterwards libfuse reads from the device itself.
 
     kernel --request--> device -> this -> socket -> libfuse
     kernel <-reply with the flag- device <- this <- socket <- libfuse
@@ -37,7 +37,7 @@ assert (_REQUEST.size, _REPLY.size) == (40 + 16, 16 + 16)
 
 @contextlib.contextmanager
 def killpriv_flag_added(descriptor: int) -> Iterator[None]:
-    """Within the block whoever reads and writes `descriptor`, a FUSE device, must answer INIT and nothing else.
+    """The block must answer INIT, and no other request, by reading and writing `descriptor`, a FUSE device.
 
     Raises:
         OSError: the kernel doesn't take the reply.

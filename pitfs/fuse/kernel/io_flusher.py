@@ -1,4 +1,4 @@
-"""A process that serves writes mustn't wait for memory that is freed only by writing pages through that process."""
+"""A process that serves writes mustn't wait for memory that only its own writing can free."""
 
 from __future__ import annotations
 

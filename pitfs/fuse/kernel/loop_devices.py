@@ -1,4 +1,4 @@
-"""Loop devices, by the kernel's own tables: which there are and over what, attaching, detaching, who uses one."""
+"""Loop devices, by the kernel's tables: which there are over what, attaching, detaching, who uses one."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def loop_of(device: str) -> LoopDevice | None:
 def sector_size_for(head: bytes) -> int:
     """The sector size, in bytes, that a device over an image with these first bytes needs.
 
-    A GPT counts in sectors of the disk that it was written on. Nothing else found on disks needs more than 512.
+    A GPT counts in sectors of the disk that it was written on; nothing else needs more than 512 bytes.
     """
     for size in (SECTOR_BYTES, MAX_SECTOR_BYTES):
         if head[size : size + 8] == b"EFI PART":
@@ -77,7 +77,7 @@ def sector_size_for(head: bytes) -> int:
 
 
 def attach(path: str, *, read_only: bool, sector_size: int) -> str:
-    """Makes a loop device over the file, with direct I/O; returns /dev/loopN (`wait_for_partitions` comes next).
+    """Makes a loop device over the file, with direct I/O; returns /dev/loopN (then `wait_for_partitions`).
 
     Raises:
         PitfsError: there is no free one, or the kernel refuses.
@@ -102,7 +102,7 @@ def partitions(device: str) -> list[str]:
 def wait_for_partitions(device: str) -> list[str]:
     """Waits for the nodes of a new device's partitions; returns those that don't appear."""
     if not partitions(device):
-        # The kernel may have no parser for this kind of partition table. Fails if there is no table: never mind.
+        # The kernel may have no parser for this kind of partition table. It fails if there is no table.
         _run(["partx", "--add", "--", device])
     missing: list[str] = []
     for _ in polls(NODES_S):
@@ -127,7 +127,7 @@ def filesystem_on(device: str) -> str:
 
 def mountpoints_of(loop: LoopDevice) -> list[str]:
     """Where the device's filesystem or those of its partitions are mounted (in this namespace)."""
-    paths = [loop.device, *partitions(loop.device)]  # compared as well, since btrfs has device numbers of its own
+    paths = [loop.device, *partitions(loop.device)]  # compared too: btrfs has device numbers of its own
     devices = set()
     for path in paths:
         with contextlib.suppress(OSError):
@@ -169,7 +169,7 @@ def detach(loop: LoopDevice) -> None:
             raise PitfsError(f"{loop.device}: {reason}")
     else:
         raise PitfsError(f"{loop.device}: in use, perhaps mounted in another mount namespace: lsns")
-    # The kernel frees it when the last descriptor is closed: that was ours, unless somebody opened it just now.
+    # The kernel frees it at the last close: that was ours, unless somebody has opened it just now.
     for _ in polls(RELEASE_S):
         if loop_of(loop.device) != loop:
             return
@@ -242,7 +242,7 @@ def _read(path: str) -> str:
 
 
 def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Runs a command in a session of its own: Ctrl-C reaches the caller alone, who then undoes what was done."""
+    """Runs a command in a session of its own: Ctrl-C is for the caller, who undoes what was done."""
     try:
         return subprocess.run(
             command, capture_output=True, text=True, errors="surrogateescape", check=False, start_new_session=True,

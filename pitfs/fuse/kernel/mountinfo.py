@@ -1,4 +1,4 @@
-"""What is mounted where, by /proc/self/mountinfo. The mounts themselves aren't asked: one whose daemon hangs hangs."""
+"""What is mounted where, by /proc/self/mountinfo: a mount itself would hang with its daemon."""
 
 from __future__ import annotations
 

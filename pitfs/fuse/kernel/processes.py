@@ -1,4 +1,4 @@
-"""Which processes use a file, by the links under /proc. The file itself isn't asked: it may be on a dead mount."""
+"""Which processes use a file, by the links under /proc: the file itself may be on a dead mount."""
 
 from __future__ import annotations
 

@@ -2,16 +2,16 @@
 
     mount_store ── checks the mountpoint, clears a dead mount of the same store
         │ fork (before trio and threads exist; numpy starts some when it is imported)
-        ├─ daemon     mounts, starts the workers (pitfs.fuse.mount.workers), writes READY to a pipe when they have
-        │             the store open, supervises them until umount or SIGTERM
+        ├─ daemon     mounts, starts the workers (pitfs.fuse.mount.workers), writes READY to a pipe when
+        │             they have the store open, supervises them until umount or SIGTERM
         └─ observer   waits for READY, stats the root from outside the daemon, raises the readahead
 
-In the background the observer is the parent, whose exit code is the command's. In the foreground it is a child, and
-the caller's process is the daemon.
+In the background the observer is the parent, whose exit code is the command's. In the foreground it is a
+child, and the caller's process is the daemon.
 
-Log lines of a background daemon go to syslog. Where there is none (/dev/log) standard error is kept if it is a
-terminal or a file. A pipe isn't kept, since whoever reads it to its end would wait for the unmount; the kernel's log
-(/dev/kmsg) gets the lines instead.
+Log lines of a background daemon go to syslog. Where there is none (/dev/log) standard error is kept if it is
+a terminal or a file. A pipe isn't kept, since whoever reads it to its end would wait for the unmount; the
+kernel's log (/dev/kmsg) gets the lines instead.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def mount_store(request: MountRequest) -> int:
     Raises:
         PitfsError: it can't be mounted, and why.
     """
-    # The links in the parent's path are resolved; the mountpoint itself isn't touched, since it may be a dead mount.
+    # Links are resolved in the parent's path only: the mountpoint itself may be a dead mount.
     parent, name = os.path.split(os.path.abspath(request.mountpoint))
     mountpoint = os.path.join(os.path.realpath(parent), name)
     request = dataclasses.replace(request, store=os.path.realpath(request.store), mountpoint=mountpoint)
@@ -74,9 +74,7 @@ def mount_store(request: MountRequest) -> int:
             return _observe(reader, request.mountpoint, pid)
         try:
             _observe(reader, request.mountpoint, None)
-        except PitfsError as error:  # the foreground process says it itself
-            log.debug("%s", error)
-        finally:
+        finally:  # an error, too: the foreground process says it itself
             os._exit(0)
     os.close(reader)
     if not request.foreground:
@@ -98,10 +96,10 @@ def _prepare_mountpoint(request: MountRequest) -> str:
     except OSError as error:
         if error.errno in DEAD_ERRNOS:
             dead = mounted_at(mountpoint)
-            if dead is None:
-                reason = "on a dead filesystem (its daemon is gone): umount that first"
-            else:
-                reason = f"a dead mount of {dead.source} ({dead.type}) is there: clear it with: umount -l {mountpoint}"
+            reason = "on a dead filesystem (its daemon is gone): umount that first"
+            if dead is not None:
+                reason = f"a dead mount of {dead.source} ({dead.type}) is there: clear it with: umount -l"
+                reason += f" {mountpoint}"
             raise PitfsError(f"{mountpoint}: {reason}") from None
         if error.errno == errno.ENOENT:
             raise UsageError(f"{mountpoint}: no such directory: make it first (mkdir)") from None
@@ -146,7 +144,7 @@ def _contains(directory: str, path: str) -> bool:
 
 
 def _observe(reader: int, mountpoint: str, daemon: int | None) -> int:
-    """Waits until the mount answers to a process that isn't its daemon, or raises what the daemon says instead."""
+    """Waits until the mount answers to another process than its daemon, or raises the daemon's error."""
     with open(reader, "rb") as pipe:
         try:
             message = pipe.read()
@@ -183,7 +181,7 @@ def _raise_readahead(device: int) -> None:
 
 
 def _register_umount_helper(mountpoint: str) -> None:
-    """Enters umount.pitfs in libmount's table, so that umount(8) calls it: it names who holds a busy mount."""
+    """Has umount(8) call umount.pitfs, by an entry in libmount's table: it names who holds a busy mount."""
     mount = mounted_at(mountpoint)
     if os.geteuid() != 0 or mount is None or not os.path.exists(UMOUNT_HELPER):
         return
@@ -214,8 +212,7 @@ def _run_daemon(request: MountRequest, writer: int) -> NoReturn:
         code = 0
     except BaseException as error:
         message = encode_failure(error)
-        if isinstance(error, PitfsError):
-            code = error.exit_code
+        code = decode_failure(message).exit_code
         try:
             os.write(writer, message)
         except OSError:  # the mount has answered before, and the observer is gone
@@ -269,7 +266,7 @@ def _fuse_init(operations: pyfuse3.Operations, request: MountRequest) -> None:
 
 @contextlib.contextmanager
 def _captured_stderr() -> Iterator[Callable[[], str]]:
-    """Captures what is written to descriptor 2, where libfuse writes why it fails; yields a function that reads it."""
+    """Captures descriptor 2, where libfuse writes why it fails; yields a function that reads what came."""
     saved = os.dup(2)
     with io.FileIO(os.memfd_create("stderr"), "r+") as file:
         os.dup2(file.fileno(), 2)
@@ -282,25 +279,21 @@ def _captured_stderr() -> Iterator[Callable[[], str]]:
 
 def _detach_from_caller(verbose: bool) -> None:
     """Closes the terminal or the caller's pipes; from here on all lines go to the log."""
-    logger = logging.getLogger()
-    for each in list(logger.handlers):
-        logger.removeHandler(each)
-    logger.setLevel(logging.INFO if verbose else logging.WARNING)
     destination: logging.Handler
-    keep_stderr = False
-    kind = os.fstat(2).st_mode
+    closed: tuple[int, ...] = (0, 1, 2)
     if os.path.exists("/dev/log"):
         destination = logging.handlers.SysLogHandler("/dev/log", logging.handlers.SysLogHandler.LOG_DAEMON)
-    elif os.isatty(2) or stat.S_ISREG(kind):
-        destination, keep_stderr = logging.StreamHandler(), True
+    elif os.isatty(2) or stat.S_ISREG(os.fstat(2).st_mode):
+        destination, closed = logging.StreamHandler(), (0, 1)
     else:
         try:
             destination = logging.StreamHandler(open("/dev/kmsg", "w", buffering=1, encoding="utf-8"))  # noqa: SIM115
         except OSError:  # a container: there is nowhere to write
             destination = logging.NullHandler()
-    destination.setFormatter(logging.Formatter("mount.pitfs[%(process)d]: %(levelname)s: %(message)s"))
-    logger.addHandler(destination)
+    level = logging.INFO if verbose else logging.WARNING
+    line = "mount.pitfs[%(process)d]: %(levelname)s: %(message)s"
+    logging.basicConfig(level=level, format=line, handlers=[destination], force=True)
     null = os.open(os.devnull, os.O_RDWR)
-    for descriptor in (0, 1) if keep_stderr else (0, 1, 2):
+    for descriptor in closed:
         os.dup2(null, descriptor)
     os.close(null)

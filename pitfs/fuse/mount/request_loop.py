@@ -1,21 +1,22 @@
 """pyfuse3's main loop in a process that shares its mount: several processes read the requests of one mount.
 
-**The cheap way.** pyfuse3 waits with trio until its descriptor is readable, then reads. If another process has taken
-the request by then, the read blocks inside the kernel until the next request comes; it blocks the whole process, since
-pyfuse3 keeps Python's lock during the read. While no handler waits for anything, that is right: only a request can
-give this process work. So `RequestLoop` leaves trio's wait out and goes straight into the blocking read.
+**The cheap way.** pyfuse3 waits with trio until its descriptor is readable, then reads. If another process
+has taken the request by then, the read blocks inside the kernel until the next request comes; it blocks the
+whole process, since pyfuse3 keeps Python's lock during the read. While no handler waits for anything, that is
+right: only a request can give this process work. So `RequestLoop` leaves trio's wait out and goes straight
+into the blocking read.
 
-**The danger.** While a handler waits for a thread (`blocked_handlers.count` is above zero) a blocking read would be
-wrong. The thread couldn't go on without Python's lock, nor could trio take its result. If the handler's caller is the
-only user of the mount, no further request would ever come.
+**The danger.** While a handler waits for a thread (`blocked_handlers.count` is above zero) a blocking read
+would be wrong. The thread couldn't go on without Python's lock, nor could trio take its result. If the
+handler's caller is the only user of the mount, no further request would ever come.
 
 **The way out.** While a handler waits:
 
 * The loop waits for requests with trio, so that it takes a thread's result as soon as that is there.
-* An interval timer runs. If the read blocks all the same, because another process was faster, the timer's signal ends
-  it with EINTR. pyfuse3 then goes round its loop, through trio: the lock is free for the threads, and results are
-  handed over. A signal that comes just before the read begins has no effect, but the next one comes a tick later. So
-  a result reaches its caller two ticks later at most, whatever the other processes do.
+* An interval timer runs. If the read blocks all the same, because another process was faster, the timer's
+  signal ends it with EINTR. pyfuse3 then goes round its loop, through trio: the lock is free for the threads,
+  and results are handed over. A signal that comes just before the read begins has no effect, but the next one
+  comes a tick later. So a result reaches its caller two ticks later at most, whatever the other processes do.
 
 SIGTERM has the same race: who sends it repeats it until the process has ended.
 """
@@ -35,10 +36,10 @@ MAX_TASKS: Final = 32  # handlers under way in one process; further requests are
 
 
 class DeferredOperations(pyfuse3.Operations):
-    """What pyfuse3 is given when it mounts, before there are handlers: each worker puts its own in its place."""
+    """What pyfuse3 gets when it mounts, before there are handlers: each worker delegates to its own."""
 
     supports_dot_lookup = False
-    enable_writeback_cache = False  # the kernel would hold writes back, and a full scratch would be met too late
+    enable_writeback_cache = False  # it would hold writes back, and a full scratch would be met too late
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +58,7 @@ class DeferredOperations(pyfuse3.Operations):
         trio.run(answer)
 
     def delegate_to(self, operations: pyfuse3.Operations) -> None:
-        """Lets `operations` answer from now on. Its flags (`enable_…`) have no effect: INIT has been answered."""
+        """Lets `operations` answer from now on. Its flags (`enable_…`) have no effect after INIT."""
         for name, function in inspect.getmembers(pyfuse3.Operations, inspect.isfunction):
             if not name.startswith("_"):
                 setattr(self, name, getattr(operations, name, function))
@@ -73,7 +74,7 @@ class RequestLoop:
 
     def run(self) -> None:
         blocked_handlers.enable_timer()
-        # pyfuse3's loop looks this function up by its name. If it no longer did, it would be slower, and not wrong.
+        # pyfuse3's loop looks this function up by name. If it didn't, the loop would be slower, and not wrong.
         pyfuse3._wait_fuse_readable = self._wait_for_request  # type: ignore[attr-defined]
         trio.run(self._main)
 
@@ -93,7 +94,7 @@ class RequestLoop:
     async def _wait_for_request(self) -> bool:
         """Called by each of pyfuse3's tasks before it reads a request; the task ends where this is False.
 
-        pyfuse3 starts another task whenever one has read a request. A task that finds another one waiting isn't needed.
+        pyfuse3 starts another task whenever one has read a request. One that finds another waiting may end.
         """
         if self._is_ending:
             return False

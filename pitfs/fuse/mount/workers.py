@@ -3,22 +3,22 @@
     supervisor ── mounts, answers the kernel's first request (INIT), forks the workers, reads no further request
       └─ worker, worker, …   each opens the store for itself and takes requests as it has time
 
-**Any worker answers any request.** Handlers keep nothing that an answer depends on, so the kernel may hand a request
-to any of them.
+**Any worker answers any request.** Handlers keep nothing that an answer depends on, so the kernel may hand a
+request to any of them.
 
-**Each worker reads from a clone of /dev/fuse.** The kernel remembers by which descriptor it handed a request out.
-With one descriptor for all, a request that a killed worker had taken would stay open as long as any other worker
-lives, and its caller would hang. With a clone for each (FUSE_DEV_IOC_CLONE) the kernel ends such requests with an
-error as soon as the worker's own descriptor is closed, which it is however the worker dies. The supervisor's
-descriptor keeps the mount alive meanwhile, and the supervisor starts another worker.
+**Each worker reads from a clone of /dev/fuse.** The kernel remembers by which descriptor it handed a request
+out. With one descriptor for all, a request that a killed worker had taken would stay open as long as any
+other worker lives, and its caller would hang. With a clone for each (FUSE_DEV_IOC_CLONE) the kernel ends such
+requests with an error as soon as the worker's own descriptor is closed, which it is however the worker dies.
+The supervisor's descriptor keeps the mount alive meanwhile, and the supervisor starts another worker.
 
-**The workers share one file of pins.** A file that one worker opened may be closed through another one, so what one
-has pinned another must be able to unpin. The file is made once, by the process that tries whether the store can be
-opened, in the supervisor's name. The supervisor holds its descriptor, and each worker inherits that: the file stays
-locked until the last of them has ended.
+**The workers share one file of pins.** A file that one worker opened may be closed through another one, so
+what one has pinned another must be able to unpin. The file is made once, by the process that tries whether
+the store can be opened, in the supervisor's name. The supervisor holds its descriptor, and each worker
+inherits that: the file stays locked until the last of them has ended.
 
-**The end.** The mount ends with umount, which all workers see, or with SIGTERM or SIGINT at the supervisor. If the
-supervisor is killed, the kernel kills the workers (PR_SET_PDEATHSIG).
+**The end.** The mount ends with umount, which all workers see, or with SIGTERM or SIGINT at the supervisor.
+If the supervisor is killed, the kernel kills the workers (PR_SET_PDEATHSIG).
 
 The supervisor stays small: it loads neither the store nor numpy, and has no threads and no trio loop.
 """
@@ -142,7 +142,7 @@ class WorkerSupervisor:
         self._operations: DeferredOperations | None = None
         self._descriptor = -1
         self._history = b""  # of the store as it was before it was mounted
-        self._pins: tuple[str, int] | None = None  # file of the pins: its path, and the descriptor that keeps it locked
+        self._pins: tuple[str, int] | None = None  # their file, and the descriptor that keeps it locked
         self._is_ending = False
         self._last_start_s = 0.0
         # The workers' messages: pid, and READY or a failure.
@@ -152,7 +152,7 @@ class WorkerSupervisor:
             signal.signal(number, self._on_signal)
 
     def start_probe(self) -> Callable[[], None]:
-        """Opens the store in another process, as the workers will: a store that can't be served isn't mounted.
+        """Opens the store in another process, as workers do: one that can't be served isn't mounted.
 
         Returns:
             the function that waits for the outcome; it raises PitfsError if the store can't be opened.
@@ -162,9 +162,10 @@ class WorkerSupervisor:
         def finish() -> None:
             os.waitpid(pid, 0)
             try:
-                message, descriptors, *_ = socket.recv_fds(self._inbox, _MAX_MESSAGE_BYTES, 1, socket.MSG_DONTWAIT)
+                received = socket.recv_fds(self._inbox, _MAX_MESSAGE_BYTES, 1, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 raise PitfsError("the process that opens the store ended before it had it open") from None
+            message, descriptors, *_ = received
             _, word, *rest = message.split(b" ", 3)
             if word != READY:
                 raise decode_failure(message.partition(b" ")[2])
@@ -254,15 +255,15 @@ class WorkerSupervisor:
         if worker.is_ready and self._request.scratch is not None:
             # Another one would show images without what the kernel and its users have written to them.
             raise PitfsError(
-                f"{self._request.mountpoint}: the process that had what was written to the images ended {how}: "
+                f"{self._request.mountpoint}: the process that had what was written to images ended {how}: "
                 f"the mount ends with it; what was fsynced to a kept scratch is there when it is mounted anew"
             )
         if not worker.is_ready and not self._any_ready():
             raise PitfsError(f"{self._request.mountpoint}: a worker ended {how} before it served")
-        log.error("worker %d ended %s: the requests that it had taken fail, another takes its place", pid, how)
+        log.error("worker %d ended %s: the requests it had taken fail, another takes its place", pid, how)
 
     def _start_missing(self) -> float | None:
-        """Starts the workers that are missing; returns the time until they may be, None if none is missing."""
+        """Starts the workers that are missing; returns the time to wait before that, or None."""
         missing = self._request.workers - len(self._workers)
         pause_s = self._last_start_s + RESTART_S - time.monotonic()
         if missing and pause_s > 0:
@@ -301,7 +302,7 @@ class WorkerSupervisor:
         return pid
 
     def _run_child(self, supervisor: int, work: Callable[[], None]) -> NoReturn:
-        """A child's process from fork to exit. It never returns, since the stack below is the supervisor's."""
+        """A child's process from fork to exit. Never returns: the stack below is the supervisor's."""
         code = 1
         try:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -310,7 +311,7 @@ class WorkerSupervisor:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's goes to all; the supervisor ends the workers
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's goes to all: the supervisor acts
             for descriptor in (self._writer, self._wakeup, self._waker):
                 if descriptor >= 0:
                     os.close(descriptor)
@@ -346,8 +347,8 @@ class WorkerSupervisor:
         os.close(clone)
         operations = open_operations(self._request)
         try:
-            # An inode number is a seq and a volume. If the store were another one now, the kernel would show what it
-            # has cached of the former.
+            # An inode number is a seq and a volume. If the store were another one now, the kernel would show
+            # what it has cached of the former.
             if operations.history.encode() != self._history:
                 raise PitfsError(f"{self._request.store}: is another one now than when it was mounted: mount it anew")
             if self._pins is not None:
