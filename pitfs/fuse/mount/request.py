@@ -10,7 +10,7 @@ from typing import Final
 SUBTYPE: Final = "pitfs"
 FSTYPE: Final = f"fuse.{SUBTYPE}"
 MAX_WORKERS: Final = 16
-MAX_DEFAULT: Final = 2  # workers without an option, if there are as many cores: each has caches of its own
+DEFAULT_WORKERS: Final = 2  # at most, and not more than there are cores: each has caches of its own
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -38,7 +38,9 @@ class MountRequest:
     scratch: str | None = None
     scratch_size_bytes: int | None = None
     scratch_keep: bool = False
-    workers: int = dataclasses.field(default_factory=lambda: min(len(os.sched_getaffinity(0)), MAX_DEFAULT))
+    workers: int = dataclasses.field(
+        default_factory=lambda: min(len(os.sched_getaffinity(0)), DEFAULT_WORKERS)
+    )
     foreground: bool = False
     verbose: bool = False
 
