@@ -84,9 +84,10 @@ class SplitterOperations(pyfuse3.Operations):
     """Requests of the kernel on the splitter's mount.
 
     Args:
-        splitter: what writes and reads go to. syncer: what fsync goes to. wait_for_room: waits until the
-        journal may have room again (on_full = "block"); False: it won't have any. written: waits until a
-        write may be answered (mode sync); False: it will never be.
+        splitter: what writes and reads go to.
+        syncer: what fsync goes to.
+        wait_for_room: waits until the journal may have room again (on_full = "block"); False: it won't.
+        written: waits until a write may be answered (mode sync); False: it will never be.
     """
 
     supports_dot_lookup = False
