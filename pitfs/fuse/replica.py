@@ -80,10 +80,6 @@ class Ownership:
     gid: int = 0
     mode: int = 0o400
 
-    @property
-    def directory_mode(self) -> int:
-        return self.mode & 0o444 | (self.mode & 0o444) >> 2
-
 
 class Replica(pyfuse3.Operations):
     """pyfuse3 handlers over one store.
@@ -100,8 +96,9 @@ class Replica(pyfuse3.Operations):
         self._store = store
         self._tree = tree
         self._ownership = ownership
+        readable = ownership.mode & 0o444
         self._modes = {
-            EntryType.DIRECTORY: stat.S_IFDIR | ownership.directory_mode,
+            EntryType.DIRECTORY: stat.S_IFDIR | readable | readable >> 2,
             EntryType.FILE: stat.S_IFREG | ownership.mode,
             EntryType.LINK: stat.S_IFLNK | 0o777,
         }

@@ -9,6 +9,7 @@ whatever their size, since a large read is answered in pieces.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
@@ -21,7 +22,7 @@ from pitfs.nbd.exports import Export, Exports, NoSuchExportError
 from pitfs.nbd.negotiation import Close, ListExports, LookUpExport, NbdState, Send, StartTls
 from pitfs.nbd.protocol import Buffer, Event, NbdProtocol, Request
 from pitfs.nbd.stream import SocketStream, TlsStream, WrappedStream
-from pitfs.nbd.wire import HOLE_AND_ZERO, Command, CommandFlag, Error
+from pitfs.nbd.wire import HOLE_AND_ZERO, Command, CommandFlag
 from pitfs.view.view import PointInTimeView, ReadBuffer
 
 MAX_REQUESTS: Final = 16  # under way for one connection: what a disk likes to have queued
@@ -247,7 +248,7 @@ class Connection:
             raise
         except PitfsError as error:
             log.error("%s: %s", self._peer, error)
-            await self._send(self._protocol.failed(request.cookie, Error.EIO, NO_DATA))
+            await self._send(self._protocol.failed(request.cookie, errno.EIO, NO_DATA))
 
     async def _send_pieces(
         self, request: Request, offset: int, size: int, step: int, buffer: ReadBuffer
@@ -268,7 +269,7 @@ class Connection:
                     has_end = await self._send_pieces(request, start, length, self._view.block_size, buffer)
                     continue
                 log.error("%s: %s", self._peer, error)
-                await self._send(self._protocol.failed_at(request, Error.EIO, NO_DATA, start))
+                await self._send(self._protocol.failed_at(request, errno.EIO, NO_DATA, start))
                 has_end = False
             else:
                 await self._send(self._protocol.data_header(request, start, length), data)

@@ -153,9 +153,9 @@ class Negotiation:
         Raises:
             RemoteProtocolError: they can only be answered by closing the connection.
         """
-        if flags & ~wire.SERVER_FLAGS:
+        if flags & ~(wire.FIXED_NEWSTYLE | wire.NO_ZEROES):
             raise RemoteProtocolError(f"not a client of NBD, or one of a later version: flags {flags:#x}")
-        self._no_zeroes = bool(flags & wire.ServerFlag.NO_ZEROES)
+        self._no_zeroes = bool(flags & wire.NO_ZEROES)
         self.move(NbdState.GREETING, NbdState.OPTIONS)
 
     def answer_option(self, option: int, data: memoryview) -> Answer:

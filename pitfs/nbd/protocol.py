@@ -9,13 +9,14 @@ name, 32 MiB for a read or for the payload of a write, which is skipped, not kep
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 from pitfs.errors import LocalProtocolError, RemoteProtocolError
 from pitfs.nbd import wire
 from pitfs.nbd.negotiation import Answer, Close, ExportInfo, NbdState, Negotiation, Send, StartTls
-from pitfs.nbd.wire import CHUNK_MAGIC, DATA_CHUNK, ChunkType, Command, CommandFlag, Error
+from pitfs.nbd.wire import CHUNK_MAGIC, DATA_CHUNK, ChunkType, Command, CommandFlag
 
 Buffer = bytes | bytearray | memoryview
 
@@ -53,7 +54,7 @@ class NbdProtocol(Negotiation):
         self._size_bytes = 0
 
     def greeting(self) -> bytes:
-        return wire.GREETING_MAGIC + wire.OPTION_MAGIC + wire.U16.pack(wire.SERVER_FLAGS)
+        return wire.GREETING_MAGIC + wire.OPTION_MAGIC + wire.U16.pack(wire.FIXED_NEWSTYLE | wire.NO_ZEROES)
 
     def receive(self, data: Buffer) -> Iterator[Event]:
         """Takes bytes from the client and yields what is complete with them.
@@ -73,7 +74,7 @@ class NbdProtocol(Negotiation):
                 view = view[count:]
                 self._skip -= count
                 if not self._skip:
-                    yield Send(self.failed(self._refused_cookie, Error.EPERM, "the export is read-only"))
+                    yield Send(self.failed(self._refused_cookie, errno.EPERM, "the export is read-only"))
                 continue
             taken = view[: self._wanted - len(self._part)]
             view = view[len(taken) :]
@@ -141,10 +142,10 @@ class NbdProtocol(Negotiation):
             self._skip, self._refused_cookie = size, cookie
             return None
         elif command in _WRITES:
-            return Send(self.failed(cookie, Error.EPERM, "the export is read-only"))
+            return Send(self.failed(cookie, errno.EPERM, "the export is read-only"))
         problem = self._problem(command, flags, offset, size)
         if problem:
-            return Send(self.failed(cookie, Error.EINVAL, problem))
+            return Send(self.failed(cookie, errno.EINVAL, problem))
         return Request(command, flags, cookie, offset, size)
 
     def _problem(self, command: int, flags: int, offset: int, size: int) -> str | None:
@@ -175,13 +176,13 @@ class NbdProtocol(Negotiation):
         flags = wire.DONE if offset + size == request.offset + request.size else 0
         return DATA_CHUNK.pack(CHUNK_MAGIC, flags, ChunkType.OFFSET_DATA, request.cookie, 8 + size, offset)
 
-    def failed(self, cookie: int, error: Error, message: str) -> bytes:
+    def failed(self, cookie: int, error: int, message: str) -> bytes:
         """The whole reply to a request that failed."""
         if self.structured:
             return wire.error_chunk(wire.DONE, cookie, error, message, None)
         return wire.SIMPLE.pack(wire.SIMPLE_MAGIC, error, cookie)
 
-    def failed_at(self, request: Request, error: Error, message: str, offset: int) -> bytes:
+    def failed_at(self, request: Request, error: int, message: str, offset: int) -> bytes:
         """A chunk of a divisible read: there are no data from `offset` on. It is never the last chunk."""
         assert self.structured
         return wire.error_chunk(0, request.cookie, error, message, offset)

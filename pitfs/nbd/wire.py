@@ -7,7 +7,8 @@
     simple reply    u32 SIMPLE_MAGIC u32 error u64 cookie; for a read without error its data
     chunk           u32 CHUNK_MAGIC u16 flags u16 type u64 cookie u32 length, payload: of a structured reply
 
-The protocol's text is doc/proto.md of github.com/NetworkBlockDevice/nbd, whose names stand here without NBD_.
+The protocol's text is doc/proto.md of github.com/NetworkBlockDevice/nbd, whose names stand here without NBD_. Its
+errors have the numbers of Linux: those of `errno`.
 """
 
 from __future__ import annotations
@@ -43,16 +44,10 @@ MAX_NAME_BYTES: Final = 4096  # the protocol's limit for any text
 MAX_OPTION_BYTES: Final = 32 << 10  # of an option's data: a name and some queries
 MAX_REQUEST_BYTES: Final = 32 << 20  # the protocol's default for what one request may read or write
 ZEROES_BYTES: Final = 124  # behind the answer to EXPORT_NAME, unless both sides have NO_ZEROES
+FIXED_NEWSTYLE: Final = 1  # flags of the greeting, and of the client's answer to it
+NO_ZEROES: Final = 2
 CONTEXT: Final = "base:allocation"
 CONTEXT_ID: Final = 1
-
-
-class ServerFlag(enum.IntFlag):
-    FIXED_NEWSTYLE = 1
-    NO_ZEROES = 2
-
-
-SERVER_FLAGS: Final = int(ServerFlag.FIXED_NEWSTYLE | ServerFlag.NO_ZEROES)  # a number, for ~
 
 
 class Option(enum.IntEnum):
@@ -111,12 +106,6 @@ class ChunkType(enum.IntEnum):
     ERROR_OFFSET = 1 << 15 | 2
 
 
-class Error(enum.IntEnum):
-    EPERM = 1
-    EIO = 5
-    EINVAL = 22
-
-
 DONE: Final = 1  # flag of a structured reply's last chunk
 HOLE_AND_ZERO: Final = 1 | 2  # base:allocation of what has no data; 0 of what has
 
@@ -164,7 +153,7 @@ def chunk(flags: int, kind: ChunkType, cookie: int, payload: bytes = b"") -> byt
     return CHUNK.pack(CHUNK_MAGIC, flags, kind, cookie, len(payload)) + payload
 
 
-def error_chunk(flags: int, cookie: int, error: Error, message: str, offset: int | None) -> bytes:
+def error_chunk(flags: int, cookie: int, error: int, message: str, offset: int | None) -> bytes:
     data = message.encode()[:MAX_NAME_BYTES]
     payload = ERROR.pack(error, len(data)) + data
     if offset is None:

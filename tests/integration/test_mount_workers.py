@@ -256,3 +256,34 @@ def test_the_foreground_tells_why_the_store_can_not_be_served(tmp_path: Path) ->
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert "not a store" in done.stderr and not is_mounted(tmp_path / "place")
+
+
+SLOW_START = """
+import os, signal, time
+from pitfs.fuse.mount import workers
+from pitfs.fuse.mount.request import MountRequest
+
+class Supervisor(workers.WorkerSupervisor):
+    def _work(self):
+        time.sleep(0.1 if self._workers else 0.5)  # the second one is quicker
+        self._send(workers.READY)
+        time.sleep(60)
+
+workers.fuse_descriptor = lambda: 0
+reader, writer = os.pipe()
+supervisor = Supervisor(MountRequest("store", "mountpoint", workers=2), writer)
+supervisor._fork(lambda: time.sleep(0.2))  # as the process that tries whether the store can be opened
+start, parent = time.monotonic(), os.getpid()
+if os.fork() == 0:
+    os.close(writer)
+    print(os.read(reader, 100).decode(), time.monotonic() - start, flush=True)
+    os.kill(parent, signal.SIGTERM)
+    os._exit(0)
+supervisor.serve(None)
+"""
+
+
+def test_the_mount_is_ready_when_all_workers_are_and_not_before() -> None:
+    done = subprocess.run([sys.executable, "-c", SLOW_START], capture_output=True, text=True, check=True, timeout=30)
+    word, after_s = done.stdout.split()
+    assert word == "ready" and 0.5 <= float(after_s) < 10

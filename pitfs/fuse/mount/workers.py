@@ -270,6 +270,7 @@ class WorkerSupervisor:
             return pause_s
         for _ in range(missing):
             self._workers[self._fork(self._work)] = _Worker()
+            self._last_start_s = time.monotonic()
         return None
 
     def _is_unmounted(self) -> bool:
@@ -298,7 +299,6 @@ class WorkerSupervisor:
         pid = os.fork()
         if not pid:
             self._run_child(supervisor, work)
-        self._last_start_s = time.monotonic()
         return pid
 
     def _run_child(self, supervisor: int, work: Callable[[], None]) -> NoReturn:
