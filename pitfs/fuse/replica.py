@@ -190,8 +190,7 @@ class Replica(pyfuse3.Operations):
 
     @handler
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
-        # ls -l asks for three others of each entry until one is unsupported; so does the kernel before each
-        # write.
+        # ls -l tries three others on each entry until one is unsupported, the kernel one before each write.
         if not name.startswith(USER_ATTRIBUTES):
             raise pyfuse3.FUSEError(errno.EOPNOTSUPP)
         value = (await in_thread(self._tree.attributes_of, inode, limiter=self._tree_limiter)).get(name)
@@ -251,8 +250,7 @@ class Replica(pyfuse3.Operations):
         if not self.pins.pin(*pinned, wait=False):
             await in_thread(self.pins.pin, *pinned, limiter=self._limiter)
         try:
-            # It may have been pruned before it was pinned. Asked inline only if no thread may be using the
-            # catalog.
+            # It may have been pruned before it was pinned. Inline only if no thread may be using the catalog.
             if blocked_handlers.count or not self._tree.is_current():
                 await in_thread(self._tree.resolution_of, inode, True, limiter=self._tree_limiter)
             await self._view(inode)
@@ -297,7 +295,7 @@ class Replica(pyfuse3.Operations):
         attributes.entry_timeout = attributes.attr_timeout = timeout
         return attributes
 
-    # -------------------------------------------------------------- whatever would write
+    # -------------------------------------------------------------- requests that would write
 
     async def _refuse(self, *args: object) -> Never:
         raise pyfuse3.FUSEError(errno.EROFS)

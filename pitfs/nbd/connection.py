@@ -27,7 +27,7 @@ from pitfs.view.view import PointInTimeView, ReadBuffer
 
 MAX_REQUESTS: Final = 16  # under way for one connection: what a disk likes to have queued
 MAX_THREADS: Final = 16  # cold reads under way, of all connections
-PIECE_BYTES: Final = 256 << 10  # read, verified and sent at once: 60 us from memory, and what nbdcopy asks for
+PIECE_BYTES: Final = 256 << 10  # read, verified and sent at once: 60 us from memory; nbdcopy's own size
 SMALL_BYTES: Final = 64 << 10
 MAX_LARGE: Final = 4  # pieces larger than that under way for one connection
 MAX_EXTENTS: Final = 16 << 10  # of one answer; the client asks again from where they end
@@ -123,7 +123,7 @@ class Connection:
             start_tls: puts TLS over the socket once the client wants it; raises PitfsError.
 
         Raises:
-            PitfsError: TLS fails, or the store can't be read.
+            PitfsError: TLS or reading the store fails.
         """
         await self._send(self._protocol.greeting())
         while (event := await self._next()) is not None:
@@ -319,7 +319,7 @@ class Connection:
 
 
 class _UnfinishedError(PitfsError):
-    """A reply can't be completed: only the end of the connection can say so to the client."""
+    """A reply ends early, which only the end of the connection can show to the client."""
 
 
 def _cut(offset: int, size: int, step: int) -> Iterator[tuple[int, int]]:

@@ -3,8 +3,7 @@
     2026-11-22T23-54-00.123456789Z/root    the canonical name
     latest/root, 5m-ago/root, bookmarks/before-upgrade/root, times/2026-11-22/23-54/23-54-07/root, …
 
-Whatever leads to an instant in the tree does so here. A name is resolved at the moment when a client asks for
-it.
+All names of an instant in the tree are valid here. A name is resolved when a client opens it.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ class Exports:
 
         Raises:
             NoSuchExportError: there is none; says why.
-            PitfsError: the store can't be read.
+            PitfsError: reading the store fails.
         """
         path, _, volume = name.rpartition("/")
         names = [each.name for each in self._store.volumes]
@@ -108,7 +107,7 @@ class Exports:
 
     def _child(self, directory: int, name: str) -> int:
         entry = self._tree.lookup(directory, name.encode())
-        if entry.type is EntryType.LINK:  # in whatever directory, to an instant of the root's
+        if entry.type is EntryType.LINK:  # in any directory, to an instant in the root
             target = self._tree.target(entry.inode).rpartition("/")[2]
             entry = self._tree.lookup(ROOT_INODE, target.encode())
         return entry.inode

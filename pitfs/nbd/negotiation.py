@@ -64,7 +64,7 @@ class ExportInfo:
     """What a client learns about an export.
 
     Attributes:
-        name: the canonical one, by whatever name the client asked for it.
+        name: the canonical one, whichever name the client has used.
     """
 
     name: str
@@ -141,7 +141,7 @@ class Negotiation:
         """Changes the state from `here` to `there`.
 
         Raises:
-            LocalProtocolError: it isn't `here`: the caller answers what the client hasn't asked for.
+            LocalProtocolError: the state isn't `here`: the caller's answer isn't due.
         """
         if self.state is not here or there not in _TRANSITIONS[here]:
             raise LocalProtocolError(f"from {here.name} to {there.name}, in state {self.state.name}")

@@ -132,13 +132,13 @@ def make_mount(store: str, group: str, scratch: ScratchOptions | None) -> str:
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False,
         text=True, errors="surrogateescape", start_new_session=True,
     )  # fmt: skip
-    said = done.stderr.strip().replace("mount.pitfs: ", "")
+    message = done.stderr.strip().replace("mount.pitfs: ", "")
     if done.returncode:
-        failure = PitfsError(said or f"{store}: mount.pitfs ended with {done.returncode}")
+        failure = PitfsError(message or f"{store}: mount.pitfs ended with {done.returncode}")
         failure.exit_code = done.returncode if done.returncode in (1, 2) else 1
         raise failure
-    if said:
-        print(f"pitfs: {said}", file=sys.stderr)
+    if message:
+        print(f"pitfs: {message}", file=sys.stderr)
     return mountpoint
 
 
@@ -158,7 +158,7 @@ def unmount_unused() -> list[str]:
             if not _unmount(mountpoint):
                 busy.append(mountpoint)
                 continue
-            with contextlib.suppress(OSError):  # not empty: somebody has put a file in it
+            with contextlib.suppress(OSError):  # not empty: it has a file that isn't ours
                 os.rmdir(mountpoint)
             _remove_scratch(_scratch_of(mountpoint))
     return busy

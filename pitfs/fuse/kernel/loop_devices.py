@@ -20,7 +20,7 @@ from pitfs.fuse.kernel.processes import FileUser, processes_opening
 LOOP_CLR_FD: Final = 0x4C01  # linux/loop.h
 SECTOR_BYTES: Final = 512  # the kernel's unit of sizes, whatever the device's sectors are
 MAX_SECTOR_BYTES: Final = 4096
-NODES_S: Final = 3.0  # for the nodes of partitions to appear; whoever makes them (devtmpfs, udev) is asynchronous
+NODES_S: Final = 3.0  # for the nodes of partitions, which devtmpfs or udev make a little later
 RELEASE_S: Final = 3.0  # for a program that opens each new device for a moment (udev, blkid) to close it
 POLL_S: Final = 0.02
 
@@ -85,9 +85,9 @@ def attach(path: str, *, read_only: bool, sector_size: int) -> str:
     command = ["losetup", "--find", "--show", "--direct-io=on", "--partscan", f"--sector-size={sector_size}"]
     done = _run([*command, *(["--read-only"] if read_only else []), "--", path])
     if done.returncode:
-        said = done.stderr.strip().splitlines()[-1:] or [f"losetup ended with {done.returncode}"]
-        hint = ": see what holds the others: losetup --list" if "unused" in said[0] else ""
-        raise PitfsError(f"{path}: {said[0].removeprefix('losetup: ').removeprefix(f'{path}: ')}{hint}")
+        lines = done.stderr.strip().splitlines()[-1:] or [f"losetup ended with {done.returncode}"]
+        hint = ": see what holds the others: losetup --list" if "unused" in lines[0] else ""
+        raise PitfsError(f"{path}: {lines[0].removeprefix('losetup: ').removeprefix(f'{path}: ')}{hint}")
     return done.stdout.strip()
 
 
@@ -169,11 +169,11 @@ def detach(loop: LoopDevice) -> None:
             raise PitfsError(f"{loop.device}: {reason}")
     else:
         raise PitfsError(f"{loop.device}: in use, perhaps mounted in another mount namespace: lsns")
-    # The kernel frees it at the last close: that was ours, unless somebody has opened it just now.
+    # The kernel frees it at the last close: that was ours, unless another process opened it just now.
     for _ in polls(RELEASE_S):
         if loop_of(loop.device) != loop:
             return
-    openers = _joined(_openers(loop.device)) or "whoever has it open"
+    openers = _joined(_openers(loop.device)) or "the process that has it open"
     raise PitfsError(f"{loop.device}: goes when it is closed by {openers}")
 
 
@@ -191,7 +191,7 @@ def _clear_backing(device: str) -> bool:
             return False
         fcntl.ioctl(fd, LOOP_CLR_FD)
     except OSError as error:
-        if error.errno != errno.ENXIO:  # somebody else has done it
+        if error.errno != errno.ENXIO:  # another process has done it
             raise
     finally:
         os.close(fd)
@@ -203,7 +203,7 @@ def _why_busy(loop: LoopDevice) -> str:
     if places := mountpoints_of(loop):
         return f"mounted on {_joined(places)}: unmount first: umount {' '.join(places)}"
     if holders := kernel_holders(loop.device):
-        return f"in use by {_joined(holders)}: take that down first"
+        return f"in use by {_joined(holders)}: remove that first"
     if openers := _openers(loop.device):
         return f"opened by {_joined(openers)}: end that first"
     return ""

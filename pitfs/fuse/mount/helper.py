@@ -10,7 +10,7 @@ In the background the observer is the parent, whose exit code is the command's. 
 child, and the caller's process is the daemon.
 
 Log lines of a background daemon go to syslog. Where there is none (/dev/log) standard error is kept if it is
-a terminal or a file. A pipe isn't kept, since whoever reads it to its end would wait for the unmount; the
+a terminal or a file. A pipe isn't kept, since its reader would wait for its end until the unmount; the
 kernel's log (/dev/kmsg) gets the lines instead.
 """
 
@@ -57,7 +57,7 @@ def mount_store(request: MountRequest) -> int:
     """Mounts; returns the exit code when the mount answers (in the foreground: when it has ended).
 
     Raises:
-        PitfsError: it can't be mounted, and why.
+        PitfsError: the mount fails; with the reason.
     """
     # Links are resolved in the parent's path only: the mountpoint itself may be a dead mount.
     parent, name = os.path.split(os.path.abspath(request.mountpoint))

@@ -94,7 +94,7 @@ def open_operations(request: MountRequest) -> Replica:
     """Opens the store, and the scratch if there is one, for the handlers of a process that forks no more.
 
     Raises:
-        PitfsError: one of them can't be opened, or the store not be shown.
+        PitfsError: opening one of them fails, or the store has nothing to show.
     """
     if request.scratch is not None:
         from pitfs.fuse.kernel.io_flusher import set_io_flusher
@@ -125,7 +125,7 @@ def open_operations(request: MountRequest) -> Replica:
 @dataclasses.dataclass(slots=True)
 class _Worker:
     is_ready: bool = False
-    has_failed: bool = False  # and said why
+    has_failed: bool = False  # with a message why
 
 
 class WorkerSupervisor:
@@ -152,10 +152,10 @@ class WorkerSupervisor:
             signal.signal(number, self._on_signal)
 
     def start_probe(self) -> Callable[[], None]:
-        """Opens the store in another process, as workers do: one that can't be served isn't mounted.
+        """Opens the store in another process, as workers do: one that doesn't open isn't mounted.
 
         Returns:
-            the function that waits for the outcome; it raises PitfsError if the store can't be opened.
+            the function that waits for the outcome; it raises PitfsError if the store doesn't open.
         """
         pid = self._fork(self._probe)
 
@@ -225,7 +225,7 @@ class WorkerSupervisor:
             worker.has_failed = True
             if not self._any_ready():
                 raise decode_failure(text)
-            log.error("a worker can't be started: %s", decode_failure(text))
+            log.error("starting a worker failed: %s", decode_failure(text))
 
     def _any_ready(self) -> bool:
         return any(worker.is_ready for worker in self._workers.values())
