@@ -250,14 +250,14 @@ class WorkerSupervisor:
         if self._is_unmounted():
             self._is_ending = True
             return
-        if worker.has_failed:
-            return
         if worker.is_ready and self._request.scratch is not None:
             # Another one would show images without what the kernel and its users have written to them.
             raise PitfsError(
                 f"{self._request.mountpoint}: the process that had what was written to images ended {how}: "
                 f"the mount ends with it; what was fsynced to a kept scratch is there when it is mounted anew"
             )
+        if worker.has_failed:
+            return
         if not worker.is_ready and not self._any_ready():
             raise PitfsError(f"{self._request.mountpoint}: a worker ended {how} before it served")
         log.error("worker %d ended %s: the requests it had taken fail, another takes its place", pid, how)
