@@ -218,7 +218,7 @@ async def test_a_grants_file_says_which_certificate_may_write_which_group(
         file.write_text("[groups]\ndb1 = 7\n")
         with pytest.raises(LinkError, match="can't read who may write which group"):
             await attempt(port, client(pki["production"]))
-        assert f"nobody gets in: {file}: line 2, groups.db1: must be a list" in caplog.text
+        assert f"no sender is admitted: {file}: line 2, groups.db1: must be a list" in caplog.text
         file.unlink()
         with pytest.raises(LinkError, match="can't read who may write which group"):
             await attempt(port, client(pki["production"]))

@@ -95,8 +95,8 @@ _MAY_SEND: Final = {
 }
 _OTHER: Final = {Role.SENDER: Role.RECEIVER, Role.RECEIVER: Role.SENDER}
 
-# What else answers on a port, by its first bytes.
-_STRANGERS: Final = (
+# What else may be at the other end, by its first bytes.
+_OTHER_PROTOCOLS: Final = (
     (b"\x16\x03", "it speaks TLS and this side doesn't: give both sides certificates, or neither"),
     (b"\x15\x03", "it speaks TLS and this side doesn't: give both sides certificates, or neither"),
     (b"HTTP/", "it is a web server"),
@@ -195,8 +195,8 @@ class LinkProtocol:
     def _check_preface(self) -> None:
         start = bytes(self._frame)
         if not PREFACE.startswith(start):
-            words = next((words for first, words in _STRANGERS if start.startswith(first)), "")
-            if not words and any(first.startswith(start) for first, _ in _STRANGERS):
+            words = next((words for first, words in _OTHER_PROTOCOLS if start.startswith(first)), "")
+            if not words and any(first.startswith(start) for first, _ in _OTHER_PROTOCOLS):
                 return  # the next bytes will say which one
             raise self._error("the peer isn't pitfs" + (f": {words}" if words else ""))
         if start == PREFACE:

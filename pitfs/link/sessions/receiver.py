@@ -45,7 +45,7 @@ from pitfs.model.window import DEFAULT_WINDOW_BYTES
 log = logging.getLogger(__name__)
 
 FRAME_COST_BYTES: Final = 256  # what an empty frame counts for in a queue
-IDLE_S: Final = 0.5  # a stream is quiet for longer only where its link is: what came last is made readable then
+IDLE_S: Final = 0.5  # if nothing comes for longer, the link is slow: what was streamed last is made readable
 REPLIES_BYTES: Final = 256 << 10  # replies that may wait: 1,000, far more than a window has checkpoints
 
 T = TypeVar("T")
@@ -65,7 +65,7 @@ class Limits:
         window_bytes: the largest window of the codec; see `WindowPool` for what all may have together.
         handshake_s: from the connection to its HELLO.
         ping_s, dead_s: as Timeouts of the sender.
-        goodbye_s: to tell a peer why its session ends.
+        goodbye_s: to send a peer the reason why its session ends.
     """
 
     handshaking: int = 64
@@ -87,15 +87,15 @@ async def serve(
     read_grants: ReadGrants | None = None,
     check_sender: CheckSender = lambda _: None,
 ) -> None:
-    """Serves sessions until cancelled; then each finishes the call under way and tells its peer.
+    """Serves sessions until cancelled. Then each finishes the call under way and sends its peer a FAULT.
 
     Args:
         open_ingest: opens (or makes) the group's store; called in a thread, may raise any PitfsError.
         tls: of `server_context`; None for loopback only.
-        read_grants: called in a thread for each session, so that a change takes effect: of each group, whose
-            certificates (`identities_of`) may write it. None: whatever the certificates themselves say.
-        check_sender: called in a thread before the group's session is ended for this sender's; raises PitfsError
-            for one that the store wouldn't take.
+        read_grants: gives, by group, whose certificates (`identities_of`) may write it. Called in a thread for each
+            session, so that a change takes effect. None: the certificates themselves say it (`is_granted`).
+        check_sender: raises PitfsError for a sender that the store wouldn't take. Called in a thread before an older
+            session of the group is ended for this one.
     """
     receiver = _Receiver(open_ingest, tls, limits, read_grants, check_sender)
     async with trio.open_nursery() as nursery:
@@ -204,7 +204,7 @@ class _Receiver:
         try:
             granted = (await trio.to_thread.run_sync(read_grants, limiter=self.threads)).get(group, frozenset())
         except PitfsError as error:
-            log.error("nobody gets in: %s", error)
+            log.error("no sender is admitted: %s", error)
             words = "the replica can't read who may write which group: see its log"
             raise PeerError(failures.NOT_GRANTED, words, retryable=True) from error
         if not identities & granted:
@@ -233,9 +233,8 @@ class _Receiver:
         self._live[group] = session  # no await since the check: two sessions can't both find it free
 
     def release(self, session: _Session) -> None:
-        for group, live in list(self._live.items()):
-            if live is session:
-                del self._live[group]
+        """Frees the session's group for the next one."""
+        self._live = {group: live for group, live in self._live.items() if live is not session}
 
 
 class _Session:
@@ -248,7 +247,7 @@ class _Session:
         self._receiver, self._connection = receiver, connection
         self._incoming: FrameQueue[Frame] = FrameQueue(receiver.limits.queue_bytes)
         self._window_bytes = 0  # taken from the receiver's pool
-        self._applier: Applier | None = None
+        self._applier: Applier | None = None  # until the store is open
         self._scope = trio.CancelScope()
         self._reason: Exception | None = None  # why it ends; None: the peer left in order
         self._stopping = False
@@ -278,7 +277,7 @@ class _Session:
                 await self._say_goodbye()
 
     def stop(self, reason: Exception | None) -> None:
-        """Ends the session; the first reason stands."""
+        """Ends the session; the first reason counts."""
         if not self._stopping:
             self._stopping, self._reason = True, reason
         self._scope.cancel()
@@ -292,7 +291,7 @@ class _Session:
             self.stop(error)
 
     async def _work(self, greeting: Greeting) -> None:
-        """Opens the store, then feeds it what comes, until the peer has left and all is fed."""
+        """Opens the store, then ingests what comes, until the peer has left and all is ingested."""
         hello = await self._receiver.check(greeting, self._connection.stream)
         await self._in_thread(lambda: self._receiver.check_sender(hello))
         await self._receiver.take_over(hello.group, hello.epoch, self)
@@ -366,7 +365,7 @@ class _Session:
             log.error("%s: closing the store: %s", self.peer, error)
 
     async def _say_goodbye(self) -> None:
-        """Tells the peer why the session ends, as far as it still listens, and writes the log's line."""
+        """Sends the peer the reason why the session ends, if it still reads, and writes the line in the log."""
         reason, connection = self._reason, self._connection
         level = logging.INFO if reason is None else logging.WARNING
         what = "session ended" if self._began else "refused"

@@ -61,7 +61,7 @@ WINDOW_BYTES: Final = 32 << 20
 QUEUE_BYTES: Final = 4 << 20  # before and after encoding: enough to batch, little to hold
 THREAD_BYTES: Final = 64 << 10  # compressing less costs less than the hop to a thread (150 to 300 µs)
 FRAME_COST_BYTES: Final = 64  # what an empty frame counts for in a queue
-VERDICT_S: Final = 2.0  # after a failed write: time to read why the peer closed
+FAULT_WAIT_S: Final = 2.0  # after a failed write: time to read the FAULT that says why the peer closed
 
 
 class SenderSession:
@@ -305,7 +305,7 @@ class SenderSession:
             await self.connection.write_all()
         except LINK_ERRORS:
             # The peer may have closed after it sent a FAULT: let the reader find that.
-            with trio.move_on_after(VERDICT_S):
+            with trio.move_on_after(FAULT_WAIT_S):
                 while self.failure is None:
                     await self._changed.park()
             raise

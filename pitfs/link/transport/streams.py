@@ -58,12 +58,11 @@ class PlainStream:
         await self.inner.send_all(data)
 
     async def linger(self) -> None:
-        """Ends our direction and reads the other to its end.
+        """Ends our direction and reads the other to its end; the caller limits the time.
 
-        Closing with unread bytes would reset the connection, and the peer might lose our last words. The
-        caller limits the time.
+        Closing with unread bytes would reset the connection, and the peer might lose the last frame.
         """
-        with suppress(trio.BrokenResourceError, trio.ClosedResourceError, OSError):
+        with suppress(*LINK_ERRORS):
             self.inner.socket.shutdown(socket.SHUT_WR)
             while await self.inner.receive_some(RECEIVE_BYTES):
                 pass
@@ -73,11 +72,10 @@ class PlainStream:
 
 
 class TlsStream(PlainStream):
-    """TLS over a TCP connection.
+    """TLS over a TCP connection; at most one task receives and one sends.
 
-    Not trio.SSLStream, for two reasons: that never sends the alert when a handshake fails, so the peer
-    wouldn't learn why; and it gives 16 KiB for each pass through the loop. At most one
-    task receives and one sends.
+    It replaces trio.SSLStream for two reasons. That one never sends the alert when a handshake fails, so the peer
+    doesn't learn why. And it returns at most 16 KiB for each pass through the event loop.
     """
 
     def __init__(
@@ -85,13 +83,9 @@ class TlsStream(PlainStream):
     ) -> None:
         super().__init__(inner)
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = context.wrap_bio(
-            self._incoming,
-            self._outgoing,
-            server_side=server_hostname is None,
-            server_hostname=server_hostname,
-        )
-        self._sending = trio.Lock()  # what the BIO gives must reach the socket in that order
+        is_server = server_hostname is None
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, is_server, server_hostname)
+        self._sending = trio.Lock()  # bytes must reach the socket in the order in which they leave the BIO
         self._buffer = bytearray(RECEIVE_BYTES + TLS_RECORD_BYTES)
         self._ended = False  # the peer sent close_notify
 
@@ -126,12 +120,12 @@ class TlsStream(PlainStream):
         return identities_of(self.peer_certificate(), self._tls.getpeercert(binary_form=True) or b"")
 
     async def receive_some(self) -> Buffer:
-        """As PlainStream; an end without close_notify counts as an end: the protocol knows if all is there.
+        """As PlainStream. An end without close_notify is an end, too: the protocol knows whether all has come.
 
         Raises:
             ssl.SSLError: an alert of the peer, or bytes that aren't TLS.
         """
-        # What comes behind close_notify isn't received: nothing would ever take it out of the BIO again.
+        # Nothing is received behind close_notify, since nothing would take it out of the BIO again.
         while not self._ended:
             view = memoryview(self._buffer)
             filled = 0
@@ -165,7 +159,7 @@ class TlsStream(PlainStream):
                 await self.inner.send_all(self._outgoing.read())
 
     async def linger(self) -> None:
-        with suppress(ssl.SSLError, ValueError, trio.BrokenResourceError, trio.ClosedResourceError):
+        with suppress(ValueError, *LINK_ERRORS):
             with suppress(ssl.SSLWantReadError):
                 self._tls.unwrap()  # only makes our close_notify
             await self._flush()
@@ -178,7 +172,7 @@ class TlsStream(PlainStream):
 
 
 def delivery_bytes_per_s(stream: trio.SocketStream) -> int:
-    """How fast the kernel saw bytes arrive at the peer lately, at most; 0: not known."""
+    """The kernel's latest estimate of the delivery rate (it may be too high); 0: not known."""
     try:
         info = stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, DELIVERY_RATE_AT + 8)
     except OSError:
@@ -196,7 +190,7 @@ def peer_name(stream: trio.SocketStream) -> str:
 
 
 def joined(buffers: Iterable[Buffer]) -> Iterator[Buffer]:
-    """Joins neighbouring small buffers, passes on large ones as they are."""
+    """Joins neighbouring small buffers; large ones are passed on as they are."""
     small: list[Buffer] = []
     small_bytes = 0
     for buffer in buffers:
