@@ -55,7 +55,7 @@ class Connection:
             the frames; None if the peer has ended the connection.
 
         Raises:
-            RemoteProtocolError: the peer broke the protocol (while iterating, too).
+            RemoteProtocolError: while iterating: the peer broke the protocol.
             LinkError: nothing came for `dead_s`.
             LINK_ERRORS: the connection broke, or we closed it.
         """
@@ -63,10 +63,11 @@ class Connection:
             data = await self.stream.receive_some()
         if scope.cancelled_caught:
             raise LinkError(f"nothing heard from it for {self._dead_s:g} s")
-        if not data:
-            self._protocol.receive_eof()
-            return None
-        return self._without_heartbeats(data)
+        return self._without_heartbeats(data) if data else None
+
+    def check_end(self) -> None:
+        """Raises RemoteProtocolError if the peer ended the connection in the middle of a frame."""
+        self._protocol.receive_eof()
 
     def _without_heartbeats(self, data: Buffer) -> Iterator[Frame]:
         for frame in self._protocol.receive(data):

@@ -315,6 +315,7 @@ class SenderSession:
             while self.failure is None:
                 frames = await self.connection.receive()
                 if frames is None:
+                    self.connection.check_end()
                     raise LinkError(f"it closed the connection{self._closed_hint()}")
                 for frame in frames:
                     self._take(frame)
