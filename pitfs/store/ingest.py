@@ -43,6 +43,7 @@ from pitfs.model.transfer import (
 )
 from pitfs.storage.files import fsync_directory, storage_error
 from pitfs.store.catalog.catalog import Catalog
+from pitfs.store.identity import check_identity
 from pitfs.store.index.block_maps import NodeReader
 from pitfs.store.objects.format import (
     CATALOG,
@@ -51,7 +52,6 @@ from pitfs.store.objects.format import (
     STAGING,
     STORE_JSON,
     ObjectKind,
-    check_identity,
     object_file,
 )
 from pitfs.store.objects.pool import ObjectPool
