@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-import re
 from typing import Final
 
 import msgspec
 
 from pitfs.errors import StoreError, StoreVersionError
-from pitfs.model.transfer import UNIT_BYTES, VolumeInfo
+from pitfs.model.group import identity_problem
+from pitfs.model.transfer import VolumeInfo
 from pitfs.storage.files import storage_error
-from pitfs.store.objects.format import CATALOG, MAX_UNITS, OBJECTS, STORE_JSON, VERSION, is_name
+from pitfs.store.objects.format import CATALOG, OBJECTS, STORE_JSON, VERSION
 
 FORMAT: Final = "pitfs-store"
-MAX_VOLUMES: Final = 1024
-_HISTORY: Final = re.compile(r"[0-9a-f]{32}")
 
 
 class StoreInfo(msgspec.Struct, frozen=True):
@@ -26,27 +24,6 @@ class StoreInfo(msgspec.Struct, frozen=True):
     group: str
     history: str
     volumes: tuple[VolumeInfo, ...]
-
-
-def check_identity(group: str, history: str, volumes: tuple[VolumeInfo, ...]) -> str | None:
-    """What is wrong with a group's description, which comes from a peer or a file and names a directory."""
-    if not is_name(group):
-        return f"group name {group[:80]!r}: must be 1 to 64 of A-Z a-z 0-9 . _ -"
-    if not _HISTORY.fullmatch(history):
-        return "history: must be 32 lower-case hex digits"
-    if not 1 <= len(volumes) <= MAX_VOLUMES:
-        return f"{len(volumes)} volumes: must be 1 to {MAX_VOLUMES}"
-    if len({volume.name for volume in volumes}) != len(volumes):
-        return "two volumes of the same name"
-    for volume in volumes:
-        if not is_name(volume.name):
-            return f"volume name {volume.name[:80]!r}: must be 1 to 64 of A-Z a-z 0-9 . _ -"
-        size = volume.block_size
-        if not 512 <= size <= 65536 or size & (size - 1):
-            return f"volume {volume.name}: block size {size}: must be a power of two from 512 to 65536"
-        if not 0 < volume.size_bytes <= MAX_UNITS * UNIT_BYTES:
-            return f"volume {volume.name}: size of {volume.size_bytes} bytes: must be 1 byte to 32 TiB"
-    return None
 
 
 def read_store_info(path: str) -> StoreInfo:
@@ -83,7 +60,7 @@ def read_store_info(path: str) -> StoreInfo:
         info = msgspec.json.decode(data, type=StoreInfo)
     except msgspec.MsgspecError as error:
         raise StoreError(f"{name}: damaged: {error}: put it back from another copy of the store") from None
-    problem = check_identity(info.group, info.history, info.volumes)
+    problem = identity_problem(info.group, info.history, info.volumes)
     if problem:
         raise StoreError(f"{name}: damaged: {problem}: put it back from another copy of the store")
     for part in (CATALOG, OBJECTS):

@@ -27,6 +27,7 @@ from pitfs.errors import (
     PositionMismatchError,
     RemoteProtocolError,
 )
+from pitfs.model.group import identity_problem
 from pitfs.model.transfer import (
     WAITS,
     Coarse,
@@ -43,7 +44,6 @@ from pitfs.model.transfer import (
 )
 from pitfs.storage.files import fsync_directory, storage_error
 from pitfs.store.catalog.catalog import Catalog
-from pitfs.store.identity import check_identity
 from pitfs.store.index.block_maps import NodeReader
 from pitfs.store.objects.format import (
     CATALOG,
@@ -85,7 +85,7 @@ class Ingest:
     """
 
     def __init__(self, root: str, hello: Hello, clock: Callable[[], float] = time.monotonic) -> None:
-        problem = check_identity(hello.group, hello.history, hello.volumes)
+        problem = identity_problem(hello.group, hello.history, hello.volumes)
         if problem:
             raise RemoteProtocolError(f"the sender's hello: {problem}")
         self.path = os.path.join(root, hello.group)

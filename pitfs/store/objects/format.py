@@ -70,7 +70,6 @@ OBJECTS: Final = "objects"
 STAGING: Final = "staging"
 PINS: Final = "pins"
 
-_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _OBJECT_NAME: Final = re.compile(
     r"snapshot-[0-9a-f]{16}\.(?:map|blocks)|journal-(?P<blocks>[0-9a-f]{16})\.blocks"
     r"|journal-(?P<index>[0-9a-f]{16})-(?P<layer>[0-9])\.index"
@@ -194,8 +193,3 @@ class ObjectRecord:
     data_bytes: int
     footer_bytes: int
     footer_checksum: int
-
-
-def is_name(text: str) -> bool:
-    """Whether it can name a group, a volume or a bookmark, and so a file."""
-    return _NAME.fullmatch(text) is not None and text not in (".", "..")
