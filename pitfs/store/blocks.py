@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from typing import Final, Protocol
 
 from pitfs.errors import CorruptionError
-from pitfs.model.blockmap import U64Array
+from pitfs.model.blockmap import BlockMap, U64Array
 from pitfs.model.transfer import VolumeInfo
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.records import OpenInterval, Resolution
-from pitfs.store.index.block_maps import NodeReader, SnapshotMap
+from pitfs.store.index.block_maps import NodeReader, block_maps
 from pitfs.store.index.journals import Journals
 from pitfs.store.objects.cache import Cache
 from pitfs.store.objects.pool import ObjectPool, again_if_replaced
@@ -45,7 +45,7 @@ class Blocks:
         self._catalog, self._volumes = catalog, volumes
         self._journals, self._open_intervals = journals, open_intervals
         self._nodes = NodeReader(objects)
-        self._maps: Cache[int, SnapshotMap] = Cache(MAX_CACHED_MAPS)
+        self._maps: Cache[int, list[BlockMap]] = Cache(MAX_CACHED_MAPS)
 
     @again_if_replaced
     def leaf(self, resolution: Resolution, volume: int, leaf_index: int) -> tuple[U64Array, U64Array]:
@@ -56,8 +56,7 @@ class Blocks:
         """
         now = self._open_intervals.now()  # first: open intervals become intervals, not the reverse
         base, over = _layers(now, resolution)
-        shared_pointers, shared_checksums = self._map(base).leaf(volume, leaf_index)
-        pointers, checksums = shared_pointers.copy(), shared_checksums.copy()
+        pointers, checksums = self._maps_of(base)[volume].leaf(leaf_index).copy()
         for end_snapshot_id, seq in reversed(over.items()):
             self._written(now, end_snapshot_id).overlay(seq, volume, leaf_index, pointers, checksums)
         return pointers, checksums
@@ -71,7 +70,7 @@ class Blocks:
         now = self._open_intervals.now()
         base, over = _layers(now, resolution)
         found = [self._written(now, end).next_leaf(volume, first, -1, seq) for end, seq in over.items()]
-        return _earliest(self._map(base).next_leaf(volume, first), *found)
+        return _earliest(self._maps_of(base)[volume].next_leaf(first), *found)
 
     @again_if_replaced
     def next_difference(self, one: Resolution, other: Resolution, volume: int, first: int) -> int | None:
@@ -90,7 +89,8 @@ class Blocks:
             if after != through:
                 found.append(self._written(now, end_snapshot_id).next_leaf(volume, first, after, through))
         if base != other_base:
-            found.append(self._map(base).next_difference(self._map(other_base), volume, first))
+            maps = self._maps_of(base)[volume], self._maps_of(other_base)[volume]
+            found.append(maps[0].next_difference(maps[1], first))
         return _earliest(*found)
 
     def _written(self, now: Sequence[OpenInterval], end_snapshot_id: int) -> WrittenBlocks:
@@ -98,13 +98,13 @@ class Blocks:
         interval = _ending_at(now, end_snapshot_id)
         return self._journals.ending_at(end_snapshot_id) if interval is None else self._open_intervals.written(interval)
 
-    def _map(self, snapshot_id: int) -> SnapshotMap:
-        def read() -> SnapshotMap:
+    def _maps_of(self, snapshot_id: int) -> list[BlockMap]:
+        def read() -> list[BlockMap]:
             roots = self._catalog.roots(snapshot_id)
             if len(roots) != len(self._volumes):
                 what = f"snapshot {snapshot_id} doesn't have a root for each volume"
                 raise CorruptionError(self._catalog.path, 0, what)
-            return SnapshotMap(self._nodes, roots, self._volumes)
+            return block_maps(self._nodes, roots, self._volumes)
 
         return self._maps.get(snapshot_id, read)
 
@@ -124,7 +124,10 @@ def _layers(now: Sequence[OpenInterval], resolution: Resolution) -> tuple[int, d
 
 def _ending_at(now: Sequence[OpenInterval], snapshot_id: int) -> OpenInterval | None:
     """The open interval of which that snapshot will be made."""
-    return next((each for each in now if each.end_snapshot_id == snapshot_id), None)
+    for each in now:
+        if each.end_snapshot_id == snapshot_id:
+            return each
+    return None
 
 
 def _earliest(*found: int | None) -> int | None:

@@ -19,7 +19,7 @@ from pitfs.model.transfer import Section, TransferKind, VolumeInfo
 from pitfs.storage.files import fsync_directory, read_exactly, write_all
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.records import Commit, Interval, LayersCommit, Snapshot
-from pitfs.store.index.block_maps import NodeReader, SnapshotMap
+from pitfs.store.index.block_maps import NodeReader, block_maps
 from pitfs.store.index.reader import JournalIndex, chunk_cache
 from pitfs.store.objects.format import HEADER_BYTES, ObjectHeader, ObjectKind, ObjectRecord, object_file
 from pitfs.store.objects.pool import ObjectPool
@@ -92,7 +92,7 @@ class Committer:
             if facts is None:
                 raise CorruptionError(catalog.path, 0, f"it lists an interval but not {replaced}")
             before = JournalIndex(self._objects, base, facts, chunk_cache())
-        fourth = SnapshotMap(self._nodes, catalog.roots(base.end_snapshot_id), self._volumes)
+        fourth = block_maps(self._nodes, catalog.roots(base.end_snapshot_id), self._volumes)
         built = LayersBuilder(
             staged, self._history, self._volumes, base, before, fourth, self._objects
         ).build(layer)

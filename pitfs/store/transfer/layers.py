@@ -16,11 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pitfs.errors import PositionMismatchError
-from pitfs.model.blockmap import FANOUT, FANOUT_BITS
+from pitfs.model.blockmap import FANOUT, FANOUT_BITS, BlockMap
 from pitfs.model.transfer import UNIT_BYTES, Manifest, Section, Source, VolumeInfo
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.records import Interval
-from pitfs.store.index.block_maps import SnapshotMap
 from pitfs.store.index.format import INDEX_ROW
 from pitfs.store.index.reader import JournalIndex
 from pitfs.store.index.writer import IndexWriter
@@ -154,7 +153,7 @@ class LayersBuilder:
         volumes: Sequence[VolumeInfo],
         base: Interval,
         before: JournalIndex | None,
-        fourth: SnapshotMap,
+        fourth: Sequence[BlockMap],
         objects: ObjectPool,
     ) -> None:
         self._staged, self._history, self._volumes = staged, history, volumes
@@ -248,7 +247,7 @@ class LayersBuilder:
         cuts = np.flatnonzero((volume[1:] != volume[:-1]) | (leaf[1:] != leaf[:-1])) + 1
         for part in np.split(places, cuts):
             first = found[part[0]]
-            pointers, checksums = self._fourth.leaf(int(first["volume"]), int(first["block"]) >> FANOUT_BITS)
+            pointers, checksums = self._fourth[int(first["volume"])].leaf(int(first["block"]) >> FANOUT_BITS)
             index = found["block"][part] & (FANOUT - 1)
             found["pointer"][part], found["checksum"][part] = pointers[index], checksums[index]
         ours = contents_object(self._base.end_snapshot_id, ObjectKind.SNAPSHOT_BLOCKS)
