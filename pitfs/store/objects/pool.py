@@ -23,7 +23,6 @@ from pitfs.store.objects.format import (
     ObjectKind,
     contents_kind,
     contents_object,
-    data_offset,
     object_file,
 )
 
@@ -114,10 +113,6 @@ class ObjectPool:
         kind, snapshot = contents_kind(object_number)
         return self.fd_of(kind, snapshot)
 
-    def data_offset(self, unit: int) -> int:
-        """Byte of a contents object where `unit` stands."""
-        return data_offset(unit)
-
     def fd_of(self, kind: ObjectKind, snapshot: int, layer: int = LAST_LAYER) -> Descriptor:
         """As `fd`, for an object of any kind; `layer`: of an index."""
         key = (kind, snapshot, layer)
@@ -144,9 +139,6 @@ class ObjectPool:
             if kind in _CONTENTS:
                 self._contents.pop(contents_object(snapshot, kind), None)
 
-    def path_of(self, kind: ObjectKind, snapshot: int, layer: int = LAST_LAYER) -> str:
-        return os.path.join(self.directory, object_file(kind, snapshot, layer))
-
     def read_verified(
         self, kind: ObjectKind, snapshot: int, size: int, offset: int, checksum: int, layer: int = LAST_LAYER
     ) -> bytes:
@@ -156,7 +148,7 @@ class ObjectPool:
             CorruptionError: they aren't those.
             PitfsError: the disk refuses.
         """
-        path = self.path_of(kind, snapshot, layer)
+        path = os.path.join(self.directory, object_file(kind, snapshot, layer))
         fd = self.fd_of(kind, snapshot, layer)
         try:
             data = read_exactly(fd, size, offset, path)
@@ -172,7 +164,7 @@ class ObjectPool:
             self._contents.clear()
 
     def _open_checked(self, kind: ObjectKind, snapshot: int, layer: int) -> Descriptor:
-        path = self.path_of(kind, snapshot, layer)
+        path = os.path.join(self.directory, object_file(kind, snapshot, layer))
         try:
             fd = Descriptor(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         except OSError as error:
