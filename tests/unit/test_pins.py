@@ -21,7 +21,7 @@ from pitfs.store.ingest import Ingest
 from pitfs.store.pins import pin_file
 from pitfs.store.pins.pin_file import EVERYTHING, FILE_BYTES, MAX_LISTED, PAGE_BYTES, Unlisted
 from pitfs.store.pins.pins import Pins, list_pins, pins_locked
-from pitfs.store.store import Store
+from pitfs.store.store import Resolution, Store
 from tests.helpers.stores import ingest_transfer
 from tests.helpers.transfers import random_history, random_transfers
 
@@ -48,6 +48,18 @@ def other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
             yield process
         finally:
             process.kill()
+
+
+class Pruned:
+    """A store in which one state is left."""
+
+    path = "/pruned"
+
+    def __init__(self, left: Resolution) -> None:
+        self._left = left
+
+    def at_seq(self, seq: int) -> Resolution:
+        return self._left
 
 
 def test_what_is_pinned_is_listed_until_it_is_unpinned(tmp_path: Path) -> None:
@@ -178,9 +190,8 @@ def test_an_instant_is_resolved_again_when_it_is_pinned(tmp_path: Path) -> None:
         pins.unpin(latest.seq)
         before = store.first()
         assert before is not None
-        store.at_seq = lambda seq: before  # type: ignore[method-assign]
         with pytest.raises(NoSuchInstantError, match="pruned"):
-            pins.pinned(store, latest)
+            pins.pinned(Pruned(before), latest)
         assert list_pins(ingest.path)[0].instants == ()
     store.close()
     ingest.close()
