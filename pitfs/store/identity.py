@@ -33,9 +33,7 @@ def read_store_info(path: str) -> StoreInfo:
         StoreError: it isn't a store; the message says what is missing.
         StoreVersionError: a newer pitfs wrote it.
     """
-    looks = (
-        f"a store is a directory ROOT/GROUP that `pitfs receive` made: {STORE_JSON}, {CATALOG}, {OBJECTS}/"
-    )
+    looks = f"a store is a directory ROOT/GROUP that `pitfs receive` made: {STORE_JSON}, {CATALOG}, {OBJECTS}/"
     name = os.path.join(path, STORE_JSON)
     try:
         with open(name, "rb") as file:
@@ -54,8 +52,7 @@ def read_store_info(path: str) -> StoreInfo:
             raise StoreError(f"{name}: not of a pitfs store: {looks}")
         if head["version"] > VERSION:
             raise StoreVersionError(
-                f"{path}: store of version {head['version']}, this pitfs knows up to {VERSION}: "
-                f"use a newer pitfs"
+                f"{path}: store of version {head['version']}, this pitfs knows up to {VERSION}: use a newer pitfs"
             )
         info = msgspec.json.decode(data, type=StoreInfo)
     except msgspec.MsgspecError as error:

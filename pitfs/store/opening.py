@@ -1,8 +1,7 @@
-"""What is asked before a store is written: is the directory its, is nobody else writing it, whose store is it."""
+"""What is checked before a store is written: that it is one, that nobody else writes it, and whose it is."""
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import socket
@@ -11,7 +10,7 @@ import msgspec
 
 from pitfs.errors import PositionMismatchError, StoreError
 from pitfs.model.transfer import Hello
-from pitfs.storage.files import durable_replace, fsync_directory, storage_error
+from pitfs.storage.files import durable_replace, fsync_directory
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.identity import FORMAT, StoreInfo, read_store_info
 from pitfs.store.objects.format import CATALOG, LOCK, OBJECTS, PINS, STAGING, STORE_JSON, VERSION
@@ -37,24 +36,21 @@ def take_lock(store: str) -> int:
     """The descriptor that holds the writer's lock; converts what an older pitfs arranged differently.
 
     Raises:
-        StoreError: another process holds it.
+        StoreError: another process holds the lock.
     """
     path = os.path.join(store, LOCK)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            other = os.pread(fd, 200, 0).decode("utf-8", "replace").strip() or "another process"
+            raise StoreError(
+                f"{store}: {other} is writing this store (it holds {path}): a store has one writer; "
+                f"end that one, or wait until it has ended"
+            ) from None
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    except BaseException as error:
-        holder = os.pread(fd, 200, 0).decode("utf-8", "replace").strip() or "another process"
-        os.close(fd)
-        if not isinstance(error, OSError) or error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            raise
-        raise StoreError(
-            f"{store}: {holder} is writing this store (it holds {path}): a store has one writer; "
-            f"end that one, or wait until it has ended"
-        ) from None
-    try:
         convert_directory(store)
     except BaseException:
         os.close(fd)
@@ -63,18 +59,14 @@ def take_lock(store: str) -> int:
 
 
 def check_sender(root: str, hello: Hello) -> None:
-    """Whether the store of its group takes this sender, as far as that can be told without writing it.
+    """Whether the store of its group takes this sender, as far as that shows without writing the store.
 
-    Asked before the sender that is there is ended for it: one that is going to be refused mustn't disturb it.
+    Asked before the session that is there is ended for the sender: one that will be refused mustn't disturb it.
 
     Raises:
         PositionMismatchError, StoreError, PitfsError: as opening the store would.
     """
-    path = os.path.join(root, hello.group)
-    try:
-        check_same_group(path, hello)
-    except OSError as error:
-        raise storage_error(error, path, "opening") from error
+    check_same_group(os.path.join(root, hello.group), hello)
 
 
 def check_same_group(path: str, hello: Hello) -> None:
@@ -90,12 +82,12 @@ def check_same_group(path: str, hello: Hello) -> None:
             f"another --root"
         )
     if info.volumes != hello.volumes:
-        had, sent = (
-            [f"{v.name} ({v.size_bytes} B, blocks of {v.block_size})" for v in x.volumes]
-            for x in (info, hello)
+        has, sends = (
+            ", ".join(f"{v.name} ({v.size_bytes} B, blocks of {v.block_size})" for v in side.volumes)
+            for side in (info, hello)
         )
         raise PositionMismatchError(
-            f"{path}: has the volumes {', '.join(had)}, production sends {', '.join(sent)}: "
+            f"{path}: has the volumes {has}, production sends {sends}: "
             f"volumes can't change within a history; put production's configuration back, or give it a "
             f"new state and this store a new place"
         )
@@ -115,11 +107,7 @@ def check_epoch(path: str, catalog: Catalog, hello: Hello) -> None:
 def make_store_json(path: str, catalog: Catalog, hello: Hello) -> None:
     """Says whose store it is: the last thing of a new one. Raises StoreError where it was one already."""
     if catalog.meta("mark"):
-        raise StoreError(
-            f"{path}: has a catalog but no {STORE_JSON}: put that back from another copy of the store"
-        )
+        raise StoreError(f"{path}: has a catalog but no {STORE_JSON}: put that back from another copy of the store")
     fsync_directory(path)  # what a store has is there before what says that it is one
     info = StoreInfo(FORMAT, VERSION, hello.group, hello.history, hello.volumes)
-    durable_replace(
-        os.path.join(path, STORE_JSON), msgspec.json.format(msgspec.json.encode(info)) + b"\n"
-    )
+    durable_replace(os.path.join(path, STORE_JSON), msgspec.json.format(msgspec.json.encode(info)) + b"\n")
