@@ -195,7 +195,7 @@ class Store:
             snapshot = self._catalog.snapshot_at_time(snapshot.time_ns - 1)
 
     def open_intervals(self, from_ns: int | None = None, to_ns: int | None = None) -> Iterator[Interval]:
-        """What streams in behind the last snapshot, as far as it can be read; two while one is being closed."""
+        """What streams in behind the last snapshot, as far as it is readable; two while one is being closed."""
         for each in self._open_intervals.now():
             is_later = to_ns is not None and each.from_time_ns >= to_ns
             if each.runs and not is_later and (from_ns is None or each.to_time_ns >= from_ns):

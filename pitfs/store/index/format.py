@@ -44,7 +44,7 @@ assert SPARSE_INDEX.itemsize == 40 and CHUNK_POSITIONS * 16 == CHUNK_BYTES
 
 Chunk = npt.NDArray[np.uint64]  # shape (4, rows), or (2, rows) for positions
 
-# A row as writers take it and readers give it; on disk its columns stand in a chunk of their volume.
+# A row as writers take it and readers give it; on disk its columns are in a chunk of their volume.
 INDEX_ROW: Final = np.dtype(
     [("volume", "<u2"), ("block", "<i8"), ("seq", "<i8"), ("pointer", "<u8"), ("checksum", "<u8")]
 )

@@ -30,7 +30,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 MAX_OPEN_OBJECTS: Final = 256  # well below the usual soft limit of 1024 descriptors
-# The blocks of one image may stand in as many objects as there were snapshots before it: with 256 descriptors and
+# The blocks of one image may be in as many objects as there were snapshots before it: with 256 descriptors and
 # 1,000 such objects reads took 2.5 times as long. Some 500 bytes each, kernel and all.
 MAX_OPEN_OBJECTS_READING: Final = 8192
 _OTHER_FILES: Final = 256  # descriptors that are left to whatever else the process does
@@ -111,7 +111,7 @@ class ObjectPool:
 
         Raises:
             CorruptionError: it is missing, or it isn't that object.
-            PitfsError: it can't be opened.
+            PitfsError: the disk refuses.
         """
         fd = self.opened(object_number)
         return fd if fd is not None else self.fd_of(*contents_kind(object_number))
