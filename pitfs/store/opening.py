@@ -13,18 +13,8 @@ from pitfs.errors import PositionMismatchError, StoreError
 from pitfs.model.transfer import Hello
 from pitfs.storage.files import durable_replace, fsync_directory, storage_error
 from pitfs.store.catalog.catalog import Catalog
-from pitfs.store.objects.format import (
-    CATALOG,
-    FORMAT,
-    HOLDERS,
-    LOCK,
-    OBJECTS,
-    STAGING,
-    STORE_JSON,
-    VERSION,
-    StoreInfo,
-    read_store_info,
-)
+from pitfs.store.identity import FORMAT, StoreInfo, read_store_info
+from pitfs.store.objects.format import CATALOG, LOCK, OBJECTS, PINS, STAGING, STORE_JSON, VERSION
 
 
 def check_place(path: str) -> None:
@@ -33,7 +23,7 @@ def check_place(path: str) -> None:
         names = set(os.listdir(path))
     except FileNotFoundError:
         return
-    ours = {LOCK, OBJECTS, STAGING, HOLDERS, CATALOG, f"{CATALOG}-wal", f"{CATALOG}-shm", f"{CATALOG}-journal"}
+    ours = {LOCK, OBJECTS, STAGING, PINS, CATALOG, f"{CATALOG}-wal", f"{CATALOG}-shm", f"{CATALOG}-journal"}
     others = sorted(names - ours - {f"{STORE_JSON}.tmp"})
     if STORE_JSON not in names and others:
         raise StoreError(

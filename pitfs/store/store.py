@@ -13,13 +13,15 @@ from typing import Final, ParamSpec, TypeVar
 
 from pitfs.errors import CorruptionError, NoSuchInstantError
 from pitfs.model.blockmap import FANOUT, FANOUT_BITS, U64Array
+from pitfs.model.position import Position
 from pitfs.model.transfer import Bookmark, Gap
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.records import Interval, OpenInterval, Resolution, Snapshot
+from pitfs.store.identity import read_store_info
 from pitfs.store.index.block_maps import NodeReader, SnapshotMap
-from pitfs.store.index.journal_index import JournalIndex, Position, chunk_cache
+from pitfs.store.index.reader import JournalIndex, chunk_cache
 from pitfs.store.objects.cache import Cache
-from pitfs.store.objects.format import CATALOG, OBJECTS, ObjectKind, object_file, read_store_info
+from pitfs.store.objects.format import CATALOG, OBJECTS, ObjectKind, object_file
 from pitfs.store.objects.pool import MissingObjectError, ObjectPool, reading_limit
 from pitfs.store.open_interval.reader import OpenIntervals
 
@@ -68,7 +70,7 @@ class Store:
         self._chunks = chunk_cache()
         self._maps: Cache[int, SnapshotMap] = Cache(MAX_CACHED_MAPS)
         self._journals: Cache[tuple[int, int], JournalIndex] = Cache(
-            MAX_CACHED_FENCE_BYTES, lambda journal: journal.fence_bytes + _FENCE_OVERHEAD_BYTES
+            MAX_CACHED_FENCE_BYTES, lambda journal: journal.sparse_index_bytes + _FENCE_OVERHEAD_BYTES
         )
         self._tails = OpenIntervals(self._catalog, self.objects, self._chunks)
 
@@ -406,8 +408,9 @@ class Store:
 
     def _intermediary(self, interval: Interval, position: Position) -> Resolution:
         return Resolution(
-            *position, "intermediary", interval.granularity_ns, interval.base_snapshot_id, interval.end_snapshot_id
-        )
+            position.seq, position.time_ns, "intermediary",
+            interval.granularity_ns, interval.base_snapshot_id, interval.end_snapshot_id,
+        )  # fmt: skip
 
 
 def _of_fourth(tails: Sequence[OpenInterval], snapshot: int) -> OpenInterval | None:
@@ -426,6 +429,6 @@ def _is_known(interval: Interval, position: Position | None, time_ns: int, journ
         return True
     granule = time_ns // rung_ns
     # A position is the last write of its granule; a granule without one has no write.
-    return (position is not None and position[1] // rung_ns == granule) or (
+    return (position is not None and position.time_ns // rung_ns == granule) or (
         journal.next_time(time_ns) // rung_ns > granule
     )

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 from pitfs.errors import CorruptionError
-from pitfs.store.catalog.records import Interval, ObjectRecord
-from pitfs.store.index import journal_index as journals
-from pitfs.store.index.journal_index import INDEX_ROW, JournalIndex, JournalWriter, chunk_cache
-from pitfs.store.objects.format import ObjectHeader, ObjectKind, object_file
+from pitfs.model.position import Position
+from pitfs.store.catalog.records import Interval
+from pitfs.store.index import writer as journals
+from pitfs.store.index.format import INDEX_ROW
+from pitfs.store.index.reader import JournalIndex, chunk_cache
+from pitfs.store.index.writer import IndexWriter
+from pitfs.store.objects.format import ObjectHeader, ObjectKind, ObjectRecord, object_file
 from pitfs.store.objects.pool import ObjectPool
 
 HISTORY = bytes(16)
@@ -24,7 +27,7 @@ def write_index(
 ) -> tuple[ObjectPool, JournalIndex]:
     name = object_file(ObjectKind.JOURNAL_INDEX, 2)
     fd = os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-    writer = JournalWriter(fd)
+    writer = IndexWriter(fd)
     for volume, table in rows.items():
         for part in np.array_split(table, int(random.integers(1, 5)), axis=1):
             found = np.zeros(part.shape[1], INDEX_ROW)
@@ -89,11 +92,11 @@ def test_a_range_gives_the_last_entry_of_each_block(
     for time_ns in range(int(times_ns[0]) - 1, min(int(times_ns[-1]) + 2, 300)):
         count = int((times_ns <= time_ns).sum())
         assert index.position_at_time(time_ns) == (
-            (FROM_SEQ + count, int(times_ns[count - 1])) if count else None
+            Position(FROM_SEQ + count, int(times_ns[count - 1])) if count else None
         )
         assert index.next_time(time_ns) == int(times_ns[min(count, writes - 1)])
     assert [index.position_at_seq(FROM_SEQ + 1 + i) for i in range(writes)] == [
-        (FROM_SEQ + 1 + i, time_ns) for i, time_ns in enumerate(times_ns.tolist())
+        Position(FROM_SEQ + 1 + i, time_ns) for i, time_ns in enumerate(times_ns.tolist())
     ]
     assert index.position_at_seq(FROM_SEQ) is None
     pool.close()

@@ -27,7 +27,7 @@ from tests.helpers.streams import FakeClock, batch_of, mark_of
 from tests.helpers.transfers import History, Write
 
 CALLS = ("pwrite", "fsync", "fdatasync", "rename", "unlink", "ftruncate", "open", "mkdir")
-COMMITS = ("commit", "put_tail", "protect_through", "drop_tail")
+COMMITS = ("commit", "put_open_interval", "protect_through", "drop_open_interval")
 
 
 class Killed(BaseException):
@@ -164,7 +164,7 @@ def finish(run: Run, root: str, acknowledged: list[Durable]) -> None:
     assert os.listdir(os.path.join(root, "db1", "staging")) == []
     objects = os.listdir(os.path.join(root, "db1", "objects"))
     catalog = Catalog(os.path.join(root, "db1", "catalog.sqlite"))
-    assert catalog.tails() == () and all(catalog.object(name) is not None for name in objects)
+    assert catalog.open_intervals() == () and all(catalog.object(name) is not None for name in objects)
     assert catalog.bookmark("mark-1") is not None
     catalog.close()
 
@@ -222,7 +222,7 @@ def opened_tail(tmp_path: Path) -> tuple[Run, str, str]:
         patch.setattr(Stream, "publish", lambda self: None)  # as a process that is killed leaves it
         ingest.close()
     catalog = Catalog(os.path.join(root, "db1", "catalog.sqlite"))
-    (tail,) = catalog.tails()
+    (tail,) = catalog.open_intervals()
     catalog.close()
     return run, root, os.path.join(root, "db1", "objects", log_file(tail.id))
 
@@ -287,7 +287,7 @@ def test_what_a_failed_sync_may_have_lost_is_written_again_before_it_is_acknowle
         return pwrite(fd, data, offset)
 
     catalog = Catalog(os.path.join(root, "db1", "catalog.sqlite"))
-    (tail,) = catalog.tails()
+    (tail,) = catalog.open_intervals()
     catalog.close()
     end = os.path.getsize(log)
     monkeypatch.setattr(os, "pwrite", note_write)

@@ -14,7 +14,9 @@ from pitfs.model.blockmap import EMPTY, MapBuilder, MapEntry, decode_node, new_n
 from pitfs.model.group import identity_problem
 from pitfs.model.transfer import VolumeInfo
 from pitfs.store.catalog.database import Database
-from pitfs.store.index.journal_index import INDEX_ROW, JournalWriter
+from pitfs.store.identity import read_store_info
+from pitfs.store.index.format import INDEX_ROW
+from pitfs.store.index.writer import IndexWriter
 from pitfs.store.objects.format import (
     HEADER_BYTES,
     ObjectHeader,
@@ -27,7 +29,6 @@ from pitfs.store.objects.format import (
     pointer,
     pointer_object,
     pointer_unit,
-    read_store_info,
 )
 from pitfs.store.store import Store
 
@@ -66,7 +67,7 @@ def test_a_map_has_the_golden_bytes() -> None:
 
 def test_a_journal_index_has_the_golden_bytes(tmp_path: Path) -> None:
     fd = os.open(tmp_path / "index", os.O_RDWR | os.O_CREAT)
-    writer = JournalWriter(fd)
+    writer = IndexWriter(fd)
     rows = np.array([(0, 4, 11, 0, 0), (0, 4, 12, 1 << 37, 99)], INDEX_ROW)
     writer.add_rows(0, rows)
     writer.add_rows(1, rows[1:])

@@ -295,7 +295,7 @@ def test_pieces_stay_few_and_merges_bounded(
         write(ingest, history, 2)
         clock.now_s += 1
         ingest.flush(0)
-        (tail,) = catalog.tails()
+        (tail,) = catalog.open_intervals()
         most = max(most, len(tail.runs))
         assert [piece.first_seq for piece in tail.runs] == [1, *(piece.to_seq + 1 for piece in tail.runs[:-1])]
         assert all(piece.row_count <= 300 for piece in tail.runs)
@@ -393,7 +393,7 @@ def test_a_piece_that_changed_on_the_disk_is_noticed(
     write(ingest, history, 12)
     ingest.flush(0)
     catalog = Catalog(os.path.join(ingest.path, CATALOG))
-    (tail,) = catalog.tails()
+    (tail,) = catalog.open_intervals()
     catalog.close()
     path = Path(ingest.path, "objects", f"journal-{tail.id:016x}.blocks")
     data, (piece,) = path.read_bytes(), tail.runs

@@ -12,7 +12,7 @@ from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CorruptionError
 from pitfs.model.transfer import WRITE
-from pitfs.store.index.journal_index import INDEX_ROW
+from pitfs.store.index.format import INDEX_ROW
 from pitfs.store.objects.format import HEADER_BYTES
 from pitfs.store.open_interval.wal import (
     HEAD_BYTES,

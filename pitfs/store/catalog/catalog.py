@@ -17,15 +17,8 @@ from pitfs.errors import CorruptionError
 from pitfs.model.blockmap import MapEntry
 from pitfs.model.transfer import Bookmark, Gap
 from pitfs.store.catalog.database import FIRST_PAGE_ROWS, PAGE_ROWS, REMEDY, Database, to_signed, to_unsigned
-from pitfs.store.catalog.records import (
-    Commit,
-    Interval,
-    LayersCommit,
-    ObjectRecord,
-    OpenInterval,
-    Snapshot,
-    SortedRun,
-)
+from pitfs.store.catalog.records import Commit, Interval, LayersCommit, OpenInterval, Snapshot, SortedRun
+from pitfs.store.objects.format import ObjectRecord
 
 
 def _bookmark(row: tuple[Any, ...]) -> Bookmark:
@@ -195,7 +188,7 @@ class Catalog(Database):
 
     # Tails: the open interval, and the one before it while that is being closed
 
-    def tails(self) -> tuple[OpenInterval, ...]:
+    def open_intervals(self) -> tuple[OpenInterval, ...]:
         """All of them with their pieces, as of one moment, oldest first."""
         with self.one_moment():
             pieces: dict[int, list[SortedRun]] = {}
@@ -205,7 +198,7 @@ class Catalog(Database):
             rows = [self._verified("tails", row) for row in self._rows("SELECT * FROM tails ORDER BY id")]
         return tuple(OpenInterval(*(*row, tuple(pieces.get(row[0], ())))) for row in rows)
 
-    def put_tail(
+    def put_open_interval(
         self, tail: OpenInterval, minutes: Mapping[int, int], protected_through_ns: int, durable: bool
     ) -> None:
         """Adds a tail, or takes it in the place of the one that was there, with the pieces that it has now."""
@@ -227,7 +220,7 @@ class Catalog(Database):
         with self._changes(durable=False):
             self._put_protected(time_ns)
 
-    def drop_tail(self, tail: int) -> None:
+    def drop_open_interval(self, tail: int) -> None:
         """Of a tail without writes."""
         with self._changes():
             self._delete_tail(tail)

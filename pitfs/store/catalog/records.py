@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pitfs.model.blockmap import MapEntry
 from pitfs.model.ladder import layer_of
 from pitfs.model.transfer import Manifest
+from pitfs.store.objects.format import ObjectRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +48,6 @@ class Interval:
     def layer(self) -> int:
         """The last layer of the ladder that its difference journal has; NO_LAYER without one."""
         return layer_of(self.granularity_ns)
-
-
-@dataclass(frozen=True, slots=True)
-class ObjectRecord:
-    """An object as the catalog knows it."""
-
-    name: str
-    kind: int
-    snapshot_id: int
-    data_bytes: int
-    footer_bytes: int
-    footer_checksum: int
 
 
 @dataclass(frozen=True, slots=True)

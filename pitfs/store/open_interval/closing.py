@@ -27,22 +27,25 @@ from pitfs.model.ladder import LAST_LAYER
 from pitfs.model.transfer import UNIT_BYTES, Bookmark, Manifest, TransferKind, VolumeInfo
 from pitfs.storage.files import fsync_directory, storage_error, write_all
 from pitfs.store.catalog.catalog import Catalog
-from pitfs.store.catalog.records import Commit, ObjectRecord, OpenInterval, Snapshot
+from pitfs.store.catalog.records import Commit, OpenInterval, Snapshot
 from pitfs.store.index.block_maps import NodeReader
-from pitfs.store.index.journal_index import JournalWriter, chunk_cache
+from pitfs.store.index.reader import chunk_cache
+from pitfs.store.index.writer import IndexWriter
 from pitfs.store.objects.format import (
     HEADER_BYTES,
     UNIT_MASK,
     ObjectHeader,
     ObjectKind,
+    ObjectRecord,
     contents_object,
     object_file,
     pointer,
 )
 from pitfs.store.objects.pool import ObjectPool
+from pitfs.store.objects.publishing import complete, create
 from pitfs.store.open_interval.sorted_runs import Rows, open_piece
 from pitfs.store.open_interval.writer import log_file
-from pitfs.store.transfer.build import FLUSH_BYTES, MapWriter, by_volume, complete, create
+from pitfs.store.transfer.build import FLUSH_BYTES, MapWriter, by_volume
 from pitfs.store.transfer.layers import merged
 from pitfs.store.transfer.recovery import StagingArea
 
@@ -175,7 +178,7 @@ class Closing:
                 fds.append(create(os.path.join(directory, object_file(kind, tail.end_snapshot_id))))
             roots_before = self._catalog.roots(tail.base_snapshot_id)
             maps = MapWriter(fds[3], tail.end_snapshot_id, self._volumes, roots_before, self._nodes.load)
-            writer = JournalWriter(fds[4])
+            writer = IndexWriter(fds[4])
             counts = self._write_rows(maps, writer, *contents)
             objects = [each.finish(self._history) for each in contents]
             lengths = writer.finish()
@@ -189,7 +192,7 @@ class Closing:
                 os.close(fd)
 
     def _write_rows(
-        self, maps: MapWriter, writer: JournalWriter, snapshot: _Contents, journal: _Contents
+        self, maps: MapWriter, writer: IndexWriter, snapshot: _Contents, journal: _Contents
     ) -> tuple[int, int]:
         """Everything but what is written at the end; returns how many blocks were written, and rows."""
         chunks = chunk_cache(1)
@@ -210,7 +213,7 @@ class Closing:
         return block_count, row_count
 
     def _write(
-        self, rows: Rows, is_last: npt.NDArray[np.bool_], maps: MapWriter, writer: JournalWriter,
+        self, rows: Rows, is_last: npt.NDArray[np.bool_], maps: MapWriter, writer: IndexWriter,
         snapshot: _Contents, journal: _Contents,
     ) -> int:  # fmt: skip
         """Rows in order; returns how many of them are their block's last."""

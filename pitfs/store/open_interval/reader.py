@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Final
 
 from pitfs.model.blockmap import FANOUT, FANOUT_BITS, U64Array
+from pitfs.model.position import Position
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.records import OpenInterval, Resolution, SortedRun
-from pitfs.store.index.journal_index import ChunkCache, Position, RowIndex
+from pitfs.store.index.reader import ChunkCache, RowIndex
 from pitfs.store.objects.cache import Cache
 from pitfs.store.objects.format import ObjectKind
 from pitfs.store.objects.pool import ObjectPool
@@ -26,7 +27,7 @@ class OpenIntervals:
         self._catalog, self._objects, self._chunks = catalog, objects, chunks
         self._known: tuple[int, tuple[OpenInterval, ...]] = -1, ()
         self._indexes: Cache[tuple[int, int], RowIndex] = Cache(
-            MAX_CACHED_FENCE_BYTES, lambda index: index.fence_bytes + _FENCE_OVERHEAD_BYTES
+            MAX_CACHED_FENCE_BYTES, lambda index: index.sparse_index_bytes + _FENCE_OVERHEAD_BYTES
         )
 
     def now(self) -> tuple[OpenInterval, ...]:
@@ -35,7 +36,7 @@ class OpenIntervals:
         known, before = self._known
         if known == version:
             return before
-        tails = self._catalog.tails()
+        tails = self._catalog.open_intervals()
         for gone in {tail.id for tail in before} - {tail.id for tail in tails}:
             self._objects.forget(ObjectKind.JOURNAL_BLOCKS, gone)  # else its log would take room for ever
         self._known = version, tails
@@ -45,7 +46,7 @@ class OpenIntervals:
         """The newest state, if it is after the snapshot at `after_seq`."""
         for tail in reversed(tails):
             if tail.runs and tail.to_seq > after_seq:
-                return _resolution(tail, (tail.to_seq, tail.to_time_ns))
+                return _resolution(tail, Position(tail.to_seq, tail.to_time_ns))
         return None
 
     def at_seq(self, tails: Sequence[OpenInterval], after_seq: int, seq: int) -> Resolution | None:
@@ -91,4 +92,6 @@ class OpenIntervals:
 
 
 def _resolution(tail: OpenInterval, position: Position) -> Resolution:
-    return Resolution(*position, "intermediary", 0, tail.base_snapshot_id, tail.end_snapshot_id)
+    return Resolution(
+        position.seq, position.time_ns, "intermediary", 0, tail.base_snapshot_id, tail.end_snapshot_id
+    )

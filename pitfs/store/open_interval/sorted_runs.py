@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pitfs.store.catalog.records import SortedRun
-from pitfs.store.index.journal_index import ChunkCache, FencePlace, JournalWriter, RowIndex
+from pitfs.store.index.reader import ChunkCache, RowIndex, SparseIndexPlace
+from pitfs.store.index.writer import IndexWriter
 from pitfs.store.objects.format import ObjectKind
 from pitfs.store.objects.pool import ObjectPool
 from pitfs.store.open_interval.wal import WriteAheadLog
@@ -29,7 +30,7 @@ Rows = npt.NDArray[np.void]  # INDEX_ROW or POSITION
 
 def open_piece(objects: ObjectPool, piece: SortedRun, chunks: ChunkCache) -> RowIndex:
     """The piece's rows and positions. Raises as RowIndex."""
-    place = FencePlace(
+    place = SparseIndexPlace(
         ObjectKind.JOURNAL_BLOCKS,
         piece.open_interval_id,
         piece.sparse_index_offset,
@@ -85,7 +86,7 @@ def _sorted(parts: Sequence[Rows]) -> Rows:
 
 def _write(log: WriteAheadLog, rows: Rows, positions: Sequence[Rows], level: int) -> SortedRun:
     start = log.piece_start()
-    writer = JournalWriter(log.fd, start)
+    writer = IndexWriter(log.fd, start)
     for volume, part in by_volume([rows]):
         writer.add_rows(volume, part)
     for each in positions:

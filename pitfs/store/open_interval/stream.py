@@ -61,7 +61,7 @@ class Stream:
 
     def recover(self) -> None:
         """Finishes closings that were cut off, and takes up the open tail. Raises as `write`, and CorruptionError."""
-        for tail in self._catalog.tails():
+        for tail in self._catalog.open_intervals():
             if tail.mark:
                 log.info("%s: closing the interval of mark %d, which was cut off", self._catalog.path, tail.mark)
                 self._new_closing(tail).run()
@@ -69,7 +69,7 @@ class Stream:
             found = OpenIntervalWriter.recover(tail, self._objects.directory, self._objects, self._check.block_sizes)
             if found is None:
                 self._remove_log(tail.id)
-                self._catalog.drop_tail(tail.id)
+                self._catalog.drop_open_interval(tail.id)
                 continue
             self._tail = found
             self._publish(0, durable=True)
@@ -232,7 +232,7 @@ class Stream:
         try:
             fsync_directory(self._objects.directory)
             facts = OpenInterval(number, number + 1, third, seq, time_ns, seq, time_ns, None, tail_log.end)
-            catalog.put_tail(facts, {}, 0, durable=True)
+            catalog.put_open_interval(facts, {}, 0, durable=True)
         except BaseException:
             tail_log.close()
             raise
@@ -249,7 +249,7 @@ class Stream:
                 self._catalog.protect_through(protected_through_ns)
             return
         minutes = tail.make_readable()
-        self._catalog.put_tail(tail.facts, minutes, protected_through_ns, durable)
+        self._catalog.put_open_interval(tail.facts, minutes, protected_through_ns, durable)
         self._durable_end = tail.end
 
     def _close_tail(self, mark: int, protected_through_ns: int, bookmark: str | None) -> Closing:
@@ -259,7 +259,7 @@ class Stream:
         minutes = tail.make_readable()
         protected_ns = max(protected_through_ns, tail.end[1])
         facts = replace(tail.facts, mark=mark, protected_through_ns=protected_ns, bookmark=bookmark)
-        self._catalog.put_tail(facts, minutes, protected_ns, durable=True)
+        self._catalog.put_open_interval(facts, minutes, protected_ns, durable=True)
         tail.close()
         self._tail, self._closing = None, self._new_closing(facts)
         return self._closing

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from pitfs.errors import CorruptionError
 from pitfs.storage.files import read_exactly, write_all
 from pitfs.store.catalog.records import OpenInterval
-from pitfs.store.index.journal_index import chunk_cache
+from pitfs.store.index.reader import chunk_cache
 from pitfs.store.objects.format import HEADER_BYTES, ObjectHeader, ObjectKind, object_file
 from pitfs.store.objects.pool import ObjectPool
 from pitfs.store.open_interval.sorted_runs import Rows, add_piece, open_piece

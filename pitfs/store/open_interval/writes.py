@@ -14,7 +14,7 @@ from pitfs.errors import PositionMismatchError, RemoteProtocolError
 from pitfs.model.blockmap import U64Array
 from pitfs.model.record import block_checksums
 from pitfs.model.transfer import MAX_BATCH_BYTES, MAX_BATCH_ROWS, POSITION, UNIT_BYTES, VolumeInfo, Writes
-from pitfs.store.index.journal_index import INDEX_ROW
+from pitfs.store.index.format import INDEX_ROW
 from pitfs.store.objects.format import HEADER_BYTES, MAX_SEQ, ObjectKind, contents_object, pointer
 
 _MAX_TIME_NS = 1 << 62

@@ -38,7 +38,7 @@ from pitfs.errors import CorruptionError, NoSuchInstantError
 from pitfs.model.position import format_instant
 from pitfs.storage.files import storage_error, write_all
 from pitfs.store.catalog.records import Resolution
-from pitfs.store.objects.format import HOLDERS
+from pitfs.store.objects.format import PINS
 from pitfs.store.pins.lock import LOCK, PinsLock, open_directory
 from pitfs.store.pins.pin_file import (
     HEADER,
@@ -77,7 +77,7 @@ class Pins:
 
     def __init__(self, store: str, what: str, owner: int | None = None) -> None:
         self.what = what
-        self._path = os.path.join(store, HOLDERS)
+        self._path = os.path.join(store, PINS)
         self._owner = os.getpid() if owner is None else owner
         self._name = f"{self._owner}-{secrets.token_hex(4)}"
         self._directory = self._fd = -1
@@ -256,7 +256,7 @@ def pins_locked(store: str) -> Iterator[list[PinnedInstants]]:
     Raises:
         PitfsError: the directory can't be made or read.
     """
-    path = os.path.join(store, HOLDERS)
+    path = os.path.join(store, PINS)
     try:
         directory = open_directory(path, make=True)
     except OSError as error:
@@ -271,7 +271,7 @@ def held(store: str) -> list[PinnedInstants]:
     Raises:
         PitfsError: the directory can't be read.
     """
-    path = os.path.join(store, HOLDERS)
+    path = os.path.join(store, PINS)
     try:
         directory = open_directory(path, make=False)
     except FileNotFoundError:

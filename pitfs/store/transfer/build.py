@@ -18,19 +18,19 @@ from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CapacityError
 from pitfs.model.blockmap import NODE_BYTES, I64Array, LoadNode, MapBuilder, MapEntry, Node, U64Array
-from pitfs.model.ladder import LAST_LAYER
 from pitfs.model.transfer import UNIT_BYTES, Manifest, Section, Source, VolumeInfo
 from pitfs.storage.files import write_all
-from pitfs.store.catalog.records import ObjectRecord
 from pitfs.store.objects.format import (
     HEADER_BYTES,
     MAX_UNITS,
     ObjectHeader,
     ObjectKind,
+    ObjectRecord,
     contents_object,
     object_file,
     pointer,
 )
+from pitfs.store.objects.publishing import complete, create
 from pitfs.store.transfer.staging import StagedTransfer
 from pitfs.store.transfer.validation import RowArray
 
@@ -157,21 +157,6 @@ def build(
         header = ObjectHeader(ObjectKind.SNAPSHOT_BLOCKS, history, snapshot, length)
         facts.append(complete(staged.fd(Section.DIFF_BLOCKS), header))
     return Built(roots, tuple(facts), minutes)
-
-
-def create(path: str) -> int:
-    """A new file for an object, whose header is written when it is complete."""
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-
-
-def complete(fd: int, header: ObjectHeader, layer: int = LAST_LAYER) -> ObjectRecord:
-    """Writes the final header and makes the file durable."""
-    write_all(fd, header.encode(), 0)
-    os.fsync(fd)
-    return ObjectRecord(
-        object_file(header.kind, header.snapshot_id, layer), header.kind, header.snapshot_id,
-        header.data_bytes, header.footer_bytes, header.footer_checksum,
-    )  # fmt: skip
 
 
 def by_volume(batches: Iterable[RowArray]) -> Iterator[tuple[int, RowArray]]:

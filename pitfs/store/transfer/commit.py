@@ -18,12 +18,13 @@ from pitfs.model.ladder import layer_of
 from pitfs.model.transfer import Section, TransferKind, VolumeInfo
 from pitfs.storage.files import fsync_directory, read_exactly, write_all
 from pitfs.store.catalog.catalog import Catalog
-from pitfs.store.catalog.records import Commit, Interval, LayersCommit, ObjectRecord, Snapshot
+from pitfs.store.catalog.records import Commit, Interval, LayersCommit, Snapshot
 from pitfs.store.index.block_maps import NodeReader, SnapshotMap
-from pitfs.store.index.journal_index import JournalIndex, chunk_cache
-from pitfs.store.objects.format import HEADER_BYTES, ObjectHeader, ObjectKind, object_file
+from pitfs.store.index.reader import JournalIndex, chunk_cache
+from pitfs.store.objects.format import HEADER_BYTES, ObjectHeader, ObjectKind, ObjectRecord, object_file
 from pitfs.store.objects.pool import ObjectPool
-from pitfs.store.transfer.build import build, complete
+from pitfs.store.objects.publishing import complete
+from pitfs.store.transfer.build import build
 from pitfs.store.transfer.layers import LayersBuilder, interval_of
 from pitfs.store.transfer.staging import StagedTransfer
 

@@ -19,19 +19,23 @@ from pitfs.errors import PositionMismatchError
 from pitfs.model.blockmap import FANOUT, FANOUT_BITS
 from pitfs.model.transfer import UNIT_BYTES, Manifest, Section, Source, VolumeInfo
 from pitfs.store.catalog.catalog import Catalog
-from pitfs.store.catalog.records import Interval, ObjectRecord
+from pitfs.store.catalog.records import Interval
 from pitfs.store.index.block_maps import SnapshotMap
-from pitfs.store.index.journal_index import INDEX_ROW, JournalIndex, JournalWriter
+from pitfs.store.index.format import INDEX_ROW
+from pitfs.store.index.reader import JournalIndex
+from pitfs.store.index.writer import IndexWriter
 from pitfs.store.objects.format import (
     UNIT_BITS,
     ObjectHeader,
     ObjectKind,
+    ObjectRecord,
     contents_object,
     object_file,
     pointer,
 )
 from pitfs.store.objects.pool import ObjectPool
-from pitfs.store.transfer.build import OwnContents, by_volume, complete, create, second_bit
+from pitfs.store.objects.publishing import complete, create
+from pitfs.store.transfer.build import OwnContents, by_volume, second_bit
 from pitfs.store.transfer.shared_contents import SharedContents
 from pitfs.store.transfer.staging import StagedTransfer
 from pitfs.store.transfer.validation import PositionsInOrder, RowArray, Run, refuse
@@ -173,7 +177,7 @@ class LayersBuilder:
             shared.find()
             fd = create(os.path.join(staged.directory, object_file(ObjectKind.JOURNAL_INDEX, snapshot, layer)))
             try:
-                writer = JournalWriter(fd)
+                writer = IndexWriter(fd)
                 row_count = self._add_rows(writer, shared)
                 minutes = self._add_positions(writer)
                 data_bytes, tail_bytes, tail_checksum = writer.finish()
@@ -184,7 +188,7 @@ class LayersBuilder:
             finally:
                 os.close(fd)
 
-    def _add_rows(self, writer: JournalWriter, shared: SharedContents) -> int:
+    def _add_rows(self, writer: IndexWriter, shared: SharedContents) -> int:
         """Merges the rows; returns their number."""
         runs, row_count = [self._rows(run, end, shared) for run, end in self._runs()], 0
         if self._before is not None:
@@ -194,7 +198,7 @@ class LayersBuilder:
             row_count += len(rows)
         return row_count
 
-    def _add_positions(self, writer: JournalWriter) -> dict[int, int]:
+    def _add_positions(self, writer: IndexWriter) -> dict[int, int]:
         runs: list[Iterator[RowArray]] = [self._staged.rows(Section.POSITIONS, verify=False)]
         if self._before is not None:
             runs.append(self._before.all_positions())

@@ -51,7 +51,7 @@ class StagingArea:
             StoreError: there are others.
         """
         unknown = self._catalog.unknown_objects([name for name in names if is_object_file(name)])
-        tails = self._catalog.tails()
+        tails = self._catalog.open_intervals()
         logs = {object_file(ObjectKind.JOURNAL_BLOCKS, tail.id) for tail in tails}
         made = {name for tail in tails if tail.mark for name in _objects_of(tail.end_snapshot_id)}
         found = [name for name in unknown if name not in logs and os.path.exists(os.path.join(self._objects, name))]

@@ -1,22 +1,4 @@
-"""Difference journals on disk: the index of one interval, written once, read in verified chunks.
-
-The data area of journal-<s>-<l>.index is chunks one behind the other, its tail is the fence table. A chunk of
-entries has the rows of one volume, sorted by (block, seq), at most 2048, column by column: block int64, seq
-int64, pointer uint64, checksum uint64. A chunk of positions has at most 4096: seq int64, time_ns int64. So a
-chunk has at most 64 KiB. The fence table has a row of 40 bytes for each chunk, in the order of writing:
-
-    offset size
-     0      8   first      int64   first block, or first time_ns
-     8      8   first_seq  int64
-    16      8   checksum   uint64  xxh3_64 of the chunk
-    24      8   offset     uint64  byte in the file where the chunk begins
-    32      4   rows       uint32
-    36      2   volume     uint16  0xffff: a chunk of positions
-    38      2   reserved   uint16
-
-The catalog has the checksum of the fence table, so it vouches for every row. Pointers lead to the fourth
-snapshot's contents or to the journal's own; 0 is zeros.
-"""
+"""Difference journals and sorted runs as readers see them: rows found by a sparse index, in verified chunks."""
 
 from __future__ import annotations
 
@@ -26,110 +8,26 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from xxhash import xxh3_64_intdigest
 
 from pitfs.model.blockmap import I64Array, U64Array
 from pitfs.model.ladder import LAST_LAYER
+from pitfs.model.position import Position
 from pitfs.model.transfer import POSITION
-from pitfs.storage.files import write_all
-from pitfs.store.catalog.records import Interval, ObjectRecord
+from pitfs.store.catalog.records import Interval
+from pitfs.store.index.format import INDEX_ROW, POSITIONS_VOLUME, SPARSE_INDEX
 from pitfs.store.objects.cache import Cache
-from pitfs.store.objects.format import HEADER_BYTES, ObjectKind
+from pitfs.store.objects.format import HEADER_BYTES, ObjectKind, ObjectRecord
 from pitfs.store.objects.pool import ObjectPool
 
-CHUNK_ROWS: Final = 2048
-CHUNK_POSITIONS: Final = 4096
-CHUNK_BYTES: Final = CHUNK_ROWS * 32
-POSITIONS_VOLUME: Final = 0xFFFF
 MAX_CACHED_CHUNKS: Final = 64  # 4 MiB: an interval of 100,000 rows; a leaf of a longer one has 3 or 4
-FENCE: Final = np.dtype(
-    [
-        ("first", "<i8"),
-        ("first_seq", "<i8"),
-        ("checksum", "<u8"),
-        ("offset", "<u8"),
-        ("rows", "<u4"),
-        ("volume", "<u2"),
-        ("reserved", "<u2"),
-    ]
-)
-assert FENCE.itemsize == 40 and CHUNK_POSITIONS * 16 == CHUNK_BYTES
 
 Chunk = npt.NDArray[np.uint64]  # shape (4, rows), or (2, rows) for positions
-Position = tuple[int, int]  # seq, time_ns
 ChunkCache = Cache[tuple[int, int, int], Chunk]  # by (snapshot id, layer or place, number of the chunk)
-INDEX_ROW: Final = np.dtype(
-    [("volume", "<u2"), ("block", "<i8"), ("seq", "<i8"), ("pointer", "<u8"), ("checksum", "<u8")]
-)
 
 
 def chunk_cache(limit: int = MAX_CACHED_CHUNKS) -> ChunkCache:
     """A cache of chunks for all journals of a store."""
     return Cache(limit)
-
-
-class JournalWriter:
-    """Writes a journal index as its rows come; holds at most one chunk of each kind and the fence table.
-
-    Args:
-        fd: the file; start: byte from which the chunks are written, what is before it is left to the caller.
-    """
-
-    def __init__(self, fd: int, start: int = HEADER_BYTES) -> None:
-        self._fd = fd
-        self._start = self._offset = start
-        self._fence: list[tuple[int, int, int, int, int, int, int]] = []
-        self._volume = -1
-        self._rows = np.zeros((4, 0), "<u8")
-        self._positions = np.zeros((2, 0), "<i8")
-
-    def add_rows(self, volume: int, rows: npt.NDArray[np.void]) -> None:
-        """INDEX_ROWs of one volume; over all calls strictly ascending by (volume, block, seq)."""
-        if volume != self._volume:
-            self._write_rows(0)
-            self._volume = volume
-        blocks, seqs = (np.ascontiguousarray(rows[name]).view("<u8") for name in ("block", "seq"))
-        new = np.stack([blocks, seqs, rows["pointer"], rows["checksum"]])
-        self._rows = np.concatenate([self._rows, new], axis=1)
-        self._write_rows(CHUNK_ROWS)
-
-    def add_positions(self, seqs: I64Array, times_ns: I64Array) -> None:
-        """Positions; over all calls strictly ascending."""
-        self._positions = np.concatenate([self._positions, np.stack([seqs, times_ns])], axis=1)
-        self._write_positions(CHUNK_POSITIONS)
-
-    def finish(self) -> tuple[int, int, int]:
-        """Writes what is left and the fence table; (data_bytes, tail_bytes, tail_checksum)."""
-        self._write_rows(0)
-        self._write_positions(0)
-        tail = np.array(self._fence, FENCE).tobytes()
-        write_all(self._fd, tail, self._offset)
-        return self._offset - self._start, len(tail), xxh3_64_intdigest(tail) if tail else 0
-
-    def _write_rows(self, least: int) -> None:
-        """Writes whole chunks while there are at least `least` rows; 0: all of them."""
-        start, count = 0, self._rows.shape[1]
-        while count - start >= max(least, 1):
-            chunk = np.ascontiguousarray(self._rows[:, start : start + CHUNK_ROWS])
-            self._write_chunk(chunk, int(chunk[0, 0]), int(chunk[1, 0]), chunk.shape[1], self._volume)
-            start += chunk.shape[1]
-        self._rows = self._rows[:, start:]
-
-    def _write_positions(self, least: int) -> None:
-        start, count = 0, self._positions.shape[1]
-        while count - start >= max(least, 1):
-            chunk = np.ascontiguousarray(self._positions[:, start : start + CHUNK_POSITIONS])
-            self._write_chunk(chunk, int(chunk[1, 0]), int(chunk[0, 0]), chunk.shape[1], POSITIONS_VOLUME)
-            start += chunk.shape[1]
-        self._positions = self._positions[:, start:]
-
-    def _write_chunk(
-        self, chunk: npt.NDArray[np.generic], first: int, seq: int, rows: int, volume: int
-    ) -> None:
-        data = chunk.data.cast("B")
-        write_all(self._fd, data, self._offset)
-        self._fence.append((first, seq, xxh3_64_intdigest(data), self._offset, rows, volume, 0))
-        self._offset += len(data)
 
 
 def _ends_of_runs(values: I64Array) -> I64Array:
@@ -139,8 +37,8 @@ def _ends_of_runs(values: I64Array) -> I64Array:
 
 
 @dataclass(frozen=True, slots=True)
-class FencePlace:
-    """Where rows stand: the object (`layer` of an index), and the fence table in it, at byte `offset`."""
+class SparseIndexPlace:
+    """Where rows stand: the object (`layer` of an index), and the sparse index in it, at byte `offset`."""
 
     kind: ObjectKind
     snapshot: int
@@ -151,7 +49,7 @@ class FencePlace:
 
 
 class RowIndex:
-    """Rows and positions in chunks behind which their fence table stands.
+    """Rows and positions in chunks behind which their sparse index stands.
 
     Args:
         objects: of the store.
@@ -160,22 +58,22 @@ class RowIndex:
         chunks: shared by all of a store.
 
     Raises:
-        CorruptionError: the fence table isn't what was written; from the methods: a chunk isn't.
+        CorruptionError: the sparse index isn't what was written; from the methods: a chunk isn't.
     """
 
-    def __init__(self, objects: ObjectPool, place: FencePlace, number: int, chunks: ChunkCache) -> None:
+    def __init__(self, objects: ObjectPool, place: SparseIndexPlace, number: int, chunks: ChunkCache) -> None:
         self._objects, self._place, self._number, self._chunks = objects, place, number, chunks
-        fence = np.frombuffer(
-            self._read(place.size_bytes, place.offset, place.checksum) if place.size_bytes else b"", FENCE
+        sparse_index = np.frombuffer(
+            self._read(place.size_bytes, place.offset, place.checksum) if place.size_bytes else b"", SPARSE_INDEX
         )
-        self.fence_bytes = fence.nbytes
-        self._fence = fence
-        volumes = fence["volume"]
+        self.sparse_index_bytes = sparse_index.nbytes
+        self._sparse_index = sparse_index
+        volumes = sparse_index["volume"]
         # A set: np.unique imports numpy.ma, half of the time to the first byte after mounting.
         self._numbers = {volume: np.flatnonzero(volumes == volume) for volume in sorted(set(volumes.tolist()))}
         # searchsorted wants contiguous int64 columns
-        self._firsts = {v: np.ascontiguousarray(fence["first"][n]) for v, n in self._numbers.items()}
-        self._first_seqs = {v: np.ascontiguousarray(fence["first_seq"][n]) for v, n in self._numbers.items()}
+        self._firsts = {v: np.ascontiguousarray(sparse_index["first"][n]) for v, n in self._numbers.items()}
+        self._first_seqs = {v: np.ascontiguousarray(sparse_index["first_seq"][n]) for v, n in self._numbers.items()}
 
     def _read(self, size: int, offset: int, checksum: int) -> bytes:
         place = self._place
@@ -234,7 +132,7 @@ class RowIndex:
             return None
         chunk = self._positions(place)
         found = int(np.searchsorted(chunk[row], np.int64(value), "right")) - 1
-        return int(chunk[0, found]), int(chunk[1, found])
+        return Position(int(chunk[0, found]), int(chunk[1, found]))
 
     def _positions(self, place: int) -> I64Array:
         """A chunk of positions: seq and time_ns, shape (2, rows)."""
@@ -295,7 +193,7 @@ class RowIndex:
 
     def _reader(self, number: int) -> Callable[[], Chunk]:
         def read() -> Chunk:
-            row = self._fence[number]
+            row = self._sparse_index[number]
             count, columns = int(row["rows"]), 2 if int(row["volume"]) == POSITIONS_VOLUME else 4
             size = count * columns * 8
             data = self._read(size, int(row["offset"]), int(row["checksum"]))
@@ -309,16 +207,16 @@ class JournalIndex(RowIndex):
 
     Args:
         interval: the one whose journal it is.
-        facts: the catalog's row of the index object.
+        record: the catalog's row of the index object.
     """
 
     def __init__(
-        self, objects: ObjectPool, interval: Interval, facts: ObjectRecord, chunks: ChunkCache
+        self, objects: ObjectPool, interval: Interval, record: ObjectRecord, chunks: ChunkCache
     ) -> None:
         self.interval = interval
-        place = FencePlace(
+        place = SparseIndexPlace(
             ObjectKind.JOURNAL_INDEX, interval.end_snapshot_id,
-            HEADER_BYTES + facts.data_bytes, facts.footer_bytes, facts.footer_checksum, interval.layer,
+            HEADER_BYTES + record.data_bytes, record.footer_bytes, record.footer_checksum, interval.layer,
         )  # fmt: skip
         super().__init__(objects, place, interval.layer, chunks)
 
