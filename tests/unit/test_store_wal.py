@@ -1,4 +1,4 @@
-"""The log of a tail: its bytes stay what they are, a tear is cut, damage is said to be that."""
+"""The WAL of an open interval: its bytes stay what they are, a tear is cut, damage is said to be that."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pitfs.store.index.format import INDEX_ROW
 from pitfs.store.objects.format import HEADER_BYTES
 from pitfs.store.open_interval.wal import (
     HEAD_BYTES,
-    PIECE,
+    SORTED_RUN,
     WRITES,
     WalReader,
     WriteAheadLog,
@@ -42,50 +42,50 @@ def checksums() -> np.ndarray:
 ZEROS = np.array([False, False, True, False])
 
 
-def append(log: WriteAheadLog, first_seq: int) -> int:
-    return log.append_writes(
+def append(wal: WriteAheadLog, first_seq: int) -> int:
+    return wal.append_writes(
         first_seq, rows_of(1000 * first_seq), checksums(), ZEROS, memoryview(b"".join(BLOCKS))
     )
 
 
 @pytest.fixture
-def log(tmp_path: Path) -> Iterator[WriteAheadLog]:
-    made = WriteAheadLog.create(str(tmp_path / "log"), 9, bytes(16))
+def wal(tmp_path: Path) -> Iterator[WriteAheadLog]:
+    made = WriteAheadLog.create(str(tmp_path / "wal"), 9, bytes(16))
     yield made
     made.close()
 
 
-def read(log: WriteAheadLog, start: int = HEADER_BYTES) -> tuple[list[int], int]:
-    reader = WalReader(log.path, log.fd, log.tail)
+def read(wal: WriteAheadLog, start: int = HEADER_BYTES) -> tuple[list[int], int]:
+    reader = WalReader(wal.path, wal.fd, wal.open_interval_id)
     heads = list(reader.heads(start, BLOCK_SIZES))
     return [head.first_seq for head in heads], reader.end
 
 
 def test_heads_have_the_golden_bytes() -> None:
     writes = encode_head(9, WRITES, 8192, 2560, 4096, 17, rows_of(1000), checksums(), ZEROS)
-    piece = encode_head(9, PIECE, 12288, 70000, 8192)
-    assert len(writes) == len(piece) == 512
-    golden = bytes.fromhex((GOLDEN / "store-tail-log.hex").read_text("ascii"))
-    assert writes[:145] + piece[:HEAD_BYTES] == golden
-    assert not any(writes[145:]) and not any(piece[HEAD_BYTES:])
+    run = encode_head(9, SORTED_RUN, 12288, 70000, 8192)
+    assert len(writes) == len(run) == 512
+    golden = bytes.fromhex((GOLDEN / "store-wal.hex").read_text("ascii"))
+    assert writes[:145] + run[:HEAD_BYTES] == golden
+    assert not any(writes[145:]) and not any(run[HEAD_BYTES:])
 
 
-def test_what_was_appended_is_read_again_and_pieces_are_passed_over(log: WriteAheadLog) -> None:
-    starts = [append(log, 1)]
-    os.pwrite(log.fd, b"p" * 777, log.piece_start())
-    log.append_piece(777)
-    starts.append(append(log, 3))
-    assert all(start % 512 == 0 for start in (*starts, log.end))
-    heads = list(WalReader(log.path, log.fd, 9).heads(HEADER_BYTES, BLOCK_SIZES))
+def test_what_was_appended_is_read_again_and_sorted_runs_are_passed_over(wal: WriteAheadLog) -> None:
+    starts = [append(wal, 1)]
+    os.pwrite(wal.fd, b"p" * 777, wal.run_start())
+    wal.append_run(777)
+    starts.append(append(wal, 3))
+    assert all(start % 512 == 0 for start in (*starts, wal.end))
+    heads = list(WalReader(wal.path, wal.fd, 9).heads(HEADER_BYTES, BLOCK_SIZES))
     assert [head.body for head in heads] == starts
     for head in heads:
         assert head.rows.tolist() == rows_of(1000 * head.first_seq).tolist()
         assert head.checksums.tolist() == checksums().tolist() and head.zeros.tolist() == ZEROS.tolist()
-    assert read(log) == ([1, 3], log.end)
+    assert read(wal) == ([1, 3], wal.end)
 
 
-def test_rows_lead_to_each_block_of_each_write(log: WriteAheadLog) -> None:
-    start = append(log, 1)
+def test_rows_lead_to_each_block_of_each_write(wal: WriteAheadLog) -> None:
+    start = append(wal, 1)
     rows = spread(1, rows_of(1000), checksums(), ZEROS, BLOCK_SIZES, 9, start)
     unit = (19 << 36) + (start - HEADER_BYTES) // 512
     sums = checksums().tolist()
@@ -93,52 +93,52 @@ def test_rows_lead_to_each_block_of_each_write(log: WriteAheadLog) -> None:
     assert rows.tolist() == np.array(wanted, INDEX_ROW).tolist()
 
 
-def test_cut_at_any_byte_it_ends_where_the_last_whole_batch_does(log: WriteAheadLog) -> None:
-    ends = [log.end]
+def test_cut_at_any_byte_it_ends_where_the_last_whole_batch_does(wal: WriteAheadLog) -> None:
+    ends = [wal.end]
     for seq in (1, 3, 5):
-        append(log, seq)
-        ends.append(log.end)
+        append(wal, seq)
+        ends.append(wal.end)
     for size in range(ends[-1], HEADER_BYTES - 1, -1):
-        os.ftruncate(log.fd, size)
+        os.ftruncate(wal.fd, size)
         whole = [seq for seq, end in zip((1, 3, 5), ends[1:], strict=True) if end <= size]
-        assert read(log) == (whole, max(end for end in ends if end <= size))
+        assert read(wal) == (whole, max(end for end in ends if end <= size))
 
 
-def test_a_flipped_bit_is_a_tear_where_nothing_behind_it_says_that_it_was_durable(log: WriteAheadLog) -> None:
-    append(log, 1)
-    log.sync()
-    ends = [log.end]
+def test_a_flipped_bit_is_a_tear_where_nothing_behind_it_says_that_it_was_durable(wal: WriteAheadLog) -> None:
+    append(wal, 1)
+    wal.sync()
+    ends = [wal.end]
     for seq in (3, 5):
-        append(log, seq)  # neither was made durable: the disk may have the second without the first
-        ends.append(log.end)
+        append(wal, seq)  # neither was made durable: the disk may have the second without the first
+        ends.append(wal.end)
     for at in range(ends[0], ends[1]):
-        byte = os.pread(log.fd, 1, at)
-        os.pwrite(log.fd, bytes([byte[0] ^ 4]), at)
+        byte = os.pread(wal.fd, 1, at)
+        os.pwrite(wal.fd, bytes([byte[0] ^ 4]), at)
         is_padding = 145 <= at - ends[0] < 512
-        assert read(log) == (([1, 3, 5], ends[2]) if is_padding else ([1], ends[0]))
-        os.pwrite(log.fd, byte, at)
+        assert read(wal) == (([1, 3, 5], ends[2]) if is_padding else ([1], ends[0]))
+        os.pwrite(wal.fd, byte, at)
 
 
-def test_a_flipped_bit_before_what_says_that_it_was_durable_is_damage(log: WriteAheadLog) -> None:
-    append(log, 1)
-    end = log.end
-    log.sync()
-    append(log, 3)
+def test_a_flipped_bit_before_what_says_that_it_was_durable_is_damage(wal: WriteAheadLog) -> None:
+    append(wal, 1)
+    end = wal.end
+    wal.sync()
+    append(wal, 3)
     for at in [*range(HEADER_BYTES, HEADER_BYTES + 145), *range(HEADER_BYTES + 512, end, 13)]:
-        byte = os.pread(log.fd, 1, at)
-        os.pwrite(log.fd, bytes([byte[0] ^ 4]), at)
+        byte = os.pread(wal.fd, 1, at)
+        os.pwrite(wal.fd, bytes([byte[0] ^ 4]), at)
         with pytest.raises(CorruptionError, match="acknowledged"):
-            read(log)
-        os.pwrite(log.fd, byte, at)
-    assert read(log) == ([1, 3], log.end)
+            read(wal)
+        os.pwrite(wal.fd, byte, at)
+    assert read(wal) == ([1, 3], wal.end)
 
 
-def test_a_log_that_ends_before_what_was_acknowledged_is_damage(log: WriteAheadLog) -> None:
-    append(log, 1)
-    start = log.end
-    os.ftruncate(log.fd, start - 512)
+def test_a_log_that_ends_before_what_was_acknowledged_is_damage(wal: WriteAheadLog) -> None:
+    append(wal, 1)
+    start = wal.end
+    os.ftruncate(wal.fd, start - 512)
     with pytest.raises(CorruptionError, match="shorter"):
-        read(log, start)
+        read(wal, start)
 
 
 def test_places_are_multiples_of_512() -> None:
