@@ -40,9 +40,9 @@ def open_held(path: str, what: str) -> Iterator[tuple[Store, Pins]]:
 
 def holder_rows(store: str) -> list[dict[str, Any]]:
     """The holders of a store, as `status --json` gives them."""
-    from pitfs.store.pins.pins import held
+    from pitfs.store.pins.pins import list_pins
 
-    return [_row(each) for each in held(store)]
+    return [_row(each) for each in list_pins(store)]
 
 
 def _row(each: PinnedInstants) -> dict[str, Any]:

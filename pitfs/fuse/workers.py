@@ -344,7 +344,7 @@ class Minder:
             if operations.history.encode() != self._history:
                 raise PitfsError(f"{self._request.store}: is another one now than when it was mounted: mount it anew")
             if self._pins is not None:
-                operations.holder = Pins.inherited(self._what, os.getppid(), *self._pins)
+                operations.holder = Pins(self._request.store, self._what, os.getppid(), self._pins)
             self._seat.take(operations)
             channel.send(READY)
             RequestLoop(self._descriptor).run()

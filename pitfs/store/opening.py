@@ -15,6 +15,7 @@ from pitfs.storage.files import durable_replace, fsync_directory, storage_error
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.identity import FORMAT, StoreInfo, read_store_info
 from pitfs.store.objects.format import CATALOG, LOCK, OBJECTS, PINS, STAGING, STORE_JSON, VERSION
+from pitfs.store.pins.directory import HOLDERS, convert_directory
 
 
 def check_place(path: str) -> None:
@@ -23,7 +24,7 @@ def check_place(path: str) -> None:
         names = set(os.listdir(path))
     except FileNotFoundError:
         return
-    ours = {LOCK, OBJECTS, STAGING, PINS, CATALOG, f"{CATALOG}-wal", f"{CATALOG}-shm", f"{CATALOG}-journal"}
+    ours = {LOCK, OBJECTS, STAGING, PINS, HOLDERS, CATALOG, f"{CATALOG}-wal", f"{CATALOG}-shm", f"{CATALOG}-journal"}
     others = sorted(names - ours - {f"{STORE_JSON}.tmp"})
     if STORE_JSON not in names and others:
         raise StoreError(
@@ -33,7 +34,11 @@ def check_place(path: str) -> None:
 
 
 def take_lock(store: str) -> int:
-    """Returns the descriptor that holds the lock. Raises StoreError where another process does."""
+    """The descriptor that holds the writer's lock; converts what an older pitfs arranged differently.
+
+    Raises:
+        StoreError: another process holds it.
+    """
     path = os.path.join(store, LOCK)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -49,6 +54,11 @@ def take_lock(store: str) -> int:
             f"{store}: {holder} is writing this store (it holds {path}): a store has one writer; "
             f"end that one, or wait until it has ended"
         ) from None
+    try:
+        convert_directory(store)
+    except BaseException:
+        os.close(fd)
+        raise
     return fd
 
 

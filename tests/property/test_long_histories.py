@@ -34,7 +34,7 @@ class Counted:
 
     @contextmanager
     def counting(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        rows, verified = Database._rows, ObjectPool.read_verified
+        rows, verified = Database.rows, ObjectPool.read_verified
 
         def ask(catalog: Database, *question: Any) -> list[tuple[Any, ...]]:
             found = rows(catalog, *question)
@@ -48,7 +48,7 @@ class Counted:
             return verified(pool, kind, snapshot, size, *more)
 
         with monkeypatch.context() as patched:
-            patched.setattr(Database, "_rows", ask)
+            patched.setattr(Database, "rows", ask)
             patched.setattr(ObjectPool, "read_verified", read)
             yield
 

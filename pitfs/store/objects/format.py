@@ -13,7 +13,7 @@
       staging/                       the transfer under way
       staging/layers-<s>/            layers of a difference journal under way, or put off
       staging/closing-<s>/           what is made of an open interval that was closed
-      holders/                       who reads which instants now (`store.pins.pins`); made when one does
+      pins/                          who reads which instants now (`store.pins.pins`); made when one does
 
 <s> is the snapshot's id in 16 hex digits, <l> the number of a layer (see `model.ladder`). Every object begins
 with a header of 4096 bytes, little-endian:
@@ -68,7 +68,7 @@ CATALOG: Final = "catalog.sqlite"
 LOCK: Final = "writer.lock"
 OBJECTS: Final = "objects"
 STAGING: Final = "staging"
-PINS: Final = "holders"
+PINS: Final = "pins"
 
 _OBJECT_NAME: Final = re.compile(
     r"snapshot-[0-9a-f]{16}\.(?:map|blocks)|journal-(?P<blocks>[0-9a-f]{16})\.blocks"

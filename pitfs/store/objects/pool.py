@@ -7,8 +7,10 @@ import os
 import resource
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Final
+from functools import wraps
+from typing import Final, ParamSpec, TypeVar
 
 from xxhash import xxh3_64_intdigest
 
@@ -24,6 +26,9 @@ from pitfs.store.objects.format import (
     data_offset,
     object_file,
 )
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 MAX_OPEN_OBJECTS: Final = 256  # well below the usual soft limit of 1024 descriptors
 # The blocks of one image may stand in as many objects as there were snapshots before it: with 256 descriptors and
@@ -46,7 +51,20 @@ def reading_limit() -> int:
 
 
 class MissingObjectError(CorruptionError):
-    """An object isn't there: a finer index may have taken its place, or an interval that of a tail's log."""
+    """An object isn't there: a finer index may have taken its place, or an interval that of an open one's log."""
+
+
+def again_if_replaced(method: Callable[P, T]) -> Callable[P, T]:
+    """Asks once more where an object is missing: what took its place is in the catalog by now."""
+
+    @wraps(method)
+    def ask(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return method(*args, **kwargs)
+        except MissingObjectError:
+            return method(*args, **kwargs)
+
+    return ask
 
 
 class Descriptor(int):

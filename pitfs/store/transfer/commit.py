@@ -21,7 +21,7 @@ from pitfs.model.transfer import Source, TransferKind
 from pitfs.storage.files import write_all
 from pitfs.store.catalog.minutes import add_seconds
 from pitfs.store.catalog.records import Commit, Interval, LayersCommit, Snapshot
-from pitfs.store.index.block_maps import SnapshotMap
+from pitfs.store.index.block_maps import block_maps
 from pitfs.store.index.map_writer import MapWriter
 from pitfs.store.index.merge import by_volume
 from pitfs.store.index.reader import JournalIndex, chunk_cache
@@ -129,8 +129,8 @@ class Committer:
             if record is None:
                 raise CorruptionError(store.catalog.path, 0, f"it lists an interval but not {replaced}")
             before = JournalIndex(store.objects, base, record, chunk_cache())
-        end_map = SnapshotMap(store.nodes, store.catalog.roots(base.end_snapshot_id), store.volumes)
-        built = LayersBuilder(staged, store, before, end_map).build(layer_of(m.granularity_ns))
+        end_maps = block_maps(store.nodes, store.catalog.roots(base.end_snapshot_id), store.volumes)
+        built = LayersBuilder(staged, store, before, end_maps).build(layer_of(m.granularity_ns))
         objects = (*self._add_contents(staged), built.index)
         store.publish(staged.directory, (built.index,))
         interval = replace(base, granularity_ns=m.granularity_ns, cause=m.cause, journal_rows=built.row_count)

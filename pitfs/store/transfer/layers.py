@@ -7,17 +7,16 @@ snapshot is where its block map has it, and shared ones are read and checked bef
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
-from pitfs.model.blockmap import FANOUT, FANOUT_BITS, I64Array
+from pitfs.model.blockmap import FANOUT, FANOUT_BITS, BlockMap, I64Array
 from pitfs.model.transfer import UNIT_BYTES, Source
 from pitfs.store.catalog.minutes import add_seconds
-from pitfs.store.index.block_maps import SnapshotMap
 from pitfs.store.index.format import INDEX_ROW
 from pitfs.store.index.merge import BY_BLOCK, Rows, by_volume, merged
 from pitfs.store.index.reader import JournalIndex
@@ -57,13 +56,13 @@ class LayersBuilder:
     Args:
         staged: the layers, complete.
         before: the index that the interval has, None if it has none.
-        end_map: block maps of the snapshot at the interval's end.
+        end_maps: block maps of the snapshot at the interval's end.
     """
 
     def __init__(
-        self, staged: StagedTransfer, store: WritableStore, before: JournalIndex | None, end_map: SnapshotMap
+        self, staged: StagedTransfer, store: WritableStore, before: JournalIndex | None, end_maps: Sequence[BlockMap]
     ) -> None:
-        self._staged, self._store, self._before, self._end_map = staged, store, before, end_map
+        self._staged, self._store, self._before, self._end_maps = staged, store, before, end_maps
         self._out_of_order = refuse("journal", "a row that came before, or that isn't in order")
 
     def build(self, layer: int) -> BuiltLayers:
@@ -143,7 +142,7 @@ class LayersBuilder:
         cuts = np.flatnonzero((volume[1:] != volume[:-1]) | (leaf[1:] != leaf[:-1])) + 1
         for part in np.split(places, cuts):
             first = found[part[0]]
-            pointers, checksums = self._end_map.leaf(int(first["volume"]), int(first["block"]) >> FANOUT_BITS)
+            pointers, checksums = self._end_maps[int(first["volume"])].leaf(int(first["block"]) >> FANOUT_BITS)
             index = found["block"][part] & (FANOUT - 1)
             found["pointer"][part], found["checksum"][part] = pointers[index], checksums[index]
         ours = contents_object(self._staged.snapshot_id, ObjectKind.SNAPSHOT_BLOCKS)

@@ -18,9 +18,9 @@ import pytest
 from pitfs.errors import NoSuchInstantError
 from pitfs.model.position import Position
 from pitfs.store.ingest import Ingest
-from pitfs.store.pins import pins as holders
+from pitfs.store.pins import pin_file
 from pitfs.store.pins.pin_file import EVERYTHING, FILE_BYTES, MAX_LISTED, PAGE_BYTES, Unlisted
-from pitfs.store.pins.pins import Pins, held, pins_locked
+from pitfs.store.pins.pins import Pins, list_pins, pins_locked
 from pitfs.store.store import Store
 from tests.helpers.stores import ingest_transfer
 from tests.helpers.transfers import random_history, random_transfers
@@ -29,7 +29,7 @@ CHILD_S = 60
 
 
 def files(store: Path) -> list[Path]:
-    return sorted(path for path in (store / "holders").iterdir() if path.name != "lock")
+    return sorted(path for path in (store / "pins").iterdir() if path.name != "lock")
 
 
 @pytest.fixture
@@ -51,33 +51,33 @@ def other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_what_is_pinned_is_listed_until_it_is_unpinned(tmp_path: Path) -> None:
-    assert held(str(tmp_path)) == []
-    with Pins(str(tmp_path), "export /srv/x.img") as holder:
-        assert holder.pin(9, 900) and holder.pin(3, 300) and holder.pin(9, 900)
-        (found,) = held(str(tmp_path))
+    assert list_pins(str(tmp_path)) == []
+    with Pins(str(tmp_path), "export /srv/x.img") as pins:
+        assert pins.pin(9, 900) and pins.pin(3, 300) and pins.pin(9, 900)
+        (found,) = list_pins(str(tmp_path))
         assert (found.pid, found.what, found.unlisted) == (os.getpid(), "export /srv/x.img", None)
         assert found.instants == (Position(3, 300), Position(9, 900))
         assert found.since_ns > 0
-        holder.unpin(9)
-        holder.unpin(3)
-        holder.unpin(4)  # never pinned
-        assert held(str(tmp_path))[0].instants == (Position(9, 900),)
-        holder.unpin(9)
-        assert held(str(tmp_path))[0].instants == ()
-    assert held(str(tmp_path)) == []
+        pins.unpin(9)
+        pins.unpin(3)
+        pins.unpin(4)  # never pinned
+        assert list_pins(str(tmp_path))[0].instants == (Position(9, 900),)
+        pins.unpin(9)
+        assert list_pins(str(tmp_path))[0].instants == ()
+    assert list_pins(str(tmp_path)) == []
     assert files(tmp_path) == []
 
 
 def test_two_processes_hold_the_same_instant(tmp_path: Path, other: subprocess.Popen[str]) -> None:
-    with Pins(str(tmp_path), "nbd unix:/run/x") as holder:
-        holder.pin(7, 700)
-        found = held(str(tmp_path))
-        assert [(each.pid, each.what) for each in found] == [(other.pid, "mount /mnt/db1"), (os.getpid(), holder.what)]
+    with Pins(str(tmp_path), "nbd unix:/run/x") as pins:
+        pins.pin(7, 700)
+        found = list_pins(str(tmp_path))
+        assert [(each.pid, each.what) for each in found] == [(other.pid, "mount /mnt/db1"), (os.getpid(), pins.what)]
         assert [each.instants for each in found] == [(Position(7, 700),)] * 2
-        holder.unpin(7)
-        assert [each.instants for each in held(str(tmp_path))] == [(Position(7, 700),), ()]
+        pins.unpin(7)
+        assert [each.instants for each in list_pins(str(tmp_path))] == [(Position(7, 700),), ()]
         other.communicate("", timeout=CHILD_S)
-        assert [each.what for each in held(str(tmp_path))] == ["nbd unix:/run/x"]
+        assert [each.what for each in list_pins(str(tmp_path))] == ["nbd unix:/run/x"]
 
 
 @pytest.mark.parametrize("swept_by", ["held", "holder"])
@@ -88,7 +88,7 @@ def test_a_killed_holder_holds_nothing_and_its_file_is_removed(
     other.wait(CHILD_S)
     assert len(files(tmp_path)) == 1
     if swept_by == "held":
-        assert held(str(tmp_path)) == []
+        assert list_pins(str(tmp_path)) == []
         assert files(tmp_path) == []
     else:
         with Pins(str(tmp_path), "x"):
@@ -96,26 +96,26 @@ def test_a_killed_holder_holds_nothing_and_its_file_is_removed(
 
 
 def test_forked_workers_pin_and_unpin_for_all(tmp_path: Path) -> None:
-    with Pins(str(tmp_path), "mount /m") as holder:
-        holder.pin(1, 100)
+    with Pins(str(tmp_path), "mount /m") as pins:
+        pins.pin(1, 100)
         for pinned, unpinned in ((2, 1), (3, 2)):
             worker = os.fork()
             if worker == 0:
-                holder.unpin(unpinned)
-                holder.pin(pinned, pinned * 100)
-                holder.close()  # a worker's end isn't that of the holder
+                pins.unpin(unpinned)
+                pins.pin(pinned, pinned * 100)
+                pins.close()  # a worker's end isn't that of the holder
                 os._exit(0)
             assert os.waitpid(worker, 0)[1] == 0
-            assert held(str(tmp_path))[0].instants == (Position(pinned, pinned * 100),)
+            assert list_pins(str(tmp_path))[0].instants == (Position(pinned, pinned * 100),)
 
 
 def test_a_holder_lives_as_long_as_one_of_its_workers(tmp_path: Path) -> None:
     store, (ready, say_ready), (go_on, say_go_on), (ended, still_there) = str(tmp_path), os.pipe(), os.pipe(), os.pipe()
     minder = os.fork()
     if minder == 0:
-        holder = Pins(store, "mount /m")
+        pins = Pins(store, "mount /m")
         if os.fork() == 0:
-            holder.pin(2, 200)
+            pins.pin(2, 200)
             os.close(say_go_on)
             os.write(say_ready, b"w")
             os.read(go_on, 1)
@@ -125,19 +125,19 @@ def test_a_holder_lives_as_long_as_one_of_its_workers(tmp_path: Path) -> None:
     os.read(ready, 1)
     os.kill(minder, signal.SIGKILL)
     os.waitpid(minder, 0)
-    assert held(store)[0].instants == (Position(2, 200),)
+    assert list_pins(store)[0].instants == (Position(2, 200),)
     os.close(still_there)
     os.close(say_go_on)
     os.read(ended, 1)  # the worker has ended
-    assert held(store) == []
+    assert list_pins(store) == []
 
 
 def test_more_than_can_be_listed_is_held_between_the_least_and_the_greatest(tmp_path: Path) -> None:
-    with Pins(str(tmp_path), "x") as holder:
+    with Pins(str(tmp_path), "x") as pins:
         seqs = range(100_000, 100_000 + MAX_LISTED + 500)
         for seq in seqs:
-            holder.pin(seq, seq * 10)
-        (found,) = held(str(tmp_path))
+            pins.pin(seq, seq * 10)
+        (found,) = list_pins(str(tmp_path))
         listed = {position.seq for position in found.instants}
         left = [seq for seq in seqs if seq not in listed]
         assert found.unlisted == Unlisted(
@@ -146,22 +146,22 @@ def test_more_than_can_be_listed_is_held_between_the_least_and_the_greatest(tmp_
         assert MAX_LISTED * 9 // 10 < len(found.instants) <= MAX_LISTED
         assert files(tmp_path)[0].stat().st_size == FILE_BYTES
         for seq in seqs:
-            holder.unpin(seq)
-        (found,) = held(str(tmp_path))
+            pins.unpin(seq)
+        (found,) = list_pins(str(tmp_path))
         assert found.instants == () and found.unlisted is None
 
 
 def test_no_pin_comes_while_a_removal_looks(tmp_path: Path) -> None:
-    with Pins(str(tmp_path), "x") as holder:
+    with Pins(str(tmp_path), "x") as pins:
         with pins_locked(str(tmp_path)) as found:
             assert [each.instants for each in found] == [()]
-            assert not holder.pin(1, 100, wait=False)
-            thread = threading.Thread(target=holder.pin, args=(1, 100))
+            assert not pins.pin(1, 100, wait=False)
+            thread = threading.Thread(target=pins.pin, args=(1, 100))
             thread.start()
-            assert not holder.pin(2, 200, wait=False)  # nor behind a thread that waits
+            assert not pins.pin(2, 200, wait=False)  # nor behind a thread that waits
         thread.join(CHILD_S)
-        assert holder.pin(2, 200, wait=False)
-        assert held(str(tmp_path))[0].instants == (Position(1, 100), Position(2, 200))
+        assert pins.pin(2, 200, wait=False)
+        assert list_pins(str(tmp_path))[0].instants == (Position(1, 100), Position(2, 200))
 
 
 def test_an_instant_is_resolved_again_when_it_is_pinned(tmp_path: Path) -> None:
@@ -172,20 +172,46 @@ def test_an_instant_is_resolved_again_when_it_is_pinned(tmp_path: Path) -> None:
     store = Store.open(ingest.path)
     latest = store.latest()
     assert latest is not None
-    with Pins(ingest.path, "x") as holder:
-        assert holder.pinned(store, latest) == latest
-        assert held(ingest.path)[0].instants == (Position(latest.seq, latest.time_ns),)
-        holder.unpin(latest.seq)
+    with Pins(ingest.path, "x") as pins:
+        assert pins.pinned(store, latest) == latest
+        assert list_pins(ingest.path)[0].instants == (Position(latest.seq, latest.time_ns),)
+        pins.unpin(latest.seq)
         before = store.first()
         assert before is not None
         store.at_seq = lambda seq: before  # type: ignore[method-assign]
         with pytest.raises(NoSuchInstantError, match="pruned"):
-            holder.pinned(store, latest)
-        assert held(ingest.path)[0].instants == ()
+            pins.pinned(store, latest)
+        assert list_pins(ingest.path)[0].instants == ()
     store.close()
     ingest.close()
-    Ingest(str(tmp_path), history.hello).close()  # opening leaves holders/ alone
-    assert (tmp_path / history.hello.group / "holders" / "lock").exists()
+    Ingest(str(tmp_path), history.hello).close()  # opening leaves pins/ alone
+    assert (tmp_path / history.hello.group / "pins" / "lock").exists()
+
+
+def test_the_first_writer_renames_the_directory_of_an_older_store_and_readers_go_on(tmp_path: Path) -> None:
+    history = random_history(1)
+    ingest = Ingest(str(tmp_path), history.hello)
+    ingest.close()
+    Pins(ingest.path, "x").close()
+    os.rename(os.path.join(ingest.path, "pins"), os.path.join(ingest.path, "holders"))
+    with Pins(ingest.path, "before") as before, Pins(ingest.path, "until the writer comes") as until:
+        before.pin(1, 100)
+        assert not os.path.exists(os.path.join(ingest.path, "pins"))
+        assert [each.what for each in list_pins(ingest.path)] == ["before", "until the writer comes"]
+        Ingest(str(tmp_path), history.hello).close()
+        assert not os.path.exists(os.path.join(ingest.path, "holders"))
+        before.pin(2, 200)
+        until.close()
+        with Pins(ingest.path, "after"), pins_locked(ingest.path) as found:
+            assert [each.what for each in found] == ["before", "after"]
+            assert found[0].instants == (Position(1, 100), Position(2, 200))
+            assert not before.pin(3, 300, wait=False)  # the lock is the same one
+        assert before.file is not None
+        worker = Pins(ingest.path, "before", os.getppid(), (before.file[0], os.dup(before.file[1])))
+        worker.unpin(1)
+        worker.close()
+        assert list_pins(ingest.path)[0].instants == (Position(2, 200),)
+    assert os.listdir(os.path.join(ingest.path, "pins")) == ["lock"]
 
 
 @pytest.mark.parametrize("name", ["mkdir", "open", "pwrite"])
@@ -197,24 +223,24 @@ def test_reading_goes_on_where_the_store_can_not_be_written(
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
-        patch.setattr(holders.os, name, refuse)
-        with Pins(str(tmp_path), "x") as holder:
-            assert holder.pin(1, 100)
-            assert holder.unpin(1)
+        patch.setattr(os, name, refuse)
+        with Pins(str(tmp_path), "x") as pins:
+            assert pins.pin(1, 100)
+            assert pins.unpin(1)
     assert [record.message.count("not pinned: ") for record in caplog.records] == [1]
-    assert held(str(tmp_path)) == []
+    assert list_pins(str(tmp_path)) == []
 
 
 def test_a_pin_that_the_disk_refuses_is_said_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with Pins(str(tmp_path), "x") as holder, caplog.at_level(logging.WARNING):
+    with Pins(str(tmp_path), "x") as pins, caplog.at_level(logging.WARNING):
         with monkeypatch.context() as patch:
-            patch.setattr(holders, "write_all", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
-            assert holder.pin(1, 100) and holder.pin(2, 200)
-        assert holder.unpin(1)
-        assert holder.pin(3, 300)
-        assert held(str(tmp_path))[0].instants == (Position(3, 300),)
+            patch.setattr(pin_file, "write_all", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+            assert pins.pin(1, 100) and pins.pin(2, 200)
+        assert pins.unpin(1)
+        assert pins.pin(3, 300)
+        assert list_pins(str(tmp_path))[0].instants == (Position(3, 300),)
     assert [record.message.count("not pinned: No space left") for record in caplog.records] == [1]
 
 
@@ -225,13 +251,13 @@ def test_a_read_only_store_is_read_without_pins(tmp_path: Path, caplog: pytest.L
     subprocess.run(["mount", "--bind", tmp_path, here], check=True)
     try:
         subprocess.run(["mount", "-o", "remount,bind,ro", here], check=True)
-        with Pins(str(here), "x") as holder:
-            assert holder.pin(1, 100) and held(str(here)) == []
+        with Pins(str(here), "x") as pins:
+            assert pins.pin(1, 100) and list_pins(str(here)) == []
         assert "not pinned: Read-only file system" in caplog.text
-        with Pins(str(tmp_path), "y") as holder:  # of one that is read-only for others only
-            holder.pin(1, 100)
-            assert [each.what for each in held(str(here))] == ["y"]
-            assert held(str(here))[0].instants == (Position(1, 100),)
+        with Pins(str(tmp_path), "y") as pins:  # of one that is read-only for others only
+            pins.pin(1, 100)
+            assert [each.what for each in list_pins(str(here))] == ["y"]
+            assert list_pins(str(here))[0].instants == (Position(1, 100),)
     finally:
         subprocess.run(["umount", here], check=True)
 
@@ -239,23 +265,23 @@ def test_a_read_only_store_is_read_without_pins(tmp_path: Path, caplog: pytest.L
 @pytest.mark.parametrize("left", [b"", b"PITFSHLD", b"\0" * PAGE_BYTES, b"x" * FILE_BYTES])
 def test_what_a_dead_holder_left_half_written_is_removed(tmp_path: Path, left: bytes) -> None:
     Pins(str(tmp_path), "x").close()
-    (tmp_path / "holders" / "123-abcdef01").write_bytes(left)
-    assert held(str(tmp_path)) == []
+    (tmp_path / "pins" / "123-abcdef01").write_bytes(left)
+    assert list_pins(str(tmp_path)) == []
     assert files(tmp_path) == []
 
 
 @pytest.mark.parametrize("page", [0, 1, 32])
 def test_a_living_holder_that_can_not_be_read_holds_everything(tmp_path: Path, page: int) -> None:
-    with Pins(str(tmp_path), "x") as holder:
+    with Pins(str(tmp_path), "x") as pins:
         for seq in range(200):
-            holder.pin(seq, seq)
+            pins.pin(seq, seq)
         with files(tmp_path)[0].open("r+b") as file:
             file.seek(page * PAGE_BYTES + 10)
             file.write(b"\xff\xff\xff")
-        (found,) = held(str(tmp_path))
+        (found,) = list_pins(str(tmp_path))
         assert found.pid == os.getpid()
         assert found.unlisted == EVERYTHING
         with files(tmp_path)[0].open("r+b") as file:
             file.truncate(page * PAGE_BYTES + 10)
-        (found,) = held(str(tmp_path))
+        (found,) = list_pins(str(tmp_path))
         assert found.unlisted == EVERYTHING
