@@ -79,7 +79,6 @@ class Ingest:
         self.path = os.path.join(root, hello.group)
         self.hello = hello
         self._staged: StagedTransfer | None = None
-        self._is_open = True
         with ExitStack() as closing, self._errors("opening"):
             self._store, self._area = self._open(closing)
             self._committer = Committer(self._store)
@@ -116,7 +115,7 @@ class Ingest:
 
     def welcome(self) -> Welcome:
         """Where the store stands, and what could become finer."""
-        catalog, coarse = self._opened().catalog, []
+        catalog, coarse = self._store.catalog, []
         for interval in catalog.coarse_intervals(MAX_COARSE):
             positions = interval.from_seq, interval.from_time_ns, interval.to_seq, interval.to_time_ns
             waits = interval.cause.endswith(WAITS)
@@ -125,7 +124,7 @@ class Ingest:
 
     def _position(self) -> Welcome:
         """Where the store stands."""
-        catalog = self._opened().catalog
+        catalog = self._store.catalog
         with catalog.one_moment():  # a closing may be committed meanwhile
             end, last = self.stream.durable_end, catalog.last_snapshot()
             mark, mark_seq, protected_ns = map(catalog.meta, ("mark", "mark_seq", "protected_through_ns"))
@@ -141,7 +140,7 @@ class Ingest:
             PositionMismatchError: it doesn't lead on from where the store stands.
             RemoteProtocolError: the manifest is invalid.
         """
-        catalog = self._opened().catalog
+        catalog = self._store.catalog
         self._close_staged()
         check_manifest(manifest, self.hello.volumes)
         with self._errors("beginning a transfer"):
@@ -226,7 +225,6 @@ class Ingest:
             PositionMismatchError: they don't lead on from where the store ends.
             RemoteProtocolError: they are invalid, or a transfer to the next mark is under way.
         """
-        self._opened()
         if self._staged is not None and self._staged.manifest.kind is not TransferKind.LAYERS:
             raise RemoteProtocolError(f"{self.path}: writes are streamed while a transfer is under way that has them")
         with self._errors("writing"):
@@ -234,7 +232,6 @@ class Ingest:
 
     def flush(self, protected_through_ns: int) -> Durable:
         """Makes what was streamed durable, and readable some times a second; every write up to that time is in."""
-        self._opened()
         with self._errors("making it durable"):
             return self.stream.flush(protected_through_ns)
 
@@ -244,13 +241,11 @@ class Ingest:
         Raises:
             PositionMismatchError: it isn't the next mark, or isn't where the store ends.
         """
-        self._opened()
         with self._errors("closing an interval"):
             return self.stream.take_mark(mark)
 
     def publish(self) -> None:
         """Makes readable what was streamed."""
-        self._opened()
         with self._errors("making it readable"):
             self.stream.publish()
 
@@ -260,7 +255,6 @@ class Ingest:
             if self._staged is not None:
                 self._staged.keep()
         finally:
-            self._is_open = False
             self._close_staged()
             self._closing.close()
 
@@ -268,11 +262,6 @@ class Ingest:
         if self._staged is not None:
             self._staged.close()
             self._staged = None
-
-    def _opened(self) -> WritableStore:
-        if not self._is_open:
-            raise RuntimeError("this Ingest is closed")
-        return self._store
 
     @contextmanager
     def _transfer(self, doing: str) -> Iterator[StagedTransfer]:

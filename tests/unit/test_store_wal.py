@@ -18,6 +18,7 @@ from pitfs.store.open_interval.wal import (
     HEAD_BYTES,
     SORTED_RUN,
     WRITES,
+    Batch,
     WalReader,
     WriteAheadLog,
     align,
@@ -43,9 +44,8 @@ ZEROS = np.array([False, False, True, False])
 
 
 def append(wal: WriteAheadLog, first_seq: int) -> int:
-    return wal.append_writes(
-        first_seq, rows_of(1000 * first_seq), checksums(), ZEROS, memoryview(b"".join(BLOCKS))
-    )
+    batch = Batch(first_seq, rows_of(1000 * first_seq), checksums(), ZEROS)
+    return wal.append_writes(batch, memoryview(b"".join(BLOCKS)))
 
 
 @pytest.fixture
@@ -58,11 +58,11 @@ def wal(tmp_path: Path) -> Iterator[WriteAheadLog]:
 def read(wal: WriteAheadLog, start: int = HEADER_BYTES) -> tuple[list[int], int]:
     reader = WalReader(wal.path, wal.fd, wal.open_interval_id)
     heads = list(reader.heads(start, BLOCK_SIZES))
-    return [head.first_seq for head in heads], reader.end
+    return [head.batch.first_seq for head in heads], reader.end
 
 
 def test_heads_have_the_golden_bytes() -> None:
-    writes = encode_head(9, WRITES, 8192, 2560, 4096, 17, rows_of(1000), checksums(), ZEROS)
+    writes = encode_head(9, WRITES, 8192, 2560, 4096, Batch(17, rows_of(1000), checksums(), ZEROS))
     run = encode_head(9, SORTED_RUN, 12288, 70000, 8192)
     assert len(writes) == len(run) == 512
     golden = bytes.fromhex((GOLDEN / "store-wal.hex").read_text("ascii"))
@@ -79,14 +79,15 @@ def test_what_was_appended_is_read_again_and_sorted_runs_are_passed_over(wal: Wr
     heads = list(WalReader(wal.path, wal.fd, 9).heads(HEADER_BYTES, BLOCK_SIZES))
     assert [head.body for head in heads] == starts
     for head in heads:
-        assert head.rows.tolist() == rows_of(1000 * head.first_seq).tolist()
-        assert head.checksums.tolist() == checksums().tolist() and head.zeros.tolist() == ZEROS.tolist()
+        assert head.batch.rows.tolist() == rows_of(1000 * head.batch.first_seq).tolist()
+        assert head.batch.checksums.tolist() == checksums().tolist()
+        assert head.batch.zeros.tolist() == ZEROS.tolist()
     assert read(wal) == ([1, 3], wal.end)
 
 
 def test_rows_lead_to_each_block_of_each_write(wal: WriteAheadLog) -> None:
     start = append(wal, 1)
-    rows = spread(1, rows_of(1000), checksums(), ZEROS, BLOCK_SIZES, 9, start)
+    rows = spread(Batch(1, rows_of(1000), checksums(), ZEROS), BLOCK_SIZES, 9, start)
     unit = (19 << 36) + (start - HEADER_BYTES) // 512
     sums = checksums().tolist()
     wanted = [(0, 7, 1, unit, sums[0]), (1, 2, 2, unit + 1, sums[1]), (1, 3, 2, 0, 0), (1, 4, 2, unit + 3, sums[3])]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Final
 
@@ -67,7 +67,9 @@ class Stream:
                 continue
             self._open = OpenIntervalWriter.recover(record, self._store)
             if self._open is None:
-                self._remove_wal(record.id)
+                with suppress(FileNotFoundError):
+                    os.unlink(os.path.join(self._store.objects.directory, wal_file(record.id)))
+                    fsync_directory(self._store.objects.directory)
                 self._catalog.drop_open_interval(record.id)
             else:
                 self._publish(0, durable=True)
@@ -103,11 +105,11 @@ class Stream:
         self._check_usable()
         if self._open is None and not self.mark:
             raise mismatch(self._catalog.path, "the store is empty and takes a full copy first")
-        batch = self._check.take(writes, *self.end)
+        batch, body = self._check.take(writes, *self.end)
         with self._breaks():
             self._fence()
             writer = self._open or self._begin()
-            writer.append(batch)
+            writer.append(batch, body)
             if writer.pending_rows >= MAX_PENDING_ROWS:
                 self._publish(0)
 
@@ -254,13 +256,6 @@ class Stream:
         writer.close()
         self._open, self._closing = None, Closing(record, self._store, self._area)
         return self._closing
-
-    def _remove_wal(self, open_interval_id: int) -> None:
-        try:
-            os.unlink(os.path.join(self._store.objects.directory, wal_file(open_interval_id)))
-        except FileNotFoundError:
-            return
-        fsync_directory(self._store.objects.directory)
 
     def _durable(self) -> Durable:
         return Durable(*self.end, self._catalog.meta("mark"), self._catalog.meta("protected_through_ns"))

@@ -36,7 +36,7 @@ import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -58,7 +58,6 @@ _CHECKSUM: Final = struct.Struct("<Q")
 HEAD_BYTES: Final = HEAD.size + _CHECKSUM.size
 assert HEAD.size == 56
 _SEARCH_BYTES: Final = 4 << 20
-Bits = npt.NDArray[np.bool_]
 
 
 def align(offset: int) -> int:
@@ -67,23 +66,38 @@ def align(offset: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
-    """What stands before a body.
+class Batch:
+    """Writes as they are logged.
 
     Attributes:
-        rows: WRITE[write_count]; checksums: uint64[block_count]; zeros: which blocks are all zeros.
-        body: byte of the file where the body begins.
+        rows: WRITE[n], the first of them write `first_seq`.
+        checksums: uint64, of each block of all rows, 0 of zeros; zeros: which blocks are all zeros.
     """
+
+    first_seq: int
+    rows: Rows
+    checksums: U64Array
+    zeros: npt.NDArray[np.bool_]
+
+    @property
+    def end(self) -> tuple[int, int]:
+        """Position of the last write."""
+        return self.first_seq + len(self.rows) - 1, int(self.rows["time_ns"][-1])
+
+
+_NO_WRITES: Final = Batch(0, np.zeros(0, WRITE), np.zeros(0, "<u8"), np.zeros(0, np.bool_))
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What stands before a body, which begins at byte `body` of the file; `batch`: the writes, none of a sorted run."""
 
     kind: int
     offset: int
     body: int
     body_bytes: int
-    first_seq: int
     durable: int
-    rows: Rows
-    checksums: U64Array
-    zeros: Bits
+    batch: Batch
 
     @property
     def end(self) -> int:
@@ -92,14 +106,12 @@ class Head:
 
 
 def encode_head(
-    open_interval_id: int, kind: int, offset: int, body_bytes: int, durable: int, first_seq: int = 0,
-    rows: Rows | None = None, checksums: U64Array | None = None, zeros: Bits | None = None,
-) -> bytes:  # fmt: skip
+    open_interval_id: int, kind: int, offset: int, body_bytes: int, durable: int, batch: Batch = _NO_WRITES
+) -> bytes:
     """A head filled up to its body."""
-    if rows is None or checksums is None or zeros is None:
-        rows, checksums, zeros = np.zeros(0, WRITE), np.zeros(0, "<u8"), np.zeros(0, np.bool_)
-    columns = rows.tobytes() + checksums.tobytes() + np.packbits(zeros, bitorder="little").tobytes()
-    head = HEAD.pack(MAGIC, kind, len(rows), len(checksums), 0, offset, body_bytes, first_seq, durable)
+    rows, checksums = batch.rows, batch.checksums
+    columns = rows.tobytes() + checksums.tobytes() + np.packbits(batch.zeros, bitorder="little").tobytes()
+    head = HEAD.pack(MAGIC, kind, len(rows), len(checksums), 0, offset, body_bytes, batch.first_seq, durable)
     data = head + _CHECKSUM.pack(xxh3_64_intdigest(head + columns, open_interval_id)) + columns
     return data.ljust(align(len(data)), b"\0")
 
@@ -128,13 +140,9 @@ class WriteAheadLog:
             raise
         return cls(path, open_interval_id, fd, HEADER_BYTES, HEADER_BYTES)
 
-    def append_writes(
-        self, first_seq: int, rows: Rows, checksums: U64Array, zeros: Bits, body: memoryview
-    ) -> int:
+    def append_writes(self, batch: Batch, body: memoryview) -> int:
         """Appends writes; returns the byte where their contents begin. Raises OSError, CapacityError."""
-        head = encode_head(
-            self.open_interval_id, WRITES, self.end, len(body), self.durable, first_seq, rows, checksums, zeros
-        )
+        head = encode_head(self.open_interval_id, WRITES, self.end, len(body), self.durable, batch)
         start = self.end + len(head)
         self._check_room(start + len(body))
         write_all(self.fd, head, self.end)
@@ -197,7 +205,7 @@ class WalReader:
             raise CorruptionError(self._path, self._size, "the log is shorter than what was acknowledged")
         while (head := self._head(self.end)) is not None and head.end <= self._size:
             if head.kind == WRITES:
-                if not self._is_whole(head, block_sizes):
+                if not self._is_whole(head, head.batch, block_sizes):
                     break
                 yield head
             self.end = head.end
@@ -222,17 +230,17 @@ class WalReader:
             return None
         rows = np.frombuffer(columns, WRITE, write_count)
         checksums = np.frombuffer(columns, "<u8", block_count, rows.nbytes)
-        bits: npt.NDArray[Any] = np.frombuffer(columns, np.uint8, -1, rows.nbytes + checksums.nbytes)
+        bits = np.frombuffer(columns, np.uint8, -1, rows.nbytes + checksums.nbytes)
         zeros = np.unpackbits(bits, count=block_count, bitorder="little").astype(np.bool_)
-        return Head(kind, offset, body, body_bytes, first_seq, durable, rows, checksums, zeros)
+        return Head(kind, offset, body, body_bytes, durable, Batch(first_seq, rows, checksums, zeros))
 
-    def _is_whole(self, head: Head, block_sizes: I64Array) -> bool:
+    def _is_whole(self, head: Head, batch: Batch, block_sizes: I64Array) -> bool:
         """Whether its contents are what was written."""
-        sizes = np.repeat(block_sizes[head.rows["volume"]], head.rows["block_count"])[~head.zeros]
+        sizes = np.repeat(block_sizes[batch.rows["volume"]], batch.rows["block_count"])[~batch.zeros]
         if int(sizes.sum()) != head.body_bytes:
             return False
         body = memoryview(read_exactly(self._fd, head.body_bytes, head.body, self._path))
-        return np.array_equal(checksums_of(body, sizes), head.checksums[~head.zeros])
+        return np.array_equal(checksums_of(body, sizes), batch.checksums[~batch.zeros])
 
     def _check_torn_end(self) -> None:
         """Raises CorruptionError if something behind what isn't whole says that it was acknowledged."""

@@ -10,10 +10,8 @@ from functools import partial
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from pitfs.errors import CorruptionError
-from pitfs.model.blockmap import U64Array
 from pitfs.storage.files import read_exactly, write_all
 from pitfs.store.catalog.minutes import add_seconds
 from pitfs.store.catalog.records import OpenInterval
@@ -21,8 +19,8 @@ from pitfs.store.index.merge import Rows
 from pitfs.store.index.reader import chunk_cache
 from pitfs.store.objects.format import HEADER_BYTES, ObjectHeader, ObjectKind, object_file
 from pitfs.store.open_interval.sorted_runs import add_run, open_run
-from pitfs.store.open_interval.wal import WalReader, WriteAheadLog
-from pitfs.store.open_interval.writes import Batch, positions, spread
+from pitfs.store.open_interval.wal import Batch, WalReader, WriteAheadLog
+from pitfs.store.open_interval.writes import positions, spread
 from pitfs.store.transfer.writable_store import WritableStore
 
 log = logging.getLogger(__name__)
@@ -58,19 +56,16 @@ class OpenIntervalWriter:
         self.end = self.durable_end = record.to_seq, record.to_time_ns
         self.pending_rows = 0
 
-    def append(self, batch: Batch) -> None:
+    def append(self, batch: Batch, body: memoryview) -> None:
         """Writes a batch to the WAL. Raises OSError, CapacityError: then nothing more may be appended."""
-        start = self.wal.append_writes(batch.first_seq, batch.rows, batch.checksums, batch.zeros, batch.body)
-        self._add(batch.first_seq, batch.rows, batch.checksums, batch.zeros, start)
+        self._add(batch, self.wal.append_writes(batch, body))
 
-    def _add(
-        self, first_seq: int, rows: Rows, checksums: U64Array, zeros: npt.NDArray[np.bool_], start: int
-    ) -> None:
-        added = spread(first_seq, rows, checksums, zeros, self._block_sizes, self.wal.open_interval_id, start)
-        self._rows.append(added)
-        self._positions.append(positions(first_seq, rows))
-        self.pending_rows += len(checksums)
-        self.end = first_seq + len(rows) - 1, int(rows["time_ns"][-1])
+    def _add(self, batch: Batch, start: int) -> None:
+        """Notes a batch whose contents begin at byte `start` of the WAL."""
+        self._rows.append(spread(batch, self._block_sizes, self.wal.open_interval_id, start))
+        self._positions.append(positions(batch))
+        self.pending_rows += len(batch.checksums)
+        self.end = batch.end
 
     def make_readable(self) -> Mapping[int, int]:
         """Puts all that came into sorted runs, makes it durable, and `record` what the catalog is to have then.
@@ -151,9 +146,10 @@ class OpenIntervalWriter:
         path, fd, start = wal.path, wal.fd, wal.end
         reader = WalReader(path, fd, wal.open_interval_id)
         for head in reader.heads(start, self._block_sizes):
-            if head.first_seq != end[0] + 1 or not len(head.rows) or head.rows["time_ns"][0] <= end[1]:
+            rows = head.batch.rows
+            if head.batch.first_seq != end[0] + 1 or not len(rows) or rows["time_ns"][0] <= end[1]:
                 raise CorruptionError(path, head.offset, "writes that don't follow those before them")
-            end = head.first_seq + len(head.rows) - 1, int(head.rows["time_ns"][-1])
+            end = head.batch.end
         if os.fstat(fd).st_size > reader.end:
             log.info("%s: cut at byte %d: what was behind it isn't whole", path, reader.end)
             os.ftruncate(fd, reader.end)
@@ -164,6 +160,6 @@ class OpenIntervalWriter:
         wal.end = wal.durable = reader.end
         # Once more: it may be all of a long interval, and becomes runs behind it before the next of it is taken.
         for head in WalReader(path, fd, wal.open_interval_id).heads(start, self._block_sizes):
-            self._add(head.first_seq, head.rows, head.checksums, head.zeros, head.body)
+            self._add(head.batch, head.body)
             if self.pending_rows >= MAX_PENDING_ROWS:
                 self._add_run()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +14,7 @@ from pitfs.model.transfer import MAX_BATCH_BYTES, MAX_BATCH_ROWS, POSITION, UNIT
 from pitfs.store.index.format import INDEX_ROW
 from pitfs.store.index.merge import Rows
 from pitfs.store.objects.format import HEADER_BYTES, MAX_SEQ, ObjectKind, contents_object, pointer
+from pitfs.store.open_interval.wal import Batch
 from pitfs.store.transfer.position import mismatch
 from pitfs.store.transfer.sections import checksums_of
 
@@ -23,17 +23,6 @@ _MAX_TIME_NS = 1 << 62
 
 def _refuse(problem: str) -> RemoteProtocolError:
     return RemoteProtocolError(f"the streamed writes: {problem}; nothing of them is applied")
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Writes that were checked: WRITE rows; checksum of each block, and whether it is all zeros; what is stored."""
-
-    first_seq: int
-    rows: Rows
-    checksums: U64Array
-    zeros: npt.NDArray[np.bool_]
-    body: memoryview
 
 
 class WriteCheck:
@@ -45,8 +34,11 @@ class WriteCheck:
         self._block_sizes = np.array([volume.block_size for volume in volumes], "<i8")
         self._zero_checksums = np.array([xxh3_64_intdigest(bytes(v.block_size)) for v in volumes], "<u8")
 
-    def take(self, writes: Writes, seq: int, time_ns: int) -> Batch:
+    def take(self, writes: Writes, seq: int, time_ns: int) -> tuple[Batch, memoryview]:
         """Writes that come behind position (seq, time_ns), at least one.
+
+        Returns:
+            the writes, and the blocks that aren't all zeros.
 
         Raises:
             PositionMismatchError: they don't lead on from there.
@@ -66,10 +58,9 @@ class WriteCheck:
             raise _refuse("contents that aren't those whose checksums were taken at the splitter")
         ends = np.cumsum(sizes)
         zeros = self._zeros(checksums, np.repeat(rows["volume"], rows["block_count"]), contents, ends)
-        if not zeros.any():
-            return Batch(writes.first_seq, rows, checksums, zeros, contents)
         checksums[zeros] = 0
-        return Batch(writes.first_seq, rows, checksums, zeros, _without(contents, zeros, ends - sizes, ends))
+        body = _without(contents, zeros, ends - sizes, ends) if zeros.any() else contents
+        return Batch(writes.first_seq, rows, checksums, zeros), body
 
     def _check_rows(self, writes: Writes, time_ns: int) -> None:
         rows, count = writes.rows, len(writes.rows)
@@ -113,31 +104,29 @@ def _without(contents: memoryview, zeros: npt.NDArray[np.bool_], starts: I64Arra
     return memoryview(b"".join([contents[starts[first] : ends[last - 1]] for first, last in runs]))
 
 
-def spread(
-    first_seq: int, rows: Rows, checksums: U64Array, zeros: npt.NDArray[np.bool_], block_sizes: I64Array,
-    open_interval_id: int, start: int,
-) -> Rows:  # fmt: skip
+def spread(batch: Batch, block_sizes: I64Array, open_interval_id: int, start: int) -> Rows:
     """INDEX_ROWs of each block of these writes, in the order of writing.
 
     Args:
         start: byte where their contents begin in the WAL of the open interval.
     """
+    rows, first_seq = batch.rows, batch.first_seq
     counts = rows["block_count"].astype("<i8")
-    found = np.zeros(len(checksums), INDEX_ROW)
+    found = np.zeros(len(batch.checksums), INDEX_ROW)
     firsts = np.cumsum(counts) - counts  # of each write, the row of its first block
     found["volume"] = np.repeat(rows["volume"], counts)
     found["block"] = np.repeat(rows["block"].astype("<i8") - firsts, counts) + np.arange(len(found))
     found["seq"] = np.repeat(np.arange(first_seq, first_seq + len(rows)), counts)
-    units = np.where(zeros, 0, block_sizes[found["volume"]] // UNIT_BYTES).astype("<u8")
+    units = np.where(batch.zeros, 0, block_sizes[found["volume"]] // UNIT_BYTES).astype("<u8")
     first = pointer(contents_object(open_interval_id, ObjectKind.JOURNAL_BLOCKS), (start - HEADER_BYTES) // UNIT_BYTES)
     pointers = np.uint64(first) + np.cumsum(units, dtype="<u8") - units
-    pointers[zeros] = 0
-    found["pointer"], found["checksum"] = pointers, checksums
+    pointers[batch.zeros] = 0
+    found["pointer"], found["checksum"] = pointers, batch.checksums
     return found
 
 
-def positions(first_seq: int, rows: Rows) -> Rows:
+def positions(batch: Batch) -> Rows:
     """POSITIONs of these writes."""
-    found = np.empty(len(rows), POSITION)
-    found["seq"], found["time_ns"] = np.arange(first_seq, first_seq + len(rows)), rows["time_ns"]
+    found = np.empty(len(batch.rows), POSITION)
+    found["seq"], found["time_ns"] = np.arange(batch.first_seq, batch.end[0] + 1), batch.rows["time_ns"]
     return found

@@ -130,11 +130,12 @@ class Committer:
                 raise CorruptionError(store.catalog.path, 0, f"it lists an interval but not {replaced}")
             before = JournalIndex(store.objects, base, record, chunk_cache())
         end_maps = block_maps(store.nodes, store.catalog.roots(base.end_snapshot_id), store.volumes)
-        built = LayersBuilder(staged, store, before, end_maps).build(layer_of(m.granularity_ns))
-        objects = (*self._add_contents(staged), built.index)
-        store.publish(staged.directory, (built.index,))
-        interval = replace(base, granularity_ns=m.granularity_ns, cause=m.cause, journal_rows=built.row_count)
-        store.catalog.commit_layers(LayersCommit(base, interval, objects, replaced, built.minutes))
+        builder = LayersBuilder(staged, store, before, end_maps)
+        index, row_count, minutes = builder.build(layer_of(m.granularity_ns))
+        objects = (*self._add_contents(staged), index)
+        store.publish(staged.directory, (index,))
+        interval = replace(base, granularity_ns=m.granularity_ns, cause=m.cause, journal_rows=row_count)
+        store.catalog.commit_layers(LayersCommit(base, interval, objects, replaced, minutes))
         if replaced is not None:
             with suppress(FileNotFoundError):
                 os.unlink(os.path.join(store.objects.directory, replaced))

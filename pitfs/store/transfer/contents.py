@@ -22,7 +22,7 @@ from xxhash import xxh3_64_intdigest
 from pitfs.model.blockmap import U64Array
 from pitfs.model.transfer import UNIT_BYTES, Source
 from pitfs.store.objects.format import HEADER_BYTES, ObjectKind, data_offset
-from pitfs.store.transfer.sections import CHECKSUM, StagedContents, StagedFile
+from pitfs.store.transfer.sections import CHECKSUM, StagedArray, StagedContents
 from pitfs.store.transfer.staging import StagedTransfer
 from pitfs.store.transfer.validation import refuse
 from pitfs.store.transfer.writable_store import WritableStore
@@ -46,7 +46,7 @@ class OwnContents:
         sizes = self._units[volumes]
         ends = np.cumsum(sizes, dtype="<u8")
         pointers = np.uint64(self._next) + ends - sizes
-        checksums = self._contents.checksums_from(self._block, len(sizes))
+        checksums = self._contents.checksums.part(self._block, len(sizes))
         self._next += int(ends[-1]) if len(ends) else 0
         self._block += len(sizes)
         return pointers, checksums
@@ -58,18 +58,12 @@ def read_checksums(fd: int, units: U64Array, block_size: int) -> U64Array:
     return np.fromiter(map(xxh3_64_intdigest, reads), CHECKSUM, len(units))
 
 
-class SharedContents:
-    """Contents that rows of JOURNAL share, in staged layers."""
+class SharedContents(StagedArray):
+    """Checksums of the contents that rows of JOURNAL share, in staged layers, in the order of the rows."""
 
     def __init__(self, staged: StagedTransfer, store: WritableStore) -> None:
+        super().__init__(os.path.join(staged.directory, NAME), CHECKSUM, 0)
         self._staged, self._store = staged, store
-        path = os.path.join(staged.directory, NAME)
-        with open(path, "wb"):
-            pass
-        self._file = StagedFile(path, 0)
-
-    def close(self) -> None:
-        os.close(self._file.fd)
 
     def find(self) -> None:
         """Reads each of them, before anything leads to it.
@@ -85,7 +79,7 @@ class SharedContents:
             found = map(self._checksum, *(column.tolist() for column in places))
             checksums = np.fromiter(found, CHECKSUM, len(shared))
             self._staged.journal_blocks.take_shared(checksums)
-            self._file.append(checksums.data.cast("B"))
+            self.append(checksums.data.cast("B"))
         self._staged.journal_blocks.check_taken()
 
     def _checksum(self, source: int, at: int, size: int) -> int:
@@ -101,8 +95,3 @@ class SharedContents:
         if len(data) != size:
             raise refuse("journal", "a row shares a content that isn't there")
         return xxh3_64_intdigest(data)
-
-    def checksums(self, first: int, count: int) -> U64Array:
-        """After `find`: those of `count` rows that share one, from number `first` of them on."""
-        data = self._file.read(count * CHECKSUM.itemsize, first * CHECKSUM.itemsize)
-        return np.frombuffer(data, CHECKSUM)

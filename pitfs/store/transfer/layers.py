@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -41,15 +40,6 @@ _SHARED: Final = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class BuiltLayers:
-    """The new index, in staging and synced; the number of its rows; which seconds of which minutes it adds."""
-
-    index: ObjectRecord
-    row_count: int
-    minutes: dict[int, int]
-
-
 class LayersBuilder:
     """Makes the finer index.
 
@@ -65,8 +55,11 @@ class LayersBuilder:
         self._staged, self._store, self._before, self._end_maps = staged, store, before, end_maps
         self._out_of_order = refuse("journal", "a row that came before, or that isn't in order")
 
-    def build(self, layer: int) -> BuiltLayers:
+    def build(self, layer: int) -> tuple[ObjectRecord, int, dict[int, int]]:
         """Writes the index of the layers up to and with `layer` into the transfer's directory.
+
+        Returns:
+            the index, synced; the number of its rows; which seconds of which minutes it adds.
 
         Raises:
             RemoteProtocolError: the layers are invalid.
@@ -85,7 +78,7 @@ class LayersBuilder:
             row_count = self._add_rows(writer, shared)
             minutes = self._add_positions(writer)
             header = ObjectHeader(kind, self._store.history, staged.snapshot_id, *writer.finish())
-            return BuiltLayers(complete(fd, header, layer), row_count, minutes)
+            return complete(fd, header, layer), row_count, minutes
 
     def _add_rows(self, writer: IndexWriter, shared: SharedContents) -> int:
         """Merges the rows; returns their number."""
@@ -129,7 +122,7 @@ class LayersBuilder:
                 start = np.uint64(pointer(contents_object(staged.snapshot_id, kind), 0))
                 found["pointer"][of_kind] = rows["unit"][of_kind] + start
             sharing = np.flatnonzero(rows["source"] >= Source.SHARED_FOURTH)
-            found["checksum"][sharing] = shared.checksums(shared_before, len(sharing))
+            found["checksum"][sharing] = shared.part(shared_before, len(sharing))
             shared_before += len(sharing)
             self._look_up(found, np.flatnonzero(rows["source"] == Source.FOURTH))
             yield found

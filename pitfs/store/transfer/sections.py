@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -19,33 +19,17 @@ import xxhash
 from pitfs.errors import CorruptionError
 from pitfs.model.blockmap import I64Array, U64Array
 from pitfs.model.record import block_checksums
-from pitfs.model.transfer import UNIT_BYTES, Source
+from pitfs.model.transfer import UNIT_BYTES
 from pitfs.storage.files import read_exactly, write_all
-from pitfs.store.index.merge import Rows
 from pitfs.store.objects.format import HEADER_BYTES
-from pitfs.store.transfer.validation import refuse
+from pitfs.store.transfer.validation import BlockCheck, RowCheck, refuse
 
 BATCH_ROWS: Final = 1 << 15  # rows in memory at a time when they are read again: about 1 MiB
 CHECKSUM: Final = np.dtype("<u8")
 
 
-class RowCheck(Protocol):
-    """Takes the rows of a section in order; raises RemoteProtocolError where they are invalid."""
-
-    count: int  # of rows so far
-
-    def take(self, rows: Rows) -> None: ...
-
-
-class BlockCheck(RowCheck, Protocol):
-    """The same for rows that name contents."""
-
-    units: int  # of contents that come with the rows so far
-    shared: int  # rows that share a content
-
-
 class StagedFile:
-    """A file whose data begin at byte `start`; `length` of them count, what is behind is cut.
+    """A file whose data begin at byte `start`; `length` of them count, what is behind is cut. Made if it isn't there.
 
     Raises:
         CorruptionError: it is shorter than that.
@@ -53,9 +37,9 @@ class StagedFile:
 
     def __init__(self, path: str, length: int, start: int = 0) -> None:
         self.path, self.length, self._start, self._synced = path, length, start, length
-        self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            if os.fstat(self.fd).st_size < start + length:
+            if length and os.fstat(self.fd).st_size < start + length:
                 raise CorruptionError(path, start + length, "the staged file is shorter than was acknowledged")
             os.ftruncate(self.fd, start + length)
         except BaseException:
@@ -101,6 +85,10 @@ class StagedArray(StagedFile):
         size, stop, batch = self._dtype.itemsize, self.count if end is None else end, batch_rows or BATCH_ROWS
         for row in range(first, stop, batch):
             yield np.frombuffer(self.read(min(batch, stop - row) * size, row * size), self._dtype)
+
+    def part(self, first: int, count: int) -> npt.NDArray[Any]:
+        """`count` of them from number `first` on."""
+        return np.concatenate([np.zeros(0, self._dtype), *self.rows(first, first + count)])
 
     def verified(self) -> Iterator[npt.NDArray[Any]]:
         """All of them; raises CorruptionError behind the last where they aren't what came."""
@@ -158,7 +146,6 @@ class StagedContents(StagedFile):
     Args:
         length, count: bytes and blocks to go on from.
         rows: the section that names the contents; check: its check.
-        own: the source of rows whose content comes here.
         block_sizes: by volume.
 
     Attributes:
@@ -166,10 +153,10 @@ class StagedContents(StagedFile):
     """
 
     def __init__(
-        self, name: str, path: str, checksum_path: str, length: int, count: int, rows: StagedRows, check: BlockCheck,
-        own: Source, block_sizes: I64Array,
+        self, name: str, path: str, checksum_path: str, length: int, count: int, rows: StagedRows,
+        check: BlockCheck, block_sizes: I64Array,
     ) -> None:  # fmt: skip
-        self._name, self._rows, self._check, self._own, self._block_sizes = name, rows, check, own, block_sizes
+        self._name, self._rows, self._check, self._block_sizes = name, rows, check, block_sizes
         self.checksums = StagedArray(checksum_path, CHECKSUM, count * CHECKSUM.itemsize)
         try:
             super().__init__(path, length, HEADER_BYTES)
@@ -213,12 +200,9 @@ class StagedContents(StagedFile):
         if rows is None:
             return False
         self._row += len(rows)
-        self._sizes = np.concatenate([self._sizes, self._block_sizes[rows["volume"][rows["source"] == self._own]]])
+        volumes = rows["volume"][rows["source"] == self._check.own]
+        self._sizes = np.concatenate([self._sizes, self._block_sizes[volumes]])
         return True
-
-    def checksums_from(self, block: int, count: int) -> U64Array:
-        """Of `count` blocks from number `block` on."""
-        return np.concatenate([np.zeros(0, CHECKSUM), *self.checksums.rows(block, block + count)])
 
     def finish(self, taken: int | None) -> None:
         """Checks that the contents are complete and, where no row shares one, that the splitter took them in.

@@ -20,6 +20,7 @@ How it resumes:
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack, closing
 from typing import Final
 
 import msgspec
@@ -27,31 +28,26 @@ import xxhash
 
 from pitfs.errors import CorruptionError, PositionMismatchError, RemoteProtocolError
 from pitfs.model.transfer import (
+    DIFF_ENTRY,
+    JOURNAL_ENTRY,
     MAX_PAYLOAD_BYTES,
-    ROWS,
+    POSITION,
     TRANSFER_SECTIONS,
     Data,
     End,
     Manifest,
     ResumePoint,
     Section,
-    Source,
     TransferKind,
 )
 from pitfs.storage.files import durable_replace
-from pitfs.store.objects.format import ObjectHeader, ObjectKind, object_file
-from pitfs.store.transfer.sections import BlockCheck, RowCheck, StagedContents, StagedRows
+from pitfs.store.objects.format import ObjectKind, object_file
+from pitfs.store.transfer.sections import StagedContents, StagedRows
 from pitfs.store.transfer.validation import DiffCheck, JournalCheck, PositionsCheck, refuse
 from pitfs.store.transfer.writable_store import WritableStore
 
 PROGRESS: Final = "progress.json"
 MAX_PROGRESS_BYTES: Final = 16 << 20
-_ROW_FILES: Final = {Section.DIFF: "diff.rows", Section.POSITIONS: "positions.rows", Section.JOURNAL: "journal.rows"}
-_CHECKSUM_FILES: Final = {Section.DIFF_BLOCKS: "diff.checksums", Section.JOURNAL_BLOCKS: "journal.checksums"}
-_CONTENTS: Final = {
-    Section.DIFF_BLOCKS: ObjectKind.SNAPSHOT_BLOCKS,
-    Section.JOURNAL_BLOCKS: ObjectKind.JOURNAL_BLOCKS,
-}
 _OF_LAYERS: Final = frozenset({Section.POSITIONS, Section.JOURNAL, Section.JOURNAL_BLOCKS})
 Five = tuple[int, int, int, int, int]
 
@@ -107,54 +103,36 @@ class StagedTransfer:
     def __init__(self, directory: str, progress: Progress, store: WritableStore) -> None:
         self.directory, self.manifest, self.snapshot_id = directory, progress.manifest, progress.snapshot_id
         self._progress = progress
-        volumes, (diff, diff_blocks, positions, journal, journal_blocks) = store.volumes, progress.lengths
-        diff_check, journal_check = DiffCheck(volumes, self.manifest), JournalCheck(volumes, self.manifest)
-        self.runs = journal_check.runs
-        self._sections: dict[Section, StagedRows | StagedContents] = {}
-        try:
-            self.diff = self._open_rows(Section.DIFF, diff, diff_check)
-            self.diff_blocks = self._open_contents(
-                Section.DIFF_BLOCKS, diff_blocks, progress.blocks[0], self.diff, diff_check, Source.FOURTH, store
+        block_sizes, lengths, blocks = store.block_sizes, progress.lengths, progress.blocks
+        diff, journal = DiffCheck(store.volumes, self.manifest), JournalCheck(store.volumes, self.manifest)
+        self.runs = journal.runs
+        paths = [os.path.join(directory, name) for name in _file_names(self.snapshot_id)]
+        with ExitStack() as opened:
+            self.diff = opened.enter_context(closing(StagedRows("DIFF", paths[0], DIFF_ENTRY, lengths[0], diff)))
+            diff_blocks = StagedContents(
+                "DIFF_BLOCKS", paths[1], paths[2], lengths[1], blocks[0], self.diff, diff, block_sizes
             )
-            self.positions = self._open_rows(Section.POSITIONS, positions, PositionsCheck(self.manifest))
-            self.journal = self._open_rows(Section.JOURNAL, journal, journal_check)
-            self.journal_blocks = self._open_contents(
-                Section.JOURNAL_BLOCKS, journal_blocks, progress.blocks[1], self.journal, journal_check,
-                Source.JOURNAL, store,
-            )  # fmt: skip
+            self.diff_blocks = opened.enter_context(closing(diff_blocks))
+            positions = StagedRows("POSITIONS", paths[3], POSITION, lengths[2], PositionsCheck(self.manifest))
+            self.positions = opened.enter_context(closing(positions))
+            self.journal = opened.enter_context(
+                closing(StagedRows("JOURNAL", paths[4], JOURNAL_ENTRY, lengths[3], journal))
+            )
+            journal_blocks = StagedContents(
+                "JOURNAL_BLOCKS", paths[5], paths[6], lengths[4], blocks[1], self.journal, journal, block_sizes
+            )
+            self.journal_blocks = opened.enter_context(closing(journal_blocks))
+            sections = self.diff, self.diff_blocks, self.positions, self.journal, self.journal_blocks
+            self._sections = dict[Section, StagedRows | StagedContents](zip(TRANSFER_SECTIONS, sections, strict=True))
             for section in self._sections.values():
                 section.replay()
-            if any(progress.lengths) and self._digests() != progress.digests:
+            if any(lengths) and self._digests() != progress.digests:
                 raise CorruptionError(directory, 0, "what is staged isn't what came")
-        except BaseException:
-            self.close()
-            raise
-
-    def _open_rows(self, section: Section, length: int, check: RowCheck) -> StagedRows:
-        path = os.path.join(self.directory, _ROW_FILES[section])
-        rows = self._sections[section] = StagedRows(section.name, path, ROWS[section], length, check)
-        return rows
-
-    def _open_contents(
-        self, section: Section, length: int, count: int, rows: StagedRows, check: BlockCheck, own: Source,
-        store: WritableStore,
-    ) -> StagedContents:  # fmt: skip
-        names = object_file(_CONTENTS[section], self.snapshot_id), _CHECKSUM_FILES[section]
-        path, checksum_path = (os.path.join(self.directory, name) for name in names)
-        contents = self._sections[section] = StagedContents(
-            section.name, path, checksum_path, length, count, rows, check, own, store.block_sizes
-        )
-        return contents
+            self._opened = opened.pop_all()
 
     @classmethod
     def create(cls, directory: str, manifest: Manifest, snapshot_id: int, store: WritableStore) -> StagedTransfer:
         """A new one, in a directory that has none."""
-        for kind in _CONTENTS.values():
-            with open(os.path.join(directory, object_file(kind, snapshot_id)), "wb") as file:
-                file.write(ObjectHeader(kind, store.history, snapshot_id).encode())
-        for name in (*_ROW_FILES.values(), *_CHECKSUM_FILES.values()):
-            with open(os.path.join(directory, name), "wb"):
-                pass
         staged = cls(directory, Progress(manifest, snapshot_id), store)
         try:
             staged._save(staged._progress)
@@ -260,6 +238,11 @@ class StagedTransfer:
         self.journal_blocks.finish(journal_taken)
 
     def close(self) -> None:
-        for section in self._sections.values():
-            section.close()
-        self._sections.clear()
+        self._opened.close()
+
+
+def _file_names(snapshot_id: int) -> tuple[str, ...]:
+    """Names in the directory of a transfer, of its sections in order; behind that of contents that of checksums."""
+    diff_blocks = object_file(ObjectKind.SNAPSHOT_BLOCKS, snapshot_id), "diff.checksums"
+    journal_blocks = object_file(ObjectKind.JOURNAL_BLOCKS, snapshot_id), "journal.checksums"
+    return "diff.rows", *diff_blocks, "positions.rows", "journal.rows", *journal_blocks

@@ -14,7 +14,7 @@ import numpy as np
 
 from pitfs.errors import RemoteProtocolError
 from pitfs.model.blockmap import I64Array, U64Array
-from pitfs.model.group import is_name
+from pitfs.model.group import NAME_RULE, is_name
 from pitfs.model.ladder import is_rung
 from pitfs.model.transfer import MAX_JOURNAL_RUNS, UNIT_BYTES, Manifest, Source, TransferKind, VolumeInfo
 from pitfs.store.index.merge import BY_BLOCK, Rows
@@ -56,7 +56,7 @@ class _BlockRowsCheck:
         self, name: str, own: Source, sources: Sequence[Source], keys: Sequence[str], volumes: Sequence[VolumeInfo],
         limit: int | None,
     ) -> None:  # fmt: skip
-        self._name, self._own, self._sources, self._keys, self._limit = name, own, sources, keys, limit
+        self._name, self.own, self._sources, self._keys, self._limit = name, own, sources, keys, limit
         self._block_counts = np.array([volume.block_count for volume in volumes], "<u8")
         self._block_units = np.array([volume.block_size // UNIT_BYTES for volume in volumes], "<u8")
         self._last = (-1,) * len(keys)  # keys of the last row; these come before any
@@ -89,13 +89,13 @@ class _BlockRowsCheck:
 
     def _units(self, rows: Rows) -> U64Array:
         """What the content takes that comes with each row, 0 where none does."""
-        return np.where(rows["source"] == self._own, self._block_units[rows["volume"]], 0).astype("<u8")
+        return np.where(rows["source"] == self.own, self._block_units[rows["volume"]], 0).astype("<u8")
 
     def _add(self, rows: Rows) -> None:
         self.count += len(rows)
         if self._limit is not None and self.count > self._limit:
             raise refuse(self._name, f"more than the {self._limit} rows announced")
-        self.blocks += int((rows["source"] == self._own).sum())
+        self.blocks += int((rows["source"] == self.own).sum())
         self.units += int(self._units(rows).sum())
         self.shared += int((rows["source"] >= Source.SHARED_FOURTH).sum())
 
@@ -202,6 +202,10 @@ class PositionsInOrder:
             raise refuse("positions", "a last one other than announced")
 
 
+BlockCheck = DiffCheck | JournalCheck  # of rows that name contents
+RowCheck = BlockCheck | PositionsCheck
+
+
 def _ascending(rows: Rows, last: tuple[int, int], problem: str) -> tuple[I64Array, I64Array]:
     """The seqs and times of positions, with the last one before them in front. Raises where they don't ascend."""
     seqs = np.concatenate([np.array([last[0]], "<i8"), rows["seq"].astype("<i8")])
@@ -218,36 +222,32 @@ def check_manifest(manifest: Manifest, volumes: Sequence[VolumeInfo]) -> None:
         RemoteProtocolError: it doesn't.
     """
     m = manifest
-    empty = m.to_seq == m.from_seq and m.kind is TransferKind.INTERVAL
+    layers = m.kind is TransferKind.LAYERS
     numbers = (
         m.mark, m.from_seq, m.to_seq, m.from_time_ns, m.to_time_ns, m.first_time_ns or 0, m.protected_through_ns,
         m.diff_count or 0, m.journal_count, m.position_count, m.base_bytes,
     )  # fmt: skip
-    problem = None
-    if any(not 0 <= number < 1 << 62 for number in numbers):
-        problem = "a number out of range"
-    elif m.to_seq > MAX_SEQ:
-        problem = f"seq {m.to_seq}: a store has room for {MAX_SEQ} writes"
-    elif m.to_seq < m.from_seq or (m.to_seq == m.from_seq) != (m.to_time_ns == m.from_time_ns):
-        problem = "positions that don't go forward"
-    elif m.to_time_ns < m.from_time_ns or m.protected_through_ns < m.to_time_ns:
-        problem = "times that don't go forward"
-    elif m.first_time_ns is not None and not m.from_time_ns <= m.first_time_ns <= m.to_time_ns:
-        problem = "a first time outside of the interval"
-    elif m.kind is TransferKind.LAYERS:
+    nothing = m.to_seq == m.from_seq
+    has_journal = (m.granularity_ns, m.base_granularity_ns) != (None, None) or m.journal_count or m.position_count
+    first_ns = m.from_time_ns if m.first_time_ns is None else m.first_time_ns
+    refused = (
+        (any(not 0 <= number < 1 << 62 for number in numbers), "a number out of range"),
+        (m.to_seq > MAX_SEQ, f"seq {m.to_seq}: a store has room for {MAX_SEQ} writes"),
+        (m.to_seq < m.from_seq or nothing != (m.to_time_ns == m.from_time_ns), "positions that don't go forward"),
+        (not m.from_time_ns <= m.to_time_ns <= m.protected_through_ns, "times that don't go forward"),
+        (not m.from_time_ns <= first_ns <= m.to_time_ns, "a first time outside of the interval"),
+        (not layers and has_journal, "a journal where only the snapshot is announced"),
+        (m.kind is TransferKind.CHANGES and nothing, "changes that lead nowhere"),
+        (m.kind is TransferKind.INTERVAL and nothing and m.diff_count, "rows where nothing was written"),
+        (not layers and (m.diff_count or 0) > sum(volume.block_count for volume in volumes), "more rows than blocks"),
+    )
+    problem = next((text for is_refused, text in refused if is_refused), None)
+    if layers and problem is None:
         problem = _problem_of_layers(m)
-    elif (m.granularity_ns, m.base_granularity_ns) != (None, None) or m.journal_count or m.position_count:
-        problem = "a journal where only the snapshot is announced"
-    elif m.kind is TransferKind.CHANGES and m.to_seq == m.from_seq:
-        problem = "changes that lead nowhere"
-    elif empty and m.diff_count:
-        problem = "rows where nothing was written"
-    elif m.diff_count is not None and m.diff_count > sum(volume.block_count for volume in volumes):
-        problem = "more rows than blocks"
     for bookmark in m.bookmarks:
         name = bookmark.name
         if not is_name(name):
-            problem = f"bookmark {name[:80]!r}: must be 1 to 64 of A-Z a-z 0-9 . _ -"
+            problem = f"bookmark {name[:80]!r}: must be {NAME_RULE}"
         elif (bookmark.seq, bookmark.time_ns) != (m.to_seq, m.to_time_ns):
             problem = f"bookmark {name!r} isn't at the position that the transfer leads to"
     for gap in m.gaps:
