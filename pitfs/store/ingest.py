@@ -44,7 +44,7 @@ from pitfs.store.objects.format import CATALOG, MAX_SNAPSHOT_ID, OBJECTS, STAGIN
 from pitfs.store.objects.pool import ObjectPool
 from pitfs.store.open_interval.stream import Stream
 from pitfs.store.opening import check_epoch, check_place, check_same_group, make_store_json, take_lock
-from pitfs.store.transfer.commit import Committer
+from pitfs.store.transfer.commit import commit
 from pitfs.store.transfer.position import check_follows, interval_of, journal_bytes
 from pitfs.store.transfer.recovery import StagingArea
 from pitfs.store.transfer.staging import StagedTransfer
@@ -81,7 +81,6 @@ class Ingest:
         self._staged: StagedTransfer | None = None
         with ExitStack() as closing, self._errors("opening"):
             self._store, self._area = self._open(closing)
-            self._committer = Committer(self._store)
             self.stream = Stream(self._store, self._area, hello, clock)
             closing.callback(self.stream.close)
             self.stream.recover()
@@ -205,7 +204,7 @@ class Ingest:
         with self._transfer("committing") as staged:
             try:
                 staged.finish(end)
-                self._committer.commit(staged)
+                commit(staged, self._store)
             except (RemoteProtocolError, CorruptionError):
                 self._close_staged()
                 self._area.recover_transfer(staged.snapshot_id)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -76,11 +75,9 @@ def _count_until(rows: Rows, keys: Sequence[str], limit: tuple[int, ...]) -> int
     return int(until.sum())
 
 
-def by_volume(batches: Iterable[Rows]) -> Iterator[tuple[int, Rows]]:
+def by_volume(rows: Rows) -> Iterator[tuple[int, Rows]]:
     """The rows cut where the volume changes, with that volume."""
-    for rows in batches:
-        volume = rows["volume"]
-        cuts = [0, *(np.flatnonzero(volume[1:] != volume[:-1]) + 1).tolist(), len(rows)]
-        for start, end in itertools.pairwise(cuts):
-            if end > start:
-                yield int(volume[start]), rows[start:end]
+    volume = rows["volume"]
+    for part in np.split(rows, np.flatnonzero(volume[1:] != volume[:-1]) + 1):
+        if len(part):
+            yield int(part["volume"][0]), part

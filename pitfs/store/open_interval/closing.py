@@ -28,7 +28,6 @@ import numpy.typing as npt
 
 from pitfs.errors import CorruptionError
 from pitfs.model.blockmap import U64Array
-from pitfs.model.ladder import LAST_LAYER
 from pitfs.model.transfer import UNIT_BYTES, Bookmark, Manifest, TransferKind
 from pitfs.storage.files import storage_error, write_all
 from pitfs.store.catalog.records import Commit, OpenInterval, Snapshot
@@ -36,16 +35,8 @@ from pitfs.store.index.map_writer import FLUSH_BYTES, MapWriter
 from pitfs.store.index.merge import BY_BLOCK, Rows, by_volume, merged
 from pitfs.store.index.reader import chunk_cache
 from pitfs.store.index.writer import IndexWriter
-from pitfs.store.objects.format import (
-    HEADER_BYTES,
-    UNIT_MASK,
-    ObjectHeader,
-    ObjectKind,
-    ObjectRecord,
-    contents_object,
-    pointer,
-)
-from pitfs.store.objects.publishing import complete, new_object
+from pitfs.store.objects.format import HEADER_BYTES, UNIT_MASK, ObjectKind, ObjectRecord, contents_pointer
+from pitfs.store.objects.publishing import new_object
 from pitfs.store.open_interval.sorted_runs import open_run
 from pitfs.store.open_interval.writer import wal_file
 from pitfs.store.transfer.recovery import StagingArea
@@ -76,7 +67,7 @@ class _Contents:
     def __init__(self, fd: int, kind: ObjectKind, snapshot_id: int, wal_fd: int, wal_path: str) -> None:
         self._fd, self._kind, self._snapshot_id = fd, kind, snapshot_id
         self._wal_fd, self._wal_path = wal_fd, wal_path
-        self._first = pointer(contents_object(snapshot_id, kind), 0)
+        self._first = contents_pointer(kind, snapshot_id)
         self._units = 0
         self._buffer = memoryview(bytearray(FLUSH_BYTES))
         self._used = self._written = 0
@@ -109,13 +100,12 @@ class _Contents:
         write_all(self._fd, self._buffer[: self._used], HEADER_BYTES + self._written)
         self._written, self._used = self._written + self._used, 0
 
-    def finish(self, history: bytes) -> list[ObjectRecord]:
+    def finish(self, store: WritableStore) -> list[ObjectRecord]:
         """The object, durable; none if nothing is in it."""
         self._flush()
         if not self._units:
             return []
-        header = ObjectHeader(self._kind, history, self._snapshot_id, self._units * UNIT_BYTES)
-        return [complete(self._fd, header)]
+        return [store.complete(self._fd, self._kind, self._snapshot_id, self._units * UNIT_BYTES)]
 
 
 class Closing:
@@ -186,9 +176,9 @@ class Closing:
             maps = MapWriter(fds[ObjectKind.MAP], snapshot_id, store.volumes, roots_before, store.nodes.load)
             writer = IndexWriter(fds[ObjectKind.JOURNAL_INDEX])
             block_count, row_count = self._write_rows(maps, writer, snapshot, journal)
-            objects = [*snapshot.finish(store.history), *journal.finish(store.history)]
-            header = ObjectHeader(ObjectKind.JOURNAL_INDEX, store.history, snapshot_id, *writer.finish())
-            objects.append(complete(fds[ObjectKind.JOURNAL_INDEX], header, LAST_LAYER))
+            objects = [*snapshot.finish(store), *journal.finish(store)]
+            index = ObjectKind.JOURNAL_INDEX
+            objects.append(store.complete(fds[index], index, snapshot_id, *writer.finish()))
             manifest = streamed_manifest(
                 record.mark, (record.from_seq, record.from_time_ns), (record.to_seq, record.to_time_ns),
                 record.protected_through_ns, record.bookmark, record.first_time_ns, block_count, row_count,
@@ -217,7 +207,7 @@ class Closing:
             block_count += self._write(held, np.ones(1, np.bool_), maps, writer, snapshot, journal)
         for index in indexes:
             for positions in index.all_positions():
-                writer.add_positions(positions["seq"].astype("<i8"), positions["time_ns"])
+                writer.add_positions(positions)
         return block_count, row_count
 
     def _write(
@@ -228,9 +218,8 @@ class Closing:
         rows, stored = rows.copy(), rows["pointer"] != 0
         for contents, which in ((snapshot, stored & is_last), (journal, stored & ~is_last)):
             rows["pointer"][which] = contents.add(rows["pointer"][which], self._units[rows["volume"][which]])
-        for volume, part in by_volume([rows]):
-            writer.add_rows(volume, part)
+        writer.add_rows(rows)
         last = rows[is_last]
-        for volume, part in by_volume([last]):
+        for volume, part in by_volume(last):
             maps.update(volume, *(np.ascontiguousarray(part[name]) for name in ("block", "pointer", "checksum")))
         return len(last)

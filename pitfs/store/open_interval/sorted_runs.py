@@ -20,7 +20,7 @@ from typing import Final
 import numpy as np
 
 from pitfs.store.catalog.records import SortedRun
-from pitfs.store.index.merge import Rows, by_volume
+from pitfs.store.index.merge import Rows
 from pitfs.store.index.reader import ChunkCache, RowIndex, SparseIndexPlace
 from pitfs.store.index.writer import IndexWriter
 from pitfs.store.objects.format import ObjectKind
@@ -88,10 +88,9 @@ def _sorted(parts: Sequence[Rows]) -> Rows:
 def _write(wal: WriteAheadLog, rows: Rows, positions: Sequence[Rows], level: int) -> SortedRun:
     start = wal.run_start()
     writer = IndexWriter(wal.fd, start)
-    for volume, part in by_volume([rows]):
-        writer.add_rows(volume, part)
+    writer.add_rows(rows)
     for each in positions:
-        writer.add_positions(each["seq"].astype("<i8"), each["time_ns"])
+        writer.add_positions(each)
     data_bytes, index_bytes, index_checksum = writer.finish()
     wal.append_run(data_bytes + index_bytes)
     first, last = positions[0][0], positions[-1][-1]

@@ -17,18 +17,11 @@ from pitfs.model.blockmap import FANOUT, FANOUT_BITS, BlockMap, I64Array
 from pitfs.model.transfer import UNIT_BYTES, Source
 from pitfs.store.catalog.minutes import add_seconds
 from pitfs.store.index.format import INDEX_ROW
-from pitfs.store.index.merge import BY_BLOCK, Rows, by_volume, merged
+from pitfs.store.index.merge import BY_BLOCK, Rows, merged
 from pitfs.store.index.reader import JournalIndex
 from pitfs.store.index.writer import IndexWriter
-from pitfs.store.objects.format import (
-    UNIT_BITS,
-    ObjectHeader,
-    ObjectKind,
-    ObjectRecord,
-    contents_object,
-    pointer,
-)
-from pitfs.store.objects.publishing import complete, new_object
+from pitfs.store.objects.format import UNIT_BITS, ObjectKind, ObjectRecord, contents_object, contents_pointer
+from pitfs.store.objects.publishing import new_object
 from pitfs.store.transfer.contents import OwnContents, SharedContents
 from pitfs.store.transfer.staging import StagedTransfer
 from pitfs.store.transfer.validation import PositionsInOrder, Run, refuse
@@ -77,8 +70,8 @@ class LayersBuilder:
             writer = IndexWriter(fd)
             row_count = self._add_rows(writer, shared)
             minutes = self._add_positions(writer)
-            header = ObjectHeader(kind, self._store.history, staged.snapshot_id, *writer.finish())
-            return complete(fd, header, layer), row_count, minutes
+            index = self._store.complete(fd, kind, staged.snapshot_id, *writer.finish(), layer=layer)
+            return index, row_count, minutes
 
     def _add_rows(self, writer: IndexWriter, shared: SharedContents) -> int:
         """Merges the rows; returns their number."""
@@ -87,8 +80,8 @@ class LayersBuilder:
         merging = [self._rows(run, end, shared) for run, end in zip(runs, ends, strict=True)]
         if self._before is not None:
             merging.append(self._before.all_rows())
-        for volume, rows in by_volume(merged(merging, BY_BLOCK, self._out_of_order)):
-            writer.add_rows(volume, rows)
+        for rows in merged(merging, BY_BLOCK, self._out_of_order):
+            writer.add_rows(rows)
             row_count += len(rows)
         return row_count
 
@@ -100,7 +93,7 @@ class LayersBuilder:
         check, minutes = PositionsInOrder(self._staged.manifest), dict[int, int]()
         for positions in merged(merging, ("seq",), self._out_of_order):
             check.take(positions)
-            writer.add_positions(positions["seq"].astype("<i8"), positions["time_ns"])
+            writer.add_positions(positions)
             add_seconds(minutes, positions["time_ns"])
         check.finish()
         return minutes
@@ -109,7 +102,7 @@ class LayersBuilder:
         """A run's rows, before number `end`, as the index has them."""
         staged, shared_before = self._staged, run.shared
         base_units = staged.manifest.base_bytes // UNIT_BYTES
-        first = pointer(contents_object(staged.snapshot_id, ObjectKind.JOURNAL_BLOCKS), base_units + run.unit)
+        first = contents_pointer(ObjectKind.JOURNAL_BLOCKS, staged.snapshot_id, base_units + run.unit)
         own = OwnContents(staged.journal_blocks, self._store, first, run.block)
         for rows in staged.journal.rows(run.row, end, RUN_BATCH_ROWS):
             found = np.zeros(len(rows), INDEX_ROW)
@@ -119,7 +112,7 @@ class LayersBuilder:
             found["pointer"][mine], found["checksum"][mine] = own.of(rows["volume"][mine])
             for source, kind in _SHARED:
                 of_kind = rows["source"] == source
-                start = np.uint64(pointer(contents_object(staged.snapshot_id, kind), 0))
+                start = np.uint64(contents_pointer(kind, staged.snapshot_id))
                 found["pointer"][of_kind] = rows["unit"][of_kind] + start
             sharing = np.flatnonzero(rows["source"] >= Source.SHARED_FOURTH)
             found["checksum"][sharing] = shared.part(shared_before, len(sharing))

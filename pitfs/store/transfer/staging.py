@@ -220,11 +220,7 @@ class StagedTransfer:
         self._progress = progress
 
     def finish(self, end: End) -> None:
-        """Checks that all is there, and is what the splitter took in.
-
-        Raises:
-            RemoteProtocolError: it isn't.
-        """
+        """Checks that all is there, and is what the splitter took in. Raises RemoteProtocolError: it isn't."""
         m = self.manifest
         if end.lengths != self.lengths:
             raise RemoteProtocolError(

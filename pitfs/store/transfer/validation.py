@@ -108,11 +108,7 @@ class DiffCheck(_BlockRowsCheck):
         super().__init__("diff", Source.FOURTH, sources, ("volume", "block"), volumes, manifest.diff_count)
 
     def take(self, rows: Rows) -> None:
-        """Checks the next rows.
-
-        Raises:
-            RemoteProtocolError: they are invalid.
-        """
+        """Checks the next rows. Raises RemoteProtocolError: they are invalid."""
         if self._check(rows):
             raise refuse("diff", "rows that don't strictly ascend by volume and block")
         come = self.units + np.cumsum(self._units(rows), dtype="<u8")
@@ -180,11 +176,7 @@ class PositionsInOrder:
         self._count = 0
 
     def take(self, rows: Rows) -> None:
-        """Checks the next positions.
-
-        Raises:
-            RemoteProtocolError: they are invalid.
-        """
+        """Checks the next positions. Raises RemoteProtocolError: they are invalid."""
         m, rung_ns = self._manifest, self._manifest.granularity_ns
         seqs, times_ns = _ascending(rows, self._last, "positions that don't fit to those that came before")
         if rung_ns:
@@ -216,11 +208,7 @@ def _ascending(rows: Rows, last: tuple[int, int], problem: str) -> tuple[I64Arra
 
 
 def check_manifest(manifest: Manifest, volumes: Sequence[VolumeInfo]) -> None:
-    """What a manifest must fulfil by itself.
-
-    Raises:
-        RemoteProtocolError: it doesn't.
-    """
+    """What a manifest must fulfil by itself. Raises RemoteProtocolError: it doesn't."""
     m = manifest
     layers = m.kind is TransferKind.LAYERS
     numbers = (
