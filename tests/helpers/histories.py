@@ -219,7 +219,7 @@ class LongHistory:
 
     def wait(self) -> None:
         """Until no closing is under way."""
-        self.ingest._streaming().wait_for_closing()
+        self.ingest.stream.wait_for_closing()
 
     # How they go
 

@@ -11,6 +11,7 @@ import pytest
 
 from pitfs.errors import CorruptionError
 from pitfs.model.position import Position
+from pitfs.model.transfer import POSITION
 from pitfs.store.catalog.records import Interval
 from pitfs.store.index import writer as journals
 from pitfs.store.index.format import INDEX_ROW
@@ -34,9 +35,12 @@ def write_index(
             found = np.zeros(part.shape[1], INDEX_ROW)
             for name, column in zip(("block", "seq", "pointer", "checksum"), part, strict=True):
                 found[name] = column
-            writer.add_rows(volume, found)
-    for positions in np.array_split(np.stack([FROM_SEQ + 1 + np.arange(len(times_ns)), times_ns]), 3, axis=1):
-        writer.add_positions(*positions)
+            found["volume"] = volume
+            writer.add_rows(found)
+    positions = np.empty(len(times_ns), POSITION)
+    positions["seq"], positions["time_ns"] = FROM_SEQ + 1 + np.arange(len(times_ns)), times_ns
+    for part in np.array_split(positions, 3):
+        writer.add_positions(part)
     data_bytes, footer_bytes, checksum = writer.finish()
     os.pwrite(
         fd, ObjectHeader(ObjectKind.JOURNAL_INDEX, HISTORY, 2, data_bytes, footer_bytes, checksum).encode(), 0

@@ -6,9 +6,9 @@ import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
-from pitfs.model.blockmap import I64Array
 from pitfs.storage.files import write_all
 from pitfs.store.index.format import CHUNK_POSITIONS, CHUNK_ROWS, POSITIONS_VOLUME, SPARSE_INDEX, Chunk
+from pitfs.store.index.merge import Rows, by_volume
 from pitfs.store.objects.format import HEADER_BYTES
 
 
@@ -27,19 +27,21 @@ class IndexWriter:
         self._rows = np.zeros((4, 0), "<u8")
         self._positions = np.zeros((2, 0), "<u8")
 
-    def add_rows(self, volume: int, rows: npt.NDArray[np.void]) -> None:
-        """INDEX_ROWs of one volume; over all calls strictly ascending by (volume, block, seq)."""
-        if volume != self._volume:
-            self._rows = self._write_chunks(self._rows, CHUNK_ROWS, self._volume, 1)
-            self._volume = volume
-        new = _columns(rows["block"], rows["seq"], rows["pointer"], rows["checksum"])
-        self._rows = np.concatenate([self._rows, new], axis=1)
-        self._rows = self._write_chunks(self._rows, CHUNK_ROWS, volume, CHUNK_ROWS)
+    def add_rows(self, rows: Rows) -> None:
+        """INDEX_ROWs; over all calls strictly ascending by (volume, block, seq)."""
+        for volume, part in by_volume(rows):
+            if volume != self._volume:
+                self._rows = self._write_chunks(self._rows, CHUNK_ROWS, self._volume, 1)
+                self._volume = volume
+            new = _columns(part["block"], part["seq"], part["pointer"], part["checksum"])
+            self._rows = np.concatenate([self._rows, new], axis=1)
+            self._rows = self._write_chunks(self._rows, CHUNK_ROWS, volume, CHUNK_ROWS)
 
-    def add_positions(self, seqs: I64Array, times_ns: I64Array) -> None:
-        """Positions; over all calls strictly ascending."""
-        positions = np.concatenate([self._positions, _columns(seqs, times_ns)], axis=1)
-        self._positions = self._write_chunks(positions, CHUNK_POSITIONS, POSITIONS_VOLUME, CHUNK_POSITIONS)
+    def add_positions(self, positions: Rows) -> None:
+        """POSITIONs; over all calls strictly ascending."""
+        new = _columns(positions["seq"].astype("<i8"), positions["time_ns"])
+        self._positions = np.concatenate([self._positions, new], axis=1)
+        self._positions = self._write_chunks(self._positions, CHUNK_POSITIONS, POSITIONS_VOLUME, CHUNK_POSITIONS)
 
     def finish(self) -> tuple[int, int, int]:
         """Writes what is left and the sparse index; (data_bytes, footer_bytes, footer_checksum)."""

@@ -127,6 +127,10 @@ def pointer(number: int, unit: int) -> int:
     return number << UNIT_BITS | unit
 
 
+def contents_pointer(kind: ObjectKind, snapshot_id: int, unit: int = 0) -> int:
+    return pointer(contents_object(snapshot_id, kind), unit)
+
+
 def pointer_object(value: int) -> int:
     return value >> UNIT_BITS
 

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from pitfs.model.ladder import LAST_LAYER
 from pitfs.storage.files import fsync_directory, write_all
-from pitfs.store.objects.format import ObjectHeader, ObjectRecord, object_file
+from pitfs.store.objects.format import ObjectHeader, ObjectKind, ObjectRecord, object_file
 
 
-def create(path: str) -> int:
-    """A new file for an object, whose header is written when it is complete; returns its descriptor."""
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+@contextmanager
+def new_object(directory: str, kind: ObjectKind, snapshot_id: int, layer: int = LAST_LAYER) -> Iterator[int]:
+    """The descriptor of a new file for an object, whose header is written when it is `complete`."""
+    path = os.path.join(directory, object_file(kind, snapshot_id, layer))
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def complete(fd: int, header: ObjectHeader, layer: int = LAST_LAYER) -> ObjectRecord:

@@ -13,7 +13,7 @@ from pitfs.store.index.reader import ChunkCache, RowIndex
 from pitfs.store.objects.cache import Cache
 from pitfs.store.objects.format import ObjectKind
 from pitfs.store.objects.pool import ObjectPool
-from pitfs.store.open_interval.sorted_runs import open_piece
+from pitfs.store.open_interval.sorted_runs import open_run
 
 MAX_CACHED_BYTES: Final = 4 << 20  # of sparse indexes of runs: 40 bytes for 2048 rows, and for each run
 _OVERHEAD_BYTES: Final = 1024
@@ -41,7 +41,7 @@ class WrittenBlocks:
 class OpenIntervals:
     """The open intervals of a store: one, or two while the earlier one is being closed.
 
-    Methods raise MissingObjectError where a write-ahead log has been removed since: then an interval took the place of
+    Methods raise MissingObjectError where a WAL has been removed since: then a snapshot took the place of
     its open interval.
 
     Args:
@@ -63,7 +63,7 @@ class OpenIntervals:
             return before
         now = self._catalog.open_intervals()
         for gone in {each.id for each in before} - {each.id for each in now}:
-            self._objects.forget(ObjectKind.JOURNAL_BLOCKS, gone)  # else its log would take room for ever
+            self._objects.forget(ObjectKind.JOURNAL_BLOCKS, gone)  # else its WAL would take room for ever
         self._known = version, now
         return now
 
@@ -95,7 +95,7 @@ class OpenIntervals:
 
     def _index(self, run: SortedRun) -> RowIndex:
         return self._indexes.get(
-            (run.open_interval_id, run.sparse_index_offset), lambda: open_piece(self._objects, run, self._chunks)
+            (run.open_interval_id, run.sparse_index_offset), lambda: open_run(self._objects, run, self._chunks)
         )
 
 
