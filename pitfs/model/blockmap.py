@@ -41,7 +41,7 @@ Node = U64Array  # shape (2, 512)
 
 @dataclass(frozen=True, slots=True)
 class MapEntry:
-    """What leads to a node (or a block): a pointer and the checksum of what stands there; 0, 0: zeros."""
+    """What leads to a node (or a block): a pointer and the checksum of what is there; 0, 0: zeros."""
 
     pointer: int = 0
     checksum: int = 0

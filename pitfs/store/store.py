@@ -12,16 +12,15 @@ from typing import Final
 
 from pitfs.errors import CorruptionError, NoSuchInstantError
 from pitfs.model.position import Position
-from pitfs.model.transfer import Bookmark, Gap
 from pitfs.store.blocks import Blocks
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.records import Interval, Resolution, Snapshot
-from pitfs.store.identity import read_store_info
 from pitfs.store.index.journals import Journals
 from pitfs.store.index.reader import JournalIndex, chunk_cache
 from pitfs.store.objects.format import CATALOG, OBJECTS
 from pitfs.store.objects.pool import ObjectPool, again_if_replaced, reading_limit
 from pitfs.store.open_interval.reader import OpenIntervals
+from pitfs.store.opening import read_store_info
 
 __all__ = ["Resolution", "Store"]
 
@@ -42,17 +41,20 @@ class Store:
         self.group = info.group
         self.history = info.history
         self.volumes = info.volumes
-        self._catalog = Catalog(os.path.join(path, CATALOG))
+        self._catalog = catalog = Catalog(os.path.join(path, CATALOG))
         history = bytes.fromhex(info.history)
         self.objects = ObjectPool(os.path.join(path, OBJECTS), history, reading_limit())
         chunks = chunk_cache()
-        self._journals = Journals(self._catalog, self.objects, chunks)
-        self._open_intervals = OpenIntervals(self._catalog, self.objects, chunks)
-        blocks = Blocks(self._catalog, self.objects, info.volumes, self._journals, self._open_intervals)
-        # Where blocks are: `Blocks` says what these do. Attributes, since each read of an image asks `leaf`.
-        self.leaf = blocks.leaf
-        self.next_leaf = blocks.next_leaf
-        self.next_difference = blocks.next_difference
+        self._journals = Journals(catalog, self.objects, chunks)
+        self._open_intervals = OpenIntervals(catalog, self.objects, chunks)
+        blocks = Blocks(catalog, self.objects, info.volumes, self._journals, self._open_intervals)
+        # Where blocks are: see `Blocks`.
+        self.leaf, self.next_leaf, self.next_difference = blocks.leaf, blocks.next_leaf, blocks.next_difference
+        # What the catalog answers as it is: see `Catalog`.
+        self.data_version = catalog.data_version
+        self.snapshots, self.intervals = catalog.snapshots, catalog.intervals
+        self.bookmarks, self.bookmark = catalog.bookmarks, catalog.bookmark
+        self.gaps, self.last_gap = catalog.gaps, catalog.last_gap
 
     @classmethod
     def open(cls, path: str) -> Store:
@@ -67,10 +69,6 @@ class Store:
     def close(self) -> None:
         self._catalog.close()
         self.objects.close()
-
-    def data_version(self) -> int:
-        """A number that changes when something was committed."""
-        return self._catalog.data_version()
 
     # Instants
 
@@ -187,11 +185,7 @@ class Store:
             return None
         return resolution if resolution.time_ns == time_ns else None
 
-    # Listings, in bounded pages; from_ns is in, to_ns is out
-
-    def snapshots(self, from_ns: int | None = None, to_ns: int | None = None) -> Iterator[Snapshot]:
-        """Snapshots by time."""
-        return self._catalog.snapshots(from_ns, to_ns)
+    # Listings besides those of the catalog; from_ns is in, to_ns is out
 
     def newest_snapshots(self) -> Iterator[Snapshot]:
         """Snapshots, newest first; one look-up for each."""
@@ -200,30 +194,12 @@ class Store:
             yield snapshot
             snapshot = self._catalog.snapshot_at_time(snapshot.time_ns - 1)
 
-    def intervals(self, from_ns: int | None = None, to_ns: int | None = None) -> Iterator[Interval]:
-        """Intervals between two snapshots that have an instant in that time, by time."""
-        return self._catalog.intervals(from_ns, to_ns)
-
     def open_intervals(self, from_ns: int | None = None, to_ns: int | None = None) -> Iterator[Interval]:
-        """What streams in behind the last snapshot, as far as it can be read; two while one is being closed."""
+        """What streams in behind the last snapshot, as far as it is readable; two while one is being closed."""
         for each in self._open_intervals.now():
             is_later = to_ns is not None and each.from_time_ns >= to_ns
             if each.runs and not is_later and (from_ns is None or each.to_time_ns >= from_ns):
                 yield each.interval
-
-    def bookmarks(self, from_ns: int | None = None) -> Iterator[Bookmark]:
-        """Bookmarks by time, then name."""
-        return self._catalog.bookmarks(from_ns)
-
-    def bookmark(self, name: str) -> Bookmark | None:
-        return self._catalog.bookmark(name)
-
-    def gaps(self, from_ns: int | None = None, to_ns: int | None = None) -> Iterator[Gap]:
-        """Gaps that have an instant in that time, or end where it begins; by time."""
-        return self._catalog.gaps(from_ns, to_ns)
-
-    def last_gap(self) -> Gap | None:
-        return self._catalog.last_gap()
 
     def days(self, from_day: int = 0) -> Iterator[int]:
         """Days since 1970-01-01 (UTC) that have a reachable instant; one look-up for each."""

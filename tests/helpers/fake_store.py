@@ -62,8 +62,8 @@ class FakeStore:
             return Resolution(
                 seq, self.times_ns[seq], None if seq in self.coarse else 0, seq + 1, None
             )
-        third = self.ends[bisect.bisect_right(self.ends, seq) - 1]
-        return Resolution(seq, self.times_ns[seq], 0, third + 1, third + 2)
+        base = self.ends[bisect.bisect_right(self.ends, seq) - 1]
+        return Resolution(seq, self.times_ns[seq], 0, base + 1, base + 2)
 
     def first(self) -> Resolution | None:
         return self._resolution(0)

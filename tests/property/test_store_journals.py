@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,16 +41,16 @@ def write_index(
     positions["seq"], positions["time_ns"] = FROM_SEQ + 1 + np.arange(len(times_ns)), times_ns
     for part in np.array_split(positions, 3):
         writer.add_positions(part)
-    data_bytes, tail_bytes, checksum = writer.finish()
+    data_bytes, footer_bytes, checksum = writer.finish()
     os.pwrite(
-        fd, ObjectHeader(ObjectKind.JOURNAL_INDEX, HISTORY, 2, data_bytes, tail_bytes, checksum).encode(), 0
+        fd, ObjectHeader(ObjectKind.JOURNAL_INDEX, HISTORY, 2, data_bytes, footer_bytes, checksum).encode(), 0
     )
     os.close(fd)
     last = FROM_SEQ + len(times_ns)
     interval = Interval(2, 1, FROM_SEQ, 0, last, int(times_ns[-1]), int(times_ns[0]), 0, "", 0)
-    facts = ObjectRecord(name, ObjectKind.JOURNAL_INDEX, 2, data_bytes, tail_bytes, checksum)
+    record = ObjectRecord(name, ObjectKind.JOURNAL_INDEX, 2, data_bytes, footer_bytes, checksum)
     pool = ObjectPool(str(directory), HISTORY)
-    return pool, JournalIndex(pool, interval, facts, chunk_cache(4))
+    return pool, JournalIndex(pool, interval, record, chunk_cache(4))
 
 
 def random_rows(random: np.random.Generator, writes: int, block_count: int) -> np.ndarray:
@@ -106,20 +107,29 @@ def test_a_range_gives_the_last_entry_of_each_block(
     pool.close()
 
 
-def test_a_block_written_very_often_costs_no_more_than_two_chunks(tmp_path: Path) -> None:
+def test_a_block_written_very_often_costs_no_more_than_two_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     writes = 50_000
     table = np.zeros((4, writes), "<u8")
     table[0], table[1] = 7, np.arange(FROM_SEQ + 1, FROM_SEQ + 1 + writes)
     table[2] = table[1]
     times_ns = np.arange(1, writes + 1, dtype="<i8")
     pool, index = write_index(tmp_path, {0: table}, times_ns, np.random.default_rng(0))
-    for seq in (FROM_SEQ + 1, FROM_SEQ + writes // 2, FROM_SEQ + writes):
-        assert len(index._chunks_for(0, 0, 512, seq)) <= 2
+    read, reads = pool.read_verified, list[int]()
+
+    def counted(*place: Any) -> bytes:
+        reads.append(1)
+        return read(*place)
+
+    monkeypatch.setattr(pool, "read_verified", counted)
+    for number, seq in enumerate((FROM_SEQ + 1, FROM_SEQ + writes // 2, FROM_SEQ + writes), 1):
         assert index.range(0, 0, 512, seq)[1].tolist() == [seq]
+        assert len(reads) <= 2 * number
     pool.close()
 
 
-def test_a_damaged_chunk_or_fence_table_is_noticed(tmp_path: Path) -> None:
+def test_a_damaged_chunk_or_sparse_index_is_noticed(tmp_path: Path) -> None:
     random = np.random.default_rng(1)
     rows, times_ns = random_rows(random, 300, 40), np.arange(1, 301, dtype="<i8")
     pool, index = write_index(tmp_path, {0: rows}, times_ns, random)
@@ -130,9 +140,9 @@ def test_a_damaged_chunk_or_fence_table_is_noticed(tmp_path: Path) -> None:
         with pytest.raises(CorruptionError, match="checksum"):
             index.range(0, 0, 40, FROM_SEQ + 300)
     path.write_bytes(good[:-1] + b"\xff")
-    facts = ObjectRecord(path.name, ObjectKind.JOURNAL_INDEX, 2, 300 * 40, 80, 12345)
+    record = ObjectRecord(path.name, ObjectKind.JOURNAL_INDEX, 2, 300 * 40, 80, 12345)
     with pytest.raises(CorruptionError, match="checksum"):
-        JournalIndex(pool, index.interval, facts, chunk_cache())
+        JournalIndex(pool, index.interval, record, chunk_cache())
     path.write_bytes(good[:5000])
     with pytest.raises(CorruptionError, match="ends before"):
         index.range(0, 0, 40, FROM_SEQ + 300)

@@ -1,4 +1,4 @@
-"""Holders: what they hold can be read by others, dies with them, and can't cross with a removal."""
+"""Pins: others see them, they die with their process, and they don't cross with a removal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pitfs.store.ingest import Ingest
 from pitfs.store.pins import pin_file
 from pitfs.store.pins.pin_file import EVERYTHING, FILE_BYTES, MAX_LISTED, PAGE_BYTES, Unlisted
 from pitfs.store.pins.pins import Pins, list_pins, pins_locked
-from pitfs.store.store import Store
+from pitfs.store.store import Resolution, Store
 from tests.helpers.stores import ingest_transfer
 from tests.helpers.transfers import random_history, random_transfers
 
@@ -34,7 +34,7 @@ def files(store: Path) -> list[Path]:
 
 @pytest.fixture
 def other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds seq 7 at 700 ns and says so."""
+    """Another process that has pinned seq 7 at 700 ns and says so."""
     code = (
         "import sys; from pitfs.store.pins.pins import Pins; pins = Pins(sys.argv[1], 'mount /mnt/db1'); "
         "pins.pin(7, 700); print('held', flush=True); sys.stdin.read(); pins.close()"
@@ -48,6 +48,18 @@ def other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
             yield process
         finally:
             process.kill()
+
+
+class Pruned:
+    """A store in which one state is left."""
+
+    path = "/pruned"
+
+    def __init__(self, left: Resolution) -> None:
+        self._left = left
+
+    def at_seq(self, seq: int) -> Resolution:
+        return self._left
 
 
 def test_what_is_pinned_is_listed_until_it_is_unpinned(tmp_path: Path) -> None:
@@ -68,7 +80,7 @@ def test_what_is_pinned_is_listed_until_it_is_unpinned(tmp_path: Path) -> None:
     assert files(tmp_path) == []
 
 
-def test_two_processes_hold_the_same_instant(tmp_path: Path, other: subprocess.Popen[str]) -> None:
+def test_two_processes_pin_the_same_instant(tmp_path: Path, other: subprocess.Popen[str]) -> None:
     with Pins(str(tmp_path), "nbd unix:/run/x") as pins:
         pins.pin(7, 700)
         found = list_pins(str(tmp_path))
@@ -80,14 +92,14 @@ def test_two_processes_hold_the_same_instant(tmp_path: Path, other: subprocess.P
         assert [each.what for each in list_pins(str(tmp_path))] == ["nbd unix:/run/x"]
 
 
-@pytest.mark.parametrize("swept_by", ["held", "holder"])
-def test_a_killed_holder_holds_nothing_and_its_file_is_removed(
+@pytest.mark.parametrize("swept_by", ["listing", "pinning"])
+def test_a_killed_process_has_pinned_nothing_and_its_file_is_removed(
     tmp_path: Path, other: subprocess.Popen[str], swept_by: str
 ) -> None:
     other.kill()
     other.wait(CHILD_S)
     assert len(files(tmp_path)) == 1
-    if swept_by == "held":
+    if swept_by == "listing":
         assert list_pins(str(tmp_path)) == []
         assert files(tmp_path) == []
     else:
@@ -103,13 +115,13 @@ def test_forked_workers_pin_and_unpin_for_all(tmp_path: Path) -> None:
             if worker == 0:
                 pins.unpin(unpinned)
                 pins.pin(pinned, pinned * 100)
-                pins.close()  # a worker's end isn't that of the holder
+                pins.close()  # a worker's end isn't that of the pins
                 os._exit(0)
             assert os.waitpid(worker, 0)[1] == 0
             assert list_pins(str(tmp_path))[0].instants == (Position(pinned, pinned * 100),)
 
 
-def test_a_holder_lives_as_long_as_one_of_its_workers(tmp_path: Path) -> None:
+def test_pins_live_as_long_as_one_worker(tmp_path: Path) -> None:
     store, (ready, say_ready), (go_on, say_go_on), (ended, still_there) = str(tmp_path), os.pipe(), os.pipe(), os.pipe()
     minder = os.fork()
     if minder == 0:
@@ -132,7 +144,7 @@ def test_a_holder_lives_as_long_as_one_of_its_workers(tmp_path: Path) -> None:
     assert list_pins(store) == []
 
 
-def test_more_than_can_be_listed_is_held_between_the_least_and_the_greatest(tmp_path: Path) -> None:
+def test_more_than_can_be_listed_is_pinned_between_the_least_and_the_greatest(tmp_path: Path) -> None:
     with Pins(str(tmp_path), "x") as pins:
         seqs = range(100_000, 100_000 + MAX_LISTED + 500)
         for seq in seqs:
@@ -178,9 +190,8 @@ def test_an_instant_is_resolved_again_when_it_is_pinned(tmp_path: Path) -> None:
         pins.unpin(latest.seq)
         before = store.first()
         assert before is not None
-        store.at_seq = lambda seq: before  # type: ignore[method-assign]
         with pytest.raises(NoSuchInstantError, match="pruned"):
-            pins.pinned(store, latest)
+            pins.pinned(Pruned(before), latest)
         assert list_pins(ingest.path)[0].instants == ()
     store.close()
     ingest.close()
@@ -263,7 +274,7 @@ def test_a_read_only_store_is_read_without_pins(tmp_path: Path, caplog: pytest.L
 
 
 @pytest.mark.parametrize("left", [b"", b"PITFSHLD", b"\0" * PAGE_BYTES, b"x" * FILE_BYTES])
-def test_what_a_dead_holder_left_half_written_is_removed(tmp_path: Path, left: bytes) -> None:
+def test_what_a_dead_process_left_half_written_is_removed(tmp_path: Path, left: bytes) -> None:
     Pins(str(tmp_path), "x").close()
     (tmp_path / "pins" / "123-abcdef01").write_bytes(left)
     assert list_pins(str(tmp_path)) == []
@@ -271,7 +282,7 @@ def test_what_a_dead_holder_left_half_written_is_removed(tmp_path: Path, left: b
 
 
 @pytest.mark.parametrize("page", [0, 1, 32])
-def test_a_living_holder_that_can_not_be_read_holds_everything(tmp_path: Path, page: int) -> None:
+def test_a_living_process_whose_file_is_unreadable_has_pinned_everything(tmp_path: Path, page: int) -> None:
     with Pins(str(tmp_path), "x") as pins:
         for seq in range(200):
             pins.pin(seq, seq)

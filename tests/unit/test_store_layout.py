@@ -14,7 +14,6 @@ from pitfs.model.blockmap import EMPTY, MapBuilder, MapEntry, decode_node, new_n
 from pitfs.model.group import identity_problem
 from pitfs.model.transfer import POSITION, VolumeInfo
 from pitfs.store.catalog.database import Database
-from pitfs.store.identity import read_store_info
 from pitfs.store.index.format import INDEX_ROW
 from pitfs.store.index.writer import IndexWriter
 from pitfs.store.objects.format import (
@@ -30,6 +29,7 @@ from pitfs.store.objects.format import (
     pointer_object,
     pointer_unit,
 )
+from pitfs.store.opening import read_store_info
 from pitfs.store.store import Store
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -134,11 +134,11 @@ class Catalog(Database):
                 return
             key, page_rows = rows[-1][:width], min(2 * page_rows, PAGE_ROWS)
 
-    def snapshots(self, from_ns: int | None, to_ns: int | None) -> Iterator[Snapshot]:
+    def snapshots(self, from_ns: int | None = None, to_ns: int | None = None) -> Iterator[Snapshot]:
         sql = "WHERE time_ns > ? AND time_ns < ? ORDER BY time_ns"
         return self._listed(Snapshot, "snapshots", "time_ns", sql, (_before(from_ns),), _end(to_ns))
 
-    def intervals(self, from_ns: int | None, to_ns: int | None) -> Iterator[Interval]:
+    def intervals(self, from_ns: int | None = None, to_ns: int | None = None) -> Iterator[Interval]:
         """Those that have an instant in the stretch of time."""
         sql, end_ns = "WHERE to_time_ns > ? ORDER BY to_time_ns", _end(to_ns)
         found = self._listed(Interval, "intervals", "to_time_ns", sql, (_before(from_ns),))
@@ -187,20 +187,19 @@ class Catalog(Database):
     ) -> None:
         """Adds an open interval, or takes it in the place of the one that was there, with the runs that it has now."""
         with self.changes(durable):
-            if interval.end_snapshot_id >= self.next_snapshot_id():
-                self._put_meta("next_snapshot", interval.end_snapshot_id + 1)
+            self._raise_meta("next_snapshot", interval.end_snapshot_id + 1)
             self._delete_open_interval(interval.id)
             *values, runs = astuple(interval)
             self.put("tails", values)
             for run in runs:
                 self.put("pieces", run)
             self._put_minutes(minutes)
-            self._put_protected(protected_through_ns)
+            self._raise_meta("protected_through_ns", protected_through_ns)
 
     def protect_through(self, time_ns: int) -> None:
         """Every write up to then is in; not durable."""
         with self.changes(durable=False):
-            self._put_protected(time_ns)
+            self._raise_meta("protected_through_ns", time_ns)
 
     def drop_open_interval(self, open_interval_id: int) -> None:
         """Of an open interval without writes."""
@@ -211,21 +210,18 @@ class Catalog(Database):
         self.delete("tails", "id", open_interval_id)
         self.delete("pieces", "tail", open_interval_id)
 
-    def _put_protected(self, time_ns: int) -> None:
-        if time_ns > self.meta("protected_through_ns"):  # it never goes back
-            self._put_meta("protected_through_ns", time_ns)
-
     # What is added
 
     def commit(self, commit: Commit) -> None:
         """Adds all of it or nothing; durable when it returns."""
         manifest, snapshot = commit.manifest, commit.snapshot
-        numbers = {"mark": manifest.mark, "protected_through_ns": manifest.protected_through_ns}
         with self.changes():
             if manifest.mark > self.meta("mark"):  # else a stream was closed behind it
-                numbers["mark_seq"] = manifest.to_seq
+                self._raise_meta("mark_seq", manifest.to_seq)
+            self._raise_meta("mark", manifest.mark)
+            self._raise_meta("protected_through_ns", manifest.protected_through_ns)
             if snapshot is not None:
-                numbers["next_snapshot"] = snapshot.id + 1
+                self._raise_meta("next_snapshot", snapshot.id + 1)
                 self.put("snapshots", astuple(snapshot))
                 for volume, root in enumerate(commit.roots):
                     self.put("roots", (snapshot.id, volume, root.pointer, root.checksum))
@@ -238,8 +234,6 @@ class Catalog(Database):
             for gap in manifest.gaps:
                 self.put("gaps", (None, *msgspec.structs.astuple(gap)))
             self._put_minutes(commit.minutes)
-            for key, value in numbers.items():
-                self._put_meta(key, max(value, self.meta(key)))  # they never go back
             if commit.open_interval_id is not None:
                 self._delete_open_interval(commit.open_interval_id)
 
@@ -273,6 +267,11 @@ class Catalog(Database):
 
     def _put_meta(self, key: str, value: int) -> None:
         self.put("meta", (key, value), "ON CONFLICT DO UPDATE SET value = ?2, row_checksum = ?3")
+
+    def _raise_meta(self, key: str, value: int) -> None:
+        """Sets a number that never goes back."""
+        if value > self.meta(key):
+            self._put_meta(key, value)
 
     def _put_minutes(self, minutes: Mapping[int, int]) -> None:
         for minute, bits in minutes.items():

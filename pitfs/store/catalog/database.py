@@ -29,8 +29,8 @@ from pitfs.errors import CapacityError, CorruptionError, PitfsError, StoreError,
 
 CATALOG_VERSION: Final = 3  # 1: journals without layers, 2: no open intervals; before the first release
 PAGE_ROWS: Final = 512  # rows that a listing holds at once
-# It begins with fewer and takes twice as many each time: most who list want what lies in a short time, and a reader
-# of a directory may go on in another process for each reply.
+# A listing begins with fewer and takes twice as many each time: most listings are of a short time, and a reader of a
+# directory may go on in another process for each reply.
 FIRST_PAGE_ROWS: Final = 16
 DURABLE: Final = "FULL"  # a commit syncs the log
 NOT_DURABLE: Final = "NORMAL"  # the next commit that is durable does

@@ -89,7 +89,7 @@ class SortedRun:
     """A readable part of an open interval: rows and positions of writes first_seq to to_seq (that one is in).
 
     Attributes:
-        open_interval_id: of the open interval in whose write-ahead log it stands.
+        open_interval_id: of the open interval in whose write-ahead log it is.
         level: how often it was merged.
         sparse_index_offset, …_bytes, …_checksum: of the sparse index of its chunks (`store.index.format`).
     """
@@ -149,7 +149,7 @@ class Resolution:
 
     Attributes:
         seq, time_ns: its position.
-        granularity_ns: of the interval it lies in, or that it ends: 0 every write, None snapshots only.
+        granularity_ns: of the interval that it is in, or that it ends: 0 every write, None snapshots only.
         base_snapshot_id: of the snapshot whose block map has what the journal doesn't (the patent's third); while that
             snapshot is built, of the open interval that it is built from.
         end_snapshot_id: of the snapshot at the interval's end (the fourth), whose difference journal comes first; None

@@ -23,6 +23,7 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 CHUNK_ROWS: Final = 2048
 CHUNK_POSITIONS: Final = 4096
@@ -41,7 +42,9 @@ SPARSE_INDEX: Final = np.dtype(
 )
 assert SPARSE_INDEX.itemsize == 40 and CHUNK_POSITIONS * 16 == CHUNK_BYTES
 
-# A row as writers take it and readers give it; on disk its columns stand in a chunk of their volume.
+Chunk = npt.NDArray[np.uint64]  # shape (4, rows), or (2, rows) for positions
+
+# A row as writers take it and readers give it; on disk its columns are in a chunk of their volume.
 INDEX_ROW: Final = np.dtype(
     [("volume", "<u2"), ("block", "<i8"), ("seq", "<i8"), ("pointer", "<u8"), ("checksum", "<u8")]
 )

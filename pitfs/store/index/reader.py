@@ -20,14 +20,13 @@ from pitfs.model.ladder import LAST_LAYER
 from pitfs.model.position import Position
 from pitfs.model.transfer import POSITION
 from pitfs.store.catalog.records import Interval
-from pitfs.store.index.format import INDEX_ROW, POSITIONS_VOLUME, SPARSE_INDEX
+from pitfs.store.index.format import INDEX_ROW, POSITIONS_VOLUME, SPARSE_INDEX, Chunk
 from pitfs.store.objects.cache import Cache
 from pitfs.store.objects.format import HEADER_BYTES, ObjectKind, ObjectRecord
 from pitfs.store.objects.pool import ObjectPool
 
 MAX_CACHED_CHUNKS: Final = 64  # 4 MiB: an interval of 100,000 rows; a leaf of a longer one has 3 or 4
 
-Chunk = npt.NDArray[np.uint64]  # shape (4, rows), or (2, rows) for positions
 ChunkCache = Cache[tuple[int, int, int], Chunk]  # by (snapshot id, layer or place, number of the chunk)
 
 

@@ -19,17 +19,17 @@
 with a header of 4096 bytes, little-endian:
 
     offset size
-     0      8   magic          "PITFSOBJ"
-     8      4   version        1
-    12      2   kind           1 map, 2 snapshot blocks, 3 journal index, 4 journal blocks
-    14      2   form           0 hot: the data stand as they are; others are room for a cold form
-    16     16   history        which group's history it belongs to
-    32      8   snapshot       id
-    40      8   data_bytes     length of the data area, which begins at byte 4096
-    48      8   footer_bytes   length of the footer, which follows the data area
-    56      8   footer_check   xxh3_64 of the footer, 0 if there is none
-    64      8   checksum       xxh3_64 of bytes 0..64
-    72   4024   zeros          room for the cold form
+     0      8   magic            "PITFSOBJ"
+     8      4   version          1
+    12      2   kind             1 map, 2 snapshot blocks, 3 journal index, 4 journal blocks
+    14      2   form             0 hot: the data as they are; others are room for a cold form
+    16     16   history          which group's history it belongs to
+    32      8   snapshot         id
+    40      8   data_bytes       length of the data area, which begins at byte 4096
+    48      8   footer_bytes     length of the footer, which follows the data area
+    56      8   footer_checksum  xxh3_64 of the footer, 0 if there is none
+    64      8   checksum         xxh3_64 of bytes 0..64
+    72   4024   zeros            room for the cold form
 
 A pointer (uint64) leads to contents: object << 36 | unit, where a unit is 512 bytes from the start of the
 data area and object is 2s for snapshot-<s>.blocks, 2s + 1 for journal-<s>.blocks. In inner nodes of the block
@@ -91,9 +91,9 @@ _NAMES: Final = {
 }
 
 
-def object_file(kind: ObjectKind, snapshot: int, layer: int = LAST_LAYER) -> str:
+def object_file(kind: ObjectKind, snapshot_id: int, layer: int = LAST_LAYER) -> str:
     """File name of an object in objects/; `layer`: of an index."""
-    return _NAMES[kind].format(snapshot, layer)
+    return _NAMES[kind].format(snapshot_id, layer)
 
 
 def is_object_file(name: str) -> bool:
@@ -112,9 +112,9 @@ def journal_blocks_of(name: str) -> int | None:
     return int(found["blocks"], 16) if found and found["blocks"] else None
 
 
-def contents_object(snapshot: int, kind: ObjectKind) -> int:
-    """Number of a contents object as it stands in pointers."""
-    return 2 * snapshot + (kind is ObjectKind.JOURNAL_BLOCKS)
+def contents_object(snapshot_id: int, kind: ObjectKind) -> int:
+    """Number of a contents object, as pointers have it."""
+    return 2 * snapshot_id + (kind is ObjectKind.JOURNAL_BLOCKS)
 
 
 def contents_kind(number: int) -> tuple[ObjectKind, int]:
@@ -140,7 +140,7 @@ def pointer_unit(value: int) -> int:
 
 
 def data_offset(unit: int) -> int:
-    """Byte in a contents object where `unit` stands."""
+    """Byte of a contents object at which `unit` begins."""
     return HEADER_BYTES + unit * UNIT_BYTES
 
 

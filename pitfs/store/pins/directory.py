@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Final
 
 from pitfs.storage.files import fsync_directory
@@ -44,49 +44,28 @@ def convert_directory(store: str) -> None:
         fsync_directory(store)
 
 
-class PinsLock:
-    """pins/lock, an flock.
+@contextmanager
+def locked(directory: int, wait: bool = True) -> Iterator[bool]:
+    """Holds pins/lock, an flock, until the block ends; gives False where another has it and this one isn't to wait.
 
-    A process opens it for itself: a descriptor that it inherited would share the lock with the parent instead of
-    competing for it. The threads of a process share its descriptor, so they take turns before they take the lock.
+    The file is opened anew each time, since an flock is of what was opened: threads and forked workers that share a
+    descriptor would share the lock as well, not compete for it. Closing gives the lock back.
     """
+    fd, is_held = _open_lock(directory), False
+    try:
+        with suppress(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            is_held = True
+        yield is_held
+    finally:
+        os.close(fd)
 
-    def __init__(self, directory: int) -> None:
-        self._directory = directory
-        self._fd = self._pid = -1
-        self._turn = threading.Lock()
 
-    def take(self, wait: bool) -> bool:
-        """False where another has it and this one isn't to wait."""
-        if not self._turn.acquire(blocking=wait):
-            return False
-        try:
-            if self._pid != os.getpid():
-                self.close()
-                self._fd = self._open()
-                self._pid = os.getpid()
-            fcntl.flock(self._fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BaseException as error:
-            self._turn.release()
-            if isinstance(error, BlockingIOError):
-                return False
+def _open_lock(directory: int) -> int:
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        return os.open(LOCK, flags | os.O_CREAT, 0o600, dir_fd=directory)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES):
             raise
-        return True
-
-    def give(self) -> None:
-        fcntl.flock(self._fd, fcntl.LOCK_UN)
-        self._turn.release()
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd = self._pid = -1
-
-    def _open(self) -> int:
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
-        try:
-            return os.open(LOCK, flags | os.O_CREAT, 0o600, dir_fd=self._directory)
-        except OSError as error:
-            if error.errno not in (errno.EROFS, errno.EACCES):
-                raise
-            return os.open(LOCK, flags, dir_fd=self._directory)
+        return os.open(LOCK, flags, dir_fd=directory)

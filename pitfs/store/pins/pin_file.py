@@ -1,6 +1,6 @@
 """The file of a process that pins instants (see `store.pins.pins`).
 
-It has 33 pages of 4096 bytes, little-endian, each ending in the xxh3_64 of what stands before it:
+It has 33 pages of 4096 bytes, little-endian, each ending in the xxh3_64 of what is before it:
 
     page 0: offset size
               0     8   magic      "PITFSHLD"
@@ -14,7 +14,7 @@ It has 33 pages of 4096 bytes, little-endian, each ending in the xxh3_64 of what
              66         what it is, UTF-8: "mount /mnt/db1"
     page 1 to 32: 170 × (seq, time_ns, count), int64 each; a count of 0 is room. A page of zeros is empty.
 
-An instant stands in the page that its seq hashes to, so a pin reads and writes one page, and the file has a fixed
+An instant is in the page that its seq hashes to, so a pin reads and writes one page, and the file has a fixed
 size: 5,440 instants. Where there are unlisted pins, everything between the least and the greatest is pinned; so is
 everything where a page is unreadable. Pages are written whole, under the lock of the directory.
 """

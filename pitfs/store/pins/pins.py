@@ -42,7 +42,7 @@ from pitfs.model.position import Position, format_instant
 from pitfs.storage.files import storage_error
 from pitfs.store.catalog.records import Resolution
 from pitfs.store.objects.format import PINS
-from pitfs.store.pins.directory import LOCK, PinsLock, open_directory
+from pitfs.store.pins.directory import LOCK, locked, open_directory
 from pitfs.store.pins.pin_file import PinFile, PinnedInstants
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,6 @@ class Pins:
             self._directory = open_directory(store, make=file is None)
             if self._directory is None:
                 raise FileNotFoundError(errno.ENOENT, "pins/ has been removed")
-            self._lock = PinsLock(self._directory)
             if file is None:
                 self._make_file(self._directory)
         except OSError as error:
@@ -112,7 +111,6 @@ class Pins:
                     os.unlink(self._name, dir_fd=self._directory)
             os.close(self._fd)
         if self._directory is not None:
-            self._lock.close()
             os.close(self._directory)
         self._directory, self._fd = None, -1
 
@@ -150,8 +148,7 @@ class Pins:
         return now
 
     def _make_file(self, directory: int) -> None:
-        self._lock.take(True)
-        try:  # under the lock: nobody may take the file for a dead process's before it is flocked
+        with locked(directory):  # nobody may take the file for a dead process's before it is flocked
             _read_all(directory)
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             fd = os.open(self._name, flags, 0o600, dir_fd=directory)
@@ -164,19 +161,15 @@ class Pins:
                     os.unlink(self._name, dir_fd=directory)
                 raise
             self._fd = fd
-        finally:
-            self._lock.give()
 
     def _change(self, change: Callable[[PinFile], None], wait: bool) -> bool:
-        if self._fd < 0:
+        if self._fd < 0 or self._directory is None:
             return True
         try:
-            if not self._lock.take(wait):
-                return False
-            try:
-                change(PinFile(self._fd, self._name))
-            finally:
-                self._lock.give()
+            with locked(self._directory, wait) as is_held:
+                if is_held:
+                    change(PinFile(self._fd, self._name))
+                return is_held
         except (OSError, CorruptionError) as error:
             self._not_pinned(error)
         return True
@@ -207,10 +200,8 @@ def pins_locked(store: str, make: bool = True) -> Iterator[list[PinnedInstants]]
             directory = open_directory(store, make)
             if directory is not None:
                 stack.callback(os.close, directory)
-                lock = PinsLock(directory)
-                stack.callback(lock.close)
                 with suppress(FileNotFoundError):  # read-only, and nobody has ever pinned
-                    lock.take(True)
+                    stack.enter_context(locked(directory))
                     found = _read_all(directory)
         except OSError as error:
             raise storage_error(error, path, "looking who has pinned what") from error
