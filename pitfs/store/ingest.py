@@ -5,9 +5,9 @@ A transfer is staged (checked as it comes, resumable at each checkpoint); at its
     made in staging/ → each file synced → renamed to objects/ → both directories synced → the catalog commits
 
 Until the commit nothing of it can be seen. Where this is cut off before the commit, the files in objects/ that
-the catalog doesn't know are found when the store is opened the next time, or the next transfer begins:
-contents go back to staging/, so the transfer resumes; what was built of it is removed. All this while the
-staged transfer says that they are its files: nothing else in objects/ is ever removed.
+the catalog doesn't know are found when the store is opened the next time, or the next transfer begins. Contents go
+back to staging/, so the transfer resumes, and what was built of it is removed. `StagingArea.recover` says which files
+these are: nothing else in objects/ is ever removed.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Ingest:
     # The life of a transfer
 
     def welcome(self) -> Welcome:
-        """Where the store stands, and what could become finer."""
+        """How far the store has come, and which intervals could become finer."""
         catalog, coarse = self._store.catalog, []
         for interval in catalog.coarse_intervals(MAX_COARSE):
             positions = interval.from_seq, interval.from_time_ns, interval.to_seq, interval.to_time_ns
@@ -122,7 +122,7 @@ class Ingest:
         return msgspec.structs.replace(self._position(), coarse=tuple(coarse))
 
     def _position(self) -> Welcome:
-        """Where the store stands."""
+        """How far the store has come."""
         catalog = self._store.catalog
         with catalog.one_moment():  # a closing may be committed meanwhile
             end, last = self.stream.durable_end, catalog.last_snapshot()
@@ -136,7 +136,7 @@ class Ingest:
         """Begins a transfer, or goes on with the staged one where that is the same.
 
         Raises:
-            PositionMismatchError: it doesn't lead on from where the store stands.
+            PositionMismatchError: it doesn't lead on from the store's position.
             RemoteProtocolError: the manifest is invalid.
         """
         catalog = self._store.catalog

@@ -37,11 +37,10 @@ class IndexWriter:
             self._rows = np.concatenate([self._rows, new], axis=1)
             self._rows = self._write_chunks(self._rows, CHUNK_ROWS, volume, CHUNK_ROWS)
 
-    def add_positions(self, positions: Rows) -> None:
+    def add_positions(self, rows: Rows) -> None:
         """POSITIONs; over all calls strictly ascending."""
-        new = _columns(positions["seq"].astype("<i8"), positions["time_ns"])
-        self._positions = np.concatenate([self._positions, new], axis=1)
-        self._positions = self._write_chunks(self._positions, CHUNK_POSITIONS, POSITIONS_VOLUME, CHUNK_POSITIONS)
+        positions = np.concatenate([self._positions, _columns(rows["seq"], rows["time_ns"])], axis=1)
+        self._positions = self._write_chunks(positions, CHUNK_POSITIONS, POSITIONS_VOLUME, CHUNK_POSITIONS)
 
     def finish(self) -> tuple[int, int, int]:
         """Writes what is left and the sparse index; (data_bytes, footer_bytes, footer_checksum)."""

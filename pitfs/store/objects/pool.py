@@ -50,7 +50,7 @@ def reading_limit() -> int:
 
 
 class MissingObjectError(CorruptionError):
-    """An object isn't there: a finer index may have taken its place, or an interval that of an open one's log."""
+    """An object is missing: a finer index may have taken its place, or an interval the place of an open one."""
 
 
 def again_if_replaced(method: Callable[P, T]) -> Callable[P, T]:

@@ -1,14 +1,14 @@
 """The closing of an open interval: a snapshot, and a difference journal at every write (figure 9).
 
-The rows of all its sorted runs are merged as they are read, by (volume, block, seq). So all writes to a block stand
-together, oldest first, and one look at the next row tells the last of them:
+The rows of all its sorted runs are merged as they are read, by (volume, block, seq). So all writes to a block are
+neighbours, oldest first, and one look at the next row tells the last of them:
 
     block 7: seq 11, 14, 19      the content of 19 is the end snapshot's: it goes to snapshot-<s>.blocks, and the
                                  row to the block map; those of 11 and 14 only the journal needs: they go to
                                  journal-<s>.blocks; all three rows go to the index
 
-Contents are copied in the order of the rows, so those of neighbouring blocks stand together afterwards. A closing takes
-a bounded amount of memory, whatever the interval's length, and gives the same bytes whenever it is made again:
+Contents are copied in the order of the rows, so those of neighbouring blocks are neighbours afterwards. A closing takes
+bounded memory, whatever the interval's length, and gives the same bytes whenever it is made again:
 
     made in staging/closing-<s>/ → each file synced → renamed to objects/ → both directories synced
     → the catalog commits: the snapshot takes the place of the open interval → the WAL is removed
@@ -73,7 +73,7 @@ class _Contents:
         self._used = self._written = 0
 
     def add(self, pointers: U64Array, units: U64Array) -> U64Array:
-        """Copies the blocks at these pointers of the WAL, of so many units; returns where they stand then."""
+        """Copies the blocks at these pointers of the WAL, of so many units; returns pointers to the copies."""
         if not len(pointers):
             return pointers
         ends = np.cumsum(units, dtype="<u8")

@@ -4,7 +4,7 @@
                            │ ▲
             write → WAL (durable at the next flush) → sorted runs (readable at a commit, a few times a second)
 
-    open → closing    the mark stands in the catalog, durably; from then on a start finishes the closing
+    open → closing    the mark is in the catalog, durably; from then on a start finishes the closing
     closing → closed  a thread makes the objects and commits them; then the WAL is removed
 
 There are at most two open intervals: one that is being closed, and one that takes writes. The next mark waits for the

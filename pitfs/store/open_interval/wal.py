@@ -25,9 +25,9 @@ A sorted run has the rows of its writes, or of runs before it, in the order of b
 readers use. So one fdatasync makes writes durable together with all that a reader needs for them, and the catalog's
 commit behind it needs none of its own: whatever it names has been on the disk before.
 
-After a crash what the catalog doesn't have yet is read again from `wal_end` of the open interval on. A torn end is cut:
-what isn't whole, and all behind it, was never acknowledged. It was if something behind it says that all up to there
-is durable: then it is damage.
+After a crash the records that the catalog doesn't have yet are read again, from `wal_end` of the open interval on. A
+torn end is cut: a record that isn't whole was never acknowledged, nor was any behind it. It was acknowledged if a head
+behind it says so by `durable`: then it is damage, which is reported.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ _NO_WRITES: Final = Batch(0, np.zeros(0, WRITE), np.zeros(0, "<u8"), np.zeros(0,
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What stands before a body, which begins at byte `body` of the file; `batch`: the writes, none of a sorted run."""
+    """The head of a record whose body begins at byte `body` of the file; `batch`: the writes, none of a sorted run."""
 
     kind: int
     offset: int

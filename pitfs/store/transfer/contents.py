@@ -1,9 +1,9 @@
-"""Where the contents of staged rows stand, and their checksums: own ones come in order, shared ones are looked up.
+"""Where the contents of staged rows are, and their checksums: own ones come in order, shared ones are read.
 
 A row with a content of its own says nothing about it: it is the next block of the section of contents. A row that
-shares one says where that stands, but not its checksum: the content is read, and its checksum taken, before anything
-leads to it. The End's digest covers shared contents in the order of the rows, and the splitter took it, so a sender
-can't make a row share anything else than what was written there.
+shares a content says where that is, but not its checksum. So the content is read, and its checksum taken, before
+anything leads to it. The digest of the End covers the checksums of shared contents in the order of the rows, as the
+splitter took them: a row that shares another content than was written there is found.
 
 Rows of DIFF come in one run, so their shared contents are read while the block map is made. Rows of JOURNAL come in
 several runs, which are merged. Then the order of the digest isn't that in which rows are used: all shared contents are
@@ -31,7 +31,7 @@ NAME: Final = "shared.checksums"
 
 
 class OwnContents:
-    """Pointers and checksums of rows that have contents of their own: these stand in the order of the rows.
+    """Pointers and checksums of rows that have contents of their own: these come in the order of the rows.
 
     Args:
         first: pointer of the block that comes next; block: its number in the section.
@@ -53,7 +53,7 @@ class OwnContents:
 
 
 def read_checksums(fd: int, units: U64Array, block_size: int) -> U64Array:
-    """xxh3_64 of the blocks that stand there in an object of contents; of less than a block at its end."""
+    """xxh3_64 of the blocks at these units of an object of contents; of less than a block at its end."""
     reads = (os.pread(fd, block_size, data_offset(unit)) for unit in units.tolist())
     return np.fromiter(map(xxh3_64_intdigest, reads), CHECKSUM, len(units))
 

@@ -4,7 +4,7 @@
     staging/diff.rows, positions.rows, journal.rows
     staging/diff.checksums, journal.checksums           xxh3_64 of each block of contents that came
     staging/shared.checksums                            at the end, of those that rows of JOURNAL share
-    staging/snapshot-<s>.blocks, journal-<s>.blocks     with header: they become the objects
+    staging/snapshot-<s>.blocks, journal-<s>.blocks     contents; at the end they get their header and are the objects
 
 How it resumes:
 
@@ -12,8 +12,8 @@ How it resumes:
    What progress.json says is therefore durable. It is small, since block map and index are made at the end alone.
 2. Whoever goes on (after an error, or a new start) opens the files, cuts them to these lengths, reads the rows again
    through their checks, and compares the digests. The checks are then as they were at the checkpoint.
-3. The sender is told the lengths and its cursor. It sends from there; bytes that are there already are passed over,
-   and bytes behind a hole are refused.
+3. The sender is told the lengths and its cursor, and sends from there. Bytes that are there already are skipped, bytes
+   behind a hole are refused.
 4. A transfer with another manifest, or files that aren't what progress.json says, begins anew.
 """
 
