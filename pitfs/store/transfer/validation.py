@@ -143,50 +143,55 @@ class JournalCheck(_BlockRowsCheck):
             self._add(rows[start:end])
 
 
-class PositionsCheck:
-    """POSITIONS: strictly ascending inside the interval; with those before, see `PositionsInOrder`."""
+class _AscendingPositions:
+    """Positions behind the interval's base snapshot. `count`: of those so far."""
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
         self._last = manifest.from_seq, manifest.from_time_ns
         self.count = 0
 
+    def _ascending(self, rows: Rows, problem: str) -> tuple[I64Array, I64Array]:
+        """The seqs and times of the next positions, the one before them first. Refuses them where they don't ascend."""
+        seqs = np.concatenate([np.array([self._last[0]], "<i8"), rows["seq"].astype("<i8")])
+        times_ns = np.concatenate([np.array([self._last[1]], "<i8"), rows["time_ns"]])
+        if not ((seqs[1:] > seqs[:-1]).all() and (times_ns[1:] > times_ns[:-1]).all()):
+            raise refuse("positions", problem)
+        self._last = int(seqs[-1]), int(times_ns[-1])
+        self.count += len(rows)
+        return seqs, times_ns
+
+
+class PositionsCheck(_AscendingPositions):
+    """POSITIONS: strictly ascending inside the interval; with those before, see `PositionsInOrder`."""
+
     def take(self, rows: Rows) -> None:
         """As DiffCheck."""
         if not len(rows):
             return
         m = self._manifest
-        seqs, times_ns = _ascending(rows, self._last, "positions that don't strictly ascend")
+        _, times_ns = self._ascending(rows, "positions that don't strictly ascend")
         if m.first_time_ns is None or times_ns[1] < m.first_time_ns:
             raise refuse("positions", "a first time other than announced")
-        self.count += len(rows)
-        self._last = int(seqs[-1]), int(times_ns[-1])
         if self._last[0] > m.to_seq or self._last[1] > m.to_time_ns:
             raise refuse("positions", "positions behind the interval's end")
         if self.count > m.position_count:
             raise refuse("positions", f"more than the {m.position_count} announced")
 
 
-class PositionsInOrder:
+class PositionsInOrder(_AscendingPositions):
     """All positions of an interval on its rung, ascending: all writes, or the ends of granules but the last."""
 
-    def __init__(self, manifest: Manifest) -> None:
-        self._manifest = manifest
-        self._last = manifest.from_seq, manifest.from_time_ns
-        self._count = 0
-
     def take(self, rows: Rows) -> None:
-        """Checks the next positions. Raises RemoteProtocolError: they are invalid."""
-        m, rung_ns = self._manifest, self._manifest.granularity_ns
-        seqs, times_ns = _ascending(rows, self._last, "positions that don't fit to those that came before")
+        """Checks the next positions, at least one. Raises RemoteProtocolError: they are invalid."""
+        m, rung_ns, is_first = self._manifest, self._manifest.granularity_ns, not self.count
+        seqs, times_ns = self._ascending(rows, "positions that don't fit to those that came before")
         if rung_ns:
-            granules = times_ns[(0 if self._count else 1) :] // rung_ns
+            granules = times_ns[is_first:] // rung_ns  # the base snapshot may lie in the first one's granule
             if (granules[1:] == granules[:-1]).any() or granules[-1] >= m.to_time_ns // rung_ns:
                 raise refuse("positions", f"positions that aren't the ends of granules of {rung_ns} ns")
         elif (seqs[1:] != seqs[:-1] + 1).any():
             raise refuse("positions", "a write without its position")
-        self._count += len(rows)
-        self._last = int(seqs[-1]), int(times_ns[-1])
 
     def finish(self) -> None:
         m = self._manifest
@@ -196,15 +201,6 @@ class PositionsInOrder:
 
 BlockCheck = DiffCheck | JournalCheck  # of rows that name contents
 RowCheck = BlockCheck | PositionsCheck
-
-
-def _ascending(rows: Rows, last: tuple[int, int], problem: str) -> tuple[I64Array, I64Array]:
-    """The seqs and times of positions, with the last one before them in front. Raises where they don't ascend."""
-    seqs = np.concatenate([np.array([last[0]], "<i8"), rows["seq"].astype("<i8")])
-    times_ns = np.concatenate([np.array([last[1]], "<i8"), rows["time_ns"]])
-    if not ((seqs[1:] > seqs[:-1]).all() and (times_ns[1:] > times_ns[:-1]).all()):
-        raise refuse("positions", problem)
-    return seqs, times_ns
 
 
 def check_manifest(manifest: Manifest, volumes: Sequence[VolumeInfo]) -> None:
