@@ -9,6 +9,7 @@ import stat
 from dataclasses import dataclass
 
 from pitfs.errors import UsageError
+from pitfs.storage.exclusive import written_by_others
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,18 +72,3 @@ def in_use(path: str) -> UsageError:
         f"{path}: backing volume: in use by another program: unmount it, detach its loop device (losetup -j {path}) "
         "or stop what holds it (fuser -v); only the splitter may write it"
     )
-
-
-def written_by_others(path: str) -> bool:
-    """Whether somebody has the regular file open for writing (a loop device has), as far as the kernel can tell."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        # A read lease is given only while nobody has.
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-    except OSError as error:
-        # Other errors: this file system has no leases, or we aren't the owner.
-        return error.errno == errno.EAGAIN
-    finally:
-        os.close(fd)
-    return False

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
+from collections.abc import Iterator
 
 from pitfs.errors import CapacityError, CorruptionError, PitfsError
 
@@ -21,6 +23,16 @@ def storage_error(error: OSError, path: str, doing: str) -> PitfsError:
             f"{path}: {doing}: {reason}: make room on that file system; pitfs goes on by itself"
         )
     return PitfsError(f"{path}: {doing}: {reason}")
+
+
+@contextlib.contextmanager
+def disk_errors(path: str, advice: str) -> Iterator[None]:
+    """For files that the user named: an OSError in the block becomes one line with the path and the advice."""
+    try:
+        yield
+    except OSError as error:
+        kind = CapacityError if error.errno in FULL_ERRNOS else PitfsError
+        raise kind(f"{path}: {os.strerror(error.errno or 0)}: {advice}") from error
 
 
 def fsync_directory(path: str) -> None:

@@ -1,8 +1,7 @@
-"""How services are listened at: addresses, unix sockets, and whose certificates are asked for."""
+"""Where services listen: addresses and unix sockets."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import os
@@ -12,10 +11,7 @@ from typing import TYPE_CHECKING, Final
 from pitfs.errors import PitfsError, UsageError
 
 if TYPE_CHECKING:
-
     import trio
-
-    from pitfs.link.transport.tls import LinkContext
 
 MAX_PORT: Final = 65535
 MAX_UNIX_BYTES: Final = 107  # of the path of a unix socket
@@ -38,38 +34,6 @@ def parse_address(text: str) -> tuple[str, int]:
     if int(port_text[:9]) > MAX_PORT or len(port_text) > 9:
         raise UsageError(f"--listen {text}: ports go to {MAX_PORT}")
     return host, int(port_text)
-
-
-def add_tls_files(parser: argparse.ArgumentParser, others: str) -> None:
-    """The options that name the PEM files; `others` are those who connect."""
-    parser.add_argument("--certificate", metavar="FILE", help="PEM file of this host's certificate")
-    parser.add_argument("--key", metavar="FILE", help="PEM file of its key")
-    parser.add_argument(
-        "--authority", metavar="FILE", help=f"PEM file of the authority whose certificates {others} show"
-    )
-
-
-def given_tls_files(args: argparse.Namespace) -> list[str]:
-    """Those of these options that were given."""
-    return [f"--{name}" for name in ("certificate", "key", "authority") if getattr(args, name) is not None]
-
-
-def tls_context(args: argparse.Namespace, otherwise: str) -> LinkContext:
-    """What all three files make.
-
-    Args:
-        otherwise: what may be done instead, for the error.
-
-    Raises:
-        UsageError: one is missing, or isn't right.
-    """
-    from pitfs.link.transport.tls import server_context
-
-    given = given_tls_files(args)
-    if len(given) < 3:
-        missing = ", ".join(each for each in ("--certificate", "--key", "--authority") if each not in given)
-        raise UsageError(f"{missing} missing: give all three files, or {otherwise}")
-    return server_context(args.certificate, args.key, args.authority)
 
 
 async def listen(host: str, port: int, program: str) -> list[trio.SocketListener]:

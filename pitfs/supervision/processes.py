@@ -10,10 +10,10 @@ from typing import Final
 
 import trio
 
-from pitfs.cli.main import report
 from pitfs.config.production import Config, load_config
 from pitfs.errors import UsageError
 from pitfs.link.transport.tls import LinkContext, client_context, require_loopback
+from pitfs.supervision.report import report
 from pitfs.supervision.service import stop_signals
 
 PR_SET_NAME: Final = 15
