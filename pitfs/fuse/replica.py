@@ -27,7 +27,8 @@ import trio
 from pitfs.fuse.handlers import failed, guard, in_thread
 from pitfs.fuse.request_loop import waiting
 from pitfs.store.store import Store
-from pitfs.view.tree import ROOT_INODE, EntryType, InodeKind, NoEntryError, Tree, TreeEntry, unpack_inode
+from pitfs.view.inodes import ROOT_INODE, EntryType, InodeKind, NoEntryError, TreeEntry, unpack_inode
+from pitfs.view.tree import Tree
 from pitfs.view.view import MAX_TABLE_CACHE_BYTES, PointInTimeView, ReadBuffer, TableCache
 
 if TYPE_CHECKING:

@@ -21,9 +21,10 @@ from pitfs.fuse.handlers import failed, guard, holding, in_thread
 from pitfs.fuse.kernel.io_flusher import set_io_flusher
 from pitfs.fuse.replica import Image, Ownership, Replica, opened
 from pitfs.storage.files import FULL_ERRNOS
+from pitfs.view.inodes import EntryType, InodeKind, NoEntryError, TreeEntry, unpack_inode
 from pitfs.view.overlay import NotCachedError, Overlay, OverlayView, Write
 from pitfs.view.scratch import ScratchDirectory
-from pitfs.view.tree import EntryType, InodeKind, NoEntryError, Tree, TreeEntry, unpack_inode
+from pitfs.view.tree import Tree
 from pitfs.view.view import PointInTimeView, ReadBuffer
 
 if TYPE_CHECKING:

@@ -17,8 +17,9 @@ from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.database import Database
 from pitfs.store.objects.pool import ObjectPool
 from pitfs.store.store import Store
+from pitfs.view.inodes import ROOT_INODE
 from pitfs.view.ranges import data_ranges
-from pitfs.view.tree import ROOT_INODE, Tree
+from pitfs.view.tree import Tree
 from pitfs.view.view import PointInTimeView, ReadBuffer
 from tests.helpers.histories import START_NS, LongHistory, StrewnWrites, block_contents
 
