@@ -22,7 +22,8 @@ from pitfs.fuse.kernel.io_flusher import set_io_flusher
 from pitfs.fuse.replica import Image, Ownership, Replica, opened
 from pitfs.storage.files import FULL_ERRNOS
 from pitfs.view.inodes import EntryType, InodeKind, NoEntryError, TreeEntry, unpack_inode
-from pitfs.view.overlay import NotCachedError, Overlay, OverlayView, Write
+from pitfs.view.overlay import Overlay, Write
+from pitfs.view.overlay_view import NotCachedError, OverlayView
 from pitfs.view.scratch import ScratchDirectory
 from pitfs.view.tree import Tree
 from pitfs.view.view import PointInTimeView, ReadBuffer

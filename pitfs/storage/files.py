@@ -1,4 +1,4 @@
-"""Files with data: the few operations that durability and exactness hang on, each with its reason."""
+"""Files with data: the few operations that durability and exactness depend on, each with its reason."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def write_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> Non
 
 
 def punch(fd: int, offset: int, size: int) -> bool:
-    """Makes zeros of that range, a hole where it can be one; False where this kind of file can't have any.
+    """Makes that range a hole; False where this kind of file can't have holes.
 
     Raises:
         OSError: the disk refuses.
@@ -86,7 +86,7 @@ def punch(fd: int, offset: int, size: int) -> bool:
 
 
 def reserve(fd: int, offset: int, size: int) -> None:
-    """Takes room for that range of a file, whose size stays; where that can't be, there is less, without a word."""
+    """Reserves room for that range of a file, whose size stays. A failure is ignored: then there may be less room."""
     ctypes.CDLL(None).fallocate64(fd, _FALLOC_FL_KEEP_SIZE, ctypes.c_int64(offset), ctypes.c_int64(size))
 
 
@@ -98,14 +98,9 @@ def read_exactly(fd: int, size: int, offset: int, what: str) -> bytes:
         OSError: the disk refuses.
     """
     data = os.pread(fd, size, offset)
-    if len(data) == size:
-        return data
-    parts = [data]
-    got = len(data)
-    while got < size:
-        data = os.pread(fd, size - got, offset + got)
-        if not data:
-            raise CorruptionError(what, offset + got, "the file ends before what it should hold")
-        parts.append(data)
-        got += len(data)
-    return b"".join(parts)
+    while len(data) < size:
+        more = os.pread(fd, size - len(data), offset + len(data))
+        if not more:
+            raise CorruptionError(what, offset + len(data), "the file ends before what it should hold")
+        data += more
+    return data

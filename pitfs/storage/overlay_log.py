@@ -21,7 +21,7 @@ from pitfs.model.overlay import (
 )
 from pitfs.storage.files import FULL_ERRNOS, reserve, write_all
 
-# Taken ahead: who has filled the disk with blocks can still say which: 4,000 runs of them.
+# Reserved ahead: if the blocks have filled the disk, there is still room to log 4,000 runs of them.
 RESERVE_BYTES: Final = 64 << 10
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class OverlayLog:
         """Makes durable that these blocks are in the overlay.
 
         Raises:
-            CapacityError: there is no room for that; it can be tried again.
+            CapacityError: the disk is full; a retry may succeed.
             OSError: the disk refuses.
         """
         for record in encode_records(runs_of(blocks), self._seed, self._end):
@@ -78,7 +78,7 @@ class OverlayLog:
         os.close(self._fd)
 
     def _replay(self, block_count: int) -> int:
-        """Fills `blocks`; returns where the next record goes, after cutting what a power cut tore."""
+        """Fills `blocks` and cuts a torn record at the end; returns where the next record goes."""
         offset, size = HEADER_BYTES, os.fstat(self._fd).st_size
         base, piece = offset, b""
         while offset < size:
@@ -94,6 +94,7 @@ class OverlayLog:
         return offset
 
     def _cut(self, offset: int, size: int, block_count: int) -> None:
+        """Cuts the record that a power cut tore. Raises CorruptionError if a good one follows: then it is damage."""
         position = offset + 1
         while position < size:
             piece = os.pread(self._fd, 2 * MAX_RECORD_BYTES, position)
@@ -103,7 +104,5 @@ class OverlayLog:
                     raise CorruptionError(self.path, offset, "a bad record with a good one behind it")
                 at = piece.find(RECORD_MAGIC, at + 1)
             position += MAX_RECORD_BYTES
-        log.warning(
-            "%s: cut the record of an fsync that was never answered (%d bytes)", self.path, size - offset
-        )
+        log.warning("%s: cut the record of an fsync that was never answered (%d bytes)", self.path, size - offset)
         os.ftruncate(self._fd, offset)

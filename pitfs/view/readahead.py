@@ -70,7 +70,7 @@ class Sequence:
         self.prefetch_from = NEVER  # a read from here on is not served inline: it prefetches more
 
     def next(self, offset: int, size: int) -> tuple[int, int]:
-        """Bytes [start, end) of the image to prefetch: called for a read that is cold or has come to `prefetch_from`."""
+        """Bytes [start, end) of the image to prefetch, for a read that is cold or has come to `prefetch_from`."""
         end = min(offset + size, self._size_bytes)
         is_near = self._last_end >= 0 and abs(offset - self._last_end) <= NEAR_BYTES
         follows = self.prefetch_from <= offset <= self._prefetched_end + NEAR_BYTES

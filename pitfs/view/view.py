@@ -149,7 +149,7 @@ class PointInTimeView:
         return data
 
     def _read_ahead(self, offset: int, size: int, buffer: ReadBuffer) -> memoryview | None:
-        """`_read` that waits for the disk. If the data aren't cached, they and those behind them are prefetched first."""
+        """`_read` that waits for the disk. Data that aren't cached, and those behind them, are prefetched first."""
         if size > self.block_size and self._can_nowait and 0 <= offset < self.size_bytes:
             self._pointers(offset, min(offset + size, self.size_bytes))
             data = self._read(offset, size, buffer, _NOWAIT) if offset < self._sequence.prefetch_from else None
@@ -268,7 +268,7 @@ class PointInTimeView:
         return memory[start : start + end - offset]
 
     def _read_run(self, pointer: int, target: memoryview, flags: int) -> bool:
-        """Fills `target` with the consecutive blocks from `pointer` on; False if that would wait and flags forbid it."""
+        """Fills `target` with the consecutive blocks from `pointer` on; False if it would wait and flags forbid it."""
         number, position = pointer >> UNIT_BITS, HEADER_BYTES + (pointer & UNIT_MASK) * UNIT_BYTES
         fd = self._opened(number) if flags else self._fd(number)
         if fd is None:

@@ -12,7 +12,8 @@ from pyroaring import BitMap64
 from pitfs.errors import CapacityError
 from pitfs.model.overlay import HEADER_BYTES, OverlayHeader
 from pitfs.storage.overlay_log import OverlayLog
-from pitfs.view.overlay import NotCachedError, Overlay, OverlayView, Room
+from pitfs.view.overlay import Overlay, Room
+from pitfs.view.overlay_view import NotCachedError, OverlayView
 from pitfs.view.view import PointInTimeView, ReadBuffer
 from tests.helpers.fake_store import FakeImageStore
 
