@@ -6,16 +6,15 @@ import argparse
 import contextlib
 import os
 import sys
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from pitfs.cli.common.output import print_json
 from pitfs.cli.common.parser import add_json, add_store, add_time, add_volume
 from pitfs.errors import PitfsError, UsageError
+from pitfs.fuse import attachments
+from pitfs.fuse.attachments import Scratch, signals_wait
+from pitfs.fuse.kernel import loop_devices
 from pitfs.model.position import format_instant
-
-if TYPE_CHECKING:
-    from pitfs.fuse.attachments import Scratch
-    from pitfs.fuse.kernel.loop_devices import ImageLoop
 
 HEAD_BYTES: Final = 8192  # in which partition tables tell their sector size
 
@@ -73,8 +72,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _attach(args: argparse.Namespace) -> int:
     from pitfs.cli.common.times import resolve, volume_index
-    from pitfs.fuse import attachments
-    from pitfs.fuse.kernel import loop_devices
     from pitfs.store.store import Store
     from pitfs.view.tree import image_name
 
@@ -89,14 +86,14 @@ def _attach(args: argparse.Namespace) -> int:
     image = f"{format_instant(resolution.time_ns)}/{image_name(info)}"
     with attachments.exclusive(), contextlib.ExitStack() as undo:
         undo.callback(_tidy)
-        with attachments.signals_wait():
+        with signals_wait():
             mountpoint = attachments.mount_with(path, image) if scratch is None else None
             if mountpoint is None:
                 attachments.tidy()  # a bare `losetup --detach` may have left a mount that uses the scratch directory
                 mountpoint = attachments.make_mount(path, group, scratch)
         image_path = f"{mountpoint}/{image}"
         sector_size = args.sector_size or _sector_size(image_path)
-        with attachments.signals_wait():
+        with signals_wait():
             device = loop_devices.attach(image_path, read_only=scratch is None, sector_size=sector_size)
             undo.callback(_detach, device)
         missing = loop_devices.wait_for_partitions(device)
@@ -122,8 +119,6 @@ def _attach(args: argparse.Namespace) -> int:
 
 
 def _scratch(directory: str | None, size: str | None) -> Scratch:
-    from pitfs.fuse.attachments import Scratch
-
     for value in (directory, size):
         if value is not None and "," in value:
             raise UsageError(f"{value}: holds a comma, which mount options can't: choose another")
@@ -131,37 +126,28 @@ def _scratch(directory: str | None, size: str | None) -> Scratch:
 
 
 def _sector_size(image: str) -> int:
-    from pitfs.fuse.kernel.loop_devices import SECTOR_BYTES, sector_size_for
-
     try:
         with open(image, "rb", buffering=0) as file:
-            return sector_size_for(file.read(HEAD_BYTES))
+            return loop_devices.sector_size_for(file.read(HEAD_BYTES))
     except OSError:  # damaged there; somebody may need the rest
-        return SECTOR_BYTES
+        return loop_devices.SECTOR_BYTES
 
 
 def _detach(device: str) -> None:
-    from pitfs.fuse.attachments import signals_wait
-    from pitfs.fuse.kernel.loop_devices import detach, loop_of
-
     with signals_wait():
-        loop = loop_of(device)
+        loop = loop_devices.loop_of(device)
         if loop is not None:
-            detach(loop)
+            loop_devices.detach(loop)
 
 
 def _tidy() -> None:
-    from pitfs.fuse.attachments import signals_wait, tidy
-
     with signals_wait():
-        tidy()
+        attachments.tidy()
 
 
 def _filesystems(device: str) -> list[dict[str, str]]:
     """The filesystem on the device, or those on its partitions."""
-    from pitfs.fuse.kernel.loop_devices import filesystem_on, partitions
-
-    found = ((path, filesystem_on(path)) for path in partitions(device) or [device])
+    found = ((path, loop_devices.filesystem_on(path)) for path in loop_devices.partitions(device) or [device])
     return [{"device": path, "type": kind} for path, kind in found if kind]
 
 
@@ -191,9 +177,7 @@ def _say(text: str) -> None:
     print(f"pitfs: {text}", file=sys.stderr)
 
 
-def _describe(image: ImageLoop) -> dict[str, Any]:
-    from pitfs.fuse.kernel.loop_devices import mountpoints_of, partitions
-
+def _describe(image: loop_devices.ImageLoop) -> dict[str, Any]:
     mount = image.mount
     return {
         "device": image.loop.device,
@@ -204,15 +188,13 @@ def _describe(image: ImageLoop) -> dict[str, Any]:
         "scratch": mount is not None and not mount.read_only,
         "mountpoint": mount.mountpoint if mount else None,
         "image": image.loop.backing,
-        "partitions": partitions(image.loop.device),
-        "mountpoints": mountpoints_of(image.loop),
+        "partitions": loop_devices.partitions(image.loop.device),
+        "mountpoints": loop_devices.mountpoints_of(image.loop),
     }
 
 
 def _list(as_json: bool) -> None:
-    from pitfs.fuse.kernel.loop_devices import image_loops
-
-    rows = [_describe(image) for image in image_loops()]
+    rows = [_describe(image) for image in loop_devices.image_loops()]
     if as_json:
         print_json(rows)
         return

@@ -8,6 +8,10 @@ import sys
 from typing import Final
 
 from pitfs.errors import PitfsError, UsageError
+from pitfs.fuse.attachments import exclusive, is_ours, signals_wait, tidy
+from pitfs.fuse.kernel.loop_devices import detach, device_named, image_of, loop_of
+from pitfs.fuse.kernel.mountinfo import mounts
+from pitfs.fuse.kernel.users import users_below
 
 DESCRIPTION: Final = (
     "Detaches a loop device that is over an image, unmounts the store where attach had mounted it and "
@@ -21,11 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from pitfs.fuse.attachments import exclusive, is_ours, signals_wait, tidy
-    from pitfs.fuse.kernel.loop_devices import detach, device_named, image_of, loop_of
-    from pitfs.fuse.kernel.mountinfo import mounts
-    from pitfs.fuse.kernel.users import users_below
-
     device = device_named(args.device)
     with exclusive():
         loop = loop_of(device)

@@ -122,19 +122,15 @@ def _parser() -> Parser:
     return parser
 
 
-def parse_options(
-    text: str,
-    *,
-    store: str,
-    mountpoint: str,
-    foreground: bool = False,
-    sloppy: bool = False,
-    verbose: bool = False,
-) -> MountRequest:
+def parse_options(text: str, *, sloppy: bool = False, **request: Any) -> MountRequest:
     """The request that the options of `-o`, separated by commas, ask for.
 
+    Args:
+        sloppy: ignore unknown options.
+        request: the fields of the request that no option sets.
+
     Raises:
-        UsageError: an option is unknown (unless sloppy), refused, or its value is wrong.
+        UsageError: an option is unknown, refused, or has an invalid value.
     """
     values: dict[str, Any] = {}
     kernel: list[str] = []
@@ -142,7 +138,10 @@ def parse_options(
         name, has_value, value = option.partition("=")
         if name in _VALUES and has_value:
             key, parse = _VALUES[name]
-            values[key] = parse(value)
+            try:
+                values[key] = parse(value)
+            except ValueError as error:
+                raise UsageError(f"option {option}: {error}") from None
             if name in ("uid", "gid", "mode"):  # the files are for somebody else, who must be able to enter
                 values["allow_other"] = True
         elif option in ("strict", "allow_other", "scratch_keep"):
@@ -154,9 +153,7 @@ def parse_options(
         elif option not in IGNORED and not option.startswith(IGNORED_PREFIXES) and not sloppy:
             raise UsageError(f"unknown option {option!r}: {NAME} --help lists them")
     _check_scratch_options(values, kernel)
-    return MountRequest(
-        store, mountpoint, kernel_options=tuple(kernel), foreground=foreground, verbose=verbose, **values
-    )
+    return MountRequest(kernel_options=tuple(kernel), **request, **values)
 
 
 def _check_scratch_options(values: dict[str, Any], kernel: Sequence[str]) -> None:
@@ -175,54 +172,50 @@ def _check_scratch_options(values: dict[str, Any], kernel: Sequence[str]) -> Non
     values["mode"] = mode & 0o444
 
 
-def _parse_id(option: str, find: Callable[[str], int]) -> Callable[[str], int]:
+def _id_of(kind: str, find: Callable[[str], int]) -> Callable[[str], int]:
     def parse(value: str) -> int:
         if re.fullmatch(r"[0-9]{1,10}", value) and int(value) < 2**32 - 1:
             return int(value)
         try:
             return find(value)
         except (KeyError, ValueError):
-            what = "user" if option == "uid" else "group"
-            raise UsageError(f"option {option}={value}: no such {what}") from None
+            raise ValueError(f"no such {kind}") from None
 
     return parse
 
 
 def _parse_mode(value: str) -> int:
     if not re.fullmatch(r"[0-7]{1,4}", value) or int(value, 8) > 0o777:
-        raise UsageError(f"option mode={value}: write three octal digits, such as 0440")
+        raise ValueError("write three octal digits, such as 0440")
     return int(value, 8) & 0o666
 
 
 def _parse_directory(value: str) -> str:
     if not value:
-        raise UsageError("option scratch=: give a directory, such as scratch=/var/tmp/scratch")
+        raise ValueError("give a directory, such as scratch=/var/tmp/scratch")
     return os.path.abspath(value)
 
 
 def _parse_size(value: str) -> int:
     from pitfs.config.production import parse_size  # 10 ms that only this option pays
 
-    try:
-        size = parse_size(value)
-    except ValueError as error:
-        raise UsageError(f"option scratch_size={value}: {error}") from None
+    size = parse_size(value)
     if value == str(size) and 0 < size < LEAST_PLAIN_BYTES:
-        raise UsageError(f"option scratch_size={value}: {size} bytes hold next to nothing: say the unit, as {value}GiB")
+        raise ValueError(f"{size} bytes hold next to nothing: say the unit, as {value}GiB")
     if not 0 < size < 2**63:
-        raise UsageError(f"option scratch_size={value}: must be more than nothing, and less than 2^63 bytes")
+        raise ValueError("must be more than nothing, and less than 2^63 bytes")
     return size
 
 
 def _parse_workers(value: str) -> int:
     if not re.fullmatch(r"[0-9]{1,3}", value) or not 1 <= int(value) <= MAX_WORKERS:
-        raise UsageError(f"option workers={value}: write a number from 1 to {MAX_WORKERS}")
+        raise ValueError(f"write a number from 1 to {MAX_WORKERS}")
     return int(value)
 
 
 _VALUES: Final[dict[str, tuple[str, Callable[[str], Any]]]] = {
-    "uid": ("uid", _parse_id("uid", lambda name: pwd.getpwnam(name).pw_uid)),
-    "gid": ("gid", _parse_id("gid", lambda name: grp.getgrnam(name).gr_gid)),
+    "uid": ("uid", _id_of("user", lambda name: pwd.getpwnam(name).pw_uid)),
+    "gid": ("gid", _id_of("group", lambda name: grp.getgrnam(name).gr_gid)),
     "mode": ("mode", _parse_mode),
     "tz": ("zone", parse_zone),
     "scratch": ("scratch", _parse_directory),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Final
 
 from xxhash import xxh3_128
 
 from pitfs.errors import CorruptionError, PitfsError
-from pitfs.restore.progress import Progress
 from pitfs.view.view import PointInTimeView, ReadBuffer
 
+# Shows how far long work is: (title, total bytes) -> a block in which each number of bytes done is reported.
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 READ_BYTES: Final = 1 << 20  # read, verified and hashed while it is in the processor's cache
 
 

@@ -19,10 +19,9 @@ from typing import Final
 from xxhash import xxh3_128
 
 from pitfs.errors import UsageError
-from pitfs.restore.digest import READ_BYTES, verify_copy
-from pitfs.restore.progress import Progress
+from pitfs.restore.digest import READ_BYTES, Progress, verify_copy
 from pitfs.storage.exclusive import open_exclusively, written_by_others
-from pitfs.storage.files import disk_errors, fsync_directory, write_all
+from pitfs.storage.files import closed_on_error, disk_errors, fsync_directory, write_all
 from pitfs.view.ranges import cut
 from pitfs.view.view import PointInTimeView, ReadBuffer
 
@@ -137,7 +136,7 @@ def _open_partial(partial: str) -> int:
             f"{os.path.dirname(partial)}: no file can be made there ({os.strerror(error.errno)}): export to another "
             "directory, or to a loop device over the file"
         ) from error
-    try:
+    with closed_on_error(fd):
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise UsageError(not_regular)
         try:
@@ -148,9 +147,6 @@ def _open_partial(partial: str) -> int:
         if not is_ours:  # or the other has just ended, and renamed or removed what was opened here
             raise UsageError(f"{partial}: another export writes it: wait for its end, or give another name")
         os.fchmod(fd, 0o600)  # for the owner alone, as in the mount: an image holds all data of a system
-    except BaseException:
-        os.close(fd)
-        raise
     return fd
 
 

@@ -35,9 +35,8 @@ from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import PitfsError, UsageError
 from pitfs.model.position import Position
-from pitfs.restore.digest import READ_BYTES, image_digest, verify_copy
+from pitfs.restore.digest import READ_BYTES, Progress, image_digest, verify_copy
 from pitfs.restore.export import open_target
-from pitfs.restore.progress import Progress
 from pitfs.storage.files import disk_errors, punch, read_exactly, write_all
 from pitfs.store.store import Resolution, Store
 from pitfs.view.differences import BoolArray, Difference, DifferingLeaf

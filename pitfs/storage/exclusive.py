@@ -8,6 +8,7 @@ import os
 import stat
 
 from pitfs.errors import UsageError
+from pitfs.storage.files import closed_on_error, open_fd
 
 
 def open_exclusively(path: str) -> tuple[int, int]:
@@ -31,25 +32,20 @@ def open_exclusively(path: str) -> tuple[int, int]:
         if error.errno == errno.EBUSY:  # mounted, or part of something
             raise BlockingIOError(errno.EBUSY, "in use", path) from error
         raise
-    try:
+    with closed_on_error(fd):
         if stat.S_ISREG(mode):  # udev locks a device to look at it, so a lock of ours would fail now and then
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return fd, os.lseek(fd, 0, os.SEEK_END)
-    except BaseException:
-        os.close(fd)
-        raise
 
 
 def written_by_others(path: str) -> bool:
     """Whether somebody has the regular file open for writing (a loop device has), as far as the kernel can tell."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        # The kernel grants a read lease only while nobody has.
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-    except OSError as error:
-        # Other errors: this file system has no leases, or the file is not ours.
-        return error.errno == errno.EAGAIN
-    finally:
-        os.close(fd)
+    with open_fd(path, os.O_RDONLY) as fd:
+        try:
+            # The kernel grants a read lease only while nobody has.
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        except OSError as error:
+            # Other errors: this file system has no leases, or the file is not ours.
+            return error.errno == errno.EAGAIN
     return False

@@ -35,13 +35,30 @@ def disk_errors(path: str, advice: str) -> Iterator[None]:
         raise kind(f"{path}: {os.strerror(error.errno or 0)}: {advice}") from error
 
 
-def fsync_directory(path: str) -> None:
-    """Makes the entries of a directory durable: a file's own fsync doesn't cover its name."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+@contextlib.contextmanager
+def open_fd(path: str, flags: int, mode: int = 0o600) -> Iterator[int]:
+    """A descriptor that is closed at the end of the block."""
+    fd = os.open(path, flags | os.O_CLOEXEC, mode)
     try:
-        os.fsync(fd)
+        yield fd
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def closed_on_error(fd: int) -> Iterator[int]:
+    """Closes the descriptor only if the block fails."""
+    try:
+        yield fd
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def fsync_directory(path: str) -> None:
+    """Makes the entries of a directory durable: a file's own fsync doesn't cover its name."""
+    with open_fd(path, os.O_RDONLY | os.O_DIRECTORY) as fd:
+        os.fsync(fd)
 
 
 def durable_replace(path: str, content: bytes) -> None:
@@ -51,12 +68,9 @@ def durable_replace(path: str, content: bytes) -> None:
     directory fsynced (the rename itself must last).
     """
     temporary = path + ".tmp"
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
+    with open_fd(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd:
         write_all(fd, content, 0)
         os.fsync(fd)
-    finally:
-        os.close(fd)
     os.rename(temporary, path)
     fsync_directory(os.path.dirname(path) or ".")
 

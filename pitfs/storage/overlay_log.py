@@ -19,7 +19,7 @@ from pitfs.model.overlay import (
     encode_records,
     runs_of,
 )
-from pitfs.storage.files import FULL_ERRNOS, reserve, write_all
+from pitfs.storage.files import FULL_ERRNOS, closed_on_error, reserve, write_all
 
 # Reserved ahead: if the blocks have filled the disk, there is still room to log 4,000 runs of them.
 RESERVE_BYTES: Final = 64 << 10
@@ -45,14 +45,11 @@ class OverlayLog:
         self.blocks = BitMap64()
         self._seed = header.seed
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
+        with closed_on_error(self._fd):
             if OverlayHeader.decode(os.pread(self._fd, HEADER_BYTES, 0), path) != header:
                 raise CorruptionError(path, 0, "the log of another image, or of another store's")
             self._end = self._replay(header.block_count)
             reserve(self._fd, self._end, RESERVE_BYTES)
-        except BaseException:
-            os.close(self._fd)
-            raise
 
     def append(self, blocks: BitMap64) -> None:
         """Makes durable that these blocks are in the overlay.

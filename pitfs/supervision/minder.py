@@ -12,7 +12,7 @@ from typing import Final
 import trio
 
 from pitfs.errors import EXIT_FAILED
-from pitfs.supervision.service import notify, notify_ready, stop_signals
+from pitfs.supervision.service import cancel_on_signal, notify_ready
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Minder:
         """Runs until a signal; returns the exit code."""
         exit_code = 0
         async with trio.open_nursery() as nursery:
-            await nursery.start(_cancel_on_signal, nursery.cancel_scope)
+            await nursery.start(cancel_on_signal, nursery.cancel_scope)
             if await self._start(SPLITTER):
                 nursery.start_soon(self._mind, SPLITTER)
                 nursery.start_soon(self._mind, SHIPPER)
@@ -57,7 +57,6 @@ class Minder:
                 if code <= 0:  # else it has printed the reason itself
                     log.error("the splitter ended (%s) before it was ready", _end_text(code))
                 nursery.cancel_scope.cancel()
-        notify("STOPPING=1")
         # The shipper first: it asks the splitter. The splitter's end makes everything durable and unmounts.
         with trio.CancelScope(shield=True):
             await self._stop(SHIPPER)
@@ -108,14 +107,6 @@ class Minder:
         process.kill()
         await process.wait()
         return EXIT_FAILED
-
-
-async def _cancel_on_signal(scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
-    with stop_signals() as signals:
-        task_status.started()
-        async for number in signals:
-            log.info("%s: stopping", signal.Signals(number).name)
-            scope.cancel()
 
 
 def _end_text(code: int) -> str:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pitfs.model.position import format_instant
-
-if TYPE_CHECKING:
-    from pitfs.store.store import Resolution, Store
+from pitfs.store.store import Resolution, Store
 
 
 def extended_attributes(store: Store, resolution: Resolution) -> dict[bytes, bytes]:

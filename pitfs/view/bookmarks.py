@@ -16,15 +16,13 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from xxhash import xxh3_64_intdigest
 
 from pitfs.model.position import SECOND_NS
 from pitfs.model.transfer import Bookmark
-
-if TYPE_CHECKING:
-    from pitfs.store.store import Store
+from pitfs.store.store import Store
 
 NUMBER_BITS: Final = 29
 HASH_MASK: Final = (1 << 28) - 1

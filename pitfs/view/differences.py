@@ -13,18 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
 from pitfs.model.blockmap import FANOUT, U64Array
+from pitfs.store.store import Resolution, Store
 from pitfs.view.ranges import cut, joined, runs
 from pitfs.view.view import PointInTimeView, ReadBuffer, TableCache
-
-if TYPE_CHECKING:
-    from pitfs.store.store import Resolution, Store
 
 READ_BYTES: Final = 1 << 20
 BoolArray = npt.NDArray[np.bool_]

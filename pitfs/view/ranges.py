@@ -7,15 +7,12 @@ written, and is known to be zeros, has no pointer either. Ranges of a snapshot a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from pitfs.model.blockmap import FANOUT, I64Array, U64Array
-
-if TYPE_CHECKING:
-    from pitfs.store.store import Resolution, Store
+from pitfs.store.store import Resolution, Store
 
 
 def data_ranges(

@@ -12,7 +12,6 @@ that uses the directory locks it (flock). Other files in it are left alone.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import logging
 import os
@@ -20,16 +19,14 @@ import re
 import tempfile
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from pitfs.errors import CapacityError, CorruptionError, PitfsError, UsageError
 from pitfs.model.overlay import OverlayHeader
-from pitfs.storage.files import durable_replace, storage_error
+from pitfs.storage.files import closed_on_error, durable_replace, storage_error
 from pitfs.storage.overlay_log import OverlayLog
+from pitfs.store.store import Store
 from pitfs.view.overlay import Overlay, Room
-
-if TYPE_CHECKING:
-    from pitfs.store.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -99,15 +96,12 @@ class ScratchDirectory:
             os.ftruncate(overlay.fd, header.size_bytes)
         else:
             base = self._base(header)
-            fd = os.open(base + ".data", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+            with closed_on_error(os.open(base + ".data", flags, 0o600)) as fd:
                 os.ftruncate(fd, header.size_bytes)
                 os.fsync(fd)
                 durable_replace(base + ".index", header.encode())  # makes the data's directory entry durable, too
                 overlay = self._overlay(header, fd, OverlayLog(base + ".index", header))
-            except BaseException:
-                os.close(fd)
-                raise
         self._overlays[seq, volume] = overlay
         return overlay
 
@@ -179,13 +173,10 @@ class ScratchDirectory:
         if "index.tmp" in kinds:
             os.unlink(f"{base}.index.tmp")
         try:
-            with contextlib.ExitStack() as stack:
-                fd = os.open(f"{base}.data", os.O_RDWR | os.O_CLOEXEC)
-                stack.callback(os.close, fd)
+            with closed_on_error(os.open(f"{base}.data", os.O_RDWR | os.O_CLOEXEC)) as fd:
                 if os.fstat(fd).st_size != header.size_bytes:
                     raise CorruptionError(f"{base}.data", 0, f"isn't of the volume's {header.size_bytes} bytes")
                 self._overlays[seq, volume] = self._overlay(header, fd, OverlayLog(f"{base}.index", header))
-                stack.pop_all()
         except FileNotFoundError:
             raise PitfsError(f"{base}.data: missing, but {base}.index is there: {_REMOVE}") from None
         except CorruptionError as error:
@@ -199,7 +190,7 @@ def _lock(directory: str, sleep: Callable[[float], None]) -> int:
     except OSError as error:
         raise UsageError(f"{directory}: scratch: {error.strerror}: give an existing directory") from None
     waited_s = 0.0
-    try:
+    with closed_on_error(fd):
         while True:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -214,7 +205,4 @@ def _lock(directory: str, sleep: Callable[[float], None]) -> int:
                 raise UsageError(f"{directory}: scratch: can't be locked: {error.strerror}") from None
         if not os.access(directory, os.W_OK | os.X_OK):
             raise UsageError(f"{directory}: scratch: can't be written")
-    except BaseException:
-        os.close(fd)
-        raise
     return fd

@@ -5,14 +5,12 @@ from __future__ import annotations
 import datetime
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from pitfs.errors import NoSuchInstantError
 from pitfs.model.position import DAY_NS, MINUTE_NS, SECOND_NS, AtSeq, format_day, parse_instant, parse_time
+from pitfs.store.store import Resolution, Store
 from pitfs.view.inodes import NoEntryError, TreeEntry, day_entry, link_entry, minute_entry
-
-if TYPE_CHECKING:
-    from pitfs.store.store import Resolution, Store
 
 GAP: Final = "-gap"  # behind the second in which a gap begins: a link to the last state before it
 LINK_DEPTH: Final = 3  # times/<day>/<minute>

@@ -14,11 +14,12 @@ from __future__ import annotations
 import datetime
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from pitfs.errors import NoSuchInstantError, StoreError
 from pitfs.model.position import NotATimeError, format_instant, parse_instant
 from pitfs.model.transfer import VolumeInfo
+from pitfs.store.store import Resolution, Store
 from pitfs.view.attributes import extended_attributes
 from pitfs.view.bookmarks import bookmarks_behind
 from pitfs.view.inodes import (
@@ -42,9 +43,6 @@ from pitfs.view.inodes import (
     unpack_inode,
 )
 from pitfs.view.times import Listing, TimesDirectory, resolve_time
-
-if TYPE_CHECKING:
-    from pitfs.store.store import Resolution, Store
 
 LATEST: Final = "latest"
 FIXED_NAMES: Final = {LATEST: LATEST_INODE, "bookmarks": BOOKMARKS_INODE, "times": TIMES_INODE}

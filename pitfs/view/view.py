@@ -18,7 +18,7 @@ import logging
 import mmap
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 from xxhash import xxh3_64_intdigest
@@ -39,11 +39,9 @@ from pitfs.store.objects.format import (
     pointer_unit,
 )
 from pitfs.store.objects.pool import MissingObjectError
+from pitfs.store.store import Resolution, Store
 from pitfs.view.ranges import data_ranges
 from pitfs.view.readahead import Sequence, prefetch, ranges_of
-
-if TYPE_CHECKING:
-    from pitfs.store.store import Resolution, Store
 
 MAX_BLOCK_BYTES: Final = 64 << 10
 MAX_REQUEST_BYTES: Final = 1 << 20  # the largest read that FUSE sends
