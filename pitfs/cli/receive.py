@@ -7,7 +7,7 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from pitfs.cli.common.tls import add_tls_files, given_tls_files, tls_context
+from pitfs.cli.common.parser import add_tls_files, given_tls_files, tls_context
 from pitfs.errors import PitfsError, UsageError
 from pitfs.supervision.listening import listen, parse_address
 

@@ -8,8 +8,7 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from pitfs.cli.common.parser import add_store
-from pitfs.cli.common.tls import add_tls_files, given_tls_files, tls_context
+from pitfs.cli.common.parser import add_store, add_tls_files, given_tls_files, tls_context
 from pitfs.supervision.listening import listen, listen_unix, parse_address
 
 if TYPE_CHECKING:

@@ -20,7 +20,6 @@ from pitfs.errors import NoSuchInstantError, StoreError
 from pitfs.model.position import NotATimeError, format_instant, parse_instant
 from pitfs.model.transfer import VolumeInfo
 from pitfs.store.store import Resolution, Store
-from pitfs.view.attributes import extended_attributes
 from pitfs.view.bookmarks import bookmarks_behind
 from pitfs.view.inodes import (
     BOOKMARKS_INODE,
@@ -230,9 +229,24 @@ class Tree:
         return self.resolution(seq) if kind in (InodeKind.INSTANT, InodeKind.IMAGE) else None
 
     def attributes_of(self, inode: int) -> dict[bytes, bytes]:
-        """The extended attributes of an instant's directory or image; none of any other entry."""
-        resolution = self.resolution_of(inode)
-        return extended_attributes(self._store, resolution) if resolution is not None else {}
+        """The extended attributes of an instant's directory or image, none of any other entry: the contract's.
+
+        `user.pitfs.gap` is there where a gap begins or ends at the state: its bounds and cause, a line for each.
+        """
+        state = self.resolution_of(inode)
+        if state is None:
+            return {}
+        attributes = {
+            b"user.pitfs.seq": b"%d" % state.seq,
+            b"user.pitfs.time": format_instant(state.time_ns).encode(),
+            b"user.pitfs.kind": state.kind.encode(),
+            b"user.pitfs.granularity": b"null" if state.granularity_ns is None else b"%d" % state.granularity_ns,
+        }
+        gaps = [
+            f"{format_instant(gap.from_time_ns)} -> {format_instant(gap.to_time_ns)}: {gap.cause}"
+            for gap in self._store.gaps(state.time_ns, state.time_ns + 1)
+        ]
+        return attributes | ({b"user.pitfs.gap": "\n".join(gaps).encode()} if gaps else {})
 
     # -------------------------------------------------------------- listings
 

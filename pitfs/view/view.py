@@ -18,13 +18,14 @@ import logging
 import mmap
 import os
 from collections.abc import Iterator
+from functools import partial
 from typing import Final
 
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CorruptionError, PitfsError
-from pitfs.model.blockmap import FANOUT, FANOUT_BITS, NODE_BYTES, U64Array
+from pitfs.model.blockmap import FANOUT, FANOUT_BITS, NODE_BYTES, I64Array, U64Array
 from pitfs.model.transfer import UNIT_BYTES
 from pitfs.storage.files import storage_error
 from pitfs.store.objects.format import (
@@ -40,7 +41,7 @@ from pitfs.store.objects.format import (
 )
 from pitfs.store.objects.pool import MissingObjectError
 from pitfs.store.store import Resolution, Store
-from pitfs.view.ranges import data_ranges
+from pitfs.view.ranges import joined, runs
 from pitfs.view.readahead import Sequence, prefetch, ranges_of
 
 MAX_BLOCK_BYTES: Final = 64 << 10
@@ -209,8 +210,27 @@ class PointInTimeView:
         return target[start : start + size]
 
     def data_ranges(self, start: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
-        """Byte ranges [a, b) of the image, within [start, end), that aren't known to be zeros: as `data_ranges`."""
-        return data_ranges(self._store, self.resolution, self.volume, start, end, self._table)
+        """Byte ranges [a, b) within [start, end) of the image that aren't known to be zeros, ascending, coalesced.
+
+        Block by block, as the pointers say: a block of zeros that was written, and is known to be zeros, has no
+        pointer either. Empty leaves are skipped: the cost is that of the leaves that have data in [start, end).
+
+        Raises:
+            CorruptionError: block map or journal is damaged.
+            PitfsError: the disk refuses.
+        """
+        low, high = max(start, 0), self.size_bytes if end is None else min(end, self.size_bytes)
+        leaf_bytes = FANOUT * self.block_size
+
+        def ranges_of_leaves() -> Iterator[I64Array]:
+            following = partial(self._store.next_leaf, self.resolution, self.volume)
+            index = following(low // leaf_bytes) if low < high else None
+            while index is not None and index * leaf_bytes < high:
+                pointers, _ = self._table(index)
+                yield (runs(pointers != 0) * self.block_size + index * leaf_bytes).clip(low, high)
+                index = following(index + 1)
+
+        return joined(ranges_of_leaves())
 
     # -------------------------------------------------------------- inside
 

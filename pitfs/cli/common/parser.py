@@ -6,11 +6,15 @@ import argparse
 import difflib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Never
+from typing import TYPE_CHECKING, Any, Final, Never
 
-from pitfs.errors import EXIT_USAGE
+from pitfs.errors import EXIT_USAGE, UsageError
 from pitfs.supervision.report import fill_standard_descriptors, one_line, report
 
+if TYPE_CHECKING:
+    from pitfs.link.transport.tls import LinkContext
+
+TLS_OPTIONS: Final = ("certificate", "key", "authority")
 TIME_HELP: Final = (
     "any time that the mount understands: an instant, RFC 3339 or ISO 8601, @EPOCH, seq-N, 5m-ago; "
     "also latest, or a bookmark's name (or bookmarks/NAME)"
@@ -84,3 +88,32 @@ def add_volume(parser: argparse.ArgumentParser, nargs: str | None = None) -> Non
 def add_json(parser: argparse.ArgumentParser, keys: str = "print one JSON document") -> None:
     """`--json`; `keys` are those of the document, where they are few."""
     parser.add_argument("--json", action="store_true", help=keys)
+
+
+def add_tls_files(parser: argparse.ArgumentParser, peers: str) -> None:
+    """The options; `peers` are those who connect."""
+    meanings = "this host's certificate", "its key", f"the authority whose certificates {peers} show"
+    for option, meaning in zip(TLS_OPTIONS, meanings, strict=True):
+        parser.add_argument(f"--{option}", metavar="FILE", help=f"PEM file of {meaning}")
+
+
+def given_tls_files(args: argparse.Namespace) -> list[str]:
+    """Those of these options that were given."""
+    return [f"--{option}" for option in TLS_OPTIONS if getattr(args, option) is not None]
+
+
+def tls_context(args: argparse.Namespace, otherwise: str) -> LinkContext:
+    """The context of all three files.
+
+    Args:
+        otherwise: what the user may do instead, for the error.
+
+    Raises:
+        UsageError: a file is missing or invalid.
+    """
+    from pitfs.link.transport.tls import server_context
+
+    missing = ", ".join(f"--{option}" for option in TLS_OPTIONS if getattr(args, option) is None)
+    if missing:
+        raise UsageError(f"{missing} missing: give all three files, or {otherwise}")
+    return server_context(args.certificate, args.key, args.authority)
