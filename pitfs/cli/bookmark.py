@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import re
 from typing import Final
 
 from pitfs.cli.common.parser import add_config, add_json
 from pitfs.cli.snapshot import request
 from pitfs.errors import UsageError
+from pitfs.model.group import NAME_RULE, is_name
 
 DESCRIPTION: Final = (
     "Names the state after the last write and prints its canonical instant. The name appears on "
@@ -24,8 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", args.name) or args.name in (".", ".."):
-        raise UsageError(
-            f"{args.name}: not a name for a bookmark: letters, digits, '.', '_' and '-', at most 64"
-        )
+    if not is_name(args.name):
+        raise UsageError(f"{args.name}: not a name for a bookmark: must be {NAME_RULE}")
     return request(args, "bookmark", name=args.name)

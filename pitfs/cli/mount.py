@@ -27,6 +27,8 @@ from pitfs.supervision.heap import bound_heap
 
 NAME: Final = "mount.pitfs"
 
+# Options of pitfs without a value; those with one are VALUES.
+FLAGS: Final = frozenset(("strict", "allow_other", "scratch_keep"))
 # Options of mount(8) and fstab that concern others, or mean nothing for a read-only mount that never changes.
 IGNORED: Final = frozenset(
     (
@@ -136,15 +138,15 @@ def parse_options(text: str, *, sloppy: bool = False, **request: Any) -> MountRe
     kernel: list[str] = []
     for option in filter(None, text.split(",")):
         name, has_value, value = option.partition("=")
-        if name in _VALUES and has_value:
-            key, parse = _VALUES[name]
+        if name in VALUES and has_value:
+            key, parse = VALUES[name]
             try:
                 values[key] = parse(value)
             except ValueError as error:
                 raise UsageError(f"option {option}: {error}") from None
             if name in ("uid", "gid", "mode"):  # the files are for somebody else, who must be able to enter
                 values["allow_other"] = True
-        elif option in ("strict", "allow_other", "scratch_keep"):
+        elif option in FLAGS:
             values[option] = True
         elif option in KERNEL_OPTIONS:
             kernel.append(option)
@@ -213,7 +215,7 @@ def _parse_workers(value: str) -> int:
     return int(value)
 
 
-_VALUES: Final[dict[str, tuple[str, Callable[[str], Any]]]] = {
+VALUES: Final[dict[str, tuple[str, Callable[[str], Any]]]] = {
     "uid": ("uid", _id_of("user", lambda name: pwd.getpwnam(name).pw_uid)),
     "gid": ("gid", _id_of("group", lambda name: grp.getgrnam(name).gr_gid)),
     "mode": ("mode", _parse_mode),
