@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Final
 
 from pitfs.cli.common.parser import add_tls_files, given_tls_files, tls_context
 from pitfs.errors import PitfsError, UsageError
-from pitfs.supervision.listening import listen, parse_address
 
 if TYPE_CHECKING:
     from pitfs.link.sessions.receiver import ReadGrants
@@ -50,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
     from pitfs.config.production import load_grants, parse_window
     from pitfs.supervision.heap import bound_heap
+    from pitfs.supervision.listening import parse_address
     from pitfs.supervision.processes import set_up_daemon_logging
     from pitfs.supervision.service import run_until_signal
 
@@ -108,6 +108,7 @@ async def _receive(
     from pitfs.link.transport.streams import address_text
     from pitfs.store.ingest import Ingest
     from pitfs.store.opening import check_sender
+    from pitfs.supervision.listening import listen
     from pitfs.supervision.processes import trim_heap
     from pitfs.supervision.service import notify_ready
 

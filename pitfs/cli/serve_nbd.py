@@ -9,7 +9,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from pitfs.cli.common.parser import add_store, add_tls_files, given_tls_files, tls_context
-from pitfs.supervision.listening import listen, listen_unix, parse_address
 
 if TYPE_CHECKING:
     import trio
@@ -57,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
     from pitfs.cli.common.pins import open_pinned
     from pitfs.link.transport.tls import require_loopback
+    from pitfs.supervision.listening import parse_address
     from pitfs.supervision.processes import set_up_daemon_logging
     from pitfs.supervision.service import run_until_signal
 
@@ -80,6 +80,7 @@ async def _serve(
 
     from pitfs.nbd.exports import Exports
     from pitfs.nbd.server import serve
+    from pitfs.supervision.listening import listen, listen_unix
     from pitfs.supervision.service import notify_ready
     from pitfs.view.tree import Tree
 

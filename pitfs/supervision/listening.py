@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
+import socket
+import stat
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from typing import Final
+
+import trio
 
 from pitfs.errors import PitfsError, UsageError
-
-if TYPE_CHECKING:
-    import trio
+from pitfs.storage.files import open_fd
 
 MAX_PORT: Final = 65535
 MAX_UNIX_BYTES: Final = 107  # of the path of a unix socket
@@ -37,17 +40,14 @@ def parse_address(text: str) -> tuple[str, int]:
 
 
 async def listen(host: str, port: int, program: str) -> list[trio.SocketListener]:
-    """Listens at all addresses of a host; `program` is who else may listen there, for the error.
+    """Listens at all addresses of a host; the error names `program` as what may already listen there.
 
     Raises:
-        PitfsError: that can't be; says why.
+        UsageError: the host has no address.
+        PitfsError: the system refuses.
     """
-    import socket
-
-    import trio
-
     where = f"{host or 'all addresses'}, port {port}"
-    # trio makes :: IPv6 only; people mean by it what Linux does, both.
+    # trio makes :: IPv6 only; Linux, and so the user, means both by it.
     bind_host = None if host in ("", "::") else host
     try:
         return await trio.open_tcp_listeners(port, host=bind_host)
@@ -63,32 +63,22 @@ async def listen(host: str, port: int, program: str) -> list[trio.SocketListener
 
 @contextlib.contextmanager
 def listen_unix(path: str) -> Iterator[trio.SocketListener]:
-    """Listens at a unix socket, for this user alone; its file is removed at the end.
-
-    One that is left of a process that is gone is taken over.
+    """Listens at a unix socket, for this user alone; removes its file at the end. Replaces one of a dead process.
 
     Raises:
         PitfsError: somebody listens there, or something else has that name.
     """
-    import fcntl
-    import socket
-
-    import trio
-
     if len(os.fsencode(path)) > MAX_UNIX_BYTES:
         raise UsageError(f"{path}: the path of a unix socket has at most {MAX_UNIX_BYTES} bytes")
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC))
         try:
-            directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                fcntl.flock(directory, fcntl.LOCK_EX)  # of two that find the same old socket one waits for the other
+            with open_fd(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY) as directory:
+                fcntl.flock(directory, fcntl.LOCK_EX)  # two processes that find the same old socket take turns
                 _remove_stale(path)
                 listener.bind(path)
                 os.chmod(path, 0o600)  # nobody can connect yet
                 listener.listen(BACKLOG)
-            finally:
-                os.close(directory)
         except OSError as error:
             raise PitfsError(f"{path}: can't listen there: {error.strerror}") from None
         made = os.lstat(path)
@@ -96,14 +86,11 @@ def listen_unix(path: str) -> Iterator[trio.SocketListener]:
             yield trio.SocketListener(trio.socket.from_stdlib_socket(listener))
         finally:
             with contextlib.suppress(OSError):
-                if os.path.samestat(os.lstat(path), made):  # and not another's, made when ours had been removed
+                if os.path.samestat(os.lstat(path), made):  # not another's, made after ours was removed
                     os.unlink(path)
 
 
 def _remove_stale(path: str) -> None:
-    import socket
-    import stat
-
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:
@@ -111,7 +98,7 @@ def _remove_stale(path: str) -> None:
     if not stat.S_ISSOCK(mode):
         raise UsageError(f"{path}: exists and isn't a socket: give another name, or remove it")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
-        probe.setblocking(False)  # one whose queue is full is alive as well
+        probe.setblocking(False)  # a full queue (EAGAIN) means a living process, too
         try:
             probe.connect(path)
         except ConnectionRefusedError:

@@ -96,12 +96,9 @@ class Overlay:
         synced_writes: how many of them are durable.
     """
 
-    def __init__(
-        self, fd: int, name: str, size_bytes: int, block_size: int, room: Room, log: OverlayLog | None = None
-    ) -> None:
+    def __init__(self, fd: int, name: str, block_size: int, room: Room, log: OverlayLog | None = None) -> None:
         self.fd = fd
         self.name = name
-        self.size_bytes = size_bytes
         self.block_size = block_size
         self.room = room
         self.blocks = log.blocks if log is not None else BitMap64()

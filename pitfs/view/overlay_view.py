@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Final
 
 from pitfs.errors import CorruptionError, PitfsError
@@ -16,8 +16,9 @@ from pitfs.model.overlay import runs_within
 from pitfs.view.overlay import Overlay, Write
 from pitfs.view.view import PointInTimeView, ReadBuffer
 
+Ranges = list[tuple[int, int]]
+Read = Callable[[int, int, ReadBuffer], memoryview | None]
 Edges = tuple[bytes, bytes]  # the bytes before and behind a write in its first and its last block
-_NOTHING: Final = memoryview(b"")
 _NOWAIT: Final = os.RWF_NOWAIT
 
 
@@ -89,31 +90,25 @@ class OverlayView:
             if error.errno == errno.EOPNOTSUPP:  # this filesystem can't tell: always read in a thread
                 self._can_nowait = False
             return False
-        while done < len(target):
-            if flags:
-                return False
+        while done < len(target) and not flags:
             more = os.preadv(self.overlay.fd, (target[done:],), offset + done)
             if not more:
                 raise CorruptionError(self.overlay.name, offset + done, "the overlay's file was cut short")
             done += more
-        return True
+        return done == len(target)
 
     def _mixed(self, offset: int, end: int, buffer: ReadBuffer, flags: int) -> memoryview | None:
         """A range of which the overlay has some blocks: all of it from below, then these over it."""
         shift = self._shift
         runs = runs_within(self._blocks, offset >> shift, ((end - 1) >> shift) + 1)
         ranges = [(max(first << shift, offset), min(last << shift, end)) for first, last in runs]
+        read_below = self._below_cached if flags else self._below.read
         try:
-            if flags:
-                data = self._below_cached(offset, end - offset, buffer)
-                if data is None:
-                    return None
-            else:
-                data = self._below.read(offset, end - offset, buffer)
+            data = read_below(offset, end - offset, buffer)
         except PitfsError:
-            if flags:
-                return None
-            return self._around_damage(offset, end, ranges, buffer)
+            return None if flags else self._around_damage(offset, end, ranges, buffer)
+        if data is None:
+            return None
         if data.readonly:  # zeros that all views share
             buffer.memory[: len(data)] = data
             data = buffer.memory[: len(data)]
@@ -122,9 +117,7 @@ class OverlayView:
                 return None
         return data
 
-    def _around_damage(
-        self, offset: int, end: int, ranges: Iterable[tuple[int, int]], buffer: ReadBuffer
-    ) -> memoryview:
+    def _around_damage(self, offset: int, end: int, ranges: Ranges, buffer: ReadBuffer) -> memoryview:
         """`_mixed` where a block below is damaged: it reads only those blocks below that weren't written since."""
         spare = ReadBuffer(end - offset)
         data, position = buffer.memory[: end - offset], offset
@@ -171,8 +164,9 @@ class OverlayView:
         if new_count:
             head, tail = self._edges(offset, end)
             if head or tail:
-                before, after = self._cached_edges(offset, end) if edges is None else edges
-                before, after = before if head else b"", after if tail else b""
+                if edges is None:
+                    edges = self._copy_up(offset, end, self._below_cached, overlay.room.edges)
+                before, after = edges[0] if head else b"", edges[1] if tail else b""
                 offset -= len(before)
                 data = b"".join((before, data, after))
             overlay.room.take(new_count, self.block_size)
@@ -184,21 +178,17 @@ class OverlayView:
 
     def read_edges(self, offset: int, size: int, buffer: ReadBuffer) -> Edges:
         """The bytes to be copied up for a write of that range; waits for the disk. Raises as `read` does."""
-        end = offset + size
-        head, tail = self._edges(offset, end)
-        before = bytes(self._below.read(offset - head, head, buffer)) if head else b""
-        after = bytes(self._below.read(end, tail, buffer)) if tail else b""
-        return before, after
+        return self._copy_up(offset, offset + size, self._below.read, buffer)
 
-    def _cached_edges(self, offset: int, end: int) -> Edges:
-        head, tail = self._edges(offset, end)
-        parts = []
-        for start, size in ((offset - head, head), (end, tail)):
-            part = self._below_cached(start, size, self.overlay.room.edges) if size else _NOTHING
-            if part is None:
+    def _copy_up(self, offset: int, end: int, read: Read, buffer: ReadBuffer) -> Edges:
+        def copy(start: int, size: int) -> bytes:
+            data = read(start, size, buffer) if size else b""
+            if data is None:
                 raise NotCachedError
-            parts.append(bytes(part))
-        return parts[0], parts[1]
+            return bytes(data)
+
+        head, tail = self._edges(offset, end)
+        return copy(offset - head, head), copy(end, tail)
 
     def _edges(self, offset: int, end: int) -> tuple[int, int]:
         """How many bytes must be copied up before and behind a range: of blocks that it covers in part and that

@@ -136,7 +136,7 @@ class ScratchDirectory:
 
     def _overlay(self, header: OverlayHeader, fd: int, log: OverlayLog | None) -> Overlay:
         name = f"{self.directory}: {header.volume} at seq {header.seq}"
-        return Overlay(fd, name, header.size_bytes, header.block_size, self.room, log)
+        return Overlay(fd, name, header.block_size, self.room, log)
 
     def _tidy(self) -> None:
         """Removes leftovers of dead mounts; with `keep`, opens what is kept."""

@@ -44,7 +44,7 @@ class Disk:
         self.room = Room(limit_bytes)
         self.log = OverlayLog(str(self.index), self.header)
         fd = os.open(self.data, os.O_RDWR)
-        self.overlay = Overlay(fd, "overlay", self.header.size_bytes, self.block_size, self.room, self.log)
+        self.overlay = Overlay(fd, "overlay", self.block_size, self.room, self.log)
         self.view = OverlayView(self.below, self.overlay)
 
     def blocks(self, offset: int, size: int) -> range:

@@ -172,9 +172,7 @@ def make(tmp_path: Path, log: Path) -> Iterator[Callable[..., tuple[OverlayView,
         below.read(0, SIZE, ReadBuffer())
         fd = os.open(tmp_path / "data", os.O_RDWR | os.O_CREAT)
         os.ftruncate(fd, SIZE)
-        overlay = Overlay(
-            fd, "root at seq 7", SIZE, 4096, Room(), OverlayLog(str(log), HEADER) if kept else None
-        )
+        overlay = Overlay(fd, "root at seq 7", 4096, Room(), OverlayLog(str(log), HEADER) if kept else None)
         overlays.append(overlay)
         return OverlayView(below, overlay), store
 
