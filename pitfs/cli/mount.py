@@ -30,21 +30,17 @@ NAME: Final = "mount.pitfs"
 # Options of pitfs without a value; those with one are VALUES.
 FLAGS: Final = frozenset(("strict", "allow_other", "scratch_keep"))
 # Options of mount(8) and fstab that concern others, or mean nothing for a read-only mount that never changes.
-IGNORED: Final = frozenset(
-    (
-        *("defaults", "auto", "noauto", "user", "nouser", "users", "owner", "group", "nofail", "_netdev"),
-        *("rw", "async", "relatime", "strictatime", "lazytime", "nolazytime", "diratime", "loud", "silent"),
-        *("mand", "nomand", "iversion", "noiversion", "default_permissions"),
-    )
-)
+IGNORED: Final = {
+    "defaults", "auto", "noauto", "user", "nouser", "users", "owner", "group", "nofail", "_netdev",
+    "rw", "async", "relatime", "strictatime", "lazytime", "nolazytime", "diratime", "loud", "silent",
+    "mand", "nomand", "iversion", "noiversion", "default_permissions",
+}  # fmt: skip
 IGNORED_PREFIXES: Final = ("x-", "X-", "comment=")
 # These go to the kernel as they are.
-KERNEL_OPTIONS: Final = frozenset(
-    (
-        *("ro", "suid", "nosuid", "dev", "nodev", "exec", "noexec", "atime", "noatime", "nodiratime"),
-        *("norelatime", "nostrictatime", "sync", "dirsync"),
-    )
-)
+KERNEL_OPTIONS: Final = {
+    "ro", "suid", "nosuid", "dev", "nodev", "exec", "noexec", "atime", "noatime", "nodiratime",
+    "norelatime", "nostrictatime", "sync", "dirsync",
+}  # fmt: skip
 LEAST_PLAIN_BYTES: Final = 65536  # of a size without a unit: less would fill at once, so a unit was forgotten
 REFUSED: Final = {
     "auto_unmount": "an empty directory in place of a dead mount looks like deleted data",

@@ -84,15 +84,9 @@ class Marker:
 
 
 def incremental_export(
-    store: Store,
-    from_state: Resolution,
-    to_state: Resolution,
-    volume: int,
-    path: str,
-    *,
-    verify: bool,
-    progress: Progress,
-) -> int:
+    store: Store, from_state: Resolution, to_state: Resolution, volume: int, path: str,
+    *, verify: bool, progress: Progress,
+) -> int:  # fmt: skip
     """Writes what differs into a file or block device that holds the volume at `from_state`; durable when it returns.
 
     Args:

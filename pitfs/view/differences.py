@@ -78,8 +78,9 @@ class Difference:
         while index is not None:
             tables = [self._store.leaf(state, self._volume, index) for state in self._states]
             one, other = (np.where(pointers == 0, self._zeros, sums) for pointers, sums in tables)
-            differs, doubtful = compare(tables[0][0], one, tables[1][0], other)
-            for start, end in runs(doubtful).tolist():
+            is_elsewhere, same_sum = tables[0][0] != tables[1][0], one == other
+            differs = is_elsewhere & ~same_sum
+            for start, end in runs(is_elsewhere & same_sum).tolist():  # only their bytes can tell
                 differs[start:end] = self._read_and_compare(index * FANOUT + start, end - start, buffers)
             if differs.any():
                 yield DifferingLeaf(index * FANOUT, differs, tables[1][0] == 0, one, other)
@@ -102,18 +103,6 @@ class Difference:
                 place = slice(block * self.block_size, (block + 1) * self.block_size)
                 differs[start + block] = one[place] != other[place]
         return differs
-
-
-def compare(
-    pointers: U64Array, checksums: U64Array, others: U64Array, other_checksums: U64Array
-) -> tuple[BoolArray, BoolArray]:
-    """What pointers and checksums prove about pairs of blocks: (certainly different, to be compared by bytes).
-
-    Args: shape (n,) each; checksums also where the pointer is 0: those of zeros.
-    """
-    elsewhere = pointers != others
-    same_sum = checksums == other_checksums
-    return elsewhere & ~same_sum, elsewhere & same_sum
 
 
 def bitmap(leaf: DifferingLeaf) -> bytes:

@@ -54,13 +54,9 @@ class ScratchDirectory:
     """
 
     def __init__(
-        self,
-        directory: str,
-        store: Store,
-        limit_bytes: int | None = None,
-        keep: bool = False,
+        self, directory: str, store: Store, limit_bytes: int | None = None, keep: bool = False,
         sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.directory = directory
         self.keep = keep
         self.room = Room(limit_bytes)

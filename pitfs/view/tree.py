@@ -20,31 +20,13 @@ from pitfs.errors import NoSuchInstantError, StoreError
 from pitfs.model.position import NotATimeError, format_instant, parse_instant
 from pitfs.model.transfer import VolumeInfo
 from pitfs.store.store import Resolution, Store
+from pitfs.view import inodes
 from pitfs.view.bookmarks import bookmarks_behind
-from pitfs.view.inodes import (
-    BOOKMARKS_INODE,
-    INSTANT_BYTES,
-    KIND_SHIFT,
-    LATEST_INODE,
-    MAX_SEQ,
-    MAX_VOLUMES,
-    ROOT_INODE,
-    TIMES_INODE,
-    EntryType,
-    InodeKind,
-    NoEntryError,
-    TreeEntry,
-    day_entry,
-    image_entry,
-    instant_entry,
-    link_entry,
-    minute_entry,
-    unpack_inode,
-)
+from pitfs.view.inodes import EntryType, InodeKind, NoEntryError, TreeEntry, unpack_inode
 from pitfs.view.times import Listing, TimesDirectory, resolve_time
 
 LATEST: Final = "latest"
-FIXED_NAMES: Final = {LATEST: LATEST_INODE, "bookmarks": BOOKMARKS_INODE, "times": TIMES_INODE}
+FIXED_NAMES: Final = {LATEST: inodes.LATEST_INODE, "bookmarks": inodes.BOOKMARKS_INODE, "times": inodes.TIMES_INODE}
 MAX_NAME_BYTES: Final = 254  # a name of 255 bytes says no time and names no volume
 MAX_RESOLUTIONS: Final = 4096  # instants kept resolved, some 300 bytes each
 _OF_AN_INSTANT: Final = (InodeKind.INSTANT, InodeKind.IMAGE, InodeKind.LINK)
@@ -66,15 +48,11 @@ class Tree:
     """
 
     def __init__(
-        self,
-        store: Store,
-        clock_ns: Callable[[], int],
-        zone: datetime.tzinfo = datetime.UTC,
-        strict: bool = False,
+        self, store: Store, clock_ns: Callable[[], int], zone: datetime.tzinfo = datetime.UTC, strict: bool = False
     ) -> None:
-        if len(store.volumes) > MAX_VOLUMES:
+        if len(store.volumes) > inodes.MAX_VOLUMES:
             raise StoreError(
-                f"{store.path}: {len(store.volumes)} volumes, a mount shows {MAX_VOLUMES}: use `pitfs export`"
+                f"{store.path}: {len(store.volumes)} volumes, a mount shows {inodes.MAX_VOLUMES}: use `pitfs export`"
             )
         self._store = store
         self._clock_ns = clock_ns
@@ -99,14 +77,14 @@ class Tree:
             text = name.decode("utf-8")
         except UnicodeDecodeError:
             raise NoEntryError from None
-        if parent == ROOT_INODE:
+        if parent == inodes.ROOT_INODE:
             return self._lookup_root(text)
-        if parent == BOOKMARKS_INODE:
+        if parent == inodes.BOOKMARKS_INODE:
             bookmark = self._store.bookmark(text)
             if bookmark is None:
                 raise NoEntryError
-            return link_entry(bookmark.seq, bookmark.time_ns, 1)
-        if parent == TIMES_INODE:
+            return inodes.link_entry(bookmark.seq, bookmark.time_ns, 1)
+        if parent == inodes.TIMES_INODE:
             return self._times.day(text)
         kind, _, number = unpack_inode(parent)
         if kind is InodeKind.INSTANT and text in self._volumes:
@@ -126,7 +104,7 @@ class Tree:
             resolution = self._store.at_instant(canonical_ns)
             if resolution is not None:
                 self._resolutions[resolution.seq] = resolution  # its images are looked up next
-                return instant_entry(resolution.seq, resolution.time_ns)
+                return inodes.instant_entry(resolution.seq, resolution.time_ns)
         try:
             resolution, exact = resolve_time(self._store, name, self._clock_ns(), self._zone)
         except (NotATimeError, NoSuchInstantError):
@@ -134,7 +112,7 @@ class Tree:
         if self._strict and not exact:
             raise NoEntryError
         self._resolutions[resolution.seq] = resolution  # the link is read next
-        return link_entry(resolution.seq, resolution.time_ns, 0)
+        return inodes.link_entry(resolution.seq, resolution.time_ns, 0)
 
     def entry(self, inode: int) -> TreeEntry:
         """The entry with that number.
@@ -146,29 +124,29 @@ class Tree:
         if kind is InodeKind.FIXED:
             return self._fixed(inode)
         if kind is InodeKind.DAY:
-            return day_entry(number)
+            return inodes.day_entry(number)
         if kind is InodeKind.MINUTE:
-            return minute_entry(number)
+            return inodes.minute_entry(number)
         resolution = self.resolution(number)
         if kind is InodeKind.INSTANT:
-            return instant_entry(resolution.seq, resolution.time_ns)
+            return inodes.instant_entry(resolution.seq, resolution.time_ns)
         if kind is InodeKind.LINK:
-            return link_entry(resolution.seq, resolution.time_ns, minor)
+            return inodes.link_entry(resolution.seq, resolution.time_ns, minor)
         return self._image(resolution, minor)
 
     def _fixed(self, inode: int) -> TreeEntry:
         latest = self._store.latest()
         mtime_ns = latest.time_ns if latest else 0
-        if inode == LATEST_INODE and latest:
-            return TreeEntry(inode, EntryType.LINK, mtime_ns, INSTANT_BYTES)
-        if inode not in (ROOT_INODE, BOOKMARKS_INODE, TIMES_INODE):
+        if inode == inodes.LATEST_INODE and latest:
+            return TreeEntry(inode, EntryType.LINK, mtime_ns, inodes.INSTANT_BYTES)
+        if inode not in (inodes.ROOT_INODE, inodes.BOOKMARKS_INODE, inodes.TIMES_INODE):
             raise NoEntryError
         return TreeEntry(inode, EntryType.DIRECTORY, mtime_ns)
 
     def _image(self, resolution: Resolution, volume: int) -> TreeEntry:
         if volume >= len(self._store.volumes):
             raise NoEntryError
-        return image_entry(resolution.seq, resolution.time_ns, volume, self._store.volumes[volume].size_bytes)
+        return inodes.image_entry(resolution.seq, resolution.time_ns, volume, self._store.volumes[volume].size_bytes)
 
     def target(self, inode: int) -> str:
         """Where the link leads.
@@ -176,7 +154,7 @@ class Tree:
         Raises:
             NoEntryError: it is no link, or leads nowhere.
         """
-        if inode == LATEST_INODE:
+        if inode == inodes.LATEST_INODE:
             latest = self._store.latest()
             if latest is None:
                 raise NoEntryError
@@ -190,7 +168,7 @@ class Tree:
 
     def knows(self, inode: int) -> bool:
         """Whether requests about this entry are answered from memory, without waiting for the disk."""
-        return inode >> KIND_SHIFT in _OF_AN_INSTANT and inode & MAX_SEQ in self._resolutions
+        return inode >> inodes.KIND_SHIFT in _OF_AN_INSTANT and inode & inodes.MAX_SEQ in self._resolutions
 
     def resolution(self, seq: int) -> Resolution:
         """The reachable state at exactly `seq`, from the cache where it is there.
@@ -259,15 +237,15 @@ class Tree:
         Raises:
             NoEntryError: it is no directory, or gone.
         """
-        if inode == ROOT_INODE:
+        if inode == inodes.ROOT_INODE:
             return self._list_root(cookie)
         kind, _, number = unpack_inode(inode)
         if kind is InodeKind.INSTANT:
             return self._list_images(self.resolution(number), cookie)
         first = max(cookie - _FIRST_COOKIE, 0)
-        if inode == BOOKMARKS_INODE:
+        if inode == inodes.BOOKMARKS_INODE:
             found = self._list_bookmarks(first)
-        elif inode == TIMES_INODE:
+        elif inode == inodes.TIMES_INODE:
             found = self._times.days(first)
         elif kind is InodeKind.DAY:
             found = self._times.minutes(number, first)
@@ -279,10 +257,10 @@ class Tree:
 
     def _list_root(self, cookie: int) -> Listing:
         for number, (name, inode) in enumerate(FIXED_NAMES.items(), 1):
-            if cookie < number and not (inode == LATEST_INODE and self._store.latest() is None):
+            if cookie < number and not (inode == inodes.LATEST_INODE and self._store.latest() is None):
                 yield name, self._fixed(inode), number
         for snapshot in self._store.snapshots(max(cookie - _FIRST_COOKIE + 1, 0)):
-            entry = instant_entry(snapshot.seq, snapshot.time_ns)
+            entry = inodes.instant_entry(snapshot.seq, snapshot.time_ns)
             yield format_instant(snapshot.time_ns), entry, snapshot.time_ns + _FIRST_COOKIE
 
     def _list_images(self, resolution: Resolution, cookie: int) -> Listing:
@@ -291,4 +269,4 @@ class Tree:
 
     def _list_bookmarks(self, cookie: int) -> Listing:
         for bookmark, following in bookmarks_behind(self._store, cookie):
-            yield bookmark.name, link_entry(bookmark.seq, bookmark.time_ns, 1), following
+            yield bookmark.name, inodes.link_entry(bookmark.seq, bookmark.time_ns, 1), following

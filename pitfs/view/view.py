@@ -28,17 +28,8 @@ from pitfs.errors import CorruptionError, PitfsError
 from pitfs.model.blockmap import FANOUT, FANOUT_BITS, NODE_BYTES, I64Array, U64Array
 from pitfs.model.transfer import UNIT_BYTES
 from pitfs.storage.files import storage_error
-from pitfs.store.objects.format import (
-    HEADER_BYTES,
-    OBJECTS,
-    UNIT_BITS,
-    UNIT_MASK,
-    contents_kind,
-    data_offset,
-    object_file,
-    pointer_object,
-    pointer_unit,
-)
+from pitfs.store.objects import format as objects
+from pitfs.store.objects.format import HEADER_BYTES, UNIT_BITS, UNIT_MASK
 from pitfs.store.objects.pool import MissingObjectError
 from pitfs.store.store import Resolution, Store
 from pitfs.view.ranges import joined, runs
@@ -331,19 +322,20 @@ class PointInTimeView:
         if error.errno == errno.EOPNOTSUPP:  # this filesystem can't tell: always read in a thread
             self._can_nowait = False
         elif error.errno != errno.EAGAIN:
-            raise self._refused(error, pointer, data_offset(pointer_unit(pointer))) from error
+            raise self._refused(error, pointer, objects.data_offset(pointer & UNIT_MASK)) from error
 
     def _refused(self, error: OSError, pointer: int, position: int) -> PitfsError:
         return storage_error(error, self._object(pointer), f"reading at byte {position}")
 
     def _object(self, pointer: int) -> str:
-        return os.path.join(self._store.path, OBJECTS, object_file(*contents_kind(pointer_object(pointer))))
+        name = objects.object_file(*objects.contents_kind(pointer >> UNIT_BITS))
+        return os.path.join(self._store.path, objects.OBJECTS, name)
 
     def _corruption(self, block: int, pointer: int) -> CorruptionError:
         volume = self._store.volumes[self.volume].name
         return CorruptionError(
             self._object(pointer),
-            data_offset(pointer_unit(pointer)),
+            objects.data_offset(pointer & UNIT_MASK),
             f"block {block} of volume {volume} doesn't match its checksum",
         )
 
