@@ -41,7 +41,7 @@ MAX_REQUEST_BYTES: Final = 1 << 20  # the largest read that FUSE sends
 MAX_TABLE_CACHE_BYTES: Final = 32 << 20
 
 _LEAF_BITS: Final = 40  # leaves of a volume: 2**40 * 512 blocks is beyond any size
-_ZEROS: Final = memoryview(bytes(MAX_REQUEST_BYTES))
+_ZEROS: Final = memoryview(bytes(MAX_REQUEST_BYTES + 2 * MAX_BLOCK_BYTES))  # as many as the largest buffer has
 _NOWAIT: Final = os.RWF_NOWAIT
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ class ReadBuffer:
         """Room for any read of up to `size_bytes` bytes, with the rest of its first and last block."""
         # Whole pages. A bytearray of this size begins 16 bytes behind a page's start, and the kernel copies to there
         # at half the speed (measured on an EPYC: 124 instead of 58 us for a MiB).
+        assert size_bytes <= MAX_REQUEST_BYTES
         room_bytes = size_bytes + 2 * MAX_BLOCK_BYTES
         self.memory = memoryview(mmap.mmap(-1, room_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         self._blocks: dict[int, list[memoryview]] = {}
@@ -259,7 +260,7 @@ class PointInTimeView:
             return None
         pointers, checksums = entries
         data_count = int(np.count_nonzero(pointers))
-        if not data_count and end - offset <= len(_ZEROS):
+        if not data_count:
             return _ZEROS[: end - offset]
         breaks = (pointers[1:] - pointers[:-1]) != self._units  # the difference wraps, which equality allows
         if data_count < last - first:
@@ -269,7 +270,7 @@ class PointInTimeView:
         memory = buffer.memory
         for pointer, (low, high) in zip(heads, itertools.pairwise(starts), strict=True):
             if not pointer:
-                _fill_zeros(memory, low << shift, high << shift)
+                memory[low << shift : high << shift] = _ZEROS[: (high - low) << shift]
             elif not self._read_run(pointer, memory[low << shift : high << shift], flags):
                 return None
         self._verify(first, pointers, checksums, data_count, buffer)
@@ -290,10 +291,8 @@ class PointInTimeView:
                     raise self._refused(error, pointer, position) from error
                 self._not_now(error, pointer)
                 return False
-            if count == len(target):
-                return True
-            if flags:
-                return False
+            if count == len(target) or flags:
+                return count == len(target)
             if count == 0:
                 raise CorruptionError(self._object(pointer), position, "the object ends here")
             target = target[count:]
@@ -338,10 +337,3 @@ class PointInTimeView:
             objects.data_offset(pointer & UNIT_MASK),
             f"block {block} of volume {volume} doesn't match its checksum",
         )
-
-
-def _fill_zeros(memory: memoryview, start: int, end: int) -> None:
-    while start < end:
-        count = min(end - start, len(_ZEROS))
-        memory[start : start + count] = _ZEROS[:count]
-        start += count

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, Never
@@ -40,6 +39,8 @@ class Parser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            import difflib  # 3 ms that only this case pays
+
             close = difflib.get_close_matches(str(value)[:64], action.choices, 1)
             hint = f" (did you mean '{close[0]}'?)" if close else ""
             raise argparse.ArgumentError(None, f"unknown command '{value}'{hint}")
