@@ -1,4 +1,4 @@
-"""`pitfs attach`: a volume at an instant as a block device, with whatever that needs."""
+"""`pitfs attach`: makes a block device of a volume at an instant, and the mount that it needs."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _attach(args: argparse.Namespace) -> int:
         missing = loop_devices.wait_for_partitions(device)
         made = next((each for each in loop_devices.image_loops() if each.loop.device == device), None)
         if made is None:
-            raise PitfsError(f"{device}: somebody else has detached it: try again")
+            raise PitfsError(f"{device}: another process has detached it: try again")
         attached = _describe(made) | {
             "seq": resolution.seq,
             "size_bytes": info.size_bytes,
@@ -129,7 +129,7 @@ def _sector_size(image: str) -> int:
     try:
         with open(image, "rb", buffering=0) as file:
             return loop_devices.sector_size_for(file.read(HEAD_BYTES))
-    except OSError:  # damaged there; somebody may need the rest
+    except OSError:  # its head is damaged; the rest may still be needed
         return loop_devices.SECTOR_BYTES
 
 

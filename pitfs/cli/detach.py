@@ -14,8 +14,8 @@ from pitfs.fuse.kernel.mountinfo import mounts
 from pitfs.fuse.kernel.users import users_below
 
 DESCRIPTION: Final = (
-    "Detaches a loop device that is over an image, unmounts the store where attach had mounted it and "
-    "nobody else needs that, and throws away what was written to a scratch image."
+    "Detaches a loop device over an image. Unmounts the store if attach mounted it and nobody else uses the "
+    "mount, and throws away what was written to a scratch image."
 )
 EXAMPLES: Final = "example:\n  pitfs detach /dev/loop1"
 

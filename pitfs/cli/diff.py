@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION: Final = (
     "Prints the byte ranges of a volume that differ between two instants, either of which may be the "
-    "earlier one: a line with offset and size for each, ascending, whole blocks. Takes as long as there are "
-    "differences, however large the volume and however much history lies between. What was overwritten with the "
+    "earlier one: a line with offset and size for each, ascending, whole blocks. The time it takes depends on "
+    "how much differs, not on the size of the volume or the history between. What was overwritten with the "
     "same content doesn't differ."
 )
 EXAMPLES: Final = """\

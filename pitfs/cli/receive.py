@@ -1,4 +1,4 @@
-"""`pitfs receive`: takes what production hosts send, one store for each group."""
+"""`pitfs receive`: receives what production hosts send, into one store for each group."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--root", metavar="DIR", required=True, help="where the stores are; made if missing")
+    parser.add_argument("--root", metavar="DIR", required=True, help="directory of the stores; made if missing")
     parser.add_argument(
         "--listen", metavar="HOST:PORT", required=True, help="address to listen at; port 0 takes a free one"
     )
     add_tls_files(parser, "senders")
     parser.add_argument(
-        "--grants", metavar="FILE", help="TOML file: whose certificates may write which groups; read anew each time"
+        "--grants", metavar="FILE", help="TOML file: whose certificates may write which groups; read at each connection"
     )
     parser.add_argument(
         "--window",

@@ -23,7 +23,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_store(parser)
     add_time(parser)
-    parser.add_argument("--strict", action="store_true", help="fail unless the state at exactly TIME is there")
+    parser.add_argument("--strict", action="store_true", help="fail unless the state at exactly TIME is available")
     add_json(parser, "instant, seq, kind, granularity_ns, exact")
 
 

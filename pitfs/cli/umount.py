@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog=NAME, description="Ends the mount of a store, or says who uses it. Called by umount(8).")
     parser.add_argument("mountpoint", metavar="MOUNTPOINT", help="where the store is mounted")
     for option, meaning in (
-        ("-f", "force"), ("-l", "lazily: whoever uses it goes on"), ("-n", "don't write mtab"),
+        ("-f", "force"), ("-l", "lazily: its users keep it"), ("-n", "don't write mtab"),
         ("-r", "read-only if it's busy"), ("-v", "say more"),
     ):  # fmt: skip
         parser.add_argument(option, dest="options", action="append_const", const=option, help=meaning)

@@ -52,8 +52,8 @@ def export(view: PointInTimeView, path: str, *, replace: bool, verify: bool, pro
                 raise UsageError(f"{path}: exists: give another name, or --force to replace it")
             if stat.S_ISREG(mode) and written_by_others(path):
                 raise UsageError(
-                    f"{path}: in use: whoever writes it (see fuser -v {path}) would go on with the old file: "
-                    "stop that first"
+                    f"{path}: in use: the program that writes it (see fuser -v {path}) would write the old file: "
+                    "stop it first"
                 )
         if stat.S_ISREG(mode):
             _export_to_file(view, path, verify, progress)
@@ -77,7 +77,7 @@ def open_target(path: str) -> Iterator[tuple[int, int]]:
     except BlockingIOError as error:
         if error.errno == errno.EBUSY:
             raise UsageError(f"{path}: in use (mounted, or part of something): unmount it first") from None
-        raise UsageError(f"{path}: in use: see who writes it with fuser -v {path}, and stop that first") from None
+        raise UsageError(f"{path}: in use: another program writes it (see fuser -v {path}): stop it first") from None
     try:
         yield fd, size_bytes
     finally:

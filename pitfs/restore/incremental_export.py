@@ -4,8 +4,8 @@ Every block that will be overwritten is read first: it must hold what it held at
 hold, or already what it is to become (by its checksum). Else nothing is written. Blocks that do not differ are not
 read; `verify` reads them all.
 
-While the update is under way FILE holds neither image. Its first 512 bytes (a sector, which a disk writes whole or not
-at all) say so: the marker is written first, and what belongs there last, each synced:
+While the update is under way FILE holds neither image. A marker says so in its first 512 bytes (a sector, which a disk
+writes whole or not). It is written first, and the image's bytes in its place last; each write is synced:
 
     offset size, little-endian
      0      8    magic     "PITFSUPD"

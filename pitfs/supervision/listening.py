@@ -25,7 +25,7 @@ def parse_address(text: str) -> tuple[str, int]:
     """HOST:PORT or [HOST]:PORT; HOST may be empty for all addresses.
 
     Raises:
-        UsageError: it isn't one.
+        UsageError: it is invalid.
     """
     host, colon, port_text = text.rpartition(":")
     if host.startswith("[") and host.endswith("]"):
@@ -66,7 +66,7 @@ def listen_unix(path: str) -> Iterator[trio.SocketListener]:
     """Listens at a unix socket, for this user alone; removes its file at the end. Replaces one of a dead process.
 
     Raises:
-        PitfsError: somebody listens there, or something else has that name.
+        PitfsError: a process listens there, or a file of another type has that name.
     """
     if len(os.fsencode(path)) > MAX_UNIX_BYTES:
         raise UsageError(f"{path}: the path of a unix socket has at most {MAX_UNIX_BYTES} bytes")

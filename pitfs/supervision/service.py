@@ -27,7 +27,7 @@ def notify(state: str) -> None:
             channel.connect(address)
             channel.sendall(state.encode())
     except OSError as error:
-        log.warning("the service manager can't be told %s: %s", state, error.strerror)
+        log.warning("%s can't be sent to the service manager: %s", state, error.strerror)
 
 
 def notify_ready() -> None:

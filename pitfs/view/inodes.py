@@ -71,7 +71,7 @@ def unpack_inode(inode: int) -> tuple[InodeKind, int, int]:
     """(kind, volume or depth, seq or number).
 
     Raises:
-        NoEntryError: the number is none of ours.
+        NoEntryError: no entry has such a number.
     """
     try:
         kind = InodeKind(inode >> KIND_SHIFT)

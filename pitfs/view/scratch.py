@@ -1,6 +1,6 @@
 """The scratch directory: the overlays of the writable images of one mount.
 
-Without `keep` an overlay is a file without a name, so it vanishes when the mount's process ends, for whatever reason.
+Without `keep` an overlay is a file without a name, so it vanishes when the mount's process ends, however it ends.
 With `keep` the overlay of a volume's image after write `seq` of a history is two files, and the next mount finds them:
 
     HISTORY.SEQ.VOLUME.data      the blocks, each at its place in the image; the volume's size, sparse

@@ -4,9 +4,9 @@
     <instant> (INSTANT)   one image (IMAGE) for each volume
     bookmarks, times/<day>/<minute>, any other way to say a time: links (LINK) to an instant
 
-An instant has one directory, named by its canonical instant; whatever else leads there is a symbolic link, since two
-names of one directory break the kernel's dentry cache. An entry that may change isn't `permanent`: the kernel mustn't
-keep it.
+An instant has one directory, named by its canonical instant. Every other name for it is a symbolic link, since two
+names of one directory break the kernel's dentry cache. An entry that may change isn't `permanent`, so the kernel
+doesn't cache it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Who reads which instants of a store: commands that read pin theirs, `pitfs status` shows all."""
+"""Who reads which instants of a store: commands pin what they read, and `pitfs status` shows all pins."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_SHOWN: Final = 3  # instants in a line of text
 
 @contextlib.contextmanager
 def open_pinned(path: str, what: str) -> Iterator[tuple[Store, Pins]]:
-    """Opens a store to read instants of it; what is pinned stays so to the end of the block.
+    """Opens a store to read instants of it; pins hold to the end of the block.
 
     Args:
         what: who pins, as `pitfs status` shows it.

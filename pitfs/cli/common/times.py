@@ -70,7 +70,7 @@ def resolve(store: Store, text: str, zone_name: str = "UTC", warn: bool = True) 
 
 
 def _warn_of_gap(store: Store, text: str, resolution: Resolution) -> None:
-    """The state may be much older than the time, so the user is told of the gap between them."""
+    """Prints a line about the gap that the time lies in: the state may be much older than the time."""
     for gap in store.gaps(resolution.time_ns, resolution.time_ns + 1):
         if gap.from_time_ns == resolution.time_ns:
             bounds = f"{format_instant(gap.from_time_ns)} -> {format_instant(gap.to_time_ns)}"
