@@ -73,7 +73,7 @@ def open_target(path: str) -> Iterator[tuple[int, int]]:
         OSError: it is missing, or the system refuses.
     """
     try:
-        fd, size_bytes = open_exclusively(path)
+        fd, size_bytes = open_exclusively(path, path)
     except BlockingIOError as error:
         if error.errno == errno.EBUSY:
             raise UsageError(f"{path}: in use (mounted, or part of something): unmount it first") from None

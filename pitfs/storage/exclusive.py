@@ -11,10 +11,13 @@ from pitfs.errors import UsageError
 from pitfs.storage.files import closed_on_error, open_fd
 
 
-def open_exclusively(path: str) -> tuple[int, int]:
+def open_exclusively(path: str, name: str) -> tuple[int, int]:
     """Opens a regular file or block device for reading and writing: (descriptor, size in bytes).
 
     A device is opened with O_EXCL, a file is locked (flock): both exclude other processes of pitfs.
+
+    Args:
+        name: for messages.
 
     Raises:
         BlockingIOError: in use, with errno EBUSY for a device and EAGAIN for a file.
@@ -23,7 +26,7 @@ def open_exclusively(path: str) -> tuple[int, int]:
     """
     mode = os.stat(path).st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-        raise UsageError(f"{path}: neither a regular file nor a block device")
+        raise UsageError(f"{name}: neither a regular file nor a block device")
     if stat.S_ISREG(mode) and written_by_others(path):
         raise BlockingIOError(errno.EAGAIN, "written by others", path)
     try:
