@@ -22,6 +22,8 @@ from pitfs.storage.files import disk_errors, write_all
 if TYPE_CHECKING:
     from pitfs.view.differences import Difference, DifferingLeaf
 
+    Leaves = Iterator[DifferingLeaf]
+
 DESCRIPTION: Final = (
     "Prints the byte ranges of a volume that differ between two instants, either of which may be the "
     "earlier one: a line with offset and size for each, ascending, whole blocks. The time it takes depends on "
@@ -113,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _bitmap(path: str, difference: Difference, leaves: Iterable[DifferingLeaf]) -> Iterator[Iterator[DifferingLeaf]]:
+def _bitmap(path: str, difference: Difference, leaves: Leaves) -> Iterator[Leaves]:
     """Passes the leaves on and writes their bits to a new file. If the block fails, the file is removed."""
     from pitfs.view.differences import bitmap
 
@@ -124,7 +126,7 @@ def _bitmap(path: str, difference: Difference, leaves: Iterable[DifferingLeaf]) 
             raise UsageError(f"{path}: exists: give another name, or remove it") from None
     size = -(-difference.size_bytes // (8 * difference.block_size))
 
-    def written() -> Iterator[DifferingLeaf]:
+    def written() -> Leaves:
         for leaf in leaves:
             offset = leaf.first // 8
             with disk_errors(path, ADVICE):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pitfs.store.store import Store
 
 Row = dict[str, Any]
+Members = Iterator[tuple[str, Any]]  # of a JSON document
 
 DESCRIPTION: Final = (
     "Lists what a store can give: snapshots, intervals with their granularity, "
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         from_ns = _bound(store, args.from_time, args.tz)
         to_ns = _bound(store, args.to_time, args.tz)
         if from_ns is not None and to_ns is not None and from_ns >= to_ns:
-            raise UsageError(f"--from {args.from_time}: isn't before --to {args.to_time}: nothing lies between them")
+            raise UsageError(f"--from {args.from_time} isn't before --to {args.to_time}: nothing lies between")
         through = format_instant(store.protected_through_ns()) if store.latest() is not None else None
         if args.json:
             write_json(_document(store, through, from_ns, to_ns))
@@ -106,7 +107,7 @@ def _lists(store: Store, from_ns: int | None, to_ns: int | None) -> Iterator[tup
     yield "gaps", map(_gap_row, store.gaps(from_ns, to_ns))
 
 
-def _document(store: Store, through: str | None, from_ns: int | None, to_ns: int | None) -> Iterator[tuple[str, Any]]:
+def _document(store: Store, through: str | None, from_ns: int | None, to_ns: int | None) -> Members:
     yield "group", store.group
     yield "protected_through", through
     yield from _lists(store, from_ns, to_ns)

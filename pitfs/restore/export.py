@@ -75,9 +75,10 @@ def open_target(path: str) -> Iterator[tuple[int, int]]:
     try:
         fd, size_bytes = open_exclusively(path, path)
     except BlockingIOError as error:
+        problem = f"another program writes it (see fuser -v {path}): stop it first"
         if error.errno == errno.EBUSY:
-            raise UsageError(f"{path}: in use (mounted, or part of something): unmount it first") from None
-        raise UsageError(f"{path}: in use: another program writes it (see fuser -v {path}): stop it first") from None
+            problem = "it is mounted, or part of something: unmount it first"
+        raise UsageError(f"{path}: in use: {problem}") from None
     try:
         yield fd, size_bytes
     finally:

@@ -108,7 +108,8 @@ def incremental_export(
         try:
             os.stat(path)
         except FileNotFoundError:
-            raise UsageError(f"{path}: not there: --from needs an earlier export; leave it out for a new one") from None
+            problem = "not there: --from needs an earlier export; leave it out for a new one"
+            raise UsageError(f"{path}: {problem}") from None
         with open_target(path) as (fd, size_bytes):
             is_file = stat.S_ISREG(os.fstat(fd).st_mode)
             if size_bytes < info.size_bytes or (is_file and size_bytes != info.size_bytes):

@@ -36,7 +36,7 @@ LOCK_POLL_S: Final = 0.05
 PREFIX: Final = ".pitfs-scratch-"  # of a file that is about to lose its name
 _REMOVE: Final = "remove both files of this overlay, and its image is as it was at the instant"
 _NAMELESS: Final = re.compile(re.escape(PREFIX) + "[a-z0-9_]{8}")  # as tempfile makes them
-_NAME: Final = re.compile(r"([0-9a-f]{32})\.([0-9]{1,14})\.([A-Za-z0-9._-]{1,64})\.(data|index|index\.tmp)", re.ASCII)
+_NAME: Final = re.compile(r"([0-9a-f]{32})\.([0-9]{1,14})\.([A-Za-z0-9._-]{1,64})\.(data|index|index\.tmp)")
 
 
 class ScratchDirectory:
@@ -155,7 +155,8 @@ class ScratchDirectory:
     def _open_kept(self, seq: int, name: str, kinds: set[str]) -> None:
         volume = next((index for index, info in enumerate(self._volumes) if info.name == name), None)
         if volume is None:
-            raise UsageError(f"{self.directory}: scratch: has a volume {name}, the store hasn't: it is another store's")
+            problem = f"has a volume {name}, the store hasn't: it is another store's"
+            raise UsageError(f"{self.directory}: scratch: {problem}")
         header = self._header(seq, volume)
         base = self._base(header)
         if "index" not in kinds:

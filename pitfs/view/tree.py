@@ -26,7 +26,9 @@ from pitfs.view.inodes import EntryType, InodeKind, NoEntryError, TreeEntry, unp
 from pitfs.view.times import Listing, TimesDirectory, resolve_time
 
 LATEST: Final = "latest"
-FIXED_NAMES: Final = {LATEST: inodes.LATEST_INODE, "bookmarks": inodes.BOOKMARKS_INODE, "times": inodes.TIMES_INODE}
+FIXED_NAMES: Final = {
+    LATEST: inodes.LATEST_INODE, "bookmarks": inodes.BOOKMARKS_INODE, "times": inodes.TIMES_INODE
+}  # fmt: skip
 MAX_NAME_BYTES: Final = 254  # a name of 255 bytes says no time and names no volume
 MAX_RESOLUTIONS: Final = 4096  # instants kept resolved, some 300 bytes each
 _OF_AN_INSTANT: Final = (InodeKind.INSTANT, InodeKind.IMAGE, InodeKind.LINK)
@@ -146,7 +148,8 @@ class Tree:
     def _image(self, resolution: Resolution, volume: int) -> TreeEntry:
         if volume >= len(self._store.volumes):
             raise NoEntryError
-        return inodes.image_entry(resolution.seq, resolution.time_ns, volume, self._store.volumes[volume].size_bytes)
+        size_bytes = self._store.volumes[volume].size_bytes
+        return inodes.image_entry(resolution.seq, resolution.time_ns, volume, size_bytes)
 
     def target(self, inode: int) -> str:
         """Where the link leads.
