@@ -58,7 +58,7 @@ def test_ranges_are_those_of_the_pointers_in_every_state_and_from_any_byte_on(tm
         if round_ < 2:
             ingest_transfer(ingest, history.close_interval(0 if round_ else None))
             continue
-        ingest.write(batch_of(history.open))  # an open tail, and one behind a tail that may be being closed
+        ingest.write(batch_of(history.open))  # an open interval, and one behind an interval that may be being closed
         ingest.mark(mark_of(history))
         write()
         ingest.write(batch_of(history.open))
