@@ -11,8 +11,9 @@ from typing import Any, Final
 from pitfs.cli.common.output import print_json
 from pitfs.cli.common.parser import add_json, add_store, add_time, add_volume
 from pitfs.errors import PitfsError, UsageError
-from pitfs.fuse import attachments
-from pitfs.fuse.attachments import Scratch, signals_wait
+from pitfs.fuse.attach import attachments
+from pitfs.fuse.attach.attachments import ScratchOptions, signals_deferred
+from pitfs.fuse.attach.images import ImageLoop, image_loops
 from pitfs.fuse.kernel import loop_devices
 from pitfs.model.position import format_instant
 
@@ -84,20 +85,20 @@ def _attach(args: argparse.Namespace) -> int:
         group = store.group
     path = os.path.realpath(args.store)
     image = f"{format_instant(resolution.time_ns)}/{image_name(info)}"
-    with attachments.exclusive(), contextlib.ExitStack() as undo:
-        undo.callback(_tidy)
-        with signals_wait():
-            mountpoint = attachments.mount_with(path, image) if scratch is None else None
+    with attachments.attach_lock(), contextlib.ExitStack() as undo:
+        undo.callback(_undo_mount)
+        with signals_deferred():
+            mountpoint = attachments.find_mount(path, image) if scratch is None else None
             if mountpoint is None:
-                attachments.tidy()  # a bare `losetup --detach` may have left a mount that uses the scratch directory
+                attachments.unmount_unused()  # a bare `losetup --detach` may have left one over the scratch directory
                 mountpoint = attachments.make_mount(path, group, scratch)
         image_path = f"{mountpoint}/{image}"
         sector_size = args.sector_size or _sector_size(image_path)
-        with signals_wait():
+        with signals_deferred():
             device = loop_devices.attach(image_path, read_only=scratch is None, sector_size=sector_size)
             undo.callback(_detach, device)
         missing = loop_devices.wait_for_partitions(device)
-        made = next((each for each in loop_devices.image_loops() if each.loop.device == device), None)
+        made = next((each for each in image_loops() if each.loop.device == device), None)
         if made is None:
             raise PitfsError(f"{device}: another process has detached it: try again")
         attached = _describe(made) | {
@@ -118,11 +119,11 @@ def _attach(args: argparse.Namespace) -> int:
     return 0
 
 
-def _scratch(directory: str | None, size: str | None) -> Scratch:
+def _scratch(directory: str | None, size: str | None) -> ScratchOptions:
     for value in (directory, size):
         if value is not None and "," in value:
             raise UsageError(f"{value}: holds a comma, which mount options can't: choose another")
-    return Scratch(os.path.realpath(directory) if directory is not None else None, size)
+    return ScratchOptions(os.path.realpath(directory) if directory is not None else None, size)
 
 
 def _sector_size(image: str) -> int:
@@ -134,15 +135,15 @@ def _sector_size(image: str) -> int:
 
 
 def _detach(device: str) -> None:
-    with signals_wait():
+    with signals_deferred():
         loop = loop_devices.loop_of(device)
         if loop is not None:
             loop_devices.detach(loop)
 
 
-def _tidy() -> None:
-    with signals_wait():
-        attachments.tidy()
+def _undo_mount() -> None:
+    with signals_deferred():
+        attachments.unmount_unused()
 
 
 def _filesystems(device: str) -> list[dict[str, str]]:
@@ -177,7 +178,7 @@ def _say(text: str) -> None:
     print(f"pitfs: {text}", file=sys.stderr)
 
 
-def _describe(image: loop_devices.ImageLoop) -> dict[str, Any]:
+def _describe(image: ImageLoop) -> dict[str, Any]:
     mount = image.mount
     return {
         "device": image.loop.device,
@@ -194,7 +195,7 @@ def _describe(image: loop_devices.ImageLoop) -> dict[str, Any]:
 
 
 def _list(as_json: bool) -> None:
-    rows = [_describe(image) for image in loop_devices.image_loops()]
+    rows = [_describe(image) for image in image_loops()]
     if as_json:
         print_json(rows)
         return

@@ -8,10 +8,11 @@ import sys
 from typing import Final
 
 from pitfs.errors import PitfsError, UsageError
-from pitfs.fuse.attachments import exclusive, is_ours, signals_wait, tidy
-from pitfs.fuse.kernel.loop_devices import detach, device_named, image_of, loop_of
+from pitfs.fuse.attach.attachments import attach_lock, is_made_by_attach, signals_deferred, unmount_unused
+from pitfs.fuse.attach.images import image_of
+from pitfs.fuse.kernel.loop_devices import detach, device_named, loop_of
 from pitfs.fuse.kernel.mountinfo import mounts
-from pitfs.fuse.kernel.users import users_below
+from pitfs.fuse.kernel.processes import processes_below
 
 DESCRIPTION: Final = (
     "Detaches a loop device over an image. Unmounts the store if attach mounted it and nobody else uses the "
@@ -26,11 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     device = device_named(args.device)
-    with exclusive():
+    with attach_lock():
         loop = loop_of(device)
         if loop is None:
-            with signals_wait():
-                tidy()  # after a bare `losetup --detach` the mount below is still there
+            with signals_deferred():
+                unmount_unused()  # after a bare `losetup --detach` the mount below is still there
             problem = "nothing is attached there (any more)" if os.path.exists(device) else "no such device"
             raise PitfsError(f"{args.device}: {problem}: pitfs attach --list shows what is attached")
         image = image_of(loop, mounts())
@@ -40,10 +41,10 @@ def run(args: argparse.Namespace) -> int:
                 "if it is yours, losetup --detach does it"
             )
         detach(loop)
-        with signals_wait():
-            stay = tidy()
-    if image.mount is not None and is_ours(image.mount) and image.mount.mountpoint in stay:
+        with signals_deferred():
+            busy = unmount_unused()
+    if image.mount is not None and is_made_by_attach(image.mount) and image.mount.mountpoint in busy:
         mountpoint = image.mount.mountpoint
-        users = ", ".join(map(str, users_below(mountpoint))) or "somebody"
+        users = ", ".join(map(str, processes_below(mountpoint))) or "somebody"
         print(f"pitfs: {device} is detached; {mountpoint} stays mounted while {users} uses it", file=sys.stderr)
     return 0

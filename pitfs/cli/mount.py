@@ -21,8 +21,8 @@ from typing import Any, Final
 from pitfs.cli.common.parser import Parser, add_store, run_helper
 from pitfs.cli.common.times import parse_zone
 from pitfs.errors import UsageError
-from pitfs.fuse.mount import MountRequest, mount_store
-from pitfs.fuse.workers import MAX_WORKERS
+from pitfs.fuse.mount.helper import mount_store
+from pitfs.fuse.mount.request import MAX_WORKERS, MountRequest
 from pitfs.supervision.heap import bound_heap
 
 NAME: Final = "mount.pitfs"

@@ -48,7 +48,7 @@ def pin_rows(store: str) -> list[dict[str, Any]]:
 
 
 def _row(reader: PinnedInstants) -> dict[str, Any]:
-    from pitfs.fuse.kernel.loop_devices import image_loops
+    from pitfs.fuse.attach.images import image_loops
 
     devices = []
     if reader.what.startswith(MOUNT):
