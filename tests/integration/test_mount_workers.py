@@ -179,8 +179,8 @@ def test_an_open_image_is_held_until_it_is_closed_whichever_process_is_asked(
 
     with Mount(store, tmp_path, options="workers=3") as mount:
         assert held_now() == [[]]
-        (holder,) = list_pins(str(store))
-        assert (holder.pid, holder.what) == (mount.supervisor(), f"mount {mount.path}")
+        (pins,) = list_pins(str(store))
+        assert (pins.pid, pins.what) == (mount.supervisor(), f"mount {mount.path}")
         files = [os.open(image_of(mount, model, seq), os.O_RDONLY) for seq in (3, 8, 3, 40) for _ in range(5)]
         assert held_now() == [[3, 8, 40]]
         counted_by = mount.workers()  # none of them: what is held is in the file

@@ -18,7 +18,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, Literal
 from urllib.parse import quote
 
 import apsw
@@ -26,6 +26,8 @@ import msgspec
 from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CapacityError, CorruptionError, PitfsError, StoreError, StoreVersionError
+
+Mode = Literal["read", "write", "make"]
 
 CATALOG_VERSION: Final = 3  # 1: journals without layers, 2: no open intervals; before the first release
 PAGE_ROWS: Final = 512  # rows that a listing holds at once
@@ -133,13 +135,13 @@ class Database:
 
     Args:
         path: catalog.sqlite.
-        mode: "read", "write", "make" (as write, made if it isn't there).
+        mode: "make" is "write", and makes the catalog if it isn't there.
 
     Raises:
         StoreError, StoreVersionError, CorruptionError, CapacityError, PitfsError: also from every method.
     """
 
-    def __init__(self, path: str, mode: str = "read") -> None:
+    def __init__(self, path: str, mode: Mode = "read") -> None:
         self.path = path
         self._lock = threading.RLock()  # held from what a change builds on until it is committed
         with _errors(path):
@@ -151,14 +153,14 @@ class Database:
             self._db.close()
             raise
 
-    def _connect(self, mode: str) -> apsw.Connection:
+    def _connect(self, mode: Mode) -> apsw.Connection:
         if mode != "read":
             return apsw.Connection(self.path, flags=apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE)
         if not os.statvfs(self.path).f_flag & os.ST_RDONLY:
-            writable = os.access(self.path, os.W_OK)  # a reader needs the -shm file; read-only where it can't
+            writable = os.access(self.path, os.W_OK)  # a reader writes the -shm file where it may
             flags = apsw.SQLITE_OPEN_READWRITE if writable else apsw.SQLITE_OPEN_READONLY
             return apsw.Connection(self.path, flags=flags)
-        # There nobody writes, and SQLite can't make its -shm file. It wouldn't look into the log either.
+        # On a read-only file system nobody writes. SQLite has no -shm file there, and doesn't look into its log.
         log = f"{self.path}-wal"
         if os.path.exists(log) and os.path.getsize(log):
             raise StoreError(
@@ -168,7 +170,7 @@ class Database:
         uri = f"file:{quote(self.path)}?immutable=1"
         return apsw.Connection(uri, flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI)
 
-    def _prepare(self, mode: str) -> None:
+    def _prepare(self, mode: Mode) -> None:
         self._db.set_busy_timeout(BUSY_MS)
         (version,) = self.rows("PRAGMA user_version")[0]
         if version > CATALOG_VERSION:

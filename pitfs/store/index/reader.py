@@ -27,7 +27,7 @@ from pitfs.store.objects.pool import ObjectPool
 
 MAX_CACHED_CHUNKS: Final = 64  # 4 MiB: an interval of 100,000 rows; a leaf of a longer one has 3 or 4
 
-ChunkCache = Cache[tuple[int, int, int], Chunk]  # by (snapshot id, layer or place, number of the chunk)
+ChunkCache = Cache[tuple[tuple[int, int, int], int], Chunk]  # by (snapshot id, layer, offset), number of the chunk
 
 
 def chunk_cache(limit: int = MAX_CACHED_CHUNKS) -> ChunkCache:
@@ -65,15 +65,15 @@ class RowIndex:
     Args:
         objects: of the store.
         place: where they are.
-        number: with `place.snapshot_id`, what tells them apart in `chunks`.
         chunks: shared by all of a store.
 
     Raises:
         CorruptionError: the sparse index isn't what was written; from the methods: a chunk isn't.
     """
 
-    def __init__(self, objects: ObjectPool, place: SparseIndexPlace, number: int, chunks: ChunkCache) -> None:
-        self._objects, self._place, self._number, self._chunks = objects, place, number, chunks
+    def __init__(self, objects: ObjectPool, place: SparseIndexPlace, chunks: ChunkCache) -> None:
+        self._objects, self._place, self._chunks = objects, place, chunks
+        self._key = place.snapshot_id, place.layer, place.offset
         data = self._read(place.size_bytes, place.offset, place.checksum) if place.size_bytes else b""
         self._sparse_index = np.frombuffer(data, SPARSE_INDEX)
         self.sparse_index_bytes = len(data)
@@ -195,8 +195,7 @@ class RowIndex:
             yield positions
 
     def _chunk(self, number: int) -> Chunk:
-        key = self._place.snapshot_id, self._number, number
-        return self._chunks.get(key, partial(self._read_chunk, number))
+        return self._chunks.get((self._key, number), partial(self._read_chunk, number))
 
     def _read_chunk(self, number: int) -> Chunk:
         row = self._sparse_index[number]
@@ -219,7 +218,7 @@ class JournalIndex(RowIndex):
             ObjectKind.JOURNAL_INDEX, interval.end_snapshot_id,
             HEADER_BYTES + record.data_bytes, record.footer_bytes, record.footer_checksum, interval.layer,
         )  # fmt: skip
-        super().__init__(objects, place, interval.layer, chunks)
+        super().__init__(objects, place, chunks)
 
     def next_time(self, time_ns: int) -> int:
         """Time of the first position after `time_ns`, the interval's end if there is none."""

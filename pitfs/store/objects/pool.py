@@ -50,7 +50,7 @@ def reading_limit() -> int:
 
 
 class MissingObjectError(CorruptionError):
-    """An object isn't there: a finer index may have taken its place, or an interval that of an open one's log."""
+    """An object is missing: a finer index may have taken its place, or an interval the place of an open one."""
 
 
 def again_if_replaced(method: Callable[P, T]) -> Callable[P, T]:
@@ -136,6 +136,9 @@ class ObjectPool:
         with self._lock:
             self._open.pop(_key(kind, snapshot_id, LAST_LAYER), None)
 
+    def path_of(self, kind: ObjectKind, snapshot_id: int, layer: int = LAST_LAYER) -> str:
+        return os.path.join(self.directory, object_file(kind, snapshot_id, layer))
+
     def read_verified(
         self, kind: ObjectKind, snapshot_id: int, size: int, offset: int, checksum: int, layer: int = LAST_LAYER
     ) -> bytes:
@@ -145,7 +148,7 @@ class ObjectPool:
             CorruptionError: they aren't those.
             PitfsError: the disk refuses.
         """
-        path = os.path.join(self.directory, object_file(kind, snapshot_id, layer))
+        path = self.path_of(kind, snapshot_id, layer)
         fd = self.fd_of(kind, snapshot_id, layer)
         try:
             data = read_exactly(fd, size, offset, path)
@@ -160,7 +163,7 @@ class ObjectPool:
             self._open.clear()
 
     def _open_checked(self, kind: ObjectKind, snapshot_id: int, layer: int) -> Descriptor:
-        path = os.path.join(self.directory, object_file(kind, snapshot_id, layer))
+        path = self.path_of(kind, snapshot_id, layer)
         try:
             fd = Descriptor(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         except OSError as error:

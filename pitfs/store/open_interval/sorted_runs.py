@@ -38,7 +38,7 @@ def open_run(objects: ObjectPool, run: SortedRun, chunks: ChunkCache) -> RowInde
         ObjectKind.JOURNAL_BLOCKS, run.open_interval_id, run.sparse_index_offset, run.sparse_index_bytes,
         run.sparse_index_checksum,
     )  # fmt: skip
-    return RowIndex(objects, place, run.sparse_index_offset, chunks)
+    return RowIndex(objects, place, chunks)
 
 
 def add_run(
