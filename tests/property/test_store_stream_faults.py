@@ -17,10 +17,11 @@ from pitfs.model.transfer import Durable, VolumeInfo
 from pitfs.store.catalog import database
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.ingest import Ingest
+from pitfs.store.objects.format import ObjectKind, object_file
 from pitfs.store.open_interval import writer as writer_module
 from pitfs.store.open_interval.closing import Closing
 from pitfs.store.open_interval.stream import Stream
-from pitfs.store.open_interval.writer import OpenIntervalWriter, wal_file
+from pitfs.store.open_interval.writer import OpenIntervalWriter
 from pitfs.store.store import Store
 from tests.helpers.stores import ingest_transfer, read_image
 from tests.helpers.streams import FakeClock, batch_of, mark_of
@@ -28,6 +29,10 @@ from tests.helpers.transfers import History, Write
 
 CALLS = ("pwrite", "fsync", "fdatasync", "rename", "unlink", "ftruncate", "open", "mkdir")
 COMMITS = ("commit", "put_open_interval", "protect_through", "drop_open_interval")
+
+
+def wal_file(open_interval_id: int) -> str:
+    return object_file(ObjectKind.JOURNAL_BLOCKS, open_interval_id)
 
 
 class Killed(BaseException):

@@ -16,9 +16,8 @@ from pitfs.store.index.format import INDEX_ROW
 from pitfs.store.objects.format import HEADER_BYTES
 from pitfs.store.open_interval.wal import (
     HEAD_BYTES,
-    SORTED_RUN,
-    WRITES,
     Batch,
+    RecordKind,
     WalReader,
     WriteAheadLog,
     align,
@@ -62,8 +61,8 @@ def read(wal: WriteAheadLog, start: int = HEADER_BYTES) -> tuple[list[int], int]
 
 
 def test_heads_have_the_golden_bytes() -> None:
-    writes = encode_head(9, WRITES, 8192, 2560, 4096, Batch(17, rows_of(1000), checksums(), ZEROS))
-    run = encode_head(9, SORTED_RUN, 12288, 70000, 8192)
+    writes = encode_head(9, RecordKind.WRITES, 8192, 2560, 4096, Batch(17, rows_of(1000), checksums(), ZEROS))
+    run = encode_head(9, RecordKind.SORTED_RUN, 12288, 70000, 8192)
     assert len(writes) == len(run) == 512
     golden = bytes.fromhex((GOLDEN / "store-wal.hex").read_text("ascii"))
     assert writes[:145] + run[:HEAD_BYTES] == golden

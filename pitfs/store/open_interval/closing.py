@@ -38,7 +38,6 @@ from pitfs.store.index.writer import IndexWriter
 from pitfs.store.objects.format import HEADER_BYTES, UNIT_MASK, ObjectKind, ObjectRecord, contents_pointer
 from pitfs.store.objects.publishing import new_object
 from pitfs.store.open_interval.sorted_runs import open_run
-from pitfs.store.open_interval.writer import wal_file
 from pitfs.store.transfer.recovery import StagingArea
 from pitfs.store.transfer.writable_store import WritableStore
 
@@ -118,7 +117,7 @@ class Closing:
 
     def __init__(self, record: OpenInterval, store: WritableStore, area: StagingArea) -> None:
         self.record, self._store, self._area = record, store, area
-        self._wal_path = os.path.join(store.objects.directory, wal_file(record.id))
+        self._wal_path = store.objects.path_of(ObjectKind.JOURNAL_BLOCKS, record.id)
         self._units = (store.block_sizes // UNIT_BYTES).astype("<u8")
         self._thread = threading.Thread(target=self._run_in_thread, name=f"closing {record.mark}")
         self._error: BaseException | None = None

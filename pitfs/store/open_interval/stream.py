@@ -26,10 +26,10 @@ from pitfs.model.group import NAME_RULE, is_name
 from pitfs.model.transfer import Durable, Hello, StreamMark, Writes
 from pitfs.storage.files import fsync_directory
 from pitfs.store.catalog.records import Commit, OpenInterval
-from pitfs.store.objects.format import MAX_SNAPSHOT_ID
+from pitfs.store.objects.format import MAX_SNAPSHOT_ID, ObjectKind
 from pitfs.store.open_interval.closing import Closing, streamed_manifest
 from pitfs.store.open_interval.wal import WriteAheadLog
-from pitfs.store.open_interval.writer import MAX_PENDING_ROWS, OpenIntervalWriter, wal_file
+from pitfs.store.open_interval.writer import MAX_PENDING_ROWS, OpenIntervalWriter
 from pitfs.store.open_interval.writes import WriteCheck
 from pitfs.store.transfer.position import mismatch
 from pitfs.store.transfer.recovery import StagingArea
@@ -68,7 +68,7 @@ class Stream:
             self._open = OpenIntervalWriter.recover(record, self._store)
             if self._open is None:
                 with suppress(FileNotFoundError):
-                    os.unlink(os.path.join(self._store.objects.directory, wal_file(record.id)))
+                    os.unlink(self._store.objects.path_of(ObjectKind.JOURNAL_BLOCKS, record.id))
                     fsync_directory(self._store.objects.directory)
                 self._catalog.drop_open_interval(record.id)
             else:
@@ -224,10 +224,10 @@ class Stream:
         for each in (number, number + 1):
             self._area.recover_transfer(each)
         self._area.clear(self._area.path)  # a transfer that was to follow `end`
-        directory = self._store.objects.directory
-        wal = WriteAheadLog.create(os.path.join(directory, wal_file(number)), number, self._store.history)
+        path = self._store.objects.path_of(ObjectKind.JOURNAL_BLOCKS, number)
+        wal = WriteAheadLog.create(path, number, self._store.history)
         try:
-            fsync_directory(directory)
+            fsync_directory(self._store.objects.directory)
             record = OpenInterval(number, number + 1, base, seq, time_ns, seq, time_ns, None, wal.end)
             catalog.put_open_interval(record, {}, 0, durable=True)
         except BaseException:

@@ -32,6 +32,7 @@ behind it says so by `durable`: then it is damage, which is reported.
 
 from __future__ import annotations
 
+import enum
 import os
 import struct
 from collections.abc import Iterator
@@ -51,13 +52,16 @@ from pitfs.store.objects.format import HEADER_BYTES, MAX_UNITS, ObjectHeader, Ob
 from pitfs.store.transfer.sections import checksums_of
 
 MAGIC: Final = b"PITFSTLB"
-WRITES: Final = 1
-SORTED_RUN: Final = 2
 HEAD: Final = struct.Struct("<8sIIIIQQQQ")
 _CHECKSUM: Final = struct.Struct("<Q")
 HEAD_BYTES: Final = HEAD.size + _CHECKSUM.size
 assert HEAD.size == 56
 _SEARCH_BYTES: Final = 4 << 20
+
+
+class RecordKind(enum.IntEnum):
+    WRITES = 1
+    SORTED_RUN = 2
 
 
 def align(offset: int) -> int:
@@ -92,7 +96,7 @@ _NO_WRITES: Final = Batch(0, np.zeros(0, WRITE), np.zeros(0, "<u8"), np.zeros(0,
 class Head:
     """The head of a record whose body begins at byte `body` of the file; `batch`: the writes, none of a sorted run."""
 
-    kind: int
+    kind: RecordKind
     offset: int
     body: int
     body_bytes: int
@@ -106,7 +110,7 @@ class Head:
 
 
 def encode_head(
-    open_interval_id: int, kind: int, offset: int, body_bytes: int, durable: int, batch: Batch = _NO_WRITES
+    open_interval_id: int, kind: RecordKind, offset: int, body_bytes: int, durable: int, batch: Batch = _NO_WRITES
 ) -> bytes:
     """A head filled up to its body."""
     rows, checksums = batch.rows, batch.checksums
@@ -142,7 +146,7 @@ class WriteAheadLog:
 
     def append_writes(self, batch: Batch, body: memoryview) -> int:
         """Appends writes; returns the byte where their contents begin. Raises OSError, CapacityError."""
-        head = encode_head(self.open_interval_id, WRITES, self.end, len(body), self.durable, batch)
+        head = encode_head(self.open_interval_id, RecordKind.WRITES, self.end, len(body), self.durable, batch)
         start = self.end + len(head)
         self._check_room(start + len(body))
         write_all(self.fd, head, self.end)
@@ -158,7 +162,7 @@ class WriteAheadLog:
         """The head of a sorted run whose body was written from `run_start` on. Raises OSError, CapacityError."""
         start = self.run_start()
         self._check_room(start + body_bytes)
-        head = encode_head(self.open_interval_id, SORTED_RUN, self.end, body_bytes, self.durable)
+        head = encode_head(self.open_interval_id, RecordKind.SORTED_RUN, self.end, body_bytes, self.durable)
         write_all(self.fd, head, self.end)
         end = align(start + body_bytes)
         write_all(self.fd, bytes(end - start - body_bytes), start + body_bytes)  # the file ends where the WAL does
@@ -204,7 +208,7 @@ class WalReader:
         if self._size < start:
             raise CorruptionError(self._path, self._size, "the log is shorter than what was acknowledged")
         while (head := self._head(self.end)) is not None and head.end <= self._size:
-            if head.kind == WRITES:
+            if head.kind is RecordKind.WRITES:
                 if not self._is_whole(head, head.batch, block_sizes):
                     break
                 yield head
@@ -220,7 +224,7 @@ class WalReader:
         columns_bytes = write_count * WRITE.itemsize + block_count * 8 + -(-block_count // 8)
         body = offset + align(HEAD_BYTES + columns_bytes)
         if (
-            magic != MAGIC or place != offset or kind not in (WRITES, SORTED_RUN)
+            magic != MAGIC or place != offset or kind not in tuple(RecordKind)
             or write_count > MAX_BATCH_ROWS or body > self._size
         ):  # fmt: skip
             return None
@@ -232,7 +236,7 @@ class WalReader:
         checksums = np.frombuffer(columns, "<u8", block_count, rows.nbytes)
         bits = np.frombuffer(columns, np.uint8, -1, rows.nbytes + checksums.nbytes)
         zeros = np.unpackbits(bits, count=block_count, bitorder="little").astype(np.bool_)
-        return Head(kind, offset, body, body_bytes, durable, Batch(first_seq, rows, checksums, zeros))
+        return Head(RecordKind(kind), offset, body, body_bytes, durable, Batch(first_seq, rows, checksums, zeros))
 
     def _is_whole(self, head: Head, batch: Batch, block_sizes: I64Array) -> bool:
         """Whether its contents are what was written."""

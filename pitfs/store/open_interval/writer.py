@@ -17,7 +17,7 @@ from pitfs.store.catalog.minutes import add_seconds
 from pitfs.store.catalog.records import OpenInterval
 from pitfs.store.index.merge import Rows
 from pitfs.store.index.reader import chunk_cache
-from pitfs.store.objects.format import HEADER_BYTES, ObjectHeader, ObjectKind, object_file
+from pitfs.store.objects.format import HEADER_BYTES, ObjectHeader, ObjectKind
 from pitfs.store.open_interval.sorted_runs import add_run, open_run
 from pitfs.store.open_interval.wal import Batch, WalReader, WriteAheadLog
 from pitfs.store.open_interval.writes import positions, spread
@@ -27,11 +27,6 @@ log = logging.getLogger(__name__)
 
 MAX_PENDING_ROWS: Final = 1 << 16  # that wait in memory to be readable: 3 MiB; a batch may come on top
 _COPY_BYTES: Final = 1 << 20
-
-
-def wal_file(open_interval_id: int) -> str:
-    """Name of an open interval's WAL in objects/."""
-    return object_file(ObjectKind.JOURNAL_BLOCKS, open_interval_id)
 
 
 class OpenIntervalWriter:
@@ -117,7 +112,7 @@ class OpenIntervalWriter:
             CorruptionError: what was acknowledged isn't there.
             OSError: the disk refuses.
         """
-        path = os.path.join(store.objects.directory, wal_file(record.id))
+        path = store.objects.path_of(ObjectKind.JOURNAL_BLOCKS, record.id)
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:

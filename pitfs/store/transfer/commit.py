@@ -135,8 +135,7 @@ def _add_contents(staged: StagedTransfer, store: WritableStore) -> tuple[ObjectR
         record = store.complete(staged.journal_blocks.fd, kind, staged.snapshot_id, length_then)
         store.publish(staged.directory, (record,))
         return (record,)
-    path = os.path.join(store.objects.directory, object_file(kind, staged.snapshot_id))
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    fd = os.open(store.objects.path_of(kind, staged.snapshot_id), os.O_RDWR | os.O_CLOEXEC)
     try:
         for at in range(0, length, COPY_BYTES):
             data = staged.journal_blocks.read(min(COPY_BYTES, length - at), at)
