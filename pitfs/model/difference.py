@@ -81,7 +81,7 @@ class DifferenceJournal:
 
     Attributes:
         layer: int64, that each row comes with. sizes: int64, bytes of each row's block.
-        source: uint16; JOURNAL where only the journal has its content. unit: uint64, for SHARED_FOURTH.
+        source: uint16; JOURNAL where only the journal has its content. unit: uint64, for SHARED_SNAPSHOT.
         content: int64, one row of all that have the same content: the first by layer, then by seq.
         counts, data_bytes: int64[layers], rows up to and with each layer, and what their contents take at least.
     """
@@ -127,7 +127,7 @@ class DifferenceJournal:
         unit[own] = (base_bytes + np.cumsum(sizes[own]) - sizes[own]) // UNIT_BYTES
         unit[mine] = unit[mine[firsts][of]]
         source[journal & ~carries] = int(Source.SHARED_JOURNAL)
-        shared = source >= int(Source.SHARED_FOURTH)
+        shared = source >= int(Source.SHARED_SNAPSHOT)
         entries = np.zeros(len(picked), dtype=JOURNAL_ENTRY)
         entries["volume"], entries["block"], entries["seq"] = volume, block, self.columns.seq[picked]
         entries["source"] = source
@@ -189,8 +189,8 @@ def snapshot_diff(
     units[shared] = units[carrier[shared]]
     entries = np.zeros(len(rows), dtype=DIFF_ENTRY)
     entries["volume"], entries["block"] = picked.volume, picked.block
-    entries["source"] = int(Source.FOURTH)
-    entries["source"][zero], entries["source"][shared] = int(Source.ZERO), int(Source.SHARED_FOURTH)
+    entries["source"] = int(Source.SNAPSHOT)
+    entries["source"][zero], entries["source"][shared] = int(Source.ZERO), int(Source.SHARED_SNAPSHOT)
     entries["unit"][shared] = units[shared]
     return SnapshotDiff(entries, rows, units, rows[own], rows[shared], size_bytes)
 
@@ -225,8 +225,8 @@ def difference_journal(
     content = _carriers(columns, zero, in_diff, place, block_sizes, contents)
     unit = np.zeros(count, dtype=np.uint64)
     unit[diff.rows] = diff.units
-    source = np.where(in_diff[content], int(Source.SHARED_FOURTH), int(Source.JOURNAL)).astype(np.uint16)
-    source[in_diff], source[zero] = int(Source.FOURTH), int(Source.ZERO)
+    source = np.where(in_diff[content], int(Source.SHARED_SNAPSHOT), int(Source.JOURNAL)).astype(np.uint16)
+    source[in_diff], source[zero] = int(Source.SNAPSHOT), int(Source.ZERO)
     sizes = block_sizes[columns.volume]
     first = (source == int(Source.JOURNAL)) & (content == np.arange(count))
     return DifferenceJournal(

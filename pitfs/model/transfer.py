@@ -18,7 +18,7 @@ interval before it.
 Sections:
 
     DIFF            DIFF_ENTRY rows, strictly ascending by (volume, block)
-    DIFF_BLOCKS     contents of the rows of DIFF with source FOURTH, whole blocks, in the order of DIFF
+    DIFF_BLOCKS     contents of the rows of DIFF with source SNAPSHOT, whole blocks, in the order of DIFF
     POSITIONS       POSITION rows, strictly ascending: the states inside the interval that these layers add
     JOURNAL         JOURNAL_ENTRY rows of all these layers together, in a few runs, each strictly ascending by
                     (volume, block, seq): stretches of the order of writing, the last one first, for the codec
@@ -94,18 +94,18 @@ class Source(enum.IntEnum):
     """Where the content of a block of the difference journal is (figure 6B)."""
 
     ZERO = 0  # all zeros, nothing stored
-    FOURTH = 1  # the end snapshot (fourth) has it in that block: the next in DIFF_BLOCKS, or what DIFF gave it
+    SNAPSHOT = 1  # the end snapshot (fourth) has it in that block: the next in DIFF_BLOCKS, or what DIFF gave it
     JOURNAL = 2  # only the difference journal has it: the next in JOURNAL_BLOCKS
-    SHARED_FOURTH = 3  # that of another block, at `unit` of DIFF_BLOCKS
+    SHARED_SNAPSHOT = 3  # that of another block, at `unit` of DIFF_BLOCKS
     SHARED_JOURNAL = 4  # that of another row, at `unit` of JOURNAL_BLOCKS
 
 
 DIFF_ENTRY: Final = np.dtype(
     [
         ("block", "<u8"),
-        ("unit", "<u8"),  # SHARED_FOURTH: where a row before has its content in DIFF_BLOCKS, in units, else 0
+        ("unit", "<u8"),  # SHARED_SNAPSHOT: where a row before has its content in DIFF_BLOCKS, in units, else 0
         ("volume", "<u2"),  # index into Hello.volumes
-        ("source", "<u2"),  # ZERO, FOURTH or SHARED_FOURTH
+        ("source", "<u2"),  # ZERO, SNAPSHOT or SHARED_SNAPSHOT
         ("reserved", "<u4"),
     ]
 )

@@ -279,5 +279,5 @@ def _portions(
         filled = contents.any(axis=1)
         entries = np.zeros(len(contents), dtype=DIFF_ENTRY)
         entries["block"], entries["volume"] = first + places[start : start + step], index
-        entries["source"] = np.where(filled, int(Source.FOURTH), int(Source.ZERO))
+        entries["source"] = np.where(filled, int(Source.SNAPSHOT), int(Source.ZERO))
         yield entries, contents[filled].tobytes()
