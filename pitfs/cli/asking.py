@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any, Final
 
+import msgspec
 import trio
 
 from pitfs.config.production import Config
@@ -15,14 +16,14 @@ STARTING_S: Final = 10.0  # the shipper answers some time after writes are accep
 POLL_S: Final = 0.1
 
 
-def ask(config: Config, op: str, **arguments: Any) -> dict[str, Any]:
+def ask(config: Config, request: msgspec.Struct) -> dict[str, Any]:
     """Sends one request to the group's shipper.
 
     Raises:
         PitfsError: `pitfs protect` isn't running, or it says so.
     """
 
-    async def request() -> dict[str, Any]:
+    async def send() -> dict[str, Any]:
         name = config.group.name
         hint = f"{name}: 'pitfs protect {config.path}' isn't running"
         try:
@@ -34,7 +35,7 @@ def ask(config: Config, op: str, **arguments: Any) -> dict[str, Any]:
         except OSError as error:
             raise PitfsError(f"{hint} ({os.strerror(error.errno or 0)}): start it first") from None
         try:
-            return await connection.request(op, **arguments)
+            return await connection.request(request, dict[str, Any])
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             raise PitfsError(
                 f"{name}: the shipper ended before it answered: see the log of 'pitfs protect'"
@@ -42,7 +43,7 @@ def ask(config: Config, op: str, **arguments: Any) -> dict[str, Any]:
         finally:
             await connection.aclose()
 
-    return trio.run(request)
+    return trio.run(send)
 
 
 async def _connect(config: Config) -> control.Connection:

@@ -10,6 +10,7 @@ from typing import Any, Final
 from pitfs.cli.asking import ask
 from pitfs.config.production import load_config
 from pitfs.errors import UsageError
+from pitfs.replication.requests import SetBookmark
 
 NAME: Final = "bookmark"
 
@@ -32,6 +33,6 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             f"{args.name}: not a name for a bookmark: letters, digits, '.', '_' and '-', at most 64"
         )
-    reply = ask(load_config(args.config), "bookmark", name=args.name)
+    reply = ask(load_config(args.config), SetBookmark(args.name))
     print(json.dumps(reply) if args.json else reply["instant"])
     return 0

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from pitfs.cli.asking import ask
 from pitfs.config.production import load_config
+from pitfs.replication.requests import TakeSnapshot
 
 NAME: Final = "snapshot"
 
@@ -25,6 +26,6 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    reply = ask(load_config(args.config), "snapshot")
+    reply = ask(load_config(args.config), TakeSnapshot())
     print(json.dumps(reply) if args.json else reply["instant"])
     return 0

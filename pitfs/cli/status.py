@@ -48,8 +48,9 @@ def run(args: argparse.Namespace) -> int:
 def _production(path: str) -> dict[str, Any]:
     from pitfs.cli.asking import ask
     from pitfs.config.production import load_config
+    from pitfs.replication.requests import ReadStatus
 
-    return ask(load_config(path), "status")
+    return ask(load_config(path), ReadStatus())
 
 
 def _replica(path: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from typing import Final
 
 import trio
 
@@ -13,9 +13,11 @@ from pitfs.errors import CorruptionError, LinkError, PositionMismatchError
 from pitfs.journal.reader import Copy, Interval, JournalReader
 from pitfs.journal.writer import Location, segment_bytes_for
 from pitfs.link.sessions.connect import SenderSession
+from pitfs.model.record import CopyProgress
 from pitfs.model.transfer import Hello, Welcome
 from pitfs.replication.status import ReplicationStatus
-from pitfs.splitter.control import Connection
+from pitfs.splitter.client import SplitterClient
+from pitfs.splitter.messages import SplitterStatus
 from pitfs.splitter.startup import journal_directory
 from pitfs.storage.segment import list_segments
 
@@ -28,7 +30,7 @@ class JournalCursor:
     """Follows a group's journal for its replica.
 
     Args:
-        splitter: connection to the splitter's control socket.
+        splitter: of its control socket.
         give_back: called with the segment before which nothing is needed for shipping any more.
 
     Attributes:
@@ -42,7 +44,7 @@ class JournalCursor:
         self,
         config: Config,
         hello: Hello,
-        splitter: Connection,
+        splitter: SplitterClient,
         standing: ReplicationStatus,
         give_back: Callable[[int], Awaitable[None]],
     ) -> None:
@@ -60,37 +62,30 @@ class JournalCursor:
         segment_bytes = segment_bytes_for(self._config.journal.capacity_bytes)
         return (end.segment - start.segment) * segment_bytes + end.offset - start.offset
 
-    async def tail(self) -> tuple[Location, dict[str, Any]]:
-        """Where the journal's tail is now, and all else that the splitter says of itself."""
-        reply = await self._splitter.request("tail")
-        return Location(reply["segment"], reply["offset"]), reply
-
     async def locate(self, welcome: Welcome) -> None:
         """Puts the reader behind what the replica has; where the journal has that no more, a complete copy begins."""
         self.copy_ahead = False
-        tail, splitter = await self.tail()
-        if welcome.mark > splitter["mark"]:
+        status = await self._splitter.status()
+        if welcome.mark > status.mark:
             raise PositionMismatchError(
                 f"the replica has mark {welcome.mark} of group {self._hello.group!r}, this host only "
-                f"{splitter['mark']}: "
+                f"{status.mark}: "
                 "this state directory is an old copy: put the current one back, or begin a new group"
             )
-        if welcome.tail_seq > splitter["seq"]:
+        if welcome.tail_seq > status.seq:
             raise PositionMismatchError(
                 f"the replica has write {welcome.tail_seq} of group {self._hello.group!r}, this host only "
-                f"{splitter['seq']}: "
+                f"{status.seq}: "
                 "this state directory is an old copy: put the current one back, or begin a new group"
             )
-        if splitter["copy_mark"] is not None and welcome.mark >= splitter["copy_mark"]:
+        if status.copy is not None and welcome.mark >= status.copy.mark:
             # It was committed, and the word of it was lost.
-            await self._splitter.request(
-                "copied", mark=splitter["copy_mark"], volume=len(self._volumes), block=0
-            )
+            await self._splitter.copied(CopyProgress(status.copy.mark, len(self._volumes), 0))
         try:
             if welcome.mark == 0:
-                found = await self._skip_to_copy(splitter)
+                found = await self._skip_to_copy(status)
             else:
-                found = await self._seek(welcome, tail)
+                found = await self._seek(welcome, status.tail)
         except CorruptionError as error:
             await self.rescan(str(error))
             return
@@ -121,23 +116,23 @@ class JournalCursor:
                 if numbers[:1] == (await trio.to_thread.run_sync(list_segments, self.directory))[:1]:
                     raise
 
-    async def _skip_to_copy(self, splitter: dict[str, Any]) -> bool:
+    async def _skip_to_copy(self, status: SplitterStatus) -> bool:
         """For a replica that has nothing: the copy that is under way is what it begins with."""
         self.copy_ahead = True
-        if splitter["copy_mark"] is None:
-            return await self._wait_for_copy(splitter)
-        self.reader.seek(Location(splitter["copy_segment"], splitter["copy_offset"]), (0, 0))
+        if status.copy is None:
+            return await self._wait_for_copy(status)
+        self.reader.seek(status.copy.location, (0, 0))
         return True
 
-    async def _wait_for_copy(self, splitter: dict[str, Any]) -> bool:
+    async def _wait_for_copy(self, status: SplitterStatus) -> bool:
         """Gives the journal's room back while writes pass: a copy begins then, and nothing before it can be used.
 
         False where writes don't pass.
         """
-        if not splitter["passing"]:
+        if not status.bypass_cause:
             return False
-        await self._give_back(splitter["segment"])
-        self.reader.seek(Location(splitter["segment"], splitter["offset"]), (0, 0))
+        await self._give_back(status.tail.segment)
+        self.reader.seek(status.tail, (0, 0))
         return True
 
     async def rescan(self, cause: str, read_from: Location | None = None) -> None:
@@ -150,17 +145,16 @@ class JournalCursor:
             LinkError: the one under way has an unreadable beginning; another was begun.
         """
         self.copy_ahead = True
-        _, reply = await self.tail()
-        if reply["copy_mark"] is not None and read_from == Location(
-            reply["copy_segment"], reply["copy_offset"]
-        ):
+        status = await self._splitter.status()
+        if status.copy is not None and read_from == status.copy.location:
             await self.abandon(cause)  # going there once more would lead back here, for ever
-        if reply["copy_mark"] is None:
-            if await self._wait_for_copy(reply):
+        if status.copy is None:
+            if await self._wait_for_copy(status):
                 return
-            reply = await self._splitter.request("rescan", cause=cause)
+            status = await self._splitter.rescan(cause)
             log.error("%s: a complete copy follows", cause)
-        self.reader.seek(Location(reply["copy_segment"], reply["copy_offset"]), (0, 0))
+        assert status.copy is not None
+        self.reader.seek(status.copy.location, (0, 0))
 
     async def next_item(self, session: SenderSession, wait: bool = True) -> Interval | Copy | None:
         """Follows the journal until the next mark or copy; None where there is none yet and it shan't wait.
@@ -172,17 +166,17 @@ class JournalCursor:
             if session.failure is not None:  # nothing else would tell while there is nothing to send
                 raise session.failure
             wake = self.wake = trio.Event()
-            tail, splitter = await self.tail()
+            status = await self._splitter.status()
             read_from = self.reader.location
             try:
-                item = await trio.to_thread.run_sync(self.reader.next, tail)
+                item = await trio.to_thread.run_sync(self.reader.next, status.tail)
             except CorruptionError as error:
                 await self.rescan(str(error), read_from)
                 continue
             if isinstance(item, Copy):
                 # When writes passed unjournalled. Of an attempt that never became durable the number may come again.
-                running = Location(splitter["copy_segment"], splitter["copy_offset"])
-                given_up = splitter["copy_mark"] != item.start.mark or item.location != running
+                running = status.copy
+                given_up = running is None or (running.mark, running.location) != (item.start.mark, item.location)
             if given_up and item is not None:
                 # What rests on it can't be applied either: only its room is wanted, for the copy that follows.
                 if isinstance(item, Interval):
@@ -195,7 +189,7 @@ class JournalCursor:
                 continue
             if item is not None:
                 return item
-            if given_up and not splitter["passing"] and splitter["copy_mark"] is None:
+            if given_up and not status.bypass_cause and status.copy is None:
                 # No other copy follows, so that one was completed, and what rests on it isn't for this replica.
                 await self.rescan(
                     "the replica stands before a complete copy that it had acknowledged (was its store put back "
@@ -210,8 +204,8 @@ class JournalCursor:
 
     async def abandon(self, cause: str) -> None:
         """What the journal or the replica had of this copy can't be used: begins it anew. Raises LinkError."""
-        reply = (await self.tail())[1]
-        if reply["copy_mark"] is not None or not reply["passing"]:
+        status = await self._splitter.status()
+        if status.copy is not None or not status.bypass_cause:
             log.error("%s: a complete copy follows", cause)
-            await self._splitter.request("rescan", cause=cause)
+            await self._splitter.rescan(cause)
         raise LinkError(f"{cause}: connecting anew for a complete copy")

@@ -19,6 +19,7 @@ from pitfs.link.transport.tls import LinkContext
 from pitfs.model import schedule
 from pitfs.model.granularity import EVERY_WRITE
 from pitfs.model.position import format_instant
+from pitfs.model.record import CopyProgress
 from pitfs.model.schedule import ShippingMode, behind_limit_s, choose_shipping_mode, next_step
 from pitfs.model.transfer import WAITS, Hello, ResumePoint, VolumeInfo
 from pitfs.replication import full_sync as copying
@@ -29,7 +30,8 @@ from pitfs.replication.cursor import JournalCursor
 from pitfs.replication.sending import check_committed, payload_bytes_for, queue_bytes_for, send
 from pitfs.replication.status import ReplicationStatus
 from pitfs.replication.stream import TURN_S, AckReporter, Stream
-from pitfs.splitter.control import Connection
+from pitfs.splitter.client import SplitterClient
+from pitfs.splitter.messages import SplitterStatus
 from pitfs.storage.files import storage_error
 
 log = logging.getLogger(__name__)
@@ -45,7 +47,7 @@ class Shipper:
     Args:
         config: of the group.
         hello: who we are.
-        splitter, follower: connections to the splitter's control socket; the second waits for writes.
+        splitter, follower: of the splitter's control socket; the second waits for writes.
         tls: for the link, None on loopback without TLS.
     """
 
@@ -53,8 +55,8 @@ class Shipper:
         self,
         config: Config,
         hello: Hello,
-        splitter: Connection,
-        follower: Connection,
+        splitter: SplitterClient,
+        follower: SplitterClient,
         tls: LinkContext | None,
     ) -> None:
         self._config = config
@@ -72,7 +74,7 @@ class Shipper:
         self._backfill = Backfill(self._directory, self._volumes, self.standing)
         self._durability = Durability(self._directory)
         parts = self.standing, self._budget, self._durability
-        self._stream = Stream(following.reader, self._volumes, *parts, following.tail, self._give_back)
+        self._stream = Stream(following.reader, self._volumes, *parts, splitter.status, self._give_back)
         self._fitted = True  # every write of the last interval into the link's rate
         self._turn_at = 0.0  # the last turn of the stream
         self.telling = AckReporter(splitter)  # the splitter, in mode sync
@@ -80,11 +82,11 @@ class Shipper:
 
     # -- marks -------------------------------------------------------------------------------------------
 
-    async def mark(self, bookmark: str | None = None) -> dict[str, Any]:
+    async def mark(self, bookmark: str | None = None) -> SplitterStatus:
         """Closes the interval now. Raises CapacityError while writes pass unjournalled."""
-        reply = await self._splitter.request("mark", bookmark=bookmark)
+        status = await self._splitter.mark(bookmark)
         self._following.wake.set()
-        return reply
+        return status
 
     async def tick(self) -> None:
         """Closes an interval each `interval`, for ever."""
@@ -113,16 +115,16 @@ class Shipper:
         stands still while something is sent or the link is down, just when an interval grows. What was written
         while the shipper was away can't be split any more: a mark only ever stands at the tail.
         """
-        tail, splitter = await self._following.tail()
+        status = await self._splitter.status()
         smallest = min(volume.block_size for volume in self._volumes)
-        if splitter["mark"] != self._last_mark:  # whoever set it
-            self._last_mark, self._marked_at = splitter["mark"], tail
+        if status.mark != self._last_mark:  # whoever set it
+            self._last_mark, self._marked_at = status.mark, status.tail
             self._following.wake.set()
             return
         # In time to be sent, and its room given back, while the next one fills the rest.
         limit_bytes = min(MAX_INTERVAL_ROWS * smallest, self._config.journal.capacity_bytes // MAX_INTERVAL_PART)
-        if self._following.bytes_between(self._marked_at, tail) > limit_bytes:
-            self._early.add((await self.mark())["mark"])
+        if self._following.bytes_between(self._marked_at, status.tail) > limit_bytes:
+            self._early.add((await self.mark()).mark)
 
     # -- the link ----------------------------------------------------------------------------------------
 
@@ -176,7 +178,7 @@ class Shipper:
             raise session.failure
         await self._backfill.tell_lost(session)
         if not self._stream.active and session.welcome.mark and not self._following.copy_ahead:
-            tail, _ = await self._following.tail()
+            tail = (await self._splitter.status()).tail
             if self._way(self._following.bytes_between(self._following.reader.start, tail)).streams:
                 log.info("streaming behind mark %d: %s", session.welcome.mark, self.standing.way)
                 self._stream.begin(session, session.welcome.mark)
@@ -214,7 +216,7 @@ class Shipper:
         if self._backfill.waiting:
             await self._ship_layers(session)
         elif self._config.replication.mode == "sync":
-            await self._follower.request("follow", lsn=self._stream.journalled_lsn)
+            await self._follower.wait_for_writes(self._stream.journalled_lsn)
         else:
             with trio.move_on_at(self._turn_at + TURN_S):
                 await self._following.wake.wait()
@@ -275,10 +277,10 @@ class Shipper:
         fds = [os.open(volume.backing, os.O_RDONLY | os.O_CLOEXEC) for volume in self._config.volumes]
 
         def tail() -> Location:
-            location, splitter = trio.from_thread.run(self._following.tail)
-            if splitter["copy_mark"] != copy.start.mark:
+            status = trio.from_thread.run(self._splitter.status)
+            if status.copy is None or status.copy.mark != copy.start.mark:
                 raise LinkError("the copy under way was given up: writes passed unjournalled meanwhile")
-            return location
+            return status.tail
 
         try:
             iterator = copying.frames(
@@ -288,7 +290,7 @@ class Shipper:
             async def on_durable(point: ResumePoint) -> None:
                 if len(point.cursor) == 2:
                     volume, block = point.cursor
-                    await self._splitter.request("copied", mark=copy.start.mark, volume=volume, block=block)
+                    await self._splitter.copied(CopyProgress(copy.start.mark, volume, block))
 
             await send(session, iterator, self.standing, on_durable=on_durable)
         except (CorruptionError, PositionMismatchError) as error:
@@ -301,7 +303,7 @@ class Shipper:
         finally:
             for fd in fds:
                 os.close(fd)
-        await self._splitter.request("copied", mark=copy.start.mark, volume=len(self._volumes), block=0)
+        await self._splitter.copied(CopyProgress(copy.start.mark, len(self._volumes), 0))
         self.standing.getting_through()
         self.standing.arrived(session.welcome, copy.location)
         self.standing.settle(copy.start.mark)
@@ -359,7 +361,7 @@ class Shipper:
             return
         log.debug("next: %s", step)
         try:
-            await self._backfill.build(step.mark, (await self._following.tail())[0])
+            await self._backfill.build(step.mark, (await self._splitter.status()).tail)
             if step.kind is schedule.StepKind.LAYERS:
                 await self._backfill.ship(session, step, self._budget.rate, lambda: self._between(session))
                 self.standing.settle(step.mark)
@@ -374,18 +376,18 @@ class Shipper:
         """Segments before that one aren't needed for shipping any more; some are wanted for backfill."""
         self._needed_segment = max(self._needed_segment, segment)
         wanted = self._backfill.wanted_segment(self._needed_segment)
-        await self._splitter.request("release", segment=self._needed_segment, wanted=wanted)
+        await self._splitter.release(self._needed_segment, wanted)
 
     # -- for people --------------------------------------------------------------------------------------
 
     async def status(self, now_ns: int) -> dict[str, Any]:
         """The keys of INTERFACE: status --json, and more."""
-        standing, (tail, splitter) = self.standing, await self._following.tail()
+        standing, splitter = self.standing, await self._splitter.status()
         committed, location = standing.committed, standing.committed_location
         protected = committed.protected_through_ns if committed and committed.mark else None
-        lag_bytes = splitter["used_bytes"]
+        lag_bytes = splitter.used_bytes
         if location is not None:
-            lag_bytes = self._following.bytes_between(location, tail)
+            lag_bytes = self._following.bytes_between(location, splitter.tail)
         decision, rate = standing.last_decision, self._config.replication.rate_bytes_per_s
         connected = standing.link == "connected"
         return {
@@ -395,21 +397,21 @@ class Shipper:
             "lag_bytes": lag_bytes,
             "lag_seconds": round(max(0, now_ns - protected) / 1e9, 3) if protected else None,
             "backfill_intervals": len(self._backfill.waiting),
-            "lag_intervals": splitter["mark"] - (committed.mark if committed else 0),
-            "journal_bytes": splitter["used_bytes"],
-            "journal_capacity_bytes": splitter["capacity_bytes"],
+            "lag_intervals": splitter.mark - (committed.mark if committed else 0),
+            "journal_bytes": splitter.used_bytes,
+            "journal_capacity_bytes": splitter.capacity_bytes,
             "rate_bytes_per_s": rate if rate is not None else self.standing.measured_rate,
             "last_decision": decision
             and {"granularity_ns": decision.granularity_ns, "reason": decision.reason},
             "holders": [],
-            "seq": splitter["seq"],
+            "seq": splitter.seq,
             "link": standing.link,
             "mode": self._config.replication.mode,
             "shipping": "streaming" if self._stream.active else standing.way if connected else "waits for the link",
-            "sync": splitter["sync"],
-            "passing": splitter["passing"] or None,
-            "writes_waiting": splitter["waiting"] or None,
-            "changed_bytes": splitter["changed_bytes"],
-            "copying": splitter["copy_mark"] is not None,
-            "copying_bytes": splitter["copying_bytes"],
+            "sync": splitter.sync,
+            "passing": splitter.bypass_cause or None,
+            "writes_waiting": splitter.waiting_count or None,
+            "changed_bytes": splitter.changed_bytes,
+            "copying": splitter.copy is not None,
+            "copying_bytes": splitter.copy.changed_bytes if splitter.copy is not None else None,
         }

@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import trio
 
@@ -18,7 +18,8 @@ from pitfs.model.record import MAX_BODY_BYTES
 from pitfs.model.transfer import MAX_BATCH_BYTES, Durable, Flush, StreamMark, VolumeInfo, Welcome
 from pitfs.replication.bandwidth import Budget
 from pitfs.replication.status import ReplicationStatus
-from pitfs.splitter.control import Connection
+from pitfs.splitter.client import SplitterClient
+from pitfs.splitter.messages import SplitterStatus
 
 TURN_S: Final = 0.15  # how often the journal is looked at: with the replica's 0.25 s until readable, well below 1 s
 PULSE_S: Final = 0.25  # how often time goes on where nothing is written
@@ -30,7 +31,7 @@ MEASURE_S, MEASURE_BYTES = 1.0, 256 << 10  # the least over which a rate is meas
 MAX_SAMPLES: Final = 1024
 SAMPLE_S: Final = 0.1
 
-Tail = Callable[[], Awaitable[tuple[Location, dict[str, Any]]]]
+ReadStatus = Callable[[], Awaitable[SplitterStatus]]
 GiveBack = Callable[[int], Awaitable[None]]
 
 
@@ -48,7 +49,7 @@ class Stream:
     """The stream of one group; of one connection between `begin` and `end`.
 
     Args:
-        tail: asks the splitter where the journal's tail is.
+        splitter_status: asks the splitter for its status.
         give_back: called with the segment before which nothing is needed for shipping any more.
 
     Attributes:
@@ -66,10 +67,11 @@ class Stream:
         standing: ReplicationStatus,
         budget: Budget,
         durability: Durability,
-        tail: Tail,
+        splitter_status: ReadStatus,
         give_back: GiveBack,
     ) -> None:
-        self._reader, self._standing, self._budget, self._tail = reader, standing, budget, tail
+        self._reader, self._standing, self._budget = reader, standing, budget
+        self._splitter_status = splitter_status
         self._durability = durability
         self._give_back = give_back
         self._block_sizes = [volume.block_size for volume in volumes]
@@ -139,9 +141,9 @@ class Stream:
             CorruptionError: the journal is damaged.
             PitfsError: of the session, or of the disk.
         """
-        tail, splitter = await self._tail()
-        self.journalled_lsn = splitter["lsn"]
-        self._note(splitter["seq"])
+        status = await self._splitter_status()
+        tail, self.journalled_lsn = status.tail, status.lsn
+        self._note(status.seq)
         if self._reader.location < tail:  # for all of them at once
             segments = self._reader.location.segment, tail.segment
             await trio.to_thread.run_sync(self._durability.make, *segments)
@@ -152,7 +154,7 @@ class Stream:
             if piece is None:
                 self._saturated_at = None
                 break
-            await self._send(piece, splitter["now_ns"] if self._reader.location >= tail else None)
+            await self._send(piece, status.now_ns if self._reader.location >= tail else None)
             # On the way: what is behind, after a link that was down for long, may be the whole journal.
             await self.give_back()
             if piece.begins_anew:
@@ -160,7 +162,7 @@ class Stream:
             if self.behind_s() > limit_s:
                 return False
         if trio.current_time() - self._flushed_at >= PULSE_S:
-            await self._flush(None, NOTHING_DIGEST, splitter["now_ns"])
+            await self._flush(None, NOTHING_DIGEST, status.now_ns)
         return False
 
     async def give_back(self) -> None:
@@ -248,7 +250,7 @@ class AckReporter:
         in_step: whether writes can rely on the replica, as was told last.
     """
 
-    def __init__(self, splitter: Connection) -> None:
+    def __init__(self, splitter: SplitterClient) -> None:
         self._splitter = splitter
         self._news: tuple[int, bool, str] | None = None
         self._told = trio.Event()
@@ -266,4 +268,4 @@ class AckReporter:
             self._told = trio.Event()
             assert self._news is not None
             seq, in_step, cause = self._news
-            await self._splitter.request("replicated", seq=seq, in_step=in_step, cause=cause)
+            await self._splitter.replicated(seq, in_step, cause)

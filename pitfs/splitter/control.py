@@ -1,7 +1,8 @@
 """The control sockets of the production host: one JSON document per line, request and reply.
 
-A request is `{"op": NAME, …}`; a reply `{"ok": {…}}` or `{"error": MESSAGE, "exit_code": N, "retryable": B}`.
-A client that closes its sending direction before the reply has left: its request is given up.
+A request is `{"op": NAME, …}`; a reply is `{"ok": {…}}` or `{"error": {"message", "exit_code", "retryable"}}`.
+The processes that serve a socket say which requests they know (messages.py has the splitter's).
+A request is cancelled if its client closes the connection before the reply has left.
 The splitter serves `splitter.sock`, the shipper `control.sock`, both in the group's state directory.
 """
 
@@ -13,7 +14,7 @@ import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 import trio
@@ -29,16 +30,31 @@ ACCEPT_AGAIN_S: Final = 1.0
 _NO_ROOM_TO_ACCEPT: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 MAX_CONNECTIONS: Final = 32  # tools asking at once; more wait in the kernel's backlog
 
-Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+Request = TypeVar("Request")
+Reply = TypeVar("Reply")
+Handler = Callable[[Request], Awaitable[Any]]
+
+
+class _Failure(msgspec.Struct, frozen=True):
+    message: str
+    exit_code: int = EXIT_FAILED
+    retryable: bool = False
+
+
+class _Reply(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`ok` unless there is an error."""
+
+    ok: msgspec.Raw = msgspec.Raw()
+    error: _Failure | None = None
 
 
 class ControlError(PitfsError):
     """The other side answered a request with an error."""
 
-    def __init__(self, message: str, exit_code: int, retryable: bool) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-        self.retryable = retryable
+    def __init__(self, failure: _Failure) -> None:
+        super().__init__(failure.message)
+        self.exit_code = failure.exit_code
+        self.retryable = failure.retryable
 
 
 @contextlib.contextmanager
@@ -72,8 +88,8 @@ class Connection:
             raise
         return cls(trio.SocketStream(sock))
 
-    async def request(self, op: str, **arguments: Any) -> dict[str, Any]:
-        """Sends a request and returns the reply's values. Cancelled, it may be done or not.
+    async def request(self, request: msgspec.Struct, reply_type: type[Reply]) -> Reply:
+        """Sends a request and returns its reply. Where the caller is cancelled, the request may be done or not.
 
         Raises:
             ControlError: the other side says so.
@@ -81,7 +97,7 @@ class Connection:
         """
         async with self._lock:
             with trio.CancelScope(shield=True):  # a request that was cut short would spoil the next one
-                await self._stream.send_all(msgspec.json.encode({"op": op, **arguments}) + b"\n")
+                await self._stream.send_all(msgspec.json.encode(request) + b"\n")
             self._owed += 1
             while True:  # replies come in order: ours is the last
                 line = await self._read_line()
@@ -90,13 +106,10 @@ class Connection:
                 self._owed -= 1
                 if not self._owed:
                     break
-        reply = msgspec.json.decode(line)
-        if "ok" not in reply:
-            raise ControlError(
-                reply["error"], reply.get("exit_code", EXIT_FAILED), reply.get("retryable", False)
-            )
-        values: dict[str, Any] = reply["ok"]
-        return values
+        reply = msgspec.json.decode(line, type=_Reply)
+        if reply.error is not None:
+            raise ControlError(reply.error)
+        return msgspec.json.decode(reply.ok, type=reply_type)
 
     async def _read_line(self) -> bytes | None:
         while (end := self._buffer.find(b"\n")) < 0:
@@ -110,13 +123,13 @@ class Connection:
         del self._buffer[: end + 1]
         return line
 
-    async def serve(self, handler: Handler) -> None:
+    async def serve(self, decode: Callable[[bytes], Request], handler: Handler[Request]) -> None:
         """Answers requests until the other side closes; the one that is being worked on is cancelled then."""
         while (line := await self._read_line()) is not None:
             reply = b""
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch, nursery.cancel_scope)
-                reply = await _answer(line, handler)
+                reply = await _answer(line, decode, handler)
                 nursery.cancel_scope.cancel()
             if not reply:
                 return
@@ -138,33 +151,37 @@ class Connection:
         await self._stream.aclose()
 
 
-async def _answer(line: bytes, handler: Handler) -> bytes:
+async def _answer(line: bytes, decode: Callable[[bytes], Request], handler: Handler[Request]) -> bytes:
     """The line that answers a request. Never raises: a mistake in one request mustn't end the process."""
     try:
-        request = msgspec.json.decode(line)
-        if not isinstance(request, dict) or not isinstance(request.get("op"), str):
-            raise PitfsError("a request is an object with 'op'")
-        reply: dict[str, Any] = {"ok": await handler(request)}
+        reply = _Reply(msgspec.Raw(msgspec.json.encode(await handler(decode(line)))))
     except PitfsError as error:
-        reply = {"error": str(error), "exit_code": error.exit_code, "retryable": error.retryable}
-    except (msgspec.DecodeError, KeyError, TypeError) as error:
-        reply = {"error": f"not a request: {error!r}"}
+        reply = _Reply(error=_Failure(str(error), error.exit_code, error.retryable))
+    except msgspec.DecodeError as error:
+        reply = _Reply(error=_Failure(f"not a request: {error}"))
     except (trio.BrokenResourceError, trio.ClosedResourceError):
-        reply = {"error": "the splitter ended before it answered: see the log of 'pitfs protect'"}
+        reply = _Reply(error=_Failure("the splitter ended before it answered: see the log of 'pitfs protect'"))
     except Exception as error:
         log.exception("a bug in pitfs: request %.200r: please report it", line)
-        reply = {"error": f"a bug in pitfs: {type(error).__name__}: {error}: see the log of 'pitfs protect'"}
+        problem = f"a bug in pitfs: {type(error).__name__}: {error}: see the log of 'pitfs protect'"
+        reply = _Reply(error=_Failure(problem))
     return msgspec.json.encode(reply) + b"\n"
 
 
 async def serve(
     directory: str,
     name: str,
-    handler: Handler,
+    decode: Callable[[bytes], Request],
+    handler: Handler[Request],
     *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serves a control socket in `directory` until cancelled; only root and the owner may connect."""
+    """Serves a control socket in `directory` until cancelled; only root and the owner may connect.
+
+    Args:
+        decode: a line to a request; raises msgspec.DecodeError for what is none.
+        handler: answers a request; what it returns is encoded as JSON.
+    """
     limit = trio.CapacityLimiter(MAX_CONNECTIONS)
     with contextlib.suppress(FileNotFoundError):  # of an earlier run; the state's lock says that it is over
         os.unlink(os.path.join(directory, name))
@@ -181,7 +198,8 @@ async def serve(
             while True:
                 await limit.acquire_on_behalf_of(token := object())
                 client = await _accept(sock)
-                nursery.start_soon(_serve_one, Connection(trio.SocketStream(client)), handler, limit, token)
+                connection = Connection(trio.SocketStream(client))
+                nursery.start_soon(_serve_one, connection, decode, handler, limit, token)
 
 
 async def _accept(sock: trio.socket.SocketType) -> trio.socket.SocketType:
@@ -198,10 +216,14 @@ async def _accept(sock: trio.socket.SocketType) -> trio.socket.SocketType:
 
 
 async def _serve_one(
-    connection: Connection, handler: Handler, limit: trio.CapacityLimiter, token: object
+    connection: Connection,
+    decode: Callable[[bytes], Request],
+    handler: Handler[Request],
+    limit: trio.CapacityLimiter,
+    token: object,
 ) -> None:
     try:
-        await connection.serve(handler)
+        await connection.serve(decode, handler)
     except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
         log.debug("control connection ended: %s", error)
     finally:

@@ -1,32 +1,28 @@
-"""The splitter's process beside its mount: the control socket, the spare segment, checkpoints, releasing.
-
-Serves these requests (`splitter.sock`):
-
-    tail                            {"segment", "offset", "seq", "position_time_ns", "time_ns", "mark", "used_bytes",
-                                     "capacity_bytes", "passing", "waiting", "changed_bytes", "copying_bytes",
-                                     "copy_mark", "copy_segment", "copy_offset", "lsn", "now_ns", "sync"};
-                                    no later write has a time up to now_ns, nor any that passed unjournalled
-    follow lsn                      the same, as soon as the journal has more than that; at the latest after FOLLOW_S
-    replicated seq in_step cause    mode sync: what the replica durably has
-    mark [bookmark]                 the same, and "mark" is the one just set
-    copied mark volume block        the replica durably has the running copy up to there
-    release segment [wanted]        earlier segments aren't needed for shipping any more; those from `wanted` on are
-                                    kept as long as there is room
-    rescan cause                    begins a complete copy, with a gap before it
-"""
+"""The splitter's process beside its mount: the control socket, the spare segment, checkpoints, releasing."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from typing import Final
 
 import trio
 
 from pitfs.errors import CapacityError, PitfsError
-from pitfs.model.record import CopyProgress
 from pitfs.splitter.change_bitmap import size_bytes
+from pitfs.splitter.messages import (
+    Copied,
+    ReadStatus,
+    Release,
+    Replicated,
+    Rescan,
+    RunningCopy,
+    SetMark,
+    SplitterRequest,
+    SplitterStatus,
+    WaitForWrites,
+)
 from pitfs.splitter.splitter import Splitter
 from pitfs.splitter.sync_gate import SyncGate
 from pitfs.storage.files import storage_error
@@ -149,66 +145,59 @@ class SplitterService:
             self._room.set()
             self._room = trio.Event()
 
-    async def handle(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Answers one control request. Raises PitfsError; KeyError and TypeError for what isn't one."""
+    async def handle(self, request: SplitterRequest) -> SplitterStatus:
+        """Answers one control request. Raises PitfsError."""
         splitter = self._splitter
-        op = request["op"]
         try:
-            if op == "mark":
-                bookmark = request.get("bookmark")
-                marked = splitter.mark(None if bookmark is None else str(bookmark))
-                return self._standing() | {"mark": marked.mark}
-            if op == "copied":
-                splitter.copied(
-                    CopyProgress(int(request["mark"]), int(request["volume"]), int(request["block"]))
-                )
-            elif op == "replicated":
-                self._agreement.replicated(
-                    int(request["seq"]), bool(request["in_step"]), str(request.get("cause", ""))
-                )
-            elif op == "follow":
-                await self._follow(int(request["lsn"]))
-            elif op == "release":
-                wanted = request.get("wanted")
-                splitter.release(int(request["segment"]), None if wanted is None else int(wanted))
-            elif op == "rescan":
-                if splitter.standing.bypass_cause:
-                    raise CapacityError(
-                        f"{splitter.standing.bypass_cause}: a copy begins once that is mended"
-                    )
-                splitter.start_copy(str(request["cause"]))
-            elif op != "tail":
-                raise PitfsError(f"unknown request {op!r}")
+            match request:
+                case ReadStatus():
+                    pass
+                case SetMark(bookmark):
+                    splitter.mark(bookmark)
+                case Copied(progress):
+                    splitter.copied(progress)
+                case Release(segment, wanted):
+                    splitter.release(segment, wanted)
+                case Rescan(cause):
+                    if splitter.standing.bypass_cause:
+                        raise CapacityError(f"{splitter.standing.bypass_cause}: a copy begins once that is mended")
+                    splitter.start_copy(cause)
+                case Replicated(seq, in_step, cause):
+                    self._agreement.replicated(seq, in_step, cause)
+                case WaitForWrites(lsn):
+                    await self._wait_for_writes(lsn)
         except OSError as error:
-            raise storage_error(error, splitter.journal.directory, f"request {op}") from error
-        return self._standing()
+            what = f"request {type(request).__name__}"
+            raise storage_error(error, splitter.journal.directory, what) from error
+        return self._status()
 
-    async def _follow(self, lsn: int) -> None:
+    async def _wait_for_writes(self, lsn: int) -> None:
         with trio.move_on_after(FOLLOW_S):
             while self._splitter.journal.lsn <= lsn:
                 await self._followers.park()
 
-    def _standing(self) -> dict[str, Any]:
-        standing, journal, volumes = self._splitter.standing, self._splitter.journal, self._splitter.volumes
-        changes = standing.change_bitmap if standing.bypass_cause else None
-        copying = [volume.copying for volume in volumes if volume.copying is not None] if standing.copy else []
-        return {
-            "lsn": journal.lsn,
-            "now_ns": self._splitter.now_ns(),
-            "sync": self._agreement.text,
-            "segment": journal.tail.segment,
-            "offset": journal.tail.offset,
-            "seq": standing.seq,
-            "position_time_ns": standing.position_time_ns,
-            "time_ns": standing.time_ns,
-            "mark": standing.mark,
-            "used_bytes": journal.used_bytes,
-            "capacity_bytes": journal.capacity_bytes,
-            "passing": standing.bypass_cause,
-            "changed_bytes": None if changes is None else size_bytes(changes.bitmaps, volumes),
-            "waiting": self._waiting + self._agreement.waiting_count,
-            "copy_mark": standing.copy.mark if standing.copy else None,
-            "copy_segment": standing.copy_location.segment,
-            "copy_offset": standing.copy_location.offset,
-            "copying_bytes": size_bytes(copying, volumes) if copying else None,
-        }
+    def _status(self) -> SplitterStatus:
+        state, journal, volumes = self._splitter.standing, self._splitter.journal, self._splitter.volumes
+        changes = state.change_bitmap if state.bypass_cause else None
+        copy = None
+        if state.copy is not None:
+            copying = [volume.copying for volume in volumes if volume.copying is not None]
+            changed_bytes = size_bytes(copying, volumes) if copying else None
+            copy = RunningCopy(state.copy.mark, state.copy_location, changed_bytes)
+        now_ns = self._splitter.now_ns()  # first: it may move the state's time on
+        return SplitterStatus(
+            tail=journal.tail,
+            lsn=journal.lsn,
+            seq=state.seq,
+            position_time_ns=state.position_time_ns,
+            time_ns=state.time_ns,
+            mark=state.mark,
+            now_ns=now_ns,
+            used_bytes=journal.used_bytes,
+            capacity_bytes=journal.capacity_bytes,
+            bypass_cause=state.bypass_cause,
+            changed_bytes=None if changes is None else size_bytes(changes.bitmaps, volumes),
+            waiting_count=self._waiting + self._agreement.waiting_count,
+            copy=copy,
+            sync=self._agreement.text,
+        )

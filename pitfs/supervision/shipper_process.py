@@ -19,9 +19,19 @@ from pitfs.errors import PitfsError, UsageError
 from pitfs.link.transport.tls import LinkContext
 from pitfs.model.position import format_instant
 from pitfs.model.transfer import Hello
+from pitfs.replication.requests import (
+    REQUESTS,
+    BookmarkSet,
+    ReadStatus,
+    SetBookmark,
+    ShipperRequest,
+    SnapshotTaken,
+    TakeSnapshot,
+)
 from pitfs.replication.shipper import Shipper
 from pitfs.replication.status import InGapError
 from pitfs.splitter import control
+from pitfs.splitter.client import SplitterClient
 from pitfs.splitter.progress import next_epoch, read_group
 from pitfs.storage.files import durable_replace, storage_error
 from pitfs.supervision.heap import bound_heap
@@ -70,32 +80,34 @@ class ShipperControl:
         self._group = group
         self._naming = trio.Lock()
 
-    async def handle(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Answers one request. Raises PitfsError; KeyError and TypeError for what isn't one."""
-        op = request["op"]
-        if op == "status":
-            return await self._shipper.status(time.time_ns())
-        if op == "snapshot":
-            reply = await self._shipper.mark()
-            instant = format_instant(reply["position_time_ns"])
-            try:
-                await self._shipper.standing.wait_committed(reply["mark"], SNAPSHOT_GRACE_S)
-            except InGapError as error:
-                raise PitfsError(
-                    f"{self._group}: the snapshot {instant} lies in a gap ({error}): the replica got a complete "
-                    "copy of a later state instead: take another snapshot"
-                ) from error
-            except PitfsError as error:
-                raise PitfsError(
-                    f"{self._group}: the snapshot {instant} is set but not on the replica yet: {error}; "
-                    "it is sent as soon as the replica can be reached"
-                ) from error
-            return {"instant": instant, "seq": reply["seq"], "mark": reply["mark"]}
-        if op == "bookmark":
-            return await self._bookmark(str(request["name"]))
-        raise PitfsError(f"unknown request {op!r}")
+    async def handle(self, request: ShipperRequest) -> SnapshotTaken | BookmarkSet | dict[str, Any]:
+        """Answers one request. Raises PitfsError."""
+        match request:
+            case ReadStatus():
+                return await self._shipper.status(time.time_ns())
+            case TakeSnapshot():
+                return await self._snapshot()
+            case SetBookmark(name):
+                return await self._bookmark(name)
 
-    async def _bookmark(self, name: str) -> dict[str, Any]:
+    async def _snapshot(self) -> SnapshotTaken:
+        status = await self._shipper.mark()
+        instant = format_instant(status.position_time_ns)
+        try:
+            await self._shipper.standing.wait_committed(status.mark, SNAPSHOT_GRACE_S)
+        except InGapError as error:
+            raise PitfsError(
+                f"{self._group}: the snapshot {instant} lies in a gap ({error}): the replica got a complete "
+                "copy of a later state instead: take another snapshot"
+            ) from error
+        except PitfsError as error:
+            raise PitfsError(
+                f"{self._group}: the snapshot {instant} is set but not on the replica yet: {error}; "
+                "it is sent as soon as the replica can be reached"
+            ) from error
+        return SnapshotTaken(instant, status.seq, status.mark)
+
+    async def _bookmark(self, name: str) -> BookmarkSet:
         async with self._naming:  # of two that give the same name at the same time the second is refused
             known = _read_bookmarks(self._state)
             if name in known:
@@ -106,11 +118,11 @@ class ShipperControl:
                 # Before the mark: a name that is lost with a crash does less harm than one that is given twice.
                 await self._write_bookmarks(known | {name})
                 try:
-                    reply = await self._shipper.mark(name)
+                    status = await self._shipper.mark(name)
                 except PitfsError:
                     await self._write_bookmarks(known)
                     raise
-        return {"name": name, "instant": format_instant(reply["position_time_ns"]), "seq": reply["seq"]}
+        return BookmarkSet(name, format_instant(status.position_time_ns), status.seq)
 
     async def _write_bookmarks(self, names: set[str]) -> None:
         path, content = os.path.join(self._state, BOOKMARKS_FILE), "".join(f"{name}\n" for name in sorted(names))
@@ -123,8 +135,8 @@ class ShipperControl:
 async def _main(config: Config, hello: Hello, tls: LinkContext | None) -> None:
     state = config.group.state
     try:
-        splitter = await control.Connection.open(state, control.SPLITTER_SOCKET)
-        follower = await control.Connection.open(state, control.SPLITTER_SOCKET)
+        splitter = await SplitterClient.open(state)
+        follower = await SplitterClient.open(state)
     except OSError as error:
         raise PitfsError(f"{state}: the splitter isn't running: {os.strerror(error.errno or 0)}") from error
     shipper = Shipper(config, hello, splitter, follower, tls)
@@ -132,7 +144,7 @@ async def _main(config: Config, hello: Hello, tls: LinkContext | None) -> None:
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_stop_when_told, nursery.cancel_scope)
-            await nursery.start(control.serve, state, control.SHIPPER_SOCKET, handler.handle)
+            await nursery.start(control.serve, state, control.SHIPPER_SOCKET, REQUESTS.decode, handler.handle)
             nursery.start_soon(shipper.tick)
             nursery.start_soon(shipper.watch)
             nursery.start_soon(shipper.run)

@@ -23,7 +23,7 @@ from pitfs.errors import PitfsError, UsageError
 from pitfs.fuse.kernel.io_flusher import set_io_flusher
 from pitfs.fuse.kernel.mountinfo import clear_dead_mount, is_dead, mounted_at
 from pitfs.fuse.splitter import SplitterOperations, Syncer
-from pitfs.splitter import control
+from pitfs.splitter import control, messages
 from pitfs.splitter.service import SplitterService
 from pitfs.splitter.startup import VolumeSpec, lock_state, open_splitter
 from pitfs.splitter.sync_gate import SyncGate
@@ -66,7 +66,8 @@ def prepare_mountpoint(mountpoint: str, group: str) -> None:
 async def _serve(service: SplitterService, state: str, mountpoint: str) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(service.run)
-        await nursery.start(control.serve, state, control.SPLITTER_SOCKET, service.handle)
+        decode = messages.REQUESTS.decode
+        await nursery.start(control.serve, state, control.SPLITTER_SOCKET, decode, service.handle)
         nursery.start_soon(_stop_when_told, service, mountpoint)
         print("ready", flush=True)
         await pyfuse3.main()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import pytest
 import trio
@@ -24,11 +24,11 @@ from pitfs.replication import shipper as shipping
 from pitfs.replication import status as standing
 from pitfs.replication import stream as streaming
 from pitfs.replication.shipper import Shipper
-from pitfs.splitter.control import Connection
 from pitfs.splitter.service import SplitterService
 from pitfs.splitter.sync_gate import SyncGate
 from pitfs.store.ingest import Ingest
 from pitfs.store.store import Store
+from tests.helpers.channel import client_of
 from tests.helpers.netlink import Proxy
 from tests.helpers.pipeline import Pipeline
 from tests.helpers.refusals import write_config
@@ -49,13 +49,9 @@ class Linked:
         config = write_config(
             pipeline.tmp, backings, replica=f"127.0.0.1:{proxy.port}", more='rate = "8Gbit"\nmode = "dynamic"'
         )
-        here = cast(Connection, self)
-        self.shipper = Shipper(load_config(str(config)), pipeline.hello, here, here, None)
+        client = client_of(lambda: self.service)
+        self.shipper = Shipper(load_config(str(config)), pipeline.hello, client, client, None)
         self.sessions: list[SenderSession] = []
-
-    async def request(self, op: str, **arguments: Any) -> dict[str, Any]:
-        """As the splitter's control socket."""
-        return await self.service.handle({"op": op, **arguments})
 
     def write(self, count: int = 1) -> None:
         for _ in range(count):
@@ -121,7 +117,7 @@ async def linked(
     monkeypatch.setattr(standing, "BACKOFF_S", (0.001,))
     for module in (sending, shipping, backfill):
         monkeypatch.setattr(module, "payload_bytes_for", lambda rate: FRAME_BYTES)
-    monkeypatch.setattr(shipping, "way_to_go", lambda **_: ShippingMode(streams, "for the test"))
+    monkeypatch.setattr(shipping, "choose_shipping_mode", lambda **_: ShippingMode(streams, "for the test"))
     for name in ("MIN_WINDOW_BYTES", "MAX_WINDOW_BYTES"):
         monkeypatch.setattr(streaming, name, 2 * FRAME_BYTES)
     pipeline.ingest.close()  # the receiver opens the store

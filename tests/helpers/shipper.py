@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import trio
 
@@ -25,12 +25,12 @@ from pitfs.model.transfer import (
     Writes,
 )
 from pitfs.replication.shipper import Shipper
-from pitfs.splitter.control import Connection
 from pitfs.splitter.service import SplitterService
 from pitfs.splitter.sync_gate import SyncGate
 from pitfs.store.catalog.records import Interval as Facts
 from pitfs.store.ingest import Ingest
 from pitfs.store.store import Store
+from tests.helpers.channel import client_of
 from tests.helpers.pipeline import Pipeline
 from tests.helpers.refusals import write_config
 from tests.helpers.stores import feed, read_image
@@ -94,10 +94,8 @@ class Parts:
         self.service = SplitterService(self.pipeline.splitter, SyncGate(holds=False, blocks=False, copying=False))
         config = load_config(str(write_config(tmp, {"v0": self.pipeline.backings[0]})))
         self.session = Here(self.pipeline.ingest)
-        self.shipper = Shipper(config, self.pipeline.hello, cast(Connection, self), cast(Connection, self), None)
-
-    async def request(self, op: str, **arguments: Any) -> dict[str, Any]:
-        return await self.service.handle({"op": op, **arguments})
+        self.client = client_of(lambda: self.service)
+        self.shipper = Shipper(config, self.pipeline.hello, self.client, self.client, None)
 
     async def locate(self) -> None:
         await self.shipper._meet(cast(SenderSession, self.session))
@@ -148,8 +146,7 @@ class Parts:
         before = self.shipper
         before._following.reader.close()
         before._backfill.close()
-        here = cast(Connection, self)
-        self.shipper = Shipper(before._config, self.pipeline.hello, here, here, None)
+        self.shipper = Shipper(before._config, self.pipeline.hello, self.client, self.client, None)
 
     def granularities(self) -> list[int | None]:
         """Of the replica's intervals, oldest first."""

@@ -351,7 +351,7 @@ async def test_before_images_are_kept_of_what_is_copied_alone(parts: Passing) ->
 
 async def test_a_complete_copy_that_is_given_up_is_followed_by_a_complete_one(parts: Passing) -> None:
     await begin(parts)
-    await parts.request("rescan", cause="to try it")
+    await parts.client.rescan("to try it")
     parts.overflow()
     await parts.settle()
     parts.check()

@@ -21,6 +21,7 @@ from pitfs.journal.reader import Copy, Interval
 from pitfs.link.sessions.sender import SenderSession
 from pitfs.model.transfer import WAITS, Checkpoint, Data, Section
 from pitfs.replication.backfill import ERASED
+from pitfs.replication.requests import SetBookmark
 from pitfs.storage.segment import SegmentReader
 from pitfs.supervision.shipper_process import ShipperControl
 from tests.helpers.shipper import Parts, recovers
@@ -56,7 +57,7 @@ async def test_what_rests_on_a_copy_that_was_given_up_is_never_sent(
 ) -> None:
     await parts.locate()
     await parts.ship()
-    await parts.request("rescan", cause="to try it")
+    await parts.client.rescan("to try it")
     parts.write()
     parts.pipeline.splitter.mark("in-the-gap")
     parts.fill()
@@ -156,7 +157,7 @@ async def test_of_two_that_give_a_name_at_the_same_time_one_is_refused(parts: Pa
 
     async def name() -> None:
         try:
-            await control.handle({"op": "bookmark", "name": "noon"})
+            await control.handle(SetBookmark("noon"))
         except UsageError as error:
             refused.append(str(error))
 
@@ -173,9 +174,9 @@ async def test_a_name_that_could_not_be_given_can_be_given_later(
     control = ShipperControl(parts.shipper, parts.pipeline.state, "g")
     parts.fill()
     with pytest.raises(CapacityError, match="capacity"):
-        await control.handle({"op": "bookmark", "name": "noon"})
+        await control.handle(SetBookmark("noon"))
     parts.pipeline.splitter.standing.bypass_cause = ""
-    await control.handle({"op": "bookmark", "name": "noon"})
+    await control.handle(SetBookmark("noon"))
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -183,7 +184,7 @@ async def test_a_name_that_could_not_be_given_can_be_given_later(
     before = parts.pipeline.splitter.standing.mark
     monkeypatch.setattr("pitfs.storage.files.os.fsync", full)
     with pytest.raises(CapacityError, match="bookmarks: remembering the bookmark's name: No space left"):
-        await control.handle({"op": "bookmark", "name": "later"})
+        await control.handle(SetBookmark("later"))
     assert parts.pipeline.splitter.standing.mark == before, "not set without its name being kept"
 
 

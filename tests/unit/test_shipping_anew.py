@@ -67,7 +67,7 @@ async def test_a_replica_from_before_a_completed_copy_gets_another_one(parts: Pa
     await parts.ship()
     saved = parts.save_replica()
     await ship_interval(parts)
-    await parts.request("rescan", cause="to try it")
+    await parts.client.rescan("to try it")
     assert isinstance(await parts.ship(), Interval), "what came before that copy"
     assert isinstance(await parts.ship(), Copy)
     await ship_interval(parts)
@@ -90,7 +90,7 @@ async def test_a_mark_in_the_gap_is_said_to_be_so_though_the_copys_commit_was_no
     await parts.locate()
     await parts.ship()
     parts.write()
-    in_gap = (await parts.shipper.mark())["mark"]
+    in_gap = (await parts.shipper.mark()).mark
     parts.pipeline.splitter.start_copy("to try it")
     parts.shipper._following.reader.seek(parts.pipeline.splitter.standing.copy_location, (0, 0))
     finish = parts.session.finish
@@ -159,7 +159,7 @@ async def test_a_process_without_memory_has_no_damaged_journal(
 async def test_a_copy_whose_beginning_is_damaged_is_begun_anew(parts: Parts) -> None:
     await parts.locate()
     await parts.ship()
-    await parts.request("rescan", cause="to try it")
+    await parts.client.rescan("to try it")
     splitter = parts.pipeline.splitter
     first, place = splitter.standing.mark, splitter.standing.copy_location
     with open(splitter.journal.path_of(place.segment), "r+b") as file:
@@ -248,7 +248,7 @@ async def test_a_cause_of_any_length_can_be_sent(parts: Parts) -> None:
     await parts.locate()
     await parts.ship()
     for cause in ("x" * 4000, "x" * 1000):
-        await parts.request("rescan", cause=cause)
+        await parts.client.rescan(cause)
         assert isinstance(await parts.ship(), Interval)
         item = await parts.next()
         assert isinstance(item, Copy)
