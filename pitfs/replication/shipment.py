@@ -11,7 +11,8 @@ import numpy.typing as npt
 from xxhash import xxh3_64_intdigest, xxh3_128
 
 from pitfs.errors import CorruptionError
-from pitfs.journal.reader import BlockSource, Copy, Interval
+from pitfs.journal.block_source import BlockSource
+from pitfs.journal.reader import Copy, Interval
 from pitfs.model.difference import (
     Contents,
     DifferenceJournal,

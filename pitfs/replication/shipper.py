@@ -11,7 +11,9 @@ import trio
 
 from pitfs.config.production import Config
 from pitfs.errors import CorruptionError, LinkError, PitfsError, PositionMismatchError
-from pitfs.journal.reader import BlockSource, Copy, Durability, Interval
+from pitfs.journal.block_source import BlockSource
+from pitfs.journal.durability import Durability
+from pitfs.journal.reader import Copy, Interval
 from pitfs.journal.writer import Location
 from pitfs.link.sessions.connect import SenderSession, connect
 from pitfs.link.transport.streams import address_text
