@@ -32,7 +32,7 @@ from pitfs.replication.shipper import Shipper
 from pitfs.replication.status import InGapError
 from pitfs.splitter import control
 from pitfs.splitter.client import SplitterClient
-from pitfs.splitter.progress import next_epoch, read_group
+from pitfs.splitter.identity import next_epoch, read_group
 from pitfs.storage.files import durable_replace, storage_error
 from pitfs.supervision.heap import bound_heap
 from pitfs.supervision.processes import (

@@ -19,7 +19,7 @@ from pitfs.model.record import CopyProgress
 from pitfs.model.transfer import Hello, Manifest, ResumePoint, TransferFrame, VolumeInfo
 from pitfs.replication import full_sync as copying
 from pitfs.replication import shipment
-from pitfs.splitter.progress import read_group
+from pitfs.splitter.identity import read_group
 from pitfs.splitter.splitter import Splitter
 from pitfs.splitter.startup import VolumeSpec, journal_directory, lock_state, open_splitter
 from pitfs.store.ingest import Ingest
@@ -82,7 +82,7 @@ class Pipeline:
     def crash(self) -> None:
         """As kill -9: descriptors go, nothing is closed in order."""
         os.close(self.lock)
-        time_ns = self.splitter.standing.time_ns  # as a real clock would have left them
+        time_ns = self.splitter.state.time_ns  # as a real clock would have left them
         for path in self.backings:
             os.utime(path, ns=(time_ns, time_ns))
         self.splitter.journal.close()
