@@ -120,8 +120,8 @@ def serve(config: Config) -> int:
     )
     replication = config.replication
     copying = splitter.state.copy is not None
-    agreement = SyncGate(replication.mode == "sync", replication.on_disconnect == "block", copying)
-    service = SplitterService(splitter, agreement)
+    gate = SyncGate(replication.mode == "sync", replication.on_disconnect == "block", copying)
+    service = SplitterService(splitter, gate)
     operations = SplitterOperations(splitter, Syncer(splitter), service.wait_for_room, service.written)
     options = {f"fsname={FILE_SYSTEM}:{config.group.name}", f"subtype={FILE_SYSTEM}"}
     # A stop from here on waits until somebody can unmount in order; `stop_signals` lets it through.
