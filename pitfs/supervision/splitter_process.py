@@ -43,11 +43,11 @@ async def _serve(service: SplitterService, state: str, mountpoint: str) -> None:
 
 async def _stop_when_told(service: SplitterService, mountpoint: str) -> None:
     await told_to_stop()
-    for device, file in attached_loops(mountpoint):
+    for loop in attached_loops(mountpoint):
         log.warning(
             "%s: %s is still attached to it: its users get I/O errors from now on, and what they haven't synced is "
             "lost: next time unmount and detach it (losetup -d %s) before this ends",
-            file, device, device,
+            loop.backing, loop.device, loop.device,
         )  # fmt: skip
     service.stop()
     pyfuse3.terminate()
