@@ -20,11 +20,7 @@ class Durability:
         self._named = 0  # the names of the segments up to this one are durable
 
     def make(self, first_segment: int, last_segment: int) -> None:
-        """Syncs these segments, both inclusive, as far as they exist. Blocks.
-
-        Raises:
-            PitfsError: the journal's disk refuses.
-        """
+        """Syncs these segments, both inclusive, as far as they exist. Blocks. Raises PitfsError if the disk refuses."""
         try:
             for number in range(first_segment, last_segment + 1):
                 path = segment_path(self._directory, number)

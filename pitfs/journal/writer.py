@@ -309,11 +309,7 @@ class Journal:
             self.synced_bytes = appended
 
     def begin_new_segment(self) -> None:
-        """Begins a new segment. After a sync that failed, gives up what isn't durable, and syncs work again.
-
-        Raises:
-            CapacityError: there is no room for one.
-        """
+        """Begins a new segment; after a sync that failed, what isn't durable is given up. Raises CapacityError."""
         with self._sync_lock, self._lock:
             if self._failed is None:
                 self._roll()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Final
 
 import trio
@@ -17,16 +16,10 @@ INLINE_SYNC_BYTES: Final = 256 << 10
 
 
 class GroupCommit:
-    """Each fsync waits for a sync that begins after its arrival; fsyncs that wait share one.
+    """Each fsync waits for a sync that begins after its arrival; fsyncs that wait share one."""
 
-    Args:
-        splitter: what is synced.
-        clock_ns: monotonic nanoseconds.
-    """
-
-    def __init__(self, splitter: Splitter, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
+    def __init__(self, splitter: Splitter) -> None:
         self._splitter = splitter
-        self._clock_ns = clock_ns
         self._lock = trio.Lock()
         self._average_ns = 0.0  # of late: each new sync counts for an eighth
 
@@ -59,8 +52,8 @@ class GroupCommit:
                 await trio.to_thread.run_sync(self._sync)
 
     def _sync(self) -> None:
-        start = self._clock_ns()
+        start = time.monotonic_ns()
         try:
             self._splitter.sync()
         finally:
-            self._average_ns += (self._clock_ns() - start - self._average_ns) / 8
+            self._average_ns += (time.monotonic_ns() - start - self._average_ns) / 8

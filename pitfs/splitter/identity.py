@@ -62,11 +62,7 @@ def next_epoch(state: str, now_ms: int) -> Epoch:
 
 
 def read_group(state: str) -> GroupFile | None:
-    """The group's identity, None if the state has never been made.
-
-    Raises:
-        CorruptionError, StoreVersionError.
-    """
+    """The group's identity, None for a new state directory. Raises CorruptionError, or StoreVersionError."""
     path = os.path.join(state, "group.json")
     try:
         with open(path, "rb") as file:

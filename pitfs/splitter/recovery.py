@@ -27,12 +27,10 @@ def recover(
 ) -> tuple[SplitterState, JournalTail | None]:
     """Redoes the journalled writes behind the checkpoint; the state then, and where the journal goes on.
 
-    Args:
-        directory: of the journal.
-        limit_bytes: of a change bitmap.
+    There is no tail for a journal that must begin a new segment: it is new, or is damaged after a bypass.
 
-    Returns:
-        No tail for a journal that must begin a new segment: it is new, or wasn't written during a bypass.
+    Args:
+        directory: of the journal. limit_bytes: of a change bitmap.
 
     Raises:
         CorruptionError: the journal is damaged.

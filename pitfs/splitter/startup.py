@@ -40,11 +40,7 @@ def journal_directory(state: str) -> str:
 
 
 def lock_state(state: str) -> int:
-    """Makes the state directory if it is missing, and locks it for as long as the descriptor is open.
-
-    Raises:
-        UsageError: it can't be made, or another splitter has it.
-    """
+    """Makes the state directory and locks it by the descriptor. Raises UsageError if another splitter has it."""
     try:
         os.makedirs(journal_directory(state), mode=0o700, exist_ok=True)
         fsync_directory(state)

@@ -129,11 +129,7 @@ class ProgressFile:
             fsync_directory(state)
 
     def read(self) -> Progress | None:
-        """The newest progress, None if none was written yet.
-
-        Raises:
-            CorruptionError: both slots were written and neither is valid.
-        """
+        """The newest checkpoint, None if there is none yet. Raises CorruptionError if neither slot is valid."""
         found: list[Progress] = []
         blank = 0
         for slot in (0, 1):

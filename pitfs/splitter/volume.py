@@ -31,11 +31,7 @@ class Backing:
 
 
 def open_backing(path: str) -> Backing:
-    """Opens a backing volume for reading and writing, exclusively as far as the kernel can ensure.
-
-    Raises:
-        UsageError: it is missing, of another type, empty, or in use.
-    """
+    """Opens a backing volume, exclusively as far as the kernel can. Raises UsageError: it is empty, in use, …"""
     name = f"{path}: backing volume"
     try:
         fd, size_bytes = open_exclusively(path, name)

@@ -133,11 +133,7 @@ class SegmentReader:
             offset += record.size_bytes
 
     def verified_contents(self, offset: int, record: Record) -> bytes:
-        """The record's contents, each block compared with its checksum.
-
-        Raises:
-            CorruptionError: a block isn't what was written, or the file is too short.
-        """
+        """The record's contents. Raises CorruptionError if a block isn't what was written, or the file is too short."""
         size = record.size_bytes - record.contents_offset
         data = read_exactly(self.fd, size, offset + record.contents_offset, self.path)
         if not record.block_count or len(data) % record.block_count:
