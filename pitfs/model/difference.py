@@ -102,31 +102,37 @@ class DifferenceJournal:
     def part(self, base: int, layer: int, base_bytes: int = 0, run_bytes: int = RUN_BYTES) -> JournalPart:
         """What layers after `base` (-1: from the first) up to and with `layer` add.
 
-        Contents go about in the order of writing, in which the link's codec finds versions of a block, and of blocks
-        that were written together, next to each other: layer after layer they took half as much again (measured
-        on SQLite's log). The last go first, since the diff has just carried what came after them. But rows have to
-        ascend for the replica: so they do within stretches of some MiB.
+        The replica wants rows that ascend by (volume, block, seq), and contents in the order of the rows. The link's
+        codec wants contents in the order of writing: there it finds versions of a block, and blocks that were written
+        together, next to each other (contents sent layer after layer took half as much again, measured on SQLite's
+        log). So the order of writing is cut into runs of some MiB, and rows ascend within a run. The last run goes
+        first: the diff has just carried what was written after it.
 
         Args:
             base_bytes: of JOURNAL_BLOCKS that the replica has. run_bytes: contents of a run, if not too many.
         """
         picked = np.flatnonzero((self.layer > base) & (self.layer <= layer))
         source, sizes = self.source[picked], self.sizes[picked]
-        journal = source == int(Source.JOURNAL)
+        # Rows whose content only the journal has: of those with the same content the first one carries it.
+        journal = np.flatnonzero(source == int(Source.JOURNAL))
         _, firsts, of = np.unique(self.content[picked[journal]], return_index=True, return_inverse=True)
-        mine = np.flatnonzero(journal)
+        carriers = journal[firsts]
         carries = np.zeros(len(picked), dtype=np.bool_)
-        carries[mine[firsts]] = True
+        carries[carriers] = True
+        # A row belongs to the run in which the contents carried up to and with it end; rows are sorted by run, the
+        # last run first, then by volume, block and order of writing.
         ends = np.cumsum(np.where(carries, sizes, 0))
         total_bytes = int(ends[-1]) if len(ends) else 0
         step = max(run_bytes, -(-total_bytes // MAX_JOURNAL_RUNS))
+        run = np.maximum(ends - 1, 0) // step
         volume, block = self.columns.volume[picked], self.columns.block[picked]
-        order = np.lexsort((picked, block, volume, -(np.maximum(ends - 1, 0) // step)))
+        order = np.lexsort((picked, block, volume, -run))
+        # Contents stand in the order of their rows, behind those that the replica has; the others point to them.
         own = order[carries[order]]
         unit = self.unit[picked]
         unit[own] = (base_bytes + np.cumsum(sizes[own]) - sizes[own]) // UNIT_BYTES
-        unit[mine] = unit[mine[firsts][of]]
-        source[journal & ~carries] = int(Source.SHARED_JOURNAL)
+        unit[journal] = unit[carriers[of]]
+        source[journal] = np.where(carries[journal], int(Source.JOURNAL), int(Source.SHARED_JOURNAL))
         shared = source >= int(Source.SHARED_FOURTH)
         entries = np.zeros(len(picked), dtype=JOURNAL_ENTRY)
         entries["volume"], entries["block"], entries["seq"] = volume, block, self.columns.seq[picked]
@@ -239,7 +245,11 @@ def difference_journal(
 def _carriers(
     columns: Columns, zero: Mask, in_diff: Mask, place: Int64s, block_sizes: Int64s, contents: Contents
 ) -> Rows:
-    """For each row the one that carries its content: of the diff, else the first by `place`; or itself."""
+    """For each row the one that carries its content: of the diff, else the first by `place`; or itself.
+
+    Rows are sorted so that those of one checksum and size stand together and the best carrier stands first; that one is
+    proposed to the others, and their bytes decide. Rows of zeros and rows of the diff need no carrier.
+    """
     count = len(columns.seq)
     carrier = np.arange(count)
     size = block_sizes[columns.volume]

@@ -11,6 +11,7 @@ journal holds by then replace what was read: if a block has none, its write hadn
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import struct
 from collections.abc import Callable, Iterator
@@ -19,11 +20,12 @@ from typing import Final
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import trio
 from pyroaring import BitMap64
 from xxhash import xxh3_64_intdigest
 
-from pitfs.errors import CorruptionError, PositionMismatchError
-from pitfs.journal.reader import JournalReader
+from pitfs.errors import CorruptionError, LinkError, PositionMismatchError
+from pitfs.journal.reader import Copy, JournalReader
 from pitfs.journal.writer import Location, journal_path
 from pitfs.model.record import CopyProgress, CopyStart, Record, RecordKind
 from pitfs.model.transfer import (
@@ -32,25 +34,97 @@ from pitfs.model.transfer import (
     Checkpoint,
     Data,
     End,
+    Hello,
     ResumePoint,
     Section,
     Source,
     TransferFrame,
     VolumeInfo,
 )
+from pitfs.replication.cursor import JournalCursor
+from pitfs.replication.manifests import copy_manifest, leads_on
+from pitfs.replication.ports import Session, SplitterPort
+from pitfs.replication.sending import Sender
+from pitfs.replication.status import LostMarks
 from pitfs.splitter.change_bitmap import Pieces
+
+log = logging.getLogger(__name__)
 
 STRETCH_BYTES: Final = 16 << 20  # of a backing volume, read at a time
 CHECKPOINT_BYTES: Final = 8 << 20  # sent before the replica is asked to make it durable
-CHECKPOINT_READ_BYTES: Final = (
-    256 << 20
-)  # read or skipped: zeros send nothing, but their before-images are kept
+CHECKPOINT_READ_BYTES: Final = 256 << 20  # read or skipped: zeros send nothing, but their before-images are kept
 _PRESERVED: Final = np.dtype([("block", "<i8"), ("segment", "<i8"), ("offset", "<i8"), ("checksum", "<u8")])
 _PACK_PRESERVED: Final = struct.Struct("<qqqQ").pack
 
 
+class FullSync:
+    """Sends copies, each from its COPY_START in the journal, and tells the splitter how far the replica has them.
+
+    Args:
+        directory: of the journal. backings: of the volumes, in order.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        backings: tuple[str, ...],
+        hello: Hello,
+        splitter: SplitterPort,
+        cursor: JournalCursor,
+        sender: Sender,
+    ) -> None:
+        self._directory, self._backings, self._hello = directory, backings, hello
+        self._splitter, self._cursor, self._sender = splitter, cursor, sender
+
+    async def ship(self, session: Session, copy: Copy) -> None:
+        """Sends a copy, or the rest of it.
+
+        Raises:
+            LinkError: the copy can't be used, or was given up meanwhile; another one was begun.
+            PitfsError: of the session.
+            OSError: a backing volume can't be read.
+        """
+        status, mark, before = self._sender.status, copy.start.mark, session.welcome.mark
+        if not leads_on(copy, session.welcome):
+            await self._cursor.abandon("the replica hasn't the state that the changed blocks build on")
+        resume = await self._sender.begin(session, copy_manifest(copy, self._hello.history, session.welcome))
+        # Now, not when the commit is acknowledged: that may be lost, and the marks before are so in any case.
+        status.lost = LostMarks(before, mark, copy.start.cause)
+        behind = f" behind {resume.lengths[1]} bytes" if resume.cursor else ""
+        log.info("%s begins, mark %d%s", copy.what, mark, behind)
+        fds = [os.open(backing, os.O_RDONLY | os.O_CLOEXEC) for backing in self._backings]
+
+        def tail() -> Location:
+            splitter = trio.from_thread.run(self._splitter.status)
+            if splitter.copy is None or splitter.copy.mark != mark:
+                raise LinkError("the copy under way was given up: writes passed unjournalled meanwhile")
+            return splitter.tail
+
+        async def on_durable(point: ResumePoint) -> None:
+            if len(point.cursor) == 2:
+                await self._splitter.copied(CopyProgress(mark, *point.cursor))
+
+        try:
+            frames = copy_frames(self._directory, self._hello.volumes, fds, copy.location, mark, resume, tail)
+            await self._sender.send(session, frames, on_durable=on_durable)
+        except (CorruptionError, PositionMismatchError) as error:
+            # Only what we see for ourselves makes all be copied again: damage here, or a replica that resumes
+            # before what it had acknowledged. A peer's word needs no copy to get on: the next session's resume
+            # point says where it is.
+            if error is session.failure:
+                raise
+            await self._cursor.abandon(str(error))
+        finally:
+            for fd in fds:
+                os.close(fd)
+        await self._splitter.copied(CopyProgress(mark, len(self._backings), 0))
+        status.acknowledged(session.welcome, copy.location)
+        status.first_pass_done(mark)
+        log.info("%s committed, mark %d", copy.what, mark)
+
+
 class _BeforeImages:
-    """Where the before-images of blocks not yet copied stand in the journal; 32 bytes for each.
+    """Where the journal has the before-images of blocks not yet copied; 32 bytes for each.
 
     Kept by stretch of the volume, so that each stretch finds its own at once; offset 0 stands for zeros.
     """
@@ -142,7 +216,7 @@ class _BeforeImages:
                 os.close(fd)
 
 
-def frames(
+def copy_frames(
     directory: str,
     volumes: tuple[VolumeInfo, ...],
     backing_fds: list[int],

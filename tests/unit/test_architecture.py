@@ -38,9 +38,6 @@ ARROWS: dict[str, set[str]] = {
 }
 # Imports that the arrows forbid and that are still there: (file, room).
 PENDING: set[tuple[str, str]] = {
-    ("replication/bandwidth.py", "config"),
-    ("replication/cursor.py", "config"),
-    ("replication/shipper.py", "config"),
     ("restore/incremental_export.py", "splitter"),
     ("restore/incremental_export.py", "cli"),
     ("supervision/processes.py", "cli"),

@@ -15,10 +15,10 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from pitfs.errors import EXIT_FAILED, PitfsError
+from pitfs.replication.control import BOOKMARKS_FILE, ShipperControl
 from pitfs.replication.requests import SetBookmark
 from pitfs.splitter.control import MAX_CONNECTIONS, Connection, ControlError, Handler, serve
 from pitfs.splitter.messages import SplitterStatus
-from pitfs.supervision.shipper_process import BOOKMARKS_FILE, ShipperControl
 from tests.helpers.shipper import Parts
 
 NAME = "s.sock"
