@@ -46,7 +46,7 @@ class SnapshotDiff:
 
     Attributes:
         entries: DIFF_ENTRY[k], ascending by (volume, block).
-        rows: the row behind each entry, int64[k]; units: uint64[k], where its content stands, 0 for zeros.
+        rows: the row behind each entry, int64[k]; units: uint64[k], where its content is, 0 for zeros.
         data_rows: rows whose contents DIFF_BLOCKS holds, in its order; shared_rows: those that share one of them.
         size_bytes: of DIFF_BLOCKS.
     """
@@ -77,7 +77,7 @@ class JournalPart:
 
 @dataclass(frozen=True, slots=True)
 class DifferenceJournal:
-    """The interval's writes, and where the content of each stands. All arrays have length n but those of layers.
+    """The interval's writes, and where the content of each is. All arrays have length n but those of layers.
 
     Attributes:
         layer: int64, that each row comes with. sizes: int64, bytes of each row's block.
@@ -154,6 +154,15 @@ class Contents:
     zero: Callable[[Rows], Mask]
 
 
+def _by_block(columns: Columns) -> tuple[Rows, Mask]:
+    """The rows ascending by (volume, block, seq), and which of these the next one overwrites."""
+    order = np.lexsort((columns.seq, columns.block, columns.volume))
+    volume, block = columns.volume[order], columns.block[order]
+    followed = np.zeros(len(order), dtype=np.bool_)
+    followed[:-1] = (volume[1:] == volume[:-1]) & (block[1:] == block[:-1])
+    return order, followed
+
+
 def _zero_rows(columns: Columns, zero_checksums: UInt64s, contents: Contents) -> Mask:
     """Which rows are all zeros: the checksum proposes, the bytes decide."""
     mask: Mask = columns.checksum == zero_checksums[columns.volume]
@@ -178,11 +187,8 @@ def snapshot_diff(
     Args:
         block_sizes: int64[volumes], bytes. zero_checksums: uint64[volumes], of a zero block of each.
     """
-    order = np.lexsort((columns.seq, columns.block, columns.volume))
-    volume, block = columns.volume[order], columns.block[order]
-    last = np.ones(len(order), dtype=np.bool_)
-    last[:-1] = (volume[1:] != volume[:-1]) | (block[1:] != block[:-1])
-    rows = order[last]
+    order, followed = _by_block(columns)
+    rows = order[~followed]
     picked = Columns(columns.volume[rows], columns.block[rows], columns.seq[rows], columns.checksum[rows])
     looks = Contents(lambda a, b: contents.same(rows[a], rows[b]), lambda a: contents.zero(rows[a]))
     zero = _zero_rows(picked, zero_checksums, looks)
@@ -217,10 +223,7 @@ def difference_journal(
         diff: the snapshot diff of the same columns.
     """
     count = len(columns.seq)
-    order = np.lexsort((columns.seq, columns.block, columns.volume))
-    volume, block = columns.volume[order], columns.block[order]
-    followed = np.zeros(count, dtype=np.bool_)
-    followed[:-1] = (volume[1:] == volume[:-1]) & (block[1:] == block[:-1])
+    order, followed = _by_block(columns)
     layer = np.empty(count, dtype=np.int64)
     layer[order] = layers_of(times_ns[order], followed, to_time_ns)
     place = np.empty(count, dtype=np.int64)  # of each row by layer, then by seq
@@ -247,8 +250,8 @@ def _carriers(
 ) -> Rows:
     """For each row the one that carries its content: of the diff, else the first by `place`; or itself.
 
-    Rows are sorted so that those of one checksum and size stand together and the best carrier stands first; that one is
-    proposed to the others, and their bytes decide. Rows of zeros and rows of the diff need no carrier.
+    Rows are sorted by checksum and size, the best carrier first; it is proposed to the others of its group, and the
+    bytes decide. Rows of zeros and rows of the diff need no carrier.
     """
     count = len(columns.seq)
     carrier = np.arange(count)

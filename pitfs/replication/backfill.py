@@ -19,7 +19,7 @@ from pitfs.model.transfer import End, VolumeInfo, Welcome
 from pitfs.replication.interval import PreparedInterval, layers_frames, pick_layers, prepare
 from pitfs.replication.manifests import cause_manifest, layers_manifest, waits_cause
 from pitfs.replication.ports import Session
-from pitfs.replication.sending import BATCH_BYTES, Sender
+from pitfs.replication.sending import Sender
 from pitfs.storage.segment import list_segments
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class Backfill:
         restore  a session begins: what waits is what the replica lacks and the local journal still has
         build    reads the interval of a journal again, for the sizes and contents of its layers
         ship     sends layers of the built one; the replica has it whole: it waits no more
-        give_up  the local journal has the interval no more: the replica is told why it stays as coarse as it is
+        give_up  the local journal has the interval no more: the replica gets the cause why it stays as coarse as it is
 
     Args:
         directory: of the local journal.
@@ -167,15 +167,20 @@ class Backfill:
         finally:
             reader.close()
         if not isinstance(interval, Interval) or (interval.to_seq, interval.to_time_ns) != journal.end:
-            raise CorruptionError(self._directory, 0, f"another interval stands where mark {journal.mark} was")
+            raise CorruptionError(self._directory, 0, f"another interval is where mark {journal.mark} was")
         interval = after(interval, journal.base)
-        return prepare(interval, self._volumes, BlockSource(self._directory, interval, self._block_sizes), True)
+        source = BlockSource(self._directory, interval, self._block_sizes)
+        try:
+            return prepare(interval, self._volumes, source, True)
+        except BaseException:
+            source.close()
+            raise
 
     async def ship(self, session: Session, step: Step, interrupted: Callable[[], Awaitable[bool]]) -> None:
         """Sends the layers of a step, unless they are interrupted: then they are parked.
 
         Raises:
-            CorruptionError: the local journal is damaged, or was recycled under our eyes.
+            CorruptionError: the local journal is damaged, or was recycled meanwhile.
             PitfsError: of the session.
         """
         built, journal, layer = self._built, self._journals[step.mark], step.layer
@@ -183,13 +188,11 @@ class Backfill:
         left = layers_left(layer, built.rung_bytes)
         cause = waits_cause(left[-1][1]) if left else ""
         picked = await trio.to_thread.run_sync(pick_layers, built, journal.layer, layer, journal.base_bytes)
-        payload_bytes = self._sender.bandwidth.payload_bytes
         resume = await self._sender.begin(session, layers_manifest(picked, cause))
-        journal.parked = layer  # until it has arrived: on another connection it goes on as it is
-        frames = layers_frames(picked, resume, payload_bytes)
-        batch_bytes = min(BATCH_BYTES, 4 * payload_bytes)
+        journal.parked = layer  # until it has arrived: on another connection this very transfer is resumed
+        frames = layers_frames(picked, resume, self._sender.bandwidth.payload_bytes)
         try:
-            if not await self._sender.send(session, frames, batch_bytes=batch_bytes, interrupted=interrupted):
+            if not await self._sender.send(session, frames, interrupted=interrupted):
                 log.debug("layers of mark %d up to %d parked", step.mark, layer)
                 return
         except CorruptionError as error:
@@ -203,7 +206,7 @@ class Backfill:
             self._drop(step.mark)
 
     async def give_up(self, session: Session, mark: int, error: CorruptionError) -> None:
-        """The replica keeps what it has of a journal; it is told why there won't be more."""
+        """The replica keeps what it has of a journal; the replica learns why there won't be more."""
         journal = self._drop(mark)
         numbers = await trio.to_thread.run_sync(list_segments, self._directory)
         erased = numbers and journal.start.segment < numbers[0]

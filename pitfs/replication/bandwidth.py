@@ -13,7 +13,7 @@ import trio
 from pitfs.model.transfer import MAX_PAYLOAD_BYTES
 
 MEASUREMENTS: Final = 5
-# What is handed over can't be put off any more: on a slow link it must not be more than it carries in that time.
+# What the session has can't be interrupted: on a slow link it must not be more than the link carries in that time.
 AHEAD_S: Final = 0.5
 MIN_PAYLOAD_BYTES: Final = 64 << 10  # a block at least
 

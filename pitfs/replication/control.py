@@ -115,7 +115,7 @@ class ShipperControl:
 
     async def status(self, now_ns: int) -> dict[str, Any]:
         """The keys of INTERFACE: status --json, and more."""
-        shipper, status, splitter = self._shipper, self._shipper.status, await self._shipper.splitter_status()
+        shipper, status, splitter = self._shipper, self._shipper.status, await self._shipper.splitter.status()
         committed, location = status.committed, status.committed_location
         protected = committed.protected_through_ns if committed and committed.mark else None
         lag_bytes = splitter.used_bytes

@@ -1,4 +1,4 @@
-"""The replica's place in the local journal, and what comes next there for it."""
+"""The position of the replica in the local journal, and what comes next for it there."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from pitfs.journal.writer import Location
 from pitfs.model.record import CopyProgress
 from pitfs.model.transfer import Hello, Welcome
 from pitfs.replication.phases import Phase
-from pitfs.replication.ports import Session, SplitterPort
+from pitfs.replication.ports import Session
 from pitfs.replication.status import ReplicationStatus
+from pitfs.splitter.client import SplitterClient
 from pitfs.splitter.messages import SplitterStatus
 from pitfs.storage.segment import list_segments
 
@@ -50,7 +51,7 @@ class JournalCursor:
         self,
         directory: str,
         hello: Hello,
-        splitter: SplitterPort,
+        splitter: SplitterClient,
         status: ReplicationStatus,
         release: Callable[[int], Awaitable[None]],
     ) -> None:
@@ -103,7 +104,7 @@ class JournalCursor:
             self._status.enter(Phase.WAITING)
 
     async def _locate_first_copy(self, splitter: SplitterStatus) -> None:
-        """For a replica that has nothing: the copy that is under way is what it begins with."""
+        """For a replica that has nothing: it begins with the copy that is under way."""
         if splitter.copy is not None:
             self._await_copy(splitter.copy.location)
         elif not await self._await_bypass_end(splitter):
@@ -120,7 +121,7 @@ class JournalCursor:
                     self.reader.seek_mark, welcome.mark, tail, welcome.tail_seq
                 )
             except CorruptionError:
-                # Removed or recycled under our eyes? Then it is looked for in what is left.
+                # Removed or recycled meanwhile? Then the mark is looked for in what is left.
                 if numbers[:1] == (await trio.to_thread.run_sync(list_segments, self._directory))[:1]:
                     raise
 
@@ -161,7 +162,7 @@ class JournalCursor:
         self._await_copy(splitter.copy.location)
 
     async def abandon(self, cause: str) -> None:
-        """What the journal or the replica had of this copy can't be used: begins it anew. Raises LinkError."""
+        """Begins a copy anew where the journal or the replica has an unusable part of it. Raises LinkError."""
         splitter = await self._splitter.status()
         if splitter.copy is not None or not splitter.bypass_cause:
             log.error("%s: a complete copy follows", cause)

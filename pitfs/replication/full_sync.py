@@ -43,10 +43,11 @@ from pitfs.model.transfer import (
 )
 from pitfs.replication.cursor import JournalCursor
 from pitfs.replication.manifests import copy_manifest, leads_on
-from pitfs.replication.ports import Session, SplitterPort
+from pitfs.replication.ports import Session
 from pitfs.replication.sending import Sender
 from pitfs.replication.status import LostMarks
 from pitfs.splitter.change_bitmap import Pieces
+from pitfs.splitter.client import SplitterClient
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class FullSync:
         directory: str,
         backings: tuple[str, ...],
         hello: Hello,
-        splitter: SplitterPort,
+        splitter: SplitterClient,
         cursor: JournalCursor,
         sender: Sender,
     ) -> None:
@@ -108,9 +109,8 @@ class FullSync:
             frames = copy_frames(self._directory, self._hello.volumes, fds, copy.location, mark, resume, tail)
             await self._sender.send(session, frames, on_durable=on_durable)
         except (CorruptionError, PositionMismatchError) as error:
-            # Only what we see for ourselves makes all be copied again: damage here, or a replica that resumes
-            # before what it had acknowledged. A peer's word needs no copy to get on: the next session's resume
-            # point says where it is.
+            # Only what is seen here has everything copied again: damage, or a replica that resumes before what it
+            # had acknowledged. After an error that the replica reports, the next session's resume point suffices.
             if error is session.failure:
                 raise
             await self._cursor.abandon(str(error))
@@ -126,7 +126,7 @@ class FullSync:
 class _BeforeImages:
     """Where the journal has the before-images of blocks not yet copied; 32 bytes for each.
 
-    Kept by stretch of the volume, so that each stretch finds its own at once; offset 0 stands for zeros.
+    Kept by stretch of the volume, so that each stretch finds its own at once; offset 0 means zeros.
     """
 
     def __init__(self, directory: str, volumes: tuple[VolumeInfo, ...], start: Location, mark: int) -> None:
@@ -273,19 +273,20 @@ def copy_frames(
         images.close()
 
 
-def _seek_data(fd: int, offset: int) -> int | None:
-    """Where the next bytes are that aren't in a hole of the backing file, None where only holes are left.
+def _seek(fd: int, offset: int, whence: int, on_device: int) -> int | None:
+    """Where the next data (SEEK_DATA) or the next hole (SEEK_HOLE) of a backing is, None where there is none.
 
     What is a hole now was one at the copy's position: the splitter fills holes, and nobody makes them.
+
+    Args:
+        on_device: the answer for a block device: everything is data there.
     """
     try:
-        return os.lseek(fd, offset, os.SEEK_DATA)
+        return os.lseek(fd, offset, whence)
     except OSError as error:
-        if error.errno == errno.ENXIO:
-            return None
-        if error.errno == errno.EINVAL:  # a block device: everything is data
-            return offset
-        raise
+        if error.errno not in (errno.ENXIO, errno.EINVAL):
+            raise
+        return on_device if error.errno == errno.EINVAL else None
 
 
 def _next_block(volume: VolumeInfo, block: int, fd: int, wanted: BitMap64 | None) -> int | None:
@@ -294,7 +295,8 @@ def _next_block(volume: VolumeInfo, block: int, fd: int, wanted: BitMap64 | None
         return None
     if wanted is not None:
         return wanted.next_set_bit(block) if len(wanted) and block <= wanted.max() else None
-    offset = _seek_data(fd, block * volume.block_size)
+    start = block * volume.block_size
+    offset = _seek(fd, start, os.SEEK_DATA, on_device=start)
     return None if offset is None else offset // volume.block_size
 
 
@@ -321,18 +323,12 @@ def _read(volume: VolumeInfo, first: int, end: int, fd: int) -> bytearray:
     view = memoryview(buffer)
     start = first * volume.block_size
     stop = min(end * volume.block_size, volume.size_bytes)
-    offset = _seek_data(fd, start)
+    offset = _seek(fd, start, os.SEEK_DATA, on_device=start)
     while offset is not None and offset < stop:
-        try:
-            hole = min(stop, os.lseek(fd, offset, os.SEEK_HOLE))
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            hole = stop
-        wanted = hole - offset
-        if os.preadv(fd, [view[offset - start : hole - start]], offset) != wanted:
+        hole = min(stop, _seek(fd, offset, os.SEEK_HOLE, on_device=stop) or stop)
+        if os.preadv(fd, [view[offset - start : hole - start]], offset) != hole - offset:
             raise CorruptionError(f"backing of volume {volume.name}", offset, "it ends before its size")
-        offset = _seek_data(fd, hole) if hole < stop else None
+        offset = _seek(fd, hole, os.SEEK_DATA, on_device=hole) if hole < stop else None
     return buffer
 
 

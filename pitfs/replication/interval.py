@@ -89,22 +89,11 @@ def prepare(
     """Builds the difference of an interval.
 
     Args:
-        source: taken over; closed where this fails.
         wants_journal: False where the mode never sends one: then none is built.
 
     Raises:
         CorruptionError: the local journal is damaged.
     """
-    try:
-        return _prepare(interval, volumes, source, wants_journal)
-    except BaseException:
-        source.close()
-        raise
-
-
-def _prepare(
-    interval: Interval, volumes: tuple[VolumeInfo, ...], source: RowContents, wants_journal: bool
-) -> PreparedInterval:
     block_sizes = np.array([volume.block_size for volume in volumes], dtype=np.int64)
     zeros = np.array([xxh3_64_intdigest(bytes(volume.block_size)) for volume in volumes], dtype=np.uint64)
     row_bytes = block_sizes[interval.columns.volume]

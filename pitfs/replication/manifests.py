@@ -23,6 +23,41 @@ def waits_cause(size_bytes: int) -> str:
     return f"{megabytes(size_bytes)} MB of its difference journal wait {WAITS}"
 
 
+def _manifest(
+    mark: int, kind: TransferKind, base: tuple[int, int], end: tuple[int, int], **more: Any
+) -> Manifest:
+    """Of a transfer between two positions (seq, time_ns) that has no rows and no journal, unless `more` says so."""
+    plain = {
+        "first_time_ns": None,
+        "protected_through_ns": end[1],
+        "granularity_ns": None,
+        "diff_count": 0,
+        "journal_count": 0,
+        "position_count": 0,
+    }
+    return Manifest(
+        mark=mark,
+        kind=kind,
+        from_seq=base[0],
+        from_time_ns=base[1],
+        to_seq=end[0],
+        to_time_ns=end[1],
+        **(plain | more),
+    )
+
+
+def _of_interval(interval: Interval, kind: TransferKind, **more: Any) -> Manifest:
+    return _manifest(
+        interval.mark,
+        kind,
+        (interval.from_seq, interval.from_time_ns),
+        (interval.to_seq, interval.to_time_ns),
+        first_time_ns=int(interval.times[0]) if len(interval.times) else None,
+        protected_through_ns=interval.mark_time_ns,
+        **more,
+    )
+
+
 def diff_manifest(prepared: PreparedInterval, cause: str) -> Manifest:
     """The manifest of an interval's snapshot diff; `cause`: why it has no more, as far as that is known."""
     interval, entries = prepared.interval, prepared.diff.entries
@@ -32,7 +67,6 @@ def diff_manifest(prepared: PreparedInterval, cause: str) -> Manifest:
     return _of_interval(
         interval,
         TransferKind.INTERVAL,
-        granularity_ns=None,
         diff_count=len(entries),
         identity=_identity(f"diff {interval.mark}", entries),
         cause=cause,
@@ -60,47 +94,25 @@ def layers_manifest(picked: PickedLayers, cause: str) -> Manifest:
     )
 
 
-def _of_interval(interval: Interval, kind: TransferKind, **more: Any) -> Manifest:
-    counts = {"diff_count": 0, "journal_count": 0, "position_count": 0}
-    return Manifest(
-        mark=interval.mark,
-        kind=kind,
-        from_seq=interval.from_seq,
-        from_time_ns=interval.from_time_ns,
-        to_seq=interval.to_seq,
-        to_time_ns=interval.to_time_ns,
-        first_time_ns=int(interval.times[0]) if len(interval.times) else None,
-        protected_through_ns=interval.mark_time_ns,
-        **(counts | more),
-    )
-
-
 def cause_manifest(
     mark: int, base: tuple[int, int], end: tuple[int, int], layer: int, base_bytes: int, cause: str
 ) -> Manifest:
     """The manifest that says why an interval stays at the granularity that it has; nothing comes with it.
 
     Args:
-        base, end: the positions (seq, time_ns) at its ends.
-        layer, base_bytes: the last layer and what of JOURNAL_BLOCKS the replica has of it.
+        layer, base_bytes: the last layer, and what of JOURNAL_BLOCKS, that the replica has.
     """
-    return Manifest(
-        mark=mark,
-        kind=TransferKind.LAYERS,
-        from_seq=base[0],
-        from_time_ns=base[1],
-        to_seq=end[0],
-        to_time_ns=end[1],
-        first_time_ns=None,
-        protected_through_ns=end[1],
-        granularity_ns=granularity_of(layer),
-        base_granularity_ns=granularity_of(layer),
+    granularity_ns = granularity_of(layer)
+    return _manifest(
+        mark,
+        TransferKind.LAYERS,
+        base,
+        end,
+        granularity_ns=granularity_ns,
+        base_granularity_ns=granularity_ns,
         base_bytes=base_bytes,
-        cause=cause,
-        diff_count=0,
-        journal_count=0,
-        position_count=0,
         identity=_identity(f"cause {mark}"),
+        cause=cause,
     )
 
 
@@ -122,21 +134,14 @@ def copy_manifest(copy: Copy, history: str, welcome: Welcome) -> Manifest:
         cause = cause[: MAX_CAUSE_LENGTH - 1] + "…"
     before = welcome.end if welcome.mark else (copy.seq, copy.time_ns)
     gaps = (Gap(*before, copy.seq, copy.time_ns, cause),) if welcome.mark else ()
-    return Manifest(
-        mark=start.mark,
-        kind=TransferKind.FULL if start.is_complete else TransferKind.CHANGES,
-        from_seq=before[0],
-        from_time_ns=before[1],
-        to_seq=copy.seq,
-        to_time_ns=copy.time_ns,
-        first_time_ns=None,
-        protected_through_ns=copy.time_ns,
-        granularity_ns=None,
-        cause=cause or "the first full copy",
+    return _manifest(
+        start.mark,
+        TransferKind.FULL if start.is_complete else TransferKind.CHANGES,
+        before,
+        (copy.seq, copy.time_ns),
         diff_count=None,
-        journal_count=0,
-        position_count=0,
         identity=f"{FORMAT} {history} {'full' if start.is_complete else 'changes'} {start.mark}",
+        cause=cause or "the first full copy",
         gaps=gaps,
     )
 

@@ -24,7 +24,7 @@ class Phase(enum.Enum):
     LOCATING           looks for the place in the journal behind which the replica lacks everything
     WAITING            ships by intervals, and has none to ship: follows the journal to the next mark
     SHIPPING_INTERVAL  a snapshot diff is under way
-    BACKFILLING        layers of a difference journal are under way, or being built; goes back where it came from
+    BACKFILLING        layers of a difference journal are under way, or being built; the phase before follows
     STREAMING          the open interval's writes go as they come; layers go in between
     AWAITING_COPY      nothing that the journal has before the next COPY_START can be used: the replica has no state,
                        or the journal doesn't lead on from the replica's; follows the journal to that COPY_START

@@ -1,4 +1,4 @@
-"""What replication needs of the link and of the splitter; `link.sessions` and `splitter.client` have it."""
+"""What replication needs of the link; `link.sessions` has it. (The splitter: see `splitter.client`.)"""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
-from pitfs.model.record import CopyProgress
 from pitfs.model.transfer import (
     Checkpoint,
     Data,
@@ -19,7 +18,6 @@ from pitfs.model.transfer import (
     Welcome,
     Writes,
 )
-from pitfs.splitter.messages import SplitterStatus
 
 
 class Session(Protocol):
@@ -44,15 +42,3 @@ class Session(Protocol):
 
 
 Connect = Callable[[int], AbstractAsyncContextManager[Session]]  # of queue_bytes: what may wait before the socket
-
-
-class SplitterPort(Protocol):
-    """The splitter's control socket; see `splitter.client.SplitterClient`."""
-
-    async def status(self) -> SplitterStatus: ...
-    async def mark(self, bookmark: str | None = None) -> SplitterStatus: ...
-    async def copied(self, progress: CopyProgress) -> SplitterStatus: ...
-    async def release(self, segment: int, wanted: int | None = None) -> SplitterStatus: ...
-    async def rescan(self, cause: str) -> SplitterStatus: ...
-    async def replicated(self, seq: int, in_step: bool, cause: str = "") -> SplitterStatus: ...
-    async def wait_for_writes(self, lsn: int) -> SplitterStatus: ...

@@ -1,4 +1,4 @@
-"""A transfer on its way: its frames are made in threads, sent, measured, and parked where something else goes first."""
+"""Sends a transfer: frames are made in threads, sent and measured; it is parked where something else goes first."""
 
 from __future__ import annotations
 
@@ -36,7 +36,6 @@ class Sender:
         session: Session,
         frames: Iterator[TransferFrame],
         *,
-        batch_bytes: int = BATCH_BYTES,
         interrupted: Callable[[], Awaitable[bool]] | None = None,
         on_durable: Callable[[ResumePoint], Awaitable[None]] | None = None,
     ) -> bool:
@@ -44,11 +43,11 @@ class Sender:
 
         Args:
             interrupted: whether something else goes first, asked between frames; it may itself stream in between.
-            on_durable: told what is durable on the replica, now and then.
+            on_durable: called now and then with what is durable on the replica.
         """
         begun, wire, payload = trio.current_time(), session.wire_bytes, session.payload_bytes
-        durable = session.durable
-        complete = False
+        durable, complete = session.durable, False
+        batch_bytes = min(BATCH_BYTES, 4 * self.bandwidth.payload_bytes)
         while not complete:
             for frame in await trio.to_thread.run_sync(_pull, frames, batch_bytes):
                 if interrupted is not None and not isinstance(frame, End) and await interrupted():

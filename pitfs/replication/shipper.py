@@ -29,10 +29,11 @@ from pitfs.replication.full_sync import FullSync
 from pitfs.replication.interval import PreparedInterval, diff_frames, prepare
 from pitfs.replication.manifests import diff_manifest, waits_cause
 from pitfs.replication.phases import Phase
-from pitfs.replication.ports import Connect, Session, SplitterPort
+from pitfs.replication.ports import Connect, Session
 from pitfs.replication.sending import Sender, check_committed
 from pitfs.replication.status import ReplicationStatus
 from pitfs.replication.stream import POLL_S, AckReporter, Stream
+from pitfs.splitter.client import SplitterClient
 from pitfs.splitter.messages import SplitterStatus
 from pitfs.storage.files import storage_error
 
@@ -45,7 +46,7 @@ WATCH_S: Final = 2.0  # how often that is looked at: seldom for the splitter, of
 
 @dataclass(frozen=True, slots=True)
 class ShipperSettings:
-    """What the shipper of a group is told at its start.
+    """What the shipper of a group is started with.
 
     Attributes:
         peer: HOST:PORT of the replica, for messages.
@@ -68,14 +69,6 @@ class ShipperSettings:
         return self.interval_ns / 1e9
 
 
-@dataclass(frozen=True, slots=True)
-class LastMark:
-    """The last mark, whoever set it, and where the journal went on behind it when that was noticed."""
-
-    mark: int
-    location: Location
-
-
 class Shipper:
     """Ships a group. What it is doing is `status.phase`; see `phases.Phase` for the whole.
 
@@ -86,23 +79,23 @@ class Shipper:
 
     Attributes:
         cursor, backfill, stream, full_sync, bandwidth, acks: its parts.
-        last_mark: as `close_large` saw it.
+        last_marked: the splitter where `close_large` first saw the last mark, whoever set it.
         load: of the last interval, or of the stream behind it: whether a stream would fit into the link's rate.
-        needed_segment: what stands before it has been shipped, but for what is wanted for backfill.
+        needed_segment: what is before it has been shipped, but for what is wanted for backfill.
     """
 
     def __init__(
         self,
         settings: ShipperSettings,
         hello: Hello,
-        splitter: SplitterPort,
-        waiting_splitter: SplitterPort,
+        splitter: SplitterClient,
+        waiting_splitter: SplitterClient,
         connect: Connect,
     ) -> None:
-        self.settings, self._hello, self._volumes = settings, hello, hello.volumes
-        self._splitter, self._waiting_splitter, self._connect = splitter, waiting_splitter, connect
+        self.settings, self.splitter, self._waiting_splitter = settings, splitter, waiting_splitter
+        self._hello, self._volumes, self._connect = hello, hello.volumes, connect
         self.needed_segment = 0
-        self.last_mark = LastMark(-1, Location(0, 0))
+        self.last_marked: SplitterStatus | None = None
         self._early: set[int] = set()  # marks to be shipped that `close_large` set; as few as fit into the journal
         self.load = NO_LOAD
         self.status = ReplicationStatus(settings.peer)
@@ -128,12 +121,9 @@ class Shipper:
 
     async def mark(self, bookmark: str | None = None) -> SplitterStatus:
         """Closes the interval now. Raises CapacityError while writes bypass the journal."""
-        splitter = await self._splitter.mark(bookmark)
+        splitter = await self.splitter.mark(bookmark)
         self.cursor.wake.set()
         return splitter
-
-    async def splitter_status(self) -> SplitterStatus:
-        return await self._splitter.status()
 
     async def tick(self) -> None:
         """Closes an interval each `interval`, for ever."""
@@ -157,19 +147,19 @@ class Shipper:
     async def close_large(self) -> None:
         """Closes the interval where it may have more than MAX_INTERVAL_ROWS, or may not fit into the journal.
 
-        The journal's bytes tell it (each row has its block there), not what the reader has seen: the reader stands
-        still while something is sent or the link is down, just when an interval grows. What was written while the
-        shipper was away can't be split any more: a mark is only ever set at the journal's end.
+        The limit counts the journal's bytes (each row has its block there), not what the reader has seen: the reader
+        waits while something is sent or the link is down, just when an interval grows. What was written while the
+        shipper was down can't be split any more: a mark is only ever set at the journal's end.
         """
-        splitter = await self._splitter.status()
+        splitter = await self.splitter.status()
         smallest = min(volume.block_size for volume in self._volumes)
-        if splitter.mark != self.last_mark.mark:
-            self.last_mark = LastMark(splitter.mark, splitter.tail)
+        if self.last_marked is None or splitter.mark != self.last_marked.mark:
+            self.last_marked = splitter
             self.cursor.wake.set()
             return
         # In time to be sent, and its room released, while the next one fills the rest.
         limit_bytes = min(MAX_INTERVAL_ROWS * smallest, self.settings.capacity_bytes // MAX_INTERVAL_PART)
-        if self.bytes_between(self.last_mark.location, splitter.tail) > limit_bytes:
+        if self.bytes_between(self.last_marked.tail, splitter.tail) > limit_bytes:
             self._early.add((await self.mark()).mark)
 
     def bytes_between(self, start: Location, end: Location) -> int:
@@ -214,12 +204,12 @@ class Shipper:
         await self.release(self.cursor.reader.start.segment)  # a splitter that was restarted doesn't know
 
     async def step(self, session: Session) -> None:
-        """Streams once; or ships the next diff or copy, else layers that wait; else waits for something."""
+        """Streams once; or ships the next diff or copy, else layers that wait; else waits for a mark."""
         if session.failure is not None:  # nothing else would tell while there is nothing to send
             raise session.failure
         await self.backfill.report_lost(session)
         if self.status.phase is Phase.WAITING:
-            tail = (await self._splitter.status()).tail
+            tail = (await self.splitter.status()).tail
             if self._choose_mode(self.bytes_between(self.cursor.reader.start, tail)).streams:
                 log.info("streaming behind mark %d: %s", session.welcome.mark, self.status.mode.reason)
                 self.begin_stream(session)
@@ -255,7 +245,7 @@ class Shipper:
         self.stream.begin(session)
 
     async def _step_stream(self, session: Session) -> None:
-        """What was written; then layers of a journal that waits, or it is waited for more."""
+        """Streams once; then sends layers of a journal that waits, or waits for writes."""
         self.cursor.wake = trio.Event()
         if await self._pump_stream(session):
             return
@@ -269,7 +259,7 @@ class Shipper:
                 await self.cursor.wake.wait()
 
     async def _pump_stream(self, session: Session) -> bool:
-        """Streams once; True where the stream ended: the replica was behind, or can't be led on that way."""
+        """Streams once; True where the stream ended: the replica was too far behind, or a copy has to come."""
         dynamic = self.settings.mode == "dynamic"
         limit_s = behind_limit_s(self.settings.interval_s) if dynamic else math.inf
         damage, copy_follows = None, False
@@ -319,14 +309,31 @@ class Shipper:
     async def ship_interval(self, session: Session, interval: Interval) -> None:
         """The interval's snapshot diff; its difference journal waits then."""
         self.status.enter(Phase.SHIPPING_INTERVAL)
+        directory, wants_journal = self.settings.journal_directory, self.settings.mode != "snapshot"
+        segments = interval.start.segment, interval.end.segment
+        await trio.to_thread.run_sync(self._durability.make, *segments)
+        self.backfill.close()
+        source = BlockSource(directory, interval, [volume.block_size for volume in self._volumes])
         try:
-            prepared, decision = await self._ship_diff(session, interval)
+            prepared = await trio.to_thread.run_sync(prepare, interval, self._volumes, source, wants_journal)
+            load, decision = self._load_of(prepared), Decision(None, waits_cause(prepared.journal_bytes))
+            if not wants_journal:
+                decision = Decision(None, "mode is snapshot")
+            elif prepared.journal is None:
+                decision = Decision(EVERY_WRITE, "nothing was written")
+            resume = await self._sender.begin(session, diff_manifest(prepared, decision.reason))
+            await self._sender.send(session, diff_frames(prepared, resume, self.bandwidth.payload_bytes))
+            check_committed(session, interval.mark, (interval.to_seq, interval.to_time_ns))
         except CorruptionError as error:
+            source.close()
             # On the next connection the replica wants this one again: then it's passed over for the copy.
             self.cursor.damaged = DamagedInterval(interval.mark, str(error))
             await self.cursor.rescan(str(error))
             raise LinkError(f"{error}: connecting anew for a complete copy") from error
-        self.status.last_decision = decision
+        except BaseException:
+            source.close()
+            raise
+        self.load, self.status.last_decision = load, decision
         self.backfill.add(prepared)
         await self.release(interval.end.segment)
         self.status.acknowledged(session.welcome, interval.end)
@@ -335,37 +342,6 @@ class Shipper:
         self._early = {mark for mark in self._early if mark > interval.mark}
         self.status.enter(Phase.WAITING)
         log.debug("interval committed, mark %d, %d writes", interval.mark, len(interval.times))
-
-    async def _ship_diff(self, session: Session, interval: Interval) -> tuple[PreparedInterval, Decision]:
-        """The interval as it was sent, and what the replica has of it by that alone.
-
-        Raises:
-            CorruptionError: the local journal is damaged.
-            PitfsError: of the session, or the replica has something else.
-        """
-        directory, wants_journal = self.settings.journal_directory, self.settings.mode != "snapshot"
-        segments = interval.start.segment, interval.end.segment
-        await trio.to_thread.run_sync(self._durability.make, *segments)
-        self.backfill.close()
-        source = BlockSource(directory, interval, [volume.block_size for volume in self._volumes])
-        prepared = await trio.to_thread.run_sync(prepare, interval, self._volumes, source, wants_journal)
-        if not wants_journal:
-            decision = Decision(None, "mode is snapshot")
-        elif prepared.journal is None:
-            decision = Decision(EVERY_WRITE, "nothing was written")
-        else:
-            decision = Decision(None, waits_cause(prepared.journal_bytes))
-        load = self._load_of(prepared)
-        try:
-            resume = await self._sender.begin(session, diff_manifest(prepared, decision.reason))
-            frames = diff_frames(prepared, resume, self.bandwidth.payload_bytes)
-            await self._sender.send(session, frames)
-            check_committed(session, interval.mark, (interval.to_seq, interval.to_time_ns))
-        except BaseException:
-            source.close()
-            raise
-        self.load = load
-        return prepared, decision
 
     def _load_of(self, prepared: PreparedInterval) -> LinkLoad:
         interval, committed = prepared.interval, self.status.committed
@@ -393,7 +369,7 @@ class Shipper:
         if not step.fits:
             self.status.first_pass_done(step.mark)
         try:
-            await self.backfill.build(step.mark, (await self._splitter.status()).tail)
+            await self.backfill.build(step.mark, (await self.splitter.status()).tail)
             if step.kind is StepKind.LAYERS:
                 await self.backfill.ship(session, step, lambda: self._interrupts_layers(session))
                 self.status.first_pass_done(step.mark)
@@ -409,4 +385,4 @@ class Shipper:
     async def release(self, segment: int) -> None:
         """Segments before that one aren't needed for shipping any more; some are wanted for backfill."""
         self.needed_segment = max(self.needed_segment, segment)
-        await self._splitter.release(self.needed_segment, self.backfill.wanted_segment(self.needed_segment))
+        await self.splitter.release(self.needed_segment, self.backfill.wanted_segment(self.needed_segment))

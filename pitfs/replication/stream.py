@@ -14,9 +14,11 @@ from pitfs.journal.reader import Durability, JournalReader
 from pitfs.journal.stream_reader import NOTHING_DIGEST, StreamChunk, next_chunk
 from pitfs.journal.writer import Location
 from pitfs.model.record import MAX_BODY_BYTES
-from pitfs.model.transfer import MAX_BATCH_BYTES, Durable, Flush, StreamMark, VolumeInfo, Welcome
-from pitfs.replication.ports import Session, SplitterPort
+from pitfs.model.transfer import MAX_BATCH_BYTES, Durable, Flush, VolumeInfo, Welcome
+from pitfs.replication.ports import Session
 from pitfs.replication.sending import Sender
+from pitfs.splitter.client import SplitterClient
+from pitfs.splitter.messages import Replicated
 
 POLL_S: Final = 0.15  # how often the journal is read: with the replica's 0.25 s until readable, well below 1 s
 PULSE_S: Final = 0.25  # how often the replica hears that time passed where nothing is written
@@ -56,7 +58,7 @@ class Stream:
         self,
         reader: JournalReader,
         volumes: tuple[VolumeInfo, ...],
-        splitter: SplitterPort,
+        splitter: SplitterClient,
         sender: Sender,
         durability: Durability,
         release: Callable[[int], Awaitable[None]],
@@ -143,7 +145,7 @@ class Stream:
                 self._saturated_at = None
                 break
             await self._send(chunk, splitter.now_ns if self._reader.location >= tail else None)
-            # On the way: what is behind, after a link that was down for long, may be the whole journal.
+            # Within the loop: after a link that was down for long, it runs through the whole journal.
             await self.release()
             if chunk.begins_anew:
                 return True
@@ -176,6 +178,7 @@ class Stream:
         return min(MAX_BATCH_BYTES - MAX_BODY_BYTES, self._window_bytes // 2)
 
     async def _send(self, chunk: StreamChunk, now_ns: int | None) -> None:
+        assert self._session is not None
         self._segment = chunk.segment
         if chunk.writes is not None:
             if self._saturated_at is None:
@@ -183,7 +186,9 @@ class Stream:
             self.position = chunk.position
             await self._flush(chunk, chunk.writes.digest, chunk.position[1] if now_ns is None else now_ns)
         if chunk.mark is not None:
-            await self._send_mark(chunk.mark)
+            self.mark = chunk.mark.mark
+            self._await_answer(0)
+            await self._session.stream_mark(chunk.mark)
 
     async def _flush(self, chunk: StreamChunk | None, digest: int, protected_through_ns: int) -> None:
         assert self._session is not None
@@ -192,12 +197,6 @@ class Stream:
         self._await_answer(len(writes.contents) if writes is not None else 0)
         flush = Flush(self.position[0], digest, protected_through_ns)
         await self._session.stream(writes, flush, self._window_bytes)
-
-    async def _send_mark(self, mark: StreamMark) -> None:
-        assert self._session is not None
-        self.mark = mark.mark
-        self._await_answer(0)
-        await self._session.stream_mark(mark)
 
     def _await_answer(self, size_bytes: int) -> None:
         self._unanswered.append(_Sent(self._reader.location, self._segment, size_bytes, trio.current_time()))
@@ -232,21 +231,12 @@ class Stream:
             self._saturated_at, self._answered_bytes = trio.current_time(), 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Report:
-    """What the splitter is told: the replica has every write up to `seq`, and whether writes can rely on it."""
-
-    seq: int
-    in_step: bool
-    cause: str
-
-
 class AckReporter:
     """Reports to the splitter what the replica durably has (mode sync): writes wait for it."""
 
-    def __init__(self, splitter: SplitterPort) -> None:
+    def __init__(self, splitter: SplitterClient) -> None:
         self._splitter = splitter
-        self._last = _Report(0, False, "")
+        self._last = Replicated(0, False)
         self._changed = trio.Event()
 
     @property
@@ -256,7 +246,7 @@ class AckReporter:
 
     def report(self, seq: int, in_step: bool, cause: str = "") -> None:
         """Replaces what hasn't been sent yet."""
-        self._last = _Report(seq, in_step, cause)
+        self._last = Replicated(seq, in_step, cause)
         self._changed.set()
 
     async def run(self) -> None:

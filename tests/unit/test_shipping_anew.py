@@ -302,7 +302,7 @@ async def test_a_mark_is_counted_from_whoever_set_it(parts: Parts, monkeypatch: 
     parts.write(4096 * 60)
     await shipper.close_large()
     assert splitter.standing.mark == 2
-    assert shipper.last_mark.location > Location(1, 4096)
+    assert shipper.last_marked is not None and shipper.last_marked.tail > Location(1, 4096)
 
 
 async def test_an_interval_longer_than_the_journal_can_hold_is_closed_early(parts: Parts) -> None:
