@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from typing import Any, Final
 
 from pitfs.cli.asking import ask
 from pitfs.config.production import load_config
 from pitfs.errors import UsageError
+from pitfs.model.group import NAME_RULE, is_name
 from pitfs.replication.requests import SetBookmark
 
 NAME: Final = "bookmark"
@@ -29,10 +29,8 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", args.name) or args.name in (".", ".."):
-        raise UsageError(
-            f"{args.name}: not a name for a bookmark: letters, digits, '.', '_' and '-', at most 64"
-        )
+    if not is_name(args.name):
+        raise UsageError(f"{args.name}: not a name for a bookmark: must be {NAME_RULE}")
     reply = ask(load_config(args.config), SetBookmark(args.name))
     print(json.dumps(reply) if args.json else reply["instant"])
     return 0

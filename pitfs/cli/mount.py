@@ -29,6 +29,8 @@ from pitfs.supervision.heap import bound_heap
 
 NAME: Final = "mount.pitfs"
 
+# Of pitfs, without a value; those with one are VALUES.
+FLAGS: Final = frozenset(("strict", "allow_other", "scratch_keep"))
 # Of mount(8) and fstab: for others, or without meaning for a mount that is read-only and never changes.
 IGNORED: Final = frozenset(
     (
@@ -149,12 +151,12 @@ def parse_options(
     kernel: list[str] = []
     for option in filter(None, text.split(",")):
         name, has_value, value = option.partition("=")
-        if name in _VALUES and has_value:
-            key, parse = _VALUES[name]
+        if name in VALUES and has_value:
+            key, parse = VALUES[name]
             values[key] = parse(value)
             if name in ("uid", "gid", "mode"):  # who gives it to somebody else wants that somebody to get in
                 values["allow_other"] = True
-        elif option in ("strict", "allow_other", "scratch_keep"):
+        elif option in FLAGS:
             values[option] = True
         elif option in KERNEL_OPTIONS:
             kernel.append(option)
@@ -243,7 +245,7 @@ def parse_zone(value: str) -> datetime.tzinfo:
         raise UsageError(f"time zone {value!r}: unknown: write a name such as Europe/Vienna") from None
 
 
-_VALUES: Final[dict[str, tuple[str, Callable[[str], Any]]]] = {
+VALUES: Final[dict[str, tuple[str, Callable[[str], Any]]]] = {
     "uid": ("uid", _parse_id("uid", lambda name: pwd.getpwnam(name).pw_uid)),
     "gid": ("gid", _parse_id("gid", lambda name: grp.getgrnam(name).gr_gid)),
     "mode": ("mode", _parse_mode),

@@ -27,6 +27,7 @@ from pitfs.errors import (
     PositionMismatchError,
     RemoteProtocolError,
 )
+from pitfs.model.group import identity_problem
 from pitfs.model.transfer import (
     WAITS,
     Coarse,
@@ -51,7 +52,6 @@ from pitfs.store.objects.format import (
     STAGING,
     STORE_JSON,
     ObjectKind,
-    check_identity,
     object_file,
 )
 from pitfs.store.objects.pool import ObjectPool
@@ -85,7 +85,7 @@ class Ingest:
     """
 
     def __init__(self, root: str, hello: Hello, clock: Callable[[], float] = time.monotonic) -> None:
-        problem = check_identity(hello.group, hello.history, hello.volumes)
+        problem = identity_problem(hello.group, hello.history, hello.volumes)
         if problem:
             raise RemoteProtocolError(f"the sender's hello: {problem}")
         self.path = os.path.join(root, hello.group)

@@ -11,6 +11,7 @@ from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CorruptionError, StoreError, StoreVersionError
 from pitfs.model.blockmap import EMPTY, MapBuilder, MapEntry, decode_node, new_node
+from pitfs.model.group import identity_problem
 from pitfs.model.transfer import VolumeInfo
 from pitfs.store.catalog.database import Database
 from pitfs.store.index.journal_index import INDEX_ROW, JournalWriter
@@ -18,7 +19,6 @@ from pitfs.store.objects.format import (
     HEADER_BYTES,
     ObjectHeader,
     ObjectKind,
-    check_identity,
     contents_kind,
     contents_object,
     data_offset,
@@ -136,9 +136,9 @@ def test_object_files_are_told_from_others() -> None:
     ],
 )
 def test_a_group_that_cannot_be_is_refused(group: str, volumes: tuple[VolumeInfo, ...], problem: str) -> None:
-    assert problem in (check_identity(group, "0" * 32, volumes) or "")
-    assert check_identity("g", "0" * 32, (VolumeInfo("a", 1, 512),)) is None
-    assert "history" in (check_identity("g", "xyz", (VolumeInfo("a", 1, 512),)) or "")
+    assert problem in (identity_problem(group, "0" * 32, volumes) or "")
+    assert identity_problem("g", "0" * 32, (VolumeInfo("a", 1, 512),)) is None
+    assert "history" in (identity_problem("g", "xyz", (VolumeInfo("a", 1, 512),)) or "")
 
 
 def test_what_is_not_a_store_is_said_to_be_none(tmp_path: Path) -> None:

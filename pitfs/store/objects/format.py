@@ -49,6 +49,7 @@ import msgspec
 from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CorruptionError, StoreError, StoreVersionError
+from pitfs.model.group import identity_problem
 from pitfs.model.ladder import LAST_LAYER
 from pitfs.model.transfer import UNIT_BYTES, VolumeInfo
 from pitfs.storage.files import storage_error
@@ -65,7 +66,6 @@ UNIT_BITS: Final = 36
 UNIT_MASK: Final = (1 << UNIT_BITS) - 1
 MAX_UNITS: Final = 1 << UNIT_BITS  # of one object: 32 TiB
 MAX_SNAPSHOT_ID: Final = (1 << (64 - UNIT_BITS - 1)) - 1
-MAX_VOLUMES: Final = 1024
 MAX_SEQ: Final = (1 << 46) - 1  # what an inode number has room for: 447 years of 5,000 writes a second
 
 STORE_JSON: Final = "store.json"
@@ -75,8 +75,6 @@ OBJECTS: Final = "objects"
 STAGING: Final = "staging"
 HOLDERS: Final = "holders"
 
-_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_HISTORY: Final = re.compile(r"[0-9a-f]{32}")
 _OBJECT_NAME: Final = re.compile(
     r"snapshot-[0-9a-f]{16}\.(?:map|blocks)|journal-(?P<blocks>[0-9a-f]{16})\.blocks"
     r"|journal-(?P<index>[0-9a-f]{16})-(?P<layer>[0-9])\.index"
@@ -200,32 +198,6 @@ class StoreInfo(msgspec.Struct, frozen=True):
     volumes: tuple[VolumeInfo, ...]
 
 
-def is_name(text: str) -> bool:
-    """Whether it can name a group, a volume or a bookmark, and so a file."""
-    return _NAME.fullmatch(text) is not None and text not in (".", "..")
-
-
-def check_identity(group: str, history: str, volumes: tuple[VolumeInfo, ...]) -> str | None:
-    """What is wrong with a group's description, which comes from a peer or a file and names a directory."""
-    if not is_name(group):
-        return f"group name {group[:80]!r}: must be 1 to 64 of A-Z a-z 0-9 . _ -"
-    if not _HISTORY.fullmatch(history):
-        return "history: must be 32 lower-case hex digits"
-    if not 1 <= len(volumes) <= MAX_VOLUMES:
-        return f"{len(volumes)} volumes: must be 1 to {MAX_VOLUMES}"
-    if len({volume.name for volume in volumes}) != len(volumes):
-        return "two volumes of the same name"
-    for volume in volumes:
-        if not is_name(volume.name):
-            return f"volume name {volume.name[:80]!r}: must be 1 to 64 of A-Z a-z 0-9 . _ -"
-        size = volume.block_size
-        if not 512 <= size <= 65536 or size & (size - 1):
-            return f"volume {volume.name}: block size {size}: must be a power of two from 512 to 65536"
-        if not 0 < volume.size_bytes <= MAX_UNITS * UNIT_BYTES:
-            return f"volume {volume.name}: size of {volume.size_bytes} bytes: must be 1 byte to 32 TiB"
-    return None
-
-
 def read_store_info(path: str) -> StoreInfo:
     """What store.json of the store at `path` says.
 
@@ -260,7 +232,7 @@ def read_store_info(path: str) -> StoreInfo:
         info = msgspec.json.decode(data, type=StoreInfo)
     except msgspec.MsgspecError as error:
         raise StoreError(f"{name}: damaged: {error}: put it back from another copy of the store") from None
-    problem = check_identity(info.group, info.history, info.volumes)
+    problem = identity_problem(info.group, info.history, info.volumes)
     if problem:
         raise StoreError(f"{name}: damaged: {problem}: put it back from another copy of the store")
     for part in (CATALOG, OBJECTS):

@@ -16,12 +16,13 @@ from dataclasses import replace
 from typing import Final
 
 from pitfs.errors import CapacityError, PitfsError, PositionMismatchError, RemoteProtocolError
+from pitfs.model.group import is_name
 from pitfs.model.transfer import Bookmark, Durable, Hello, Manifest, StreamMark, TransferKind, Writes
 from pitfs.storage.files import fsync_directory
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.records import Commit, OpenInterval
 from pitfs.store.index.block_maps import NodeReader
-from pitfs.store.objects.format import MAX_SNAPSHOT_ID, is_name
+from pitfs.store.objects.format import MAX_SNAPSHOT_ID
 from pitfs.store.objects.pool import ObjectPool
 from pitfs.store.open_interval.closing import CAUSE, Closing
 from pitfs.store.open_interval.wal import WriteAheadLog

@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pitfs.errors import RemoteProtocolError
+from pitfs.model.group import is_name
 from pitfs.model.ladder import is_rung
 from pitfs.model.transfer import MAX_JOURNAL_RUNS, UNIT_BYTES, Manifest, Source, TransferKind, VolumeInfo
-from pitfs.store.objects.format import MAX_SEQ, MAX_UNITS, is_name
+from pitfs.store.objects.format import MAX_SEQ, MAX_UNITS
 
 RowArray = npt.NDArray[np.void]  # DIFF_ENTRY, JOURNAL_ENTRY or POSITION
 _EMPTY: Final = -1
