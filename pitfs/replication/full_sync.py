@@ -17,7 +17,6 @@ import struct
 from collections.abc import Callable, Iterator
 from typing import Final
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import trio
@@ -26,7 +25,7 @@ from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CorruptionError, LinkError, PositionMismatchError
 from pitfs.journal.reader import Copy, JournalReader
-from pitfs.journal.writer import Location, journal_path
+from pitfs.journal.writer import Location
 from pitfs.model.record import CopyProgress, CopyStart, Record, RecordKind
 from pitfs.model.transfer import (
     DIFF_ENTRY,
@@ -48,6 +47,7 @@ from pitfs.replication.sending import Sender
 from pitfs.replication.status import LostMarks
 from pitfs.splitter.change_bitmap import Pieces
 from pitfs.splitter.client import SplitterClient
+from pitfs.storage.segment import segment_path
 
 log = logging.getLogger(__name__)
 
@@ -145,22 +145,16 @@ class _BeforeImages:
 
     def follow(self, until: Location) -> None:
         """Takes in what the splitter preserved until then. Raises CorruptionError."""
-
-        def visit(location: Location, record: Record) -> bool:
+        for location, record in self._reader.records(until):
+            message = record.message
             if record.kind is RecordKind.BEFORE_IMAGE:
                 self._add(location, record)
-            elif record.kind is RecordKind.COPY_START:
-                start = msgspec.msgpack.decode(record.covered, type=CopyStart)
-                self._pieces = None if start.is_complete else Pieces(start)
+            elif isinstance(message, CopyStart):
+                self._pieces = None if message.is_complete else Pieces(message)
             elif record.kind is RecordKind.COPY_BLOCKS and self._pieces is not None:
                 self._pieces.take(record)
-            elif record.kind is RecordKind.COPY_PROGRESS:
-                progress = msgspec.msgpack.decode(record.covered, type=CopyProgress)
-                if progress.mark == self._mark:
-                    self.progress = progress
-            return False
-
-        self._reader.follow(until, visit)
+            elif isinstance(message, CopyProgress) and message.mark == self._mark:
+                self.progress = message
 
     def wanted(self) -> list[BitMap64 | None]:
         """Of each volume the blocks that are copied, None for all; call it once. Raises CorruptionError."""
@@ -203,7 +197,7 @@ class _BeforeImages:
         fds: dict[int, int] = {}
         try:
             for block, segment, offset, checksum in rows[rows["offset"] != 0].tolist():
-                path = journal_path(self._directory, segment)
+                path = segment_path(self._directory, segment)
                 if segment not in fds:
                     fds[segment] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 image = os.pread(fds[segment], block_size, offset)

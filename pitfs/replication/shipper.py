@@ -10,7 +10,9 @@ from typing import Final
 import trio
 
 from pitfs.errors import CorruptionError, LinkError, PitfsError
-from pitfs.journal.reader import BlockSource, Copy, Durability, Interval
+from pitfs.journal.block_source import BlockSource
+from pitfs.journal.durability import Durability
+from pitfs.journal.reader import Copy, Interval
 from pitfs.journal.writer import Location, segment_bytes_for
 from pitfs.model.schedule import (
     EVERY_WRITE,

@@ -10,7 +10,8 @@ from typing import Final
 
 import trio
 
-from pitfs.journal.reader import Durability, JournalReader
+from pitfs.journal.durability import Durability
+from pitfs.journal.reader import JournalReader
 from pitfs.journal.stream_reader import NOTHING_DIGEST, StreamChunk, next_chunk
 from pitfs.journal.writer import Location
 from pitfs.model.record import MAX_BODY_BYTES

@@ -13,8 +13,8 @@ import msgspec
 from pyroaring import BitMap64
 
 from pitfs.errors import CorruptionError, UsageError
-from pitfs.journal.recovery import JournalTail, replay
-from pitfs.journal.writer import Journal, Location
+from pitfs.journal.recovery import replay
+from pitfs.journal.writer import Journal, JournalTail, Location
 from pitfs.model.record import CopyProgress, CopyStart, Mark, Record, RecordKind
 from pitfs.model.transfer import VolumeInfo
 from pitfs.splitter.backing import open_backing
@@ -103,15 +103,7 @@ def open_splitter(
     try:
         limit_bytes = changes_limit_bytes(capacity_bytes)
         standing, tail = _recover(directory, history, volumes, progress, limit_bytes)
-        next_lsn = tail.next_lsn if tail else progress.checkpoint_lsn + 1 if progress else 1
-        journal = Journal(
-            directory,
-            history,
-            capacity_bytes,
-            tail.location if tail else None,
-            tail.seed if tail else 0,
-            next_lsn,
-        )
+        journal = Journal(directory, history, capacity_bytes, tail, progress.checkpoint_lsn + 1 if progress else 1)
         generation = progress.generation if progress else 0
         splitter = Splitter(
             volumes, journal, standing, progress_file, generation, clock_ns, boot, block_when_full

@@ -11,10 +11,11 @@ from xxhash import xxh3_64_intdigest
 from pitfs.errors import CorruptionError
 from pitfs.journal.reader import JournalReader
 from pitfs.journal.stream_reader import StreamChunk, next_chunk
-from pitfs.journal.writer import Location, journal_path
+from pitfs.journal.writer import Location
 from pitfs.model.record import block_checksums
 from pitfs.model.transfer import StreamMark
 from pitfs.splitter.startup import journal_directory
+from pitfs.storage.segment import segment_path
 from tests.helpers.pipeline import Pipeline
 
 SIZES, BLOCK_SIZES = [70_000, 33_000], [4096, 512]
@@ -107,7 +108,7 @@ def test_a_flipped_bit_in_the_journal_is_not_streamed(tmp_path: Path) -> None:
         reader.next(pipeline.splitter.journal.tail)
         pipeline.write(0, 0, pipeline.random.bytes(4096))
         tail = pipeline.splitter.journal.tail
-        path = Path(journal_path(journal_directory(pipeline.state), tail.segment))
+        path = Path(segment_path(journal_directory(pipeline.state), tail.segment))
         data = bytearray(path.read_bytes())
         data[tail.offset - 1] ^= 1
         path.write_bytes(data)

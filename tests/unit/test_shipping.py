@@ -23,7 +23,7 @@ from pitfs.model.transfer import WAITS, Checkpoint, Data, Section
 from pitfs.replication.backfill import ERASED
 from pitfs.replication.control import ShipperControl
 from pitfs.replication.requests import SetBookmark
-from pitfs.storage.segment import SegmentReader
+from pitfs.storage.segment import SegmentReader, segment_path
 from tests.helpers.shipper import Parts, recovers
 from tests.helpers.stores import feed
 
@@ -103,7 +103,7 @@ async def test_a_journal_that_is_damaged_where_it_is_searched_leads_to_a_copy(pa
     await parts.ship()
     parts.write()
     parts.mark()
-    with open(parts.pipeline.splitter.journal.path_of(1), "r+b") as file:
+    with open(segment_path(parts.pipeline.splitter.journal.directory, 1), "r+b") as file:
         file.seek(4096)
         file.write(b"\xff" * 64)
     await parts.locate()
@@ -129,7 +129,7 @@ async def test_an_interval_is_durable_here_before_the_replica_hears_of_it(
 
     monkeypatch.setattr(os, "fdatasync", fdatasync)
     await parts.ship()
-    tail = os.path.basename(parts.pipeline.splitter.journal.path_of(1))
+    tail = os.path.basename(segment_path(parts.pipeline.splitter.journal.directory, 1))
     assert (tail, begun) in synced, "before `begin`"
 
 

@@ -19,6 +19,7 @@ from pitfs.link.protocol import checks
 from pitfs.model.transfer import Begin, Checkpoint, Data, End, Welcome
 from pitfs.replication import manifests
 from pitfs.replication.status import InGapError
+from pitfs.storage.segment import segment_path
 from tests.helpers.shipper import MARGIN_S, VOLUME_BYTES, Parts, recovers
 
 
@@ -54,7 +55,7 @@ async def three_segments(parts: Parts) -> str:
     while parts.pipeline.splitter.journal.tail.segment < 3:
         parts.write(100_000)
     parts.mark()
-    return parts.pipeline.splitter.journal.path_of(2)
+    return segment_path(parts.pipeline.splitter.journal.directory, 2)
 
 
 # -- a replica that was put back ------------------------------------------------------------------------
@@ -160,7 +161,7 @@ async def test_a_copy_whose_beginning_is_damaged_is_begun_anew(parts: Parts) -> 
     await parts.client.rescan("to try it")
     splitter = parts.pipeline.splitter
     first, place = splitter.standing.mark, splitter.standing.copy_location
-    with open(splitter.journal.path_of(place.segment), "r+b") as file:
+    with open(segment_path(splitter.journal.directory, place.segment), "r+b") as file:
         file.seek(place.offset)
         file.write(b"\xff" * 64)
     assert isinstance(await parts.ship(), Interval), "what came before that copy"

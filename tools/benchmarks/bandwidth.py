@@ -18,7 +18,8 @@ from common import Setting
 from report import Measure, at_most, figure, note, plain
 from traces import KINDS, Trace, recorded
 
-from pitfs.journal.reader import BlockSource, JournalReader
+from pitfs.journal.block_source import BlockSource
+from pitfs.journal.reader import JournalReader
 from pitfs.journal.stream_reader import next_chunk
 from pitfs.link.codec.payloads import PayloadEncoder
 from pitfs.link.protocol.batches import BatchCutter
