@@ -9,15 +9,16 @@ from typing import Final
 class Phase(enum.Enum):
     """A shipper has one connection at a time, and on it one phase at a time:
 
-        DISCONNECTED ──> CONNECTING ──> LOCATING ─────────────> AWAITING_COPY ──> FULL_SYNC
-             ^                             |                     ^  ^               |
-             |                             v   the journal ends  |  |               |
-        the connection failed,          WAITING <────────────────┼──┼───────────────┘
-        in any of the others            ^ ^ ^ │ └────────────────┘  │
-                                        │ │ │ └──> FULL_SYNC        │
-                   SHIPPING_INTERVAL <──┘ │ └────> BACKFILLING      │
-                        │   STREAMING <───┘                         │
-                        └───────┴──── damaged, or a copy follows ───┘
+        DISCONNECTED ──> CONNECTING ──> LOCATING ─────────────────┐
+             ^                             │                      v
+             │ from every phase            v                AWAITING_COPY <──> BACKFILLING
+             │ in which the         ┌──> WAITING ────────────> ^    │
+             │ connection fails     │     ^   │                │    v
+             │                      │     │   └────────────────┼──> FULL_SYNC
+                                    │     └────────────────────┼────┘
+             SHIPPING_INTERVAL <────┤──────────────────────────┤ damage, or a copy follows
+             STREAMING <────────────┤──────────────────────────┘
+             BACKFILLING <──────────┘
 
     DISCONNECTED       waits until the next attempt is due; marks are set, writes are journalled
     CONNECTING         TCP, TLS and greeting are under way

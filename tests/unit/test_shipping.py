@@ -80,18 +80,18 @@ async def test_segments_recycled_under_the_search_are_searched_again(
     parts.mark()
     await parts.ship()
     mark = parts.session.welcome.mark
-    real = parts.shipper.cursor.reader._open
-    asked = []
+    asked: list[str] = []
 
-    def open_segment(number: int) -> SegmentReader:
+    def open_segment(path: str) -> SegmentReader:
         if not asked:  # the first segment goes as it is being opened
             splitter.journal.release(splitter.journal.tail.segment)
-        asked.append(number)
-        return real(number)
+        asked.append(path)
+        return SegmentReader(path)
 
-    monkeypatch.setattr(parts.shipper.cursor.reader, "_open", open_segment)
+    monkeypatch.setattr("pitfs.journal.reader.SegmentReader", open_segment)
     await parts.locate()
-    assert asked[0] == 1 and asked[1] > 1 and splitter.standing.mark == mark, "found, without a complete copy"
+    first = segment_path(splitter.journal.directory, 1)
+    assert asked[0] == first and asked[1] > first and splitter.standing.mark == mark, "found, without a complete copy"
     parts.write()
     parts.mark()
     assert isinstance(await parts.ship(), Interval)

@@ -60,7 +60,9 @@ async def cut(frame: object) -> None:
     raise ConnectionError
 
 
-async def test_while_writes_pass_the_replica_isnt_told_that_it_has_all(parts: Parts) -> None:
+async def test_while_writes_pass_the_replica_isnt_told_that_it_has_all(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else the last state that was journalled would be given for any time until the copy comes."""
     await parts.locate()
     await parts.ship()
@@ -69,7 +71,7 @@ async def test_while_writes_pass_the_replica_isnt_told_that_it_has_all(parts: Pa
     passing_ns = parts.pipeline.splitter.standing.time_ns
     shipper, flushed = parts.shipper, parts.session.flushed
     for _ in range(2):
-        shipper.stream._flushed_at = -math.inf
+        monkeypatch.setattr("pitfs.replication.stream.PULSE_S", 0.0)
         await shipper.stream.pump(60.0)
     assert flushed[-1].seq == parts.pipeline.splitter.standing.seq
     assert flushed[-1].protected_through_ns <= passing_ns
