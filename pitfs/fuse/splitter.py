@@ -50,7 +50,7 @@ class Syncer:
         """
         journal = self._splitter.journal
         if (
-            self._splitter.standing.bypass_cause
+            self._splitter.state.bypass_cause
             or self._lock.locked()
             or journal.syncing
             or self._average_ns >= INLINE_SYNC_NS
@@ -66,7 +66,7 @@ class Syncer:
         splitter = self._splitter
         target = splitter.journal.appended_bytes
         async with self._lock:
-            if splitter.standing.bypass_cause:
+            if splitter.state.bypass_cause:
                 await trio.to_thread.run_sync(splitter.sync)
             elif splitter.journal.synced_bytes < target:
                 await trio.to_thread.run_sync(self._sync)

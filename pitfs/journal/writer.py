@@ -179,13 +179,13 @@ class Journal:
             # A short write means a full disk or a failing one: writing on says which.
             write_all(self._segment.fd, head + contents, offset)
         self.lsn = lsn
-        self._last_offset, self._offset = offset, end
+        self._offset = end
         self.appended_bytes += size
 
     def append_message(self, kind: int, seq: int, time_ns: int, body: bytes) -> Location:
         """Appends a record without blocks, and returns its place. As `append`."""
         self.append(kind, 0, 0, 0, seq, time_ns, body)
-        return Location(self._segment.number, self._last_offset)
+        return Location(self._segment.number, self._offset - HEADER_BYTES - len(body))
 
     def _write_ahead(self, end: int) -> None:
         """Writes zeros ahead of the records where fsyncs are many and the file's blocks were never written."""

@@ -45,7 +45,7 @@ from pitfs.replication.manifests import copy_manifest, leads_on
 from pitfs.replication.ports import Session
 from pitfs.replication.sending import Sender
 from pitfs.replication.status import LostMarks
-from pitfs.splitter.change_bitmap import Pieces
+from pitfs.splitter.change_bitmap import BitmapAssembler
 from pitfs.splitter.client import SplitterClient
 from pitfs.storage.segment import segment_path
 
@@ -137,7 +137,7 @@ class _BeforeImages:
         self._mark = mark
         self._stretches: dict[tuple[int, int], bytearray] = {}
         self._done = (0, 0)  # stretches before this one are copied
-        self._pieces: Pieces | None = None
+        self._copy_blocks: BitmapAssembler | None = None
         self.progress = CopyProgress(mark, 0, 0)
 
     def close(self) -> None:
@@ -150,17 +150,17 @@ class _BeforeImages:
             if record.kind is RecordKind.BEFORE_IMAGE:
                 self._add(location, record)
             elif isinstance(message, CopyStart):
-                self._pieces = None if message.is_complete else Pieces(message)
-            elif record.kind is RecordKind.COPY_BLOCKS and self._pieces is not None:
-                self._pieces.take(record)
+                self._copy_blocks = None if message.is_complete else BitmapAssembler(message)
             elif isinstance(message, CopyProgress) and message.mark == self._mark:
                 self.progress = message
+            elif self._copy_blocks is not None:
+                self._copy_blocks.add(record)
 
     def wanted(self) -> list[BitMap64 | None]:
         """Of each volume the blocks that are copied, None for all; call it once. Raises CorruptionError."""
-        if self._pieces is None:
+        if self._copy_blocks is None:
             return [None] * len(self._volumes)
-        wanted, self._pieces = self._pieces.bitmaps(self._directory), None
+        wanted, self._copy_blocks = self._copy_blocks.bitmaps(self._directory), None
         return list(wanted)
 
     def _add(self, location: Location, record: Record) -> None:

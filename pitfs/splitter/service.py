@@ -10,7 +10,7 @@ from typing import Final
 import trio
 
 from pitfs.errors import CapacityError, PitfsError
-from pitfs.splitter.change_bitmap import size_bytes
+from pitfs.splitter.change_bitmap import marked_bytes
 from pitfs.splitter.messages import (
     Copied,
     ReadStatus,
@@ -68,10 +68,10 @@ class SplitterService:
         """A write was journalled; True when it may be answered, False: it can't be any more."""
         if self._followers:
             self._followers.unpark_all()
-        standing = self._splitter.standing
-        if not self._agreement.holds or standing.bypass_cause:
+        state = self._splitter.state
+        if not self._agreement.holds or state.bypass_cause:
             return True
-        return await self._agreement.wait(standing.seq, standing.copy is not None)
+        return await self._agreement.wait(state.seq, state.copy is not None)
 
     def stop(self) -> None:
         """Lets go of writes that wait: they weren't answered, and the end mustn't wait for them."""
@@ -102,7 +102,7 @@ class SplitterService:
 
     async def _prepare_spare(self) -> None:
         splitter = self._splitter
-        if splitter.journal.needs_spare and not splitter.standing.bypass_cause:
+        if splitter.journal.needs_spare and not splitter.state.bypass_cause:
             await trio.to_thread.run_sync(splitter.journal.prepare_spare)
 
     def _look_at_clock(self) -> None:
@@ -122,17 +122,17 @@ class SplitterService:
         since = trio.current_time() - self._checkpoint_at
         rolled = segment != self._checkpoint_segment and (since > ROLLED_CHECKPOINT_S or self._is_filling)
         due = since > CHECKPOINT_INTERVAL_S and lsn != self._checkpoint_lsn
-        if (rolled or due) and not splitter.standing.bypass_cause:
+        if (rolled or due) and not splitter.state.bypass_cause:
             progress = splitter.snapshot_progress()
             await trio.to_thread.run_sync(splitter.checkpoint, progress)
             self._checkpoint_segment, self._checkpoint_lsn = segment, lsn
             self._checkpoint_at = trio.current_time()
         await self._release()
-        if splitter.standing.bypass_cause:
+        if splitter.state.bypass_cause:
             # With room for a segment only: what is left of this one would be full again at once.
             roomy = await trio.to_thread.run_sync(splitter.journal.prepare_spare)
             if roomy:
-                splitter.resume_journal(splitter.standing.bypass_cause)
+                splitter.resume_journal()
 
     @property
     def _is_filling(self) -> bool:
@@ -159,8 +159,8 @@ class SplitterService:
                 case Release(segment, wanted):
                     splitter.release(segment, wanted)
                 case Rescan(cause):
-                    if splitter.standing.bypass_cause:
-                        raise CapacityError(f"{splitter.standing.bypass_cause}: a copy begins once that is mended")
+                    if splitter.state.bypass_cause:
+                        raise CapacityError(f"{splitter.state.bypass_cause}: a copy begins once that is mended")
                     splitter.start_copy(cause)
                 case Replicated(seq, in_step, cause):
                     self._agreement.replicated(seq, in_step, cause)
@@ -177,12 +177,12 @@ class SplitterService:
                 await self._followers.park()
 
     def _status(self) -> SplitterStatus:
-        state, journal, volumes = self._splitter.standing, self._splitter.journal, self._splitter.volumes
+        state, journal, volumes = self._splitter.state, self._splitter.journal, self._splitter.volumes
         changes = state.change_bitmap if state.bypass_cause else None
         copy = None
         if state.copy is not None:
             copying = [volume.copying for volume in volumes if volume.copying is not None]
-            changed_bytes = size_bytes(copying, volumes) if copying else None
+            changed_bytes = marked_bytes(copying, volumes) if copying else None
             copy = RunningCopy(state.copy.mark, state.copy_location, changed_bytes)
         now_ns = self._splitter.now_ns()  # first: it may move the state's time on
         return SplitterStatus(
@@ -196,7 +196,7 @@ class SplitterService:
             used_bytes=journal.used_bytes,
             capacity_bytes=journal.capacity_bytes,
             bypass_cause=state.bypass_cause,
-            changed_bytes=None if changes is None else size_bytes(changes.bitmaps, volumes),
+            changed_bytes=None if changes is None else marked_bytes(changes.bitmaps, volumes),
             waiting_count=self._waiting + self._agreement.waiting_count,
             copy=copy,
             sync=self._agreement.text,

@@ -25,7 +25,7 @@ from pitfs.replication.requests import REQUESTS
 from pitfs.replication.shipper import Shipper, ShipperSettings
 from pitfs.splitter import control
 from pitfs.splitter.client import SplitterClient
-from pitfs.splitter.progress import next_epoch, read_group
+from pitfs.splitter.identity import next_epoch, read_group
 from pitfs.splitter.startup import journal_directory
 from pitfs.supervision.heap import bound_heap
 from pitfs.supervision.processes import (

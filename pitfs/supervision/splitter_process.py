@@ -119,7 +119,7 @@ def serve(config: Config) -> int:
         time.time_ns,
     )
     replication = config.replication
-    copying = splitter.standing.copy is not None
+    copying = splitter.state.copy is not None
     agreement = SyncGate(replication.mode == "sync", replication.on_disconnect == "block", copying)
     service = SplitterService(splitter, agreement)
     operations = SplitterOperations(splitter, Syncer(splitter), service.wait_for_room, service.written)

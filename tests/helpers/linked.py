@@ -77,7 +77,7 @@ class Linked:
         with trio.fail_after(MARGIN_S):
             while True:
                 changed, there = self.shipper.status.changed, self.shipper.status.committed
-                newest = there is not None and there.mark == self.pipeline.splitter.standing.mark
+                newest = there is not None and there.mark == self.pipeline.splitter.state.mark
                 if newest and not self.shipper.backfill.waiting and self._coarse_count() == 0:
                     return
                 with trio.move_on_after(0.01):

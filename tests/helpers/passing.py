@@ -61,13 +61,13 @@ class Passing(Parts):
         self.full = False
         self.during: Callable[[], None] = lambda: None
         self.session = Session(self.pipeline.ingest)
-        self.at = {self.splitter.standing.seq: self.now}
+        self.at = {self.splitter.state.seq: self.now}
         monkeypatch.setattr(cursor, "POLL_S", 0.001)
         begin = splitter_module.begin_copy
 
         def begin_copy(*arguments: Any) -> None:
             begin(*arguments)
-            self.at[self.splitter.standing.seq] = self.now
+            self.at[self.splitter.state.seq] = self.now
 
         monkeypatch.setattr(splitter_module, "begin_copy", begin_copy)
         for name in ("_read", "_read_picked"):
@@ -103,10 +103,10 @@ class Passing(Parts):
 
     def put(self, offset: int, data: bytes) -> None:
         """Writes, and remembers the state where it has a position of its own."""
-        before = self.splitter.standing.seq
+        before = self.splitter.state.seq
         self.pipeline.write(0, offset, data)
-        if self.splitter.standing.seq > before:
-            self.at[self.splitter.standing.seq] = self.now
+        if self.splitter.state.seq > before:
+            self.at[self.splitter.state.seq] = self.now
 
     def scatter(self, count: int = 1) -> None:
         """Small writes anywhere, some of zeros."""
@@ -122,16 +122,16 @@ class Passing(Parts):
         """Writes of which none is journalled."""
         self.full = True
         self.scatter(count)
-        assert self.splitter.standing.bypass_cause
+        assert self.splitter.state.bypass_cause
 
     def room(self) -> bool:
         """What is shipped is given back, and writes are journalled again, if there is room for that."""
         self.full = False
         splitter = self.splitter
-        if not splitter.standing.bypass_cause:
+        if not splitter.state.bypass_cause:
             return True
         splitter.journal.release(splitter.releasable_segment)
-        return bool(splitter.resume_journal(splitter.standing.bypass_cause))
+        return bool(splitter.resume_journal())
 
     def restart(self, clean: bool) -> None:
         """The splitter's process ends, in order or by a kill, and comes again."""
@@ -156,10 +156,10 @@ class Passing(Parts):
         while True:
             try:
                 item: Interval | Copy | None = None
-                with trio.move_on_after(PASSING_S if self.splitter.standing.bypass_cause else MARGIN_S) as waiting:
+                with trio.move_on_after(PASSING_S if self.splitter.state.bypass_cause else MARGIN_S) as waiting:
                     item = await self.shipper.cursor.next_item(session, wait=False)
                 if waiting.cancelled_caught:  # it waits for a copy
-                    assert self.splitter.standing.bypass_cause
+                    assert self.splitter.state.bypass_cause
                     await self.connect_anew()
                     return
                 if isinstance(item, Copy):
@@ -177,7 +177,7 @@ class Passing(Parts):
     async def settle(self) -> None:
         """Everything is on the replica."""
         await self.ship_all()
-        if self.splitter.standing.bypass_cause:
+        if self.splitter.state.bypass_cause:
             self.splitter.checkpoint(self.splitter.snapshot_progress())
             assert self.room()
         self.mark()

@@ -20,7 +20,7 @@ from pitfs.model.transfer import Hello, Manifest, ResumePoint, TransferFrame, Vo
 from pitfs.replication.full_sync import copy_frames
 from pitfs.replication.interval import diff_frames, layers_frames, pick_layers, prepare
 from pitfs.replication.manifests import copy_manifest, diff_manifest, layers_manifest
-from pitfs.splitter.progress import read_group
+from pitfs.splitter.identity import read_group
 from pitfs.splitter.splitter import Splitter
 from pitfs.splitter.startup import VolumeSpec, journal_directory, lock_state, open_splitter
 from pitfs.store.ingest import Ingest
@@ -83,7 +83,7 @@ class Pipeline:
     def crash(self) -> None:
         """As kill -9: descriptors go, nothing is closed in order."""
         os.close(self.lock)
-        time_ns = self.splitter.standing.time_ns  # as a real clock would have left them
+        time_ns = self.splitter.state.time_ns  # as a real clock would have left them
         for path in self.backings:
             os.utime(path, ns=(time_ns, time_ns))
         self.splitter.journal.close()

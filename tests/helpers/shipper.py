@@ -184,7 +184,7 @@ class Parts:
 
     def fill(self) -> None:
         """Writes until they pass, and one more."""
-        while not self.pipeline.splitter.standing.bypass_cause:
+        while not self.pipeline.splitter.state.bypass_cause:
             self.write(100_000)
         self.write(100_000)
 

@@ -156,7 +156,7 @@ async def test_an_interval_whose_acknowledgement_was_lost_is_not_sent_again(
         both.proxy.mute = False
         await both.arrived()
         assert sum(session.payload_bytes for session in both.sessions[known:]) < 50_000
-        assert both.pipeline.splitter.standing.mark == 3
+        assert both.pipeline.splitter.state.mark == 3
 
 
 async def test_a_half_open_connection_is_found_and_another_takes_over(

@@ -27,7 +27,7 @@ async def step(parts: Passing, saved: list[Path]) -> None:
         case 0 | 1 | 2:
             parts.scatter(int(random.integers(1, 8)))
         case 3:
-            if not parts.splitter.standing.bypass_cause:
+            if not parts.splitter.state.bypass_cause:
                 parts.mark()
         case 4:
             parts.overflow(int(random.integers(1, 6)))

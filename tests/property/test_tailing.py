@@ -68,8 +68,9 @@ def test_pieces_of_any_size_are_the_writes_in_order_up_to_each_mark(tmp_path: Pa
             for _ in range(int(random.integers(0, 6))):
                 pipeline.random_write()
             if random.random() < 0.3:
-                marked = pipeline.splitter.mark("name" if random.random() < 0.2 else None)
-                marks.append((marked.mark, marked.seq, marked.position_time_ns, marked.time_ns))
+                pipeline.splitter.mark("name" if random.random() < 0.2 else None)
+                state = pipeline.splitter.state
+                marks.append((state.mark, state.seq, state.position_time_ns, state.time_ns))
             if random.random() < 0.6:
                 limit = int(random.choice([1, 5000, 100_000]))
                 while (piece := stream.next(limit)) is not None:

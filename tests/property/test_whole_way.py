@@ -68,7 +68,7 @@ def test_the_first_copy_is_the_state_at_ready_however_writes_race_with_it(tmp_pa
             feed(pipeline.ingest, frame)
     finally:
         full_sync._read, full_sync.STRETCH_BYTES = read, limit  # type: ignore[misc]
-    pipeline.splitter.standing.copy = None
+    pipeline.splitter.state.copy = None
     pipeline.random_write()
     pipeline.splitter.mark()
     pipeline.ship()
@@ -111,7 +111,7 @@ def test_after_a_kill_everything_goes_on(tmp_path: Path, seed: int) -> None:
         pipeline.crash()
         pipeline.start()
         assert [path.read_bytes() for path in pipeline.backings] == pipeline.states[-1]
-        assert pipeline.splitter.standing.seq == len(pipeline.states) - 1
+        assert pipeline.splitter.state.seq == len(pipeline.states) - 1
     pipeline.splitter.mark()
     pipeline.ship()
     check_every_seq(pipeline, range(len(pipeline.states)))

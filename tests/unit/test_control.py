@@ -196,14 +196,14 @@ async def test_a_list_of_bookmarks_that_cannot_be_read_is_named(parts: Parts, sp
     control = ShipperControl(parts.shipper, parts.pipeline.state, "g")
     with pytest.raises(PitfsError, match=f"^{path}: {words}"):
         await control.handle(SetBookmark("late"))
-    assert parts.pipeline.splitter.standing.mark == 1, "not set without its name being kept"
+    assert parts.pipeline.splitter.state.mark == 1, "not set without its name being kept"
 
 
 async def test_a_bookmark_whose_client_leaves_is_set_or_not_named(
     parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     control = ShipperControl(parts.shipper, parts.pipeline.state, "g")
-    before = parts.pipeline.splitter.standing.mark
+    before = parts.pipeline.splitter.state.mark
     with trio.CancelScope() as scope:
         mark = parts.shipper.mark
 
@@ -214,7 +214,7 @@ async def test_a_bookmark_whose_client_leaves_is_set_or_not_named(
 
         monkeypatch.setattr(parts.shipper, "mark", leaving)
         await control.handle(SetBookmark("noon"))
-    assert parts.pipeline.splitter.standing.mark == before + 1
+    assert parts.pipeline.splitter.state.mark == before + 1
     assert os.path.exists(os.path.join(parts.pipeline.state, BOOKMARKS_FILE))
 
 

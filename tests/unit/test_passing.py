@@ -47,7 +47,7 @@ def copies(parts: Passing) -> list[TransferKind]:
 async def test_only_what_changed_is_copied_and_the_gap_has_cause_and_bounds(parts: Passing) -> None:
     await begin(parts)
     parts.scatter(3)  # journalled, not shipped: it goes first
-    last = parts.splitter.standing.seq, parts.splitter.standing.position_time_ns
+    last = parts.splitter.state.seq, parts.splitter.state.position_time_ns
     parts.full = True
     parts.put(10 * BLOCK, b"1" * BLOCK)
     parts.put(20 * BLOCK + 5, b"2" * BLOCK)  # two blocks
@@ -90,7 +90,7 @@ async def test_a_stop_in_order_while_writes_pass_keeps_what_changed(parts: Passi
     await begin(parts)
     parts.overflow()
     parts.restart(clean=True)
-    assert parts.splitter.standing.bypass_cause and parts.splitter.standing.change_bitmap is not None
+    assert parts.splitter.state.bypass_cause and parts.splitter.state.change_bitmap is not None
     assert not os.path.exists(os.path.join(parts.pipeline.state, changes.FILE)), "it counts once"
     parts.full = True
     parts.scatter(3)
@@ -103,7 +103,7 @@ async def test_after_a_kill_while_writes_pass_everything_is_copied(parts: Passin
     await begin(parts)
     parts.overflow()
     parts.restart(clean=False)
-    assert parts.splitter.standing.bypass_cause and parts.splitter.standing.change_bitmap is None
+    assert parts.splitter.state.bypass_cause and parts.splitter.state.change_bitmap is None
     await parts.settle()
     parts.check()
     assert copies(parts) == [TransferKind.FULL]
@@ -124,7 +124,7 @@ async def test_a_kill_after_a_stop_in_order_leaves_nothing_to_be_believed(parts:
     parts.scatter(3)
     path.write_bytes(saved)  # as if its removal had been lost
     parts.restart(clean=False)
-    assert parts.splitter.standing.change_bitmap is None
+    assert parts.splitter.state.change_bitmap is None
     await parts.settle()
     parts.check()
     assert copies(parts) == [TransferKind.FULL]
@@ -144,7 +144,7 @@ def one_bit(parts: Passing, path: Path) -> None:
 
 def of_another_stop(parts: Passing, path: Path) -> None:
     kept = changes.ChangeBitmap((1, 2), [changes.BitMap64([7])], 1 << 20)
-    changes.keep_changes(parts.pipeline.state, kept)
+    changes.save_bitmap(parts.pipeline.state, kept)
 
 
 def gone(parts: Passing, path: Path) -> None:
@@ -162,7 +162,7 @@ async def test_a_bitmap_that_does_not_belong_to_what_is_there_is_never_used(
     harm(parts, Path(parts.pipeline.state, changes.FILE))
     parts.pipeline.start()
     parts.service._splitter = parts.splitter
-    assert parts.splitter.standing.bypass_cause and parts.splitter.standing.change_bitmap is None
+    assert parts.splitter.state.bypass_cause and parts.splitter.state.change_bitmap is None
     await parts.settle()
     parts.check()
     assert copies(parts) == [TransferKind.FULL]
@@ -178,10 +178,10 @@ async def test_a_bitmap_that_cannot_be_kept_does_not_hinder_the_stop(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(splitter, "keep_changes", full)
+        patch.setattr(splitter, "save_bitmap", full)
         parts.restart(clean=True)
-    assert parts.splitter.standing.change_bitmap is None
-    assert "can't be kept: No space left on device; a complete copy follows" in caplog.text
+    assert parts.splitter.state.change_bitmap is None
+    assert "can't be saved: No space left on device; a complete copy follows" in caplog.text
 
 
 @pytest.mark.parametrize("killed", [False, True])
@@ -223,7 +223,7 @@ async def test_writes_that_pass_in_the_middle_of_the_copy(parts: Passing, monkey
     parts.during = during
     await parts.ship_all()
     parts.during = lambda: None
-    assert parts.splitter.standing.bypass_cause
+    assert parts.splitter.state.bypass_cause
     await parts.settle()
     parts.check()
     assert copies(parts) == [TransferKind.CHANGES, TransferKind.CHANGES]
@@ -240,7 +240,7 @@ async def test_a_kill_during_the_copy_goes_on_with_it(parts: Passing) -> None:
         parts.restart(clean=clean)
         assert parts.splitter.volumes[0].copying == copying
         assert parts.splitter.volumes[0].preserved == preserved
-        assert parts.splitter.standing.copy is not None and not parts.splitter.standing.bypass_cause
+        assert parts.splitter.state.copy is not None and not parts.splitter.state.bypass_cause
     await parts.settle()
     parts.check()
     assert copies(parts) == [TransferKind.CHANGES]
@@ -294,7 +294,7 @@ async def test_a_kill_while_journalling_begins_again(
         with pytest.raises(Killed):
             parts.room()
     parts.restart(clean=False)
-    assert bool(parts.splitter.standing.bypass_cause) == (kind is TransferKind.FULL)
+    assert bool(parts.splitter.state.bypass_cause) == (kind is TransferKind.FULL)
     parts.scatter(4)
     await parts.connect_anew()
     await parts.settle()
@@ -318,7 +318,7 @@ async def test_a_kill_during_a_stop_in_order(
     assert os.path.exists(os.path.join(parts.pipeline.state, changes.FILE))
     parts.pipeline.start()
     parts.service._splitter = parts.splitter
-    assert (parts.splitter.standing.change_bitmap is None) == (kind is TransferKind.FULL)
+    assert (parts.splitter.state.change_bitmap is None) == (kind is TransferKind.FULL)
     await parts.settle()
     parts.check()
     assert copies(parts) == [kind]
@@ -331,8 +331,8 @@ async def test_after_power_loss_during_the_copy_everything_is_copied(parts: Pass
     assert parts.room()
     parts.scatter(3)
     parts.restart(clean=False)
-    assert parts.splitter.standing.copy.is_complete
-    assert "power was lost" in parts.splitter.standing.copy.cause
+    assert parts.splitter.state.copy.is_complete
+    assert "power was lost" in parts.splitter.state.copy.cause
     await parts.connect_anew()
     await parts.settle()
     parts.check()
@@ -400,12 +400,12 @@ async def test_the_word_of_a_commit_that_is_lost_is_made_good(parts: Passing) ->
     await begin(parts)
     parts.overflow()
     assert parts.room()
-    parts.pipeline.reader.seek(parts.splitter.standing.copy_location, (0, 0))
+    parts.pipeline.reader.seek(parts.splitter.state.copy_location, (0, 0))
     (copy,) = parts.pipeline.items()
     assert isinstance(copy, Copy)
     await parts.ship_all()
-    parts.splitter.standing.copy = copy.start  # as if it hadn't heard of it
-    parts.splitter.standing.change_bitmap = changes.ChangeBitmap(
+    parts.splitter.state.copy = copy.start  # as if it hadn't heard of it
+    parts.splitter.state.change_bitmap = changes.ChangeBitmap(
         (copy.start.from_seq, copy.start.from_time_ns), [changes.BitMap64()], 1 << 20
     )
     parts.overflow()
@@ -418,15 +418,15 @@ async def test_beyond_the_limit_everything_is_copied(
     parts: Passing, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(changes, "UNMEASURED", 1)
-    monkeypatch.setattr(splitter, "changes_limit_bytes", lambda _: 80)
+    monkeypatch.setattr(splitter, "bitmap_limit_bytes", lambda _: 80)
     await begin(parts)
     parts.full = True
     parts.put(0, b"1")
-    assert parts.splitter.standing.change_bitmap is not None
+    assert parts.splitter.state.change_bitmap is not None
     for block in range(0, 40, 2):
         parts.put(block * BLOCK, b"1")
-    assert parts.splitter.standing.change_bitmap is None
-    assert caplog.text.count("what changes can't be remembered any more") == 1
+    assert parts.splitter.state.change_bitmap is None
+    assert caplog.text.count("the change bitmap takes too much memory") == 1
     await parts.settle()
     parts.check()
     assert copies(parts) == [TransferKind.FULL]
@@ -445,7 +445,7 @@ async def test_tries_to_go_on_that_fail_lose_nothing_of_what_changed(
                 patch.setattr(parts.splitter._progress, "write", _refuse)
             parts.splitter.journal.release(parts.splitter.releasable_segment)
             parts.full = refused == "Kind.COPY_START"
-            assert not parts.splitter.resume_journal("full")
+            assert not parts.splitter.resume_journal()
         parts.overflow()
         await parts.ship_all()
     await parts.settle()
@@ -476,8 +476,8 @@ async def test_a_write_that_the_backing_refuses_is_read_again(
         with pytest.raises(OSError, match="No space left"):
             parts.splitter.write(0, 50_000, b"x" * 20_000)
     parts.pipeline.states.append([before[:50_000] + b"x" * 1000 + before[51_000:]])
-    assert parts.splitter.standing.bypass_cause
-    parts.at[parts.splitter.standing.seq] = before[:50_000] + b"x" * 20_000 + before[70_000:]
+    assert parts.splitter.state.bypass_cause
+    parts.at[parts.splitter.state.seq] = before[:50_000] + b"x" * 20_000 + before[70_000:]
     await parts.settle()
     parts.check()
     assert copies(parts) == [TransferKind.CHANGES]
@@ -485,7 +485,7 @@ async def test_a_write_that_the_backing_refuses_is_read_again(
 
 async def test_a_journal_that_is_really_full_is_mended_so(parts: Passing) -> None:
     await begin(parts)
-    while not parts.splitter.standing.bypass_cause:
+    while not parts.splitter.state.bypass_cause:
         parts.put(int(parts.pipeline.random.integers(VOLUME_BYTES - 100_000)), os.urandom(100_000))
     parts.scatter(4)
     assert not parts.room(), "there is none yet"
@@ -527,7 +527,7 @@ async def test_what_is_wanted_for_backfill_gives_way_before_writes_pass(
     first = journal.used_bytes
     while journal.tail.segment < 6:  # of four that there may be; no checkpoint is written meanwhile
         parts.write(100_000)
-        assert not parts.splitter.standing.bypass_cause
+        assert not parts.splitter.state.bypass_cause
     assert first <= journal.used_bytes <= journal.capacity_bytes
     assert "given up that were kept for backfill" in caplog.text
     parts.mark()
@@ -546,7 +546,7 @@ async def test_what_only_a_redo_needs_gives_way_before_writes_pass(parts: Passin
     recovery = parts.splitter.recovery_segment
     while journal.tail.segment < 6:
         parts.write(100_000)
-        assert not parts.splitter.standing.bypass_cause
+        assert not parts.splitter.state.bypass_cause
     assert parts.splitter.recovery_segment > recovery
 
 
@@ -555,4 +555,4 @@ def test_a_full_journal_without_anything_to_give_up_is_full(parts: Passing) -> N
     with pytest.raises(CapacityError, match="capacity"):
         while True:
             parts.write(100_000)
-    assert not parts.splitter.standing.bypass_cause
+    assert not parts.splitter.state.bypass_cause

@@ -91,7 +91,7 @@ async def test_segments_recycled_under_the_search_are_searched_again(
     monkeypatch.setattr("pitfs.journal.reader.SegmentReader", open_segment)
     await parts.locate()
     first = segment_path(splitter.journal.directory, 1)
-    assert asked[0] == first and asked[1] > first and splitter.standing.mark == mark, "found, without a complete copy"
+    assert asked[0] == first and asked[1] > first and splitter.state.mark == mark, "found, without a complete copy"
     parts.write()
     parts.mark()
     assert isinstance(await parts.ship(), Interval)
@@ -161,11 +161,11 @@ async def test_of_two_that_give_a_name_at_the_same_time_one_is_refused(parts: Pa
         except UsageError as error:
             refused.append(str(error))
 
-    before = parts.pipeline.splitter.standing.mark
+    before = parts.pipeline.splitter.state.mark
     async with trio.open_nursery() as nursery:
         for _ in range(3):
             nursery.start_soon(name)
-    assert len(refused) == 2 and parts.pipeline.splitter.standing.mark == before + 1
+    assert len(refused) == 2 and parts.pipeline.splitter.state.mark == before + 1
 
 
 async def test_a_name_that_could_not_be_given_can_be_given_later(
@@ -175,17 +175,17 @@ async def test_a_name_that_could_not_be_given_can_be_given_later(
     parts.fill()
     with pytest.raises(CapacityError, match="capacity"):
         await control.handle(SetBookmark("noon"))
-    parts.pipeline.splitter.standing.bypass_cause = ""
+    parts.pipeline.splitter.state.bypass_cause = ""
     await control.handle(SetBookmark("noon"))
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    before = parts.pipeline.splitter.standing.mark
+    before = parts.pipeline.splitter.state.mark
     monkeypatch.setattr("pitfs.storage.files.os.fsync", full)
     with pytest.raises(CapacityError, match="bookmarks: remembering the bookmark's name: No space left"):
         await control.handle(SetBookmark("later"))
-    assert parts.pipeline.splitter.standing.mark == before, "not set without its name being kept"
+    assert parts.pipeline.splitter.state.mark == before, "not set without its name being kept"
 
 
 @pytest.mark.parametrize("section", [Section.DIFF, Section.JOURNAL])
@@ -272,7 +272,7 @@ async def test_journals_are_kept_until_the_room_is_needed(parts: Parts) -> None:
         if parts.pipeline.random.random() < 0.1:
             parts.mark()
             await parts.ship(layers=False)
-    assert not splitter.standing.bypass_cause
+    assert not splitter.state.bypass_cause
     await parts.ship_layers()
     found = parts.granularities()
     assert found[0] is None and found[-1] == 0

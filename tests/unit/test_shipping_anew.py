@@ -91,7 +91,7 @@ async def test_a_mark_in_the_gap_is_said_to_be_so_though_the_copys_commit_was_no
     parts.write()
     in_gap = (await parts.shipper.mark()).mark
     parts.pipeline.splitter.start_copy("to try it")
-    parts.shipper.cursor.reader.seek(parts.pipeline.splitter.standing.copy_location, (0, 0))
+    parts.shipper.cursor.reader.seek(parts.pipeline.splitter.state.copy_location, (0, 0))
     finish = parts.session.finish
 
     async def cut(end: End) -> Welcome:
@@ -102,7 +102,7 @@ async def test_a_mark_in_the_gap_is_said_to_be_so_though_the_copys_commit_was_no
     with pytest.raises(LinkError):
         await parts.ship()
     await parts.connect_anew()
-    assert parts.pipeline.splitter.standing.copy is None, "the replica's mark said that it was committed"
+    assert parts.pipeline.splitter.state.copy is None, "the replica's mark said that it was committed"
     with trio.fail_after(MARGIN_S), pytest.raises(InGapError, match="to try it"):
         await parts.shipper.status.wait_committed(in_gap, 0)
 
@@ -123,12 +123,12 @@ async def test_a_bad_sector_under_contents_leads_to_a_copy(
     parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unreadable(monkeypatch, await three_segments(parts), "preadv", errno.EIO)
-    mark = parts.pipeline.splitter.standing.mark
+    mark = parts.pipeline.splitter.state.mark
     with pytest.raises(LinkError, match="it can't be read: Input/output error: connecting anew"):
         await parts.ship()
     await parts.connect_anew()
     await recovers(parts)
-    assert parts.pipeline.splitter.standing.mark == mark + 3, (
+    assert parts.pipeline.splitter.state.mark == mark + 3, (
         "closed, copied once, and the interval after that"
     )
 
@@ -144,14 +144,14 @@ async def test_a_process_without_memory_has_no_damaged_journal(
     parts: Parts, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     path = await three_segments(parts)
-    mark = parts.pipeline.splitter.standing.mark
+    mark = parts.pipeline.splitter.state.mark
     with monkeypatch.context() as patch:
         unreadable(patch, path, call, errno.ENOMEM)
         with pytest.raises(PitfsError, match=f"{path}: reading the journal: Cannot allocate memory"):
             await parts.ship()
     await parts.connect_anew()
     assert isinstance(await parts.ship(), Interval)
-    assert parts.pipeline.splitter.standing.mark == mark, "without a complete copy"
+    assert parts.pipeline.splitter.state.mark == mark, "without a complete copy"
     parts.assert_replica_has_all()
 
 
@@ -160,7 +160,7 @@ async def test_a_copy_whose_beginning_is_damaged_is_begun_anew(parts: Parts) -> 
     await parts.ship()
     await parts.client.rescan("to try it")
     splitter = parts.pipeline.splitter
-    first, place = splitter.standing.mark, splitter.standing.copy_location
+    first, place = splitter.state.mark, splitter.state.copy_location
     with open(segment_path(splitter.journal.directory, place.segment), "r+b") as file:
         file.seek(place.offset)
         file.write(b"\xff" * 64)
@@ -212,7 +212,7 @@ async def test_a_peers_word_alone_makes_nothing_be_copied_again(
     parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await parts.locate()
-    mark = parts.pipeline.splitter.standing.mark
+    mark = parts.pipeline.splitter.state.mark
 
     async def faulty(frame: Data | Checkpoint) -> None:
         parts.session.failure = PositionMismatchError("here: I don't believe you")
@@ -223,7 +223,7 @@ async def test_a_peers_word_alone_makes_nothing_be_copied_again(
         await parts.ship()
     await parts.connect_anew()
     assert isinstance(await parts.ship(), Copy)
-    assert parts.pipeline.splitter.standing.mark == mark, "the same copy"
+    assert parts.pipeline.splitter.state.mark == mark, "the same copy"
     parts.assert_replica_has_all()
 
 
@@ -259,12 +259,12 @@ async def test_an_interval_that_grows_too_large_is_closed_early(
     for _ in range(3):
         parts.write(4096 * 30)
         await shipper.close_large()
-    assert splitter.standing.mark == 1, "90 blocks"
+    assert splitter.state.mark == 1, "90 blocks"
     parts.write(4096 * 30)
     await shipper.close_large()
-    assert splitter.standing.mark == 2
+    assert splitter.state.mark == 2
     await shipper.close_large()
-    assert splitter.standing.mark == 2, "the next one has hardly begun"
+    assert splitter.state.mark == 2, "the next one has hardly begun"
     item = await parts.ship()
     assert isinstance(item, Interval) and len(item.times) == 4
     parts.assert_replica_has_all()
@@ -302,7 +302,7 @@ async def test_a_mark_is_counted_from_whoever_set_it(parts: Parts, monkeypatch: 
     await shipper.close_large()
     parts.write(4096 * 60)
     await shipper.close_large()
-    assert splitter.standing.mark == 2
+    assert splitter.state.mark == 2
     assert shipper.last_marked is not None and shipper.last_marked.tail > Location(1, 4096)
 
 
@@ -316,10 +316,10 @@ async def test_an_interval_longer_than_the_journal_can_hold_is_closed_early(part
         for _ in range(4):
             parts.write(200_000)
         await shipper.close_large()
-        if splitter.standing.mark > shipped:
-            shipped = splitter.standing.mark
+        if splitter.state.mark > shipped:
+            shipped = splitter.state.mark
             await parts.ship(layers=False)
         await parts.service._keep()
         await parts.service._prepare_spare()
-    assert not splitter.standing.bypass_cause
+    assert not splitter.state.bypass_cause
     assert shipped >= 3

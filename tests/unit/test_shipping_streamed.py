@@ -68,12 +68,12 @@ async def test_while_writes_pass_the_replica_isnt_told_that_it_has_all(
     await parts.ship()
     await stream(parts, leave=False)
     parts.fill()
-    passing_ns = parts.pipeline.splitter.standing.time_ns
+    passing_ns = parts.pipeline.splitter.state.time_ns
     shipper, flushed = parts.shipper, parts.session.flushed
     for _ in range(2):
         monkeypatch.setattr("pitfs.replication.stream.PULSE_S", 0.0)
         await shipper.stream.pump(60.0)
-    assert flushed[-1].seq == parts.pipeline.splitter.standing.seq
+    assert flushed[-1].seq == parts.pipeline.splitter.state.seq
     assert flushed[-1].protected_through_ns <= passing_ns
     assert parts.pipeline.ingest.welcome().protected_through_ns <= passing_ns
 

@@ -43,7 +43,7 @@ async def test_an_interval_that_is_acknowledged_as_another_is_not(
     with pytest.raises(RemoteProtocolError, match=words):
         await parts.ship()
     assert parts.shipper.status.committed == known
-    assert parts.pipeline.splitter.standing.mark == 2
+    assert parts.pipeline.splitter.state.mark == 2
 
 
 def peers() -> tuple[LinkProtocol, LinkProtocol]:

@@ -30,8 +30,8 @@ from pitfs.journal.writer import Location
 from pitfs.model.record import CopyProgress
 from pitfs.model.transfer import VolumeInfo
 from pitfs.splitter.client import SplitterClient
+from pitfs.splitter.identity import read_group
 from pitfs.splitter.messages import SplitterStatus
-from pitfs.splitter.progress import read_group
 from pitfs.splitter.startup import journal_directory
 from tests.helpers import postgresql
 from tests.helpers.hosts import Production, free_port
