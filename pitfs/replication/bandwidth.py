@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import deque
-from dataclasses import dataclass
 from typing import Final
 
 import trio
@@ -16,22 +14,6 @@ MEASUREMENTS: Final = 5
 # What the session has can't be interrupted: on a slow link it must not be more than the link carries in that time.
 AHEAD_S: Final = 0.5
 MIN_PAYLOAD_BYTES: Final = 64 << 10  # a block at least
-
-
-@dataclass(frozen=True, slots=True)
-class LinkLoad:
-    """What every write of an interval takes on the link, beside what the link carries in the interval's time."""
-
-    size_bytes: float
-    room_bytes: float
-
-    @property
-    def fits(self) -> bool:
-        return self.size_bytes <= self.room_bytes
-
-
-NO_LOAD: Final = LinkLoad(0, math.inf)  # nothing is known against a stream
-OVERLOAD: Final = LinkLoad(math.inf, 0)  # a stream was too much for the link
 
 
 class Bandwidth:
@@ -70,10 +52,10 @@ class Bandwidth:
         left_s = max(0.0, self.next_diff_at - trio.current_time())
         return None if rate is None else rate / self._ratio * left_s
 
-    def load(self, size_bytes: int, time_ns: int) -> LinkLoad:
-        """Of an interval whose diff and difference journal take `size_bytes` of payload."""
+    def carries(self, size_bytes: int, time_ns: int) -> bool:
+        """Whether so much payload goes in that time, as far as the rate is known."""
         rate = self.rate
-        return NO_LOAD if rate is None else LinkLoad(size_bytes * self._ratio, rate * time_ns / 1e9)
+        return rate is None or size_bytes * self._ratio <= rate * time_ns / 1e9
 
     @property
     def payload_bytes(self) -> int:

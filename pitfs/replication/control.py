@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 import trio
@@ -21,10 +22,65 @@ from pitfs.replication.requests import (
 )
 from pitfs.replication.shipper import Shipper
 from pitfs.replication.status import InGapError
+from pitfs.splitter.messages import SplitterStatus
 from pitfs.storage.files import durable_replace, storage_error
 
 SNAPSHOT_GRACE_S: Final = 10.0  # how long `pitfs snapshot` waits for a link that is down
 BOOKMARKS_FILE: Final = "bookmarks"
+
+
+class Bookmarks:
+    """The names given so far: a bookmark is never moved, and the replica may be out of reach to ask.
+
+    Args:
+        state: the group's state directory.
+        mark: closes the interval, and names its end.
+    """
+
+    def __init__(self, state: str, mark: Callable[[str], Awaitable[SplitterStatus]]) -> None:
+        self._path = os.path.join(state, BOOKMARKS_FILE)
+        self._mark = mark
+        self._naming = trio.Lock()
+
+    async def give(self, name: str) -> BookmarkSet:
+        """Names the position of the last write. Raises PitfsError."""
+        async with self._naming:  # of two that give the same name at the same time the second is refused
+            known = self._read()
+            if name in known:
+                raise UsageError(
+                    f"bookmark {name!r} exists already: a bookmark is never moved, choose another name"
+                )
+            with trio.CancelScope(shield=True):  # whoever asked may leave: a name isn't kept without its mark
+                # Before the mark: a name that is lost with a crash does less harm than one that is given twice.
+                await self._write(known | {name})
+                try:
+                    splitter = await self._mark(name)
+                except PitfsError:
+                    await self._write(known)
+                    raise
+        return BookmarkSet(name, format_instant(splitter.position_time_ns), splitter.seq)
+
+    def _read(self) -> set[str]:
+        """Raises PitfsError where the file can't be read, or isn't a list of names."""
+        try:
+            with open(self._path, encoding="ascii") as file:
+                return set(file.read().split())
+        except FileNotFoundError:
+            return set()
+        except OSError as error:
+            raise storage_error(error, self._path, "reading the names of bookmarks") from error
+        except UnicodeDecodeError as error:
+            raise PitfsError(
+                f"{self._path}: damaged at byte {error.start}: the names of bookmarks given so far, one a line, should "
+                "be there: mend it, or move it away and see to it that no name is given twice"
+            ) from error
+
+    async def _write(self, names: set[str]) -> None:
+        content = "".join(f"{name}\n" for name in sorted(names))
+        try:
+            await trio.to_thread.run_sync(durable_replace, self._path, content.encode("ascii"))
+        except OSError as error:
+            raise storage_error(error, self._path, "remembering the bookmark's name") from error
 
 
 class ShipperControl:
@@ -36,8 +92,7 @@ class ShipperControl:
 
     def __init__(self, shipper: Shipper, state: str, group: str) -> None:
         self._shipper, self._group = shipper, group
-        self._path = os.path.join(state, BOOKMARKS_FILE)
-        self._naming = trio.Lock()
+        self._bookmarks = Bookmarks(state, shipper.mark)
 
     async def handle(self, request: ShipperRequest) -> SnapshotTaken | BookmarkSet | dict[str, Any]:
         """Answers one request. Raises PitfsError."""
@@ -47,7 +102,7 @@ class ShipperControl:
             case TakeSnapshot():
                 return await self._snapshot()
             case SetBookmark(name):
-                return await self._bookmark(name)
+                return await self._bookmarks.give(name)
 
     async def _snapshot(self) -> SnapshotTaken:
         splitter = await self._shipper.mark()
@@ -65,53 +120,6 @@ class ShipperControl:
                 "it is sent as soon as the replica can be reached"
             ) from error
         return SnapshotTaken(instant, splitter.seq, splitter.mark)
-
-    # -- bookmarks ---------------------------------------------------------------------------------------
-
-    async def _bookmark(self, name: str) -> BookmarkSet:
-        async with self._naming:  # of two that give the same name at the same time the second is refused
-            known = self._read_bookmarks()
-            if name in known:
-                raise UsageError(
-                    f"bookmark {name!r} exists already: a bookmark is never moved, choose another name"
-                )
-            with trio.CancelScope(shield=True):  # whoever asked may leave: a name isn't kept without its mark
-                # Before the mark: a name that is lost with a crash does less harm than one that is given twice.
-                await self._write_bookmarks(known | {name})
-                try:
-                    splitter = await self._shipper.mark(name)
-                except PitfsError:
-                    await self._write_bookmarks(known)
-                    raise
-        return BookmarkSet(name, format_instant(splitter.position_time_ns), splitter.seq)
-
-    def _read_bookmarks(self) -> set[str]:
-        """Names given so far: a bookmark is never moved, and the replica may be out of reach to ask.
-
-        Raises:
-            PitfsError: the file can't be read, or isn't a list of names.
-        """
-        try:
-            with open(self._path, encoding="ascii") as file:
-                return set(file.read().split())
-        except FileNotFoundError:
-            return set()
-        except OSError as error:
-            raise storage_error(error, self._path, "reading the names of bookmarks") from error
-        except UnicodeDecodeError as error:
-            raise PitfsError(
-                f"{self._path}: damaged at byte {error.start}: the names of bookmarks given so far, one a line, should "
-                "be there: mend it, or move it away and see to it that no name is given twice"
-            ) from error
-
-    async def _write_bookmarks(self, names: set[str]) -> None:
-        content = "".join(f"{name}\n" for name in sorted(names))
-        try:
-            await trio.to_thread.run_sync(durable_replace, self._path, content.encode("ascii"))
-        except OSError as error:
-            raise storage_error(error, self._path, "remembering the bookmark's name") from error
-
-    # -- status ------------------------------------------------------------------------------------------
 
     async def status(self, now_ns: int) -> dict[str, Any]:
         """The keys of INTERFACE: status --json, and more."""

@@ -68,12 +68,10 @@ class JournalCursor:
             PositionMismatchError: the replica has what this host never had.
         """
         splitter = await self._splitter.status()
-        for what, there, here in (
-            ("mark", welcome.mark, splitter.mark),
-            ("write", welcome.tail_seq, splitter.seq),
-        ):
+        group = self._hello.group
+        compared = ("mark", welcome.mark, splitter.mark), ("write", welcome.tail_seq, splitter.seq)
+        for what, there, here in compared:
             if there > here:
-                group = self._hello.group
                 raise PositionMismatchError(
                     f"the replica has {what} {there} of group {group!r}, this host only {here}: {OLD_COPY}"
                 )
@@ -95,7 +93,7 @@ class JournalCursor:
             )
         elif self.reader.position != welcome.end:
             raise PositionMismatchError(
-                f"the replica has mark {welcome.mark} of group {self._hello.group!r} and seq {seq}, this host "
+                f"the replica has mark {welcome.mark} of group {group!r} and seq {seq}, this host "
                 f"is there at seq {self.reader.position[0]}: another host with a copy of this state has sent it: stop "
                 "the one that shouldn't; if this one shall go on, begin a new group"
             )

@@ -57,7 +57,7 @@ class PreparedInterval:
     """An interval ready to be sent.
 
     Attributes:
-        source: of its contents. row_bytes: int64[n], the block size of each row.
+        source: of its contents. block_sizes: int64[volumes].
         journal: None where none is wanted, or nothing was written.
         positions: POSITION[n], the states inside the interval; position_layers: the layer of each.
         rung_bytes: of each rung what its layers and those before take, in payload; None where it has no position.
@@ -65,7 +65,7 @@ class PreparedInterval:
 
     interval: Interval
     source: RowContents
-    row_bytes: npt.NDArray[np.int64]
+    block_sizes: npt.NDArray[np.int64]
     diff: SnapshotDiff
     journal: DifferenceJournal | None
     positions: npt.NDArray[np.void]
@@ -96,27 +96,21 @@ def prepare(
     """
     block_sizes = np.array([volume.block_size for volume in volumes], dtype=np.int64)
     zeros = np.array([xxh3_64_intdigest(bytes(volume.block_size)) for volume in volumes], dtype=np.uint64)
-    row_bytes = block_sizes[interval.columns.volume]
-    contents = _contents(source, row_bytes)
+    contents = _contents(source, interval.columns.volume, block_sizes)
     diff = snapshot_diff(interval.columns, block_sizes, zeros, contents)
     if not wants_journal or not len(interval.times):
         nothing = np.zeros(0, dtype=POSITION), np.zeros(0, dtype=np.uint8)
-        return PreparedInterval(interval, source, row_bytes, diff, None, *nothing, (None,) * len(RUNGS_NS))
+        return PreparedInterval(interval, source, block_sizes, diff, None, *nothing, (None,) * len(RUNGS_NS))
     times_ns = interval.times[interval.columns.seq - interval.from_seq - 1]
     journal = difference_journal(
         interval.columns, times_ns, interval.to_time_ns, diff, block_sizes, zeros, contents
     )
-    positions, position_layers = _positions(interval)
-    rung_bytes = _bytes_of_rungs(journal, position_layers)
-    return PreparedInterval(interval, source, row_bytes, diff, journal, positions, position_layers, rung_bytes)
-
-
-def _positions(interval: Interval) -> tuple[npt.NDArray[np.void], Layers]:
-    """The state after each write, and the layer that each comes with."""
     positions = np.empty(len(interval.times), dtype=POSITION)
     positions["seq"] = np.arange(interval.from_seq + 1, interval.to_seq + 1)
     positions["time_ns"] = interval.times
-    return positions, layers_of_positions(interval.times, interval.to_time_ns)
+    position_layers = layers_of_positions(interval.times, interval.to_time_ns)
+    rung_bytes = _bytes_of_rungs(journal, position_layers)
+    return PreparedInterval(interval, source, block_sizes, diff, journal, positions, position_layers, rung_bytes)
 
 
 def _bytes_of_rungs(journal: DifferenceJournal, position_layers: Layers) -> tuple[int | None, ...]:
@@ -131,12 +125,14 @@ def _bytes_of_rungs(journal: DifferenceJournal, position_layers: Layers) -> tupl
     )
 
 
-def _contents(source: RowContents, row_bytes: npt.NDArray[np.int64]) -> Contents:
+def _contents(
+    source: RowContents, volume: npt.NDArray[np.uint16], block_sizes: npt.NDArray[np.int64]
+) -> Contents:
     """Looks at rows in `source`, no more than COMPARE_BYTES at once."""
 
     def stretches(rows: Rows) -> Iterator[tuple[slice, int]]:
         """Stretches of rows of one block size, within the limit of what is held."""
-        sizes = row_bytes[rows]
+        sizes = block_sizes[volume[rows]]
         start = 0
         while start < len(rows):
             size = int(sizes[start])
@@ -258,7 +254,8 @@ def _blocks(
     section: Section, rows: Rows, prepared: PreparedInterval, resume: ResumePoint, payload_bytes: int
 ) -> Iterator[Data]:
     """The rows' blocks, verified, in frames of whole blocks."""
-    sizes, checksums = prepared.row_bytes[rows], prepared.interval.columns.checksum[rows]
+    columns = prepared.interval.columns
+    sizes, checksums = prepared.block_sizes[columns.volume[rows]], columns.checksum[rows]
     ends = np.cumsum(sizes)
     start = int(np.searchsorted(ends, resume.lengths[section - 1], side="right"))
     while start < len(rows):

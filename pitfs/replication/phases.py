@@ -48,25 +48,16 @@ class Phase(enum.Enum):
 
 
 _P = Phase
-TRANSITIONS: Final[dict[Phase, frozenset[Phase]]] = {
-    phase: frozenset(following)
-    for phase, following in {
-        _P.DISCONNECTED: {_P.CONNECTING},
-        _P.CONNECTING: {_P.LOCATING, _P.DISCONNECTED},
-        _P.LOCATING: {_P.WAITING, _P.AWAITING_COPY, _P.DISCONNECTED},
-        _P.WAITING: {
-            _P.SHIPPING_INTERVAL, _P.BACKFILLING, _P.STREAMING, _P.AWAITING_COPY, _P.FULL_SYNC, _P.DISCONNECTED,
-        },
-        _P.SHIPPING_INTERVAL: {_P.WAITING, _P.AWAITING_COPY, _P.DISCONNECTED},
-        _P.BACKFILLING: {_P.WAITING, _P.AWAITING_COPY, _P.DISCONNECTED},
-        _P.STREAMING: {_P.WAITING, _P.AWAITING_COPY, _P.DISCONNECTED},
-        _P.AWAITING_COPY: {_P.AWAITING_COPY, _P.BACKFILLING, _P.FULL_SYNC, _P.DISCONNECTED},
-        _P.FULL_SYNC: {_P.WAITING, _P.DISCONNECTED},
-    }.items()
+TRANSITIONS: Final = {
+    _P.DISCONNECTED: {_P.CONNECTING},
+    _P.CONNECTING: {_P.LOCATING, _P.DISCONNECTED},
+    _P.LOCATING: {_P.WAITING, _P.AWAITING_COPY, _P.DISCONNECTED},
+    _P.WAITING: {
+        _P.SHIPPING_INTERVAL, _P.BACKFILLING, _P.STREAMING, _P.AWAITING_COPY, _P.FULL_SYNC, _P.DISCONNECTED,
+    },
+    _P.SHIPPING_INTERVAL: {_P.WAITING, _P.AWAITING_COPY, _P.DISCONNECTED},
+    _P.BACKFILLING: {_P.WAITING, _P.AWAITING_COPY, _P.DISCONNECTED},
+    _P.STREAMING: {_P.WAITING, _P.AWAITING_COPY, _P.DISCONNECTED},
+    _P.AWAITING_COPY: {_P.AWAITING_COPY, _P.BACKFILLING, _P.FULL_SYNC, _P.DISCONNECTED},
+    _P.FULL_SYNC: {_P.WAITING, _P.DISCONNECTED},
 }  # fmt: skip
-
-
-def check_transition(phase: Phase, following: Phase) -> None:
-    """Raises AssertionError for one that isn't in the table: that is a mistake of ours."""
-    if following not in TRANSITIONS[phase]:
-        raise AssertionError(f"the shipper can't go from {phase.name} to {following.name}")

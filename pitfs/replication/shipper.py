@@ -25,7 +25,7 @@ from pitfs.model.schedule import (
 )
 from pitfs.model.transfer import Hello
 from pitfs.replication.backfill import Backfill
-from pitfs.replication.bandwidth import NO_LOAD, OVERLOAD, Bandwidth, LinkLoad
+from pitfs.replication.bandwidth import Bandwidth
 from pitfs.replication.cursor import DamagedInterval, JournalCursor
 from pitfs.replication.full_sync import FullSync
 from pitfs.replication.interval import PreparedInterval, diff_frames, prepare
@@ -82,7 +82,8 @@ class Shipper:
     Attributes:
         cursor, backfill, stream, full_sync, bandwidth, acks: its parts.
         last_marked: the splitter where `close_large` first saw the last mark, whoever set it.
-        load: of the last interval, or of the stream behind it: whether a stream would fit into the link's rate.
+        fitted: whether the link could have carried every write of the last interval in the interval's time, and
+            didn't fall behind as a stream since.
         needed_segment: what is before it has been shipped, but for what is wanted for backfill.
     """
 
@@ -99,7 +100,7 @@ class Shipper:
         self.needed_segment = 0
         self.last_marked: SplitterStatus | None = None
         self._early: set[int] = set()  # marks to be shipped that `close_large` set; as few as fit into the journal
-        self.load = NO_LOAD
+        self.fitted = True
         self.status = ReplicationStatus(settings.peer)
         self.bandwidth = Bandwidth(settings.rate_bytes_per_s)
         self._sender = sender = Sender(self.status, self.bandwidth)
@@ -235,7 +236,7 @@ class Shipper:
             backlog_bytes=backlog_bytes,
             interval_s=self.settings.interval_s,
             rate_bytes_per_s=self.bandwidth.rate,
-            fitted=self.load.fits,
+            fitted=self.fitted,
         )
         return self.status.mode
 
@@ -276,7 +277,7 @@ class Shipper:
         cause = "a copy goes first" if copy_follows else str(damage or self.status.mode.reason)
         log.info("no longer streaming: %s", cause)
         self._out_of_step(cause)
-        self.load = NO_LOAD if damage is not None or copy_follows else OVERLOAD
+        self.fitted = damage is not None or copy_follows
         await self.stream.finish()
         if damage is not None:
             await self.cursor.rescan(str(damage))
@@ -318,7 +319,7 @@ class Shipper:
         source = BlockSource(directory, interval, [volume.block_size for volume in self._volumes])
         try:
             prepared = await trio.to_thread.run_sync(prepare, interval, self._volumes, source, wants_journal)
-            load, decision = self._load_of(prepared), Decision(None, waits_cause(prepared.journal_bytes))
+            fitted, decision = self._fits(prepared), Decision(None, waits_cause(prepared.journal_bytes))
             if not wants_journal:
                 decision = Decision(None, "mode is snapshot")
             elif prepared.journal is None:
@@ -335,7 +336,7 @@ class Shipper:
         except BaseException:
             source.close()
             raise
-        self.load, self.status.last_decision = load, decision
+        self.fitted, self.status.last_decision = fitted, decision
         self.backfill.add(prepared)
         await self.release(interval.end.segment)
         self.status.acknowledged(session.welcome, interval.end)
@@ -345,14 +346,15 @@ class Shipper:
         self.status.enter(Phase.WAITING)
         log.debug("interval committed, mark %d, %d writes", interval.mark, len(interval.times))
 
-    def _load_of(self, prepared: PreparedInterval) -> LinkLoad:
+    def _fits(self, prepared: PreparedInterval) -> bool:
+        """Whether the link carries every write of the interval in the interval's time."""
         interval, committed = prepared.interval, self.status.committed
         # An interval that became longer, since nothing was shipped for a while, had as much more time.
         before_ns = committed.protected_through_ns if committed is not None else interval.mark_time_ns
         # One that was closed early has its own time only: else each of the parts had the whole interval's room.
         least_ns = 0 if interval.mark in self._early else self.settings.interval_ns
         time_ns = max(least_ns, interval.mark_time_ns - before_ns)
-        return self.bandwidth.load(prepared.diff_bytes + prepared.journal_bytes, time_ns)
+        return self.bandwidth.carries(prepared.diff_bytes + prepared.journal_bytes, time_ns)
 
     async def ship_layers(self, session: Session) -> None:
         """What goes next of the journals that wait, by figure 7's decision; a diff that is due interrupts it."""

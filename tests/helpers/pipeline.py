@@ -1,4 +1,4 @@
-"""The whole way without processes: splitter → local journal → shipment → store, beside a naive model."""
+"""The whole way without processes: splitter → local journal → interval → store, beside a naive model."""
 
 from __future__ import annotations
 

@@ -289,7 +289,7 @@ async def test_an_interval_that_was_closed_early_has_only_its_own_time_to_be_sen
         else:
             parts.mark()
         await parts.ship(layers=False)
-        fitted.append(shipper.load.fits)
+        fitted.append(shipper.fitted)
     assert fitted == [False, True]
 
 
