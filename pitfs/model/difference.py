@@ -83,7 +83,7 @@ class DifferenceJournal:
         layer: int64, that each row comes with. sizes: int64, bytes of each row's block.
         source: uint16; JOURNAL where only the journal has its content. unit: uint64, for SHARED_FOURTH.
         content: int64, one row of all that have the same content: the first by layer, then by seq.
-        counts, data_bytes: int64[layers], rows up to and with each layer, and what their contents take at least.
+        counts, data_bytes: int64[layers], rows up to and with each layer, and what their contents take in one transfer.
     """
 
     columns: Columns
@@ -94,10 +94,6 @@ class DifferenceJournal:
     content: Rows
     counts: Int64s
     data_bytes: Int64s
-
-    def bytes_up_to(self, layer: int) -> int:
-        """Of JOURNAL_BLOCKS, up to and with that layer where they go in one transfer; -1: none."""
-        return int(self.data_bytes[layer]) if layer >= 0 else 0
 
     def part(self, base: int, layer: int, base_bytes: int = 0, run_bytes: int = RUN_BYTES) -> JournalPart:
         """What layers after `base` (-1: from the first) up to and with `layer` add.
@@ -172,13 +168,6 @@ def _zero_rows(columns: Columns, zero_checksums: UInt64s, contents: Contents) ->
     return mask
 
 
-def _units(columns: Columns, rows: Rows, block_sizes: Int64s) -> tuple[UInt64s, int]:
-    """Where each of `rows` begins when their blocks stand one behind the other, in units; and the end, in bytes."""
-    sizes = block_sizes[columns.volume[rows]] // UNIT_BYTES
-    ends = np.cumsum(sizes, dtype=np.int64)
-    return (ends - sizes).astype(np.uint64), int(ends[-1]) * UNIT_BYTES if len(ends) else 0
-
-
 def snapshot_diff(
     columns: Columns, block_sizes: Int64s, zero_checksums: UInt64s, contents: Contents
 ) -> SnapshotDiff:
@@ -197,14 +186,15 @@ def snapshot_diff(
     shared = carrier != everything
     own = np.flatnonzero(~shared & ~zero)
     units = np.zeros(len(rows), dtype=np.uint64)
-    units[own], size_bytes = _units(picked, own, block_sizes)
+    sizes = block_sizes[picked.volume[own]]
+    units[own] = (np.cumsum(sizes) - sizes) // UNIT_BYTES
     units[shared] = units[carrier[shared]]
     entries = np.zeros(len(rows), dtype=DIFF_ENTRY)
     entries["volume"], entries["block"] = picked.volume, picked.block
     entries["source"] = int(Source.FOURTH)
     entries["source"][zero], entries["source"][shared] = int(Source.ZERO), int(Source.SHARED_FOURTH)
     entries["unit"][shared] = units[shared]
-    return SnapshotDiff(entries, rows, units, rows[own], rows[shared], size_bytes)
+    return SnapshotDiff(entries, rows, units, rows[own], rows[shared], int(sizes.sum()))
 
 
 def difference_journal(

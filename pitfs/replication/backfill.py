@@ -16,7 +16,7 @@ from pitfs.journal.reader import Interval, JournalReader, SeenMark, after
 from pitfs.journal.writer import Location
 from pitfs.model.ladder import LAST_LAYER, NO_LAYER, layer_of
 from pitfs.model.schedule import Step, Waiting, layers_left
-from pitfs.model.transfer import End, VolumeInfo, Welcome
+from pitfs.model.transfer import End, Manifest, VolumeInfo, Welcome
 from pitfs.replication.interval import PreparedInterval, layers_frames, pick_layers, prepare
 from pitfs.replication.manifests import cause_manifest, layers_manifest, waits_cause
 from pitfs.replication.ports import Session
@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 
 MAX_WAITING: Final = 256  # journals that are remembered; what a welcome names
 ERASED: Final = "the local journal needed the room before the link was idle long enough for the rest of it"
-NOWHERE: Final = Location(0, 0), (0, 0)
 
 
 @dataclass(slots=True)
@@ -54,6 +53,10 @@ class _Journal:
     rung_bytes: tuple[int | None, ...] | None = None
     parked: int | None = None
 
+    def final_manifest(self, cause: str) -> Manifest:
+        """It stays as it is on the replica."""
+        return cause_manifest(self.mark, self.base, self.end, self.layer, self.base_bytes, cause)
+
 
 class Backfill:
     """The journals that wait, and the one that was built last, of which alone layers can be sent.
@@ -73,7 +76,7 @@ class Backfill:
         self._block_sizes = [volume.block_size for volume in volumes]
         self._journals: dict[int, _Journal] = {}  # by mark, oldest first
         self._built: PreparedInterval | None = None
-        self._lost: list[_Journal] = []  # the replica believes that they will still come
+        self._lost: list[Manifest] = []  # to be sent for journals that the replica believes will still come
 
     def close(self) -> None:
         """Releases the one that was built last: where another is about to be, both would take their memory."""
@@ -125,14 +128,14 @@ class Backfill:
         self._bound()
         here = {journal.end for journal in self._journals.values()}
         self._lost = [
-            _Journal(welcome.mark, *NOWHERE, (each.from_seq, each.from_time_ns), end,
-                     layer_of(each.granularity_ns), each.journal_bytes)
+            cause_manifest(welcome.mark, (each.from_seq, each.from_time_ns), end, layer_of(each.granularity_ns),
+                           each.journal_bytes, ERASED)
             for end, each in lacks.items() if each.waits and end not in here
         ]  # fmt: skip
 
     def _bound(self) -> None:
         for mark in sorted(self._journals)[:-MAX_WAITING]:
-            self._lost.append(self._journals.pop(mark))
+            self._lost.append(self._journals.pop(mark).final_manifest(ERASED))
 
     @property
     def waiting(self) -> list[Waiting]:
@@ -211,18 +214,16 @@ class Backfill:
         journal = self._drop(mark)
         numbers = await trio.to_thread.run_sync(list_segments, self._directory)
         erased = numbers and journal.start.segment < numbers[0]
-        await self._send_cause(session, journal, ERASED if erased else str(error))
+        await self._send_cause(session, journal.final_manifest(ERASED if erased else str(error)))
 
     async def report_lost(self, session: Session) -> None:
         """Journals that the replica believes will still come, but the local journal has them no more."""
         while self._lost:
-            await self._send_cause(session, self._lost.pop(), ERASED)
+            await self._send_cause(session, self._lost.pop())
 
-    async def _send_cause(self, session: Session, journal: _Journal, cause: str) -> None:
-        log.info("the interval up to seq %d stays at its granularity: %s", journal.end[0], cause)
-        await session.begin(
-            cause_manifest(journal.mark, journal.base, journal.end, journal.layer, journal.base_bytes, cause)
-        )
+    async def _send_cause(self, session: Session, manifest: Manifest) -> None:
+        log.info("the interval up to seq %d stays at its granularity: %s", manifest.to_seq, manifest.cause)
+        await session.begin(manifest)
         await self._sender.send(session, iter([End((0, 0, 0, 0, 0))]))
 
     def _drop(self, mark: int) -> _Journal:

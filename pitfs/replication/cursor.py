@@ -15,7 +15,7 @@ from pitfs.journal.writer import Location
 from pitfs.model.record import CopyProgress
 from pitfs.model.transfer import Hello, Welcome
 from pitfs.replication.phases import Phase
-from pitfs.replication.ports import Session
+from pitfs.replication.ports import Session, ShipperSettings
 from pitfs.replication.status import ReplicationStatus
 from pitfs.splitter.client import SplitterClient
 from pitfs.splitter.messages import SplitterStatus
@@ -49,15 +49,15 @@ class JournalCursor:
 
     def __init__(
         self,
-        directory: str,
+        settings: ShipperSettings,
         hello: Hello,
         splitter: SplitterClient,
         status: ReplicationStatus,
         release: Callable[[int], Awaitable[None]],
     ) -> None:
-        self._directory, self._hello = directory, hello
+        self._directory, self._hello = settings.journal_directory, hello
         self._splitter, self._status, self._release = splitter, status, release
-        self.reader = JournalReader(directory, [volume.block_size for volume in hello.volumes])
+        self.reader = JournalReader(self._directory, [volume.block_size for volume in hello.volumes])
         self.wake = trio.Event()
         self.damaged: DamagedInterval | None = None
 

@@ -42,7 +42,7 @@ from pitfs.model.transfer import (
 )
 from pitfs.replication.cursor import JournalCursor
 from pitfs.replication.manifests import copy_manifest, leads_on
-from pitfs.replication.ports import Session
+from pitfs.replication.ports import Session, ShipperSettings
 from pitfs.replication.sending import Sender
 from pitfs.replication.status import LostMarks
 from pitfs.splitter.change_bitmap import BitmapAssembler
@@ -59,22 +59,12 @@ _PACK_PRESERVED: Final = struct.Struct("<qqqQ").pack
 
 
 class FullSync:
-    """Sends copies, each from its COPY_START in the journal, and tells the splitter how far the replica has them.
-
-    Args:
-        directory: of the journal. backings: of the volumes, in order.
-    """
+    """Sends copies, each from its COPY_START in the journal, and tells the splitter how far the replica has them."""
 
     def __init__(
-        self,
-        directory: str,
-        backings: tuple[str, ...],
-        hello: Hello,
-        splitter: SplitterClient,
-        cursor: JournalCursor,
-        sender: Sender,
+        self, settings: ShipperSettings, hello: Hello, splitter: SplitterClient, cursor: JournalCursor, sender: Sender
     ) -> None:
-        self._directory, self._backings, self._hello = directory, backings, hello
+        self._directory, self._backings, self._hello = settings.journal_directory, settings.backings, hello
         self._splitter, self._cursor, self._sender = splitter, cursor, sender
 
     async def ship(self, session: Session, copy: Copy) -> None:
@@ -239,7 +229,7 @@ def copy_frames(
             raise PositionMismatchError("the replica lost a part of the copy that it had acknowledged")
         rows_bytes, contents_bytes = resume.lengths[0], resume.lengths[1]
         sent = read = 0
-        wanted = images.wanted()
+        wanted = images.wanted()  # all of COPY_BLOCKS has been followed: it was journalled with COPY_START
         for index in range(at_volume, len(volumes)):
             volume, fd, blocks = volumes[index], backing_fds[index], wanted[index]
             block = at_block if index == at_volume else 0
@@ -248,7 +238,7 @@ def copy_frames(
                 end = min(volume.block_count, (stretch + 1) * STRETCH_BYTES // volume.block_size)
                 picked = None if blocks is None else _between(blocks, first, end)
                 buffer = _read(volume, first, end, fd) if picked is None else _read_picked(volume, picked, fd)
-                images.follow(tail())
+                images.follow(tail())  # after reading: a write that began meanwhile has left its before-image
                 images.apply(index, stretch, first, buffer)
                 for entries, payload in _portions(volume, index, first, buffer, picked):
                     yield Data(Section.DIFF, rows_bytes, entries.tobytes())

@@ -115,10 +115,8 @@ def prepare(
 
 def _bytes_of_rungs(journal: DifferenceJournal, position_layers: Layers) -> tuple[int | None, ...]:
     """What the difference journal takes on each rung; None where there is no position on it."""
-    count = len(RUNGS_NS)
-    positions = np.cumsum(np.bincount(position_layers, minlength=count))
-    data = [journal.bytes_up_to(layer) for layer in range(count)]
-    sizes = positions * POSITION.itemsize + journal.counts * JOURNAL_ENTRY.itemsize + data
+    positions = np.cumsum(np.bincount(position_layers, minlength=len(RUNGS_NS)))
+    sizes = positions * POSITION.itemsize + journal.counts * JOURNAL_ENTRY.itemsize + journal.data_bytes
     return tuple(
         int(size) if reached else None
         for size, reached in zip(sizes.tolist(), positions.tolist(), strict=True)

@@ -1,9 +1,10 @@
-"""What replication needs of the link; `link.sessions` has it. (The splitter: see `splitter.client`.)"""
+"""What the shipper is given: settings, and a session of the link. (Of the splitter it has a `splitter.client`.)"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from typing import Protocol
 
 from pitfs.model.transfer import (
@@ -18,6 +19,31 @@ from pitfs.model.transfer import (
     Welcome,
     Writes,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class ShipperSettings:
+    """What the shipper of a group is started with.
+
+    Attributes:
+        peer: HOST:PORT of the replica, for messages.
+        journal_directory, capacity_bytes: of the local journal.
+        backings: of each volume, in the order of Hello.volumes.
+        mode: sync | async | snapshot | dynamic.
+        rate_bytes_per_s: cap on what goes out, None for none.
+    """
+
+    peer: str
+    journal_directory: str
+    capacity_bytes: int
+    backings: tuple[str, ...]
+    mode: str
+    interval_ns: int
+    rate_bytes_per_s: int | None
+
+    @property
+    def interval_s(self) -> float:
+        return self.interval_ns / 1e9
 
 
 class Session(Protocol):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
 from typing import Final
 
 import trio
@@ -31,7 +30,7 @@ from pitfs.replication.full_sync import FullSync
 from pitfs.replication.interval import PreparedInterval, diff_frames, prepare
 from pitfs.replication.manifests import diff_manifest, waits_cause
 from pitfs.replication.phases import Phase
-from pitfs.replication.ports import Connect, Session
+from pitfs.replication.ports import Connect, Session, ShipperSettings
 from pitfs.replication.sending import Sender, check_committed
 from pitfs.replication.status import ReplicationStatus
 from pitfs.replication.stream import POLL_S, AckReporter, Stream
@@ -44,31 +43,6 @@ log = logging.getLogger(__name__)
 MAX_INTERVAL_ROWS: Final = 1 << 19  # blocks written: building the difference takes some 240 B of RAM for each
 MAX_INTERVAL_PART: Final = 4  # of the journal's capacity: the largest part that an interval may take
 WATCH_S: Final = 2.0  # how often that is looked at: seldom for the splitter, often for what may be written
-
-
-@dataclass(frozen=True, slots=True)
-class ShipperSettings:
-    """What the shipper of a group is started with.
-
-    Attributes:
-        peer: HOST:PORT of the replica, for messages.
-        journal_directory, capacity_bytes: of the local journal.
-        backings: of each volume, in the order of Hello.volumes.
-        mode: sync | async | snapshot | dynamic.
-        rate_bytes_per_s: cap on what goes out, None for none.
-    """
-
-    peer: str
-    journal_directory: str
-    capacity_bytes: int
-    backings: tuple[str, ...]
-    mode: str
-    interval_ns: int
-    rate_bytes_per_s: int | None
-
-    @property
-    def interval_s(self) -> float:
-        return self.interval_ns / 1e9
 
 
 class Shipper:
@@ -105,10 +79,10 @@ class Shipper:
         self.bandwidth = Bandwidth(settings.rate_bytes_per_s)
         self._sender = sender = Sender(self.status, self.bandwidth)
         directory = settings.journal_directory
-        self.cursor = JournalCursor(directory, hello, splitter, self.status, self.release)
+        self.cursor = JournalCursor(settings, hello, splitter, self.status, self.release)
         self.backfill = Backfill(directory, self._volumes, sender)
         self._durability = Durability(directory)
-        self.full_sync = FullSync(directory, settings.backings, hello, splitter, self.cursor, sender)
+        self.full_sync = FullSync(settings, hello, splitter, self.cursor, sender)
         reader = self.cursor.reader
         self.stream = Stream(
             reader, self._volumes, splitter, sender, self._durability, self.release, self._stream_durable

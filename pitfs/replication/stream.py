@@ -15,7 +15,7 @@ from pitfs.journal.reader import JournalReader
 from pitfs.journal.stream_reader import NOTHING_DIGEST, StreamChunk, next_chunk
 from pitfs.journal.writer import Location
 from pitfs.model.record import MAX_BODY_BYTES
-from pitfs.model.transfer import MAX_BATCH_BYTES, Durable, Flush, VolumeInfo, Welcome
+from pitfs.model.transfer import MAX_BATCH_BYTES, Durable, Flush, VolumeInfo, Welcome, Writes
 from pitfs.replication.ports import Session
 from pitfs.replication.sending import Sender
 from pitfs.splitter.client import SplitterClient
@@ -100,7 +100,7 @@ class Stream:
         await session.wait_durable()
         while self._durable_mark < self.mark:  # nothing else would tell who waits for it that it is committed
             await trio.sleep(POLL_S)
-            await self._flush(None, NOTHING_DIGEST, self.position[1])
+            await self._flush(None, self.position[1])
             await session.wait_durable()
         before = session.welcome
         session.welcome = Welcome(self.mark, *self.position, before.protected_through_ns)
@@ -153,7 +153,7 @@ class Stream:
             if self.behind_s() > limit_s:
                 return False
         if trio.current_time() - self._flushed_at >= PULSE_S:
-            await self._flush(None, NOTHING_DIGEST, splitter.now_ns)
+            await self._flush(None, splitter.now_ns)
         return False
 
     async def release(self) -> None:
@@ -185,17 +185,17 @@ class Stream:
             if self._saturated_at is None:
                 self._saturated_at, self._answered_bytes = trio.current_time(), 0
             self.position = chunk.position
-            await self._flush(chunk, chunk.writes.digest, chunk.position[1] if now_ns is None else now_ns)
+            await self._flush(chunk.writes, chunk.position[1] if now_ns is None else now_ns)
         if chunk.mark is not None:
             self.mark = chunk.mark.mark
             self._await_answer(0)
             await self._session.stream_mark(chunk.mark)
 
-    async def _flush(self, chunk: StreamChunk | None, digest: int, protected_through_ns: int) -> None:
+    async def _flush(self, writes: Writes | None, protected_through_ns: int) -> None:
         assert self._session is not None
-        writes = chunk.writes if chunk is not None else None
         self._flushed_at = trio.current_time()
         self._await_answer(len(writes.contents) if writes is not None else 0)
+        digest = writes.digest if writes is not None else NOTHING_DIGEST
         flush = Flush(self.position[0], digest, protected_through_ns)
         await self._session.stream(writes, flush, self._window_bytes)
 

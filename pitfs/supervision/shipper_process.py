@@ -21,8 +21,9 @@ from pitfs.link.transport.streams import address_text
 from pitfs.link.transport.tls import LinkContext
 from pitfs.model.transfer import Hello
 from pitfs.replication.control import ShipperControl
+from pitfs.replication.ports import ShipperSettings
 from pitfs.replication.requests import REQUESTS
-from pitfs.replication.shipper import Shipper, ShipperSettings
+from pitfs.replication.shipper import Shipper
 from pitfs.splitter import control
 from pitfs.splitter.client import SplitterClient
 from pitfs.splitter.identity import next_epoch, read_group

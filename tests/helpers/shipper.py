@@ -23,7 +23,8 @@ from pitfs.model.transfer import (
     Writes,
 )
 from pitfs.replication.phases import Phase
-from pitfs.replication.shipper import Shipper, ShipperSettings
+from pitfs.replication.ports import ShipperSettings
+from pitfs.replication.shipper import Shipper
 from pitfs.splitter.service import SplitterService
 from pitfs.splitter.startup import journal_directory
 from pitfs.splitter.sync_gate import SyncGate
