@@ -189,8 +189,8 @@ class JournalCursor:
                 continue
             if isinstance(item, Copy):
                 # Of an attempt that never became durable the number may come again: so the location counts, too.
-                running = splitter.copy
-                is_given_up = running is None or (running.mark, running.location) != (item.start.mark, item.location)
+                running, met = splitter.copy, (item.start.mark, item.location)
+                is_given_up = running is None or (running.mark, running.location) != met
                 if not is_given_up:
                     return item
             elif isinstance(item, Interval):

@@ -62,7 +62,12 @@ class FullSync:
     """Sends copies, each from its COPY_START in the journal, and tells the splitter how far the replica has them."""
 
     def __init__(
-        self, settings: ShipperSettings, hello: Hello, splitter: SplitterClient, cursor: JournalCursor, sender: Sender
+        self,
+        settings: ShipperSettings,
+        hello: Hello,
+        splitter: SplitterClient,
+        cursor: JournalCursor,
+        sender: Sender,
     ) -> None:
         self._directory, self._backings, self._hello = settings.journal_directory, settings.backings, hello
         self._splitter, self._cursor, self._sender = splitter, cursor, sender

@@ -120,9 +120,9 @@ class ReplicationStatus:
 
     def transfer_begun(self) -> None:
         """The replica takes a transfer."""
-        error = self.link_error
-        if self.outage is not None and error is not None and error.retryable and not isinstance(error, CapacityError):
-            self.outage.is_resuming = True
+        outage, error = self.outage, self.link_error
+        if outage and error and error.retryable and not isinstance(error, CapacityError):
+            outage.is_resuming = True
             self._change()
 
     def got_through(self, *_: object) -> None:
