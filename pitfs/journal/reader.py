@@ -193,13 +193,16 @@ class JournalReader:
         try:
             while self.location < until:
                 reader = self._open(self.location.segment)
-                end = until.offset if reader.header.number == until.segment else None
-                for offset, record in reader.heads(self.location.offset, end):
+                number = reader.header.number
+                end = until.offset if number == until.segment else None
+                here = self.location
+                for offset, record in reader.heads(here.offset, end):
                     if record.kind is RecordKind.SEAL:
-                        self.location = Location(reader.header.number + 1, DATA_OFFSET)
+                        self.location = Location(number + 1, DATA_OFFSET)
                         break
-                    self.location = Location(reader.header.number, offset + record.size_bytes)
-                    yield Location(reader.header.number, offset), record
+                    self.location = behind = Location(number, offset + record.size_bytes)
+                    yield here, record
+                    here = behind
                 else:
                     if end is None:
                         raise CorruptionError(reader.path, self.location.offset, "the segment has no end")

@@ -10,7 +10,6 @@ on beside it. So a write that comes during a sync waits for the next one, which 
 
 from __future__ import annotations
 
-import itertools
 import os
 import secrets
 import threading
@@ -84,12 +83,7 @@ class Journal:
     """
 
     def __init__(
-        self,
-        directory: str,
-        history: bytes,
-        capacity_bytes: int,
-        tail: JournalTail | None = None,
-        next_lsn: int = 1,
+        self, directory: str, history: bytes, capacity_bytes: int, tail: JournalTail | None = None, next_lsn: int = 1
     ) -> None:
         self.directory = directory
         self.history = history
@@ -102,7 +96,6 @@ class Journal:
         self._numbers = list_segments(directory)
         self._lock = threading.RLock()  # guards _segment, _unsynced, _spare and _numbers
         self._sync_lock = threading.Lock()  # held while descriptors of _unsynced are in use; taken before _lock
-        self._spare_names = itertools.count(1)
         self._spare = self._find_spare()
         self._unsynced: list[_OpenSegment] = []
         self._failed: OSError | None = None  # of the sync that failed
@@ -142,21 +135,13 @@ class Journal:
         return min(needed, max(spared, first + max(excess, 0)))
 
     def append(
-        self,
-        kind: int,
-        volume: int,
-        block: int,
-        block_count: int,
-        seq: int,
-        time_ns: int,
-        covered: bytes,
+        self, kind: int, volume: int, block: int, block_count: int, seq: int, time_ns: int, covered: bytes,
         contents: bytes = b"",
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Appends one record; it is durable after the next `sync`.
 
         Raises:
-            CapacityError: the journal or its disk is full; nothing was appended.
-            OSError: the disk refuses; nothing was appended.
+            CapacityError, OSError: the journal or its disk is full, or the disk refuses; nothing was appended.
         """
         offset = self._offset
         size = HEADER_BYTES + len(covered) + len(contents)
@@ -172,8 +157,8 @@ class Journal:
         head = encode_head(
             kind, volume, block, block_count, seq, time_ns, lsn, self.durable_lsn, covered, len(contents), self._seed
         )  # fmt: skip
-        # To the end of its last page: a segment that is used again may have left the page cache, and the kernel
-        # would read each page from the disk that isn't written whole (measured: 80 instead of 5 µs).
+        # Up to the end of its last page: a recycled segment may have left the page cache, and the kernel would read
+        # from the disk each page that isn't written whole (measured: 80 instead of 5 µs).
         padding = _PAGE_OF_ZEROS[: -end % PAGE_BYTES]
         if os.pwritev(self._segment.fd, (head, contents, padding), offset) != size + len(padding):
             # A short write means a full disk or a failing one: writing on says which.
@@ -245,15 +230,11 @@ class Journal:
                 found = path
             else:
                 os.unlink(path)
-        if found is not None:
-            used = _USED_SUFFIX if found.endswith(_USED_SUFFIX) else ""
-            kept = os.path.join(self.directory, f"{_SPARE_PREFIX}kept{used}")
-            os.rename(found, kept)
-            found = kept
         return found
 
     def _spare_path(self, suffix: str = "") -> str:
-        return os.path.join(self.directory, f"{_SPARE_PREFIX}{next(self._spare_names)}{suffix}")
+        """A new name: two threads may make a spare at a time."""
+        return os.path.join(self.directory, f"{_SPARE_PREFIX}{secrets.token_hex(8)}{suffix}")
 
     def _make_spare(self) -> str:
         """Makes a file for the next segment. Raises CapacityError if the capacity or the disk is exhausted."""

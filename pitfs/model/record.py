@@ -150,18 +150,9 @@ class Record:
 
 
 def encode_head(
-    kind: int,
-    volume: int,
-    block: int,
-    block_count: int,
-    seq: int,
-    time_ns: int,
-    lsn: int,
-    durable_lsn: int,
-    covered: bytes,
-    contents_size: int,
-    seed: int,
-) -> bytes:
+    kind: int, volume: int, block: int, block_count: int, seq: int, time_ns: int, lsn: int, durable_lsn: int,
+    covered: bytes, contents_size: int, seed: int,
+) -> bytes:  # fmt: skip
     """Header of a record and the covered part of its body (checksums or message). Contents follow unencoded."""
     body_size = len(covered) + contents_size
     head = HEADER.pack(MAGIC, kind, 0, volume, block_count, body_size, block, seq, time_ns, lsn, durable_lsn)

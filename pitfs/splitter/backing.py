@@ -1,4 +1,4 @@
-"""The backing volume: an existing regular file or block device, opened so that nobody else writes it."""
+"""The backing volume: an existing regular file or block device, opened so that nobody else writes to it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pitfs.errors import UsageError
 
 @dataclass(frozen=True, slots=True)
 class Backing:
-    """An open backing volume. `mtime_ns` is 0 for a block device, which keeps none."""
+    """An open backing volume. `mtime_ns` is 0 for a block device, which has none."""
 
     path: str
     fd: int
@@ -29,7 +29,7 @@ class Backing:
 
 
 def open_backing(path: str) -> Backing:
-    """Opens a backing volume for reading and writing, exclusively as far as the kernel can tell.
+    """Opens a backing volume for reading and writing, exclusively as far as the kernel can ensure.
 
     Raises:
         UsageError: it is missing, of another type, empty, or in use.
@@ -74,14 +74,14 @@ def in_use(path: str) -> UsageError:
 
 
 def written_by_others(path: str) -> bool:
-    """Whether somebody has the regular file open for writing (a loop device has), as far as the kernel can tell."""
+    """Whether anybody has the regular file open for writing, as a loop device has. False if the kernel can't say."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        # A read lease is given only while nobody has.
+        # The kernel grants a read lease only if nobody has it open for writing.
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
     except OSError as error:
-        # Other errors: this file system has no leases, or we aren't the owner.
+        # Other errors: this file system has no leases, or this process isn't the owner.
         return error.errno == errno.EAGAIN
     finally:
         os.close(fd)

@@ -23,9 +23,9 @@ class RequestChannel(Protocol):
 
 
 class SplitterClient:
-    """Requests to the splitter, one after the other. Each is answered with the status behind it.
+    """Requests to the splitter, one after the other. Each is answered with the status after it.
 
-    Each method raises ControlError where the splitter refuses, and trio.BrokenResourceError where it has ended.
+    Every method raises ControlError where the splitter refuses, and trio.BrokenResourceError where it has ended.
     """
 
     def __init__(self, channel: RequestChannel) -> None:
@@ -46,25 +46,25 @@ class SplitterClient:
         return await self._request(messages.ReadStatus())
 
     async def mark(self, bookmark: str | None = None) -> SplitterStatus:
-        """Closes the interval at the last write; the status has the mark. See `Splitter.mark`."""
+        """Closes the interval at the last write, and names that position if a bookmark is given."""
         return await self._request(messages.SetMark(bookmark))
 
     async def copied(self, progress: CopyProgress) -> SplitterStatus:
-        """The replica durably has the running copy up to there. See `Splitter.copied`."""
+        """The replica durably has the running copy up to there."""
         return await self._request(messages.Copied(progress))
 
-    async def release(self, segment: int, wanted: int | None = None) -> SplitterStatus:
-        """Segments before `segment` aren't needed for shipping any more. See `Splitter.release`."""
+    async def release(self, segment: int, wanted: int) -> SplitterStatus:
+        """Segments before `segment` aren't needed for shipping; those from `wanted` on are kept while there is room."""
         return await self._request(messages.Release(segment, wanted))
 
     async def rescan(self, cause: str) -> SplitterStatus:
-        """Begins a complete copy with a gap before it; the status has the copy. See `Splitter.start_copy`."""
+        """Begins a complete copy, with a gap before it; the status has the copy."""
         return await self._request(messages.Rescan(cause))
 
     async def replicated(self, seq: int, in_step: bool, cause: str = "") -> SplitterStatus:
-        """Mode sync: what the replica durably has. See `SyncGate.replicated`."""
+        """Mode sync: the replica durably has every write up to `seq`; or writes can't rely on it, and why."""
         return await self._request(messages.Replicated(seq, in_step, cause))
 
     async def wait_for_writes(self, lsn: int) -> SplitterStatus:
-        """The status when the journal has a record behind `lsn`, or after a short time."""
+        """Returns as soon as the journal has a record behind `lsn`, and after a short time in any case."""
         return await self._request(messages.WaitForWrites(lsn))

@@ -28,7 +28,7 @@ SHIPPER_SOCKET: Final = "control.sock"
 MAX_LINE_BYTES: Final = 1 << 16
 ACCEPT_AGAIN_S: Final = 1.0
 _NO_ROOM_TO_ACCEPT: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-MAX_CONNECTIONS: Final = 32  # tools asking at once; more wait in the kernel's backlog
+MAX_CONNECTIONS: Final = 32  # more wait in the kernel's backlog
 
 Request = TypeVar("Request")
 Reply = TypeVar("Reply")
@@ -59,7 +59,7 @@ class ControlError(PitfsError):
 
 @contextlib.contextmanager
 def _short_path(directory: str, name: str) -> Any:
-    """A path to the socket that fits into the 108 bytes the kernel allows, however deep the directory is."""
+    """A path to the socket within the 108 bytes that the kernel allows, however deep the directory is."""
     fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield f"/proc/self/fd/{fd}/{name}"
@@ -74,7 +74,7 @@ class Connection:
         self._stream = stream
         self._buffer = bytearray()
         self._lock = trio.Lock()
-        self._owed = 0  # replies to come; more than one where who asked was cancelled
+        self._owed = 0  # replies to come; more than one where a caller was cancelled
 
     @classmethod
     async def open(cls, directory: str, name: str) -> Connection:
@@ -96,7 +96,7 @@ class Connection:
             trio.BrokenResourceError: the other side is gone.
         """
         async with self._lock:
-            with trio.CancelScope(shield=True):  # a request that was cut short would spoil the next one
+            with trio.CancelScope(shield=True):  # a request that is cut short would spoil the next one
                 await self._stream.send_all(msgspec.json.encode(request) + b"\n")
             self._owed += 1
             while True:  # replies come in order: ours is the last
@@ -124,7 +124,7 @@ class Connection:
         return line
 
     async def serve(self, decode: Callable[[bytes], Request], handler: Handler[Request]) -> None:
-        """Answers requests until the other side closes; the one that is being worked on is cancelled then."""
+        """Answers requests until the other side closes, which cancels the request under way."""
         while (line := await self._read_line()) is not None:
             reply = b""
             async with trio.open_nursery() as nursery:
@@ -136,7 +136,7 @@ class Connection:
             await self._stream.send_all(reply)
 
     async def _watch(self, scope: trio.CancelScope) -> None:
-        """Cancels when the other side closes. Requests that come early are kept, up to the limit of a line."""
+        """Cancels when the other side closes. Keeps requests that come early, up to the limit of a line."""
         while len(self._buffer) <= MAX_LINE_BYTES:
             try:
                 data = await self._stream.receive_some()
@@ -182,8 +182,8 @@ async def serve(
         decode: a line to a request; raises msgspec.DecodeError for what is none.
         handler: answers a request; what it returns is encoded as JSON.
     """
-    limit = trio.CapacityLimiter(MAX_CONNECTIONS)
-    with contextlib.suppress(FileNotFoundError):  # of an earlier run; the state's lock says that it is over
+    limit = trio.Semaphore(MAX_CONNECTIONS)
+    with contextlib.suppress(FileNotFoundError):  # of an earlier run, which is over: the state is locked
         os.unlink(os.path.join(directory, name))
     sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     with sock, _short_path(directory, name) as path:
@@ -196,14 +196,13 @@ async def serve(
         async with trio.open_nursery() as nursery:
             task_status.started()
             while True:
-                await limit.acquire_on_behalf_of(token := object())
-                client = await _accept(sock)
-                connection = Connection(trio.SocketStream(client))
-                nursery.start_soon(_serve_one, connection, decode, handler, limit, token)
+                await limit.acquire()
+                connection = Connection(trio.SocketStream(await _accept(sock)))
+                nursery.start_soon(_serve_one, connection, decode, handler, limit)
 
 
 async def _accept(sock: trio.socket.SocketType) -> trio.socket.SocketType:
-    """The next client. For want of descriptors or memory a client waits: it's no reason to end the process."""
+    """The next client. Without descriptors or memory for it the client waits, and the process goes on."""
     while True:
         try:
             client, _ = await sock.accept()
@@ -216,17 +215,13 @@ async def _accept(sock: trio.socket.SocketType) -> trio.socket.SocketType:
 
 
 async def _serve_one(
-    connection: Connection,
-    decode: Callable[[bytes], Request],
-    handler: Handler[Request],
-    limit: trio.CapacityLimiter,
-    token: object,
+    connection: Connection, decode: Callable[[bytes], Request], handler: Handler[Request], limit: trio.Semaphore
 ) -> None:
     try:
         await connection.serve(decode, handler)
     except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
         log.debug("control connection ended: %s", error)
     finally:
-        limit.release_on_behalf_of(token)
+        limit.release()
         with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
             await connection.aclose()

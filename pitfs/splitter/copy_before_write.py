@@ -22,12 +22,7 @@ from pitfs.splitter.volume import Volume
 
 
 def begin_copy(
-    journal: Journal,
-    state: SplitterState,
-    volumes: list[Volume],
-    now_ns: int,
-    cause: str,
-    changes: ChangeBitmap | None,
+    journal: Journal, state: SplitterState, volumes: list[Volume], now_ns: int, cause: str, changes: ChangeBitmap | None
 ) -> None:
     """Closes what was journalled and begins a copy of the state as it is now.
 
@@ -77,9 +72,8 @@ def preserve(
         covered = struct.pack(f"<{length}Q", *block_checksums(image, volume.block_size))
         if not any(image[:64]) and not image.strip(b"\0"):
             image = b""  # zeros, as before the first write to a sparse volume, take no contents
-        journal.append(
-            RecordKind.BEFORE_IMAGE, index, todo[0], length, state.seq, state.time_ns, covered, image
-        )
+        position = state.seq, state.time_ns
+        journal.append(RecordKind.BEFORE_IMAGE, index, todo[0], length, *position, covered, image)
         volume.preserved.add_range(todo[0], todo[0] + length)
         del todo[:length]
 

@@ -23,7 +23,7 @@ class SplitterStatus(msgspec.Struct, frozen=True):
 
     Attributes:
         tail: where the journal goes on; lsn: of its last record.
-        seq, position_time_ns: position of the last write; time_ns: the last time given to any record.
+        seq, position_time_ns: position of the last write.
         mark: the last mark, which is the one just set where a mark was requested.
         now_ns: no later write has a time up to this one, nor has any that bypassed the journal.
         used_bytes, capacity_bytes: of the journal.
@@ -38,7 +38,6 @@ class SplitterStatus(msgspec.Struct, frozen=True):
     lsn: int
     seq: int
     position_time_ns: int
-    time_ns: int
     mark: int
     now_ns: int
     used_bytes: int
@@ -50,49 +49,38 @@ class SplitterStatus(msgspec.Struct, frozen=True):
     sync: str | None
 
 
-class ReadStatus(msgspec.Struct, frozen=True, tag=True, tag_field="op"):
-    """Changes nothing."""
+class _Request(msgspec.Struct, frozen=True, tag=True, tag_field="op"):
+    """A request; the method of `SplitterClient` that sends it says what it does."""
 
 
-class SetMark(msgspec.Struct, frozen=True, tag=True, tag_field="op"):
-    """Closes the interval at the last write, and names that position if `bookmark` is given."""
-
-    bookmark: str | None = None
+class ReadStatus(_Request, frozen=True):
+    pass
 
 
-class Copied(msgspec.Struct, frozen=True, tag=True, tag_field="op"):
-    """The replica durably has the running copy up to there."""
+class SetMark(_Request, frozen=True):
+    bookmark: str | None
 
+
+class Copied(_Request, frozen=True):
     progress: CopyProgress
 
 
-class Release(msgspec.Struct, frozen=True, tag=True, tag_field="op"):
-    """Segments before `segment` aren't needed for shipping any more.
-
-    Those from `wanted` on are kept nevertheless, as long as there is room.
-    """
-
+class Release(_Request, frozen=True):
     segment: int
-    wanted: int | None = None
+    wanted: int
 
 
-class Rescan(msgspec.Struct, frozen=True, tag=True, tag_field="op"):
-    """Begins a complete copy, with a gap before it."""
-
+class Rescan(_Request, frozen=True):
     cause: str
 
 
-class Replicated(msgspec.Struct, frozen=True, tag=True, tag_field="op"):
-    """Mode sync: the replica durably has every write up to `seq`; or writes can't rely on it, and why."""
-
+class Replicated(_Request, frozen=True):
     seq: int
     in_step: bool
-    cause: str = ""
+    cause: str
 
 
-class WaitForWrites(msgspec.Struct, frozen=True, tag=True, tag_field="op"):
-    """Is answered as soon as the journal has a record behind `lsn`, and after a short time in any case."""
-
+class WaitForWrites(_Request, frozen=True):
     lsn: int
 
 

@@ -55,23 +55,12 @@ class Splitter:
     """
 
     def __init__(
-        self,
-        volumes: list[Volume],
-        journal: Journal,
-        state: SplitterState,
-        progress: ProgressFile,
-        generation: int,
-        clock_ns: Callable[[], int],
-        boot_id: str,
-        block_when_full: bool,
-    ) -> None:
-        self.volumes = volumes
-        self.journal = journal
-        self.state = state
-        self._progress = progress
-        self._generation = generation
-        self._clock_ns = clock_ns
-        self._boot_id = boot_id
+        self, volumes: list[Volume], journal: Journal, state: SplitterState, progress: ProgressFile, generation: int,
+        clock_ns: Callable[[], int], boot_id: str, block_when_full: bool,
+    ) -> None:  # fmt: skip
+        self.volumes, self.journal, self.state = volumes, journal, state
+        self._progress, self._generation = progress, generation
+        self._clock_ns, self._boot_id = clock_ns, boot_id
         self._block_when_full = block_when_full
         self._released_segment = self._wanted_segment = 0
         self._full_at_seq = -1  # the last write when the journal was found full
@@ -102,11 +91,9 @@ class Splitter:
             return
         block_size = volume.block_size
         first = offset // block_size
-        contents = (
-            self._fill(volume, offset, data, may_wait)
-            if offset % block_size or len(data) % block_size
-            else data
-        )
+        contents = data
+        if offset % block_size or len(data) % block_size:
+            contents = self._fill(volume, offset, data, may_wait)
         count = len(contents) // block_size
         if count == 1:
             covered = _PACK_ONE(xxh3_64_intdigest(contents))
@@ -374,6 +361,7 @@ class Splitter:
 
     @property
     def _needed_segment(self) -> int:
+        """Segments before this one are needed for nothing."""
         return min(self._shipping_segment, self.recovery_segment)
 
     @property

@@ -64,13 +64,9 @@ def lock_state(state: str) -> int:
 
 
 def open_splitter(
-    state: str,
-    group: str,
-    specs: list[VolumeSpec],
-    capacity_bytes: int,
-    block_when_full: bool,
+    state: str, group: str, specs: list[VolumeSpec], capacity_bytes: int, block_when_full: bool,
     clock_ns: Callable[[], int],
-) -> Splitter:
+) -> Splitter:  # fmt: skip
     """Brings the group to where writes can be accepted: recovered, redone, and with a copy begun if one is due.
 
     Args:

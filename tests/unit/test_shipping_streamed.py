@@ -60,7 +60,7 @@ async def cut(frame: object) -> None:
     raise ConnectionError
 
 
-async def test_while_writes_pass_the_replica_isnt_told_that_it_has_all(
+async def test_during_a_bypass_the_replica_isnt_told_that_it_has_all(
     parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the last state that was journalled would be given for any time until the copy comes."""

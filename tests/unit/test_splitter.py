@@ -42,7 +42,7 @@ def test_times_rise_with_seq_though_the_clock_stands_still(pipeline: Pipeline) -
     pipeline.close()
 
 
-def test_a_full_journal_lets_writes_pass_and_says_so_in_a_gap(pipeline: Pipeline) -> None:
+def test_a_full_journal_begins_a_bypass_and_says_so_in_a_gap(pipeline: Pipeline) -> None:
     pipeline.ship()  # the first copy
     last = fill(pipeline)
     assert "capacity" in pipeline.splitter.state.bypass_cause
@@ -71,7 +71,7 @@ def test_a_full_journal_lets_writes_pass_and_says_so_in_a_gap(pipeline: Pipeline
     pipeline.close()
 
 
-def test_passing_survives_a_kill_and_production_goes_on(pipeline: Pipeline) -> None:
+def test_a_bypass_survives_a_kill_and_production_goes_on(pipeline: Pipeline) -> None:
     pipeline.splitter.copied(CopyProgress(1, 1, 0))
     fill(pipeline)
     pipeline.crash()

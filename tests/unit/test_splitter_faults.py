@@ -59,7 +59,7 @@ def test_a_failed_fsync_of_the_backing_stops_checkpoints_until_a_redo(
     pipeline.close()
 
 
-def test_a_write_that_passes_is_answered_only_once_passing_is_on_disk(
+def test_a_write_of_a_bypass_is_answered_only_once_the_bypass_is_on_disk(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline.splitter.copied(CopyProgress(1, 1, 0))

@@ -18,7 +18,7 @@ from pitfs.splitter import change_bitmap as changes
 from pitfs.splitter import splitter
 from pitfs.store.ingest import Ingest
 from pitfs.store.store import Store
-from tests.helpers.passing import Passing
+from tests.helpers.bypass import Bypassing
 from tests.helpers.shipper import VOLUME_BYTES
 
 BLOCK = 4096
@@ -26,12 +26,12 @@ BLOCK = 4096
 
 @pytest.fixture
 def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    made = Passing(tmp_path, monkeypatch)
+    made = Bypassing(tmp_path, monkeypatch)
     yield made
     made.close()
 
 
-async def begin(parts: Passing) -> None:
+async def begin(parts: Bypassing) -> None:
     """The first copy, and an interval."""
     await parts.locate()
     parts.scatter(5)
@@ -40,11 +40,11 @@ async def begin(parts: Passing) -> None:
     del parts.session.kinds[:], parts.session.rows[:], parts.session.contents_bytes[:]
 
 
-def copies(parts: Passing) -> list[TransferKind]:
+def copies(parts: Bypassing) -> list[TransferKind]:
     return [kind for kind in parts.session.kinds if kind in (TransferKind.FULL, TransferKind.CHANGES)]
 
 
-async def test_only_what_changed_is_copied_and_the_gap_has_cause_and_bounds(parts: Passing) -> None:
+async def test_only_what_changed_is_copied_and_the_gap_has_cause_and_bounds(parts: Bypassing) -> None:
     await begin(parts)
     parts.scatter(3)  # journalled, not shipped: it goes first
     last = parts.splitter.state.seq, parts.splitter.state.position_time_ns
@@ -65,7 +65,7 @@ async def test_only_what_changed_is_copied_and_the_gap_has_cause_and_bounds(part
 
 
 async def test_status_says_what_changed_and_that_it_is_being_copied(
-    parts: Passing, caplog: pytest.LogCaptureFixture
+    parts: Bypassing, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     await begin(parts)
@@ -86,7 +86,7 @@ async def test_status_says_what_changed_and_that_it_is_being_copied(
     assert "copy of the 12288 bytes that changed follows" in caplog.text
 
 
-async def test_a_stop_in_order_while_writes_pass_keeps_what_changed(parts: Passing) -> None:
+async def test_a_stop_in_order_during_a_bypass_keeps_what_changed(parts: Bypassing) -> None:
     await begin(parts)
     parts.overflow()
     parts.restart(clean=True)
@@ -99,7 +99,7 @@ async def test_a_stop_in_order_while_writes_pass_keeps_what_changed(parts: Passi
     assert copies(parts) == [TransferKind.CHANGES]
 
 
-async def test_after_a_kill_while_writes_pass_everything_is_copied(parts: Passing) -> None:
+async def test_after_a_kill_during_a_bypass_everything_is_copied(parts: Bypassing) -> None:
     await begin(parts)
     parts.overflow()
     parts.restart(clean=False)
@@ -109,7 +109,7 @@ async def test_after_a_kill_while_writes_pass_everything_is_copied(parts: Passin
     assert copies(parts) == [TransferKind.FULL]
 
 
-async def test_a_kill_after_a_stop_in_order_leaves_nothing_to_be_believed(parts: Passing) -> None:
+async def test_a_kill_after_a_stop_in_order_leaves_nothing_to_be_believed(parts: Bypassing) -> None:
     """The bitmap lacks what passed between the two."""
     await begin(parts)
     parts.overflow()
@@ -130,30 +130,30 @@ async def test_a_kill_after_a_stop_in_order_leaves_nothing_to_be_believed(parts:
     assert copies(parts) == [TransferKind.FULL]
 
 
-def changed_by_others(parts: Passing, path: Path) -> None:
+def changed_by_others(parts: Bypassing, path: Path) -> None:
     with open(parts.pipeline.backings[0], "r+b") as file:
         file.write(b"somebody else")
     parts.pipeline.states[-1][0] = b"somebody else" + parts.now[13:]
 
 
-def one_bit(parts: Passing, path: Path) -> None:
+def one_bit(parts: Bypassing, path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
-def of_another_stop(parts: Passing, path: Path) -> None:
+def of_another_stop(parts: Bypassing, path: Path) -> None:
     kept = changes.ChangeBitmap((1, 2), [changes.BitMap64([7])], 1 << 20)
     changes.save_bitmap(parts.pipeline.state, kept)
 
 
-def gone(parts: Passing, path: Path) -> None:
+def gone(parts: Bypassing, path: Path) -> None:
     path.unlink()
 
 
 @pytest.mark.parametrize("harm", [changed_by_others, one_bit, of_another_stop, gone])
 async def test_a_bitmap_that_does_not_belong_to_what_is_there_is_never_used(
-    parts: Passing, harm: Callable[[Passing, Path], None]
+    parts: Bypassing, harm: Callable[[Bypassing, Path], None]
 ) -> None:
     await begin(parts)
     parts.overflow()
@@ -169,7 +169,7 @@ async def test_a_bitmap_that_does_not_belong_to_what_is_there_is_never_used(
 
 
 async def test_a_bitmap_that_cannot_be_kept_does_not_hinder_the_stop(
-    parts: Passing, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    parts: Bypassing, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     await begin(parts)
     parts.overflow()
@@ -185,8 +185,8 @@ async def test_a_bitmap_that_cannot_be_kept_does_not_hinder_the_stop(
 
 
 @pytest.mark.parametrize("killed", [False, True])
-async def test_writes_that_pass_again_during_the_copy_are_copied_with_all_before(
-    parts: Passing, killed: bool
+async def test_a_second_bypass_during_the_copy_is_copied_with_all_before(
+    parts: Bypassing, killed: bool
 ) -> None:
     """The union: the first bitmap, what was journalled beside its copy, and what passed then."""
     await begin(parts)
@@ -207,7 +207,7 @@ async def test_writes_that_pass_again_during_the_copy_are_copied_with_all_before
     store.close()
 
 
-async def test_writes_that_pass_in_the_middle_of_the_copy(parts: Passing, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_bypass_in_the_middle_of_the_copy(parts: Bypassing, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pitfs.replication.full_sync.STRETCH_BYTES", 4 * BLOCK)
     await begin(parts)
     parts.overflow(10)
@@ -229,7 +229,7 @@ async def test_writes_that_pass_in_the_middle_of_the_copy(parts: Passing, monkey
     assert copies(parts) == [TransferKind.CHANGES, TransferKind.CHANGES]
 
 
-async def test_a_kill_during_the_copy_goes_on_with_it(parts: Passing) -> None:
+async def test_a_kill_during_the_copy_goes_on_with_it(parts: Bypassing) -> None:
     await begin(parts)
     parts.overflow()
     assert parts.room()
@@ -250,7 +250,7 @@ class Killed(BaseException):
     """The process ends here."""
 
 
-def killed_at(parts: Passing, patch: pytest.MonkeyPatch, point: str) -> None:
+def killed_at(parts: Bypassing, patch: pytest.MonkeyPatch, point: str) -> None:
     """The next time it comes to that point, just before it."""
     journal, progress = parts.splitter.journal, parts.splitter._progress
     append, written = journal.append, progress.write
@@ -285,7 +285,7 @@ def killed_at(parts: Passing, patch: pytest.MonkeyPatch, point: str) -> None:
     ],
 )  # fmt: skip
 async def test_a_kill_while_journalling_begins_again(
-    parts: Passing, monkeypatch: pytest.MonkeyPatch, point: str, kind: TransferKind
+    parts: Bypassing, monkeypatch: pytest.MonkeyPatch, point: str, kind: TransferKind
 ) -> None:
     await begin(parts)
     parts.overflow()
@@ -304,7 +304,7 @@ async def test_a_kill_while_journalling_begins_again(
 
 @pytest.mark.parametrize(("point", "kind"), [("progress", TransferKind.FULL), ("after progress", TransferKind.CHANGES)])
 async def test_a_kill_during_a_stop_in_order(
-    parts: Passing, monkeypatch: pytest.MonkeyPatch, point: str, kind: TransferKind
+    parts: Bypassing, monkeypatch: pytest.MonkeyPatch, point: str, kind: TransferKind
 ) -> None:
     await begin(parts)
     parts.overflow()
@@ -324,7 +324,7 @@ async def test_a_kill_during_a_stop_in_order(
     assert copies(parts) == [kind]
 
 
-async def test_after_power_loss_during_the_copy_everything_is_copied(parts: Passing) -> None:
+async def test_after_power_loss_during_the_copy_everything_is_copied(parts: Bypassing) -> None:
     await begin(parts)
     parts.overflow()
     parts.splitter._boot_id = "the boot before"
@@ -339,7 +339,7 @@ async def test_after_power_loss_during_the_copy_everything_is_copied(parts: Pass
     assert copies(parts) == [TransferKind.FULL]
 
 
-async def test_before_images_are_kept_of_what_is_copied_alone(parts: Passing) -> None:
+async def test_before_images_are_kept_of_what_is_copied_alone(parts: Bypassing) -> None:
     await begin(parts)
     parts.full = True
     parts.put(5 * BLOCK, b"1" * BLOCK)
@@ -350,7 +350,7 @@ async def test_before_images_are_kept_of_what_is_copied_alone(parts: Passing) ->
     parts.check()
 
 
-async def test_a_complete_copy_that_is_given_up_is_followed_by_a_complete_one(parts: Passing) -> None:
+async def test_a_complete_copy_that_is_given_up_is_followed_by_a_complete_one(parts: Bypassing) -> None:
     await begin(parts)
     await parts.client.rescan("to try it")
     parts.overflow()
@@ -359,7 +359,7 @@ async def test_a_complete_copy_that_is_given_up_is_followed_by_a_complete_one(pa
     assert copies(parts) == [TransferKind.FULL]
 
 
-async def test_a_replica_that_stands_elsewhere_gets_a_complete_copy(parts: Passing) -> None:
+async def test_a_replica_that_stands_elsewhere_gets_a_complete_copy(parts: Bypassing) -> None:
     await begin(parts)
     saved = parts.save_replica()
     parts.scatter(3)
@@ -379,7 +379,7 @@ async def test_a_replica_that_stands_elsewhere_gets_a_complete_copy(parts: Passi
     assert "hasn't the state that the changed blocks build on" in parts.shipper.status.lost.cause
 
 
-async def test_a_replica_with_nothing_gets_a_complete_copy(parts: Passing, tmp_path: Path) -> None:
+async def test_a_replica_with_nothing_gets_a_complete_copy(parts: Bypassing, tmp_path: Path) -> None:
     await begin(parts)
     parts.overflow()
     assert parts.room()
@@ -395,7 +395,7 @@ async def test_a_replica_with_nothing_gets_a_complete_copy(parts: Passing, tmp_p
     assert copies(parts) == [TransferKind.FULL]
 
 
-async def test_the_word_of_a_commit_that_is_lost_is_made_good(parts: Passing) -> None:
+async def test_the_word_of_a_commit_that_is_lost_is_made_good(parts: Bypassing) -> None:
     """The splitter believes that the copy runs, and passes writes again: these don't build on what came before it."""
     await begin(parts)
     parts.overflow()
@@ -415,7 +415,7 @@ async def test_the_word_of_a_commit_that_is_lost_is_made_good(parts: Passing) ->
 
 
 async def test_beyond_the_limit_everything_is_copied(
-    parts: Passing, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    parts: Bypassing, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(changes, "UNMEASURED", 1)
     monkeypatch.setattr(splitter, "bitmap_limit_bytes", lambda _: 80)
@@ -433,7 +433,7 @@ async def test_beyond_the_limit_everything_is_copied(
 
 
 async def test_tries_to_go_on_that_fail_lose_nothing_of_what_changed(
-    parts: Passing, monkeypatch: pytest.MonkeyPatch
+    parts: Bypassing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await begin(parts)
     parts.overflow()
@@ -458,7 +458,7 @@ def _refuse(*_: object) -> None:
 
 
 async def test_a_write_that_the_backing_refuses_is_read_again(
-    parts: Passing, monkeypatch: pytest.MonkeyPatch
+    parts: Bypassing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The journal has it, the backing volume a part of it."""
     await begin(parts)
@@ -483,7 +483,7 @@ async def test_a_write_that_the_backing_refuses_is_read_again(
     assert copies(parts) == [TransferKind.CHANGES]
 
 
-async def test_a_journal_that_is_really_full_is_mended_so(parts: Passing) -> None:
+async def test_a_journal_that_is_really_full_is_mended_so(parts: Bypassing) -> None:
     await begin(parts)
     while not parts.splitter.state.bypass_cause:
         parts.put(int(parts.pipeline.random.integers(VOLUME_BYTES - 100_000)), os.urandom(100_000))
@@ -494,7 +494,7 @@ async def test_a_journal_that_is_really_full_is_mended_so(parts: Passing) -> Non
     assert copies(parts) == [TransferKind.CHANGES]
 
 
-async def test_a_start_while_writes_pass_gives_back_what_the_replica_has(parts: Passing) -> None:
+async def test_a_start_during_a_bypass_gives_back_what_the_replica_has(parts: Bypassing) -> None:
     """Nothing is left to be shipped, so nothing else would say that there is room."""
     await begin(parts)
     while parts.splitter.journal.tail.segment < 3:
@@ -513,8 +513,8 @@ async def test_a_start_while_writes_pass_gives_back_what_the_replica_has(parts: 
 # -- before writes pass ---------------------------------------------------------------------------------
 
 
-async def test_what_is_wanted_for_backfill_gives_way_before_writes_pass(
-    parts: Passing, caplog: pytest.LogCaptureFixture
+async def test_what_is_wanted_for_backfill_gives_way_before_a_bypass(
+    parts: Bypassing, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     await begin(parts)
@@ -535,7 +535,7 @@ async def test_what_is_wanted_for_backfill_gives_way_before_writes_pass(
     parts.check()
 
 
-async def test_what_only_a_redo_needs_gives_way_before_writes_pass(parts: Passing) -> None:
+async def test_what_only_a_redo_needs_gives_way_before_a_bypass(parts: Bypassing) -> None:
     """Everything was shipped; segments are needed until the next checkpoint alone, and it comes at once."""
     await begin(parts)
     journal = parts.splitter.journal
@@ -550,7 +550,7 @@ async def test_what_only_a_redo_needs_gives_way_before_writes_pass(parts: Passin
     assert parts.splitter.recovery_segment > recovery
 
 
-def test_a_full_journal_without_anything_to_give_up_is_full(parts: Passing) -> None:
+def test_a_full_journal_without_anything_to_give_up_is_full(parts: Bypassing) -> None:
     parts.splitter._block_when_full = True
     with pytest.raises(CapacityError, match="capacity"):
         while True:

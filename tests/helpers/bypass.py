@@ -22,7 +22,7 @@ from pitfs.store.store import Store
 from tests.helpers.shipper import MARGIN_S, VOLUME_BYTES, Here, Parts
 from tests.helpers.stores import read_image
 
-PASSING_S = 0.1
+BYPASS_S = 0.1
 _IN_THE_RESERVE = (RecordKind.MARK, RecordKind.COPY_PROGRESS)
 
 
@@ -49,7 +49,7 @@ class Session(Here):
         await super().send(frame)
 
 
-class Passing(Parts):
+class Bypassing(Parts):
     """`at[seq]`: the naive model, the volume's bytes at each position that there was.
 
     `full`: writes can't be journalled.
@@ -156,7 +156,7 @@ class Passing(Parts):
         while True:
             try:
                 item: Interval | Copy | None = None
-                with trio.move_on_after(PASSING_S if self.splitter.state.bypass_cause else MARGIN_S) as waiting:
+                with trio.move_on_after(BYPASS_S if self.splitter.state.bypass_cause else MARGIN_S) as waiting:
                     item = await self.shipper.cursor.next_item(session, wait=False)
                 if waiting.cancelled_caught:  # it waits for a copy
                     assert self.splitter.state.bypass_cause
