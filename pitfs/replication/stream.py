@@ -237,7 +237,7 @@ class AckReporter:
 
     def __init__(self, splitter: SplitterClient) -> None:
         self._splitter = splitter
-        self._last = Replicated(0, False)
+        self._last = Replicated(0, False, "")
         self._changed = trio.Event()
 
     @property
