@@ -13,7 +13,7 @@ from pitfs.errors import PitfsError, UsageError
 from pitfs.model.position import format_instant
 
 if TYPE_CHECKING:
-    from pitfs.fuse.kernel.loop_devices import ImageLoop
+    from pitfs.fuse.attach.images import ImageLoop
 
 NAME: Final = "attach"
 HEAD_BYTES: Final = 8192  # in which partition tables say of what size sectors are
@@ -73,8 +73,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _attach(args: argparse.Namespace) -> int:
-    from pitfs.fuse import attachments as attached
-    from pitfs.fuse.kernel import loop_devices as loops
+    from pitfs.fuse.attach import attachments
+    from pitfs.fuse.attach.images import image_loops
+    from pitfs.fuse.kernel import loop_devices
     from pitfs.store.store import Store
     from pitfs.view.tree import image_name
 
@@ -90,26 +91,26 @@ def _attach(args: argparse.Namespace) -> int:
         store.close()
     path = os.path.realpath(args.store)
     image = f"{format_instant(resolution.time_ns)}/{image_name(info)}"
-    with attached.exclusive(), contextlib.ExitStack() as undo:
+    with attachments.attach_lock(), contextlib.ExitStack() as undo:
         undo.callback(_undo)
-        with attached.signals_wait():
-            place = attached.mount_with(path, image) if scratch is None else None
+        with attachments.signals_deferred():
+            place = attachments.find_mount(path, image) if scratch is None else None
             if place is None:
-                attached.tidy()  # what a bare `losetup --detach` left may have the scratch directory
-                place = attached.make_mount(path, group, scratch)
+                attachments.unmount_unused()  # what a bare `losetup --detach` left may have the scratch directory
+                place = attachments.make_mount(path, group, scratch)
         sector_size = args.sector_size or _sector_size(f"{place}/{image}")
-        with attached.signals_wait():
-            device = loops.attach(f"{place}/{image}", read_only=scratch is None, sector_size=sector_size)
+        with attachments.signals_deferred():
+            device = loop_devices.attach(f"{place}/{image}", read_only=scratch is None, sector_size=sector_size)
             undo.callback(_detach, device)
-        missing = loops.wait_for_partitions(device)
-        made = next((each for each in loops.image_loops() if each.loop.device == device), None)
+        missing = loop_devices.wait_for_partitions(device)
+        made = next((each for each in image_loops() if each.loop.device == device), None)
         if made is None:
             raise PitfsError(f"{device}: somebody else has detached it: try again")
         described = _describe(made) | {
             "seq": resolution.seq,
             "size_bytes": info.size_bytes,
             "sector_size": sector_size,
-            "direct_io": loops.has_direct_io(device),
+            "direct_io": loop_devices.has_direct_io(device),
             "filesystems": _filesystems(device),
         }
         _warn(described, missing)
@@ -124,12 +125,12 @@ def _attach(args: argparse.Namespace) -> int:
 
 
 def _scratch(directory: str | None, size: str | None) -> Any:
-    from pitfs.fuse.attachments import Scratch
+    from pitfs.fuse.attach.attachments import ScratchOptions
 
     for value in (directory, size):
         if value is not None and "," in value:
             raise UsageError(f"{value}: holds a comma, which an option of a mount can't: choose another")
-    return Scratch(os.path.realpath(directory) if directory is not None else None, size)
+    return ScratchOptions(os.path.realpath(directory) if directory is not None else None, size)
 
 
 def _sector_size(image: str) -> int:
@@ -143,20 +144,20 @@ def _sector_size(image: str) -> int:
 
 
 def _detach(device: str) -> None:
-    from pitfs.fuse.attachments import signals_wait
+    from pitfs.fuse.attach.attachments import signals_deferred
     from pitfs.fuse.kernel.loop_devices import detach, loop_of
 
-    with signals_wait():
+    with signals_deferred():
         loop = loop_of(device)
         if loop is not None:
             detach(loop)
 
 
 def _undo() -> None:
-    from pitfs.fuse.attachments import signals_wait, tidy
+    from pitfs.fuse.attach.attachments import signals_deferred, unmount_unused
 
-    with signals_wait():
-        tidy()
+    with signals_deferred():
+        unmount_unused()
 
 
 def _filesystems(device: str) -> list[dict[str, str]]:
@@ -220,7 +221,7 @@ def _describe(image: ImageLoop) -> dict[str, Any]:
 
 
 def _list(as_json: bool) -> None:
-    from pitfs.fuse.kernel.loop_devices import image_loops
+    from pitfs.fuse.attach.images import image_loops
 
     rows = [_describe(image) for image in image_loops()]
     if as_json:

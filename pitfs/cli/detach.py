@@ -26,17 +26,18 @@ examples:
 
 
 def run(args: argparse.Namespace) -> int:
-    from pitfs.fuse.attachments import exclusive, is_ours, signals_wait, tidy
-    from pitfs.fuse.kernel.loop_devices import detach, device_named, image_of, loop_of
+    from pitfs.fuse.attach.attachments import attach_lock, is_made_by_attach, signals_deferred, unmount_unused
+    from pitfs.fuse.attach.images import image_of
+    from pitfs.fuse.kernel.loop_devices import detach, device_named, loop_of
     from pitfs.fuse.kernel.mountinfo import mounts
-    from pitfs.fuse.kernel.users import users_below
+    from pitfs.fuse.kernel.processes import processes_below
 
     device = device_named(args.device)
-    with exclusive():
+    with attach_lock():
         loop = loop_of(device)
         if loop is None:
-            with signals_wait():
-                tidy()  # after a bare `losetup --detach` the mount below is still there
+            with signals_deferred():
+                unmount_unused()  # after a bare `losetup --detach` the mount below is still there
             if not os.path.exists(device):
                 raise PitfsError(f"{args.device}: no such device: pitfs attach --list shows what is attached")
             raise PitfsError(f"{args.device}: nothing is attached there (any more): see pitfs attach --list")
@@ -47,10 +48,10 @@ def run(args: argparse.Namespace) -> int:
                 "if it is yours, losetup --detach does it"
             )
         detach(loop)
-        with signals_wait():
-            stay = tidy()
-    if image.mount is not None and is_ours(image.mount) and image.mount.mountpoint in stay:
+        with signals_deferred():
+            busy = unmount_unused()
+    if image.mount is not None and is_made_by_attach(image.mount) and image.mount.mountpoint in busy:
         place = image.mount.mountpoint
-        who = ", ".join(map(str, users_below(place))) or "somebody"
+        who = ", ".join(map(str, processes_below(place))) or "somebody"
         print(f"pitfs: {device} is detached; {place} stays mounted while {who} uses it", file=sys.stderr)
     return 0

@@ -46,7 +46,7 @@ def holder_rows(store: str) -> list[dict[str, Any]]:
 
 
 def _row(each: PinnedInstants) -> dict[str, Any]:
-    from pitfs.fuse.kernel.loop_devices import image_loops
+    from pitfs.fuse.attach.images import image_loops
 
     devices = []
     if each.what.startswith(MOUNT):

@@ -23,8 +23,8 @@ from typing import Any, Final
 
 from pitfs.cli.main import Parser, fill_standard_descriptors, report
 from pitfs.errors import UsageError
-from pitfs.fuse.mount import MountRequest, mount_store
-from pitfs.fuse.workers import MAX_WORKERS
+from pitfs.fuse.mount.helper import mount_store
+from pitfs.fuse.mount.request import MAX_WORKERS, MountRequest
 from pitfs.supervision.heap import bound_heap
 
 NAME: Final = "mount.pitfs"

@@ -57,8 +57,9 @@ def _unmount(mountpoint: str, options: Sequence[str]) -> int:
 
 def busy(mountpoint: str) -> str:
     """One line: who holds the mount, and what to do; empty if nobody is found."""
-    from pitfs.fuse.kernel.loop_devices import image_loops, mountpoints_of
-    from pitfs.fuse.kernel.users import users_below
+    from pitfs.fuse.attach.images import image_loops
+    from pitfs.fuse.kernel.loop_devices import mountpoints_of
+    from pitfs.fuse.kernel.processes import processes_below
 
     who, what = [], []
     for image in image_loops():
@@ -68,7 +69,7 @@ def busy(mountpoint: str) -> str:
             who.append(f"{image.loop.device} ({image.instant}/{image.volume}.img{mounted})")
             what += [f"umount {' '.join(places)}"] if places else []
             what.append(f"pitfs detach {image.loop.device}")
-    processes = users_below(mountpoint)
+    processes = processes_below(mountpoint)
     for user in processes:
         below = os.path.relpath(user.path, mountpoint)
         who.append(f"{user} ({user.how}{'' if below == '.' else f': {below}'})")

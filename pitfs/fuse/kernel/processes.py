@@ -1,4 +1,4 @@
-"""Who holds something: processes found by the links under /proc, which can be read without asking the file itself."""
+"""Which processes use a file, by the links under /proc: the file itself may be on a dead mount."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class User:
-    """A process that has `path` open, mapped, or as its working directory or root.
+class FileUser:
+    """A process that uses the file `path`, as fuser(1) shows them.
 
     Attributes:
         how: opened, mapped, working directory, root directory.
@@ -25,34 +25,34 @@ class User:
         return f"process {self.pid} {self.name}"
 
 
-def openers(paths: Sequence[str]) -> list[User]:
+def processes_opening(paths: Sequence[str]) -> list[FileUser]:
     """Other processes that have one of these files open; each once."""
     wanted = frozenset(paths)
-    return _users(lambda path: path in wanted, mapped=False)
+    return _file_users(lambda path: path in wanted, mapped=False)
 
 
-def users_below(directory: str) -> list[User]:
-    """Other processes that have `directory` or anything in it in use; each once, with the first that was found."""
+def processes_below(directory: str) -> list[FileUser]:
+    """Other processes that use `directory` or a file in it; each once, with the first file that was found."""
     prefix = directory.rstrip("/") + "/"
-    return _users(lambda path: path == directory or path.startswith(prefix), mapped=True)
+    return _file_users(lambda path: path == directory or path.startswith(prefix), mapped=True)
 
 
-def _users(held: Callable[[str], bool], mapped: bool) -> list[User]:
+def _file_users(matches: Callable[[str], bool], mapped: bool) -> list[FileUser]:
     found = []
     for name in os.listdir("/proc"):
         if not name.isdigit() or int(name) == os.getpid():
             continue
         with contextlib.suppress(OSError):  # ended meanwhile, or another user's
-            for how, path in _uses(f"/proc/{name}", mapped):
-                if held(path):
+            for how, path in _files_used(f"/proc/{name}", mapped):
+                if matches(path):
                     with open(f"/proc/{name}/comm", encoding="utf-8", errors="replace") as file:
-                        found.append(User(int(name), file.read().strip(), path, how))
+                        found.append(FileUser(int(name), file.read().strip(), path, how))
                     break
     return sorted(found, key=lambda user: user.pid)
 
 
-def _uses(process: str, mapped: bool) -> Iterator[tuple[str, str]]:
-    """(how, path) of all that the process uses."""
+def _files_used(process: str, mapped: bool) -> Iterator[tuple[str, str]]:
+    """(how, path) of all files that the process uses."""
     for number in os.listdir(f"{process}/fd"):
         with contextlib.suppress(OSError):  # closed meanwhile
             yield "opened", os.readlink(f"{process}/fd/{number}").removesuffix(" (deleted)")
