@@ -66,7 +66,6 @@ class Copy:
 
     @property
     def what(self) -> str:
-        """For people."""
         return "complete copy" if self.start.is_complete else "copy of what changed"
 
 

@@ -17,6 +17,7 @@ from pitfs.journal.reader import JournalReader
 from pitfs.journal.writer import Location
 from pitfs.model.record import CopyStart, Mark, Record, RecordKind, block_checksums
 from pitfs.model.transfer import MAX_BATCH_ROWS, WRITE, StreamMark, Writes
+from pitfs.storage.files import read_exactly
 from pitfs.storage.segment import segment_error, segment_path
 
 NOTHING_DIGEST = xxh3_64_intdigest(b"")
@@ -118,11 +119,8 @@ def _read(path: str, start: int, end: int) -> bytes:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            data = os.pread(fd, end - start, start)
+            return read_exactly(fd, end - start, start, path)
         finally:
             os.close(fd)
     except OSError as error:
         raise segment_error(error, path, start) from error
-    if len(data) != end - start:
-        raise CorruptionError(path, start, "the file ends inside a record")
-    return data

@@ -241,9 +241,7 @@ class Journal:
         path = self._spare_path()
         if len(self._numbers) >= self.limit_count:
             problem = f"the journal's capacity of {self.capacity_bytes} bytes is used up"
-            raise CapacityError(
-                f"{self.directory}: {problem}: raise [journal] capacity, or let the replica catch up"
-            )
+            raise CapacityError(f"{self.directory}: {problem}: raise [journal] capacity, or let the replica catch up")
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             try:
@@ -259,14 +257,11 @@ class Journal:
 
     def prepare_spare(self) -> bool:
         """Makes the next segment's file ahead of its use. Blocks. False where there is no room."""
-        with self._lock:
-            if self._spare is not None:
-                return True
         try:
-            path = self._make_spare()
+            if self._spare is None:
+                self._offer_spare(self._make_spare())
         except CapacityError:
             return False
-        self._offer_spare(path)
         return True
 
     def _offer_spare(self, path: str) -> None:
@@ -294,7 +289,7 @@ class Journal:
         """Makes all that was appended before the call durable. Blocks.
 
         Raises:
-            OSError: the disk refused, now or in an earlier call: see `begin_anew`.
+            OSError: the disk refused, now or in an earlier call: see `begin_new_segment`.
         """
         with self._sync_lock:
             with self._lock:
@@ -320,7 +315,7 @@ class Journal:
             self._sync_heavy = appended - self.synced_bytes < SYNC_HEAVY_BYTES
             self.synced_bytes = appended
 
-    def begin_anew(self) -> None:
+    def begin_new_segment(self) -> None:
         """Begins a new segment. After a sync that failed, gives up what isn't durable, and syncs work again.
 
         Raises:

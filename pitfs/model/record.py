@@ -1,6 +1,6 @@
 """The record of the local journal: its format, encoding, decoding and verification. Pure.
 
-The local journal (580 of figure 5) is a chain of segments; in each, records stand one behind the other.
+The local journal (580 of figure 5) is a chain of segments, which hold records back to back.
 A record is a header of 64 bytes and a body, little-endian:
 
     offset size

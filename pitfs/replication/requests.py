@@ -1,4 +1,4 @@
-"""What is said on the shipper's control socket: the requests of `pitfs snapshot`, `bookmark` and `status`."""
+"""The messages of the shipper's control socket: the requests of `pitfs snapshot`, `bookmark` and `status`."""
 
 from __future__ import annotations
 

@@ -33,6 +33,7 @@ MAX_CONNECTIONS: Final = 32  # more wait in the kernel's backlog
 Request = TypeVar("Request")
 Reply = TypeVar("Reply")
 Handler = Callable[[Request], Awaitable[Any]]
+_Answer = Callable[[bytes], Awaitable[Any]]  # decodes a line and handles it; returns what is encoded as the reply
 
 
 class _Failure(msgspec.Struct, frozen=True):
@@ -123,13 +124,13 @@ class Connection:
         del self._buffer[: end + 1]
         return line
 
-    async def serve(self, decode: Callable[[bytes], Request], handler: Handler[Request]) -> None:
+    async def serve(self, answer: _Answer) -> None:
         """Answers requests until the other side closes, which cancels the request under way."""
         while (line := await self._read_line()) is not None:
             reply = b""
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch, nursery.cancel_scope)
-                reply = await _answer(line, decode, handler)
+                reply = await _reply_line(line, answer)
                 nursery.cancel_scope.cancel()
             if not reply:
                 return
@@ -151,10 +152,10 @@ class Connection:
         await self._stream.aclose()
 
 
-async def _answer(line: bytes, decode: Callable[[bytes], Request], handler: Handler[Request]) -> bytes:
+async def _reply_line(line: bytes, answer: _Answer) -> bytes:
     """The line that answers a request. Never raises: a mistake in one request mustn't end the process."""
     try:
-        reply = _Reply(msgspec.Raw(msgspec.json.encode(await handler(decode(line)))))
+        reply = _Reply(msgspec.Raw(msgspec.json.encode(await answer(line))))
     except PitfsError as error:
         reply = _Reply(error=_Failure(str(error), error.exit_code, error.retryable))
     except msgspec.DecodeError as error:
@@ -169,19 +170,19 @@ async def _answer(line: bytes, decode: Callable[[bytes], Request], handler: Hand
 
 
 async def serve(
-    directory: str,
-    name: str,
-    decode: Callable[[bytes], Request],
-    handler: Handler[Request],
-    *,
+    directory: str, name: str, decode: Callable[[bytes], Request], handler: Handler[Request], *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-) -> None:
+) -> None:  # fmt: skip
     """Serves a control socket in `directory` until cancelled; only root and the owner may connect.
 
     Args:
         decode: a line to a request; raises msgspec.DecodeError for what is none.
         handler: answers a request; what it returns is encoded as JSON.
     """
+
+    async def answer(line: bytes) -> Any:
+        return await handler(decode(line))
+
     limit = trio.Semaphore(MAX_CONNECTIONS)
     with contextlib.suppress(FileNotFoundError):  # of an earlier run, which is over: the state is locked
         os.unlink(os.path.join(directory, name))
@@ -198,7 +199,7 @@ async def serve(
             while True:
                 await limit.acquire()
                 connection = Connection(trio.SocketStream(await _accept(sock)))
-                nursery.start_soon(_serve_one, connection, decode, handler, limit)
+                nursery.start_soon(_serve_one, connection, answer, limit)
 
 
 async def _accept(sock: trio.socket.SocketType) -> trio.socket.SocketType:
@@ -214,11 +215,9 @@ async def _accept(sock: trio.socket.SocketType) -> trio.socket.SocketType:
         await trio.sleep(ACCEPT_AGAIN_S)
 
 
-async def _serve_one(
-    connection: Connection, decode: Callable[[bytes], Request], handler: Handler[Request], limit: trio.Semaphore
-) -> None:
+async def _serve_one(connection: Connection, answer: _Answer, limit: trio.Semaphore) -> None:
     try:
-        await connection.serve(decode, handler)
+        await connection.serve(answer)
     except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
         log.debug("control connection ended: %s", error)
     finally:

@@ -1,4 +1,4 @@
-"""What is said on the splitter's control socket: the requests, and the status that answers each of them."""
+"""The messages of the splitter's control socket: its requests, and the status that answers each of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class SplitterStatus(msgspec.Struct, frozen=True):
         now_ns: no later write has a time up to this one, nor has any that bypassed the journal.
         used_bytes, capacity_bytes: of the journal.
         bypass_cause: why writes bypass the journal, empty while they are journalled.
-        changed_bytes: what was written meanwhile, None while writes are journalled or where it isn't known.
+        changed_bytes: what a bypass has written so far; None while writes are journalled or where it isn't known.
         waiting_count: writes that wait for room in the journal or for the replica.
         copy: None if none is under way.
         sync: what mode sync does now, for people; None in other modes.

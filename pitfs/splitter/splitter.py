@@ -204,7 +204,7 @@ class Splitter:
         if journal.used_bytes > journal.capacity_bytes // 2:
             return False
         try:
-            journal.begin_anew()
+            journal.begin_new_segment()
             self.start_copy(cause, changes)
         except (PitfsError, OSError) as error:
             # The journal may have a copy, or the checkpoint may say that it has: writes go on beside both only once
@@ -303,7 +303,7 @@ class Splitter:
         try:
             self._begin_bypass(f"{self.journal.directory}: fsync failed: {os.strerror(error.errno or 0)}")
         except OSError as worse:  # writes are refused until this can be recorded
-            log.error("%s: that writes bypass the journal can't be recorded: %s", self.journal.directory, worse)
+            log.error("%s: the bypass can't be recorded: %s", self.journal.directory, worse)
 
     def snapshot_progress(self, clean: bool = False, change_bitmap_checksum: int = 0) -> Progress:
         """The checkpoint of now, for `checkpoint` to write. Takes no longer for more writes."""

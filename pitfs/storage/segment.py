@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ MAGIC: Final = b"PITFSJNL"
 VERSION: Final = 1
 DATA_OFFSET: Final = 4096
 _CHECKSUM: Final = struct.Struct("<Q")
+_NAME: Final = re.compile(r"segment-([0-9a-f]{16})\.journal")
 _SCAN_BYTES: Final = 256 << 10  # heads are read in pieces of this size
 _MAX_HEAD_BYTES: Final = HEADER_BYTES + records.MAX_MESSAGE_BYTES
 _OF_THE_PROCESS: Final = frozenset({errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM})
@@ -82,12 +84,8 @@ def segment_path(directory: str, number: int) -> str:
 
 def segment_number(name: str) -> int | None:
     """The number in a segment's file name, None for other files."""
-    if not (name.startswith("segment-") and name.endswith(".journal") and len(name) == 32):
-        return None
-    try:
-        return int(name[8:24], 16)
-    except ValueError:
-        return None
+    match = _NAME.fullmatch(name)
+    return None if match is None else int(match[1], 16)
 
 
 def list_segments(directory: str) -> list[int]:

@@ -307,7 +307,7 @@ async def test_a_journal_that_is_gone_after_a_restart_is_no_longer_promised(part
         await parts.ship(layers=False)
     assert all(cause.endswith(WAITS) for cause in parts.causes())
     splitter = parts.pipeline.splitter
-    splitter.journal.begin_anew()
+    splitter.journal.begin_new_segment()
     parts.write()
     parts.mark()
     await parts.ship(layers=False)

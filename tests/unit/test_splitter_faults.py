@@ -41,7 +41,7 @@ def test_a_failed_fsync_of_the_journal_is_not_believed_when_it_is_tried_again(
     for _ in range(2):
         with pytest.raises(OSError, match="Input/output"):
             pipeline.splitter.journal.sync()
-    pipeline.splitter.journal.begin_anew()
+    pipeline.splitter.journal.begin_new_segment()
     pipeline.splitter.journal.sync()
     pipeline.close()
 
