@@ -27,7 +27,8 @@ import pyfuse3
 import trio
 
 from pitfs.fuse.handlers import blocked_handlers, failed, in_thread
-from pitfs.view.tree import ROOT_INODE, EntryType, InodeKind, NoEntryError, Tree, TreeEntry, unpack_inode
+from pitfs.view.inodes import ROOT_INODE, EntryType, InodeKind, NoEntryError, TreeEntry, unpack_inode
+from pitfs.view.tree import Tree
 from pitfs.view.view import MAX_TABLE_CACHE_BYTES, PointInTimeView, ReadBuffer, TableCache
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
     from pitfs.store.pins.pins import Pins
     from pitfs.store.store import Store
-    from pitfs.view.overlay import OverlayView
+    from pitfs.view.overlay_view import OverlayView
 
     Image = PointInTimeView | OverlayView
 

@@ -20,9 +20,11 @@ from pitfs.errors import CapacityError
 from pitfs.fuse.handlers import failed, holding, in_thread
 from pitfs.fuse.replica import Ownership, Replica, handler
 from pitfs.storage.files import FULL_ERRNOS
-from pitfs.view.overlay import NotCachedError, Overlay, OverlayView, Write
+from pitfs.view.inodes import EntryType, InodeKind, TreeEntry, unpack_inode
+from pitfs.view.overlay import Overlay, Write
+from pitfs.view.overlay_view import NotCachedError, OverlayView
 from pitfs.view.scratch import ScratchDirectory
-from pitfs.view.tree import EntryType, InodeKind, Tree, TreeEntry, unpack_inode
+from pitfs.view.tree import Tree
 from pitfs.view.view import PointInTimeView, ReadBuffer
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Final
 from pitfs.errors import NoSuchInstantError, PitfsError
 from pitfs.model.position import format_instant
 from pitfs.nbd.negotiation import ExportInfo
-from pitfs.view.tree import LATEST, ROOT_INODE, EntryType, NoEntryError, Tree
+from pitfs.view.inodes import ROOT_INODE, EntryType, NoEntryError
+from pitfs.view.tree import LATEST, Tree
 from pitfs.view.view import PointInTimeView, TableCache
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.database import Database
 from pitfs.store.objects.pool import ObjectPool
 from pitfs.store.store import Store
-from pitfs.view.ranges import data_ranges
-from pitfs.view.tree import ROOT_INODE, Tree
+from pitfs.view.inodes import ROOT_INODE
+from pitfs.view.tree import Tree
 from pitfs.view.view import PointInTimeView, ReadBuffer
 from tests.helpers.histories import START_NS, LongHistory, StrewnWrites, block_contents
 
@@ -212,8 +212,8 @@ def test_a_huge_volume_is_read_at_its_end_and_walked_by_what_it_has(
     assert resolution is not None and resolution.kind == place
     with counted.counting(monkeypatch):
         assert PointInTimeView(store, resolution, 0).read(blocks * 4096 - 4096, 4096, buffer) == block_contents(0, 4096)
-        ranges = list(data_ranges(store, resolution, 0))
-        assert list(data_ranges(store, resolution, 0, 0, 15 * TIB)) == []
+        ranges = list(PointInTimeView(store, resolution, 0).data_ranges())
+        assert list(PointInTimeView(store, resolution, 0).data_ranges(0, 15 * TIB)) == []
     assert ranges[-1] == ((blocks - 10) * 4096, blocks * 4096)
     written = 50 if place == "intermediary" else 64
     assert sum(end - start for start, end in ranges) == (written + 10) * 4096

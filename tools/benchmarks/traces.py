@@ -24,7 +24,6 @@ import trio
 from common import Setting, fio
 from report import note
 
-from pitfs.cli.protect import SPLITTER
 from pitfs.journal.reader import Interval, JournalReader
 from pitfs.journal.writer import Location
 from pitfs.model.record import CopyProgress
@@ -33,6 +32,7 @@ from pitfs.splitter.client import SplitterClient
 from pitfs.splitter.identity import read_group
 from pitfs.splitter.messages import SplitterStatus
 from pitfs.splitter.startup import journal_directory
+from pitfs.supervision.minder import SPLITTER
 from tests.helpers import postgresql
 from tests.helpers.hosts import Production, free_port
 from tests.helpers.load import running
@@ -82,7 +82,7 @@ class Recorder(Production):
 
     def __init__(self, tmp: Path, size_bytes: int) -> None:
         super().__init__(tmp, {"root": size_bytes}, port=free_port(), capacity=CAPACITY)
-        self.command = [sys.executable, "-m", SPLITTER, str(self.config)]
+        self.command = [sys.executable, "-m", SPLITTER.module, str(self.config)]
         self.name = "the splitter"
 
     def ask(self, request: Callable[[SplitterClient], Awaitable[SplitterStatus]]) -> SplitterStatus:

@@ -33,14 +33,14 @@ def test_ranges_cover_every_block_once_and_join_what_is_near() -> None:
     assert list(ranges_of(np.zeros(512, np.uint64), 8)) == []
 
 
-def test_the_second_read_in_a_row_asks_ahead_and_each_byte_is_asked_for_once() -> None:
+def test_the_second_read_in_a_row_prefetches_and_each_byte_is_prefetched_once() -> None:
     sequence = Sequence(SIZE)
     assert sequence.next(0, MIB) == (0, MIB)
-    assert sequence.ask_from == NEVER
+    assert sequence.prefetch_from == NEVER
     asked = sequence.next(MIB, MIB)
     assert asked == (MIB, 2 * MIB + AHEAD_BYTES)
-    while sequence.ask_from < SIZE:
-        start, end = sequence.next(sequence.ask_from, MIB)
+    while sequence.prefetch_from < SIZE:
+        start, end = sequence.next(sequence.prefetch_from, MIB)
         assert start == asked[1] and end - start <= AHEAD_BYTES
         asked = start, end
     assert asked[1] == SIZE
@@ -52,7 +52,7 @@ def test_overtaking_requests_are_still_a_sequence() -> None:
     assert sequence.next(0, MIB)[1] == MIB + AHEAD_BYTES
 
 
-def test_reads_here_and_there_or_small_ones_ask_for_themselves_only() -> None:
+def test_reads_here_and_there_or_small_ones_prefetch_only_themselves() -> None:
     sequence = Sequence(SIZE)
     for offset in (0, 20 * MIB, 50 * MIB, 30 * MIB, 0):
         assert sequence.next(offset, MIB) == (offset, offset + MIB)
@@ -60,12 +60,12 @@ def test_reads_here_and_there_or_small_ones_ask_for_themselves_only() -> None:
         assert sequence.next(offset, LEAST_BYTES - 1) == (offset, offset + LEAST_BYTES - 1)
     sequence.next(MIB, MIB)
     sequence.next(2 * MIB, MIB)
-    assert sequence.ask_from < SIZE
+    assert sequence.prefetch_from < SIZE
     assert sequence.next(40 * MIB, MIB) == (40 * MIB, 41 * MIB)  # somewhere else
-    assert sequence.ask_from == NEVER
+    assert sequence.prefetch_from == NEVER
 
 
-def test_nothing_behind_the_end_is_asked_for() -> None:
+def test_nothing_behind_the_end_is_prefetched() -> None:
     sequence = Sequence(SIZE)
     for offset in range(SIZE - 4 * MIB, SIZE, MIB):
         start, end = sequence.next(offset, 2 * MIB)

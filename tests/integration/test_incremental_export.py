@@ -1,4 +1,4 @@
-"""`pitfs export --from`: an earlier export is brought to another instant, or refused; a mix is no image."""
+"""`pitfs export --from`: an earlier export is updated to another instant, or refused; a mix is no image."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 
+from pitfs.cli.common.progress import progress
 from pitfs.model.position import Position, format_instant
 from pitfs.model.transfer import VolumeInfo
-from pitfs.restore import incremental_export as forward
+from pitfs.restore import incremental_export as updating
 from pitfs.restore.incremental_export import Marker
 from pitfs.store.ingest import Ingest
+from pitfs.store.store import Store
 from tests.helpers.commands import said
 from tests.helpers.loops import LoopDevice
 from tests.helpers.stores import ingest_transfer
@@ -61,7 +63,7 @@ class Cut(BaseException):
 
 def cut_after(monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
     """The process ends after so many writes to the file."""
-    real, left = forward.write_all, [writes]
+    real, left = updating.write_all, [writes]
 
     def write(*arguments: Any) -> None:
         if not left[0]:
@@ -69,11 +71,13 @@ def cut_after(monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
         left[0] -= 1
         real(*arguments)
 
-    monkeypatch.setattr(forward, "write_all", write)
-    monkeypatch.setattr(forward, "punch", lambda *_: False)
+    monkeypatch.setattr(updating, "write_all", write)
+    monkeypatch.setattr(updating, "punch", lambda *_: False)
 
 
-def test_the_file_is_brought_forward_and_back(history: History, tmp_path: Path, update: Callable[..., str]) -> None:
+def test_the_file_is_updated_forwards_and_backwards(
+    history: History, tmp_path: Path, update: Callable[..., str]
+) -> None:
     file = tmp_path / "out.img"
     for index, volume in enumerate(VOLUMES):
         file.write_bytes(history.states[SEQS[0]][index])
@@ -88,13 +92,13 @@ def test_only_what_differs_is_written_and_zeros_become_holes(
     file, written = tmp_path / "out.img", [0]
     one, other = history.states[0][0], history.states[60][0]
     file.write_bytes(one)
-    real = forward.write_all
+    real = updating.write_all
 
     def count(fd: int, data: Any, offset: int) -> None:
         written[0] += len(data)
         real(fd, data, offset)
 
-    monkeypatch.setattr(forward, "write_all", count)
+    monkeypatch.setattr(updating, "write_all", count)
     update(0, 60)
     blocks = [(one[a : a + 4096], other[a : a + 4096]) for a in range(0, len(one), 4096)]
     changed = [after for before, after in blocks if before != after]
@@ -113,7 +117,7 @@ def test_an_update_that_was_cut_off_is_no_image_and_can_be_finished_in_either_di
     with monkeypatch.context() as patch:
         cut_after(patch, writes)
         with pytest.raises(Cut):
-            forward_of(history, 0, 60, str(file))
+            updated(history, 0, 60, str(file))
     if not writes:
         assert file.read_bytes() == one
         return
@@ -125,7 +129,8 @@ def test_an_update_that_was_cut_off_is_no_image_and_can_be_finished_in_either_di
             opened.write(b"torn" * 128)
     marker = Marker.decode(file.read_bytes()[:512])
     assert marker is not None and marker.volume == "root"
-    assert (marker.one, marker.other) == (Position(0, history.times_ns[0]), Position(60, history.times_ns[60]))
+    assert marker.from_position == Position(0, history.times_ns[0])
+    assert marker.to_position == Position(60, history.times_ns[60])
     said_line = update(0, 20, code=2)
     to, start = format_instant(history.times_ns[60]), format_instant(history.times_ns[0])
     assert f"interrupted: finish it first: pitfs export {history.store} {to} root {file} --from {start}\n" in said_line  # type: ignore[attr-defined]
@@ -137,12 +142,12 @@ def test_an_update_that_was_cut_off_is_no_image_and_can_be_finished_in_either_di
         assert file.read_bytes() == one
 
 
-def forward_of(history: History, one: int, other: int, path: str) -> int:
-    from pitfs.store.store import Store
-
+def updated(history: History, one: int, other: int, path: str) -> int:
     store = Store.open(history.store)  # type: ignore[attr-defined]
     try:
-        return forward.bring(store, store.at_seq(one), store.at_seq(other), 0, path)
+        return updating.incremental_export(
+            store, store.at_seq(one), store.at_seq(other), 0, path, verify=False, progress=progress
+        )
     finally:
         store.close()
 
@@ -194,7 +199,7 @@ def test_a_full_disk_is_one_line_and_it_goes_on_afterwards(
 ) -> None:
     file = tmp_path / "out.img"
     file.write_bytes(history.states[0][0])
-    real, left = forward.write_all, [3]
+    real, left = updating.write_all, [3]
 
     def full(*arguments: Any) -> None:
         left[0] -= 1
@@ -203,14 +208,14 @@ def test_a_full_disk_is_one_line_and_it_goes_on_afterwards(
         real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(forward, "write_all", full)
+        patch.setattr(updating, "write_all", full)
         assert f"{file}: No space left on device: mend that" in update(0, 60, code=1)
     update(0, 60)
     assert file.read_bytes() == history.states[60][0]
 
 
 @pytest.mark.loop
-def test_a_device_is_brought_forward_too(history: History, tmp_path: Path, update: Callable[..., str]) -> None:
+def test_a_device_is_updated_too(history: History, tmp_path: Path, update: Callable[..., str]) -> None:
     backing = tmp_path / "backing"
     rest = os.urandom((4 << 20) - VOLUMES[0].size_bytes)
     backing.write_bytes(history.states[0][0] + rest)
