@@ -6,10 +6,9 @@ import argparse
 from typing import Final
 
 from pitfs.cli.common.parser import add_config, add_json
-from pitfs.cli.snapshot import request
+from pitfs.cli.snapshot import print_instant
 from pitfs.errors import UsageError
 from pitfs.model.group import NAME_RULE, is_name
-from pitfs.replication.requests import SetBookmark
 
 DESCRIPTION: Final = (
     "Names the state after the last write and prints its canonical instant. The name appears on "
@@ -27,4 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if not is_name(args.name):
         raise UsageError(f"{args.name}: not a name for a bookmark: must be {NAME_RULE}")
-    return request(args, SetBookmark(args.name))
+    from pitfs.replication.requests import SetBookmark
+
+    return print_instant(args, SetBookmark(args.name))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import glob
 import os
 from typing import Final
 
 import pyfuse3
 
 from pitfs.errors import UsageError
+from pitfs.fuse.kernel.loop_devices import LoopDevice, loop_devices
 from pitfs.fuse.kernel.mountinfo import clear_dead_mount, is_dead, mounted_at
 
 FILE_SYSTEM: Final = "pitfs-splitter"
@@ -56,15 +56,6 @@ def _source(group: str) -> str:
     return f"{FILE_SYSTEM}:{group}"
 
 
-def attached_loops(mountpoint: str) -> list[tuple[str, str]]:
-    """(device, file) of the loop devices over files below the mountpoint."""
-    found = []
-    for path in glob.glob("/sys/block/loop*/loop/backing_file"):
-        try:
-            with open(path, encoding="utf-8", errors="surrogateescape") as file:
-                backing = file.read().rstrip("\n")
-        except OSError:  # detached since it was listed
-            continue
-        if os.path.dirname(backing) == mountpoint:
-            found.append((f"/dev/{path.split('/')[3]}", backing))
-    return sorted(found)
+def attached_loops(mountpoint: str) -> list[LoopDevice]:
+    """The loop devices over files of the mount."""
+    return [loop for loop in loop_devices() if os.path.dirname(loop.backing) == mountpoint]

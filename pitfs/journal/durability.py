@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
-from pitfs.storage.files import fsync_directory, storage_error
+from pitfs.storage.files import fsync_directory, open_fd, storage_error
 from pitfs.storage.segment import segment_path
 
 
@@ -26,14 +27,10 @@ class Durability:
         """
         try:
             for number in range(first_segment, last_segment + 1):
-                try:
-                    fd = os.open(segment_path(self._directory, number), os.O_RDWR | os.O_CLOEXEC)
-                except FileNotFoundError:  # given back meanwhile: its reader will notice
-                    continue
-                try:
+                path = segment_path(self._directory, number)
+                # Where it was given back meanwhile, its reader will notice.
+                with suppress(FileNotFoundError), open_fd(path, os.O_RDWR) as fd:
                     os.fdatasync(fd)
-                finally:
-                    os.close(fd)
             if last_segment > self._named:
                 fsync_directory(self._directory)
                 self._named = last_segment

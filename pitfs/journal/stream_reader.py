@@ -17,7 +17,7 @@ from pitfs.journal.reader import JournalReader
 from pitfs.journal.writer import Location
 from pitfs.model.record import CopyStart, Mark, Record, RecordKind, block_checksums
 from pitfs.model.transfer import MAX_BATCH_ROWS, WRITE, StreamMark, Writes
-from pitfs.storage.files import read_exactly
+from pitfs.storage.files import open_fd, read_exactly
 from pitfs.storage.segment import segment_error, segment_path
 
 NOTHING_DIGEST = xxh3_64_intdigest(b"")
@@ -104,7 +104,11 @@ def _contents(directory: str, records: list[tuple[Location, Record]], block_size
     for segment, group in itertools.groupby(records, lambda each: each[0].segment):
         here, path = list(group), segment_path(directory, segment)
         start, end = here[0][0].offset, here[-1][0].offset + here[-1][1].size_bytes
-        data = memoryview(_read(path, start, end))
+        try:
+            with open_fd(path, os.O_RDONLY) as fd:
+                data = memoryview(read_exactly(fd, end - start, start, path))
+        except OSError as error:
+            raise segment_error(error, path, start) from error
         for location, record in here:
             at = location.offset - start
             content = data[at + record.contents_offset : at + record.size_bytes]
@@ -113,14 +117,3 @@ def _contents(directory: str, records: list[tuple[Location, Record]], block_size
                 raise CorruptionError(path, location.offset, problem)
             contents += content
     return contents
-
-
-def _read(path: str, start: int, end: int) -> bytes:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            return read_exactly(fd, end - start, start, path)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise segment_error(error, path, start) from error

@@ -18,7 +18,7 @@ from typing import Final
 
 from pitfs.errors import CapacityError
 from pitfs.model.record import HEADER_BYTES, RecordKind, encode_head
-from pitfs.storage.files import fsync_directory, storage_error, write_all
+from pitfs.storage.files import closed_on_error, fsync_directory, open_fd, storage_error, write_all
 from pitfs.storage.segment import DATA_OFFSET, SegmentHeader, list_segments, segment_path
 
 MIN_SEGMENT_BYTES: Final = 4 << 20  # holds a few records of the greatest size
@@ -203,15 +203,11 @@ class Journal:
         if spare is None:
             spare = self._make_spare()
         seed = secrets.randbits(64)
-        fd = os.open(spare, os.O_RDWR | os.O_CLOEXEC)
-        try:
+        with closed_on_error(os.open(spare, os.O_RDWR | os.O_CLOEXEC)) as fd:
             # The SEAL before it takes an lsn too, as lsns have no gaps.
             header = SegmentHeader(number, seed, self.lsn + 1 + sealed, self.segment_bytes, self.history)
             write_all(fd, header.encode(), 0)
             os.rename(spare, path)
-        except BaseException:
-            os.close(fd)
-            raise
         self.lsn += sealed
         with self._lock:
             self._numbers.append(number)
@@ -243,12 +239,9 @@ class Journal:
             problem = f"the journal's capacity of {self.capacity_bytes} bytes is used up"
             raise CapacityError(f"{self.directory}: {problem}: raise [journal] capacity, or let the replica catch up")
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            try:
+            with open_fd(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as fd:
                 os.posix_fallocate(fd, 0, self.segment_bytes)
                 os.fsync(fd)
-            finally:
-                os.close(fd)
         except OSError as error:
             if os.path.exists(path):
                 os.unlink(path)

@@ -20,6 +20,7 @@ import msgspec
 import trio
 
 from pitfs.errors import EXIT_FAILED, PitfsError
+from pitfs.storage.files import open_fd
 
 log = logging.getLogger(__name__)
 
@@ -61,11 +62,8 @@ class ControlError(PitfsError):
 @contextlib.contextmanager
 def _short_path(directory: str, name: str) -> Any:
     """A path to the socket within the 108 bytes that the kernel allows, however deep the directory is."""
-    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with open_fd(directory, os.O_PATH | os.O_DIRECTORY) as fd:
         yield f"/proc/self/fd/{fd}/{name}"
-    finally:
-        os.close(fd)
 
 
 class Connection:

@@ -63,9 +63,9 @@ def recover(
 
 
 def _recover_bypass(directory: str, history: bytes, progress: Progress, found: _Replay) -> JournalTail | None:
-    """Redoes nothing, as the backing volumes are ahead of the journal; None where it can't be read.
+    """Takes in the marks that an attempt to end the bypass may have left, so that no number is given twice.
 
-    But an attempt to end the bypass may have left marks, whose numbers aren't given again.
+    Nothing is redone, as the backing volumes are ahead of the journal. Returns None where the journal is damaged.
     """
     try:
         tail = replay(directory, progress.checkpoint_segment, found.advance, history)
@@ -78,16 +78,14 @@ def _recover_bypass(directory: str, history: bytes, progress: Progress, found: _
 class _Replay:
     """Brings the state, the volumes and their running copy up to each record of the journal in turn.
 
-    The running copy began before the checkpoint, maybe: records before that count for the copy alone.
+    The running copy may have begun before the checkpoint. Then the records before that are read for the copy alone.
     """
 
     def __init__(
         self, state: SplitterState, volumes: list[Volume], checkpoint_lsn: int, limit_bytes: int
     ) -> None:
-        self._state = state
-        self._volumes = volumes
-        self._checkpoint_lsn = checkpoint_lsn
-        self._limit_bytes = limit_bytes
+        self._state, self._volumes = state, volumes
+        self._checkpoint_lsn, self._limit_bytes = checkpoint_lsn, limit_bytes
         self._copy_blocks: BitmapAssembler | None = None  # of the running copy of changes
         self._copied: CopyProgress | None = None
         self.redone = 0

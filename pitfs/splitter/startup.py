@@ -12,13 +12,12 @@ from typing import Final
 from pitfs.errors import UsageError
 from pitfs.journal.writer import Journal
 from pitfs.model.transfer import VolumeInfo
-from pitfs.splitter.backing import open_backing
 from pitfs.splitter.change_bitmap import bitmap_limit_bytes, load_bitmap, remove_bitmap
 from pitfs.splitter.identity import open_group
 from pitfs.splitter.recovery import recover
 from pitfs.splitter.splitter import Splitter
 from pitfs.splitter.state import Progress, ProgressFile, boot_id
-from pitfs.splitter.volume import Volume
+from pitfs.splitter.volume import Volume, open_backing
 from pitfs.storage.files import FULL_ERRNOS, fsync_directory, storage_error
 from pitfs.storage.segment import list_segments
 

@@ -33,7 +33,7 @@ from xxhash import xxh3_64_intdigest
 from pitfs.errors import CorruptionError, PitfsError, StoreVersionError
 from pitfs.model import record as records
 from pitfs.model.record import HEADER_BYTES, Record, RecordKind, block_checksums, decode_head
-from pitfs.storage.files import read_exactly, storage_error
+from pitfs.storage.files import closed_on_error, read_exactly, storage_error
 
 HEADER: Final = struct.Struct("<8sIIQQQQ16s")
 MAGIC: Final = b"PITFSJNL"
@@ -105,12 +105,8 @@ class SegmentReader:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
+        with closed_on_error(os.open(path, os.O_RDONLY | os.O_CLOEXEC)) as self.fd:
             self.header = SegmentHeader.decode(read_exactly(self.fd, DATA_OFFSET, 0, path), path)
-        except BaseException:
-            os.close(self.fd)
-            raise
 
     def close(self) -> None:
         os.close(self.fd)

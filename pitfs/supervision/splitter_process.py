@@ -19,9 +19,10 @@ import trio
 from pitfs.config.production import Config
 from pitfs.errors import PitfsError
 from pitfs.fuse.kernel.io_flusher import set_io_flusher
-from pitfs.fuse.splitter import SplitterOperations, Syncer
+from pitfs.fuse.splitter import SplitterOperations
 from pitfs.fuse.splitter_mount import attached_loops, mount_splitter, prepare_mountpoint
 from pitfs.splitter import control, messages
+from pitfs.splitter.group_commit import GroupCommit
 from pitfs.splitter.service import SplitterService
 from pitfs.splitter.startup import VolumeSpec, lock_state, open_splitter
 from pitfs.splitter.sync_gate import SyncGate
@@ -43,11 +44,11 @@ async def _serve(service: SplitterService, state: str, mountpoint: str) -> None:
 
 async def _stop_when_told(service: SplitterService, mountpoint: str) -> None:
     await told_to_stop()
-    for device, file in attached_loops(mountpoint):
+    for loop in attached_loops(mountpoint):
         log.warning(
             "%s: %s is still attached to it: its users get I/O errors from now on, and what they haven't synced is "
             "lost: next time unmount and detach it (losetup -d %s) before this ends",
-            file, device, device,
+            loop.backing, loop.device, loop.device,
         )  # fmt: skip
     service.stop()
     pyfuse3.terminate()
@@ -70,7 +71,7 @@ def serve(config: Config) -> int:
     copying = splitter.state.copy is not None
     gate = SyncGate(replication.mode == "sync", replication.on_disconnect == "block", copying)
     service = SplitterService(splitter, gate)
-    operations = SplitterOperations(splitter, Syncer(splitter), service.wait_for_room, service.written)
+    operations = SplitterOperations(splitter, GroupCommit(splitter), service.wait_for_room, service.written)
     # A stop from here on waits until the mount can be unmounted in order; `told_to_stop` unblocks it.
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
     mount_splitter(operations, mountpoint, config.group.name)

@@ -17,8 +17,9 @@ from trio.testing import wait_all_tasks_blocked
 from pitfs.errors import EXIT_FAILED, PitfsError
 from pitfs.replication.control import BOOKMARKS_FILE, ShipperControl
 from pitfs.replication.requests import SetBookmark
+from pitfs.splitter.client import SplitterClient
 from pitfs.splitter.control import MAX_CONNECTIONS, Connection, ControlError, Handler, serve
-from pitfs.splitter.messages import SplitterStatus
+from pitfs.splitter.messages import REQUESTS, RunningCopy, SplitterStatus
 from tests.helpers.shipper import Parts
 
 NAME = "s.sock"
@@ -160,6 +161,30 @@ async def test_a_mistake_of_ours_is_logged_and_answered_and_ends_nothing(
         await client.aclose()
     (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
     assert "a bug in pitfs" in record.message and record.exc_info is not None
+
+
+class Unknown(msgspec.Struct, tag=True, tag_field="op"):
+    """A request that no process serves."""
+
+
+class Rescan(msgspec.Struct, tag=True, tag_field="op"):
+    """Without its cause."""
+
+
+async def test_what_is_no_request_of_the_splitter_is_refused_and_the_next_is_answered(parts: Parts) -> None:
+    directory, state = Path(parts.pipeline.state), parts.pipeline.splitter.state
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve, str(directory), NAME, REQUESTS.decode, parts.service.handle)
+        connection = await connected(directory)
+        for request in (Unknown(), Rescan()):
+            with pytest.raises(ControlError, match="not a request: "):
+                await connection.request(request, SplitterStatus)
+        status = await SplitterClient(connection).mark("noon")
+        assert state.copy is not None
+        assert status.copy == RunningCopy(state.copy.mark, state.copy_location, None)
+        assert (status.mark, status.tail, status.bypass_cause) == (2, parts.pipeline.splitter.journal.tail, "")
+        await connection.aclose()
+        nursery.cancel_scope.cancel()
 
 
 async def test_who_asks_is_told_that_the_splitter_ended(tmp_path: Path) -> None:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 from typing import Any, Final
 
+import msgspec
 import trio
 
 from pitfs.config.production import Config, load_config
 from pitfs.errors import PitfsError, UsageError
-from pitfs.replication.requests import ShipperRequest
 from pitfs.splitter import control
 
 STARTING_S: Final = 10.0  # the shipper answers some time after writes are accepted
 POLL_S: Final = 0.1
 
 
-def ask_shipper(config_path: str, request: ShipperRequest) -> dict[str, Any]:
-    """Sends one request to the shipper of the group of CONFIG; returns the reply.
+def ask_shipper(config_path: str, request: msgspec.Struct) -> dict[str, Any]:
+    """Sends one request (replication/requests.py) to the shipper of the group of CONFIG; returns the reply.
 
     Raises:
         PitfsError: `pitfs protect` is not running, or it refuses the request.
@@ -25,7 +25,7 @@ def ask_shipper(config_path: str, request: ShipperRequest) -> dict[str, Any]:
     return trio.run(_ask, load_config(config_path), request)
 
 
-async def _ask(config: Config, request: ShipperRequest) -> dict[str, Any]:
+async def _ask(config: Config, request: msgspec.Struct) -> dict[str, Any]:
     name = config.group.name
     hint = f"{name}: 'pitfs protect {config.path}' isn't running"
     try:
