@@ -5,18 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import trio
 
 from pitfs.errors import CapacityError, LinkError
 from pitfs.journal.reader import Copy, Interval
-from pitfs.link.sessions.sender import SenderSession
 from pitfs.model.record import RecordKind
 from pitfs.model.transfer import DIFF_ENTRY, Checkpoint, Data, Section, TransferKind
-from pitfs.replication import cursor as following
-from pitfs.replication import shipper as shipping
+from pitfs.replication import cursor, full_sync
 from pitfs.splitter import splitter as splitter_module
 from pitfs.splitter.service import SplitterService
 from pitfs.splitter.sync_gate import SyncGate
@@ -64,7 +62,7 @@ class Bypassing(Parts):
         self.during: Callable[[], None] = lambda: None
         self.session = Session(self.pipeline.ingest)
         self.at = {self.splitter.state.seq: self.now}
-        monkeypatch.setattr(following, "POLL_S", 0.001)
+        monkeypatch.setattr(cursor, "POLL_S", 0.001)
         begin = splitter_module.begin_copy
 
         def begin_copy(*arguments: Any) -> None:
@@ -72,9 +70,8 @@ class Bypassing(Parts):
             self.at[self.splitter.state.seq] = self.now
 
         monkeypatch.setattr(splitter_module, "begin_copy", begin_copy)
-        copying = shipping.copying
         for name in ("_read", "_read_picked"):
-            monkeypatch.setattr(copying, name, self._around(getattr(copying, name)))
+            monkeypatch.setattr(full_sync, name, self._around(getattr(full_sync, name)))
         self._limit()
 
     def _around(self, read: Callable[..., bytearray]) -> Callable[..., bytearray]:
@@ -151,32 +148,31 @@ class Bypassing(Parts):
         kinds = self.session.kinds, self.session.rows, self.session.contents_bytes
         self.session = Session(self.pipeline.ingest)
         self.session.kinds, self.session.rows, self.session.contents_bytes = kinds
-        self.shipper.standing.arrived(self.session.welcome, None)
         await self.locate()
 
     async def ship_all(self) -> None:
         """All that there is, as `Shipper.run` does."""
-        session = cast(SenderSession, self.session)
+        session = self.session
         while True:
             try:
                 item: Interval | Copy | None = None
                 with trio.move_on_after(BYPASS_S if self.splitter.state.bypass_cause else MARGIN_S) as waiting:
-                    item = await self.shipper._following.next_item(session, wait=False)
+                    item = await self.shipper.cursor.next_item(session, wait=False)
                 if waiting.cancelled_caught:  # it waits for a copy
                     assert self.splitter.state.bypass_cause
                     await self.connect_anew()
                     return
                 if isinstance(item, Copy):
-                    await self.shipper._ship_copy(session, item)
+                    await self.shipper.ship_copy(session, item)
                 elif isinstance(item, Interval):
-                    await self.shipper._ship_interval(session, item)
+                    await self.shipper.ship_interval(session, item)
                     await self.ship_layers()
                 else:
                     return
             except (LinkError, CapacityError):
                 self.full = False  # or a copy could never begin
                 await self.connect_anew()
-                session = cast(SenderSession, self.session)
+                session = self.session
 
     async def settle(self) -> None:
         """Everything is on the replica."""

@@ -13,6 +13,7 @@ from pitfs.errors import CapacityError, LinkError
 from pitfs.journal.reader import Copy
 from pitfs.model.record import RecordKind
 from pitfs.model.transfer import TransferKind
+from pitfs.replication.control import ShipperControl
 from pitfs.splitter import change_bitmap as changes
 from pitfs.splitter import splitter
 from pitfs.store.ingest import Ingest
@@ -71,16 +72,16 @@ async def test_status_says_what_changed_and_that_it_is_being_copied(
     parts.full = True
     parts.put(0, b"1" * BLOCK * 3)
     await parts.ship_all()
-    status = await parts.shipper.status(0)
+    status = await ShipperControl(parts.shipper, parts.pipeline.state, "g").status(0)
     assert "the journal is full" in status["passing"]
     assert (status["changed_bytes"], status["copying"], status["copying_bytes"]) == (3 * BLOCK, False, None)
     assert parts.room()
     parts.put(100_000, b"2" * BLOCK)
-    status = await parts.shipper.status(0)
+    status = await ShipperControl(parts.shipper, parts.pipeline.state, "g").status(0)
     assert status["passing"] is None
     assert (status["changed_bytes"], status["copying"], status["copying_bytes"]) == (None, True, 3 * BLOCK)
     await parts.settle()
-    status = await parts.shipper.status(0)
+    status = await ShipperControl(parts.shipper, parts.pipeline.state, "g").status(0)
     assert (status["changed_bytes"], status["copying"], status["copying_bytes"]) == (None, False, None)
     assert "copy of the 12288 bytes that changed follows" in caplog.text
 
@@ -375,7 +376,7 @@ async def test_a_replica_that_stands_elsewhere_gets_a_complete_copy(parts: Bypas
     await parts.settle()
     parts.check()
     assert copies(parts) == [TransferKind.FULL]
-    assert "hasn't the state that the changed blocks build on" in parts.shipper.standing.lost[2]
+    assert "hasn't the state that the changed blocks build on" in parts.shipper.status.lost.cause
 
 
 async def test_a_replica_with_nothing_gets_a_complete_copy(parts: Bypassing, tmp_path: Path) -> None:
@@ -522,7 +523,7 @@ async def test_what_is_wanted_for_backfill_gives_way_before_a_bypass(
         parts.write(100_000)
     parts.mark()
     await parts.ship(layers=False)
-    assert parts.shipper._backfill.waiting and parts.splitter.releasable_segment == 1
+    assert parts.shipper.backfill.waiting and parts.splitter.releasable_segment == 1
     first = journal.used_bytes
     while journal.tail.segment < 6:  # of four that there may be; no checkpoint is written meanwhile
         parts.write(100_000)

@@ -15,11 +15,11 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from pitfs.errors import EXIT_FAILED, PitfsError
+from pitfs.replication.control import BOOKMARKS_FILE, ShipperControl
 from pitfs.replication.requests import SetBookmark
 from pitfs.splitter.client import SplitterClient
 from pitfs.splitter.control import MAX_CONNECTIONS, Connection, ControlError, Handler, serve
 from pitfs.splitter.messages import REQUESTS, RunningCopy, SplitterStatus
-from pitfs.supervision.shipper_process import BOOKMARKS_FILE, ShipperControl
 from tests.helpers.shipper import Parts
 
 NAME = "s.sock"
@@ -227,7 +227,6 @@ async def test_a_list_of_bookmarks_that_cannot_be_read_is_named(parts: Parts, sp
 async def test_a_bookmark_whose_client_leaves_is_set_or_not_named(
     parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    control = ShipperControl(parts.shipper, parts.pipeline.state, "g")
     before = parts.pipeline.splitter.state.mark
     with trio.CancelScope() as scope:
         mark = parts.shipper.mark
@@ -238,7 +237,7 @@ async def test_a_bookmark_whose_client_leaves_is_set_or_not_named(
             return await mark(name)
 
         monkeypatch.setattr(parts.shipper, "mark", leaving)
-        await control.handle(SetBookmark("noon"))
+        await ShipperControl(parts.shipper, parts.pipeline.state, "g").handle(SetBookmark("noon"))
     assert parts.pipeline.splitter.state.mark == before + 1
     assert os.path.exists(os.path.join(parts.pipeline.state, BOOKMARKS_FILE))
 
