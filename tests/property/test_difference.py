@@ -129,7 +129,7 @@ def test_every_seq_reads_what_the_naive_model_has(seed: int) -> None:
     diff, journal, _ = build(writes, block_sizes, checksum)
     part = journal.part(NO_LAYER, LAST_LAYER, run_bytes=int(random.choice([512, 2048, 1 << 20])))
     fourth, own = stream(diff.data_rows, writes), stream(part.data_rows, writes)
-    assert len(fourth) == diff.size_bytes and len(own) == journal.bytes_up_to(LAST_LAYER)
+    assert len(fourth) == diff.size_bytes and len(own) == journal.data_bytes[LAST_LAYER]
     for seq in range(len(writes) + 1):
         naive = {(volume, block): content for volume, block, content in writes[:seq]}
         assert image_at(part.entries, diff, fourth, own, block_sizes, seq) == naive
@@ -151,7 +151,7 @@ def test_each_rung_gives_the_ends_of_its_granules(seed: int) -> None:
     assert len(journal.part(NO_LAYER, LAST_LAYER).entries) == count and (layers <= LAST_LAYER).all()
     base, entries, own = NO_LAYER, [], b""  # what the replica has
     for layer, rung_ns in enumerate(RUNGS_NS):
-        assert journal.part(NO_LAYER, layer).data_sizes.sum() == journal.bytes_up_to(layer)
+        assert journal.part(NO_LAYER, layer).data_sizes.sum() == journal.data_bytes[layer]
         if layer != LAST_LAYER and random.random() < 0.4:
             continue  # it goes with a finer one
         part = journal.part(base, layer, len(own), run_bytes=2048)
@@ -193,7 +193,7 @@ def test_a_content_written_twice_is_carried_once() -> None:
 
 def test_an_interval_without_writes_is_empty() -> None:
     diff, journal, _ = build([], [512])
-    assert len(diff.entries) == diff.size_bytes == journal.bytes_up_to(LAST_LAYER) == 0
+    assert len(diff.entries) == diff.size_bytes == journal.data_bytes[LAST_LAYER] == 0
     assert len(journal.part(NO_LAYER, LAST_LAYER).entries) == 0
 
 
