@@ -7,18 +7,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from pitfs.model.transfer import (
-    Checkpoint,
-    Data,
-    Durable,
-    End,
-    Flush,
-    Manifest,
-    ResumePoint,
-    StreamMark,
-    Welcome,
-    Writes,
-)
+from pitfs.model import transfer
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,22 +39,22 @@ class Session(Protocol):
     """A session with the replica; see `link.sessions.sender.SenderSession`, which also says what each call raises."""
 
     peer: str
-    welcome: Welcome
-    durable: ResumePoint
+    welcome: transfer.Welcome
+    durable: transfer.ResumePoint
     failure: Exception | None
-    on_progress: Callable[[ResumePoint], None] | None
-    on_durable: Callable[[Durable], None] | None
+    on_progress: Callable[[transfer.ResumePoint], None] | None
+    on_durable: Callable[[transfer.Durable], None] | None
 
     @property
     def wire_bytes(self) -> int: ...
     @property
     def payload_bytes(self) -> int: ...
-    async def begin(self, manifest: Manifest) -> ResumePoint: ...
-    async def send(self, frame: Data | Checkpoint) -> None: ...
-    async def finish(self, end: End) -> Welcome: ...
-    async def park(self) -> ResumePoint: ...
-    async def stream(self, writes: Writes | None, flush: Flush, window_bytes: int) -> None: ...
-    async def stream_mark(self, mark: StreamMark) -> None: ...
+    async def begin(self, manifest: transfer.Manifest) -> transfer.ResumePoint: ...
+    async def send(self, frame: transfer.Data | transfer.Checkpoint) -> None: ...
+    async def finish(self, end: transfer.End) -> transfer.Welcome: ...
+    async def park(self) -> transfer.ResumePoint: ...
+    async def stream(self, writes: transfer.Writes | None, flush: transfer.Flush, window_bytes: int) -> None: ...
+    async def stream_mark(self, mark: transfer.StreamMark) -> None: ...
     async def wait_durable(self) -> None: ...
 
 

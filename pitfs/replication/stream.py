@@ -16,6 +16,7 @@ from pitfs.journal.stream_reader import NOTHING_DIGEST, StreamChunk, next_chunk
 from pitfs.journal.writer import Location
 from pitfs.model.record import MAX_BODY_BYTES
 from pitfs.model.transfer import MAX_BATCH_BYTES, Durable, Flush, VolumeInfo, Welcome, Writes
+from pitfs.replication.phases import Phase
 from pitfs.replication.ports import Session
 from pitfs.replication.sending import Sender
 from pitfs.splitter.client import SplitterClient
@@ -46,8 +47,8 @@ class Stream:
     """The stream of one group; of one connection from `begin` on, in phase STREAMING.
 
     Args:
+        acks: hears what the replica has.
         release: called with the segment before which nothing is needed for shipping any more.
-        on_durable: called when the replica has more, or knows that it has all.
 
     Attributes:
         position: (seq, time_ns) of the last write streamed; mark: the last mark.
@@ -62,11 +63,11 @@ class Stream:
         splitter: SplitterClient,
         sender: Sender,
         durability: Durability,
+        acks: AckReporter,
         release: Callable[[int], Awaitable[None]],
-        on_durable: Callable[[], None],
     ) -> None:
         self._reader, self._splitter, self._sender, self._durability = reader, splitter, sender, durability
-        self._release_segment, self._on_durable = release, on_durable
+        self._acks, self._release_segment = acks, release
         self._block_sizes = [volume.block_size for volume in volumes]
         self.position = (0, 0)
         self.mark = self.durable_seq = self._durable_mark = self._journalled_seq = 0
@@ -82,6 +83,7 @@ class Stream:
 
     def begin(self, session: Session) -> None:
         """From where the reader is, behind the session's mark: what it has of the open interval is read once more."""
+        self._sender.status.enter(Phase.STREAMING)
         self._reader.restart()
         self.mark = self._durable_mark = session.welcome.mark
         self.position = self._reader.position
@@ -110,10 +112,9 @@ class Stream:
         """Lets go of the session, which holds the memory of its codec."""
         self._session = None
 
-    @property
-    def caught_up(self) -> bool:
-        """Whether the replica had durably what was in the journal at the last `pump`."""
-        return self.durable_seq >= self._journalled_seq
+    def out_of_step(self, cause: str) -> None:
+        """Mode sync: writes can't rely on the replica until it has what the journal has."""
+        self._acks.report(self.durable_seq, False, cause)
 
     def behind_s(self) -> float:
         """For how long the replica has lacked the oldest write that it lacks."""
@@ -219,7 +220,8 @@ class Stream:
         status.acknowledged(welcome, sent.location)
         status.first_pass_done(durable.mark)
         self._measure(sent.size_bytes)
-        self._on_durable()
+        # In step from the moment on in which it has what was in the journal at the last `pump`.
+        self._acks.report(self.durable_seq, self._acks.in_step or self.durable_seq >= self._journalled_seq)
 
     def _measure(self, size_bytes: int) -> None:
         """The link's rate, where it is the link that holds things up."""
@@ -233,10 +235,10 @@ class Stream:
 
 
 class AckReporter:
-    """Reports to the splitter what the replica durably has (mode sync): writes wait for it."""
+    """Reports to the splitter what the replica durably has: in mode sync, where writes wait for it."""
 
-    def __init__(self, splitter: SplitterClient) -> None:
-        self._splitter = splitter
+    def __init__(self, splitter: SplitterClient, is_sync: bool) -> None:
+        self._splitter, self._is_sync = splitter, is_sync
         self._last = Replicated(0, False, "")
         self._changed = trio.Event()
 
@@ -247,8 +249,9 @@ class AckReporter:
 
     def report(self, seq: int, in_step: bool, cause: str = "") -> None:
         """Replaces what hasn't been sent yet."""
-        self._last = Replicated(seq, in_step, cause)
-        self._changed.set()
+        if self._is_sync:
+            self._last = Replicated(seq, in_step, cause)
+            self._changed.set()
 
     async def run(self) -> None:
         """Sends reports, for ever. Raises trio.BrokenResourceError when the splitter has ended."""

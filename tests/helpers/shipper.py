@@ -150,7 +150,7 @@ class Parts:
         """The next item, to its end; the layers of all journals that wait as well."""
         item, session = await self.next(), self.session
         if isinstance(item, Copy):
-            await self.shipper.ship_copy(session, item)
+            await self.shipper.full_sync.ship(session, item)
         else:
             await self.shipper.ship_interval(session, item)
             while layers and self.shipper.backfill.waiting and not self.shipper.cursor.wake.is_set():

@@ -29,7 +29,7 @@ async def stream(parts: Parts, count: int = 3, leave: bool = True) -> None:
     """Streams some writes, and leaves the stream in the middle of the interval."""
     shipper, session = parts.shipper, parts.session
     if shipper.status.phase is not Phase.STREAMING:
-        shipper.begin_stream(session)
+        shipper.stream.begin(session)
     for _ in range(count):
         parts.write()
     await shipper.stream.pump(60.0)
@@ -85,7 +85,7 @@ async def test_what_is_streamed_gives_its_room_back_on_the_way(parts: Parts) -> 
     shipper, splitter, session = parts.shipper, parts.pipeline.splitter, parts.session
     while splitter.journal.tail.segment < 3:
         parts.write(100_000)
-    shipper.begin_stream(session)
+    shipper.stream.begin(session)
     released, sent = [], session.stream
 
     async def stream_and_look(writes: Writes | None, flush: Flush, window_bytes: int = 0) -> None:
@@ -128,7 +128,7 @@ async def test_a_window_that_is_too_small_for_a_long_link_is_not_taken_for_its_r
     await parts.ship()
     shipper, session = parts.shipper, parts.session
     stream_ = shipper.stream
-    shipper.begin_stream(session)
+    shipper.stream.begin(session)
     real, windows = session.stream, []
 
     async def far(writes: Writes | None, flush: Flush, window_bytes: int = 0) -> None:
