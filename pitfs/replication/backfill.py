@@ -18,10 +18,10 @@ from pitfs.journal.reader import Interval, JournalReader, SeenMark, after
 from pitfs.journal.writer import Location
 from pitfs.model.ladder import LAST_LAYER, granularity_of, layer_of
 from pitfs.model.schedule import Step, Waiting, layers_left
-from pitfs.model.transfer import CoarseInterval, End, Manifest, VolumeInfo, Welcome
+from pitfs.model.transfer import CoarseInterval, End, Manifest, Welcome
 from pitfs.replication.interval import PreparedInterval, layers_frames, pick_layers, prepare
 from pitfs.replication.manifests import cause_manifest, layers_manifest, waits_cause
-from pitfs.replication.ports import Session
+from pitfs.replication.ports import Session, ShipperSettings
 from pitfs.replication.sending import Sender
 from pitfs.storage.segment import list_segments
 
@@ -67,14 +67,11 @@ class Backfill:
         build    reads the interval of a journal again, for the sizes and contents of its layers
         ship     sends layers of the built one; the replica has it whole: it waits no more
         give_up  the local journal has the interval no more: the replica gets the cause why it stays as coarse as it is
-
-    Args:
-        directory: of the local journal.
     """
 
-    def __init__(self, directory: str, volumes: tuple[VolumeInfo, ...], sender: Sender) -> None:
-        self._directory, self._volumes, self._sender = directory, volumes, sender
-        self._block_sizes = [volume.block_size for volume in volumes]
+    def __init__(self, settings: ShipperSettings, sender: Sender) -> None:
+        self._directory, self._sender = settings.journal_directory, sender
+        self._volumes, self._block_sizes = settings.hello.volumes, settings.block_sizes
         self._journals: dict[int, _Journal] = {}  # by mark, oldest first
         self._built: PreparedInterval | None = None
         self._lost: list[Manifest] = []  # to be sent for journals that the replica believes will still come

@@ -12,7 +12,7 @@ from pitfs.errors import CorruptionError, LinkError, PositionMismatchError
 from pitfs.journal.reader import Copy, Interval, JournalReader
 from pitfs.journal.writer import Location
 from pitfs.model.record import CopyProgress
-from pitfs.model.transfer import Hello, Welcome
+from pitfs.model.transfer import Welcome
 from pitfs.replication.phases import Phase
 from pitfs.replication.ports import Session, ShipperSettings
 from pitfs.replication.status import ReplicationStatus
@@ -39,14 +39,13 @@ class JournalCursor:
     def __init__(
         self,
         settings: ShipperSettings,
-        hello: Hello,
         splitter: SplitterClient,
         status: ReplicationStatus,
         release: Callable[[int], Awaitable[None]],
     ) -> None:
-        self._directory, self._hello = settings.journal_directory, hello
+        self._directory, self._hello = settings.journal_directory, settings.hello
         self._splitter, self._status, self._release = splitter, status, release
-        self.reader = JournalReader(self._directory, [volume.block_size for volume in hello.volumes])
+        self.reader = JournalReader(self._directory, settings.block_sizes)
         self.wake = trio.Event()
         self._damaged_mark, self._damage = 0, ""  # of the last interval whose contents were found damaged
 
@@ -135,7 +134,7 @@ class JournalCursor:
         raise LinkError(f"{cause}: connecting anew for a complete copy")
 
     async def give_up(self, interval: Interval, error: CorruptionError) -> NoReturn:
-        """The contents of an interval are damaged. Raises LinkError.
+        """Has a complete copy begun for an interval whose contents are damaged. Raises LinkError.
 
         On the next connection the replica wants this one again: then it is passed over for the copy, not tried again.
         """

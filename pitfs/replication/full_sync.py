@@ -30,7 +30,7 @@ from pitfs.errors import CorruptionError, LinkError, PositionMismatchError
 from pitfs.journal.reader import Copy, JournalReader
 from pitfs.journal.writer import Location
 from pitfs.model import transfer
-from pitfs.model.record import CopyProgress, CopyStart, Record, RecordKind
+from pitfs.model.record import CopyProgress, Record, RecordKind
 from pitfs.model.transfer import ResumePoint, Section, VolumeInfo
 from pitfs.replication.cursor import JournalCursor
 from pitfs.replication.manifests import copy_manifest
@@ -55,15 +55,9 @@ class FullSync:
     """Sends copies, each from its COPY_START in the journal, and tells the splitter how far the replica has them."""
 
     def __init__(
-        self,
-        settings: ShipperSettings,
-        hello: transfer.Hello,
-        splitter: SplitterClient,
-        cursor: JournalCursor,
-        sender: Sender,
+        self, settings: ShipperSettings, splitter: SplitterClient, cursor: JournalCursor, sender: Sender
     ) -> None:
-        self._directory, self._backings, self._hello = settings.journal_directory, settings.backings, hello
-        self._splitter, self._cursor, self._sender = splitter, cursor, sender
+        self._settings, self._splitter, self._cursor, self._sender = settings, splitter, cursor, sender
 
     async def ship(self, session: Session, copy: Copy) -> None:
         """Sends a copy, or the rest of it.
@@ -79,7 +73,7 @@ class FullSync:
         builds_on = copy.start.from_seq, copy.start.from_time_ns
         if not (copy.start.is_complete or (before > 0 and session.welcome.end == builds_on)):
             await self._cursor.abandon("the replica hasn't the state that the changed blocks build on")
-        resume = await self._sender.begin(session, copy_manifest(copy, self._hello.history, session.welcome))
+        resume = await self._sender.begin(session, copy_manifest(copy, self._settings.hello.history, session.welcome))
         # Now, not when the commit is acknowledged: that may be lost, and the marks before are so in any case.
         status.lost_marks, status.lost_cause = range(before + 1, mark), copy.start.cause
         behind = f" behind {resume.lengths[1]} bytes" if resume.cursor else ""
@@ -97,8 +91,9 @@ class FullSync:
 
         try:
             with contextlib.ExitStack() as stack:
-                fds = [stack.enter_context(open_fd(backing, os.O_RDONLY)) for backing in self._backings]
-                frames = copy_frames(self._directory, self._hello.volumes, fds, copy.location, mark, resume, tail)
+                fds = [stack.enter_context(open_fd(backing, os.O_RDONLY)) for backing in self._settings.backings]
+                directory, volumes = self._settings.journal_directory, self._settings.hello.volumes
+                frames = copy_frames(directory, volumes, fds, copy, resume, tail)
                 await self._sender.send(session, frames, on_durable=on_durable)
         except (CorruptionError, PositionMismatchError) as error:
             # Only what is seen here has everything copied again: damage, or a replica that resumes before what it
@@ -106,9 +101,8 @@ class FullSync:
             if error is session.failure:
                 raise
             await self._cursor.abandon(str(error))
-        await self._splitter.copied(CopyProgress(mark, len(self._backings), 0))
+        await self._splitter.copied(CopyProgress(mark, len(self._settings.backings), 0))
         status.acknowledged(session.welcome, copy.location)
-        status.first_pass_done(mark)
         status.enter(Phase.WAITING)
         log.info("%s committed, mark %d", copy.what, mark)
 
@@ -119,14 +113,14 @@ class _BeforeImages:
     Kept by stretch of the volume, so that each stretch finds its own at once; offset 0 means zeros.
     """
 
-    def __init__(self, directory: str, volumes: tuple[VolumeInfo, ...], start: Location, mark: int) -> None:
+    def __init__(self, directory: str, volumes: tuple[VolumeInfo, ...], copy: Copy) -> None:
         self._reader = JournalReader(directory, [volume.block_size for volume in volumes])
-        self._reader.seek(start, (0, 0))
-        self._directory, self._volumes, self._mark = directory, volumes, mark
+        self._reader.seek(copy.location, (0, 0))
+        self._directory, self._volumes = directory, volumes
         self._stretches: dict[tuple[int, int], bytearray] = {}
         self._done = (0, 0)  # stretches before this one are copied
-        self._copy_blocks: BitmapAssembler | None = None
-        self.progress = CopyProgress(mark, 0, 0)
+        self._copy_blocks = None if copy.start.is_complete else BitmapAssembler(copy.start)
+        self.progress = CopyProgress(copy.start.mark, 0, 0)
 
     def close(self) -> None:
         self._reader.close()
@@ -137,9 +131,7 @@ class _BeforeImages:
             message = record.message
             if record.kind is RecordKind.BEFORE_IMAGE:
                 self._add(location, record)
-            elif isinstance(message, CopyStart):
-                self._copy_blocks = None if message.is_complete else BitmapAssembler(message)
-            elif isinstance(message, CopyProgress) and message.mark == self._mark:
+            elif isinstance(message, CopyProgress) and message.mark == self.progress.mark:
                 self.progress = message
             elif self._copy_blocks is not None:
                 self._copy_blocks.add(record)
@@ -197,15 +189,14 @@ def copy_frames(
     directory: str,
     volumes: tuple[VolumeInfo, ...],
     backing_fds: list[int],
-    start: Location,
-    mark: int,
+    copy: Copy,
     resume: ResumePoint,
     tail: Callable[[], Location],
 ) -> Iterator[transfer.TransferFrame]:
     """The frames of a copy behind what the replica durably has.
 
     Args:
-        directory: of the journal; start: of the COPY_START number `mark` in it.
+        directory: of the journal.
         backing_fds: of the backing volumes, for reading.
         tail: where the journal's tail is now; blocks.
 
@@ -214,7 +205,7 @@ def copy_frames(
         PositionMismatchError: the replica has less of the copy than it had acknowledged.
         OSError: a backing volume can't be read.
     """
-    with contextlib.closing(_BeforeImages(directory, volumes, start, mark)) as images:
+    with contextlib.closing(_BeforeImages(directory, volumes, copy)) as images:
         images.follow(tail())
         at_volume, at_block = (resume.cursor[0], resume.cursor[1]) if len(resume.cursor) == 2 else (0, 0)
         if (images.progress.volume, images.progress.block) > (at_volume, at_block):

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -193,13 +194,12 @@ def _checksums(interval: Interval, *rows: Rows) -> int:
 
 def _with_checkpoints(*parts: Iterator[Data]) -> Iterator[transfer.TransferFrame]:
     unacknowledged = 0
-    for part in parts:
-        for data in part:
-            unacknowledged += len(data.payload)
-            yield data
-            if unacknowledged >= transfer.MAX_CHECKPOINT_BYTES:
-                unacknowledged = 0
-                yield transfer.Checkpoint(())
+    for data in itertools.chain(*parts):
+        unacknowledged += len(data.payload)
+        yield data
+        if unacknowledged >= transfer.MAX_CHECKPOINT_BYTES:
+            unacknowledged = 0
+            yield transfer.Checkpoint(())
 
 
 def _rows(
@@ -215,7 +215,7 @@ def _rows(
 def _blocks(
     section: Section, rows: Rows, prepared: PreparedInterval, resume: ResumePoint, payload_bytes: int
 ) -> Iterator[Data]:
-    """The rows' blocks, verified, in frames of whole blocks."""
+    """The rows' blocks in frames of whole blocks, each compared with the checksum taken at the splitter."""
     columns = prepared.interval.columns
     sizes, checksums = prepared.block_sizes[columns.volume[rows]], columns.checksum[rows]
     ends = np.cumsum(sizes)
@@ -224,16 +224,10 @@ def _blocks(
         offset = int(ends[start] - sizes[start])
         stop = max(start + 1, int(np.searchsorted(ends, offset + payload_bytes, side="right")))
         payload = prepared.source.read(rows[start:stop])
-        _verify(payload, sizes[start:stop], checksums[start:stop])
+        view = memoryview(payload)
+        bounds = itertools.pairwise([0, *(ends[start:stop] - offset).tolist()])
+        if [xxh3_64_intdigest(view[at:end]) for at, end in bounds] != checksums[start:stop].tolist():
+            problem = "a block doesn't match the checksum taken when it was written"
+            raise CorruptionError("local journal", 0, problem)
         yield Data(section, offset, payload)
         start = stop
-
-
-def _verify(payload: bytearray, sizes: npt.NDArray[np.int64], checksums: npt.NDArray[np.uint64]) -> None:
-    """Every block is compared with the checksum taken at the splitter before it goes out."""
-    view, ends = memoryview(payload), np.cumsum(sizes)
-    places = zip((ends - sizes).tolist(), ends.tolist(), strict=True)
-    if [xxh3_64_intdigest(view[at:end]) for at, end in places] != checksums.tolist():
-        raise CorruptionError(
-            "local journal", 0, "a block doesn't match the checksum taken when it was written"
-        )

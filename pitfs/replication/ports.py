@@ -15,6 +15,7 @@ class ShipperSettings:
     """What the shipper of a group is started with.
 
     Attributes:
+        hello: who we are.
         peer: HOST:PORT of the replica, for messages.
         journal_directory, capacity_bytes: of the local journal.
         backings: of each volume, in the order of Hello.volumes.
@@ -22,6 +23,7 @@ class ShipperSettings:
         rate_bytes_per_s: cap on what goes out, None for none.
     """
 
+    hello: transfer.Hello
     peer: str
     journal_directory: str
     capacity_bytes: int
@@ -29,6 +31,10 @@ class ShipperSettings:
     mode: str
     interval_ns: int
     rate_bytes_per_s: int | None
+
+    @property
+    def block_sizes(self) -> list[int]:
+        return [volume.block_size for volume in self.hello.volumes]
 
     @property
     def interval_s(self) -> float:

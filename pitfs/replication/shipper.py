@@ -13,7 +13,6 @@ from pitfs.journal.durability import Durability
 from pitfs.journal.reader import Copy, Interval
 from pitfs.journal.writer import Location, segment_bytes_for
 from pitfs.model import schedule
-from pitfs.model.transfer import Hello
 from pitfs.replication.backfill import Backfill
 from pitfs.replication.bandwidth import Bandwidth
 from pitfs.replication.cursor import JournalCursor
@@ -40,7 +39,6 @@ class Shipper:
     """Ships a group. What it is doing is `status.phase`; see `phases.Phase` for the whole.
 
     Args:
-        hello: who we are.
         splitter, waiting_splitter: two clients; the second one waits for writes.
         connect: opens a session with the replica.
 
@@ -55,28 +53,25 @@ class Shipper:
     def __init__(
         self,
         settings: ShipperSettings,
-        hello: Hello,
         splitter: SplitterClient,
         waiting_splitter: SplitterClient,
         connect: Connect,
     ) -> None:
         self.settings, self.splitter, self._waiting_splitter = settings, splitter, waiting_splitter
-        self._hello, self._volumes, self._connect = hello, hello.volumes, connect
-        self.needed_segment = 0
+        self._connect, self.needed_segment = connect, 0
         self.last_marked: SplitterStatus | None = None
         self._early: set[int] = set()  # marks to be shipped that `close_large` set; as few as fit into the journal
         self.fitted = True
         self.status = ReplicationStatus(settings.peer)
         self.bandwidth = Bandwidth(settings.rate_bytes_per_s)
         self._sender = sender = Sender(self.status, self.bandwidth)
-        directory = settings.journal_directory
-        self.cursor = JournalCursor(settings, hello, splitter, self.status, self.release)
-        self.backfill = Backfill(directory, self._volumes, sender)
-        self._durability = Durability(directory)
-        self.full_sync = FullSync(settings, hello, splitter, self.cursor, sender)
+        self.cursor = JournalCursor(settings, splitter, self.status, self.release)
+        self.backfill = Backfill(settings, sender)
+        self._durability = durability = Durability(settings.journal_directory)
+        self.full_sync = FullSync(settings, splitter, self.cursor, sender)
         self.acks = AckReporter(splitter, is_sync=settings.mode == "sync")
-        reader, durability = self.cursor.reader, self._durability
-        self.stream = Stream(reader, self._volumes, splitter, sender, durability, self.acks, self.release)
+        reader, sizes = self.cursor.reader, settings.block_sizes
+        self.stream = Stream(reader, sizes, splitter, sender, durability, self.acks, self.release)
 
     def close(self) -> None:
         """Closes files. A shipper that was killed instead leaves nothing behind either."""
@@ -118,13 +113,13 @@ class Shipper:
         shipper was down can't be split any more: a mark is only ever set at the journal's end.
         """
         splitter = await self.splitter.status()
-        smallest = min(volume.block_size for volume in self._volumes)
         if self.last_marked is None or splitter.mark != self.last_marked.mark:
             self.last_marked = splitter
             self.cursor.wake.set()
             return
         # In time to be sent, and its room released, while the next one fills the rest.
-        limit_bytes = min(MAX_INTERVAL_ROWS * smallest, self.settings.capacity_bytes // MAX_INTERVAL_PART)
+        rows_bytes = MAX_INTERVAL_ROWS * min(self.settings.block_sizes)
+        limit_bytes = min(rows_bytes, self.settings.capacity_bytes // MAX_INTERVAL_PART)
         if self.bytes_between(self.last_marked.tail, splitter.tail) > limit_bytes:
             self._early.add((await self.mark()).mark)
 
@@ -143,7 +138,7 @@ class Shipper:
             except PitfsError as error:
                 self.status.link_failed(error)
             except OSError as error:  # where no complete copy would help: it reads the same
-                where = error.filename or f"{self._hello.group}: a backing volume or the journal"
+                where = error.filename or f"{self.settings.hello.group}: a backing volume or the journal"
                 self.status.link_failed(storage_error(error, where, "reading"))
             await self.status.back_off()
 
@@ -278,9 +273,7 @@ class Shipper:
         self.fitted, self.status.last_decision = fitted, decision
         self.backfill.add(prepared)
         await self.release(interval.end.segment)
-        self.status.acknowledged(session.welcome, interval.end)
-        if prepared.journal is None:
-            self.status.first_pass_done(interval.mark)
+        self.status.acknowledged(session.welcome, interval.end, layers_follow=prepared.journal is not None)
         self._early = {mark for mark in self._early if mark > interval.mark}
         self.status.enter(Phase.WAITING)
         log.debug("interval committed, mark %d, %d writes", interval.mark, len(interval.times))

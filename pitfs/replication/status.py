@@ -129,11 +129,11 @@ class ReplicationStatus:
         if self.committed_location is None:
             self.committed_location = location
 
-    def acknowledged(self, welcome: Welcome, location: Location) -> None:
+    def acknowledged(self, welcome: Welcome, location: Location, layers_follow: bool = False) -> None:
         """The replica has what was sent; the journal goes on at `location` behind it."""
         self.got_through()
         self.committed, self.committed_location = welcome, location
-        self._change()
+        self.first_pass_done(0 if layers_follow else welcome.mark)
 
     def first_pass_done(self, mark: int) -> None:
         """Of the intervals up to this mark the replica has what the link had room for."""

@@ -15,7 +15,7 @@ from pitfs.journal.reader import JournalReader
 from pitfs.journal.stream_reader import NOTHING_DIGEST, StreamChunk, next_chunk
 from pitfs.journal.writer import Location
 from pitfs.model.record import MAX_BODY_BYTES
-from pitfs.model.transfer import MAX_BATCH_BYTES, Durable, Flush, VolumeInfo, Welcome, Writes
+from pitfs.model.transfer import MAX_BATCH_BYTES, Durable, Flush, Welcome, Writes
 from pitfs.replication.phases import Phase
 from pitfs.replication.ports import Session
 from pitfs.replication.sending import Sender
@@ -59,7 +59,7 @@ class Stream:
     def __init__(
         self,
         reader: JournalReader,
-        volumes: tuple[VolumeInfo, ...],
+        block_sizes: list[int],
         splitter: SplitterClient,
         sender: Sender,
         durability: Durability,
@@ -67,8 +67,7 @@ class Stream:
         release: Callable[[int], Awaitable[None]],
     ) -> None:
         self._reader, self._splitter, self._sender, self._durability = reader, splitter, sender, durability
-        self._acks, self._release_segment = acks, release
-        self._block_sizes = [volume.block_size for volume in volumes]
+        self._block_sizes, self._acks, self._release_segment = block_sizes, acks, release
         self.position = (0, 0)
         self.mark = self.durable_seq = self._durable_mark = self._journalled_seq = 0
         self.journalled_lsn, self.pumped_at = 0, 0.0
@@ -135,7 +134,11 @@ class Stream:
         self.pumped_at = trio.current_time()
         splitter = await self._splitter.status()
         tail, self.journalled_lsn = splitter.tail, splitter.lsn
-        self._sample(splitter.seq)
+        self._journalled_seq = splitter.seq
+        newest = self._samples[-1][0] if self._samples else -SAMPLE_S
+        is_due = self.pumped_at - newest >= SAMPLE_S and len(self._samples) < MAX_SAMPLES
+        if splitter.seq > self.durable_seq and is_due:
+            self._samples.append((self.pumped_at, splitter.seq))
         if self._reader.location < tail:  # for all of them at once
             segments = self._reader.location.segment, tail.segment
             await trio.to_thread.run_sync(self._durability.make, *segments)
@@ -203,35 +206,20 @@ class Stream:
     def _await_answer(self, size_bytes: int) -> None:
         self._unanswered.append(_Sent(self._reader.location, self._segment, size_bytes, trio.current_time()))
 
-    def _sample(self, seq: int) -> None:
-        now = trio.current_time()
-        self._journalled_seq = seq
-        newest = self._samples[-1][0] if self._samples else -SAMPLE_S
-        if seq > self.durable_seq and now - newest >= SAMPLE_S and len(self._samples) < MAX_SAMPLES:
-            self._samples.append((now, seq))
-
     def _answered(self, durable: Durable) -> None:
         sent = self._unanswered.popleft()
         self.durable_seq = durable.seq
         self._least_answer_s = min(self._least_answer_s, trio.current_time() - sent.at_s)
         self._needed_segment, self._durable_mark = sent.segment, durable.mark
-        status = self._sender.status
         welcome = Welcome(durable.mark, durable.seq, durable.time_ns, durable.protected_through_ns)
-        status.acknowledged(welcome, sent.location)
-        status.first_pass_done(durable.mark)
-        self._measure(sent.size_bytes)
-        # In step from the moment on in which it has what was in the journal at the last `pump`.
-        self._acks.report(self.durable_seq, self._acks.in_step or self.durable_seq >= self._journalled_seq)
-
-    def _measure(self, size_bytes: int) -> None:
-        """The link's rate, where it is the link that holds things up."""
-        if self._saturated_at is None:
-            return
-        self._answered_bytes += size_bytes
-        elapsed = trio.current_time() - self._saturated_at
-        if elapsed >= MEASURE_S and self._answered_bytes >= MEASURE_BYTES:
-            self._sender.bandwidth.rates.append(self._answered_bytes / elapsed)
-            self._saturated_at, self._answered_bytes = trio.current_time(), 0
+        self._sender.status.acknowledged(welcome, sent.location)
+        if self._saturated_at is not None:  # it is the link that holds things up: its rate is measured
+            self._answered_bytes += sent.size_bytes
+            elapsed = trio.current_time() - self._saturated_at
+            if elapsed >= MEASURE_S and self._answered_bytes >= MEASURE_BYTES:
+                self._sender.bandwidth.rates.append(self._answered_bytes / elapsed)
+                self._saturated_at, self._answered_bytes = trio.current_time(), 0
+        self._acks.reached(self.durable_seq, self.durable_seq >= self._journalled_seq)  # as of the last `pump`
 
 
 class AckReporter:
@@ -242,10 +230,9 @@ class AckReporter:
         self._last = Replicated(0, False, "")
         self._changed = trio.Event()
 
-    @property
-    def in_step(self) -> bool:
-        """Whether writes can rely on the replica, as was reported last."""
-        return self._last.in_step
+    def reached(self, seq: int, has_all: bool) -> None:
+        """The replica has the writes up to `seq`; once it had all that were journalled, writes can rely on it."""
+        self.report(seq, self._last.in_step or has_all)
 
     def report(self, seq: int, in_step: bool, cause: str = "") -> None:
         """Replaces what hasn't been sent yet."""
@@ -258,5 +245,4 @@ class AckReporter:
         while True:
             await self._changed.wait()
             self._changed = trio.Event()
-            last = self._last
-            await self._splitter.replicated(last.seq, last.in_step, last.cause)
+            await self._splitter.replicated(self._last.seq, self._last.in_step, self._last.cause)

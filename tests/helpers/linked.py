@@ -46,7 +46,7 @@ class Linked:
         client = client_of(lambda: self.service)
         # The rate is never reached, and makes the room for layers known: none, so that each goes for itself.
         settings = settings_of(pipeline, rate_bytes_per_s=RATE_BYTES_PER_S)
-        self.shipper = Shipper(settings, pipeline.hello, client, client, self._connect)
+        self.shipper = Shipper(settings, client, client, self._connect)
         self.sessions: list[SenderSession] = []
 
     @asynccontextmanager

@@ -68,14 +68,14 @@ async def test_during_a_bypass_the_replica_isnt_told_that_it_has_all(
     await parts.ship()
     await stream(parts, leave=False)
     parts.fill()
-    passing_ns = parts.pipeline.splitter.state.time_ns
+    bypass_ns = parts.pipeline.splitter.state.time_ns
     shipper, flushed = parts.shipper, parts.session.flushed
     for _ in range(2):
         monkeypatch.setattr("pitfs.replication.stream.PULSE_S", 0.0)
         await shipper.stream.pump(60.0)
     assert flushed[-1].seq == parts.pipeline.splitter.state.seq
-    assert flushed[-1].protected_through_ns <= passing_ns
-    assert parts.pipeline.ingest.welcome().protected_through_ns <= passing_ns
+    assert flushed[-1].protected_through_ns <= bypass_ns
+    assert parts.pipeline.ingest.welcome().protected_through_ns <= bypass_ns
 
 
 async def test_what_is_streamed_gives_its_room_back_on_the_way(parts: Parts) -> None:
