@@ -190,7 +190,8 @@ class NbdProtocol(Negotiation):
     def extents(self, request: Request, extents: Sequence[tuple[int, int]]) -> bytes:
         """The whole reply to BLOCK_STATUS: (bytes, flags) from the request's offset on, at least one."""
         assert extents and self.structured
-        return wire.status_chunk(request.cookie, extents)
+        payload = wire.U32.pack(wire.CONTEXT_ID) + b"".join(wire.EXTENT.pack(*extent) for extent in extents)
+        return wire.chunk(wire.DONE, ChunkType.BLOCK_STATUS, request.cookie, payload)
 
     def finished(self, request: Request) -> bytes:
         """The last chunk of a reply whose other chunks, if any, have been sent."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Sequence
 from typing import Final
 
 GREETING_MAGIC: Final = b"NBDMAGIC"
@@ -33,6 +32,7 @@ SIMPLE: Final = struct.Struct(">IIQ")
 CHUNK: Final = struct.Struct(">IHHQI")
 DATA_CHUNK: Final = struct.Struct(">IHHQIQ")  # a chunk's header and the offset before its data
 ERROR: Final = struct.Struct(">IH")
+EXTENT: Final = struct.Struct(">II")  # bytes, flags
 SIZE_AND_FLAGS: Final = struct.Struct(">QH")  # of an export
 U64: Final = struct.Struct(">Q")
 U32: Final = struct.Struct(">I")
@@ -159,10 +159,3 @@ def error_chunk(flags: int, cookie: int, error: int, message: str, offset: int |
     if offset is None:
         return chunk(flags, ChunkType.ERROR, cookie, payload)
     return chunk(flags, ChunkType.ERROR_OFFSET, cookie, payload + U64.pack(offset))
-
-
-def status_chunk(cookie: int, extents: Sequence[tuple[int, int]]) -> bytes:
-    """Extents as (bytes, flags), from the request's offset on."""
-    flat = [number for extent in extents for number in extent]
-    payload = struct.pack(f">I{len(flat)}I", CONTEXT_ID, *flat)
-    return chunk(DONE, ChunkType.BLOCK_STATUS, cookie, payload)
