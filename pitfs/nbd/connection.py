@@ -266,7 +266,7 @@ class Connection:
                     has_end = await self._send_pieces(request, start, stop, self._view.block_size, buffer)
                     continue
                 log.error("%s: %s", self._peer, error)
-                await self._send(self._protocol.failed_at(request, errno.EIO, NO_DATA, start))
+                await self._send(self._protocol.failed(request.cookie, errno.EIO, NO_DATA, start))
                 has_end = False
             else:
                 await self._send(self._protocol.data_header(request, start, stop - start), data)

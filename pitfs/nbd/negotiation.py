@@ -174,8 +174,13 @@ class Negotiation:
             case Option.ABORT:
                 self.move(NbdState.OPTIONS, NbdState.CLOSED)
                 return Close(option_reply(option, Reply.ACK))
+            case Option.STARTTLS if self._has_tls:
+                return _invalid(option, "TLS is there already")
+            case Option.STARTTLS if not self._offers_tls:
+                return Send(option_reply(option, Reply.ERR_POLICY, b"this server has no certificate"))
             case Option.STARTTLS:
-                return self._start_tls()
+                self.move(NbdState.OPTIONS, NbdState.TLS_HANDSHAKE)
+                return StartTls(option_reply(option, Reply.ACK))
             case Option.STRUCTURED_REPLY:
                 self.structured = True
                 return Send(option_reply(option, Reply.ACK))
@@ -197,14 +202,6 @@ class Negotiation:
             case Option.LIST_META_CONTEXT | Option.SET_META_CONTEXT:
                 return self._look_up_contexts(option, data)
         return Send(option_reply(option, Reply.ERR_UNSUP, b"this server doesn't know that option"))
-
-    def _start_tls(self) -> Send | StartTls:
-        if self._has_tls:
-            return _invalid(Option.STARTTLS, "TLS is there already")
-        if not self._offers_tls:
-            return Send(option_reply(Option.STARTTLS, Reply.ERR_POLICY, b"this server has no certificate"))
-        self.move(NbdState.OPTIONS, NbdState.TLS_HANDSHAKE)
-        return StartTls(option_reply(Option.STARTTLS, Reply.ACK))
 
     def _look_up_contexts(self, option: int, data: memoryview) -> Send | LookUpExport:
         lists = option == Option.LIST_META_CONTEXT

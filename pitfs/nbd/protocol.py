@@ -176,16 +176,18 @@ class NbdProtocol(Negotiation):
         flags = wire.DONE if offset + size == request.offset + request.size else 0
         return DATA_CHUNK.pack(CHUNK_MAGIC, flags, ChunkType.OFFSET_DATA, request.cookie, 8 + size, offset)
 
-    def failed(self, cookie: int, error: int, message: str) -> bytes:
-        """The whole reply to a request that failed."""
-        if self.structured:
-            return wire.error_chunk(wire.DONE, cookie, error, message, None)
-        return wire.SIMPLE.pack(wire.SIMPLE_MAGIC, error, cookie)
+    def failed(self, cookie: int, error: int, message: str, offset: int | None = None) -> bytes:
+        """The whole reply to a request that failed.
 
-    def failed_at(self, request: Request, error: int, message: str, offset: int) -> bytes:
-        """A chunk of a divisible read: there are no data from `offset` on. It is never the last chunk."""
-        assert self.structured
-        return wire.error_chunk(0, request.cookie, error, message, offset)
+        With an offset it is a chunk of a divisible read, and never the last: there are no data from there on.
+        """
+        if not self.structured:
+            return wire.SIMPLE.pack(wire.SIMPLE_MAGIC, error, cookie)
+        data = message.encode()[: wire.MAX_NAME_BYTES]
+        payload = wire.ERROR.pack(error, len(data)) + data
+        if offset is None:
+            return wire.chunk(wire.DONE, ChunkType.ERROR, cookie, payload)
+        return wire.chunk(0, ChunkType.ERROR_OFFSET, cookie, payload + wire.U64.pack(offset))
 
     def extents(self, request: Request, extents: Sequence[tuple[int, int]]) -> bytes:
         """The whole reply to BLOCK_STATUS: (bytes, flags) from the request's offset on, at least one."""

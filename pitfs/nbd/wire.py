@@ -151,11 +151,3 @@ def infos(size_bytes: int, flags: ExportFlag, block_size: int, name: str, descri
 
 def chunk(flags: int, kind: ChunkType, cookie: int, payload: bytes = b"") -> bytes:
     return CHUNK.pack(CHUNK_MAGIC, flags, kind, cookie, len(payload)) + payload
-
-
-def error_chunk(flags: int, cookie: int, error: int, message: str, offset: int | None) -> bytes:
-    data = message.encode()[:MAX_NAME_BYTES]
-    payload = ERROR.pack(error, len(data)) + data
-    if offset is None:
-        return chunk(flags, ChunkType.ERROR, cookie, payload)
-    return chunk(flags, ChunkType.ERROR_OFFSET, cookie, payload + U64.pack(offset))

@@ -45,11 +45,11 @@ def image_of(loop: LoopDevice, mounted: Iterable[MountInfo]) -> ImageLoop | None
     mount = max(reversed(around), key=lambda each: len(each.mountpoint), default=None)
     if mount is None or mount.type != FSTYPE:
         mount = None
-        if os.path.lexists(loop.backing):
-            return None
     elif not mount.whole:
         return None
     match loop.backing[len(mount.mountpoint) if mount is not None else 0 :].split("/"):
         case "", instant, name if parse_instant(instant) is not None and name.endswith(".img"):
-            return ImageLoop(loop, mount, instant, name.removesuffix(".img"))
+            # Only a file with such a name is asked for, since another dead mount's could hang.
+            if mount is not None or not os.path.lexists(loop.backing):
+                return ImageLoop(loop, mount, instant, name.removesuffix(".img"))
     return None
