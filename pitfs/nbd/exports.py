@@ -63,9 +63,7 @@ class Exports:
         if not path:
             raise NoSuchExportError(f"no export {name!r}: say a time and a volume, as in {LATEST}/{names[0]}")
         try:
-            instant = ROOT_INODE
-            for part in path.split("/"):
-                instant = self._child(instant, part)
+            instant = functools.reduce(self._child, path.split("/"), ROOT_INODE)
             resolution = self._tree.resolution_of(instant)
         except NoEntryError:
             resolution = None
