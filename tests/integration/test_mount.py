@@ -381,7 +381,7 @@ def test_only_what_is_in_memory_is_answered_in_the_event_loop(
 
         return noted
 
-    monkeypatch.setattr(Catalog, "_rows", noting(Catalog._rows))
+    monkeypatch.setattr(Catalog, "rows", noting(Catalog.rows))
     monkeypatch.setattr(ObjectPool, "read_verified", noting(ObjectPool.read_verified))
     monkeypatch.setattr(ObjectPool, "fd_of", noting(ObjectPool.fd_of))
     monkeypatch.setattr(pyfuse3, "readdir_reply", lambda token, name, *_: replies.append(name) or True)

@@ -22,7 +22,7 @@ from pitfs.fuse.mount.workers import decode_failure, encode_failure
 from pitfs.model.position import format_instant
 from pitfs.model.transfer import VolumeInfo
 from pitfs.store.ingest import Ingest
-from pitfs.store.pins.pins import held
+from pitfs.store.pins.pins import list_pins
 from tests.helpers.hosts import Mount
 from tests.helpers.loops import is_mounted
 from tests.helpers.processes import cpu_seconds, wait_until
@@ -175,12 +175,12 @@ def test_an_open_image_is_held_until_it_is_closed_whichever_process_is_asked(
     store, model = history
 
     def held_now() -> list[list[int]]:
-        return [[position.seq for position in holder.instants] for holder in held(str(store))]
+        return [[position.seq for position in holder.instants] for holder in list_pins(str(store))]
 
     with Mount(store, tmp_path, options="workers=3") as mount:
         assert held_now() == [[]]
-        (holder,) = held(str(store))
-        assert (holder.pid, holder.what) == (mount.supervisor(), f"mount {mount.path}")
+        (pins,) = list_pins(str(store))
+        assert (pins.pid, pins.what) == (mount.supervisor(), f"mount {mount.path}")
         files = [os.open(image_of(mount, model, seq), os.O_RDONLY) for seq in (3, 8, 3, 40) for _ in range(5)]
         assert held_now() == [[3, 8, 40]]
         counted_by = mount.workers()  # none of them: what is held is in the file
@@ -196,7 +196,7 @@ def test_an_open_image_is_held_until_it_is_closed_whichever_process_is_asked(
         os.close(files[0])
         wait_until(lambda: held_now() == [[]], "nothing is held", 10)
         mount.unmount()
-        assert held(str(store)) == [] and os.listdir(store / "holders") == ["lock"]
+        assert list_pins(str(store)) == [] and os.listdir(store / "pins") == ["lock"]
 
 
 def test_another_store_in_the_same_place_is_not_taken_for_the_one_that_was_mounted(tmp_path: Path) -> None:

@@ -88,8 +88,7 @@ class Streaming:
         self.ingest = Ingest(self.root, self.history.hello, self.clock)
         welcome = self.ingest.welcome()
         assert welcome.mark == self.history.mark
-        end = (welcome.tail_seq, welcome.tail_time_ns) if welcome.tail_seq else (welcome.seq, welcome.time_ns)
-        assert end == self.end, "what was written before a process ended is there"
+        assert welcome.end == self.end, "what was written before a process ended is there"
         self.readable = self.end[0]
 
     def transfer(self, granularity_ns: int | None) -> None:
@@ -212,14 +211,14 @@ def test_while_an_interval_is_closed_it_is_read_as_is_the_next_one_and_what_is_o
         durable = streaming.ingest.flush(streaming.end[1])
         assert (durable.seq, durable.mark) == (streaming.readable, history.mark - 1), "the mark isn't committed yet"
         welcome = streaming.ingest.welcome()
-        assert (welcome.mark, welcome.seq, welcome.tail_seq) == (history.mark - 1, 0, durable.seq)
+        assert (welcome.mark, welcome.seq, welcome.streamed_seq) == (history.mark - 1, 0, durable.seq)
         history.reachable |= set(range(streaming.readable + 1))
         streaming.check_all()
         for seq in range(0, streaming.readable + 1, 3):
             streaming.open_view(seq)
             streaming.check(*streaming.views[-1])
         released.set()
-        streaming.ingest._streaming().wait_for_closing()
+        streaming.ingest.stream.wait_for_closing()
     assert [(s.seq, s.mark) for s in store.snapshots()] == [(0, 1), (middle[0], history.mark)]
     assert store.bookmark("middle") is not None
     assert streaming.ingest.flush(streaming.end[1]).mark == history.mark
@@ -242,7 +241,7 @@ def test_a_reader_lets_go_of_a_log_that_was_removed(tmp_path: Path) -> None:
         streaming.open_view(streaming.readable)
         streaming.check(*streaming.views[-1])
         streaming.mark()
-        streaming.ingest._streaming().wait_for_closing()
+        streaming.ingest.stream.wait_for_closing()
     assert streaming.store.latest() is not None
     held = [os.readlink(entry.path) for entry in os.scandir("/proc/self/fd") if os.path.lexists(entry.path)]
     assert [path for path in held if path.startswith(str(tmp_path)) and path.endswith("(deleted)")] == []

@@ -42,9 +42,9 @@ def pin(store: Store, pins: Pins, text: str, zone_name: str) -> Resolution:
 
 def pin_rows(store: str) -> list[dict[str, Any]]:
     """The readers of a store, as `status --json` gives them."""
-    from pitfs.store.pins.pins import held
+    from pitfs.store.pins.pins import list_pins
 
-    return [_row(each) for each in held(store)]
+    return [_row(each) for each in list_pins(store)]
 
 
 def _row(reader: PinnedInstants) -> dict[str, Any]:

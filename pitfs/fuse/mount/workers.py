@@ -332,7 +332,7 @@ class WorkerSupervisor:
             if operations.history.encode() != self._history:
                 raise PitfsError(f"{self._request.store}: is another one now than when it was mounted: mount it anew")
             if self._pins is not None:
-                operations.pins = Pins.inherited(self._pins_label, os.getppid(), *self._pins)
+                operations.pins = Pins(self._request.store, self._pins_label, os.getppid(), self._pins)
             self._operations.delegate_to(operations)
             self._send(READY)
             RequestLoop(self._descriptor).run()
