@@ -48,7 +48,7 @@ class NbdProtocol(Negotiation):
     def __init__(self, *, offers_tls: bool) -> None:
         super().__init__(offers_tls=offers_tls)
         self._part = bytearray()  # what came of the unit under way; at most one unit
-        self._wanted = wire.CLIENT_FLAGS.size  # bytes that the unit needs before it can be looked at
+        self._wanted = wire.U32.size  # the flags: bytes that the unit needs before it can be looked at
         self._skip = 0  # bytes of a write's payload that are still to come
         self._refused_cookie = 0  # of that write
         self._size_bytes = 0
@@ -87,7 +87,7 @@ class NbdProtocol(Negotiation):
             if self.state is NbdState.TRANSMISSION:
                 event = self._read_request(unit)
             elif self.state is NbdState.GREETING:
-                self.answer_flags(*wire.CLIENT_FLAGS.unpack(unit))
+                self.answer_flags(*wire.U32.unpack(unit))
                 self._wanted, event = wire.OPTION.size, None
             else:
                 event = self._read_option(unit)

@@ -24,7 +24,6 @@ REQUEST_MAGIC: Final = 0x25609513
 SIMPLE_MAGIC: Final = 0x67446698
 CHUNK_MAGIC: Final = 0x668E33EF
 
-CLIENT_FLAGS: Final = struct.Struct(">I")
 OPTION: Final = struct.Struct(">8sII")
 OPTION_REPLY: Final = struct.Struct(">QIII")
 REQUEST: Final = struct.Struct(">IHHQQI")

@@ -100,11 +100,10 @@ def find_mount(store: str, image: str) -> str | None:
     there = [each for each in mounts() if (each.type, each.source, each.read_only, each.whole) == wanted]
     for mount in sorted(there, key=is_made_by_attach, reverse=True):
         try:
-            fd = os.open(f"{mount.mountpoint}/{image}", os.O_RDONLY | os.O_CLOEXEC)
+            with open(f"{mount.mountpoint}/{image}", "rb", buffering=0) as file:
+                device = os.fstat(file.fileno()).st_dev
         except OSError:  # dead, hidden by another mount, or of another store that was at this path before
             continue
-        device = os.fstat(fd).st_dev
-        os.close(fd)
         if f"{os.major(device)}:{os.minor(device)}" == mount.device:
             return mount.mountpoint
     return None
