@@ -10,6 +10,8 @@ name, 32 MiB for a read or for the payload of a write, which is skipped, not kep
 from __future__ import annotations
 
 import errno
+import itertools
+import struct
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
@@ -192,7 +194,8 @@ class NbdProtocol(Negotiation):
     def extents(self, request: Request, extents: Sequence[tuple[int, int]]) -> bytes:
         """The whole reply to BLOCK_STATUS: (bytes, flags) from the request's offset on, at least one."""
         assert extents and self.structured
-        payload = wire.U32.pack(wire.CONTEXT_ID) + b"".join(wire.EXTENT.pack(*extent) for extent in extents)
+        numbers = (wire.CONTEXT_ID, *itertools.chain.from_iterable(extents))
+        payload = struct.pack(f">{len(numbers)}I", *numbers)
         return wire.chunk(wire.DONE, ChunkType.BLOCK_STATUS, request.cookie, payload)
 
     def finished(self, request: Request) -> bytes:

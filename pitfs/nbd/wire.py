@@ -31,7 +31,6 @@ SIMPLE: Final = struct.Struct(">IIQ")
 CHUNK: Final = struct.Struct(">IHHQI")
 DATA_CHUNK: Final = struct.Struct(">IHHQIQ")  # a chunk's header and the offset before its data
 ERROR: Final = struct.Struct(">IH")
-EXTENT: Final = struct.Struct(">II")  # bytes, flags
 SIZE_AND_FLAGS: Final = struct.Struct(">QH")  # of an export
 U64: Final = struct.Struct(">Q")
 U32: Final = struct.Struct(">I")
