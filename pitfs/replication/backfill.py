@@ -90,9 +90,9 @@ class Backfill:
         if prepared.journal is None:
             self.close()
             return
-        base = interval.from_seq, interval.from_time_ns
-        coarse = CoarseInterval(*_bounds(interval), None, 0)
-        self._journals[interval.mark] = _Journal(interval.mark, interval.start, base, coarse, prepared.rung_bytes)
+        bounds, mark = _bounds(interval), interval.mark
+        coarse = CoarseInterval(*bounds, None, 0)
+        self._journals[mark] = _Journal(mark, interval.start, bounds[:2], coarse, prepared.rung_bytes)
         self._bound()
 
     def restore(self, welcome: Welcome, marks: Sequence[SeenMark]) -> None:
@@ -111,11 +111,12 @@ class Backfill:
             if found is None or end.begins_anew or not start.position[0] <= found.from_seq < end.position[0]:
                 continue
             del lacks[end.position]
-            journal = _Journal(end.mark, start.location, start.position, found)
-            before = known.get(end.mark)
-            if before is not None and _bounds(before.coarse) == _bounds(found):
-                journal.rung_bytes = before.rung_bytes
-                journal.parked = before.parked if before.layer == journal.layer else None
+            journal = known.get(end.mark)
+            if journal is None or _bounds(journal.coarse) != _bounds(found):
+                journal = _Journal(end.mark, start.location, start.position, found)
+            if journal.coarse.granularity_ns != found.granularity_ns:
+                journal.parked = None
+            journal.coarse = found
             self._journals[end.mark] = journal
         lost = [each for each in lacks.values() if each.awaits_backfill]
         self._lost = [cause_manifest(welcome.mark, each, ERASED) for each in lost]

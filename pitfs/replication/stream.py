@@ -143,9 +143,9 @@ class Stream:
             segments = self._reader.location.segment, tail.segment
             await trio.to_thread.run_sync(self._durability.make, *segments)
         while True:
-            chunk = await trio.to_thread.run_sync(
-                next_chunk, self._reader, tail, self._batch_bytes, self._block_sizes
-            )
+            # What a batch may have, but for the write with which it gets there.
+            batch_bytes = min(MAX_BATCH_BYTES - MAX_BODY_BYTES, self._window_bytes // 2)
+            chunk = await trio.to_thread.run_sync(next_chunk, self._reader, tail, batch_bytes, self._block_sizes)
             if chunk is None:
                 self._saturated_at = None
                 break
@@ -176,11 +176,6 @@ class Stream:
         # the link would be measured as its rate, and made smaller still.
         ahead_s = AHEAD_S + (self._least_answer_s if self._least_answer_s < math.inf else 0.0)
         return int(min(max(rate * ahead_s, MIN_WINDOW_BYTES), MAX_WINDOW_BYTES))
-
-    @property
-    def _batch_bytes(self) -> int:
-        """What a batch may have, but for the write with which it gets there."""
-        return min(MAX_BATCH_BYTES - MAX_BODY_BYTES, self._window_bytes // 2)
 
     async def _send(self, chunk: StreamChunk, now_ns: int | None) -> None:
         assert self._session is not None
