@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from typing import Final
 
+from pitfs.cli.common.output import warn
 from pitfs.errors import PitfsError, UsageError
 from pitfs.fuse.attach.attachments import attach_lock, is_made_by_attach, signals_deferred, unmount_unused
 from pitfs.fuse.attach.images import image_of
@@ -46,5 +46,5 @@ def run(args: argparse.Namespace) -> int:
     if image.mount is not None and is_made_by_attach(image.mount) and image.mount.mountpoint in busy:
         mountpoint = image.mount.mountpoint
         users = ", ".join(map(str, processes_below(mountpoint))) or "somebody"
-        print(f"pitfs: {device} is detached; {mountpoint} stays mounted while {users} uses it", file=sys.stderr)
+        warn(f"{device} is detached; {mountpoint} stays mounted while {users} uses it")
     return 0

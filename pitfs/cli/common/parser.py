@@ -98,23 +98,27 @@ def add_tls_files(parser: argparse.ArgumentParser, peers: str) -> None:
         parser.add_argument(f"--{option}", metavar="FILE", help=f"PEM file of {meaning}")
 
 
-def given_tls_files(args: argparse.Namespace) -> list[str]:
-    """Those of these options that were given."""
-    return [f"--{option}" for option in TLS_OPTIONS if getattr(args, option) is not None]
-
-
-def tls_context(args: argparse.Namespace, otherwise: str) -> LinkContext:
-    """The context of all three files.
+def server_tls(args: argparse.Namespace, insecure: bool | None, host: str | None) -> LinkContext | None:
+    """The context of all three files; None without TLS.
 
     Args:
-        otherwise: what the user may do instead, for the error.
+        insecure: whether the user wants no TLS; None where there is no option for it: wanted if no file is given.
+        host: where it listens, None at a unix socket, which needs no TLS.
 
     Raises:
-        UsageError: a file is missing or invalid.
+        UsageError: a file is missing or invalid, or there is no TLS beyond loopback.
     """
-    from pitfs.link.transport.tls import server_context
+    from pitfs.link.transport.tls import require_loopback, server_context
 
-    missing = ", ".join(f"--{option}" for option in TLS_OPTIONS if getattr(args, option) is None)
+    given = [option for option in TLS_OPTIONS if getattr(args, option) is not None]
+    if insecure and given:
+        raise UsageError(f"--insecure and --{given[0]} exclude each other")
+    if insecure or (insecure is None and not given):
+        if host is not None:
+            require_loopback(host)
+        return None
+    missing = ", ".join(f"--{option}" for option in TLS_OPTIONS if option not in given)
     if missing:
+        otherwise = "none, on loopback or a unix socket" if insecure is None else "--insecure on loopback"
         raise UsageError(f"{missing} missing: give all three files, or {otherwise}")
     return server_context(args.certificate, args.key, args.authority)
