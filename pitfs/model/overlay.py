@@ -83,11 +83,10 @@ class OverlayHeader:
     def decode(cls, data: bytes, what: str) -> OverlayHeader:
         """Raises CorruptionError, or StoreVersionError where a newer pitfs wrote it."""
         head = data[: HEADER.size]
-        if len(data) < HEADER_BYTES or CHECKSUM.unpack_from(data, HEADER.size) != (xxh3_64_intdigest(head),):
+        is_whole = len(data) >= HEADER_BYTES and data.startswith(MAGIC)
+        if not is_whole or CHECKSUM.unpack_from(data, HEADER.size) != (xxh3_64_intdigest(head),):
             raise CorruptionError(what, 0, "no header of an overlay")
-        magic, version, block_size, size_bytes, seq, history, volume = HEADER.unpack(head)
-        if magic != MAGIC:
-            raise CorruptionError(what, 0, "no header of an overlay")
+        _, version, block_size, size_bytes, seq, history, volume = HEADER.unpack(head)
         if version != VERSION:
             raise StoreVersionError(
                 f"{what}: overlay of format {version}, this pitfs knows {VERSION}: use a newer pitfs"
@@ -102,10 +101,8 @@ class OverlayHeader:
 
 def runs_of(blocks: BitMap64) -> Runs:
     """The blocks as runs, ascending, coalesced; shape (n, 2)."""
-    numbers = np.frombuffer(blocks.to_array(), np.uint64) if blocks else np.empty(0, np.uint64)
-    if not len(numbers):
-        return np.empty((0, 2), np.uint64)
-    begins = np.concatenate(([0], np.flatnonzero(np.diff(numbers) != 1) + 1))
+    numbers = np.array(blocks.to_array(), np.uint64)
+    begins = np.flatnonzero(np.diff(numbers, prepend=numbers[:1]) != 1)  # the first one too: 0 isn't 1
     lengths = np.diff(begins, append=len(numbers)).astype(np.uint64)
     return np.column_stack((numbers[begins], lengths))
 

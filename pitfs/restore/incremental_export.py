@@ -45,10 +45,10 @@ from pitfs.view.view import ReadBuffer
 
 MAGIC: Final = b"PITFSUPD"
 VERSION: Final = 1
-MARKER: Final = struct.Struct("<8sQ16s64sqqqq")
-_CHECKSUM: Final = struct.Struct("<Q")
+MARKER: Final = struct.Struct("<8sQ16s64sqqqq376x")
+CHECKSUM: Final = struct.Struct("<Q")
 MARKER_BYTES: Final = 512
-assert MARKER.size == 128
+assert MARKER.size + CHECKSUM.size == MARKER_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,19 +65,16 @@ class Marker:
         start, end = self.from_position, self.to_position
         positions = start.seq, start.time_ns, end.seq, end.time_ns
         body = MARKER.pack(MAGIC, VERSION, self.history, self.volume.encode(), *positions)
-        body = body.ljust(MARKER_BYTES - _CHECKSUM.size, b"\0")
-        return body + _CHECKSUM.pack(xxh3_64_intdigest(body))
+        return body + CHECKSUM.pack(xxh3_64_intdigest(body))
 
     @classmethod
     def decode(cls, data: bytes) -> Marker | None:
         """None if the data are no marker."""
-        body = data[: MARKER_BYTES - _CHECKSUM.size]
-        if len(data) < MARKER_BYTES or not data.startswith(MAGIC):
+        body = data[: MARKER.size]
+        if len(data) < MARKER_BYTES or CHECKSUM.unpack_from(data, MARKER.size)[0] != xxh3_64_intdigest(body):
             return None
-        if _CHECKSUM.unpack_from(data, len(body))[0] != xxh3_64_intdigest(body):
-            return None
-        _, version, history, volume, *positions = MARKER.unpack_from(data)
-        if version != VERSION:
+        magic, version, history, volume, *positions = MARKER.unpack(body)
+        if (magic, version) != (MAGIC, VERSION):
             return None
         name = volume.rstrip(b"\0").decode("utf-8", "replace")
         return cls(history, name, Position(*positions[:2]), Position(*positions[2:]))

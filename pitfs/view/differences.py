@@ -95,13 +95,9 @@ class Difference:
         differs = np.ones(count, np.bool_)
         for start, end in cut(0, count, READ_BYTES // self.block_size):
             offset, size = (first + start) * self.block_size, (end - start) * self.block_size
-            one, other = (view.read(offset, size, buffer) for view, buffer in zip(self.views, buffers, strict=True))
-            if one == other:
-                differs[start:end] = False
-                continue
-            for block in range(end - start):
-                place = slice(block * self.block_size, (block + 1) * self.block_size)
-                differs[start + block] = one[place] != other[place]
+            both = (view.read(offset, size, buffer) for view, buffer in zip(self.views, buffers, strict=True))
+            one, other = (np.frombuffer(data, np.uint8) for data in both)
+            differs[start:end] = np.logical_or.reduceat(one != other, np.arange(0, len(one), self.block_size))
         return differs
 
 
