@@ -144,9 +144,8 @@ class ScratchDirectory:
             elif match is None or not self.keep:
                 continue
             elif bytes.fromhex(match[1]) != self._history:
-                raise UsageError(
-                    f"{self.directory}: scratch: {name} is of another store: give each store a directory of its own"
-                )
+                problem = f"{name} is of another store: give each store a directory of its own"
+                raise _unusable(self.directory, problem)
             else:
                 kept.setdefault((int(match[2]), match[3]), set()).add(match[4])
         for (seq, name), kinds in sorted(kept.items()):
@@ -155,8 +154,7 @@ class ScratchDirectory:
     def _open_kept(self, seq: int, name: str, kinds: set[str]) -> None:
         volume = next((index for index, info in enumerate(self._volumes) if info.name == name), None)
         if volume is None:
-            problem = f"has a volume {name}, the store hasn't: it is another store's"
-            raise UsageError(f"{self.directory}: scratch: {problem}")
+            raise _unusable(self.directory, f"has a volume {name}, the store hasn't: it is another store's")
         header = self._header(seq, volume)
         base = self._base(header)
         if "index" not in kinds:
@@ -164,9 +162,8 @@ class ScratchDirectory:
                 os.unlink(f"{base}.{kind}")
             return
         if len(self._overlays) >= MAX_OVERLAYS:
-            raise UsageError(
-                f"{self.directory}: scratch: has more than {MAX_OVERLAYS} overlays: remove those that aren't needed"
-            )
+            problem = f"has more than {MAX_OVERLAYS} overlays: remove those that aren't needed"
+            raise _unusable(self.directory, problem)
         if "index.tmp" in kinds:
             os.unlink(f"{base}.index.tmp")
         try:
@@ -185,21 +182,22 @@ def _lock(directory: str, sleep: Callable[[float], None]) -> int:
     try:
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        raise UsageError(f"{directory}: scratch: {error.strerror}: give an existing directory") from None
-    waited_s = 0.0
+        raise _unusable(directory, f"{error.strerror}: give an existing directory") from None
     with closed_on_error(fd):
-        while True:
+        for _ in range(1 + round(LOCK_WAIT_S / LOCK_POLL_S)):
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if waited_s >= LOCK_WAIT_S:
-                    problem = "another mount uses it: give each mount a directory of its own"
-                    raise UsageError(f"{directory}: scratch: {problem}") from None
                 sleep(LOCK_POLL_S)
-                waited_s += LOCK_POLL_S
             except OSError as error:
-                raise UsageError(f"{directory}: scratch: can't be locked: {error.strerror}") from None
+                raise _unusable(directory, f"can't be locked: {error.strerror}") from None
+        else:
+            raise _unusable(directory, "another mount uses it: give each mount a directory of its own")
         if not os.access(directory, os.W_OK | os.X_OK):
-            raise UsageError(f"{directory}: scratch: can't be written")
+            raise _unusable(directory, "can't be written")
     return fd
+
+
+def _unusable(directory: str, problem: str) -> UsageError:
+    return UsageError(f"{directory}: scratch: {problem}")

@@ -244,10 +244,15 @@ class Tree:
             return self._list_root(cookie)
         kind, _, number = unpack_inode(inode)
         if kind is InodeKind.INSTANT:
-            return self._list_images(self.resolution(number), cookie)
+            state = self.resolution(number)
+            images = itertools.islice(self._volumes.items(), cookie, None)
+            return ((name, self._image(state, index), index + 1) for name, index in images)
         first = max(cookie - _FIRST_COOKIE, 0)
         if inode == inodes.BOOKMARKS_INODE:
-            found = self._list_bookmarks(first)
+            found: Listing = (
+                (bookmark.name, inodes.link_entry(bookmark.seq, bookmark.time_ns, 1), following)
+                for bookmark, following in bookmarks_behind(self._store, first)
+            )
         elif inode == inodes.TIMES_INODE:
             found = self._times.days(first)
         elif kind is InodeKind.DAY:
@@ -265,11 +270,3 @@ class Tree:
         for snapshot in self._store.snapshots(max(cookie - _FIRST_COOKIE + 1, 0)):
             entry = inodes.instant_entry(snapshot.seq, snapshot.time_ns)
             yield format_instant(snapshot.time_ns), entry, snapshot.time_ns + _FIRST_COOKIE
-
-    def _list_images(self, resolution: Resolution, cookie: int) -> Listing:
-        for index, volume in itertools.islice(enumerate(self._store.volumes), cookie, None):
-            yield image_name(volume), self._image(resolution, index), index + 1
-
-    def _list_bookmarks(self, cookie: int) -> Listing:
-        for bookmark, following in bookmarks_behind(self._store, cookie):
-            yield bookmark.name, inodes.link_entry(bookmark.seq, bookmark.time_ns, 1), following
