@@ -9,7 +9,7 @@ import sys
 from typing import Any, Final
 
 from pitfs.cli.common.output import print_json, state_row, warn
-from pitfs.cli.common.parser import add_json, add_store, add_time, add_volume
+from pitfs.cli.common.parser import add_image, add_json
 from pitfs.errors import PitfsError, UsageError
 from pitfs.fuse.attach import attachments
 from pitfs.fuse.attach.attachments import ScratchOptions, signals_deferred
@@ -42,9 +42,7 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_store(parser, nargs="?")
-    add_time(parser, nargs="?")
-    add_volume(parser, nargs="?")
+    add_image(parser, nargs="?")
     parser.add_argument(
         "--scratch", action="store_true", help="writable: what is written goes beside the store and is thrown away"
     )

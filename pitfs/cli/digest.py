@@ -6,7 +6,7 @@ import argparse
 from typing import Final
 
 from pitfs.cli.common.output import print_json, state_row
-from pitfs.cli.common.parser import add_json, add_store, add_time, add_volume
+from pitfs.cli.common.parser import add_image, add_json
 
 DESCRIPTION: Final = "Prints the xxh3_128 of a volume's whole image, as `xxhsum -H2` does for a copy of it."
 EXAMPLES: Final = """\
@@ -16,9 +16,7 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_store(parser)
-    add_time(parser)
-    add_volume(parser)
+    add_image(parser)
     add_json(parser, "digest, instant, seq, volume, size_bytes")
 
 

@@ -43,19 +43,15 @@ def export(view: PointInTimeView, path: str, *, replace: bool, verify: bool, pro
         CorruptionError: an object of the store, or the copy, is damaged.
     """
     with disk_errors(path, "write it to another place"):
-        try:
-            mode = os.stat(path).st_mode
-        except FileNotFoundError:
-            mode = stat.S_IFREG
-        else:
-            if stat.S_ISREG(mode) and not replace:
+        if os.path.isfile(path):
+            if not replace:
                 raise UsageError(f"{path}: exists: give another name, or --force to replace it")
-            if stat.S_ISREG(mode) and written_by_others(path):
+            if written_by_others(path):
                 raise UsageError(
                     f"{path}: in use: the program that writes it (see fuser -v {path}) would write the old file: "
                     "stop it first"
                 )
-        if stat.S_ISREG(mode):
+        if os.path.isfile(path) or not os.path.exists(path):
             _export_to_file(view, path, verify, progress)
             return
         with open_target(path) as (fd, size_bytes):

@@ -102,11 +102,8 @@ def incremental_export(
     positions = (Position(state.seq, state.time_ns) for state in (from_state, to_state))
     marker = Marker(bytes.fromhex(store.history), info.name, *positions)
     with disk_errors(path, "mend that, and run it again: it goes on"):
-        try:
-            os.stat(path)
-        except FileNotFoundError:
-            problem = "not there: --from needs an earlier export; leave it out for a new one"
-            raise UsageError(f"{path}: {problem}") from None
+        if not os.path.exists(path):
+            raise UsageError(f"{path}: not there: --from needs an earlier export; leave it out for a new one")
         with open_target(path) as (fd, size_bytes):
             is_file = stat.S_ISREG(os.fstat(fd).st_mode)
             if size_bytes < info.size_bytes or (is_file and size_bytes != info.size_bytes):

@@ -62,7 +62,11 @@ class OverlayView:
         """None if it would wait and flags forbid it."""
         end = min(offset + size, self.size_bytes)
         first, last = offset >> self._shift, ((end - 1) >> self._shift) + 1
-        count = self._blocks.range_cardinality(first, last) if offset < end else 0
+        count = 0
+        if last - first > 1:
+            count = self._blocks.range_cardinality(first, last)
+        elif offset < end:  # the common case, for which counting would take several times as long
+            count = int(first in self._blocks)
         if not count:
             return (self._below_cached if flags else self._below.read)(offset, size, buffer)
         if flags and not self._can_nowait:
@@ -188,11 +192,7 @@ class OverlayView:
         """How many bytes must be copied up before and behind a range: of blocks that it covers in part and that
         aren't in the overlay."""
         shift = self._shift
-        first, last_block = offset >> shift, (end - 1) >> shift
-        head = offset - (first << shift)
-        if head and first in self._blocks:
-            head = 0
-        tail = min((last_block + 1) << shift, self.size_bytes) - end
-        if tail and last_block in self._blocks:
-            tail = 0
+        first, last = offset >> shift, (end - 1) >> shift
+        head = 0 if first in self._blocks else offset - (first << shift)
+        tail = 0 if last in self._blocks else min((last + 1) << shift, self.size_bytes) - end
         return head, tail

@@ -16,7 +16,7 @@ import itertools
 from collections.abc import Callable
 from typing import Final
 
-from pitfs.errors import NoSuchInstantError, StoreError
+from pitfs.errors import NoSuchInstantError
 from pitfs.model.position import NotATimeError, format_instant, parse_instant
 from pitfs.model.transfer import VolumeInfo
 from pitfs.store.store import Resolution, Store
@@ -52,10 +52,6 @@ class Tree:
     def __init__(
         self, store: Store, clock_ns: Callable[[], int], zone: datetime.tzinfo = datetime.UTC, strict: bool = False
     ) -> None:
-        if len(store.volumes) > inodes.MAX_VOLUMES:
-            raise StoreError(
-                f"{store.path}: {len(store.volumes)} volumes, a mount shows {inodes.MAX_VOLUMES}: use `pitfs export`"
-            )
         self._store = store
         self._clock_ns = clock_ns
         self._zone = zone
@@ -75,10 +71,7 @@ class Tree:
         """
         if len(name) > MAX_NAME_BYTES:
             raise NoEntryError
-        try:
-            text = name.decode("utf-8")
-        except UnicodeDecodeError:
-            raise NoEntryError from None
+        text = name.decode("utf-8", "replace")  # what it puts in is in no name
         if parent == inodes.ROOT_INODE:
             return self._lookup_root(text)
         if parent == inodes.BOOKMARKS_INODE:

@@ -23,10 +23,8 @@ TIME_HELP: Final = (
 class Parser(argparse.ArgumentParser):
     """argparse with errors of one line, help that keeps its line breaks, and no abbreviated options."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        kwargs.setdefault("allow_abbrev", False)
-        super().__init__(*args, **kwargs)
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> Never:
         self.exit(EXIT_USAGE, f"{one_line(f'{self.prog}: {message}')}; see {self.prog} --help\n")
@@ -67,6 +65,13 @@ def run_helper(parser: Parser, run: Callable[[argparse.Namespace], int], argv: S
 
 def add_store(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
     parser.add_argument("store", metavar="STORE", nargs=nargs, help="directory of the store")
+
+
+def add_image(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    """STORE, TIME and VOLUME, all of them with `nargs`."""
+    add_store(parser, nargs)
+    add_time(parser, nargs)
+    add_volume(parser, nargs)
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
