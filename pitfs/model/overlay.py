@@ -40,6 +40,7 @@ from pyroaring import BitMap64
 from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CorruptionError, StoreVersionError
+from pitfs.model.transfer import VolumeInfo
 
 MAGIC: Final = b"PITFSOVL"
 VERSION: Final = 1
@@ -60,23 +61,16 @@ Runs = npt.NDArray[np.uint64]  # shape (n, 2): first block, block count
 
 @dataclass(frozen=True, slots=True)
 class OverlayHeader:
-    """The image below an overlay. `history` is 16 bytes, `volume` a name."""
+    """The image below an overlay. `history` is 16 bytes."""
 
     history: bytes
     seq: int
-    volume: str
-    size_bytes: int
-    block_size: int
-
-    @property
-    def block_count(self) -> int:
-        return -(-self.size_bytes // self.block_size)
+    volume: VolumeInfo
 
     def encode(self) -> bytes:
         """The 128 bytes at the beginning of the log."""
-        head = HEADER.pack(
-            MAGIC, VERSION, self.block_size, self.size_bytes, self.seq, self.history, self.volume.encode()
-        )
+        of_volume = self.volume.block_size, self.volume.size_bytes
+        head = HEADER.pack(MAGIC, VERSION, *of_volume, self.seq, self.history, self.volume.name.encode())
         return (head + CHECKSUM.pack(xxh3_64_intdigest(head))).ljust(HEADER_BYTES, b"\0")
 
     @classmethod
@@ -91,7 +85,8 @@ class OverlayHeader:
             raise StoreVersionError(
                 f"{what}: overlay of format {version}, this pitfs knows {VERSION}: use a newer pitfs"
             )
-        return cls(history, seq, volume.rstrip(b"\0").decode("ascii", "replace"), size_bytes, block_size)
+        name = volume.rstrip(b"\0").decode("ascii", "replace")
+        return cls(history, seq, VolumeInfo(name, size_bytes, block_size))
 
     @property
     def seed(self) -> int:
