@@ -67,17 +67,15 @@ def run(args: argparse.Namespace) -> int:
         leaves = difference.leaves()
         if args.bitmap:
             leaves = stack.enter_context(_bitmap(args.bitmap, difference, leaves))
-        advance: Callable[[int], None] = lambda count: None  # noqa: E731 — the lines show how far it is
+        reached: Callable[[int], None] = lambda done_bytes: None  # noqa: E731 — the lines show how far it is
         if not sys.stdout.isatty():
-            advance = stack.enter_context(progress(f"diff of {args.volume}", difference.size_bytes))
+            reached = stack.enter_context(progress(f"diff of {args.volume}", difference.size_bytes))
         count = changed_bytes = 0
 
         def counted() -> Iterator[tuple[int, int]]:
             nonlocal count, changed_bytes
-            position = 0
             for first, last in difference.ranges(leaves):
-                advance(last - position)
-                position = last
+                reached(last)
                 count += 1
                 changed_bytes += last - first
                 yield first, last

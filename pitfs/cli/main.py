@@ -64,8 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             verbose = bool(args.verbose)
             _set_up_logging(args.verbose)
             code = commands[args.command].run(args)
-        if sys.stdout is not None:
-            sys.stdout.flush()  # here, where a full disk or a closed pipe can still be reported
+        sys.stdout.flush()  # here, where a full disk or a closed pipe can still be reported
         return code
     except BaseException as error:
         return report(error, verbose=verbose)

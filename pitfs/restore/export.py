@@ -153,7 +153,7 @@ def _write(view: PointInTimeView, fd: int, path: str, progress: Progress, *, spa
     state = xxh3_128()
     zeros = memoryview(bytes(READ_BYTES))
     written = flushed = 0
-    with progress("export", view.size_bytes) as advance:
+    with progress("export", view.size_bytes) as reached:
         for start, end, is_data in _pieces(view, cut_holes=verify or not sparse):
             if is_data or verify or not sparse:
                 data = view.read(start, end - start, buffer) if is_data else zeros[: end - start]
@@ -165,7 +165,7 @@ def _write(view: PointInTimeView, fd: int, path: str, progress: Progress, *, spa
             if written - flushed >= WRITEBACK_BYTES:
                 os.posix_fadvise(fd, 0, start, os.POSIX_FADV_DONTNEED)  # writes dirty pages, drops clean ones
                 flushed = written
-            advance(end - start)
+            reached(end)
     os.fsync(fd)
     if verify:
         verify_copy(fd, path, view.size_bytes, state.hexdigest(), progress)

@@ -164,13 +164,10 @@ def _check_target(difference: Difference, fd: int, path: str, resumed: bool, pro
 
 
 def _with_progress(difference: Difference, progress: Progress, title: str) -> Iterator[DifferingLeaf]:
-    with progress(title, difference.size_bytes) as advance:
-        position = 0
+    with progress(title, difference.size_bytes) as reached:
         for leaf in difference.leaves():
             yield leaf
-            end = min((leaf.first + len(leaf.differs)) * difference.block_size, difference.size_bytes)
-            advance(end - position)
-            position = end
+            reached(min((leaf.first + len(leaf.differs)) * difference.block_size, difference.size_bytes))
 
 
 def _other_image(path: str, offset: int) -> PitfsError:

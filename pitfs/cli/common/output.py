@@ -64,7 +64,5 @@ def granularity_text(granularity_ns: int | None) -> str:
         return "snapshots only"
     if granularity_ns == 0:
         return "every write"
-    for unit_ns, unit in ((10**9, "s"), (10**6, "ms"), (10**3, "µs")):
-        if granularity_ns % unit_ns == 0:
-            return f"every {granularity_ns // unit_ns} {unit}"
-    return f"every {granularity_ns} ns"
+    unit_ns, unit = (10**9, "s") if granularity_ns >= 10**9 else (10**6, "ms")  # a rung is whole in one of them
+    return f"every {granularity_ns // unit_ns} {unit}"

@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(EXIT_USAGE, f"{one_line(f'{self.prog}: {message}')}; see {self.prog} --help\n")
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        if file is sys.stdout and file is not None:
+        if file is sys.stdout:
             file.write(message)  # argparse swallows errors: help into a full disk would look complete
         else:
             super()._print_message(message, file)
