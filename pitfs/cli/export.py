@@ -28,13 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--force", action="store_true", help="replace FILE if it exists")
     existing.add_argument(
-        "--from",
-        dest="from_time",
-        metavar="TIME1",
+        "--from", dest="from_time", metavar="TIME1",
         help="FILE holds the image at TIME1, an earlier or later one: write only what differs. What is there is "
         "checked first; with --verify the whole of FILE is compared afterwards. If it is interrupted, FILE is no "
         "image until the same command has been run again",
-    )
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:

@@ -35,12 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--grants", metavar="FILE", help="TOML file: whose certificates may write which groups; read at each connection"
     )
     parser.add_argument(
-        "--window",
-        metavar="SIZE",
-        default="32MiB",
+        "--window", metavar="SIZE", default="32MiB",
         help="largest window of the compression for a connection, 1MiB to 128MiB (default %(default)s): "
         "memory; many connections get less",
-    )
+    )  # fmt: skip
     parser.add_argument("--insecure", action="store_true", help="no TLS; loopback addresses only")
 
 

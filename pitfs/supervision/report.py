@@ -37,6 +37,8 @@ def report(error: BaseException, *, verbose: bool = False, program: str = "pitfs
     if isinstance(first, BrokenPipeError):
         _abandon_stdout()
         return EXIT_BROKEN_PIPE
+    if isinstance(first, SystemExit):  # argparse has printed help or an error
+        return first.code if isinstance(first.code, int) else EXIT_FAILED
     if isinstance(first, KeyboardInterrupt):
         return EXIT_INTERRUPTED
     code = EXIT_FAILED

@@ -32,6 +32,7 @@ class Parser(argparse.ArgumentParser):
     def _print_message(self, message: str, file: Any = None) -> None:
         if file is sys.stdout:
             file.write(message)  # argparse swallows errors: help into a full disk would look complete
+            file.flush()
         else:
             super()._print_message(message, file)
 
@@ -45,20 +46,11 @@ class Parser(argparse.ArgumentParser):
         super()._check_value(action, value)
 
 
-def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace | int:
-    """The arguments; an exit code where argparse has printed help or an error."""
-    try:
-        return parser.parse_args(argv)
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else EXIT_USAGE
-
-
 def run_helper(parser: Parser, run: Callable[[argparse.Namespace], int], argv: Sequence[str] | None) -> int:
     """Runs a helper of mount(8) or umount(8); returns its exit code."""
     fill_standard_descriptors()
     try:
-        args = parse(parser, argv)
-        return args if isinstance(args, int) else run(args)
+        return run(parser.parse_args(argv))
     except BaseException as error:
         return report(error, program=parser.prog)
 
