@@ -8,7 +8,7 @@ the two there is a whole open interval where one has been closed and its snapsho
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, Protocol
+from typing import Final
 
 from pitfs.errors import CorruptionError
 from pitfs.model.blockmap import BlockMap, U64Array
@@ -17,19 +17,12 @@ from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.records import OpenInterval, Resolution
 from pitfs.store.index.block_maps import NodeReader, block_maps
 from pitfs.store.index.journals import Journals
+from pitfs.store.index.reader import JournalIndex
 from pitfs.store.objects.cache import Cache
 from pitfs.store.objects.pool import ObjectPool, again_if_replaced
-from pitfs.store.open_interval.reader import OpenIntervals
+from pitfs.store.open_interval.reader import OpenIntervals, WrittenBlocks
 
 MAX_CACHED_MAPS: Final = 256  # snapshots whose roots are kept
-
-
-class WrittenBlocks(Protocol):
-    """What this needs of an interval, whether it has a difference journal or is still open."""
-
-    def overlay(self, seq: int, volume: int, leaf_index: int, pointers: U64Array, checksums: U64Array) -> None: ...
-
-    def next_leaf(self, volume: int, first: int, after_seq: int, through_seq: int) -> int | None: ...
 
 
 class Blocks:
@@ -93,7 +86,7 @@ class Blocks:
             found.append(maps[0].next_difference(maps[1], first))
         return _earliest(*found)
 
-    def _written(self, now: Sequence[OpenInterval], end_snapshot_id: int) -> WrittenBlocks:
+    def _written(self, now: Sequence[OpenInterval], end_snapshot_id: int) -> JournalIndex | WrittenBlocks:
         """What was written in the interval that ends at a snapshot."""
         interval = _ending_at(now, end_snapshot_id)
         return self._journals.ending_at(end_snapshot_id) if interval is None else self._open_intervals.written(interval)

@@ -43,7 +43,7 @@ from pitfs.store.index.block_maps import NodeReader
 from pitfs.store.objects.format import CATALOG, MAX_SNAPSHOT_ID, OBJECTS, STAGING, STORE_JSON
 from pitfs.store.objects.pool import ObjectPool
 from pitfs.store.open_interval.stream import Stream
-from pitfs.store.opening import check_epoch, check_place, check_same_group, make_store_json, take_lock
+from pitfs.store.opening import check_epoch, check_place, check_sender, make_store_json, take_lock
 from pitfs.store.transfer.commit import commit
 from pitfs.store.transfer.position import check_follows, interval_of, journal_bytes
 from pitfs.store.transfer.recovery import StagingArea
@@ -80,13 +80,13 @@ class Ingest:
         self.hello = hello
         self._staged: StagedTransfer | None = None
         with ExitStack() as closing, self._errors("opening"):
-            self._store, self._area = self._open(closing)
+            self._store, self._area = self._open(root, closing)
             self.stream = Stream(self._store, self._area, hello, clock)
             closing.callback(self.stream.close)
             self.stream.recover()
             self._closing = closing.pop_all()  # what is open: closed last opened first
 
-    def _open(self, closing: ExitStack) -> tuple[WritableStore, StagingArea]:
+    def _open(self, root: str, closing: ExitStack) -> tuple[WritableStore, StagingArea]:
         """Opens what there is, makes what there isn't, and settles what was cut off."""
         check_place(self.path)
         os.makedirs(self.path, 0o700, exist_ok=True)
@@ -94,7 +94,7 @@ class Ingest:
         objects_path, staging = os.path.join(self.path, OBJECTS), os.path.join(self.path, STAGING)
         for directory in (objects_path, staging):
             os.makedirs(directory, 0o700, exist_ok=True)
-        check_same_group(self.path, self.hello)
+        check_sender(root, self.hello)
         known = os.path.exists(os.path.join(self.path, STORE_JSON))
         catalog = Catalog(os.path.join(self.path, CATALOG), "write" if known else "make")
         closing.callback(catalog.close)

@@ -124,7 +124,7 @@ class Store:
         else:
             journal = self._journals.of(interval)
             position = journal.position_at_time(time_ns)
-            found = _within(journal.interval, position)
+            found = journal.interval.at(position)
             is_known = _is_known(position, time_ns, journal)
         resolution = found or self._of_snapshot(snapshot)
         if resolution.time_ns == time_ns:
@@ -157,7 +157,7 @@ class Store:
         found = None
         if interval.granularity_ns is not None:
             journal = self._journals.of(interval)
-            found = _within(journal.interval, journal.position_at_seq(seq))
+            found = journal.interval.at(journal.position_at_seq(seq))
         return found or self._of_snapshot(snapshot)
 
     def _interval_behind(self, snapshot: Snapshot) -> Interval | None:
@@ -226,15 +226,6 @@ class Store:
         interval = self._catalog.interval_to(snapshot.id)
         granularity_ns = interval.granularity_ns if interval else None
         return Resolution(snapshot.seq, snapshot.time_ns, granularity_ns, snapshot.id, None)
-
-
-def _within(interval: Interval, position: Position | None) -> Resolution | None:
-    """The state at a position of an interval."""
-    if position is None:
-        return None
-    return Resolution(
-        position.seq, position.time_ns, interval.granularity_ns, interval.base_snapshot_id, interval.end_snapshot_id
-    )
 
 
 def _is_known(position: Position | None, time_ns: int, journal: JournalIndex) -> bool:

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
 
 from pitfs.model.blockmap import MapEntry
 from pitfs.model.ladder import layer_of
+from pitfs.model.position import Position
 from pitfs.model.transfer import Manifest
 from pitfs.store.objects.format import ObjectRecord
+
+_SECOND_NS: Final = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +56,14 @@ class Interval:
         """The last layer of the ladder that its difference journal has; NO_LAYER without one."""
         return layer_of(self.granularity_ns)
 
+    def at(self, position: Position | None) -> Resolution | None:
+        """The state at a position in it."""
+        if position is None:
+            return None
+        return Resolution(
+            position.seq, position.time_ns, self.granularity_ns, self.base_snapshot_id, self.end_snapshot_id
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Commit:
@@ -66,22 +81,6 @@ class Commit:
     objects: Sequence[ObjectRecord] = ()
     minutes: Mapping[int, int] = field(default_factory=dict)
     open_interval_id: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class LayersCommit:
-    """What layers make of a committed interval.
-
-    Attributes:
-        base, interval: as it was and as it is then.
-        objects: new ones, and those that have grown. replaced: name of the index that they take the place of.
-    """
-
-    base: Interval
-    interval: Interval
-    objects: Sequence[ObjectRecord]
-    replaced: str | None
-    minutes: Mapping[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,3 +165,9 @@ class Resolution:
     def kind(self) -> str:
         """As users see it."""
         return "snapshot" if self.end_snapshot_id is None else "intermediary"
+
+
+def add_seconds(minutes: dict[int, int], times_ns: npt.NDArray[np.int64]) -> None:
+    """Marks the seconds of these times: bits of the seconds of each minute since the epoch, first second lowest."""
+    for second in np.unique(times_ns // _SECOND_NS).tolist():
+        minutes[second // 60] = minutes.get(second // 60, 0) | 1 << second % 60

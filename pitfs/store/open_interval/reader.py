@@ -71,7 +71,7 @@ class OpenIntervals:
         """The newest state, if it is after the snapshot at `after_seq`."""
         for each in reversed(now):
             if each.runs and each.to_seq > after_seq:
-                return _resolution(each, Position(each.to_seq, each.to_time_ns))
+                return each.interval.at(Position(each.to_seq, each.to_time_ns))
         return None
 
     def at_seq(self, now: Sequence[OpenInterval], after_seq: int, seq: int) -> Resolution | None:
@@ -79,7 +79,7 @@ class OpenIntervals:
         for each in reversed(now):
             if each.from_seq >= after_seq and each.from_seq < seq <= each.to_seq:
                 run = [run for run in each.runs if run.first_seq <= seq][-1]
-                return _resolution(each, self._index(run).position_at_seq(seq))
+                return each.interval.at(self._index(run).position_at_seq(seq))
         return None
 
     def at_time(self, now: Sequence[OpenInterval], after_seq: int, time_ns: int) -> Resolution | None:
@@ -87,7 +87,7 @@ class OpenIntervals:
         for each in reversed(now):
             runs = [run for run in each.runs if run.first_time_ns <= time_ns]
             if each.from_seq >= after_seq and runs:
-                return _resolution(each, self._index(runs[-1]).position_at_time(time_ns))
+                return each.interval.at(self._index(runs[-1]).position_at_time(time_ns))
         return None
 
     def written(self, interval: OpenInterval) -> WrittenBlocks:
@@ -97,11 +97,3 @@ class OpenIntervals:
         return self._indexes.get(
             (run.open_interval_id, run.sparse_index_offset), lambda: open_run(self._objects, run, self._chunks)
         )
-
-
-def _resolution(interval: OpenInterval, position: Position | None) -> Resolution | None:
-    if position is None:
-        return None
-    return Resolution(
-        position.seq, position.time_ns, 0, interval.base_snapshot_id, interval.end_snapshot_id
-    )

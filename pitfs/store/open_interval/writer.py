@@ -13,8 +13,7 @@ import numpy as np
 
 from pitfs.errors import CorruptionError
 from pitfs.storage.files import read_exactly, write_all
-from pitfs.store.catalog.minutes import add_seconds
-from pitfs.store.catalog.records import OpenInterval
+from pitfs.store.catalog.records import OpenInterval, add_seconds
 from pitfs.store.index.merge import Rows
 from pitfs.store.index.reader import chunk_cache
 from pitfs.store.objects.format import HEADER_BYTES, ObjectHeader, ObjectKind

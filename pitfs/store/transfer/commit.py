@@ -19,8 +19,7 @@ from pitfs.model.blockmap import EMPTY, MapEntry
 from pitfs.model.ladder import layer_of
 from pitfs.model.transfer import Source, TransferKind
 from pitfs.storage.files import write_all
-from pitfs.store.catalog.minutes import add_seconds
-from pitfs.store.catalog.records import Commit, Interval, LayersCommit, Snapshot
+from pitfs.store.catalog.records import Commit, Interval, Snapshot, add_seconds
 from pitfs.store.index.block_maps import block_maps
 from pitfs.store.index.journals import Journals
 from pitfs.store.index.map_writer import MapWriter
@@ -107,9 +106,9 @@ def _commit_layers(staged: StagedTransfer, store: WritableStore) -> None:
     m = staged.manifest
     base = interval_of(store.catalog, m)
     if m.granularity_ns == m.base_granularity_ns:
-        store.catalog.commit_layers(LayersCommit(base, replace(base, cause=m.cause), (), None, {}))
+        store.catalog.commit_layers(replace(base, cause=m.cause), (), "", {})
         return
-    replaced, before = None, None
+    replaced, before = "", None
     if base.granularity_ns is not None:
         replaced = object_file(ObjectKind.JOURNAL_INDEX, base.end_snapshot_id, base.layer)
         before = Journals(store.catalog, store.objects, chunk_cache()).of(base)
@@ -119,8 +118,8 @@ def _commit_layers(staged: StagedTransfer, store: WritableStore) -> None:
     objects = (*_add_contents(staged, store), index)
     store.publish(staged.directory, (index,))
     interval = replace(base, granularity_ns=m.granularity_ns, cause=m.cause, journal_rows=row_count)
-    store.catalog.commit_layers(LayersCommit(base, interval, objects, replaced, minutes))
-    if replaced is not None:
+    store.catalog.commit_layers(interval, objects, replaced, minutes)
+    if replaced:
         with suppress(FileNotFoundError):
             os.unlink(os.path.join(store.objects.directory, replaced))
 

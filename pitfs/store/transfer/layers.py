@@ -15,7 +15,7 @@ import numpy as np
 
 from pitfs.model.blockmap import FANOUT, FANOUT_BITS, BlockMap, I64Array
 from pitfs.model.transfer import UNIT_BYTES, Source
-from pitfs.store.catalog.minutes import add_seconds
+from pitfs.store.catalog.records import add_seconds
 from pitfs.store.index.format import INDEX_ROW
 from pitfs.store.index.merge import BY_BLOCK, Rows, merged
 from pitfs.store.index.reader import JournalIndex
