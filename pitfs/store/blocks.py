@@ -15,8 +15,8 @@ from pitfs.model.blockmap import BlockMap, U64Array
 from pitfs.model.transfer import VolumeInfo
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.records import OpenInterval, Resolution
-from pitfs.store.index.block_maps import NodeReader, block_maps
 from pitfs.store.index.journals import Journals
+from pitfs.store.index.maps import block_maps, node_loader
 from pitfs.store.index.reader import JournalIndex
 from pitfs.store.objects.cache import Cache
 from pitfs.store.objects.pool import ObjectPool, again_if_replaced
@@ -37,7 +37,7 @@ class Blocks:
     ) -> None:  # fmt: skip
         self._catalog, self._volumes = catalog, volumes
         self._journals, self._open_intervals = journals, open_intervals
-        self._nodes = NodeReader(objects)
+        self._load_node = node_loader(objects)
         self._maps: Cache[int, list[BlockMap]] = Cache(MAX_CACHED_MAPS)
 
     @again_if_replaced
@@ -97,7 +97,7 @@ class Blocks:
             if len(roots) != len(self._volumes):
                 what = f"snapshot {snapshot_id} doesn't have a root for each volume"
                 raise CorruptionError(self._catalog.path, 0, what)
-            return block_maps(self._nodes, roots, self._volumes)
+            return block_maps(self._load_node, roots, self._volumes)
 
         return self._maps.get(snapshot_id, read)
 

@@ -39,8 +39,8 @@ from pitfs.model.transfer import (
 )
 from pitfs.storage.files import fsync_directory, storage_error
 from pitfs.store.catalog.catalog import Catalog
-from pitfs.store.index.block_maps import NodeReader
-from pitfs.store.objects.format import CATALOG, MAX_SNAPSHOT_ID, OBJECTS, STAGING, STORE_JSON
+from pitfs.store.index.maps import node_loader
+from pitfs.store.objects.format import CATALOG, MAX_SNAPSHOT_ID, OBJECTS, STAGING, STORE_JSON, ObjectName
 from pitfs.store.objects.pool import ObjectPool
 from pitfs.store.open_interval.stream import Stream
 from pitfs.store.opening import check_epoch, check_place, check_sender, make_store_json, take_lock
@@ -103,12 +103,12 @@ class Ingest:
         fsync_directory(os.path.dirname(self.path) or ".")  # each time: a kill may have come before it
         check_epoch(self.path, catalog, self.hello)
         area = StagingArea(staging, objects_path, catalog)
-        area.recover(os.listdir(objects_path))
+        area.recover(filter(None, map(ObjectName.of_file, os.listdir(objects_path))))
         area.clear_outdated()
         history = bytes.fromhex(self.hello.history)
         objects = ObjectPool(objects_path, history)
         closing.callback(objects.close)
-        return WritableStore(catalog, objects, NodeReader(objects), history, self.hello.volumes), area
+        return WritableStore(catalog, objects, node_loader(objects), history, self.hello.volumes), area
 
     # The life of a transfer
 

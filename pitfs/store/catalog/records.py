@@ -13,7 +13,7 @@ from pitfs.model.blockmap import MapEntry
 from pitfs.model.ladder import layer_of
 from pitfs.model.position import Position
 from pitfs.model.transfer import Manifest
-from pitfs.store.objects.format import ObjectRecord
+from pitfs.store.objects.format import ObjectKind, ObjectName, ObjectRecord
 
 _SECOND_NS: Final = 1_000_000_000
 
@@ -131,6 +131,10 @@ class OpenInterval:
     protected_through_ns: int = 0
     bookmark: str | None = None
     runs: tuple[SortedRun, ...] = ()
+
+    @property
+    def wal(self) -> ObjectName:
+        return ObjectName(ObjectKind.JOURNAL_BLOCKS, self.id)
 
     @property
     def interval(self) -> Interval:

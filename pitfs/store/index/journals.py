@@ -9,7 +9,7 @@ from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.records import Interval
 from pitfs.store.index.reader import ChunkCache, JournalIndex
 from pitfs.store.objects.cache import Cache
-from pitfs.store.objects.format import ObjectKind, object_file
+from pitfs.store.objects.format import ObjectKind, ObjectName
 from pitfs.store.objects.pool import MissingObjectError, ObjectPool
 
 MAX_CACHED_BYTES: Final = 4 << 20  # of sparse indexes: 40 bytes for 2048 entries, 300 KB for 10**7
@@ -44,8 +44,8 @@ class Journals:
                 interval = now
 
     def _open(self, interval: Interval) -> JournalIndex:
-        name = object_file(ObjectKind.JOURNAL_INDEX, interval.end_snapshot_id, interval.layer)
-        record = self._catalog.object(name)
+        name = ObjectName(ObjectKind.JOURNAL_INDEX, interval.end_snapshot_id, interval.layer)
+        record = self._catalog.object(name.file)
         if record is None:
-            raise MissingObjectError(self._catalog.path, 0, f"it lists an interval but not {name}")
+            raise MissingObjectError(self._catalog.path, 0, f"it lists an interval but not {name.file}")
         return JournalIndex(self._objects, interval, record, self._chunks)

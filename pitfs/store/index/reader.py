@@ -16,13 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from pitfs.model.blockmap import FANOUT, FANOUT_BITS, I64Array, U64Array
-from pitfs.model.ladder import LAST_LAYER
 from pitfs.model.position import Position
 from pitfs.model.transfer import POSITION
 from pitfs.store.catalog.records import Interval
 from pitfs.store.index.format import INDEX_ROW, POSITIONS_VOLUME, SPARSE_INDEX, Chunk
 from pitfs.store.objects.cache import Cache
-from pitfs.store.objects.format import HEADER_BYTES, ObjectKind, ObjectRecord
+from pitfs.store.objects.format import HEADER_BYTES, ObjectKind, ObjectName, ObjectRecord
 from pitfs.store.objects.pool import ObjectPool
 
 MAX_CACHED_CHUNKS: Final = 64  # 4 MiB: an interval of 100,000 rows; a leaf of a longer one has 3 or 4
@@ -33,18 +32,6 @@ ChunkCache = Cache[tuple[tuple[int, int, int], int], Chunk]  # by (snapshot id, 
 def chunk_cache(limit: int = MAX_CACHED_CHUNKS) -> ChunkCache:
     """A cache of chunks for all journals of a store."""
     return Cache(limit)
-
-
-@dataclass(frozen=True, slots=True)
-class SparseIndexPlace:
-    """Where rows are: the object (`layer` of an index), and the sparse index in it, at byte `offset`."""
-
-    kind: ObjectKind
-    snapshot_id: int
-    offset: int
-    size_bytes: int
-    checksum: int
-    layer: int = LAST_LAYER
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +51,20 @@ class RowIndex:
 
     Args:
         objects: of the store.
-        place: where they are.
+        name: of the object that has them.
+        offset, size_bytes, checksum: of the sparse index in it.
         chunks: shared by all of a store.
 
     Raises:
         CorruptionError: the sparse index isn't what was written; from the methods: a chunk isn't.
     """
 
-    def __init__(self, objects: ObjectPool, place: SparseIndexPlace, chunks: ChunkCache) -> None:
-        self._objects, self._place, self._chunks = objects, place, chunks
-        self._key = place.snapshot_id, place.layer, place.offset
-        data = self._read(place.size_bytes, place.offset, place.checksum) if place.size_bytes else b""
+    def __init__(
+        self, objects: ObjectPool, name: ObjectName, offset: int, size_bytes: int, checksum: int, chunks: ChunkCache
+    ) -> None:
+        self._objects, self._name, self._chunks = objects, name, chunks
+        self._key = name.snapshot_id, name.layer, offset
+        data = objects.read_verified(name, size_bytes, offset, checksum) if size_bytes else b""
         self._sparse_index = np.frombuffer(data, SPARSE_INDEX)
         self.sparse_index_bytes = len(data)
         volumes = self._sparse_index["volume"]
@@ -85,10 +75,6 @@ class RowIndex:
             columns = (np.ascontiguousarray(self._sparse_index[name][numbers]) for name in ("first", "first_seq"))
             self._of_volume[volume] = _VolumeChunks(numbers, *columns)
         self._positions = self._of_volume.pop(POSITIONS_VOLUME, _NO_CHUNKS)
-
-    def _read(self, size: int, offset: int, checksum: int) -> bytes:
-        place = self._place
-        return self._objects.read_verified(place.kind, place.snapshot_id, size, offset, checksum, place.layer)
 
     # Rows
 
@@ -200,7 +186,8 @@ class RowIndex:
     def _read_chunk(self, number: int) -> Chunk:
         row = self._sparse_index[number]
         count, columns = int(row["rows"]), 2 if int(row["volume"]) == POSITIONS_VOLUME else 4
-        data = self._read(count * columns * 8, int(row["offset"]), int(row["checksum"]))
+        size, offset, checksum = count * columns * 8, int(row["offset"]), int(row["checksum"])
+        data = self._objects.read_verified(self._name, size, offset, checksum)
         return np.frombuffer(data, "<u8").reshape(columns, count)
 
 
@@ -214,11 +201,9 @@ class JournalIndex(RowIndex):
 
     def __init__(self, objects: ObjectPool, interval: Interval, record: ObjectRecord, chunks: ChunkCache) -> None:
         self.interval = interval
-        place = SparseIndexPlace(
-            ObjectKind.JOURNAL_INDEX, interval.end_snapshot_id,
-            HEADER_BYTES + record.data_bytes, record.footer_bytes, record.footer_checksum, interval.layer,
-        )  # fmt: skip
-        super().__init__(objects, place, chunks)
+        name = ObjectName(ObjectKind.JOURNAL_INDEX, interval.end_snapshot_id, interval.layer)
+        footer = HEADER_BYTES + record.data_bytes, record.footer_bytes, record.footer_checksum
+        super().__init__(objects, name, *footer, chunks)
 
     def next_time(self, time_ns: int) -> int:
         """Time of the first position after `time_ns`, the interval's end if there is none."""

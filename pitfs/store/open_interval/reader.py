@@ -11,7 +11,7 @@ from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.records import OpenInterval, Resolution, SortedRun
 from pitfs.store.index.reader import ChunkCache, RowIndex
 from pitfs.store.objects.cache import Cache
-from pitfs.store.objects.format import ObjectKind
+from pitfs.store.objects.format import ObjectKind, ObjectName
 from pitfs.store.objects.pool import ObjectPool
 from pitfs.store.open_interval.sorted_runs import open_run
 
@@ -63,7 +63,7 @@ class OpenIntervals:
             return before
         now = self._catalog.open_intervals()
         for gone in {each.id for each in before} - {each.id for each in now}:
-            self._objects.forget(ObjectKind.JOURNAL_BLOCKS, gone)  # else its WAL would take room for ever
+            self._objects.forget(ObjectName(ObjectKind.JOURNAL_BLOCKS, gone))  # else its WAL would take room for ever
         self._known = version, now
         return now
 

@@ -111,7 +111,7 @@ class OpenIntervalWriter:
             CorruptionError: what was acknowledged isn't there.
             OSError: the disk refuses.
         """
-        path = store.objects.path_of(ObjectKind.JOURNAL_BLOCKS, record.id)
+        path = store.objects.path_of(record.wal)
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:

@@ -6,7 +6,7 @@ from pitfs.errors import PositionMismatchError
 from pitfs.model.transfer import Manifest, TransferKind
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.records import Interval
-from pitfs.store.objects.format import ObjectKind, object_file
+from pitfs.store.objects.format import ObjectKind, ObjectName
 
 
 def mismatch(path: str, problem: str, lasts: str = "") -> PositionMismatchError:
@@ -70,5 +70,5 @@ def interval_of(catalog: Catalog, manifest: Manifest) -> Interval:
 
 def journal_bytes(catalog: Catalog, interval: Interval) -> int:
     """How many bytes of JOURNAL_BLOCKS the interval has."""
-    blocks = catalog.object(object_file(ObjectKind.JOURNAL_BLOCKS, interval.end_snapshot_id))
+    blocks = catalog.object(ObjectName(ObjectKind.JOURNAL_BLOCKS, interval.end_snapshot_id).file)
     return blocks.data_bytes if blocks else 0

@@ -41,7 +41,7 @@ from pitfs.model.transfer import (
     TransferKind,
 )
 from pitfs.storage.files import durable_replace
-from pitfs.store.objects.format import ObjectKind, object_file
+from pitfs.store.objects.format import ObjectKind, ObjectName
 from pitfs.store.transfer.sections import StagedContents, StagedRows
 from pitfs.store.transfer.validation import DiffCheck, JournalCheck, PositionsCheck, refuse
 from pitfs.store.transfer.writable_store import WritableStore
@@ -239,6 +239,6 @@ class StagedTransfer:
 
 def _file_names(snapshot_id: int) -> tuple[str, ...]:
     """Names in the directory of a transfer, of its sections in order; behind that of contents that of checksums."""
-    diff_blocks = object_file(ObjectKind.SNAPSHOT_BLOCKS, snapshot_id), "diff.checksums"
-    journal_blocks = object_file(ObjectKind.JOURNAL_BLOCKS, snapshot_id), "journal.checksums"
+    diff_blocks = ObjectName(ObjectKind.SNAPSHOT_BLOCKS, snapshot_id).file, "diff.checksums"
+    journal_blocks = ObjectName(ObjectKind.JOURNAL_BLOCKS, snapshot_id).file, "journal.checksums"
     return "diff.rows", *diff_blocks, "positions.rows", "journal.rows", *journal_blocks
