@@ -8,6 +8,7 @@ the two there is a whole open interval where one has been closed and its snapsho
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Final
 
 from pitfs.errors import CorruptionError
@@ -15,10 +16,8 @@ from pitfs.model.blockmap import BlockMap, U64Array
 from pitfs.model.transfer import VolumeInfo
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.records import OpenInterval, Resolution
-from pitfs.store.index.journals import Journals
 from pitfs.store.index.maps import block_maps, node_loader
-from pitfs.store.index.reader import JournalIndex
-from pitfs.store.objects.cache import Cache
+from pitfs.store.index.reader import JournalIndex, Journals
 from pitfs.store.objects.pool import ObjectPool, again_if_replaced
 from pitfs.store.open_interval.reader import OpenIntervals, WrittenBlocks
 
@@ -38,7 +37,7 @@ class Blocks:
         self._catalog, self._volumes = catalog, volumes
         self._journals, self._open_intervals = journals, open_intervals
         self._load_node = node_loader(objects)
-        self._maps: Cache[int, list[BlockMap]] = Cache(MAX_CACHED_MAPS)
+        self._maps_of = lru_cache(MAX_CACHED_MAPS)(self._read_maps)
 
     @again_if_replaced
     def leaf(self, resolution: Resolution, volume: int, leaf_index: int) -> tuple[U64Array, U64Array]:
@@ -91,15 +90,12 @@ class Blocks:
         interval = _ending_at(now, end_snapshot_id)
         return self._journals.ending_at(end_snapshot_id) if interval is None else self._open_intervals.written(interval)
 
-    def _maps_of(self, snapshot_id: int) -> list[BlockMap]:
-        def read() -> list[BlockMap]:
-            roots = self._catalog.roots(snapshot_id)
-            if len(roots) != len(self._volumes):
-                what = f"snapshot {snapshot_id} doesn't have a root for each volume"
-                raise CorruptionError(self._catalog.path, 0, what)
-            return block_maps(self._load_node, roots, self._volumes)
-
-        return self._maps.get(snapshot_id, read)
+    def _read_maps(self, snapshot_id: int) -> list[BlockMap]:
+        roots = self._catalog.roots(snapshot_id)
+        if len(roots) != len(self._volumes):
+            what = f"snapshot {snapshot_id} doesn't have a root for each volume"
+            raise CorruptionError(self._catalog.path, 0, what)
+        return block_maps(self._load_node, roots, self._volumes)
 
 
 def _layers(now: Sequence[OpenInterval], resolution: Resolution) -> tuple[int, dict[int, int]]:

@@ -22,21 +22,8 @@ from typing import Final
 import msgspec
 
 from pitfs.errors import CapacityError, CorruptionError, RemoteProtocolError
+from pitfs.model import transfer as wire
 from pitfs.model.group import identity_problem
-from pitfs.model.transfer import (
-    WAITS,
-    CoarseInterval,
-    Data,
-    Durable,
-    End,
-    Hello,
-    Manifest,
-    ResumePoint,
-    StreamMark,
-    TransferKind,
-    Welcome,
-    Writes,
-)
 from pitfs.storage.files import fsync_directory, storage_error
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.index.maps import node_loader
@@ -72,7 +59,7 @@ class Ingest:
         CapacityError, PitfsError: the disk is full, or refuses. These two also from every method.
     """
 
-    def __init__(self, root: str, hello: Hello, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, root: str, hello: wire.Hello, clock: Callable[[], float] = time.monotonic) -> None:
         problem = identity_problem(hello.group, hello.history, hello.volumes)
         if problem:
             raise RemoteProtocolError(f"the sender's hello: {problem}")
@@ -112,28 +99,28 @@ class Ingest:
 
     # The life of a transfer
 
-    def welcome(self) -> Welcome:
+    def welcome(self) -> wire.Welcome:
         """How far the store has come, and which intervals could become finer."""
         catalog, coarse = self._store.catalog, []
         for interval in catalog.coarse_intervals(MAX_COARSE):
             positions = interval.from_seq, interval.from_time_ns, interval.to_seq, interval.to_time_ns
-            waits = interval.cause.endswith(WAITS)
+            waits = interval.cause.endswith(wire.WAITS)
             size_bytes = journal_bytes(catalog, interval)
-            coarse.append(CoarseInterval(*positions, interval.granularity_ns, size_bytes, waits))
+            coarse.append(wire.CoarseInterval(*positions, interval.granularity_ns, size_bytes, waits))
         return msgspec.structs.replace(self._position(), coarse=tuple(coarse))
 
-    def _position(self) -> Welcome:
+    def _position(self) -> wire.Welcome:
         """How far the store has come."""
         catalog = self._store.catalog
         with catalog.one_moment():  # a closing may be committed meanwhile
             end, last = self.stream.durable_end, catalog.last_snapshot()
             mark, mark_seq, protected_ns = map(catalog.meta, ("mark", "mark_seq", "protected_through_ns"))
         if last is None:
-            return Welcome(mark, 0, 0, protected_ns)
+            return wire.Welcome(mark, 0, 0, protected_ns)
         # Also where what was streamed has a snapshot of its own: it lies behind the mark all the same.
-        return Welcome(mark, last.seq, last.time_ns, protected_ns, (), *(end if end[0] > mark_seq else (0, 0)))
+        return wire.Welcome(mark, last.seq, last.time_ns, protected_ns, (), *(end if end[0] > mark_seq else (0, 0)))
 
-    def begin(self, manifest: Manifest) -> ResumePoint:
+    def begin(self, manifest: wire.Manifest) -> wire.ResumePoint:
         """Begins a transfer, or goes on with the staged one where that is the same.
 
         Raises:
@@ -145,7 +132,7 @@ class Ingest:
         check_manifest(manifest, self.hello.volumes)
         with self._errors("beginning a transfer"):
             base = None
-            if manifest.kind is TransferKind.LAYERS:
+            if manifest.kind is wire.TransferKind.LAYERS:
                 base = interval_of(catalog, manifest)
             else:
                 self.stream.wait_for_closing()
@@ -166,7 +153,7 @@ class Ingest:
                 self._staged = StagedTransfer.create(directory, manifest, snapshot_id, self._store)
         return self._staged.resume_point
 
-    def _resume(self, manifest: Manifest, snapshot_id: int, directory: str) -> StagedTransfer | None:
+    def _resume(self, manifest: wire.Manifest, snapshot_id: int, directory: str) -> StagedTransfer | None:
         """The staged transfer, if it is this one and whole up to its checkpoint."""
         try:
             return StagedTransfer.resume(directory, manifest, snapshot_id, self._store)
@@ -174,7 +161,7 @@ class Ingest:
             log.warning("%s: the staged transfer of mark %d begins anew: %s", self.path, manifest.mark, error)
             return None
 
-    def data(self, frame: Data) -> None:
+    def data(self, frame: wire.Data) -> None:
         """Takes the next bytes of a section; bytes that are there already are passed over.
 
         Raises:
@@ -184,18 +171,18 @@ class Ingest:
         with self._transfer("writing") as staged:
             staged.write(frame)
 
-    def checkpoint(self, cursor: tuple[int, ...]) -> ResumePoint:
+    def checkpoint(self, cursor: tuple[int, ...]) -> wire.ResumePoint:
         """Makes what has come durable."""
         with self._transfer("making it durable") as staged:
             return staged.checkpoint(tuple(cursor))
 
-    def park(self, cursor: tuple[int, ...]) -> ResumePoint:
+    def park(self, cursor: tuple[int, ...]) -> wire.ResumePoint:
         """Puts the transfer off: what came is durable, and it can be begun again when another has been."""
         point = self.checkpoint(cursor)
         self._close_staged()
         return point
 
-    def end(self, end: End) -> Welcome:
+    def end(self, end: wire.End) -> wire.Welcome:
         """Commits the transfer; when it returns the transfer survives power loss.
 
         Raises:
@@ -218,24 +205,24 @@ class Ingest:
 
     # The stream
 
-    def write(self, writes: Writes) -> None:
+    def write(self, writes: wire.Writes) -> None:
         """Takes the next streamed writes, whole.
 
         Raises:
             PositionMismatchError: they don't lead on from where the store ends.
             RemoteProtocolError: they are invalid, or a transfer to the next mark is under way.
         """
-        if self._staged is not None and self._staged.manifest.kind is not TransferKind.LAYERS:
+        if self._staged is not None and self._staged.manifest.kind is not wire.TransferKind.LAYERS:
             raise RemoteProtocolError(f"{self.path}: writes are streamed while a transfer is under way that has them")
         with self._errors("writing"):
             self.stream.write(writes)
 
-    def flush(self, protected_through_ns: int) -> Durable:
+    def flush(self, protected_through_ns: int) -> wire.Durable:
         """Makes what was streamed durable, and readable some times a second; every write up to that time is in."""
         with self._errors("making it durable"):
             return self.stream.flush(protected_through_ns)
 
-    def mark(self, mark: StreamMark) -> Durable:
+    def mark(self, mark: wire.StreamMark) -> wire.Durable:
         """Closes the open interval; the snapshot is made while the stream goes on (`Durable.mark` tells when).
 
         Raises:

@@ -15,8 +15,7 @@ from pitfs.model.position import Position
 from pitfs.store.blocks import Blocks
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.records import Interval, Resolution, Snapshot
-from pitfs.store.index.journals import Journals
-from pitfs.store.index.reader import JournalIndex, chunk_cache
+from pitfs.store.index.reader import JournalIndex, Journals, chunk_cache
 from pitfs.store.objects.format import CATALOG, OBJECTS
 from pitfs.store.objects.pool import ObjectPool, again_if_replaced, reading_limit
 from pitfs.store.open_interval.reader import OpenIntervals

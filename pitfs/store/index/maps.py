@@ -13,17 +13,8 @@ import msgspec
 from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CapacityError
-from pitfs.model.blockmap import (
-    NODE_BYTES,
-    BlockMap,
-    I64Array,
-    LoadNode,
-    MapBuilder,
-    MapEntry,
-    Node,
-    U64Array,
-    decode_node,
-)
+from pitfs.model import blockmap
+from pitfs.model.blockmap import NODE_BYTES, BlockMap, I64Array, LoadNode, MapEntry, Node, U64Array
 from pitfs.model.transfer import Manifest, VolumeInfo
 from pitfs.storage.files import write_all
 from pitfs.store.objects.format import (
@@ -51,7 +42,7 @@ def node_loader(objects: ObjectPool) -> LoadNode:
     def load(pointer: int, checksum: int) -> Node:
         name = ObjectName(ObjectKind.MAP, pointer_object(pointer))
         offset = HEADER_BYTES + pointer_unit(pointer) * NODE_BYTES
-        return decode_node(objects.read_verified(name, NODE_BYTES, offset, checksum))
+        return blockmap.decode_node(objects.read_verified(name, NODE_BYTES, offset, checksum))
 
     return load
 
@@ -86,14 +77,14 @@ class MapWriter:
         self._buffer = bytearray()
         self._roots = list(roots_before)
         self._volume = -1
-        self._builder: MapBuilder | None = None
+        self._builder: blockmap.MapBuilder | None = None
 
     def update(self, volume: int, blocks: I64Array, pointers: U64Array, checksums: U64Array) -> None:
         """Sets entries of a volume's blocks; (volume, block) strictly ascend over all calls."""
         if volume != self._volume:
             self._end_volume()
             self._volume = volume
-            self._builder = MapBuilder(
+            self._builder = blockmap.MapBuilder(
                 self._volumes[volume].block_count, self._roots[volume], self._load_node, self._emit
             )
         assert self._builder is not None

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,20 +18,29 @@ import numpy.typing as npt
 from pitfs.model.blockmap import FANOUT, FANOUT_BITS, I64Array, U64Array
 from pitfs.model.position import Position
 from pitfs.model.transfer import POSITION
+from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.records import Interval
 from pitfs.store.index.format import INDEX_ROW, POSITIONS_VOLUME, SPARSE_INDEX, Chunk
 from pitfs.store.objects.cache import Cache
 from pitfs.store.objects.format import HEADER_BYTES, ObjectKind, ObjectName, ObjectRecord
-from pitfs.store.objects.pool import ObjectPool
+from pitfs.store.objects.pool import MissingObjectError, ObjectPool
 
 MAX_CACHED_CHUNKS: Final = 64  # 4 MiB: an interval of 100,000 rows; a leaf of a longer one has 3 or 4
+MAX_CACHED_INDEX_BYTES: Final = 4 << 20  # of sparse indexes: 40 bytes for 2048 entries, 300 KB for 10**7
+_OVERHEAD_BYTES: Final = 1024
 
+Index = TypeVar("Index", bound="RowIndex")
 ChunkCache = Cache[tuple[tuple[int, int, int], int], Chunk]  # by (snapshot id, layer, offset), number of the chunk
 
 
 def chunk_cache(limit: int = MAX_CACHED_CHUNKS) -> ChunkCache:
     """A cache of chunks for all journals of a store."""
     return Cache(limit)
+
+
+def index_cache() -> Cache[tuple[int, int], Index]:
+    """A cache of indexes, by the size of their sparse indexes."""
+    return Cache(MAX_CACHED_INDEX_BYTES, lambda index: index.sparse_index_bytes + _OVERHEAD_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +224,42 @@ class JournalIndex(RowIndex):
             if behind < len(times_ns):
                 return int(times_ns[behind])
         return int(firsts[place]) if place < len(firsts) else self.interval.to_time_ns
+
+
+class Journals:
+    """The difference journals of a store's intervals, each opened when it is needed and kept for a while.
+
+    `chunks` is shared by all of them. Methods raise CorruptionError where one isn't what was written.
+    """
+
+    def __init__(self, catalog: Catalog, objects: ObjectPool, chunks: ChunkCache) -> None:
+        self._catalog, self._objects, self._chunks = catalog, objects, chunks
+        self._cache: Cache[tuple[int, int], JournalIndex] = index_cache()
+
+    def ending_at(self, snapshot_id: int) -> JournalIndex:
+        """That of the interval which ends at a snapshot."""
+        interval = self._catalog.interval_to(snapshot_id)
+        if interval is None:
+            raise MissingObjectError(self._catalog.path, 0, f"interval {snapshot_id} is missing")
+        return self.of(interval)
+
+    def of(self, interval: Interval) -> JournalIndex:
+        """The interval's, or the finer one that took its place: that has the same states, and more."""
+        while True:
+            try:
+                return self._cache.get((interval.end_snapshot_id, interval.layer), partial(self._open, interval))
+            except MissingObjectError:
+                now = self._catalog.interval_to(interval.end_snapshot_id)
+                if now is None or now.layer <= interval.layer:
+                    raise
+                interval = now
+
+    def _open(self, interval: Interval) -> JournalIndex:
+        name = ObjectName(ObjectKind.JOURNAL_INDEX, interval.end_snapshot_id, interval.layer)
+        record = self._catalog.object(name.file)
+        if record is None:
+            raise MissingObjectError(self._catalog.path, 0, f"it lists an interval but not {name.file}")
+        return JournalIndex(self._objects, interval, record, self._chunks)
 
 
 def _first_chunk(chunks: _VolumeChunks, block: int) -> int:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Final
 
 from pitfs.model.blockmap import U64Array
 from pitfs.model.position import Position
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.records import OpenInterval, Resolution, SortedRun
-from pitfs.store.index.reader import ChunkCache, RowIndex
+from pitfs.store.index.reader import ChunkCache, RowIndex, index_cache
 from pitfs.store.objects.cache import Cache
 from pitfs.store.objects.format import ObjectKind, ObjectName
 from pitfs.store.objects.pool import ObjectPool
 from pitfs.store.open_interval.sorted_runs import open_run
-
-MAX_CACHED_BYTES: Final = 4 << 20  # of sparse indexes of runs: 40 bytes for 2048 rows, and for each run
-_OVERHEAD_BYTES: Final = 1024
 
 
 class WrittenBlocks:
@@ -51,9 +47,7 @@ class OpenIntervals:
     def __init__(self, catalog: Catalog, objects: ObjectPool, chunks: ChunkCache) -> None:
         self._catalog, self._objects, self._chunks = catalog, objects, chunks
         self._known: tuple[int, tuple[OpenInterval, ...]] = -1, ()
-        self._indexes: Cache[tuple[int, int], RowIndex] = Cache(
-            MAX_CACHED_BYTES, lambda index: index.sparse_index_bytes + _OVERHEAD_BYTES
-        )
+        self._indexes: Cache[tuple[int, int], RowIndex] = index_cache()
 
     def now(self) -> tuple[OpenInterval, ...]:
         """All that there are, oldest first."""

@@ -20,10 +20,9 @@ from pitfs.model.ladder import layer_of
 from pitfs.model.transfer import Source, TransferKind
 from pitfs.storage.files import open_fd, write_all
 from pitfs.store.catalog.records import Commit, Interval, Snapshot, add_seconds
-from pitfs.store.index.journals import Journals
 from pitfs.store.index.maps import MapWriter, block_maps
 from pitfs.store.index.merge import by_volume
-from pitfs.store.index.reader import chunk_cache
+from pitfs.store.index.reader import Journals, chunk_cache
 from pitfs.store.objects.format import HEADER_BYTES, ObjectKind, ObjectName, ObjectRecord
 from pitfs.store.transfer.contents import OwnContents, read_checksums
 from pitfs.store.transfer.layers import LayersBuilder
