@@ -103,10 +103,9 @@ class Ingest:
         """How far the store has come, and which intervals could become finer."""
         catalog, coarse = self._store.catalog, []
         for interval in catalog.coarse_intervals(MAX_COARSE):
-            positions = interval.from_seq, interval.from_time_ns, interval.to_seq, interval.to_time_ns
             waits = interval.cause.endswith(wire.WAITS)
             size_bytes = journal_bytes(catalog, interval)
-            coarse.append(wire.CoarseInterval(*positions, interval.granularity_ns, size_bytes, waits))
+            coarse.append(wire.CoarseInterval(*interval.bounds, interval.granularity_ns, size_bytes, waits))
         return msgspec.structs.replace(self._position(), coarse=tuple(coarse))
 
     def _position(self) -> wire.Welcome:

@@ -13,10 +13,9 @@ from pitfs.errors import CorruptionError
 from pitfs.model.position import Position
 from pitfs.model.transfer import POSITION
 from pitfs.store.catalog.records import Interval
-from pitfs.store.index import writer as journals
-from pitfs.store.index.format import INDEX_ROW
+from pitfs.store.index import format as journals
+from pitfs.store.index.format import INDEX_ROW, IndexWriter
 from pitfs.store.index.reader import JournalIndex, chunk_cache
-from pitfs.store.index.writer import IndexWriter
 from pitfs.store.objects.format import ObjectHeader, ObjectKind, ObjectName, ObjectRecord
 from pitfs.store.objects.pool import ObjectPool
 

@@ -14,8 +14,7 @@ from pitfs.model.blockmap import EMPTY, MapBuilder, MapEntry, decode_node, new_n
 from pitfs.model.group import identity_problem
 from pitfs.model.transfer import POSITION, VolumeInfo
 from pitfs.store.catalog.database import Database
-from pitfs.store.index.format import INDEX_ROW
-from pitfs.store.index.writer import IndexWriter
+from pitfs.store.index.format import INDEX_ROW, IndexWriter
 from pitfs.store.objects.format import (
     HEADER_BYTES,
     ObjectHeader,

@@ -52,6 +52,11 @@ class Interval:
     journal_rows: int
 
     @property
+    def bounds(self) -> tuple[int, int, int, int]:
+        """Positions of its base and end snapshots."""
+        return self.from_seq, self.from_time_ns, self.to_seq, self.to_time_ns
+
+    @property
     def layer(self) -> int:
         """The last layer of the ladder that its difference journal has; NO_LAYER without one."""
         return layer_of(self.granularity_ns)

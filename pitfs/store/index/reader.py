@@ -7,10 +7,12 @@ however long the journal is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, TypeVar
+from typing import Final, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +23,6 @@ from pitfs.model.transfer import POSITION
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.records import Interval
 from pitfs.store.index.format import INDEX_ROW, POSITIONS_VOLUME, SPARSE_INDEX, Chunk
-from pitfs.store.objects.cache import Cache
 from pitfs.store.objects.format import HEADER_BYTES, ObjectKind, ObjectName, ObjectRecord
 from pitfs.store.objects.pool import MissingObjectError, ObjectPool
 
@@ -29,7 +30,41 @@ MAX_CACHED_CHUNKS: Final = 64  # 4 MiB: an interval of 100,000 rows; a leaf of a
 MAX_CACHED_INDEX_BYTES: Final = 4 << 20  # of sparse indexes: 40 bytes for 2048 entries, 300 KB for 10**7
 _OVERHEAD_BYTES: Final = 1024
 
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
 Index = TypeVar("Index", bound="RowIndex")
+
+
+class Cache(Generic[K, V]):
+    """Keeps what was used last, for any number of threads, up to `limit` (in whatever `weight` counts, else values).
+
+    The lock isn't held while a value is made: two threads may make the same one, which is harmless for values
+    that don't change.
+    """
+
+    def __init__(self, limit: int, weight: Callable[[V], int] = lambda value: 1) -> None:
+        self.limit = limit
+        self._weight = weight
+        self._total = 0
+        self._values: OrderedDict[K, V] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: K, make: Callable[[], V]) -> V:
+        """The value of `key`, made if it isn't there; what `make` raises goes to the caller."""
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+                return self._values[key]
+        value = make()
+        with self._lock:
+            if key not in self._values:
+                self._values[key] = value
+                self._total += self._weight(value)
+            while self._total > self.limit and len(self._values) > 1:
+                self._total -= self._weight(self._values.popitem(last=False)[1])
+        return value
+
+
 ChunkCache = Cache[tuple[tuple[int, int, int], int], Chunk]  # by (snapshot id, layer, offset), number of the chunk
 
 

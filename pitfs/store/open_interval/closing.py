@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 import os
-import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Final
@@ -31,10 +31,10 @@ from pitfs.model.blockmap import U64Array
 from pitfs.model.transfer import UNIT_BYTES, Bookmark, Manifest, TransferKind
 from pitfs.storage.files import open_fd, storage_error, write_all
 from pitfs.store.catalog.records import Commit, OpenInterval, Snapshot
+from pitfs.store.index.format import IndexWriter
 from pitfs.store.index.maps import FLUSH_BYTES, MapWriter
 from pitfs.store.index.merge import BY_BLOCK, Rows, by_volume, merged
 from pitfs.store.index.reader import chunk_cache
-from pitfs.store.index.writer import IndexWriter
 from pitfs.store.objects.format import HEADER_BYTES, UNIT_MASK, ObjectKind, ObjectName, ObjectRecord
 from pitfs.store.open_interval.sorted_runs import open_run
 from pitfs.store.transfer.recovery import StagingArea
@@ -114,27 +114,20 @@ class Closing:
         self.record, self._store, self._area = record, store, area
         self._wal_path = store.objects.path_of(record.wal)
         self._units = (store.block_sizes // UNIT_BYTES).astype("<u8")
-        self._thread = threading.Thread(target=self._run_in_thread, name=f"closing {record.mark}")
-        self._error: BaseException | None = None
+        self._running: Future[None] = Future()
 
     def start(self) -> None:
-        self._thread.start()
+        thread = ThreadPoolExecutor(1, f"closing {self.record.mark}")
+        self._running = thread.submit(self.run)
+        thread.shutdown(wait=False)
 
     @property
     def is_done(self) -> bool:
-        return not self._thread.is_alive()
+        return self._running.done()
 
     def join(self) -> None:
         """Waits until it is done, and raises what `run` raised there."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-
-    def _run_in_thread(self) -> None:
-        try:
-            self.run()
-        except BaseException as error:
-            self._error = error
+        self._running.result()
 
     def run(self) -> None:
         """Makes the objects, commits, and removes the WAL.

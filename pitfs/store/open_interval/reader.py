@@ -8,8 +8,7 @@ from pitfs.model.blockmap import U64Array
 from pitfs.model.position import Position
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.records import OpenInterval, Resolution, SortedRun
-from pitfs.store.index.reader import ChunkCache, RowIndex, index_cache
-from pitfs.store.objects.cache import Cache
+from pitfs.store.index.reader import Cache, ChunkCache, RowIndex, index_cache
 from pitfs.store.objects.format import ObjectKind, ObjectName
 from pitfs.store.objects.pool import ObjectPool
 from pitfs.store.open_interval.sorted_runs import open_run

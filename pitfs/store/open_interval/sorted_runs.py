@@ -20,9 +20,9 @@ from typing import Final
 import numpy as np
 
 from pitfs.store.catalog.records import SortedRun
+from pitfs.store.index.format import IndexWriter
 from pitfs.store.index.merge import Rows
 from pitfs.store.index.reader import ChunkCache, RowIndex
-from pitfs.store.index.writer import IndexWriter
 from pitfs.store.objects.format import ObjectKind, ObjectName
 from pitfs.store.objects.pool import ObjectPool
 from pitfs.store.open_interval.wal import WriteAheadLog

@@ -16,10 +16,9 @@ import numpy as np
 from pitfs.model.blockmap import FANOUT, FANOUT_BITS, BlockMap, I64Array
 from pitfs.model.transfer import UNIT_BYTES, Source
 from pitfs.store.catalog.records import add_seconds
-from pitfs.store.index.format import INDEX_ROW
+from pitfs.store.index.format import INDEX_ROW, IndexWriter
 from pitfs.store.index.merge import BY_BLOCK, Rows, merged
 from pitfs.store.index.reader import JournalIndex
-from pitfs.store.index.writer import IndexWriter
 from pitfs.store.objects.format import UNIT_BITS, ObjectKind, ObjectName, ObjectRecord
 from pitfs.store.transfer.contents import OwnContents, SharedContents
 from pitfs.store.transfer.staging import StagedTransfer

@@ -49,10 +49,7 @@ def interval_of(catalog: Catalog, manifest: Manifest) -> Interval:
     m = manifest
     snapshot = catalog.snapshot_at_seq(m.to_seq)
     interval = catalog.interval_to(snapshot.id) if snapshot else None
-    if interval is None or (
-        (interval.from_seq, interval.from_time_ns, interval.to_seq, interval.to_time_ns)
-        != (m.from_seq, m.from_time_ns, m.to_seq, m.to_time_ns)
-    ):
+    if interval is None or interval.bounds != (m.from_seq, m.from_time_ns, m.to_seq, m.to_time_ns):
         raise mismatch(
             catalog.path,
             f"production sends layers of the interval from seq {m.from_seq} to {m.to_seq}, which the store doesn't "

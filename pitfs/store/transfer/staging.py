@@ -121,11 +121,10 @@ class StagedTransfer:
     def create(cls, directory: str, manifest: wire.Manifest, snapshot_id: int, store: WritableStore) -> StagedTransfer:
         """A new one, in a directory that has none."""
         staged = cls(directory, Progress(manifest, snapshot_id), store)
-        try:
+        with ExitStack() as failed:
+            failed.callback(staged.close)
             staged._save(staged._progress)
-        except BaseException:
-            staged.close()
-            raise
+            failed.pop_all()
         return staged
 
     @classmethod
