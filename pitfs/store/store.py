@@ -15,10 +15,9 @@ from pitfs.model.position import Position
 from pitfs.store.blocks import Blocks
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.records import Interval, Resolution, Snapshot
-from pitfs.store.index.reader import JournalIndex, Journals, chunk_cache
+from pitfs.store.index.reader import JournalIndex
 from pitfs.store.objects.format import CATALOG, OBJECTS
 from pitfs.store.objects.pool import ObjectPool, again_if_replaced, reading_limit
-from pitfs.store.open_interval.reader import OpenIntervals
 from pitfs.store.opening import read_store_info
 
 __all__ = ["Resolution", "Store"]
@@ -43,10 +42,8 @@ class Store:
         self._catalog = catalog = Catalog(os.path.join(path, CATALOG))
         history = bytes.fromhex(info.history)
         self.objects = ObjectPool(os.path.join(path, OBJECTS), history, reading_limit())
-        chunks = chunk_cache()
-        self._journals = Journals(catalog, self.objects, chunks)
-        self._open_intervals = OpenIntervals(catalog, self.objects, chunks)
-        blocks = Blocks(catalog, self.objects, info.volumes, self._journals, self._open_intervals)
+        blocks = Blocks(catalog, self.objects, info.volumes)
+        self._journals, self._open_intervals = blocks.journals, blocks.open_intervals
         # Where blocks are: see `Blocks`.
         self.leaf, self.next_leaf, self.next_difference = blocks.leaf, blocks.next_leaf, blocks.next_difference
         # What the catalog answers as it is: see `Catalog`.

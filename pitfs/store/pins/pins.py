@@ -33,8 +33,8 @@ import logging
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from typing import Final, Protocol, Self
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from typing import Final, Protocol
 
 from pitfs.errors import CorruptionError, NoSuchInstantError
 from pitfs.model.position import Position, format_instant
@@ -57,7 +57,7 @@ class Resolver(Protocol):
     def at_seq(self, seq: int) -> Resolution: ...
 
 
-class Pins:
+class Pins(AbstractContextManager["Pins"]):
     """The pins of this process, and of those that it forks.
 
     Made after the fork that goes to the background and before workers are forked (those before any thread pins): they
@@ -95,9 +95,6 @@ class Pins:
     def file(self) -> tuple[str, int] | None:
         """Path and descriptor of its file; None where the store isn't writable."""
         return (os.path.join(self._path, self._name), self._fd) if self._fd >= 0 else None
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
