@@ -8,7 +8,6 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 import pyfuse3
@@ -17,6 +16,7 @@ import trio
 from pitfs.errors import CapacityError
 from pitfs.fuse.handlers import failed, in_thread
 from pitfs.splitter.group_commit import GroupCommit
+from pitfs.splitter.service import SplitterService
 from pitfs.splitter.splitter import Splitter
 from pitfs.splitter.volume import NotCachedError
 
@@ -33,25 +33,17 @@ class SplitterOperations(pyfuse3.Operations):
     Args:
         splitter: what writes and reads go to.
         group_commit: what fsync goes to.
-        wait_for_room: waits until the journal may have room again (on_full = "block"); False: it won't.
-        written: waits until a write may be answered (mode sync); False: it will never be.
+        service: what writes wait for: room in the journal (on_full = "block"), or the replica (mode sync).
     """
 
     supports_dot_lookup = False
     enable_writeback_cache = False  # it would merge writes, and seq and time would be wrong
 
-    def __init__(
-        self,
-        splitter: Splitter,
-        group_commit: GroupCommit,
-        wait_for_room: Callable[[], Awaitable[bool]],
-        written: Callable[[], Awaitable[bool]],
-    ) -> None:
+    def __init__(self, splitter: Splitter, group_commit: GroupCommit, service: SplitterService) -> None:
         super().__init__()
         self._splitter = splitter
         self._group_commit = group_commit
-        self._wait_for_room = wait_for_room
-        self._written = written
+        self._service = service
         self._names = [os.fsencode(volume.name) for volume in splitter.volumes]
         self._sizes = [volume.size_bytes for volume in splitter.volumes]
         self._started_ns = time.time_ns()
@@ -80,13 +72,13 @@ class SplitterOperations(pyfuse3.Operations):
                 if not self._waiting:
                     log.warning("%s; writes wait for it", error)
                 self._waiting = True
-                if not await self._wait_for_room():
+                if not await self._service.wait_for_room():
                     raise pyfuse3.FUSEError(errno.EIO) from error
             except OSError as error:
                 raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
             except Exception as error:
                 raise failed("write", error) from None
-        if not await self._written():
+        if not await self._service.written():
             raise pyfuse3.FUSEError(errno.EIO)
         return len(buf)
 
@@ -97,7 +89,7 @@ class SplitterOperations(pyfuse3.Operations):
             except NotCachedError:
                 return await self._read_from_disk(fh, off, size)
         except OSError as error:
-            log.error("%s: read at %d: %s", self._splitter.volumes[fh - FIRST_INODE].backing.path, off, error)
+            log.error("%s: read at %d: %s", self._splitter.volumes[fh - FIRST_INODE].path, off, error)
             raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
         except Exception as error:
             raise failed("read", error) from None

@@ -45,7 +45,14 @@ def recover(
     state = SplitterState(progress.seq, progress.position_time_ns, progress.time_ns, progress.mark)
     found = _Replay(state, volumes, progress.checkpoint_lsn, limit_bytes)
     if progress.bypass_cause:
-        return state, _recover_bypass(directory, history, progress, found)
+        # Nothing is redone, as the backing volumes are ahead of the journal. An attempt to end the bypass may have left
+        # marks: they are taken in, so that no number is given twice.
+        try:
+            tail = replay(directory, progress.checkpoint_segment, found.advance, history)
+        except CorruptionError as error:
+            log.warning("%s; a complete copy follows anyway", error)
+            return state, None
+        return state, tail if tail is not None and tail.next_lsn > progress.checkpoint_lsn else None
     tail = replay(directory, progress.recovery_segment, found.redo, history, progress.checkpoint_lsn)
     if tail is None or tail.next_lsn <= progress.checkpoint_lsn:
         raise UsageError(
@@ -58,19 +65,6 @@ def recover(
     numbers = list_segments(directory)
     Durability(directory).make(numbers[0], numbers[-1])
     return state, tail
-
-
-def _recover_bypass(directory: str, history: bytes, progress: Progress, found: _Replay) -> JournalTail | None:
-    """Takes in the marks that an attempt to end the bypass may have left, so that no number is given twice.
-
-    Nothing is redone, as the backing volumes are ahead of the journal. Returns None where the journal is damaged.
-    """
-    try:
-        tail = replay(directory, progress.checkpoint_segment, found.advance, history)
-    except CorruptionError as error:
-        log.warning("%s; a complete copy follows anyway", error)
-        return None
-    return tail if tail is not None and tail.next_lsn > progress.checkpoint_lsn else None
 
 
 class _Replay:
@@ -121,7 +115,7 @@ class _Replay:
         if record.lsn > self._checkpoint_lsn:
             volume, contents = self._volumes[record.volume], reader.verified_contents(offset, record)
             start = record.block * volume.block_size
-            write_all(volume.backing.fd, contents[: volume.size_bytes - start], start)
+            write_all(volume.fd, contents[: volume.size_bytes - start], start)
             self.redone += 1
         changes = self._state.change_bitmap
         if changes is not None and not changes.mark(record.volume, record.block, record.block_count):

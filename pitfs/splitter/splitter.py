@@ -125,20 +125,19 @@ class Splitter:
             NotCachedError: it must come from the disk, and `may_wait` is false.
             OSError: the backing volume refuses.
         """
-        volume = self.volumes[index]
-        return volume.read(offset, max(0, min(size, volume.size_bytes - offset)), may_wait)
+        return self.volumes[index].read(offset, size, may_wait)
 
     def _write_backing(self, index: int, offset: int, data: bytes) -> None:
         volume = self.volumes[index]
         try:
-            if os.pwrite(volume.backing.fd, data, offset) != len(data):
+            if os.pwrite(volume.fd, data, offset) != len(data):
                 # A short write means a full disk or a failing one: writing on says which.
-                write_all(volume.backing.fd, data, offset)
+                write_all(volume.fd, data, offset)
         except OSError as error:
             # The journal has the write, and the volume may have part of it: these blocks must be read again.
             try:
                 if not self.state.bypass_cause:
-                    self._begin_bypass(f"{volume.backing.path}: a write failed: {os.strerror(error.errno or 0)}")
+                    self._begin_bypass(f"{volume.path}: a write failed: {os.strerror(error.errno or 0)}")
             finally:
                 self._note_change(index, offset, len(data))
             raise
@@ -269,9 +268,9 @@ class Splitter:
             raise self._backing_failed
         for volume in self.volumes:
             try:
-                os.fdatasync(volume.backing.fd)
+                os.fdatasync(volume.fd)
             except OSError as error:
-                self._backing_failed = OSError(error.errno, error.strerror, volume.backing.path)
+                self._backing_failed = OSError(error.errno, error.strerror, volume.path)
                 raise self._backing_failed from error
 
     def sync(self) -> None:
@@ -308,7 +307,7 @@ class Splitter:
             time_ns=state.time_ns,
             mark=state.mark,
             copy_segment=state.copy_location.segment if state.copy else 0,
-            backings=tuple(BackingState(v.size_bytes, v.backing.mtime_ns) for v in self.volumes),
+            backings=tuple(BackingState(v.size_bytes, v.mtime_ns) for v in self.volumes),
             change_bitmap_checksum=change_bitmap_checksum,
         )
 
@@ -372,12 +371,12 @@ class Splitter:
     def close(self) -> None:
         """Makes everything durable, with a checkpoint that is marked clean, and closes the files. Raises OSError."""
         for volume in self.volumes:
-            os.fsync(volume.backing.fd)  # the modification times as well, which the checkpoint has
+            os.fsync(volume.fd)  # the modification times as well, which the checkpoint has
         self.checkpoint(self.snapshot_progress(clean=True, change_bitmap_checksum=self._save_bitmap()))
         self.journal.close()
         self._progress.close()
         for volume in self.volumes:
-            volume.backing.close()
+            volume.close()
 
     def _save_bitmap(self) -> int:
         """Saves the change bitmap of a bypass for the next start. Returns its checksum, 0 where nothing is saved."""

@@ -17,7 +17,7 @@ from pitfs.splitter.identity import open_group
 from pitfs.splitter.recovery import recover
 from pitfs.splitter.splitter import Splitter
 from pitfs.splitter.state import Progress, ProgressFile, boot_id
-from pitfs.splitter.volume import Volume, open_backing
+from pitfs.splitter.volume import Volume, open_volume
 from pitfs.storage.files import FULL_ERRNOS, fsync_directory, storage_error
 from pitfs.storage.segment import list_segments
 
@@ -72,14 +72,14 @@ def open_splitter(
         CorruptionError: the journal is damaged.
         PitfsError: a disk refuses.
     """
-    volumes = [Volume(spec.name, open_backing(spec.backing), spec.block_size) for spec in specs]
+    volumes = [open_volume(spec.name, spec.backing, spec.block_size) for spec in specs]
     infos = tuple(VolumeInfo(volume.name, volume.size_bytes, volume.block_size) for volume in volumes)
     history = bytes.fromhex(open_group(state, group, infos).history)
     directory = journal_directory(state)
     progress_file = ProgressFile(state, begins=not list_segments(directory))
     progress = progress_file.read()
     boot = boot_id()
-    mtimes_ns = [volume.backing.mtime_ns for volume in volumes]  # before redo changes them
+    mtimes_ns = [volume.mtime_ns for volume in volumes]  # before redo changes them
     generation, next_lsn = (progress.generation, progress.checkpoint_lsn + 1) if progress else (0, 1)
     try:
         recovered, tail = recover(directory, history, volumes, progress, bitmap_limit_bytes(capacity_bytes))
@@ -138,5 +138,5 @@ def _copy_cause(
         changed = [mtime_ns != before.mtime_ns for mtime_ns, before in pairs]
     for volume, by_others in zip(volumes, changed, strict=True):
         if by_others:
-            return f"{volume.backing.path}: was changed while pitfs wasn't running"
+            return f"{volume.path}: was changed while pitfs wasn't running"
     return None

@@ -142,11 +142,6 @@ class SegmentReader:
             raise CorruptionError(self.path, offset, "a block doesn't match its checksum")
         return data
 
-    @property
-    def is_as_named(self) -> bool:
-        """Whether the file has the name of the segment in it. It hasn't where the disk lost a rename."""
-        return segment_number(os.path.basename(self.path)) == self.header.number
-
     def records_after(self, offset: int) -> Iterator[Record]:
         """Every good record behind a bad one at `offset`, wherever it stands: to tell a torn end from damage."""
         step, overlap = 4 << 20, HEADER_BYTES + records.MAX_BODY_BYTES

@@ -71,7 +71,7 @@ def serve(config: Config) -> int:
     copying = splitter.state.copy is not None
     gate = SyncGate(replication.mode == "sync", replication.on_disconnect == "block", copying)
     service = SplitterService(splitter, gate)
-    operations = SplitterOperations(splitter, GroupCommit(splitter), service.wait_for_room, service.written)
+    operations = SplitterOperations(splitter, GroupCommit(splitter), service)
     # A stop from here on waits until the mount can be unmounted in order; `told_to_stop` unblocks it.
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
     mount_splitter(operations, mountpoint, config.group.name)
