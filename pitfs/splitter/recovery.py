@@ -8,7 +8,7 @@ import os
 from pyroaring import BitMap64
 
 from pitfs.errors import CorruptionError, UsageError
-from pitfs.journal.durability import Durability
+from pitfs.journal.reader import Durability
 from pitfs.journal.recovery import replay
 from pitfs.journal.writer import JournalTail, Location
 from pitfs.model.record import CopyProgress, CopyStart, Mark, Record, RecordKind
@@ -86,7 +86,14 @@ class _Replay:
         """Takes in a record. Raises CorruptionError where a write's contents are bad."""
         message = record.message
         if record.kind is RecordKind.WRITE:
-            self._redo_write(reader, offset, record)
+            if record.lsn > self._checkpoint_lsn:
+                volume, contents = self._volumes[record.volume], reader.verified_contents(offset, record)
+                start = record.block * volume.block_size
+                write_all(volume.fd, contents[: volume.size_bytes - start], start)
+                self.redone += 1
+            changes = self._state.change_bitmap
+            if changes is not None and not changes.mark(record.volume, record.block, record.block_count):
+                self._state.change_bitmap = None
         elif record.kind is RecordKind.BEFORE_IMAGE:
             preserved = self._volumes[record.volume].preserved
             preserved.add_range(record.block, record.block + record.block_count)
@@ -110,16 +117,6 @@ class _Replay:
         state.time_ns = max(state.time_ns, record.time_ns)
         if not isinstance(message, Mark):
             state.seq, state.position_time_ns = record.seq, record.time_ns
-
-    def _redo_write(self, reader: SegmentReader, offset: int, record: Record) -> None:
-        if record.lsn > self._checkpoint_lsn:
-            volume, contents = self._volumes[record.volume], reader.verified_contents(offset, record)
-            start = record.block * volume.block_size
-            write_all(volume.fd, contents[: volume.size_bytes - start], start)
-            self.redone += 1
-        changes = self._state.change_bitmap
-        if changes is not None and not changes.mark(record.volume, record.block, record.block_count):
-            self._state.change_bitmap = None
 
     def _begin_copy(self, start: CopyStart, location: Location) -> None:
         state = self._state

@@ -78,18 +78,23 @@ def open_splitter(
     directory = journal_directory(state)
     progress_file = ProgressFile(state, begins=not list_segments(directory))
     progress = progress_file.read()
-    boot = boot_id()
+    boot, limit_bytes = boot_id(), bitmap_limit_bytes(capacity_bytes)
     mtimes_ns = [volume.mtime_ns for volume in volumes]  # before redo changes them
     generation, next_lsn = (progress.generation, progress.checkpoint_lsn + 1) if progress else (0, 1)
     try:
-        recovered, tail = recover(directory, history, volumes, progress, bitmap_limit_bytes(capacity_bytes))
+        recovered, tail = recover(directory, history, volumes, progress, limit_bytes)
         journal = Journal(directory, history, capacity_bytes, tail, next_lsn)
         splitter = Splitter(
             volumes, journal, recovered, progress_file, generation, clock_ns, boot, block_when_full
         )
         cause = _copy_cause(progress, boot, volumes, mtimes_ns, recovered.time_ns)
         if progress is not None and progress.bypass_cause:
-            _go_on_with_bypass(splitter, state, progress, cause is None)
+            # Until there is room for a copy, writes go on bypassing the journal: production doesn't wait for it.
+            recovered.bypass_cause, checksum = progress.bypass_cause, progress.change_bitmap_checksum
+            if progress.clean and checksum and cause is None:  # nobody else wrote: the bitmap is all that changed
+                recovered.change_bitmap = load_bitmap(state, checksum, len(volumes), limit_bytes)
+            splitter.checkpoint(splitter.snapshot_progress())
+            remove_bitmap(state)
         elif cause is not None:
             if cause:
                 log.warning("%s: a complete copy follows, instants until now stay as they are", cause)
@@ -99,21 +104,6 @@ def open_splitter(
     except OSError as error:
         raise storage_error(error, error.filename or directory, "starting the splitter") from error
     return splitter
-
-
-def _go_on_with_bypass(splitter: Splitter, state: str, progress: Progress, backings_kept: bool) -> None:
-    """Writes bypassed the journal, and do so until there is room for a copy: production doesn't wait for it.
-
-    Args:
-        backings_kept: nobody else wrote to the backing volumes. Only then is the change bitmap all that changed.
-    """
-    recovered, limit_bytes = splitter.state, bitmap_limit_bytes(splitter.journal.capacity_bytes)
-    recovered.bypass_cause = progress.bypass_cause
-    checksum = progress.change_bitmap_checksum
-    if progress.clean and checksum and backings_kept:
-        recovered.change_bitmap = load_bitmap(state, checksum, len(splitter.volumes), limit_bytes)
-    splitter.checkpoint(splitter.snapshot_progress())
-    remove_bitmap(state)
 
 
 def _copy_cause(

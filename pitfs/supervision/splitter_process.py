@@ -19,8 +19,7 @@ import trio
 from pitfs.config.production import Config
 from pitfs.errors import PitfsError
 from pitfs.fuse.kernel.io_flusher import set_io_flusher
-from pitfs.fuse.splitter import SplitterOperations
-from pitfs.fuse.splitter_mount import attached_loops, mount_splitter, prepare_mountpoint
+from pitfs.fuse.splitter import SplitterOperations, attached_loops, mount_splitter, prepare_mountpoint
 from pitfs.splitter import control, messages
 from pitfs.splitter.group_commit import GroupCommit
 from pitfs.splitter.service import SplitterService

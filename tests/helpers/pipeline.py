@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pitfs.journal.block_source import BlockSource
-from pitfs.journal.reader import Copy, Interval, JournalReader
+from pitfs.journal.reader import BlockSource, Copy, Interval, JournalReader
 from pitfs.journal.writer import Location
 from pitfs.model.ladder import NO_LAYER
 from pitfs.model.record import CopyProgress
