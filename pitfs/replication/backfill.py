@@ -13,8 +13,7 @@ import trio
 from msgspec.structs import replace
 
 from pitfs.errors import CorruptionError
-from pitfs.journal.block_source import BlockSource
-from pitfs.journal.reader import Interval, JournalReader, SeenMark, after
+from pitfs.journal.reader import BlockSource, Interval, JournalReader, SeenMark, after
 from pitfs.journal.writer import Location
 from pitfs.model.ladder import LAST_LAYER, granularity_of, layer_of
 from pitfs.model.schedule import Step, Waiting, layers_left

@@ -16,7 +16,7 @@ from pitfs.model.transfer import Welcome
 from pitfs.replication.phases import Phase
 from pitfs.replication.ports import Session, ShipperSettings
 from pitfs.replication.status import ReplicationStatus
-from pitfs.splitter.client import SplitterClient
+from pitfs.splitter.messages import SplitterClient
 from pitfs.storage.segment import list_segments
 
 log = logging.getLogger(__name__)

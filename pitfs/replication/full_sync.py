@@ -38,7 +38,7 @@ from pitfs.replication.phases import Phase
 from pitfs.replication.ports import Session, ShipperSettings
 from pitfs.replication.sending import Sender
 from pitfs.splitter.change_bitmap import BitmapAssembler
-from pitfs.splitter.client import SplitterClient
+from pitfs.splitter.messages import SplitterClient
 from pitfs.storage.files import open_fd
 from pitfs.storage.segment import segment_path
 

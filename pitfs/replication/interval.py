@@ -26,7 +26,7 @@ COMPARE_BYTES: Final = 4 << 20  # blocks compared at once: bounds what is held
 
 
 class RowContents(Protocol):
-    """What has the contents of an interval's rows: see `journal.block_source.BlockSource`."""
+    """What has the contents of an interval's rows: see `journal.reader.BlockSource`."""
 
     def read(self, rows: Rows) -> bytearray: ...
     def close(self) -> None: ...

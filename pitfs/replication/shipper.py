@@ -9,8 +9,7 @@ from typing import Final
 import trio
 
 from pitfs.errors import CorruptionError, PitfsError, RemoteProtocolError
-from pitfs.journal.durability import Durability
-from pitfs.journal.reader import Copy, Interval
+from pitfs.journal.reader import Copy, Durability, Interval
 from pitfs.journal.writer import Location, segment_bytes_for
 from pitfs.model import schedule
 from pitfs.replication.backfill import Backfill
@@ -24,8 +23,7 @@ from pitfs.replication.ports import Connect, Session, ShipperSettings
 from pitfs.replication.sending import Sender
 from pitfs.replication.status import ReplicationStatus
 from pitfs.replication.stream import POLL_S, AckReporter, Stream
-from pitfs.splitter.client import SplitterClient
-from pitfs.splitter.messages import SplitterStatus
+from pitfs.splitter.messages import SplitterClient, SplitterStatus
 from pitfs.storage.files import storage_error
 
 log = logging.getLogger(__name__)
@@ -70,8 +68,7 @@ class Shipper:
         self._durability = durability = Durability(settings.journal_directory)
         self.full_sync = FullSync(settings, splitter, self.cursor, sender)
         self.acks = AckReporter(splitter, is_sync=settings.mode == "sync")
-        reader, sizes = self.cursor.reader, settings.block_sizes
-        self.stream = Stream(reader, sizes, splitter, sender, durability, self.acks, self.release)
+        self.stream = Stream(self.cursor.reader, splitter, sender, durability, self.acks, self.release)
 
     def close(self) -> None:
         """Closes files. A shipper that was killed instead leaves nothing behind either."""

@@ -10,8 +10,7 @@ from typing import Final
 
 import trio
 
-from pitfs.journal.durability import Durability
-from pitfs.journal.reader import JournalReader
+from pitfs.journal.reader import Durability, JournalReader
 from pitfs.journal.stream_reader import NOTHING_DIGEST, StreamChunk, next_chunk
 from pitfs.journal.writer import Location
 from pitfs.model.record import MAX_BODY_BYTES
@@ -19,8 +18,7 @@ from pitfs.model.transfer import MAX_BATCH_BYTES, Durable, Flush, Welcome, Write
 from pitfs.replication.phases import Phase
 from pitfs.replication.ports import Session
 from pitfs.replication.sending import Sender
-from pitfs.splitter.client import SplitterClient
-from pitfs.splitter.messages import Replicated
+from pitfs.splitter.messages import Replicated, SplitterClient
 
 POLL_S: Final = 0.15  # how often the journal is read: with the replica's 0.25 s until readable, well below 1 s
 PULSE_S: Final = 0.25  # how often the replica hears that time passed where nothing is written
@@ -59,7 +57,6 @@ class Stream:
     def __init__(
         self,
         reader: JournalReader,
-        block_sizes: list[int],
         splitter: SplitterClient,
         sender: Sender,
         durability: Durability,
@@ -67,7 +64,7 @@ class Stream:
         release: Callable[[int], Awaitable[None]],
     ) -> None:
         self._reader, self._splitter, self._sender, self._durability = reader, splitter, sender, durability
-        self._block_sizes, self._acks, self._release_segment = block_sizes, acks, release
+        self._acks, self._release_segment = acks, release
         self.position = (0, 0)
         self.mark = self.durable_seq = self._durable_mark = self._journalled_seq = 0
         self.journalled_lsn, self.pumped_at = 0, 0.0
@@ -145,7 +142,7 @@ class Stream:
         while True:
             # What a batch may have, but for the write with which it gets there.
             batch_bytes = min(MAX_BATCH_BYTES - MAX_BODY_BYTES, self._window_bytes // 2)
-            chunk = await trio.to_thread.run_sync(next_chunk, self._reader, tail, batch_bytes, self._block_sizes)
+            chunk = await trio.to_thread.run_sync(next_chunk, self._reader, tail, batch_bytes)
             if chunk is None:
                 self._saturated_at = None
                 break
