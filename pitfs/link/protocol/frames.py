@@ -28,24 +28,8 @@ from typing import Annotated, Final, NamedTuple
 import msgspec
 import xxhash
 
+from pitfs.model import transfer
 from pitfs.model.group import identity_problem
-from pitfs.model.transfer import (
-    MAX_NUMBER,
-    MAX_PAYLOAD_BYTES,
-    ROWS,
-    Begin,
-    Checkpoint,
-    Durable,
-    End,
-    Flush,
-    Hello,
-    Number,
-    Park,
-    ResumePoint,
-    Section,
-    StreamMark,
-    Welcome,
-)
 from pitfs.model.window import MIN_WINDOW_BYTES, check_window
 
 PREFACE: Final = b"\x89pitfs\r\n"
@@ -57,7 +41,7 @@ DATA_PREFIX: Final = struct.Struct("<B3sIQ")
 assert len(PREFACE) == 8 and HEADER.size == 16 and DATA_PREFIX.size == 16
 
 Buffer = bytes | bytearray | memoryview
-Versions = Annotated[tuple[Number, ...], msgspec.Meta(min_length=1, max_length=64)]
+Versions = Annotated[tuple[transfer.Number, ...], msgspec.Meta(min_length=1, max_length=64)]
 
 
 class FrameType(enum.IntEnum):
@@ -96,15 +80,15 @@ class Greeting(msgspec.Struct, frozen=True):
     """
 
     versions: Versions
-    hello: Hello | None
+    hello: transfer.Hello | None
     window_bytes: int = MIN_WINDOW_BYTES
 
 
 class Accept(msgspec.Struct, frozen=True):
     """WELCOME: the version chosen, the replica's state, and the window: that of HELLO or a smaller one."""
 
-    version: Number
-    welcome: Welcome
+    version: transfer.Number
+    welcome: transfer.Welcome
     window_bytes: int = MIN_WINDOW_BYTES
 
 
@@ -127,7 +111,7 @@ class Fault(_Refusal, frozen=True):
 class _Durability(msgspec.Struct, frozen=True):
     """What is durable of a transfer."""
 
-    point: ResumePoint
+    point: transfer.ResumePoint
 
 
 class Resume(_Durability, frozen=True):
@@ -145,21 +129,21 @@ class Parked(_Durability, frozen=True):
 class Committed(msgspec.Struct, frozen=True):
     """COMMITTED, the answer to END: the replica's state now."""
 
-    welcome: Welcome
+    welcome: transfer.Welcome
 
 
 class Ping(msgspec.Struct, frozen=True):
-    token: Number
+    token: transfer.Number
 
 
 class Pong(msgspec.Struct, frozen=True):
-    token: Number
+    token: transfer.Number
 
 
 class WireData(NamedTuple):
     """DATA as it stands on the wire; `raw_length` is the length of the payload once decoded."""
 
-    section: Section
+    section: transfer.Section
     offset: int
     raw_length: int
     encoding: Encoding
@@ -167,8 +151,9 @@ class WireData(NamedTuple):
 
 
 Frame = (
-    Greeting | Accept | Refuse | Begin | Resume | WireData | Checkpoint | Progress | End | Committed
-    | Park | Parked | Flush | StreamMark | Durable | Ping | Pong | Fault
+    Greeting | Accept | Refuse | Fault | Ping | Pong | WireData
+    | transfer.Begin | Resume | transfer.Checkpoint | Progress | transfer.End | Committed | transfer.Park | Parked
+    | transfer.Flush | transfer.StreamMark | transfer.Durable
 )  # fmt: skip
 
 # Each type, the value that it carries, and its longest body, known before a byte of the body is kept. HELLO and BEGIN
@@ -177,21 +162,21 @@ _FORMATS: Final[tuple[tuple[FrameType, type[Frame], int], ...]] = (
     (FrameType.HELLO, Greeting, 64 << 10),
     (FrameType.WELCOME, Accept, 64 << 10),  # 256 intervals that could become finer take 20 KiB
     (FrameType.REFUSE, Refuse, 16 << 10),
-    (FrameType.BEGIN, Begin, 4 << 20),
+    (FrameType.BEGIN, transfer.Begin, 4 << 20),
     (FrameType.RESUME, Resume, 4 << 10),
-    (FrameType.DATA, WireData, DATA_PREFIX.size + MAX_PAYLOAD_BYTES + MAX_GROWTH_BYTES),
-    (FrameType.CHECKPOINT, Checkpoint, 4 << 10),
+    (FrameType.DATA, WireData, DATA_PREFIX.size + transfer.MAX_PAYLOAD_BYTES + MAX_GROWTH_BYTES),
+    (FrameType.CHECKPOINT, transfer.Checkpoint, 4 << 10),
     (FrameType.PROGRESS, Progress, 4 << 10),
-    (FrameType.END, End, 1 << 10),
+    (FrameType.END, transfer.End, 1 << 10),
     (FrameType.COMMITTED, Committed, 1 << 10),
     (FrameType.PING, Ping, 64),
     (FrameType.PONG, Pong, 64),
     (FrameType.FAULT, Fault, 16 << 10),
-    (FrameType.PARK, Park, 4 << 10),
+    (FrameType.PARK, transfer.Park, 4 << 10),
     (FrameType.PARKED, Parked, 4 << 10),
-    (FrameType.FLUSH, Flush, 256),
-    (FrameType.MARK, StreamMark, 1 << 10),
-    (FrameType.DURABLE, Durable, 256),
+    (FrameType.FLUSH, transfer.Flush, 256),
+    (FrameType.MARK, transfer.StreamMark, 1 << 10),
+    (FrameType.DURABLE, transfer.Durable, 256),
 )
 TYPE_OF: Final[dict[type, FrameType]] = {body: frame_type for frame_type, body, _ in _FORMATS}
 MAX_BODY_BYTES: Final = {frame_type: limit for frame_type, _, limit in _FORMATS}
@@ -211,7 +196,7 @@ _DECODERS: Final[dict[FrameType, msgspec.msgpack.Decoder[Frame]]] = {
     if body not in (WireData, Greeting)
 }
 _GREETING_DECODER: Final = msgspec.msgpack.Decoder(_GreetingBody)
-_HELLO_DECODER: Final = msgspec.msgpack.Decoder(Hello)
+_HELLO_DECODER: Final = msgspec.msgpack.Decoder(transfer.Hello)
 _ENCODER: Final = msgspec.msgpack.Encoder()
 
 
@@ -295,7 +280,7 @@ def decode(frame: bytearray) -> Frame:
     section, zeros, raw_length, offset = DATA_PREFIX.unpack_from(body)
     if zeros != b"\0\0\0":
         raise ValueError("DATA with reserved bytes that aren't zero")
-    data = WireData(Section(section), offset, raw_length, Encoding(flags), body[DATA_PREFIX.size :])
+    data = WireData(transfer.Section(section), offset, raw_length, Encoding(flags), body[DATA_PREFIX.size :])
     _check_data(data)
     return data
 
@@ -313,7 +298,7 @@ def _decode_body(frame_type: FrameType, body: Buffer) -> Frame:
                 check_window(window_bytes)
             except ValueError as error:
                 raise ValueError(f"window of {window_bytes} bytes: {error}") from None
-        case Begin(manifest=manifest):
+        case transfer.Begin(manifest=manifest):
             if manifest.to_seq < manifest.from_seq or manifest.to_time_ns < manifest.from_time_ns:
                 raise ValueError("manifest goes back")
     return frame
@@ -334,11 +319,11 @@ def _check_data(data: WireData) -> None:
     if isinstance(data.payload, memoryview) and (data.payload.itemsize != 1 or not data.payload.c_contiguous):
         raise ValueError("DATA payload isn't a contiguous view of bytes")
     growth = 0 if data.encoding is Encoding.RAW else MAX_GROWTH_BYTES
-    if data.raw_length > MAX_PAYLOAD_BYTES or length > data.raw_length + growth:
-        raise ValueError(f"DATA of {length} bytes for {data.raw_length}, limit {MAX_PAYLOAD_BYTES}")
+    if data.raw_length > transfer.MAX_PAYLOAD_BYTES or length > data.raw_length + growth:
+        raise ValueError(f"DATA of {length} bytes for {data.raw_length}, limit {transfer.MAX_PAYLOAD_BYTES}")
     if data.encoding is Encoding.RAW and length != data.raw_length:
         raise ValueError(f"raw DATA of {length} bytes says {data.raw_length}")
-    if data.encoding is Encoding.COLUMNS and data.section not in ROWS:
+    if data.encoding is Encoding.COLUMNS and data.section not in transfer.ROWS:
         raise ValueError(f"DATA of {data.section.name} in columns")
-    if not 0 <= data.offset <= MAX_NUMBER - data.raw_length:
+    if not 0 <= data.offset <= transfer.MAX_NUMBER - data.raw_length:
         raise ValueError(f"DATA at offset {data.offset}")

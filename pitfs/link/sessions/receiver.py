@@ -19,17 +19,7 @@ from typing import Final, TypeVar
 import trio
 
 from pitfs.errors import LinkError, PitfsError, RemoteProtocolError
-from pitfs.link.protocol.frames import (
-    VERSIONS,
-    Accept,
-    Committed,
-    Fault,
-    Frame,
-    Greeting,
-    Refuse,
-    WireData,
-    common_version,
-)
+from pitfs.link.protocol import frames
 from pitfs.link.protocol.protocol import LinkProtocol, LinkState, Role
 from pitfs.link.sessions import failures
 from pitfs.link.sessions.applier import Applier, IngestProtocol
@@ -137,7 +127,7 @@ class _Receiver:
         finally:
             await trio.aclose_forcefully(inner)
 
-    async def _greet(self, inner: trio.SocketStream, peer: str) -> tuple[Connection, Greeting, str] | None:
+    async def _greet(self, inner: trio.SocketStream, peer: str) -> tuple[Connection, frames.Greeting, str] | None:
         """TLS, preface and HELLO, within time and number; None if there is no session."""
         with trio.move_on_after(self.limits.handshake_s) as scope:
             self._handshaking[scope] = None
@@ -160,7 +150,7 @@ class _Receiver:
             log.warning("%s: it said no HELLO within %g s, or others came", peer, self.limits.handshake_s)
         return None
 
-    async def _read_greeting(self, stream: PlainStream, peer: str) -> tuple[Connection, Greeting, str]:
+    async def _read_greeting(self, stream: PlainStream, peer: str) -> tuple[Connection, frames.Greeting, str]:
         if isinstance(stream, TlsStream):
             await stream.do_handshake()
             if name := names_of(stream.peer_certificate()):
@@ -174,12 +164,12 @@ class _Receiver:
         )
         # First, so that a peer that expects TLS or something else sees what this side speaks.
         await connection.send_preface()
-        while (frames := await connection.receive()) is not None:
-            if greetings := [frame for frame in frames if isinstance(frame, Greeting)]:
+        while (received := await connection.receive()) is not None:
+            if greetings := [frame for frame in received if isinstance(frame, frames.Greeting)]:
                 return connection, greetings[0], peer
         raise EOFError
 
-    async def check(self, greeting: Greeting, stream: PlainStream) -> Hello:
+    async def check(self, greeting: frames.Greeting, stream: PlainStream) -> Hello:
         """Whether this peer may have a session.
 
         Raises:
@@ -187,7 +177,7 @@ class _Receiver:
         """
         if greeting.hello is None:
             theirs = ", ".join(map(str, greeting.versions))
-            ours = ", ".join(map(str, VERSIONS))
+            ours = ", ".join(map(str, frames.VERSIONS))
             words = f"this replica speaks versions {ours} of the protocol and the sender {theirs}: upgrade one"
             raise PeerError(failures.VERSION, words, retryable=False)
         group = greeting.hello.group
@@ -245,7 +235,7 @@ class _Session:
         self.released = trio.Event()  # set once the ingest is closed
         self.epoch = 0  # of its sender
         self._receiver, self._connection = receiver, connection
-        self._incoming: FrameQueue[Frame] = FrameQueue(receiver.limits.queue_bytes)
+        self._incoming: FrameQueue[frames.Frame] = FrameQueue(receiver.limits.queue_bytes)
         self._window_bytes = 0  # taken from the receiver's pool
         self._applier: Applier | None = None  # until the store is open
         self._scope = trio.CancelScope()
@@ -253,7 +243,7 @@ class _Session:
         self._stopping = False
         self._began = False
 
-    async def run(self, greeting: Greeting) -> None:
+    async def run(self, greeting: frames.Greeting) -> None:
         """Serves the session to its end."""
         try:
             with self._scope:
@@ -290,7 +280,7 @@ class _Session:
                 log.exception("%s: a mistake in pitfs", self.peer)
             self.stop(error)
 
-    async def _work(self, greeting: Greeting) -> None:
+    async def _work(self, greeting: frames.Greeting) -> None:
         """Opens the store, then ingests what comes, until the peer has left and all is ingested."""
         hello = await self._receiver.check(greeting, self._connection.stream)
         await self._in_thread(lambda: self._receiver.check_sender(hello))
@@ -301,12 +291,12 @@ class _Session:
         self._began = True
         words = "%s: session began, group %s at mark %d, window %d MiB"
         log.info(words, self.peer, hello.group, welcome.mark, self._window_bytes >> 20)
-        version = common_version(greeting.versions) or VERSIONS[0]
-        self._reply(Accept(version, welcome, self._window_bytes))
+        version = frames.common_version(greeting.versions) or frames.VERSIONS[0]
+        self._reply(frames.Accept(version, welcome, self._window_bytes))
         streams = False
         while True:
             with trio.move_on_after(IDLE_S if streams else math.inf) as scope:
-                batch = await self._incoming.take(lambda frame: not isinstance(frame, WireData | Flush))
+                batch = await self._incoming.take(lambda frame: not isinstance(frame, frames.WireData | Flush))
             if scope.cancelled_caught:
                 streams = False
                 await self._in_thread(applier.ingest.publish)
@@ -314,7 +304,7 @@ class _Session:
             if not batch:
                 return
             for reply in await self._in_thread(partial(applier.apply, batch)):
-                if isinstance(reply, Committed):
+                if isinstance(reply, frames.Committed):
                     state = reply.welcome
                     log.debug("%s: group %s: mark %d committed, seq %d", self.peer, hello.group, state.mark, state.seq)
                 streams = streams or isinstance(reply, Durable)
@@ -331,7 +321,7 @@ class _Session:
             ingest.close()
             raise
 
-    def _reply(self, frame: Frame) -> None:
+    def _reply(self, frame: frames.Frame) -> None:
         """Queues a reply; the limit is for a peer that sends and never reads."""
         if not self._connection.outgoing.put_nowait(frame, FRAME_COST_BYTES):
             raise LinkError("it doesn't read the answers to what it sends")
@@ -339,9 +329,9 @@ class _Session:
     async def _read_all(self) -> None:
         """Reads until the peer leaves; what came before is still ingested then."""
         try:
-            while (frames := await self._connection.receive()) is not None:
-                for frame in frames:
-                    size_bytes = frame.raw_length if isinstance(frame, WireData) else 0
+            while (received := await self._connection.receive()) is not None:
+                for frame in received:
+                    size_bytes = frame.raw_length if isinstance(frame, frames.WireData) else 0
                     await self._incoming.put(frame, size_bytes + FRAME_COST_BYTES)
             if self._connection.state not in (LinkState.ASKED, LinkState.READY):
                 self._reason = LinkError("the connection ended within a transfer, which can be resumed")
@@ -374,10 +364,10 @@ class _Session:
             with suppress(*LINK_ERRORS):
                 if reason is not None and not connection.is_mid_frame and connection.state is not LinkState.CLOSED:
                     code, message, retryable = failures.describe(reason)
-                    answer: Refuse | Fault = Fault(code, message, retryable)
+                    answer: frames.Refuse | frames.Fault = frames.Fault(code, message, retryable)
                     if connection.state is LinkState.ASKED:
                         # After a RemoteProtocolError the same HELLO would be as wrong the next time.
                         again = retryable and not isinstance(reason, RemoteProtocolError)
-                        answer = Refuse(code, message, again)
+                        answer = frames.Refuse(code, message, again)
                     await connection.send([answer])
             await connection.stream.linger()
