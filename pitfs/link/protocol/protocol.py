@@ -99,7 +99,7 @@ class LinkProtocol:
     def __init__(self, role: Role) -> None:
         self.role = role
         self.state = LinkState.GREETING
-        self._prefaced = False
+        self._unsent: list[frames.Buffer] = [frames.PREFACE]
         self._expect_preface = True
         self._frame = bytearray()  # what came of the preface or frame under way; at most one frame
         self._wanted = len(frames.PREFACE)  # bytes that `_frame` needs before it can be looked at
@@ -113,10 +113,8 @@ class LinkProtocol:
 
     def start(self) -> list[frames.Buffer]:
         """The preface; to be sent before anything else (`send` does so where it wasn't)."""
-        if self._prefaced:
-            return []
-        self._prefaced = True
-        return [frames.PREFACE]
+        unsent, self._unsent = self._unsent, []
+        return unsent
 
     def send(self, frame: frames.Frame) -> list[frames.Buffer]:
         """Turns a frame into buffers to be sent in this order.

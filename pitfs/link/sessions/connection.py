@@ -8,7 +8,7 @@ import trio
 
 from pitfs.errors import LinkError
 from pitfs.link.protocol.frames import Buffer, Frame, Ping, Pong, WireData
-from pitfs.link.protocol.protocol import LinkProtocol, LinkState
+from pitfs.link.protocol.protocol import LinkProtocol
 from pitfs.link.sessions.frame_queue import FrameQueue
 from pitfs.link.transport.rate import TokenBucket
 from pitfs.link.transport.streams import PlainStream, joined
@@ -18,7 +18,7 @@ class Connection:
     """A stream, its protocol object, and the frames that wait to be sent on it.
 
     Attributes:
-        state: of the conversation.
+        protocol: the conversation, and its state.
         outgoing: frames that wait; `write_all` sends them.
         wire_bytes: sent so far (frames; without the overhead of TLS, TCP and IP).
         payload_bytes: of the DATA sent so far, before compression.
@@ -39,12 +39,8 @@ class Connection:
         self.outgoing: FrameQueue[Frame] = FrameQueue(queue_bytes)
         self.wire_bytes = self.payload_bytes = 0
         self.is_mid_frame = False
-        self._protocol, self._bucket = protocol, bucket
+        self.protocol, self._bucket = protocol, bucket
         self._ping_s, self._dead_s = ping_s, dead_s
-
-    @property
-    def state(self) -> LinkState:
-        return self._protocol.state
 
     async def receive(self) -> Iterator[Frame] | None:
         """Waits for bytes, and gives the frames that they complete, to be iterated over to the end.
@@ -65,12 +61,8 @@ class Connection:
             raise LinkError(f"nothing heard from it for {self._dead_s:g} s")
         return self._without_heartbeats(data) if data else None
 
-    def check_end(self) -> None:
-        """Raises RemoteProtocolError if the peer ended the connection in the middle of a frame."""
-        self._protocol.receive_eof()
-
     def _without_heartbeats(self, data: Buffer) -> Iterator[Frame]:
-        for frame in self._protocol.receive(data):
+        for frame in self.protocol.receive(data):
             if isinstance(frame, Ping):
                 self.outgoing.put_control(Pong(frame.token))
             elif not isinstance(frame, Pong):
@@ -90,14 +82,14 @@ class Connection:
         """Sends frames past the queue. Raises as `write_all`."""
         buffers: list[Buffer] = []
         for frame in frames:
-            buffers += self._protocol.send(frame)
+            buffers += self.protocol.send(frame)
             if isinstance(frame, WireData):
                 self.payload_bytes += frame.raw_length
         await self._send(buffers)
 
     async def send_preface(self) -> None:
         """Sends the preface before the first frame. Raises as `write_all`."""
-        await self._send(self._protocol.start())
+        await self._send(self.protocol.start())
 
     async def _send(self, buffers: Iterable[Buffer]) -> None:
         """Sends buffers in order, held to the rate of the bucket."""

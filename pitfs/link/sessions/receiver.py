@@ -92,21 +92,19 @@ async def serve(
         await trio.serve_listeners(receiver.handle, listeners, handler_nursery=nursery)
 
 
+@dataclass(eq=False)
 class _Receiver:
-    """All connections of one `serve`."""
+    """All connections of one `serve`, and its arguments."""
 
-    def __init__(
-        self,
-        open_ingest: Callable[[Hello], IngestProtocol],
-        tls: LinkContext | None,
-        limits: Limits,
-        read_grants: ReadGrants | None,
-        check_sender: CheckSender,
-    ) -> None:
-        self.check_sender = check_sender
-        self.open_ingest, self.tls, self.limits, self._read_grants = open_ingest, tls, limits, read_grants
-        self.threads = trio.CapacityLimiter(limits.sessions)
-        self.windows = WindowPool(limits.window_bytes)
+    open_ingest: Callable[[Hello], IngestProtocol]
+    tls: LinkContext | None
+    limits: Limits
+    read_grants: ReadGrants | None
+    check_sender: CheckSender
+
+    def __post_init__(self) -> None:
+        self.threads = trio.CapacityLimiter(self.limits.sessions)
+        self.windows = WindowPool(self.limits.window_bytes)
         self._handshaking: dict[trio.CancelScope, None] = {}  # oldest first
         self._sessions = 0
         self._live: dict[str, _Session] = {}  # by group
@@ -183,8 +181,8 @@ class _Receiver:
         group = greeting.hello.group
         if isinstance(stream, TlsStream) and not is_granted(stream.peer_certificate(), group):
             raise PeerError(failures.NOT_GRANTED, f"the certificate doesn't grant group {group}", retryable=False)
-        if self._read_grants is not None:
-            await self._check_grants(self._read_grants, group, stream)
+        if self.read_grants is not None:
+            await self._check_grants(self.read_grants, group, stream)
         if self._sessions > self.limits.sessions:
             raise PeerError(failures.BUSY, f"it has {self.limits.sessions} sessions already", retryable=True)
         return greeting.hello
@@ -333,7 +331,7 @@ class _Session:
                 for frame in received:
                     size_bytes = frame.raw_length if isinstance(frame, frames.WireData) else 0
                     await self._incoming.put(frame, size_bytes + FRAME_COST_BYTES)
-            if self._connection.state not in (LinkState.ASKED, LinkState.READY):
+            if self._connection.protocol.state not in (LinkState.ASKED, LinkState.READY):
                 self._reason = LinkError("the connection ended within a transfer, which can be resumed")
         except LINK_ERRORS as error:
             self._reason = LinkError(failures.describe_os_error(error))
@@ -357,15 +355,16 @@ class _Session:
     async def _say_goodbye(self) -> None:
         """Sends the peer the reason why the session ends, if it still reads, and writes the line in the log."""
         reason, connection = self._reason, self._connection
+        state = connection.protocol.state
         level = logging.INFO if reason is None else logging.WARNING
         what = "session ended" if self._began else "refused"
         log.log(level, "%s: %s: %s", self.peer, what, reason or "done")
         with trio.move_on_after(self._receiver.limits.goodbye_s):
             with suppress(*LINK_ERRORS):
-                if reason is not None and not connection.is_mid_frame and connection.state is not LinkState.CLOSED:
+                if reason is not None and not connection.is_mid_frame and state is not LinkState.CLOSED:
                     code, message, retryable = failures.describe(reason)
                     answer: frames.Refuse | frames.Fault = frames.Fault(code, message, retryable)
-                    if connection.state is LinkState.ASKED:
+                    if state is LinkState.ASKED:
                         # After a RemoteProtocolError the same HELLO would be as wrong the next time.
                         again = retryable and not isinstance(reason, RemoteProtocolError)
                         answer = frames.Refuse(code, message, again)

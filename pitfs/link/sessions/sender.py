@@ -291,19 +291,16 @@ class SenderSession:
             while self.failure is None:
                 received = await self.connection.receive()
                 if received is None:
-                    self.connection.check_end()
-                    raise LinkError(f"it closed the connection{self._closed_hint()}")
+                    self.connection.protocol.receive_eof()
+                    unanswered = "" if self._accepted else " without an answer"
+                    hint = "" if self._accepted or self._tls else "; does it want TLS?"
+                    raise LinkError(f"it closed the connection{unanswered}{hint}")
                 for frame in received:
                     self._take(frame)
                     self._changed.unpark_all()
         except Exception as error:
             self._fail(error)
         await self.connection.stream.aclose()  # so that the peer needn't wait for the caller to notice
-
-    def _closed_hint(self) -> str:
-        if self._accepted:
-            return ""
-        return " without an answer" + ("" if self._tls else "; does it want TLS?")
 
     def _take(self, frame: frames.Frame) -> None:
         """Stores what a frame of the replica says. Raises the error that it reports."""

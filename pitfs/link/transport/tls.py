@@ -6,7 +6,7 @@ import hashlib
 import os
 import socket
 import ssl
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from pitfs.errors import UsageError
@@ -111,18 +111,17 @@ def require_loopback(host: str) -> None:
 
 def names_of(certificate: Mapping[str, Any]) -> str:
     """The subject's common name or first alternative name, for the log."""
-    for part in certificate.get("subject", ()):
-        for key, value in part:
-            if key == "commonName":
-                return str(value)
-    return next((str(value) for _, value in certificate.get("subjectAltName", ())), "")
+    return next(_names(certificate), "")
 
 
 def identities_of(certificate: Mapping[str, Any], encoded: bytes) -> frozenset[str]:
     """What a grants file may call a certificate: its common and alternative names, and sha256:FINGERPRINT."""
-    common = (value for part in certificate.get("subject", ()) for key, value in part if key == "commonName")
-    others = (value for _, value in certificate.get("subjectAltName", ()))
-    return frozenset({*common, *others, f"sha256:{hashlib.sha256(encoded).hexdigest()}"})
+    return frozenset({*_names(certificate), f"sha256:{hashlib.sha256(encoded).hexdigest()}"})
+
+
+def _names(certificate: Mapping[str, Any]) -> Iterator[str]:
+    yield from (value for part in certificate.get("subject", ()) for key, value in part if key == "commonName")
+    yield from (value for _, value in certificate.get("subjectAltName", ()))
 
 
 def is_granted(certificate: Mapping[str, Any], group: str) -> bool:
