@@ -11,7 +11,7 @@ from pitfs.link.protocol.frames import Buffer, Frame, Ping, Pong, WireData
 from pitfs.link.protocol.protocol import LinkProtocol
 from pitfs.link.sessions.frame_queue import FrameQueue
 from pitfs.link.transport.rate import TokenBucket
-from pitfs.link.transport.streams import PlainStream, joined
+from pitfs.link.transport.streams import PlainStream, Timeouts, joined
 
 
 class Connection:
@@ -29,18 +29,16 @@ class Connection:
         self,
         stream: PlainStream,
         protocol: LinkProtocol,
+        timeouts: Timeouts,
         *,
         queue_bytes: int,
-        ping_s: float,
-        dead_s: float,
         bucket: TokenBucket | None = None,
     ) -> None:
         self.stream = stream
         self.outgoing: FrameQueue[Frame] = FrameQueue(queue_bytes)
         self.wire_bytes = self.payload_bytes = 0
         self.is_mid_frame = False
-        self.protocol, self._bucket = protocol, bucket
-        self._ping_s, self._dead_s = ping_s, dead_s
+        self.protocol, self._timeouts, self._bucket = protocol, timeouts, bucket
 
     async def receive(self) -> Iterator[Frame] | None:
         """Waits for bytes, and gives the frames that they complete, to be iterated over to the end.
@@ -55,10 +53,10 @@ class Connection:
             LinkError: nothing came for `dead_s`.
             LINK_ERRORS: the connection broke, or we closed it.
         """
-        with trio.move_on_after(self._dead_s) as scope:
+        with trio.move_on_after(self._timeouts.dead_s) as scope:
             data = await self.stream.receive_some()
         if scope.cancelled_caught:
-            raise LinkError(f"nothing heard from it for {self._dead_s:g} s")
+            raise LinkError(f"nothing heard from it for {self._timeouts.dead_s:g} s")
         return self._without_heartbeats(data) if data else None
 
     def _without_heartbeats(self, data: Buffer) -> Iterator[Frame]:
@@ -111,6 +109,6 @@ class Connection:
         """Sends a PING each `ping_s`, so that the peer hears from this side while there is nothing to say."""
         token = 0
         while True:
-            await trio.sleep(self._ping_s)
+            await trio.sleep(self._timeouts.ping_s)
             token += 1
             self.outgoing.put_control(Ping(token))

@@ -12,7 +12,7 @@ import math
 import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, TypeVar
 
@@ -27,7 +27,7 @@ from pitfs.link.sessions.connection import Connection
 from pitfs.link.sessions.failures import PeerError
 from pitfs.link.sessions.frame_queue import FrameQueue
 from pitfs.link.sessions.window_pool import WindowPool
-from pitfs.link.transport.streams import LINK_ERRORS, PlainStream, TlsStream, peer_name
+from pitfs.link.transport.streams import LINK_ERRORS, PlainStream, Timeouts, TlsStream, peer_name
 from pitfs.link.transport.tls import LinkContext, is_granted, names_of
 from pitfs.model.transfer import Durable, Flush, Hello, Welcome
 from pitfs.model.window import DEFAULT_WINDOW_BYTES
@@ -53,8 +53,7 @@ class Limits:
         sessions: connections that have; more are refused for now. Each holds a thread and twice the queue.
         queue_bytes: between socket and ingest: enough to overlap them, and for batches.
         window_bytes: the largest window of the codec; see `WindowPool` for what all may have together.
-        handshake_s: from the connection to its HELLO.
-        ping_s, dead_s: as Timeouts of the sender.
+        timeouts: as those of the sender; `connect_s`: from the connection to its HELLO.
         goodbye_s: to send a peer the reason why its session ends.
     """
 
@@ -62,9 +61,7 @@ class Limits:
     sessions: int = 64
     queue_bytes: int = 4 << 20
     window_bytes: int = DEFAULT_WINDOW_BYTES
-    handshake_s: float = 10.0
-    ping_s: float = 5.0
-    dead_s: float = 20.0
+    timeouts: Timeouts = field(default_factory=Timeouts)
     goodbye_s: float = 2.0
 
 
@@ -127,7 +124,7 @@ class _Receiver:
 
     async def _greet(self, inner: trio.SocketStream, peer: str) -> tuple[Connection, frames.Greeting, str] | None:
         """TLS, preface and HELLO, within time and number; None if there is no session."""
-        with trio.move_on_after(self.limits.handshake_s) as scope:
+        with trio.move_on_after(self.limits.timeouts.connect_s) as scope:
             self._handshaking[scope] = None
             if len(self._handshaking) > self.limits.handshaking:
                 next(iter(self._handshaking)).cancel()
@@ -145,7 +142,7 @@ class _Receiver:
             finally:
                 del self._handshaking[scope]
         if scope.cancelled_caught:
-            log.warning("%s: it said no HELLO within %g s, or others came", peer, self.limits.handshake_s)
+            log.warning("%s: it said no HELLO within %g s, or others came", peer, self.limits.timeouts.connect_s)
         return None
 
     async def _read_greeting(self, stream: PlainStream, peer: str) -> tuple[Connection, frames.Greeting, str]:
@@ -153,13 +150,8 @@ class _Receiver:
             await stream.do_handshake()
             if name := names_of(stream.peer_certificate()):
                 peer = f"{peer} ({name})"
-        connection = Connection(
-            stream,
-            LinkProtocol(Role.RECEIVER),
-            queue_bytes=REPLIES_BYTES,
-            ping_s=self.limits.ping_s,
-            dead_s=self.limits.dead_s,
-        )
+        protocol = LinkProtocol(Role.RECEIVER)
+        connection = Connection(stream, protocol, self.limits.timeouts, queue_bytes=REPLIES_BYTES)
         # First, so that a peer that expects TLS or something else sees what this side speaks.
         await connection.send_preface()
         while (received := await connection.receive()) is not None:

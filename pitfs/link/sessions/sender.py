@@ -20,7 +20,8 @@ from pitfs.link.codec.adaptive import AdaptiveCompression
 from pitfs.link.codec.payloads import PayloadEncoder
 from pitfs.link.protocol import frames
 from pitfs.link.protocol.batches import BatchCutter
-from pitfs.link.protocol.protocol import LinkProtocol, Role
+from pitfs.link.protocol.frames import VERSIONS
+from pitfs.link.protocol.protocol import LinkProtocol, LinkState, Role
 from pitfs.link.sessions import failures
 from pitfs.link.sessions.connection import Connection
 from pitfs.link.sessions.frame_queue import FrameQueue
@@ -72,14 +73,8 @@ class SenderSession:
         self.durable = transfer.ResumePoint()
         self.on_progress: Callable[[transfer.ResumePoint], None] | None = None
         self.on_durable: Callable[[transfer.Durable], None] | None = None
-        self.connection = Connection(
-            stream,
-            LinkProtocol(Role.SENDER),
-            queue_bytes=queue_bytes,
-            ping_s=timeouts.ping_s,
-            dead_s=timeouts.dead_s,
-            bucket=bucket,
-        )
+        self._protocol = LinkProtocol(Role.SENDER)
+        self.connection = Connection(stream, self._protocol, timeouts, queue_bytes=queue_bytes, bucket=bucket)
         self.compression = AdaptiveCompression(None if bucket is None else bucket.rate_bytes_per_s)
         self.window_bytes = window_bytes
         self.failure: Exception | None = None
@@ -87,9 +82,7 @@ class SenderSession:
         self._encoder = PayloadEncoder(window_bytes)  # until WELCOME says of which window
         self._pending: FrameQueue[frames.Frame | transfer.Data] = FrameQueue(queue_bytes)
         self._changed = trio.lowlevel.ParkingLot()  # an answer, PROGRESS, DURABLE or failure came
-        self._accepted = False
         self._answered = False  # what `_ask` asked
-        self._transferring = False
         self._given_bytes = 0  # payload that the caller gave
         self._progressed_bytes = 0  # of these, made durable
         self._checkpoints: deque[int] = deque()  # _given_bytes at each CHECKPOINT without PROGRESS
@@ -110,14 +103,13 @@ class SenderSession:
         """Starts the tasks in the nursery and greets; for `connect`."""
         for task in (self._encode_all, self._write_all, self._read_all):
             nursery.start_soon(self._guard, task)
-        await self._ask(frames.Greeting(frames.VERSIONS, hello, self.window_bytes))
+        await self._ask(frames.Greeting(VERSIONS, hello, self.window_bytes))
         nursery.start_soon(self._guard, self.connection.send_heartbeats)
 
     async def begin(self, manifest: transfer.Manifest) -> transfer.ResumePoint:
         """Begins a transfer; returns from where the replica wants it."""
         self._check(transferring=False)
         await self._ask(transfer.Begin(manifest))
-        self._transferring = True
         return self.durable
 
     async def send(self, frame: transfer.Data | transfer.Checkpoint) -> None:
@@ -184,13 +176,12 @@ class SenderSession:
 
     def _check(self, *, transferring: bool) -> None:
         self._raise_failure()
-        if self._transferring is not transferring:
-            raise LocalProtocolError("a transfer is under way" if self._transferring else "no transfer is under way")
+        if (self._protocol.state is LinkState.TRANSFER) is not transferring:
+            raise LocalProtocolError("no transfer is under way" if transferring else "a transfer is under way")
 
     async def _leave_transfer(self, frame: transfer.End | transfer.Park) -> None:
         self._check(transferring=True)
         await self._ask(frame)
-        self._transferring = False
         self._checkpoints.clear()
         self._progressed_bytes = self._given_bytes
 
@@ -291,10 +282,11 @@ class SenderSession:
             while self.failure is None:
                 received = await self.connection.receive()
                 if received is None:
-                    self.connection.protocol.receive_eof()
-                    unanswered = "" if self._accepted else " without an answer"
-                    hint = "" if self._accepted or self._tls else "; does it want TLS?"
-                    raise LinkError(f"it closed the connection{unanswered}{hint}")
+                    self._protocol.receive_eof()
+                    hint = ""
+                    if self._protocol.state in (LinkState.GREETING, LinkState.ASKED):
+                        hint = " without an answer" + ("" if self._tls else "; does it want TLS?")
+                    raise LinkError(f"it closed the connection{hint}")
                 for frame in received:
                     self._take(frame)
                     self._changed.unpark_all()
@@ -308,7 +300,7 @@ class SenderSession:
             case frames.Accept():
                 self.welcome, self.window_bytes = frame.welcome, frame.window_bytes
                 self._encoder = PayloadEncoder(frame.window_bytes)
-                self._accepted = self._answered = True
+                self._answered = True
             case frames.Resume() | frames.Parked():
                 self.durable, self._answered = frame.point, True
             case frames.Committed():
