@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Mapping
 from typing import Any, Final, Never, TypeVar
 
-from pitfs.config.quantities import Quantity
+from pitfs.config.quantities import Quantity, shorten
 from pitfs.errors import ConfigError
 from pitfs.model.group import NAME_RULE, is_name
 
@@ -67,11 +67,12 @@ class TomlSource:
         prefix = ""
         for number, line in enumerate(self._text.split("\n"), 1):
             if header := re.match(r"\s*\[([^\[\]]+)\]", line):
-                prefix = _dotted(header[1])
-                lines.setdefault(prefix, number)
-            elif (pair := re.match(r"\s*([A-Za-z0-9_.\"' -]+?)\s*=", line)) is not None:
-                name = _dotted(pair[1])
-                lines.setdefault(f"{prefix}.{name}" if prefix else name, number)
+                name = prefix = _dotted(header[1])
+            elif pair := re.match(r"\s*([A-Za-z0-9_.\"' -]+?)\s*=", line):
+                name = _dotted(f"{prefix}.{pair[1]}" if prefix else pair[1])
+            else:
+                continue
+            lines.setdefault(name, number)
         for length in range(len(keys), 0, -1):
             if (found := lines.get(".".join(keys[:length]))) is not None:
                 return found
@@ -91,7 +92,7 @@ class Table:
     def fail(self, key: str, problem: str) -> Never:
         keys = (*self._keys, key) if key else self._keys
         line = self._source.line(keys)
-        name = ".".join(part if is_name(part) else _short(part) for part in keys)
+        name = ".".join(part if is_name(part) else shorten(part) for part in keys)
         where = ", ".join(part for part in (f"line {line}" if line else "", name) if part)
         raise ConfigError(self._source.path, where, problem)
 
@@ -138,20 +139,20 @@ class Table:
         if value not in choices:
             close = difflib.get_close_matches(value[:64], choices, 1)
             hint = f"did you mean '{close[0]}'?" if close else f"it is one of {', '.join(choices)}"
-            self.fail(key, f"{_short(value)} isn't known; {hint}")
+            self.fail(key, f"{shorten(value)} isn't known; {hint}")
         return value
 
     def absolute_path(self, key: str) -> str:
         value = self.text(key)
         if not value.startswith("/"):
-            self.fail(key, f"{_short(value)} must be an absolute path, beginning with /")
+            self.fail(key, f"{shorten(value)} must be an absolute path, beginning with /")
         if len(value.encode()) >= 4096:
             self.fail(key, "is longer than a path can be")
         return value
 
     def checked_name(self, key: str, name: str) -> str:
         if not is_name(name):
-            self.fail(key, f"{_short(name)} isn't a valid name: {NAME_RULE}")
+            self.fail(key, f"{shorten(name)} isn't a valid name: {NAME_RULE}")
         return name
 
     def quantity(self, key: str, quantity: Quantity, default: int | None = None) -> int:
@@ -164,7 +165,3 @@ class Table:
             return quantity.parse(value if type(value) is int else self.text(key))
         except ValueError as error:
             self.fail(key, str(error))
-
-
-def _short(value: str) -> str:
-    return repr(value if len(value) <= 80 else value[:77] + "…")

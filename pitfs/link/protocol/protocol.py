@@ -47,12 +47,11 @@ class LinkState(enum.Enum):
 
 
 _S, _F = LinkState, frames.FrameType
-_STREAM: Final = (_F.DATA, _F.FLUSH, _F.MARK, _F.DURABLE)
 
 
 def _session(state: LinkState, own: dict[frames.FrameType, LinkState]) -> dict[frames.FrameType, LinkState]:
     """The transitions of a state after ASKED: its own ones, and what may come in all of these."""
-    common = dict.fromkeys((_F.PING, _F.PONG, *_STREAM), state)
+    common = dict.fromkeys((_F.PING, _F.PONG, _F.DATA, _F.FLUSH, _F.MARK, _F.DURABLE), state)
     return common | {_F.FAULT: _S.CLOSED} | own
 
 
@@ -70,9 +69,8 @@ _TRANSITIONS: Final[dict[LinkState, dict[frames.FrameType, LinkState]]] = {
     _S.CLOSED: {},
 }
 _OF_SENDER: Final = frozenset({_F.HELLO, _F.BEGIN, _F.DATA, _F.CHECKPOINT, _F.END, _F.PARK, _F.FLUSH, _F.MARK})
-_OF_BOTH: Final = frozenset({_F.PING, _F.PONG})
 _MAY_SEND: Final = {
-    Role.SENDER: _OF_SENDER | _OF_BOTH,
+    Role.SENDER: _OF_SENDER | {_F.PING, _F.PONG},
     Role.RECEIVER: frozenset(frames.FrameType) - _OF_SENDER,
 }
 _OTHER: Final = {Role.SENDER: Role.RECEIVER, Role.RECEIVER: Role.SENDER}

@@ -77,20 +77,15 @@ class Connection:
             await self.send(batch)
 
     async def send(self, frames: Iterable[Frame]) -> None:
-        """Sends frames past the queue. Raises as `write_all`."""
-        buffers: list[Buffer] = []
+        """Sends frames past the queue, and the preface before the first ones (or before none), held to the rate.
+
+        Raises as `write_all`.
+        """
+        buffers = self.protocol.start()
         for frame in frames:
             buffers += self.protocol.send(frame)
             if isinstance(frame, WireData):
                 self.payload_bytes += frame.raw_length
-        await self._send(buffers)
-
-    async def send_preface(self) -> None:
-        """Sends the preface before the first frame. Raises as `write_all`."""
-        await self._send(self.protocol.start())
-
-    async def _send(self, buffers: Iterable[Buffer]) -> None:
-        """Sends buffers in order, held to the rate of the bucket."""
         self.is_mid_frame = True
         for buffer in joined(buffers):
             # Half of a burst at once: the other half of the bucket fills while it sleeps.

@@ -26,16 +26,17 @@ from pitfs.link.sessions.applier import Applier, IngestProtocol
 from pitfs.link.sessions.connection import Connection
 from pitfs.link.sessions.failures import PeerError
 from pitfs.link.sessions.frame_queue import FrameQueue
-from pitfs.link.sessions.window_pool import WindowPool
 from pitfs.link.transport.streams import LINK_ERRORS, PlainStream, Timeouts, TlsStream, peer_name
 from pitfs.link.transport.tls import LinkContext, is_granted, names_of
 from pitfs.model.transfer import Durable, Flush, Hello, Welcome
-from pitfs.model.window import DEFAULT_WINDOW_BYTES
+from pitfs.model.window import DEFAULT_WINDOW_BYTES, MIN_WINDOW_BYTES, check_window
 
 log = logging.getLogger(__name__)
 
 FRAME_COST_BYTES: Final = 256  # what an empty frame counts for in a queue
 IDLE_S: Final = 0.5  # if nothing comes for longer, the link is slow: what was streamed last is made readable
+SPARE_BYTES: Final = 64 << 20  # for the windows beside one of full size
+SHARE: Final = 4  # a connection's window gets this part of what is left: others will come
 REPLIES_BYTES: Final = 256 << 10  # replies that may wait: 1,000, far more than a window has checkpoints
 
 T = TypeVar("T")
@@ -63,6 +64,35 @@ class Limits:
     window_bytes: int = DEFAULT_WINDOW_BYTES
     timeouts: Timeouts = field(default_factory=Timeouts)
     goodbye_s: float = 2.0
+
+
+class WindowPool:
+    """Shares out `limit_bytes` + SPARE_BYTES among the windows of one replica's connections.
+
+    A decoder holds as much memory as its window is large, so ten groups can't all have the largest window. As long
+    as the windows fit into `limit_bytes`, a connection gets what its sender offers. After that it gets at most a
+    fourth of what is left, rounded down to a power of two, and at least the smallest window. With a limit of 32 MiB
+    and senders that offer as much, the windows are 32, 16, 8, 8, 8, 4 … MiB. A window never changes while its
+    connection lives, since the decoder can't forget what the encoder may still refer to.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        check_window(limit_bytes)
+        self.limit_bytes = limit_bytes
+        self.taken_bytes = 0
+
+    def take(self, offered_bytes: int) -> int:
+        """Gives the window for one more connection, whose sender offers `offered_bytes`; to be given back."""
+        wanted = min(offered_bytes, self.limit_bytes)
+        if self.taken_bytes + wanted > self.limit_bytes:
+            share = max(self.limit_bytes + SPARE_BYTES - self.taken_bytes, 0) // SHARE
+            power = 1 << share.bit_length() >> 1
+            wanted = min(wanted, max(power, MIN_WINDOW_BYTES))
+        self.taken_bytes += wanted
+        return wanted
+
+    def give_back(self, window_bytes: int) -> None:
+        self.taken_bytes -= window_bytes
 
 
 async def serve(
@@ -152,8 +182,8 @@ class _Receiver:
                 peer = f"{peer} ({name})"
         protocol = LinkProtocol(Role.RECEIVER)
         connection = Connection(stream, protocol, self.limits.timeouts, queue_bytes=REPLIES_BYTES)
-        # First, so that a peer that expects TLS or something else sees what this side speaks.
-        await connection.send_preface()
+        # The preface first, so that a peer that expects TLS or something else sees what this side speaks.
+        await connection.send([])
         while (received := await connection.receive()) is not None:
             if greetings := [frame for frame in received if isinstance(frame, frames.Greeting)]:
                 return connection, greetings[0], peer
