@@ -98,7 +98,6 @@ class LinkProtocol:
         self.role = role
         self.state = LinkState.GREETING
         self._unsent: list[frames.Buffer] = [frames.PREFACE]
-        self._expect_preface = True
         self._frame = bytearray()  # what came of the preface or frame under way; at most one frame
         self._wanted = len(frames.PREFACE)  # bytes that `_frame` needs before it can be looked at
         self._failed = False
@@ -150,7 +149,7 @@ class LinkProtocol:
             taken = view[: self._wanted - len(self._frame)]
             self._frame += taken
             view = view[len(taken) :]
-            if self._expect_preface:
+            if self._wanted == len(frames.PREFACE):  # no frame is that short
                 self._check_preface()
                 continue
             if len(self._frame) < self._wanted:
@@ -178,7 +177,6 @@ class LinkProtocol:
                 return  # the next bytes will say which one
             raise self._error("the peer isn't pitfs" + (f": {words}" if words else ""))
         if start == frames.PREFACE:
-            self._expect_preface = False
             self._frame, self._wanted = bytearray(), frames.HEADER.size
 
     def _read_header(self) -> None:

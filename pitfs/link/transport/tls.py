@@ -48,7 +48,12 @@ def server_context(certificate: str, key: str, authority: str) -> LinkContext:
 
 def _context(protocol: int, certificate: str, key: str, authority: str) -> LinkContext:
     for role, path in (("certificate", certificate), ("key", key), ("authority", authority)):
-        _check_file(role, path)
+        try:
+            with open(path, "rb") as file:
+                if b"-----BEGIN" not in file.read(1 << 20):
+                    raise UsageError(f"{path}: the {role} isn't a PEM file")
+        except OSError as error:
+            raise UsageError(f"{path}: can't read the {role}: {os.strerror(error.errno or 0)}") from None
     context = LinkContext(protocol)
     context.certificate_file, context.authority_file = certificate, authority
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -64,15 +69,6 @@ def _context(protocol: int, certificate: str, key: str, authority: str) -> LinkC
     except ssl.SSLError as error:
         raise _chain_error(certificate, key, error) from None
     return context
-
-
-def _check_file(role: str, path: str) -> None:
-    try:
-        with open(path, "rb") as file:
-            if b"-----BEGIN" not in file.read(1 << 20):
-                raise UsageError(f"{path}: the {role} isn't a PEM file")
-    except OSError as error:
-        raise UsageError(f"{path}: can't read the {role}: {os.strerror(error.errno or 0)}") from None
 
 
 def _chain_error(certificate: str, key: str, error: ssl.SSLError) -> UsageError:
