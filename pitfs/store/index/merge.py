@@ -46,6 +46,7 @@ def merged(runs: Sequence[Iterator[Rows]], keys: Sequence[str], out_of_order: Pi
             raise out_of_order
         last = _key(batch[-1], keys)
         yield batch
+        del batch, parts  # before the next one is made: they take as much again
 
 
 def _key(row: np.void, keys: Sequence[str]) -> tuple[int, ...]:

@@ -189,7 +189,8 @@ class Closing:
             same = (rows["volume"][1:] == rows["volume"][:-1]) & (rows["block"][1:] == rows["block"][:-1])
             block_count += self._write(rows[:-1], ~same, maps, writer, snapshot, journal)
             row_count += len(batch)
-            held = rows[-1:]
+            held = rows[-1:].copy()
+            del batch, rows, same  # before the next batch is made: it takes as much again
         if held is not None:
             block_count += self._write(held, np.ones(1, np.bool_), maps, writer, snapshot, journal)
         for index in indexes:
