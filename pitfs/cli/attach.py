@@ -1,4 +1,4 @@
-"""`pitfs attach`: a volume at an instant as a block device, with whatever that needs."""
+"""`pitfs attach`: makes a block device of a volume at an instant, and the mount that it needs."""
 
 from __future__ import annotations
 
@@ -6,33 +6,31 @@ import argparse
 import contextlib
 import os
 import sys
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-from pitfs.cli.resolve import TIME_HELP, print_json, resolve, volume_index
+from pitfs.cli.common.output import print_json
+from pitfs.cli.common.parser import add_json, add_store, add_time, add_volume
 from pitfs.errors import PitfsError, UsageError
+from pitfs.fuse.attach import attachments
+from pitfs.fuse.attach.attachments import ScratchOptions, signals_deferred
+from pitfs.fuse.attach.images import ImageLoop, image_loops
+from pitfs.fuse.kernel import loop_devices
 from pitfs.model.position import format_instant
 
-if TYPE_CHECKING:
-    from pitfs.fuse.kernel.loop_devices import ImageLoop
+HEAD_BYTES: Final = 8192  # in which partition tables tell their sector size
 
-NAME: Final = "attach"
-HEAD_BYTES: Final = 8192  # in which partition tables say of what size sectors are
-
-# What keeps a filesystem from replaying its journal, or from minding its twin that is mounted as well.
+# Options that keep a filesystem from replaying its journal, or from refusing to mount beside its twin.
 READ_ONLY: Final = {
     "ext2": "ro", "ext3": "ro,noload", "ext4": "ro,noload", "xfs": "ro,norecovery,nouuid",
     "btrfs": "ro,rescue=nologreplay",
 }  # fmt: skip
 WRITABLE: Final = {"xfs": "nouuid"}
 
-
-def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
-    parser = subparsers.add_parser(
-        NAME,
-        help="a volume at an instant as a block device",
-        description="Makes a loop device over a volume's image, with its partitions, and prints the device. The "
-        "store is mounted for it if it isn't. Read-only, unless --scratch.",
-        epilog="""\
+DESCRIPTION: Final = (
+    "Makes a loop device over a volume's image, with its partitions, and prints the device. The "
+    "store is mounted for it if it isn't. Read-only, unless --scratch."
+)
+EXAMPLES: Final = """\
 examples:
   pitfs attach /srv/replica/db1 5m-ago root
   mount -o ro,noload /dev/loop1 /mnt/then
@@ -40,12 +38,13 @@ examples:
   pitfs detach /dev/loop1
 
   pitfs attach /srv/replica/db1 latest root --scratch --scratch-size 10GiB
-  pitfs attach --list""",
-    )
-    parser.add_argument("store", metavar="STORE", nargs="?", help="directory of the store")
-    parser.add_argument("time", metavar="TIME", nargs="?", help=TIME_HELP)
-    parser.add_argument("volume", metavar="VOLUME", nargs="?", help="name of the volume")
-    parser.add_argument("--tz", metavar="ZONE", default="UTC", help="zone of times without one (default UTC)")
+  pitfs attach --list"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_store(parser, nargs="?")
+    add_time(parser, nargs="?")
+    add_volume(parser, nargs="?")
     parser.add_argument(
         "--scratch", action="store_true", help="writable: what is written goes beside the store and is thrown away"
     )
@@ -57,8 +56,8 @@ examples:
         "--sector-size", metavar="N", type=int, choices=(512, 1024, 2048, 4096),
         help="of the device, in bytes (default: what its partition table needs, else 512)",
     )  # fmt: skip
-    parser.add_argument("--list", action="store_true", help="what is attached")
-    parser.add_argument("--json", action="store_true", help="the device and all that is known of it")
+    parser.add_argument("--list", action="store_true", help="list what is attached")
+    add_json(parser, "the device and all that is known of it")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,137 +72,113 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _attach(args: argparse.Namespace) -> int:
-    from pitfs.fuse import attachments as attached
-    from pitfs.fuse.kernel import loop_devices as loops
+    from pitfs.cli.common.times import resolve, volume_index
     from pitfs.store.store import Store
     from pitfs.view.tree import image_name
 
     scratch = None
     if args.scratch or args.scratch_dir is not None or args.scratch_size is not None:
         scratch = _scratch(args.scratch_dir, args.scratch_size)
-    store = Store.open(args.store)
-    try:
+    with contextlib.closing(Store.open(args.store)) as store:
         resolution, _ = resolve(store, args.time, args.tz)
         info = store.volumes[volume_index(store, args.volume)]
         group = store.group
-    finally:
-        store.close()
     path = os.path.realpath(args.store)
     image = f"{format_instant(resolution.time_ns)}/{image_name(info)}"
-    with attached.exclusive(), contextlib.ExitStack() as undo:
-        undo.callback(_undo)
-        with attached.signals_wait():
-            place = attached.mount_with(path, image) if scratch is None else None
-            if place is None:
-                attached.tidy()  # what a bare `losetup --detach` left may have the scratch directory
-                place = attached.make_mount(path, group, scratch)
-        sector_size = args.sector_size or _sector_size(f"{place}/{image}")
-        with attached.signals_wait():
-            device = loops.attach(f"{place}/{image}", read_only=scratch is None, sector_size=sector_size)
+    with attachments.attach_lock(), contextlib.ExitStack() as undo:
+        undo.callback(_undo_mount)
+        with signals_deferred():
+            mountpoint = attachments.find_mount(path, image) if scratch is None else None
+            if mountpoint is None:
+                attachments.unmount_unused()  # a bare `losetup --detach` may have left one over the scratch directory
+                mountpoint = attachments.make_mount(path, group, scratch)
+        image_path = f"{mountpoint}/{image}"
+        sector_size = args.sector_size or _sector_size(image_path)
+        with signals_deferred():
+            device = loop_devices.attach(image_path, read_only=scratch is None, sector_size=sector_size)
             undo.callback(_detach, device)
-        missing = loops.wait_for_partitions(device)
-        made = next((each for each in loops.image_loops() if each.loop.device == device), None)
+        missing = loop_devices.wait_for_partitions(device)
+        made = next((each for each in image_loops() if each.loop.device == device), None)
         if made is None:
-            raise PitfsError(f"{device}: somebody else has detached it: try again")
-        described = _describe(made) | {
+            raise PitfsError(f"{device}: another process has detached it: try again")
+        attached = _describe(made) | {
             "seq": resolution.seq,
             "size_bytes": info.size_bytes,
             "sector_size": sector_size,
-            "direct_io": loops.has_direct_io(device),
+            "direct_io": loop_devices.has_direct_io(device),
             "filesystems": _filesystems(device),
         }
-        _warn(described, missing)
+        _warn(attached, missing)
         if args.json:
-            print_json(described)
+            print_json(attached)
         else:
             print(device, flush=True)
-            _hint(described)
-        sys.stdout.flush()  # a device that nobody was told of isn't left
+            _hint(attached)
+        sys.stdout.flush()  # if this fails nobody knows of the device, so it is undone
         undo.pop_all()
     return 0
 
 
-def _scratch(directory: str | None, size: str | None) -> Any:
-    from pitfs.fuse.attachments import Scratch
-
+def _scratch(directory: str | None, size: str | None) -> ScratchOptions:
     for value in (directory, size):
         if value is not None and "," in value:
-            raise UsageError(f"{value}: holds a comma, which an option of a mount can't: choose another")
-    return Scratch(os.path.realpath(directory) if directory is not None else None, size)
+            raise UsageError(f"{value}: holds a comma, which mount options can't: choose another")
+    return ScratchOptions(os.path.realpath(directory) if directory is not None else None, size)
 
 
 def _sector_size(image: str) -> int:
-    from pitfs.fuse.kernel.loop_devices import SECTOR_BYTES, sector_size_for
-
     try:
         with open(image, "rb", buffering=0) as file:
-            return sector_size_for(file.read(HEAD_BYTES))
-    except OSError:  # damaged there; the rest may be what somebody needs
-        return SECTOR_BYTES
+            return loop_devices.sector_size_for(file.read(HEAD_BYTES))
+    except OSError:  # its head is damaged; the rest may still be needed
+        return loop_devices.SECTOR_BYTES
 
 
 def _detach(device: str) -> None:
-    from pitfs.fuse.attachments import signals_wait
-    from pitfs.fuse.kernel.loop_devices import detach, loop_of
-
-    with signals_wait():
-        loop = loop_of(device)
+    with signals_deferred():
+        loop = loop_devices.loop_of(device)
         if loop is not None:
-            detach(loop)
+            loop_devices.detach(loop)
 
 
-def _undo() -> None:
-    from pitfs.fuse.attachments import signals_wait, tidy
-
-    with signals_wait():
-        tidy()
+def _undo_mount() -> None:
+    with signals_deferred():
+        attachments.unmount_unused()
 
 
 def _filesystems(device: str) -> list[dict[str, str]]:
-    """Which filesystem there is on the device, or on which of its partitions."""
-    from pitfs.fuse.kernel.loop_devices import filesystem_on, partitions
-
-    found = []
-    for path in partitions(device) or [device]:
-        kind = filesystem_on(path)
-        if kind:
-            found.append({"device": path, "type": kind})
-    return found
+    """The filesystem on the device, or those on its partitions."""
+    found = ((path, loop_devices.filesystem_on(path)) for path in loop_devices.partitions(device) or [device])
+    return [{"device": path, "type": kind} for path, kind in found if kind]
 
 
-def _warn(described: dict[str, Any], missing: list[str]) -> None:
-    device, sector_size = described["device"], described["sector_size"]
-    tail = described["size_bytes"] % sector_size
-    if tail:
+def _warn(attached: dict[str, Any], missing: list[str]) -> None:
+    device, sector_size = attached["device"], attached["sector_size"]
+    rest = attached["size_bytes"] % sector_size
+    if rest:
         _say(
-            f"{device}: the volume's last {tail} bytes are missing: they don't fill a sector of {sector_size} bytes; "
-            f"the image has them: {described['image']}"
+            f"{device}: the volume's last {rest} bytes are missing: they don't fill a sector of {sector_size} bytes; "
+            f"the image has them: {attached['image']}"
         )
     if missing:
         _say(f"{device}: no nodes for {', '.join(missing)}: nothing makes them in this /dev (a container?)")
-    if not described["direct_io"]:
+    if not attached["direct_io"]:
         _say(f"{device}: without direct I/O: what is read is cached twice")
 
 
-def _hint(described: dict[str, Any]) -> None:
-    scratch = described["scratch"]
-    for found in described["filesystems"]:
-        options = WRITABLE.get(found["type"]) if scratch else READ_ONLY.get(found["type"], "ro")
-        how = f"-o {options} " if options else ""
-        _say(f"{found['type']}; to look into it: mount {how}{found['device']} DIR")
-    _say(f"{described['volume']} at {described['instant']}; to end it: pitfs detach {described['device']}")
+def _hint(attached: dict[str, Any]) -> None:
+    for found in attached["filesystems"]:
+        kind = found["type"]
+        options = WRITABLE.get(kind) if attached["scratch"] else READ_ONLY.get(kind, "ro")
+        _say(f"{kind}; to look into it: mount {f'-o {options} ' if options else ''}{found['device']} DIR")
+    _say(f"{attached['volume']} at {attached['instant']}; to end it: pitfs detach {attached['device']}")
 
 
 def _say(text: str) -> None:
     print(f"pitfs: {text}", file=sys.stderr)
 
 
-# ------------------------------------------------------------------ the list
-
-
 def _describe(image: ImageLoop) -> dict[str, Any]:
-    from pitfs.fuse.kernel.loop_devices import mountpoints_of, partitions
-
     mount = image.mount
     return {
         "device": image.loop.device,
@@ -214,14 +189,12 @@ def _describe(image: ImageLoop) -> dict[str, Any]:
         "scratch": mount is not None and not mount.read_only,
         "mountpoint": mount.mountpoint if mount else None,
         "image": image.loop.backing,
-        "partitions": partitions(image.loop.device),
-        "mountpoints": mountpoints_of(image.loop),
+        "partitions": loop_devices.partitions(image.loop.device),
+        "mountpoints": loop_devices.mountpoints_of(image.loop),
     }
 
 
 def _list(as_json: bool) -> None:
-    from pitfs.fuse.kernel.loop_devices import image_loops
-
     rows = [_describe(image) for image in image_loops()]
     if as_json:
         print_json(rows)

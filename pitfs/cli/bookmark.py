@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import json
-import re
-from typing import Any, Final
+from typing import Final
 
-from pitfs.cli.asking import ask
-from pitfs.config.production import load_config
+from pitfs.cli.common.parser import add_config, add_json
+from pitfs.cli.snapshot import request
 from pitfs.errors import UsageError
+from pitfs.model.group import NAME_RULE, is_name
 
-NAME: Final = "bookmark"
+DESCRIPTION: Final = (
+    "Names the state after the last write and prints its canonical instant. The name appears on "
+    "the replica, under bookmarks/, once that position is replicated."
+)
+EXAMPLES: Final = "example:\n  pitfs bookmark /etc/pitfs/db1.toml before-upgrade"
 
 
-def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
-    parser = subparsers.add_parser(
-        NAME,
-        help="name the position of now",
-        description="Names the state after the last write and prints its canonical instant. The name appears on "
-        "the replica, under bookmarks/, once that position is replicated.",
-        epilog="example:\n  pitfs bookmark /etc/pitfs/db1.toml before-upgrade",
-    )
-    parser.add_argument("config", metavar="CONFIG", help="TOML file of the group")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
     parser.add_argument("name", metavar="NAME", help="letters, digits, '.', '_' and '-', at most 64")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", args.name) or args.name in (".", ".."):
-        raise UsageError(
-            f"{args.name}: not a name for a bookmark: letters, digits, '.', '_' and '-', at most 64"
-        )
-    reply = ask(load_config(args.config), "bookmark", name=args.name)
-    print(json.dumps(reply) if args.json else reply["instant"])
-    return 0
+    if not is_name(args.name):
+        raise UsageError(f"{args.name}: not a name for a bookmark: must be {NAME_RULE}")
+    return request(args, "bookmark", name=args.name)

@@ -5,41 +5,35 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import Any, Final
+from typing import Final
 
 from pitfs.errors import PitfsError, UsageError
+from pitfs.fuse.attach.attachments import attach_lock, is_made_by_attach, signals_deferred, unmount_unused
+from pitfs.fuse.attach.images import image_of
+from pitfs.fuse.kernel.loop_devices import detach, device_named, loop_of
+from pitfs.fuse.kernel.mountinfo import mounts
+from pitfs.fuse.kernel.processes import processes_below
 
-NAME: Final = "detach"
+DESCRIPTION: Final = (
+    "Detaches a loop device over an image. Unmounts the store if attach mounted it and nobody else uses the "
+    "mount, and throws away what was written to a scratch image."
+)
+EXAMPLES: Final = "example:\n  pitfs detach /dev/loop1"
 
 
-def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
-    parser = subparsers.add_parser(
-        NAME,
-        help="undo what attach did for a device",
-        description="Detaches a loop device that is over an image, unmounts the store where attach had mounted it and "
-        "nobody else needs that, and throws away what was written to a scratch image.",
-        epilog="""\
-examples:
-  pitfs detach /dev/loop1""",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("device", metavar="DEVICE", help="the device that attach has printed, such as /dev/loop1")
 
 
 def run(args: argparse.Namespace) -> int:
-    from pitfs.fuse.attachments import exclusive, is_ours, signals_wait, tidy
-    from pitfs.fuse.kernel.loop_devices import detach, device_named, image_of, loop_of
-    from pitfs.fuse.kernel.mountinfo import mounts
-    from pitfs.fuse.kernel.users import users_below
-
     device = device_named(args.device)
-    with exclusive():
+    with attach_lock():
         loop = loop_of(device)
         if loop is None:
-            with signals_wait():
-                tidy()  # after a bare `losetup --detach` the mount below is still there
-            if not os.path.exists(device):
-                raise PitfsError(f"{args.device}: no such device: pitfs attach --list shows what is attached")
-            raise PitfsError(f"{args.device}: nothing is attached there (any more): see pitfs attach --list")
+            with signals_deferred():
+                unmount_unused()  # after a bare `losetup --detach` the mount below is still there
+            problem = "nothing is attached there (any more)" if os.path.exists(device) else "no such device"
+            raise PitfsError(f"{args.device}: {problem}: pitfs attach --list shows what is attached")
         image = image_of(loop, mounts())
         if image is None:
             raise UsageError(
@@ -47,10 +41,10 @@ def run(args: argparse.Namespace) -> int:
                 "if it is yours, losetup --detach does it"
             )
         detach(loop)
-        with signals_wait():
-            stay = tidy()
-    if image.mount is not None and is_ours(image.mount) and image.mount.mountpoint in stay:
-        place = image.mount.mountpoint
-        who = ", ".join(map(str, users_below(place))) or "somebody"
-        print(f"pitfs: {device} is detached; {place} stays mounted while {who} uses it", file=sys.stderr)
+        with signals_deferred():
+            busy = unmount_unused()
+    if image.mount is not None and is_made_by_attach(image.mount) and image.mount.mountpoint in busy:
+        mountpoint = image.mount.mountpoint
+        users = ", ".join(map(str, processes_below(mountpoint))) or "somebody"
+        print(f"pitfs: {device} is detached; {mountpoint} stays mounted while {users} uses it", file=sys.stderr)
     return 0

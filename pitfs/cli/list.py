@@ -3,192 +3,130 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
-import msgspec
-
+from pitfs.cli.common.output import granularity_text, span_row, span_text, write_json
+from pitfs.cli.common.parser import add_json, add_store, add_zone
+from pitfs.cli.common.times import parse_zone, resolve
 from pitfs.errors import UsageError
-from pitfs.model.position import AtSeq, format_instant, parse_time
+from pitfs.model.position import AtSeq, NotATimeError, format_instant, parse_time
 
 if TYPE_CHECKING:
-    from pitfs.store.catalog.records import Interval
+    from pitfs.model.transfer import Bookmark, Gap
+    from pitfs.store.catalog.records import Interval, Snapshot
     from pitfs.store.store import Store
 
-NAME: Final = "list"
 Row = dict[str, Any]
+Members = Iterator[tuple[str, Any]]  # of a JSON document
 
-
-def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
-    parser = subparsers.add_parser(
-        NAME,
-        help="snapshots, intervals, bookmarks and gaps",
-        description="Lists what a store can give: snapshots, intervals with their granularity, "
-        "bookmarks, and gaps with their cause. Times are UTC.",
-        epilog="""\
+DESCRIPTION: Final = (
+    "Lists what a store can give: snapshots, intervals with their granularity, "
+    "bookmarks, and gaps with their cause. Times are UTC."
+)
+EXAMPLES: Final = """\
 examples:
   pitfs list /srv/replica/db1
   pitfs list /srv/replica/db1 --from 1h-ago
-  pitfs list /srv/replica/db1 --from 2026-11-22 --to 2026-11-23 --json""",
-    )
-    parser.add_argument("store", metavar="STORE", help="directory of the store")
+  pitfs list /srv/replica/db1 --from 2026-11-22 --to 2026-11-23 --json"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_store(parser)
     parser.add_argument("--from", dest="from_time", metavar="TIME", help="only what is at or after it")
     parser.add_argument("--to", dest="to_time", metavar="TIME", help="only what is before it")
-    parser.add_argument("--tz", metavar="ZONE", default="UTC", help="zone of times without one (default UTC)")
-    parser.add_argument(
-        "--json",
-        action="store_true",
-        help="group, protected_through, snapshots, intervals, open_intervals, bookmarks, gaps",
-    )
+    add_zone(parser)
+    add_json(parser, "group, protected_through, snapshots, intervals, open_intervals, bookmarks, gaps")
 
 
 def run(args: argparse.Namespace) -> int:
     from pitfs.store.store import Store
 
-    store = Store.open(args.store)
-    try:
+    with contextlib.closing(Store.open(args.store)) as store:
         from_ns = _bound(store, args.from_time, args.tz)
         to_ns = _bound(store, args.to_time, args.tz)
         if from_ns is not None and to_ns is not None and from_ns >= to_ns:
-            raise UsageError(f"--from {args.from_time}: isn't before --to {args.to_time}: nothing lies between them")
+            raise UsageError(f"--from {args.from_time} isn't before --to {args.to_time}: nothing lies between")
+        through = format_instant(store.protected_through_ns()) if store.latest() is not None else None
         if args.json:
-            _write_json(store, from_ns, to_ns)
+            write_json(_document(store, through, from_ns, to_ns))
         else:
-            _write_text(store, from_ns, to_ns)
-    finally:
-        store.close()
+            _print(store, through, from_ns, to_ns)
     return 0
 
 
 def _bound(store: Store, text: str | None, zone_name: str) -> int | None:
-    """A bound may lie outside of what is reachable: it is the time itself, not the state at it."""
-    from pitfs.cli.mount import parse_zone
-    from pitfs.cli.resolve import resolve
-    from pitfs.model.position import NotATimeError
-
+    """The time itself, not the state at it: a bound may lie outside of what is reachable."""
     if text is None:
         return None
     try:
         wanted = parse_time(text, now_ns=time.time_ns(), zone=parse_zone(zone_name))
     except NotATimeError:
         return resolve(store, text, zone_name)[0].time_ns  # latest, or a bookmark
-    if isinstance(wanted, AtSeq):
-        return store.at_seq(wanted.seq).time_ns
-    return wanted.time_ns
+    return store.at_seq(wanted.seq).time_ns if isinstance(wanted, AtSeq) else wanted.time_ns
 
 
-def _interval(interval: Interval) -> Row:
-    return {
-        "from": format_instant(interval.from_time_ns),
-        "to": format_instant(interval.to_time_ns),
-        "granularity_ns": interval.granularity_ns,
-        "cause": interval.cause,
-        "from_seq": interval.from_seq,
-        "to_seq": interval.to_seq,
-    }
+def _instant_row(state: Snapshot | Bookmark) -> Row:
+    return {"instant": format_instant(state.time_ns), "seq": state.seq}
 
 
-def _rows(store: Store, from_ns: int | None, to_ns: int | None) -> Iterator[tuple[str, Iterable[Row]]]:
-    """The five lists, each as it comes: none is held in memory."""
+def _bookmark_row(bookmark: Bookmark) -> Row:
+    return {"name": bookmark.name, **_instant_row(bookmark)}
 
-    def within(time_ns: int) -> bool:
-        return (from_ns is None or time_ns >= from_ns) and (to_ns is None or time_ns < to_ns)
 
-    streaming, last = list(store.open_intervals(from_ns, to_ns)), 0  # first: what is closed meanwhile is listed once
+def _gap_row(gap: Gap | Interval) -> Row:
+    return {**span_row(gap), "from_seq": gap.from_seq, "to_seq": gap.to_seq}
+
+
+def _interval_row(interval: Interval) -> Row:
+    return {**_gap_row(interval), "granularity_ns": interval.granularity_ns}
+
+
+def _lists(store: Store, from_ns: int | None, to_ns: int | None) -> Iterator[tuple[str, Iterator[Row]]]:
+    """The five lists, each as it is read: none is held in memory."""
+    # Read first: what is closed meanwhile is listed once.
+    open_intervals, last_id = list(store.open_intervals(from_ns, to_ns)), 0
 
     def closed() -> Iterator[Row]:
-        nonlocal last
+        nonlocal last_id
         for interval in store.intervals(from_ns, to_ns):
-            last = interval.end_snapshot_id
-            yield _interval(interval)
+            last_id = interval.end_snapshot_id
+            yield _interval_row(interval)
 
-    yield (
-        "snapshots",
-        (
-            {"instant": format_instant(each.time_ns), "seq": each.seq}
-            for each in store.snapshots(from_ns, to_ns)
-        ),
-    )
-    yield (
-        "intervals",
-        closed(),
-    )
-    yield (
-        "open_intervals",
-        (_interval(each) for each in streaming if each.end_snapshot_id > last),
-    )
-    yield (
-        "bookmarks",
-        (
-            {"name": each.name, "instant": format_instant(each.time_ns), "seq": each.seq}
-            for each in store.bookmarks()
-            if within(each.time_ns)
-        ),
-    )
-    yield (
-        "gaps",
-        (
-            {
-                "from": format_instant(each.from_time_ns),
-                "to": format_instant(each.to_time_ns),
-                "cause": each.cause,
-                "from_seq": each.from_seq,
-                "to_seq": each.to_seq,
-            }
-            for each in store.gaps(from_ns, to_ns)
-        ),
-    )
+    def bookmarks() -> Iterator[Row]:
+        for bookmark in store.bookmarks():
+            if (from_ns is None or bookmark.time_ns >= from_ns) and (to_ns is None or bookmark.time_ns < to_ns):
+                yield _bookmark_row(bookmark)
+
+    yield "snapshots", map(_instant_row, store.snapshots(from_ns, to_ns))
+    yield "intervals", closed()
+    yield "open_intervals", (_interval_row(each) for each in open_intervals if each.end_snapshot_id > last_id)
+    yield "bookmarks", bookmarks()
+    yield "gaps", map(_gap_row, store.gaps(from_ns, to_ns))
 
 
-def _protected_through(store: Store) -> str | None:
-    return format_instant(store.protected_through_ns()) if store.latest() is not None else None
+def _document(store: Store, through: str | None, from_ns: int | None, to_ns: int | None) -> Members:
+    yield "group", store.group
+    yield "protected_through", through
+    yield from _lists(store, from_ns, to_ns)
 
 
-def _write_json(store: Store, from_ns: int | None, to_ns: int | None) -> None:
-    """One document, written row by row."""
-    encode = msgspec.json.encode
-    write = sys.stdout.write
-    write(f'{{"group": {encode(store.group).decode()}, ')
-    write(f'"protected_through": {encode(_protected_through(store)).decode()}')
-    for name, rows in _rows(store, from_ns, to_ns):
-        separator = "\n  "
-        write(f',\n "{name}": [')
-        for row in rows:
-            write(separator + encode(row).decode())
-            separator = ",\n  "
-        write("]")
-    write("}\n")
-
-
-def _write_text(store: Store, from_ns: int | None, to_ns: int | None) -> None:
+def _print(store: Store, through: str | None, from_ns: int | None, to_ns: int | None) -> None:
     print(f"group              {store.group}")
-    print(f"protected through  {_protected_through(store) or 'nothing has arrived yet'}")
+    print(f"protected through  {through or 'nothing has arrived yet'}")
     for volume in store.volumes:
         print(f"volume             {volume.name}  {volume.size_bytes} bytes, blocks of {volume.block_size}")
-    for name, rows in _rows(store, from_ns, to_ns):
-        title = f"\n{name.replace('_', ' ')}"
-        for row in rows:
-            if title:
-                print(title)
-                title = ""
+    for name, rows in _lists(store, from_ns, to_ns):
+        for number, row in enumerate(rows):
+            if number == 0:
+                print(f"\n{name.replace('_', ' ')}")
             print(f"  {_TEXT[name](row)}")
 
 
-def granularity_text(granularity_ns: int | None) -> str:
-    if granularity_ns is None:
-        return "snapshots only"
-    if granularity_ns == 0:
-        return "every write"
-    for unit_ns, unit in ((10**9, "s"), (10**6, "ms"), (10**3, "µs")):
-        if granularity_ns % unit_ns == 0:
-            return f"every {granularity_ns // unit_ns} {unit}"
-    return f"every {granularity_ns} ns"
-
-
 def _interval_text(row: Row) -> str:
-    text = f"{row['from']} -> {row['to']}  {granularity_text(row['granularity_ns'])}"
+    text = f"{span_text(row)}  {granularity_text(row['granularity_ns'])}"
     return f"{text}  ({row['cause']})" if row["cause"] else text
 
 
@@ -197,5 +135,5 @@ _TEXT: Final[dict[str, Callable[[Row], str]]] = {
     "intervals": _interval_text,
     "open_intervals": _interval_text,
     "bookmarks": lambda row: f"{row['instant']}  {row['name']}",
-    "gaps": lambda row: f"{row['from']} -> {row['to']}  {row['cause']}",
+    "gaps": lambda row: f"{span_text(row)}  {row['cause']}",
 }

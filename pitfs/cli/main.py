@@ -1,23 +1,23 @@
 """The frame of the `pitfs` command: finds the command, runs it, turns what went wrong into one line.
 
-Each command is a module of this package (or an object in one) with `add_parser(subparsers)` and
-`run(args) -> int`. Only the chosen one is imported: `pitfs list` must not pay for FUSE and TLS.
+Each command is a module of this package (or an object in one). Only the chosen one is imported, and it imports in
+`run` what is large: `pitfs list` must not pay for FUSE and TLS.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any, Final, Never, Protocol
+from collections.abc import Sequence
+from typing import Any, Final, Protocol
 
 from pitfs import __version__
-from pitfs.errors import EXIT_FAILED, EXIT_USAGE, PitfsError
+from pitfs.cli.common.parser import Parser, parse
+from pitfs.errors import PitfsError
+from pitfs.supervision.report import fill_standard_descriptors, report
 
-# Name of each command: where it is, what it does. In the order in which --help lists them.
+# Name of each command: its module, its summary. In the order in which --help lists them.
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "protect": ("pitfs.cli.protect", "serve the volumes of a configuration and replicate every write"),
     "snapshot": ("pitfs.cli.snapshot", "close the interval now and wait until the replica has it"),
@@ -32,17 +32,18 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "attach": ("pitfs.cli.attach", "a volume at an instant as a block device"),
     "detach": ("pitfs.cli.detach", "undo what attach did for a device"),
     "serve-nbd": ("pitfs.cli.serve_nbd", "serve a store's instants to NBD clients"),
-    "check": ("pitfs.cli.later:check", "verify a store (not available in this version)"),
-    "prune": ("pitfs.cli.later:prune", "apply the retention policy (not available in this version)"),
+    "check": ("pitfs.cli.unavailable:check", "verify a store (not available in this version)"),
+    "prune": ("pitfs.cli.unavailable:prune", "apply the retention policy (not available in this version)"),
 }
-EXIT_INTERRUPTED: Final = 130  # 128 + SIGINT, as a shell has it
-EXIT_BROKEN_PIPE: Final = 141  # 128 + SIGPIPE: what `| head` makes of other programs
 
 
 class Command(Protocol):
-    """What a command's module gives."""
+    """What a command's module has: two texts for --help, and what main calls."""
 
-    def add_parser(self, subparsers: argparse._SubParsersAction[Any], /) -> object: ...
+    DESCRIPTION: str
+    EXAMPLES: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser, /) -> None: ...
     def run(self, args: argparse.Namespace, /) -> int: ...
 
 
@@ -56,10 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold any bytes
         name = next((argument for argument in arguments if not argument.startswith("-")), None)
         parser, commands = build_parser([name] if name in COMMANDS else [])
-        try:
-            args = parser.parse_args(arguments)
-        except SystemExit as stop:  # argparse has said what there is to say
-            code = stop.code if isinstance(stop.code, int) else EXIT_USAGE
+        args = parse(parser, arguments)
+        if isinstance(args, int):
+            code = args
         else:
             verbose = bool(args.verbose)
             _set_up_logging(args.verbose)
@@ -71,19 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return report(error, verbose=verbose)
 
 
-def fill_standard_descriptors() -> None:
-    """Puts /dev/null where standard input, output or error is closed: else the next file that is opened, perhaps one
-    of the store, would be what is written to."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= 2:
-        os.set_inheritable(descriptor, True)
-    os.close(descriptor)
-    if sys.stdout is None:
-        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-    if sys.stderr is None:
-        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-
-
-def build_parser(names: Sequence[str]) -> tuple[argparse.ArgumentParser, dict[str, Command]]:
+def build_parser(names: Sequence[str]) -> tuple[Parser, dict[str, Command]]:
     """The parser with these commands complete and the others as a line of help only."""
     parser = Parser(
         prog="pitfs",
@@ -95,12 +83,12 @@ def build_parser(names: Sequence[str]) -> tuple[argparse.ArgumentParser, dict[st
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", required=True)
     commands = {}
     for name, (place, summary) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary)
         if name in names:
             commands[name] = command = _load(name, place)
-            command.add_parser(subparsers)
-            _add_verbose(subparsers.choices[name], default=argparse.SUPPRESS)
-        else:
-            subparsers.add_parser(name, help=summary)
+            subparser.description, subparser.epilog = command.DESCRIPTION, command.EXAMPLES
+            command.add_arguments(subparser)
+            _add_verbose(subparser, default=argparse.SUPPRESS)
     return parser, commands
 
 
@@ -120,13 +108,8 @@ def _load(name: str, place: str) -> Command:
 
 
 def _add_verbose(parser: argparse.ArgumentParser, default: Any) -> None:
-    parser.add_argument(
-        "-v",
-        "--verbose",
-        action="count",
-        default=default,
-        help="say more on standard error; twice: everything",
-    )
+    meaning = "say more on standard error; twice: everything"
+    parser.add_argument("-v", "--verbose", action="count", default=default, help=meaning)
 
 
 def _set_up_logging(verbose: int) -> None:
@@ -136,104 +119,6 @@ def _set_up_logging(verbose: int) -> None:
 
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
     logging.basicConfig(level=level, stream=sys.stderr, format="pitfs: %(levelname)s: %(message)s")
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, help that keeps its line breaks, and no abbreviated options."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        kwargs.setdefault("allow_abbrev", False)
-        super().__init__(*args, **kwargs)
-
-    def error(self, message: str) -> Never:
-        self.exit(EXIT_USAGE, f"{one_line(f'{self.prog}: {message}')}; see {self.prog} --help\n")
-
-    def _print_message(self, message: str, file: Any = None) -> None:
-        if file is sys.stdout and file is not None:
-            file.write(message)  # argparse swallows errors: help into a full disk would seem to be there
-        else:
-            super()._print_message(message, file)
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
-            close = difflib.get_close_matches(str(value)[:64], action.choices, 1)
-            hint = f" (did you mean '{close[0]}'?)" if close else ""
-            raise argparse.ArgumentError(None, f"unknown command '{value}'{hint}")
-        super()._check_value(action, value)
-
-
-def report(error: BaseException, *, verbose: bool = False, program: str = "pitfs") -> int:
-    """Says on standard error what went wrong, in one line; returns the exit code.
-
-    Of a group of errors (several tasks failed) the most serious one counts: a mistake of ours, then an
-    expected error, then the system's, then being interrupted.
-    """
-    first = min(_leaves(error), key=_rank)
-    if isinstance(first, BrokenPipeError):
-        _abandon_stdout()
-        return EXIT_BROKEN_PIPE
-    if isinstance(first, KeyboardInterrupt):
-        return EXIT_INTERRUPTED
-    code = EXIT_FAILED
-    if isinstance(first, PitfsError):
-        message, code = str(first), first.exit_code
-    elif isinstance(first, OSError):
-        paths = [
-            os.fsdecode(path) for path in (first.filename, first.filename2) if isinstance(path, str | bytes)
-        ]
-        message = ": ".join([*paths, first.strerror or str(first) or type(first).__name__])
-        _abandon_stdout()  # what stands in its buffer may be what couldn't be written
-    else:
-        if verbose:
-            import traceback  # 4 ms that only this case pays
-
-            traceback.print_exception(error, file=sys.stderr)
-        hint = "the traceback stands above" if verbose else "run it with -v for the traceback"
-        message = f"{type(first).__name__} in {_place(first, error)}: {first}: this is a bug in pitfs; {hint}"
-    print(one_line(f"{program}: {message}"), file=sys.stderr)
-    return code
-
-
-def one_line(text: str) -> str:
-    """The text without line breaks and control characters: names and messages of a peer may hold any."""
-    return "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text.strip())
-
-
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        for part in error.exceptions:
-            yield from _leaves(part)
-    else:
-        yield error
-
-
-def _rank(error: BaseException) -> int:
-    for rank, kind in enumerate((PitfsError, OSError, KeyboardInterrupt), 1):
-        if isinstance(error, kind):
-            return rank
-    return 0
-
-
-def _place(error: BaseException, group: BaseException) -> str:
-    """File and line where it (else its group) was raised, without what differs between machines."""
-    trace = error.__traceback__ or group.__traceback__
-    if trace is None:
-        return "an unknown place"
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    directory, name = os.path.split(trace.tb_frame.f_code.co_filename)
-    return f"{os.path.basename(directory)}/{name}:{trace.tb_lineno}"
-
-
-def _abandon_stdout() -> None:
-    """So that Python doesn't try, and fail, to write the rest at exit."""
-    try:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
-        os.close(null)
-    except (AttributeError, OSError, ValueError):  # no standard output, or one that isn't a file
-        pass
 
 
 if __name__ == "__main__":

@@ -3,49 +3,45 @@
     mount.pitfs STORE MOUNTPOINT [-sfnv] [-N ns] [-o options] [-t type]
 
 `-f` stays in the foreground, as with the helpers of libfuse (for mount(8) it means "fake": `mount -f` of a
-pitfs store isn't supported). Imports as little as it can: the daemon is
-forked before anything starts threads.
+pitfs store isn't supported). Imports as little as it can: the daemon is forked before anything starts threads.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import grp
 import logging
 import os
 import pwd
 import re
 import sys
-import zoneinfo
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-from pitfs.cli.main import Parser, fill_standard_descriptors, report
+from pitfs.cli.common.parser import Parser, add_store, run_helper
+from pitfs.cli.common.times import parse_zone
 from pitfs.errors import UsageError
-from pitfs.fuse.mount import MountRequest, mount_store
-from pitfs.fuse.workers import MAX_WORKERS
+from pitfs.fuse.mount.helper import mount_store
+from pitfs.fuse.mount.request import MAX_WORKERS, MountRequest
 from pitfs.supervision.heap import bound_heap
 
 NAME: Final = "mount.pitfs"
 
-# Of mount(8) and fstab: for others, or without meaning for a mount that is read-only and never changes.
-IGNORED: Final = frozenset(
-    (
-        *("defaults", "auto", "noauto", "user", "nouser", "users", "owner", "group", "nofail", "_netdev"),
-        *("rw", "async", "relatime", "strictatime", "lazytime", "nolazytime", "diratime", "loud", "silent"),
-        *("mand", "nomand", "iversion", "noiversion", "default_permissions"),
-    )
-)
+# Options of pitfs without a value; those with one are VALUES.
+FLAGS: Final = frozenset(("strict", "allow_other", "scratch_keep"))
+# Options of mount(8) and fstab that concern others, or mean nothing for a read-only mount that never changes.
+IGNORED: Final = {
+    "defaults", "auto", "noauto", "user", "nouser", "users", "owner", "group", "nofail", "_netdev",
+    "rw", "async", "relatime", "strictatime", "lazytime", "nolazytime", "diratime", "loud", "silent",
+    "mand", "nomand", "iversion", "noiversion", "default_permissions",
+}  # fmt: skip
 IGNORED_PREFIXES: Final = ("x-", "X-", "comment=")
 # These go to the kernel as they are.
-KERNEL_OPTIONS: Final = frozenset(
-    (
-        *("ro", "suid", "nosuid", "dev", "nodev", "exec", "noexec", "atime", "noatime", "nodiratime"),
-        *("norelatime", "nostrictatime", "sync", "dirsync"),
-    )
-)
-LEAST_PLAIN_BYTES: Final = 65536  # of a size without a unit
+KERNEL_OPTIONS: Final = {
+    "ro", "suid", "nosuid", "dev", "nodev", "exec", "noexec", "atime", "noatime", "nodiratime",
+    "norelatime", "nostrictatime", "sync", "dirsync",
+}  # fmt: skip
+LEAST_PLAIN_BYTES: Final = 65536  # of a size without a unit: less would fill at once, so a unit was forgotten
 REFUSED: Final = {
     "auto_unmount": "an empty directory in place of a dead mount looks like deleted data",
     "max_read": "the kernel's limit is used",
@@ -58,16 +54,16 @@ EXAMPLES: Final = """\
 options (-o):
   allow_other             others may try; modes decide (set by uid=, gid= and mode=)
   uid=USER gid=GROUP      owner of everything (default root)
-  mode=OCTAL              of images (default 0400); directories can be entered by those who may read. Write bits
+  mode=OCTAL              of images (default 0400); who may read them may enter the directories. Write bits
                           count with scratch= only, where the owner may write if none is given (default 0600)
   tz=ZONE                 of times without Z or offset, such as Europe/Vienna (default UTC)
-  strict                  only times whose state can be given exactly lead anywhere
-  scratch=DIR             makes images writable: what is written goes to sparse files in DIR, an existing directory
-                          that no other mount uses, never to the store; thrown away when the mount ends
-  scratch_size=SIZE       what may be written over all (as 10GiB; default: what the disk has); beyond it writes
+  strict                  only times whose exact state is available have an entry
+  scratch=DIR             makes images writable: writes go to sparse files in DIR, never to the store, and are
+                          thrown away when the mount ends. DIR exists, and no other mount uses it
+  scratch_size=SIZE       limit of all that is written (as 10GiB; default: what the disk has); beyond it writes
                           get "No space left on device", reading goes on
   scratch_keep            what was written stays in DIR, and is there again when the same store is mounted with
-                          the same scratch= and scratch_keep. What fsync was answered for survives a power cut
+                          the same scratch= and scratch_keep. What was synced with fsync survives a power cut
   workers=N               processes that serve it (default: one for each core, at most 2)
   and those of mount(8): ro, noatime, nosuid, nodev, noexec, …
 
@@ -88,38 +84,31 @@ exit codes: 0 the mount answers, 1 failed, 2 wrong use
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `mount.pitfs`."""
-    fill_standard_descriptors()
-    try:
-        try:
-            args = _parser().parse_args(argv)
-        except SystemExit as stop:  # argparse has said what there is to say
-            return stop.code if isinstance(stop.code, int) else 2
-        logging.basicConfig(
-            level=logging.INFO if args.verbose else logging.WARNING,
-            format="mount.pitfs: %(levelname)s: %(message)s",
-        )
-        bound_heap()  # a heap for each thread that reads took 15 MiB of a worker
-        return mount_store(
-            parse_options(
-                ",".join(args.options),
-                store=args.store,
-                mountpoint=args.mountpoint,
-                foreground=args.foreground,
-                sloppy=args.sloppy,
-                verbose=args.verbose,
-            )
-        )
-    except BaseException as error:
-        return report(error, program=NAME)
+    return run_helper(_parser(), _mount, argv)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _mount(args: argparse.Namespace) -> int:
+    level = logging.INFO if args.verbose else logging.WARNING
+    logging.basicConfig(level=level, format="mount.pitfs: %(levelname)s: %(message)s")
+    bound_heap()  # a heap for each thread that reads took 15 MiB of a worker
+    request = parse_options(
+        ",".join(args.options),
+        store=args.store,
+        mountpoint=args.mountpoint,
+        foreground=args.foreground,
+        sloppy=args.sloppy,
+        verbose=args.verbose,
+    )
+    return mount_store(request)
+
+
+def _parser() -> Parser:
     parser = Parser(
         prog=NAME,
         description="Mounts a store: a directory for each instant, in it an image of each volume.",
         epilog=EXAMPLES,
     )
-    parser.add_argument("store", metavar="STORE", help="directory of the store")
+    add_store(parser)
     parser.add_argument("mountpoint", metavar="MOUNTPOINT", help="directory to mount on")
     parser.add_argument("-o", dest="options", metavar="OPTIONS", action="append", default=[], help="below")
     parser.add_argument("-f", dest="foreground", action="store_true", help="stay in the foreground")
@@ -131,30 +120,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_options(
-    text: str,
-    *,
-    store: str,
-    mountpoint: str,
-    foreground: bool = False,
-    sloppy: bool = False,
-    verbose: bool = False,
-) -> MountRequest:
+def parse_options(text: str, *, sloppy: bool = False, **request: Any) -> MountRequest:
     """The request that the options of `-o`, separated by commas, ask for.
 
+    Args:
+        sloppy: ignore unknown options.
+        request: the fields of the request that no option sets.
+
     Raises:
-        UsageError: an option is unknown (unless sloppy), refused, or its value is wrong.
+        UsageError: an option is unknown, refused, or has an invalid value.
     """
     values: dict[str, Any] = {}
     kernel: list[str] = []
     for option in filter(None, text.split(",")):
         name, has_value, value = option.partition("=")
-        if name in _VALUES and has_value:
-            key, parse = _VALUES[name]
-            values[key] = parse(value)
-            if name in ("uid", "gid", "mode"):  # who gives it to somebody else wants that somebody to get in
+        if name in VALUES and has_value:
+            key, parse = VALUES[name]
+            try:
+                values[key] = parse(value)
+            except ValueError as error:
+                raise UsageError(f"option {option}: {error}") from None
+            if name in ("uid", "gid", "mode"):  # the files are for somebody else, who must be able to enter
                 values["allow_other"] = True
-        elif option in ("strict", "allow_other", "scratch_keep"):
+        elif option in FLAGS:
             values[option] = True
         elif option in KERNEL_OPTIONS:
             kernel.append(option)
@@ -163,13 +151,11 @@ def parse_options(
         elif option not in IGNORED and not option.startswith(IGNORED_PREFIXES) and not sloppy:
             raise UsageError(f"unknown option {option!r}: {NAME} --help lists them")
     _check_scratch_options(values, kernel)
-    return MountRequest(
-        store, mountpoint, kernel_options=tuple(kernel), foreground=foreground, verbose=verbose, **values
-    )
+    return MountRequest(kernel_options=tuple(kernel), **request, **values)
 
 
 def _check_scratch_options(values: dict[str, Any], kernel: Sequence[str]) -> None:
-    """Refuses what doesn't go together; with scratch= the owner may write, without it nobody."""
+    """Refuses options that exclude each other. With scratch= the owner may write, without it nobody."""
     mode = values.get("mode", 0o400)
     if "scratch" in values:
         if "ro" in kernel:
@@ -184,68 +170,50 @@ def _check_scratch_options(values: dict[str, Any], kernel: Sequence[str]) -> Non
     values["mode"] = mode & 0o444
 
 
-def _parse_id(option: str, find: Callable[[str], int]) -> Callable[[str], int]:
+def _id_of(kind: str, find: Callable[[str], int]) -> Callable[[str], int]:
     def parse(value: str) -> int:
         if re.fullmatch(r"[0-9]{1,10}", value) and int(value) < 2**32 - 1:
             return int(value)
         try:
             return find(value)
         except (KeyError, ValueError):
-            what = "user" if option == "uid" else "group"
-            raise UsageError(f"option {option}={value}: no such {what}") from None
+            raise ValueError(f"no such {kind}") from None
 
     return parse
 
 
 def _parse_mode(value: str) -> int:
     if not re.fullmatch(r"[0-7]{1,4}", value) or int(value, 8) > 0o777:
-        raise UsageError(f"option mode={value}: write three octal digits, such as 0440")
+        raise ValueError("write three octal digits, such as 0440")
     return int(value, 8) & 0o666
 
 
 def _parse_directory(value: str) -> str:
     if not value:
-        raise UsageError("option scratch=: give a directory, such as scratch=/var/tmp/scratch")
+        raise ValueError("give a directory, such as scratch=/var/tmp/scratch")
     return os.path.abspath(value)
 
 
 def _parse_size(value: str) -> int:
     from pitfs.config.production import parse_size  # 10 ms that only this option pays
 
-    try:
-        size = parse_size(value)
-    except ValueError as error:
-        raise UsageError(f"option scratch_size={value}: {error}") from None
-    if value == str(size) and 0 < size < LEAST_PLAIN_BYTES:  # no unit: what else was meant would fill at once
-        raise UsageError(f"option scratch_size={value}: {size} bytes hold next to nothing: say the unit, as {value}GiB")
+    size = parse_size(value)
+    if value == str(size) and 0 < size < LEAST_PLAIN_BYTES:
+        raise ValueError(f"{size} bytes hold next to nothing: say the unit, as {value}GiB")
     if not 0 < size < 2**63:
-        raise UsageError(f"option scratch_size={value}: must be more than nothing, and less than 2^63 bytes")
+        raise ValueError("must be more than nothing, and less than 2^63 bytes")
     return size
 
 
 def _parse_workers(value: str) -> int:
     if not re.fullmatch(r"[0-9]{1,3}", value) or not 1 <= int(value) <= MAX_WORKERS:
-        raise UsageError(f"option workers={value}: write a number from 1 to {MAX_WORKERS}")
+        raise ValueError(f"write a number from 1 to {MAX_WORKERS}")
     return int(value)
 
 
-def parse_zone(value: str) -> datetime.tzinfo:
-    """The zone of that name.
-
-    Raises:
-        UsageError: there is none.
-    """
-    if value == "UTC":  # also where no zones are installed
-        return datetime.UTC
-    try:
-        return zoneinfo.ZoneInfo(value)
-    except (KeyError, ValueError, OSError):
-        raise UsageError(f"time zone {value!r}: unknown: write a name such as Europe/Vienna") from None
-
-
-_VALUES: Final[dict[str, tuple[str, Callable[[str], Any]]]] = {
-    "uid": ("uid", _parse_id("uid", lambda name: pwd.getpwnam(name).pw_uid)),
-    "gid": ("gid", _parse_id("gid", lambda name: grp.getgrnam(name).gr_gid)),
+VALUES: Final[dict[str, tuple[str, Callable[[str], Any]]]] = {
+    "uid": ("uid", _id_of("user", lambda name: pwd.getpwnam(name).pw_uid)),
+    "gid": ("gid", _id_of("group", lambda name: grp.getgrnam(name).gr_gid)),
     "mode": ("mode", _parse_mode),
     "tz": ("zone", parse_zone),
     "scratch": ("scratch", _parse_directory),

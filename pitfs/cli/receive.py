@@ -1,41 +1,38 @@
-"""`pitfs receive`: takes what production hosts send, one store for each group."""
+"""`pitfs receive`: receives what production hosts send, into one store for each group."""
 
 from __future__ import annotations
 
 import argparse
 import os
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
+from pitfs.cli.common.parser import add_tls_files, given_tls_files, tls_context
 from pitfs.errors import PitfsError, UsageError
-from pitfs.supervision.listening import add_tls_files, given_tls_files, listen, parse_address, tls_context
 
 if TYPE_CHECKING:
     from pitfs.link.sessions.receiver import ReadGrants
     from pitfs.link.transport.tls import LinkContext
 
-NAME: Final = "receive"
-
-
-def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
-    parser = subparsers.add_parser(
-        NAME,
-        help="take what production hosts send into stores",
-        description="Receives replication of any number of groups; the store of each is DIR/GROUP. Runs in "
-        "the foreground, prints 'ready' when it listens, ends on SIGTERM; what is under way resumes later.",
-        epilog="""\
+DESCRIPTION: Final = (
+    "Receives replication of any number of groups; the store of each is DIR/GROUP. Runs in "
+    "the foreground, prints 'ready' when it listens, ends on SIGTERM; what is under way resumes later."
+)
+EXAMPLES: Final = """\
 examples:
   pitfs receive --root /srv/pitfs --listen 127.0.0.1:7420 --insecure
   pitfs receive --root /srv/pitfs --listen [::]:7420 \\
-      --certificate replica.pem --key replica.key --authority ca.pem""",
-    )
-    parser.add_argument("--root", metavar="DIR", required=True, help="where the stores are; made if missing")
+      --certificate replica.pem --key replica.key --authority ca.pem"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--root", metavar="DIR", required=True, help="directory of the stores; made if missing")
     parser.add_argument(
         "--listen", metavar="HOST:PORT", required=True, help="address to listen at; port 0 takes a free one"
     )
     add_tls_files(parser, "senders")
     parser.add_argument(
-        "--grants", metavar="FILE", help="TOML file: whose certificates may write which groups; read anew each time"
+        "--grants", metavar="FILE", help="TOML file: whose certificates may write which groups; read at each connection"
     )
     parser.add_argument(
         "--window",
@@ -52,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
     from pitfs.config.production import load_grants, parse_window
     from pitfs.supervision.heap import bound_heap
+    from pitfs.supervision.listening import parse_address
     from pitfs.supervision.processes import set_up_daemon_logging
     from pitfs.supervision.service import run_until_signal
 
@@ -67,9 +65,9 @@ def run(args: argparse.Namespace) -> int:
         if tls is None:
             raise UsageError("--grants names certificates: it needs --certificate, --key and --authority")
         read_grants = partial(load_grants, args.grants)
-        read_grants()  # its errors now, not when somebody connects
+        read_grants()  # reports its errors now, not when somebody connects
     root = _make_root(args.root)
-    set_up_daemon_logging(getattr(args, "verbose", 0))
+    set_up_daemon_logging(args.verbose)
     trio.run(run_until_signal, partial(_receive, root, host, port, tls, read_grants, window_bytes))
     return 0
 
@@ -100,12 +98,7 @@ def _make_root(path: str) -> str:
 
 
 async def _receive(
-    root: str,
-    host: str,
-    port: int,
-    tls: LinkContext | None,
-    read_grants: ReadGrants | None,
-    window_bytes: int,
+    root: str, host: str, port: int, tls: LinkContext | None, read_grants: ReadGrants | None, window_bytes: int
 ) -> None:
     import logging
 
@@ -115,6 +108,7 @@ async def _receive(
     from pitfs.link.transport.streams import address_text
     from pitfs.store.ingest import Ingest
     from pitfs.store.opening import check_sender
+    from pitfs.supervision.listening import listen
     from pitfs.supervision.processes import trim_heap
     from pitfs.supervision.service import notify_ready
 

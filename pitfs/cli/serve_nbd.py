@@ -6,16 +6,9 @@ import argparse
 import contextlib
 import os
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-from pitfs.supervision.listening import (
-    add_tls_files,
-    given_tls_files,
-    listen,
-    listen_unix,
-    parse_address,
-    tls_context,
-)
+from pitfs.cli.common.parser import add_store, add_tls_files, given_tls_files, tls_context
 
 if TYPE_CHECKING:
     import trio
@@ -25,19 +18,14 @@ if TYPE_CHECKING:
     from pitfs.store.pins.pins import Pins
     from pitfs.store.store import Store
 
-NAME: Final = "serve-nbd"
-
-
-def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
-    parser = subparsers.add_parser(
-        NAME,
-        help="serve a store's instants to NBD clients",
-        description="Serves every instant of a store by the NBD protocol, read-only. The name of an export is the "
-        "path in the mount without the suffix of images: INSTANT/VOLUME, latest/VOLUME, 5m-ago/VOLUME, "
-        "bookmarks/NAME/VOLUME. A time is resolved when a client connects, and stays that instant for it. "
-        "Listed are latest and the newest 100 snapshots. Runs in the foreground, prints 'ready' when it listens, "
-        "ends on SIGTERM. Without TLS it listens on loopback or a unix socket only.",
-        epilog="""\
+DESCRIPTION: Final = (
+    "Serves every instant of a store by the NBD protocol, read-only. The name of an export is the "
+    "path in the mount without the suffix of images: INSTANT/VOLUME, latest/VOLUME, 5m-ago/VOLUME, "
+    "bookmarks/NAME/VOLUME. A time is resolved when a client connects, and stays that instant for it. "
+    "Listed are latest and the newest 100 snapshots. Runs in the foreground, prints 'ready' when it listens, "
+    "ends on SIGTERM. Without TLS it listens on loopback or a unix socket only."
+)
+EXAMPLES: Final = """\
 examples:
   pitfs serve-nbd /srv/replica/db1 --unix /run/pitfs/nbd.sock
   pitfs serve-nbd /srv/replica/db1 --listen 127.0.0.1:10809
@@ -48,9 +36,11 @@ clients:
   nbdinfo --list nbd://127.0.0.1
   nbdcopy nbd://127.0.0.1/latest/root root.img
   qemu-img convert -p -O qcow2 nbd+unix:///5m-ago/root?socket=/run/pitfs/nbd.sock root.qcow2
-  nbdfuse --readonly /mnt/root nbd://127.0.0.1/bookmarks/before-upgrade/root""",
-    )
-    parser.add_argument("store", metavar="STORE", help="directory of the store")
+  nbdfuse --readonly /mnt/root nbd://127.0.0.1/bookmarks/before-upgrade/root"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_store(parser)
     place = parser.add_mutually_exclusive_group(required=True)
     place.add_argument(
         "--listen", metavar="HOST:PORT", help="address to listen at; port 0 takes a free one; NBD's is 10809"
@@ -64,8 +54,9 @@ clients:
 def run(args: argparse.Namespace) -> int:
     import trio
 
-    from pitfs.cli.holding import open_held
+    from pitfs.cli.common.pins import open_pinned
     from pitfs.link.transport.tls import require_loopback
+    from pitfs.supervision.listening import parse_address
     from pitfs.supervision.processes import set_up_daemon_logging
     from pitfs.supervision.service import run_until_signal
 
@@ -75,25 +66,26 @@ def run(args: argparse.Namespace) -> int:
         tls = tls_context(args, "none, on loopback or a unix socket")
     elif address is not None:
         require_loopback(address[0])
-    set_up_daemon_logging(getattr(args, "verbose", 0))
-    with open_held(args.store, f"serve-nbd {args.listen or os.path.realpath(args.unix)}") as (store, holder):
-        trio.run(run_until_signal, partial(_serve, store, holder, address, args.unix, tls))
+    set_up_daemon_logging(args.verbose)
+    with open_pinned(args.store, f"serve-nbd {args.listen or os.path.realpath(args.unix)}") as (store, pins):
+        trio.run(run_until_signal, partial(_serve, store, pins, address, args.unix, tls))
     return 0
 
 
 async def _serve(
-    store: Store, holder: Pins, address: tuple[str, int] | None, path: str, tls: LinkContext | None
+    store: Store, pins: Pins, address: tuple[str, int] | None, path: str, tls: LinkContext | None
 ) -> None:
     import logging
     import time
 
     from pitfs.nbd.exports import Exports
     from pitfs.nbd.server import serve
+    from pitfs.supervision.listening import listen, listen_unix
     from pitfs.supervision.service import notify_ready
     from pitfs.view.tree import Tree
 
     log = logging.getLogger(__name__)
-    exports = Exports(store, Tree(store, time.time_ns), holder)
+    exports = Exports(store, Tree(store, time.time_ns), pins)
     with contextlib.ExitStack() as stack:
         if address is None:
             listeners = [stack.enter_context(listen_unix(path))]
@@ -106,10 +98,10 @@ async def _serve(
 
 
 async def _start_tls(group: str, tls: LinkContext, inner: trio.SocketStream) -> TlsStream:
-    """TLS with a client whose certificate doesn't say that it is for other groups.
+    """TLS with a client whose certificate grants this group, or says nothing of groups.
 
     Raises:
-        LinkError: its certificate isn't right, or it has none.
+        LinkError: its certificate is missing, invalid, or for other groups.
     """
     import ssl
 

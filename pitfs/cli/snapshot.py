@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import argparse
-import json
-from typing import Any, Final
+from typing import Final
 
-from pitfs.cli.asking import ask
-from pitfs.config.production import load_config
+from pitfs.cli.common.output import print_json
+from pitfs.cli.common.parser import add_config, add_json
 
-NAME: Final = "snapshot"
+DESCRIPTION: Final = (
+    "Closes the interval at the last write, returns when the replica has acknowledged it, and "
+    "prints the snapshot's canonical instant: the time of the last write in it."
+)
+EXAMPLES: Final = "example:\n  pitfs snapshot /etc/pitfs/db1.toml"
 
 
-def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
-    parser = subparsers.add_parser(
-        NAME,
-        help="close the interval now and wait until the replica has it",
-        description="Closes the interval at the last write, returns when the replica has acknowledged it, and "
-        "prints the snapshot's canonical instant: the time of the last write in it.",
-        epilog="example:\n  pitfs snapshot /etc/pitfs/db1.toml",
-    )
-    parser.add_argument("config", metavar="CONFIG", help="TOML file of the group")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    reply = ask(load_config(args.config), "snapshot")
-    print(json.dumps(reply) if args.json else reply["instant"])
+    return request(args, "snapshot")
+
+
+def request(args: argparse.Namespace, op: str, **arguments: str) -> int:
+    """Sends the request and prints the instant that it returns."""
+    from pitfs.cli.common.shipper import ask_shipper
+
+    reply = ask_shipper(args.config, op, **arguments)
+    if args.json:
+        print_json(reply, indent=None)
+    else:
+        print(reply["instant"])
     return 0

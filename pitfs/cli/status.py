@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import os
 import time
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
+from pitfs.cli.common.output import granularity_text, print_json, span_row, span_text
+from pitfs.cli.common.parser import add_json
 from pitfs.errors import UsageError
 from pitfs.model.position import format_instant
 
-if TYPE_CHECKING:
-    from pitfs.store.store import Store
+DESCRIPTION: Final = (
+    "Says where a group stands: the production side for a CONFIG (asks the running 'pitfs "
+    "protect'), the replica for a STORE."
+)
+EXAMPLES: Final = "examples:\n  pitfs status /etc/pitfs/db1.toml\n  pitfs status /srv/pitfs/db1 --json"
 
-NAME: Final = "status"
 
-
-def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
-    parser = subparsers.add_parser(
-        NAME,
-        help="where a side stands: lag, journal use, rate, last decision",
-        description="Says where a group stands: the production side for a CONFIG (asks the running 'pitfs "
-        "protect'), the replica for a STORE.",
-        epilog="examples:\n  pitfs status /etc/pitfs/db1.toml\n  pitfs status /srv/pitfs/db1 --json",
-    )
-    parser.add_argument(
-        "target", metavar="CONFIG|STORE", help="TOML file of a group, or directory of a store"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="CONFIG|STORE", help="TOML file of a group, or directory of a store")
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,37 +33,30 @@ def run(args: argparse.Namespace) -> int:
     else:
         raise UsageError(f"{args.target}: no such file or directory: give a configuration or a store")
     if args.json:
-        print(json.dumps(status))
+        print_json(status, indent=None)
     else:
         _print(status)
     return 0
 
 
 def _production(path: str) -> dict[str, Any]:
-    from pitfs.cli.asking import ask
-    from pitfs.config.production import load_config
+    from pitfs.cli.common.shipper import ask_shipper
 
-    return ask(load_config(path), "status")
+    return ask_shipper(path, "status")
 
 
 def _replica(path: str) -> dict[str, Any]:
-    from pitfs.cli.holding import holder_rows
+    from pitfs.cli.common.pins import pin_rows
     from pitfs.store.store import Store
 
-    store = Store.open(path)
-    try:
-        latest = store.latest()
+    with contextlib.closing(Store.open(path)) as store:
+        latest, gap = store.latest(), store.last_gap()
         protected = store.protected_through_ns() if latest else None
-        interval = None
-        if latest is not None:
-            for interval in (*store.intervals(latest.time_ns, None), *store.open_intervals()):  # noqa: B007 — the last one
-                pass
         decision = None
-        if interval is not None:
-            decision = {
-                "granularity_ns": interval.granularity_ns,
-                "reason": interval.cause or "every write arrived",
-            }
+        if latest is not None:
+            for interval in (*store.intervals(latest.time_ns, None), *store.open_intervals()):  # the last one counts
+                reason = interval.cause or "every write arrived"
+                decision = {"granularity_ns": interval.granularity_ns, "reason": reason}
         return {
             "role": "replica",
             "group": store.group,
@@ -80,36 +67,25 @@ def _replica(path: str) -> dict[str, Any]:
             "journal_capacity_bytes": None,
             "rate_bytes_per_s": None,
             "last_decision": decision,
-            "holders": holder_rows(path),
+            "holders": pin_rows(path),
             "seq": latest.seq if latest else None,
-            "last_gap": _last_gap(store),
+            "last_gap": span_row(gap) if gap else None,
         }
-    finally:
-        store.close()
-
-
-def _last_gap(store: Store) -> dict[str, str] | None:
-    gap = store.last_gap()
-    if gap is None:
-        return None
-    return {"from": format_instant(gap.from_time_ns), "to": format_instant(gap.to_time_ns), "cause": gap.cause}
 
 
 def _print(status: dict[str, Any]) -> None:
-    """A line for each thing that stands; bytes with their unit."""
-    from pitfs.cli.holding import holder_text
-    from pitfs.cli.list import granularity_text
+    """A line for each value that is known; bytes with their unit."""
+    from pitfs.cli.common.pins import pin_text
 
     for key, value in status.items():
+        if key == "holders":
+            for row in value or ():
+                print(f"{'holder':<26}{pin_text(row)}")
+            continue
         if value is None or value == []:
             continue
-        if key == "holders":
-            for row in value:
-                print(f"{'holder':<26}{holder_text(row)}")
-            continue
         if key == "last_decision":
-            what = granularity_text(value["granularity_ns"])
-            value = f"{what}: {value['reason']}"
+            value = f"{granularity_text(value['granularity_ns'])}: {value['reason']}"
         if key == "last_gap":
-            value = f"{value['from']} -> {value['to']}: {value['cause']}"
+            value = f"{span_text(value)}: {value['cause']}"
         print(f"{key.replace('_', ' '):<26}{value}")

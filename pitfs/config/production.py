@@ -27,8 +27,8 @@ from fractions import Fraction
 from typing import Final
 
 from pitfs.config.table import Table, parse_quantity, parse_table, read_text
+from pitfs.model.group import BLOCK_SIZES, MAX_VOLUMES
 
-MAX_VOLUMES: Final = 256  # each costs a descriptor and a map of its own on both sides
 MIN_INTERVAL_NS: Final = 100 * 10**6  # closing an interval costs some ms and two fsyncs on the replica
 MAX_INTERVAL_NS: Final = 24 * 3600 * 10**9  # all of an interval is held in the journal until it is shipped
 MIN_RATE_BYTES_PER_S: Final = 8_000  # 64 kbit/s; below, one frame outlives every time-out
@@ -38,7 +38,6 @@ MAX_CAPACITY_BYTES: Final = 1 << 60
 MIN_WINDOW_BYTES: Final = 1 << 20  # as link.window, and why
 MAX_WINDOW_BYTES: Final = 128 << 20
 DEFAULT_WINDOW_BYTES: Final = 32 << 20
-BLOCK_SIZES: Final = tuple(1 << bits for bits in range(9, 17))  # 512 B … 64 KiB
 
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,252})")
 _DURATION_NS = {

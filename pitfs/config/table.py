@@ -10,8 +10,8 @@ from fractions import Fraction
 from typing import Any, Final, Never
 
 from pitfs.errors import ConfigError
+from pitfs.model.group import NAME_RULE, is_name
 
-_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _QUANTITY = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?([A-Za-z]+)")
 _KINDS: Final = {str: "text in quotes", int: "an integer", bool: "true or false"}
 
@@ -162,10 +162,8 @@ class Table:
         return value
 
     def check_name(self, key: str, name: str) -> None:
-        if not _NAME.fullmatch(name) or name in (".", ".."):
-            self.fail(
-                key, f"{_short(name)} isn't a valid name: 1 to 64 of A-Z a-z 0-9 . _ - (not '.' or '..')"
-            )
+        if not is_name(name):
+            self.fail(key, f"{_short(name)} isn't a valid name: {NAME_RULE}")
 
     def quantity(
         self,
@@ -217,7 +215,7 @@ def _kind(value: object) -> str:
 
 
 def _printable(key: str) -> str:
-    return key if _NAME.fullmatch(key) else _short(key)
+    return key if is_name(key) else _short(key)
 
 
 def _short(value: str) -> str:

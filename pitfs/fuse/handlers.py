@@ -1,57 +1,58 @@
-"""What both FUSE adapters need: every handler guarded, every wait shielded (pyfuse3's two traps)."""
+"""How a handler may wait: counted, so that the request loop knows of it, and shielded from cancellation."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from typing import Any, ParamSpec, TypeVar
+import signal
+from collections.abc import AsyncIterator, Callable
+from typing import Final, TypeVar
 
 import pyfuse3
 import trio
 
 from pitfs.errors import PitfsError
-from pitfs.fuse.request_loop import waiting
 
-P = ParamSpec("P")
+TICK_S: Final = 0.001
+
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-def guard(
-    expected: Mapping[type[Exception], int] | None = None,
-) -> Callable[[Callable[P, Coroutine[Any, Any, T]]], Callable[P, Coroutine[Any, Any, T]]]:
-    """Decorator for each handler: only `FUSEError` leaves it. Anything else would end pyfuse3's main loop and
-    leave all callers hanging.
+class BlockedHandlers:
+    """Counts the handlers of this process that wait for a thread or a lock.
 
-    Args:
-        expected: errors that are an answer, and their errno. Others are EIO and a line in the log, with a
-            traceback if they are a mistake of ours.
+    A context manager around each such wait. While it is entered the timer runs that takes the request loop
+    out of a blocking read (`pitfs.fuse.mount.request_loop`); a handler that waits without it waits until the
+    next request comes.
     """
-    answers = dict(expected or {})
 
-    def decorate(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-        @functools.wraps(function)
-        async def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
-            try:
-                return await function(*args, **kwargs)
-            except pyfuse3.FUSEError:
-                raise
-            except Exception as error:
-                number = answers.get(type(error))
-                if number is not None:
-                    raise pyfuse3.FUSEError(number) from None
-                raise failed(function.__name__, error) from error
+    def __init__(self) -> None:
+        self.count = 0
+        self._tick_s = 0.0
 
-        return guarded
+    def enable_timer(self) -> None:
+        """Lets the timer run from now on whenever a handler waits. To be called by the main thread."""
+        signal.signal(signal.SIGALRM, lambda *_: None)  # a handler without SA_RESTART, as all of Python's
+        self._tick_s = TICK_S
 
-    return decorate
+    def __enter__(self) -> None:
+        self.count += 1
+        if self.count == 1 and self._tick_s:
+            signal.setitimer(signal.ITIMER_REAL, self._tick_s, self._tick_s)
+
+    def __exit__(self, *_: object) -> None:
+        self.count -= 1
+        if not self.count and self._tick_s:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+blocked_handlers = BlockedHandlers()  # of this process: pyfuse3 has one mount in each
 
 
 def failed(name: str, error: Exception) -> pyfuse3.FUSEError:
-    """EIO for an error of the handler `name`, after a line in the log, with a traceback if it's our mistake."""
+    """EIO for an error of the handler `name`, after a line in the log (with a traceback for our mistakes)."""
     if isinstance(error, PitfsError | OSError):
         log.error("%s: %s", name, error)
     else:
@@ -59,16 +60,18 @@ def failed(name: str, error: Exception) -> pyfuse3.FUSEError:
     return pyfuse3.FUSEError(errno.EIO)
 
 
-async def in_thread(function: Callable[..., T], *args: object, limiter: trio.CapacityLimiter) -> T:
-    """`function(*args)` in a thread, never cancelled: a handler that is cancelled gives no reply."""
-    with waiting, trio.CancelScope(shield=True):
+async def in_thread(
+    function: Callable[..., T], *args: object, limiter: trio.CapacityLimiter | None = None
+) -> T:
+    """`function(*args)` in a thread, never cancelled: without the handler's reply its caller would hang."""
+    with blocked_handlers, trio.CancelScope(shield=True):
         result = await trio.to_thread.run_sync(function, *args, limiter=limiter)
     return result  # noqa: RET504 — returned inside, mypy thinks that the scope may swallow it
 
 
 @contextlib.asynccontextmanager
 async def holding(lock: trio.Lock) -> AsyncIterator[None]:
-    """Holds the lock; not to be cancelled, as all handlers."""
-    with waiting:
+    """Holds the lock. The caller mustn't be cancelled, as no handler may be."""
+    with blocked_handlers:
         async with lock:
             yield

@@ -1,8 +1,8 @@
 """The replica's mount with writable images: writes go to overlays in the scratch directory, never to the store.
 
-Writes go to the page cache inline, as the splitter's do; what must come from the disk first (an image written for
-the first time, the rest of a block of which a part is written) comes in a thread. One process serves such a mount:
-in its memory is which blocks were written.
+Writes go to the page cache inline, as the splitter's do. A write that needs bytes from the disk first (an
+image's first write, or the rest of a block that is written in part) gets them in a thread. One process serves
+such a mount, since the table of written blocks is in its memory.
 """
 
 from __future__ import annotations
@@ -11,65 +11,48 @@ import errno
 import logging
 import os
 import time
-from typing import TYPE_CHECKING, Final, Never, Self
+from typing import TYPE_CHECKING, Final, Never
 
 import pyfuse3
 import trio
 
 from pitfs.errors import CapacityError
-from pitfs.fuse.handlers import failed, guard, holding, in_thread
-from pitfs.fuse.kernel.io_flusher import set_io_flusher
-from pitfs.fuse.replica import Image, Ownership, Replica, opened
+from pitfs.fuse.handlers import failed, holding, in_thread
+from pitfs.fuse.replica import Ownership, Replica, handler
 from pitfs.storage.files import FULL_ERRNOS
-from pitfs.view.overlay import NotCachedError, Overlay, OverlayView, Write
+from pitfs.view.inodes import EntryType, InodeKind, TreeEntry, unpack_inode
+from pitfs.view.overlay import Overlay, Write
+from pitfs.view.overlay_view import NotCachedError, OverlayView
 from pitfs.view.scratch import ScratchDirectory
-from pitfs.view.tree import EntryType, InodeKind, NoEntryError, Tree, TreeEntry, unpack_inode
+from pitfs.view.tree import Tree
 from pitfs.view.view import PointInTimeView, ReadBuffer
 
 if TYPE_CHECKING:
     from pyfuse3 import FileHandleT, FlagT, InodeT, RequestContext, SetattrFields
 
-    from pitfs.fuse.mount import MountRequest
+    from pitfs.fuse.replica import Image
     from pitfs.store.store import Store
 
 log = logging.getLogger(__name__)
-handler = guard({NoEntryError: errno.ENOENT})
 
 # Writes that take less than this on average are done in the event loop: they go to the page cache.
 INLINE_WRITE_NS: Final = 1_000_000
-FULL_SAID_S: Final = 60.0  # a full scratch is said no oftener
+FULL_LOG_S: Final = 60.0  # between two lines in the log about a full scratch
 
 
 class ScratchReplica(Replica):
     """pyfuse3 handlers over one store and its scratch."""
 
-    enable_writeback_cache = (
-        False  # the kernel would hold writes back, and a full scratch would be met too late
-    )
-
     def __init__(self, store: Store, tree: Tree, ownership: Ownership, scratch: ScratchDirectory) -> None:
         super().__init__(store, tree, ownership)
         self._scratch = scratch
-        self._writable: dict[int, OverlayView] = {}  # at most an overlay's each, which the scratch limits
-        self._making = trio.Lock()
-        self._syncing: dict[int, trio.Lock] = {}
-        self._full_until = 0.0
-        self._average_ns = 0.0  # that a write took of late: each new one counts for an eighth
+        self._writable: dict[int, OverlayView] = {}  # of each overlay; the scratch limits how many there are
+        self._create_lock = trio.Lock()
+        self._write_locks: dict[int, trio.Lock] = {}
+        self._sync_locks: dict[int, trio.Lock] = {}
+        self._full_log_at = 0.0
+        self._average_ns = 0.0  # that writes take: a moving average, each new one counts for an eighth
         self._slow_writes = 0  # under way; meanwhile none is done inline: they must keep their order
-        self._writing: dict[int, trio.Lock] = {}
-
-    @classmethod
-    def for_mount(cls, request: MountRequest) -> Self:
-        """The handlers of a mount like that; the only ones. Raises PitfsError where it can't be served, and why."""
-        assert request.scratch is not None
-        set_io_flusher()
-        store, tree, ownership = opened(request)
-        try:
-            scratch = ScratchDirectory(request.scratch, store, request.scratch_size_bytes, request.scratch_keep)
-        except BaseException:
-            store.close()
-            raise
-        return cls(store, tree, ownership, scratch)
 
     def close(self) -> None:
         self._scratch.close()
@@ -81,7 +64,7 @@ class ScratchReplica(Replica):
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> pyfuse3.FileInfo:
         if flags & os.O_TRUNC:
             raise self._fixed_size(inode)
-        await self._open_held(inode)
+        await self._pin(inode)
         return pyfuse3.FileInfo(fh=inode, keep_cache=True)
 
     async def _view(self, inode: int) -> Image:
@@ -96,7 +79,7 @@ class ScratchReplica(Replica):
         return view
 
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:  # type: ignore[override]
-        # Guarded as the other handlers, but here: one coroutine less on the way of every write.
+        # Guarded as by `handler`, but within: a decorator would cost each write another coroutine.
         view = self._writable.get(fh)
         if (
             view is None
@@ -117,8 +100,8 @@ class ScratchReplica(Replica):
 
     @handler
     async def _write_slowly(self, inode: int, offset: int, data: bytes) -> int:
-        """The first write of an image, one that needs what isn't in memory, one beyond the end, and each while the
-        disk of the scratch can't keep up, so that others needn't wait for it."""
+        """Does what can't be done inline: the first write of an image, one that needs bytes from the disk,
+        one beyond the end, and all writes while the scratch's disk is slow."""
         view = await self._writable_view(inode)
         data = data[: max(view.size_bytes - offset, 0)]
         if not data:
@@ -130,15 +113,15 @@ class ScratchReplica(Replica):
                 edges = await in_thread(
                     view.read_edges, offset, len(data), ReadBuffer(0), limiter=self._limiter
                 )
-            async with holding(self._writing.setdefault(inode, trio.Lock())):
-                await self._put(view, view.prepare(offset, data, edges))
+            async with holding(self._write_locks.setdefault(inode, trio.Lock())):
+                await self._store_write(view, view.prepare(offset, data, edges))
         except Exception as error:
             raise self._write_failed(error) from error
         finally:
             self._slow_writes -= 1
         return len(data)
 
-    async def _put(self, view: OverlayView, write: Write) -> None:
+    async def _store_write(self, view: OverlayView, write: Write) -> None:
         def timed() -> int:
             start_ns = time.monotonic_ns()
             view.overlay.store(write)
@@ -156,7 +139,7 @@ class ScratchReplica(Replica):
         self._average_ns += (took_ns - self._average_ns) / 8
 
     async def _writable_view(self, inode: int) -> OverlayView:
-        async with holding(self._making):
+        async with holding(self._create_lock):
             view = await self._view(inode)
             if not isinstance(view, OverlayView):
                 _, volume, seq = unpack_inode(inode)
@@ -170,9 +153,9 @@ class ScratchReplica(Replica):
 
     def _write_failed(self, error: Exception) -> pyfuse3.FUSEError:
         if isinstance(error, CapacityError) or (isinstance(error, OSError) and error.errno in FULL_ERRNOS):
-            if time.monotonic() >= self._full_until:
+            if time.monotonic() >= self._full_log_at:
                 log.warning("%s: the scratch is full: %s: writes get ENOSPC", self._scratch.directory, error)
-                self._full_until = time.monotonic() + FULL_SAID_S
+                self._full_log_at = time.monotonic() + FULL_LOG_S
             return pyfuse3.FUSEError(errno.ENOSPC)
         return failed("write", error)
 
@@ -182,9 +165,9 @@ class ScratchReplica(Replica):
         if overlay is None:
             return
         writes = overlay.writes
-        async with holding(self._syncing.setdefault(fh, trio.Lock())):
+        async with holding(self._sync_locks.setdefault(fh, trio.Lock())):
             if overlay.synced_writes >= writes and not overlay.failed:
-                return  # another's sync, begun after these writes, had them
+                return  # another fsync, begun after these writes, has made them durable
             begun = overlay.begin_sync()
             try:
                 await in_thread(overlay.sync, begun, limiter=self._limiter)
@@ -219,15 +202,15 @@ class ScratchReplica(Replica):
         fh: FileHandleT | None,
         ctx: RequestContext,
     ) -> pyfuse3.EntryAttributes:
-        entry = self._attributes(await self._ask(self._tree.entry, inode))
+        entry = self._attributes(await self._query(self._tree.entry, inode))
         if fields.update_size and attr.st_size != entry.st_size:
             raise self._fixed_size(inode)
         if fields.update_mode or fields.update_uid or fields.update_gid:
             raise pyfuse3.FUSEError(errno.EPERM)
-        return entry  # times are set by touch(1) and others in passing; there are none to set
+        return entry  # touch(1) and others set times too: accepted, without effect
 
     def _fixed_size(self, inode: int) -> pyfuse3.FUSEError:
-        """An image has its size for ever; who truncates it (dd without conv=notrunc) would lose what is there."""
+        """An image never changes its size: a truncation (dd without conv=notrunc) would lose its content."""
         log.info("inode %d: truncating an image is refused (dd: conv=notrunc)", inode)
         return pyfuse3.FUSEError(errno.EPERM)
 

@@ -15,6 +15,7 @@ import pyfuse3
 import trio
 
 from pitfs.errors import CapacityError
+from pitfs.fuse.handlers import failed, in_thread
 from pitfs.splitter.splitter import Splitter
 from pitfs.splitter.volume import NotCachedError
 
@@ -30,7 +31,7 @@ EDGE_BYTES: Final = 64 << 10  # the largest block: at most that much around a wr
 
 
 class Syncer:
-    """Group commit: each fsync waits for a sync that began after it came; those that wait share one.
+    """Group commit: each fsync waits for a sync that begins after its arrival; fsyncs that wait share one.
 
     Args:
         splitter: what is synced.
@@ -44,9 +45,9 @@ class Syncer:
         self._average_ns = 0.0  # of late: each new sync counts for an eighth
 
     def sync_now(self) -> bool:
-        """Syncs at once if that is short and nobody else is at it; False: `sync` must. Raises OSError.
+        """Syncs at once if that is short and no other sync is under way; False: call `sync`. Raises OSError.
 
-        Without an await: each one costs a turn of the event loop, as much as the sync itself.
+        It has no await, since each one costs a turn of the event loop, as much as the sync itself.
         """
         journal = self._splitter.journal
         if (
@@ -62,7 +63,7 @@ class Syncer:
         return True
 
     async def sync(self) -> None:
-        """Returns when every write answered before the call is durable. Raises OSError."""
+        """Returns when every write that was answered before the call is durable. Raises OSError."""
         splitter = self._splitter
         target = splitter.journal.appended_bytes
         async with self._lock:
@@ -86,7 +87,7 @@ class SplitterOperations(pyfuse3.Operations):
         splitter: what writes and reads go to.
         syncer: what fsync goes to.
         wait_for_room: waits until the journal may have room again (on_full = "block"); False: it won't.
-        written: waits until a write may be answered (mode sync); False: it can't be any more.
+        written: waits until a write may be answered (mode sync); False: it will never be.
     """
 
     supports_dot_lookup = False
@@ -107,7 +108,7 @@ class SplitterOperations(pyfuse3.Operations):
         self._names = [os.fsencode(volume.name) for volume in splitter.volumes]
         self._sizes = [volume.size_bytes for volume in splitter.volumes]
         self._started_ns = time.time_ns()
-        self._waiting = False  # whether it was said that writes wait for room
+        self._waiting = False  # for room in the journal, and the log says so
 
     # -- the hot path ------------------------------------------------------------------------------------
 
@@ -124,10 +125,10 @@ class SplitterOperations(pyfuse3.Operations):
                 self._waiting = False
                 break
             except NotCachedError:
-                # What is around the write comes from the disk into memory; meanwhile others are served.
-                with contextlib.suppress(OSError):  # the write will meet it as well, and say it
+                # A thread reads the blocks around the write from the disk into memory; other requests go on.
+                with contextlib.suppress(OSError):  # the write will meet the error as well, and say it
                     await self._read_from_disk(fh, off - EDGE_BYTES, len(buf) + 2 * EDGE_BYTES)
-                may_wait = True  # it may have left again
+                may_wait = True  # they may be out of the cache again
             except CapacityError as error:
                 if not self._waiting:
                     log.warning("%s; writes wait for it", error)
@@ -136,8 +137,8 @@ class SplitterOperations(pyfuse3.Operations):
                     raise pyfuse3.FUSEError(errno.EIO) from error
             except OSError as error:
                 raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
-            except Exception:
-                raise _mistake("write") from None
+            except Exception as error:
+                raise failed("write", error) from None
         if not await self._written():
             raise pyfuse3.FUSEError(errno.EIO)
         return len(buf)
@@ -151,27 +152,23 @@ class SplitterOperations(pyfuse3.Operations):
         except OSError as error:
             log.error("%s: read at %d: %s", self._splitter.volumes[fh - FIRST_INODE].backing.path, off, error)
             raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
-        except Exception:
-            raise _mistake("read") from None
+        except Exception as error:
+            raise failed("read", error) from None
 
     async def _read_from_disk(self, fh: Any, off: int, size: int) -> bytes:
-        # A cancelled handler gives no answer, and its caller would hang.
-        content = b""
-        with trio.CancelScope(shield=True):
-            content = await trio.to_thread.run_sync(self._splitter.read, fh - FIRST_INODE, max(off, 0), size)
-        return content  # noqa: RET504 - the scope might have swallowed it, says mypy
+        return await in_thread(self._splitter.read, fh - FIRST_INODE, max(off, 0), size)
 
     async def fsync(self, fh: Any, datasync: bool) -> None:
         try:
             if not self._syncer.sync_now():
-                # A cancelled handler gives no answer, and its caller would hang.
+                # A cancelled handler sends no reply, and its caller would hang.
                 with trio.CancelScope(shield=True):
                     await self._syncer.sync()
         except OSError as error:
             self._splitter.sync_failed(error)
             raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
-        except Exception:
-            raise _mistake("fsync") from None
+        except Exception as error:
+            raise failed("fsync", error) from None
 
     # -- names and attributes ----------------------------------------------------------------------------
 
@@ -200,18 +197,15 @@ class SplitterOperations(pyfuse3.Operations):
     async def setattr(self, inode: Any, attr: Any, fields: Any, fh: Any, ctx: Any) -> pyfuse3.EntryAttributes:
         entry = self._attributes(inode)
         if fields.update_size and attr.st_size != entry.st_size:
-            raise pyfuse3.FUSEError(errno.EPERM)  # a volume has its size for ever
+            raise pyfuse3.FUSEError(errno.EPERM)  # a volume never changes its size
         if fields.update_mode or fields.update_uid or fields.update_gid:
             raise pyfuse3.FUSEError(errno.EPERM)
-        return entry  # times are set by touch(1) and others in passing; there are none to set
+        return entry  # touch(1) and others set times too: accepted, without effect
 
     async def lookup(self, parent_inode: Any, name: bytes, ctx: Any = None) -> pyfuse3.EntryAttributes:
         if parent_inode == pyfuse3.ROOT_INODE and name in self._names:
             return self._attributes(FIRST_INODE + self._names.index(name))
         raise pyfuse3.FUSEError(errno.ENOENT)
-
-    async def forget(self, inode_list: Any) -> None:
-        pass  # inodes are computed, nothing is counted
 
     async def opendir(self, inode: Any, ctx: Any) -> Any:
         return inode
@@ -222,24 +216,13 @@ class SplitterOperations(pyfuse3.Operations):
             if not pyfuse3.readdir_reply(token, pyfuse3.FileNameT(self._names[index]), entry, index + 1):
                 return
 
-    async def releasedir(self, fh: Any) -> None:
-        pass
-
     async def open(self, inode: Any, flags: int, ctx: Any) -> pyfuse3.FileInfo:
         self._attributes(inode)
         return pyfuse3.FileInfo(fh=pyfuse3.FileHandleT(inode), keep_cache=True)
 
-    async def flush(self, fh: Any) -> None:
-        pass  # close(2) promises nothing; fsync does
-
-    async def release(self, fh: Any) -> None:
-        pass
-
-    async def fsyncdir(self, fh: Any, datasync: bool) -> None:
-        pass
-
-    async def access(self, inode: Any, mode: int, ctx: Any) -> bool:
-        return True
+    # Left to pyfuse3: forget, release and releasedir, since inodes and handles are computed, not counted;
+    # flush, since close(2) promises nothing; fsyncdir; access. It answers ENOSYS, after which the kernel
+    # takes them for done.
 
     async def statfs(self, ctx: Any) -> pyfuse3.StatvfsData:
         result = pyfuse3.StatvfsData()
@@ -248,9 +231,3 @@ class SplitterOperations(pyfuse3.Operations):
         result.f_files = len(self._sizes)
         result.f_namemax = 64
         return result
-
-
-def _mistake(operation: str) -> pyfuse3.FUSEError:
-    """EIO for a mistake of ours: any other exception would end the mount for all."""
-    log.exception("%s: a bug in pitfs", operation)
-    return pyfuse3.FUSEError(errno.EIO)

@@ -1,8 +1,8 @@
-"""What a writable image has of its own: which blocks were written, and the log that says so on disk.
+"""The overlay of a writable image: which blocks were written, and the log of them on disk.
 
-An overlay lies over an image: a block that was written is in the overlay, whole, every other one in the image
-below. A block never leaves the overlay. So a log of the runs of blocks that came to it, each named once, is all
-that its index is; it needs no compaction, and an fsync adds one record with what is new since the last.
+An overlay lies over an image. A block that was written is in the overlay, whole; every other block is in the image
+below. A block never leaves the overlay, so its index is a log of the runs of blocks that came to it, each once. The log
+needs no compaction; an fsync adds one record with what is new since the last one.
 
 The log is a file of a header of 128 bytes and records, little-endian:
 
@@ -23,8 +23,8 @@ The log is a file of a header of 128 bytes and records, little-endian:
      8      8   checksum     xxh3_64 of run_count (u32) and runs, seeded with the header's checksum plus the offset
     16      16n runs         first block (u64), block count (u64); ascending, not touching each other
 
-A record is durable before the next one is written, and after the blocks that it names. So what a power cut tears
-is the last record of an fsync that was not answered: it is cut. A bad record with a good one behind it is damage.
+A record is durable before the next one is written, and after the blocks that it names. So a power cut tears only the
+last record, of an fsync that was not answered: it is cut. A bad record with a good one behind it is damage.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ Runs = npt.NDArray[np.uint64]  # shape (n, 2): first block, block count
 
 @dataclass(frozen=True, slots=True)
 class OverlayHeader:
-    """Which image an overlay lies over. `history` is 16 bytes, `volume` a name."""
+    """The image below an overlay. `history` is 16 bytes, `volume` a name."""
 
     history: bytes
     seq: int
@@ -96,7 +96,7 @@ class OverlayHeader:
 
     @property
     def seed(self) -> int:
-        """Seeds the checksums of its records, so that another overlay's aren't taken for its own."""
+        """Seeds the checksums of the records, so that those of another overlay are not accepted."""
         return xxh3_64_intdigest(self.encode()[: HEADER.size])
 
 
@@ -105,8 +105,7 @@ def runs_of(blocks: BitMap64) -> Runs:
     numbers = np.frombuffer(blocks.to_array(), np.uint64) if blocks else np.empty(0, np.uint64)
     if not len(numbers):
         return np.empty((0, 2), np.uint64)
-    begins = np.flatnonzero(np.diff(numbers) != 1) + 1
-    begins = np.concatenate(([0], begins))
+    begins = np.concatenate(([0], np.flatnonzero(np.diff(numbers) != 1) + 1))
     lengths = np.diff(begins, append=len(numbers)).astype(np.uint64)
     return np.column_stack((numbers[begins], lengths))
 
@@ -119,7 +118,7 @@ def runs_within(blocks: BitMap64, first: int, last: int) -> list[tuple[int, int]
 
 
 def encode_records(runs: Runs, seed: int, offset: int) -> Iterator[bytes]:
-    """Records with all of the runs, the first to stand at `offset` of the log, each behind the one before."""
+    """Records with all of the runs, one behind the other from `offset` of the log on."""
     for start in range(0, len(runs), MAX_RUNS):
         part = runs[start : start + MAX_RUNS]
         body = part.astype("<u8").tobytes()
@@ -134,7 +133,7 @@ def decode_record(
 ) -> tuple[Runs, int] | None:
     """The record at the beginning of `data`, which stands at `offset` of the log: its runs and its size in bytes.
 
-    None where there is no whole record that was written there.
+    None if no whole record of this log begins there.
     """
     if len(data) < RECORD.size:
         return None

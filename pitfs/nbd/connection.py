@@ -1,14 +1,15 @@
 """One connection of a client: the negotiation, then its requests.
 
-What is in memory is answered at once, in the order in which it was asked for; what may need the disk is read in a
-thread, several at a time, and answered as it comes. A client that doesn't read what it asked for is waited for: at
-most `MAX_REQUESTS` of its requests are under way, and what they hold is bounded whatever their size, since a large
-read is answered in pieces.
+What is in memory is answered at once, in the order of the requests. What may need the disk is read in
+threads, several requests at a time, and answered as it comes. If a client doesn't read the replies, the
+server waits for it: at most `MAX_REQUESTS` of its requests are under way. What they hold in memory is bounded
+whatever their size, since a large read is answered in pieces.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
@@ -18,57 +19,57 @@ import trio
 
 from pitfs.errors import CorruptionError, PitfsError, RemoteProtocolError
 from pitfs.nbd.exports import Export, Exports, NoSuchExportError
-from pitfs.nbd.negotiation import AskExport, AskList, Close, Send, StartTls
-from pitfs.nbd.protocol import Buffer, Event, NbdProtocol, NbdState, Request
+from pitfs.nbd.negotiation import Close, ListExports, LookUpExport, NbdState, Send, StartTls
+from pitfs.nbd.protocol import Buffer, Event, NbdProtocol, Request
 from pitfs.nbd.stream import SocketStream, TlsStream, WrappedStream
-from pitfs.nbd.wire import HOLE_AND_ZERO, Command, CommandFlag, Error
+from pitfs.nbd.wire import HOLE_AND_ZERO, Command, CommandFlag
 from pitfs.view.view import PointInTimeView, ReadBuffer
 
 MAX_REQUESTS: Final = 16  # under way for one connection: what a disk likes to have queued
 MAX_THREADS: Final = 16  # cold reads under way, of all connections
-PIECE_BYTES: Final = 256 << 10  # read, verified and sent at once: 60 us from memory, and what nbdcopy asks for
+PIECE_BYTES: Final = 256 << 10  # read, verified and sent at once: 60 us from memory; nbdcopy's own size
 SMALL_BYTES: Final = 64 << 10
 MAX_LARGE: Final = 4  # pieces larger than that under way for one connection
 MAX_EXTENTS: Final = 16 << 10  # of one answer; the client asks again from where they end
 MAX_SPARE_BUFFERS: Final = 16
-REPLY_BYTES: Final = 32 << 10  # a reply takes as long as this many bytes more of it
-MAX_UNYIELDED_BYTES: Final = 1 << 20  # sent from memory before other connections have their turn
+REPLY_BYTES: Final = 32 << 10  # a reply costs, beside its data, as much time as this many bytes of data
+MAX_UNYIELDED_BYTES: Final = 1 << 20  # sent from memory before other connections get their turn
 
-NO_DATA: Final = "damaged, or the disk refuses: the server's log has the details"
+NO_DATA: Final = "damaged, or the disk failed: the server's log has the details"
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-class Shared:
-    """What all connections of a server have in common."""
+class SharedResources:
+    """What all connections of a server share."""
 
     def __init__(self, exports: Exports) -> None:
         self.exports = exports
         self.readers = trio.CapacityLimiter(MAX_THREADS)
-        self._finders = trio.CapacityLimiter(1)  # exports are for one thread at a time
+        self._lookups = trio.CapacityLimiter(1)  # exports are for one thread at a time
         self._spare: list[ReadBuffer] = []
 
-    async def ask(self, question: Callable[..., T], *args: object) -> T:
-        """A question to the exports."""
-        return await trio.to_thread.run_sync(question, *args, limiter=self._finders)
+    async def query(self, function: Callable[..., T], *args: object) -> T:
+        """Calls a method of the exports in a thread."""
+        return await trio.to_thread.run_sync(function, *args, limiter=self._lookups)
 
-    def take_buffer(self) -> ReadBuffer:
+    def acquire_buffer(self) -> ReadBuffer:
         return self._spare.pop() if self._spare else ReadBuffer(PIECE_BYTES)
 
-    def give_back(self, buffer: ReadBuffer) -> None:
+    def release_buffer(self, buffer: ReadBuffer) -> None:
         if len(self._spare) < MAX_SPARE_BUFFERS:
             self._spare.append(buffer)
 
 
 class Connection:
-    """Serves one client: `negotiate`, then `serve`, and `release` whatever became of them.
+    """Serves one client: `negotiate`, then `serve`, and `release` in any case.
 
-    Both raise RemoteProtocolError where the client breaks the protocol, and OSError or trio.BrokenResourceError
-    where the connection breaks.
+    The first two raise RemoteProtocolError if the client breaks the protocol, and OSError or
+    trio.BrokenResourceError if the connection breaks.
     """
 
-    def __init__(self, stream: SocketStream, peer: str, shared: Shared, *, offers_tls: bool) -> None:
+    def __init__(self, stream: SocketStream, peer: str, shared: SharedResources, *, offers_tls: bool) -> None:
         self._stream: SocketStream | WrappedStream = stream
         self._peer = peer
         self._shared = shared
@@ -78,11 +79,13 @@ class Connection:
         self._slots = trio.Semaphore(MAX_REQUESTS)
         self._large = trio.Semaphore(MAX_LARGE)
         self._opened: Export | None = None
+        self._view: PointInTimeView  # that is served, and by which tasks: of `serve`
+        self._nursery: trio.Nursery
         self._unyielded_bytes = 0
         self._broken: Exception | None = None  # why a task of `serve` ended the connection
 
     async def _next(self) -> Event | None:
-        """What comes from the client next; None at the end."""
+        """The client's next event; None at the end of the connection."""
         while (event := next(self._events, None)) is None:
             if self._protocol.state is NbdState.CLOSED:
                 return None
@@ -102,10 +105,10 @@ class Connection:
             await self._stream.send(header, data)
         finally:
             self._sending.release()
-        await self._worked_on(len(data))
+        await self._yield_if_due(len(data))
 
-    async def _worked_on(self, size: int) -> None:
-        """Gives other connections their turn now and then, where nothing else did."""
+    async def _yield_if_due(self, size: int) -> None:
+        """Gives other connections their turn now and then: what is in memory is sent without a pause."""
         self._unyielded_bytes += size + REPLY_BYTES
         if self._unyielded_bytes > MAX_UNYIELDED_BYTES:
             self._unyielded_bytes = 0
@@ -117,10 +120,10 @@ class Connection:
         """The export that the client opens; None if it leaves first.
 
         Args:
-            start_tls: puts TLS over the socket once the client asks for it; raises PitfsError.
+            start_tls: puts TLS over the socket once the client wants it; raises PitfsError.
 
         Raises:
-            PitfsError: no TLS, or the store can't be read.
+            PitfsError: TLS or reading the store fails.
         """
         await self._send(self._protocol.greeting())
         while (event := await self._next()) is not None:
@@ -128,13 +131,13 @@ class Connection:
                 case Send(data):
                     await self._send(data)
                 case Close(data):
-                    with contextlib.suppress(OSError, trio.BrokenResourceError):  # who takes leave needn't wait for it
+                    with contextlib.suppress(OSError, trio.BrokenResourceError):  # it may have closed already
                         await self._send(data)
-                case AskList():
-                    listed = await self._shared.ask(self._shared.exports.listed)
+                case ListExports():
+                    listed = await self._shared.query(self._shared.exports.listed)
                     await self._send(self._protocol.answer_list(listed))
-                case AskExport(name, opens):
-                    await self._answer(name, opens)
+                case LookUpExport(name, opens):
+                    await self._answer_lookup(name, opens)
                     if self._opened is not None:
                         return self._opened
                 case StartTls(data):
@@ -144,10 +147,10 @@ class Connection:
                     self._protocol.tls_started()
         return None
 
-    async def _answer(self, name: str, opens: bool) -> None:
+    async def _answer_lookup(self, name: str, opens: bool) -> None:
         export, problem = None, ""
         try:
-            export = await self._shared.ask(partial(self._shared.exports.find, name, opens=opens))
+            export = await self._shared.query(partial(self._shared.exports.find, name, opens=opens))
         except NoSuchExportError as error:
             problem = str(error)
             log.info("%s: %s", self._peer, error)
@@ -158,179 +161,165 @@ class Connection:
         await self._send(self._protocol.answer_export(export.info if export else None, problem))
 
     async def release(self) -> None:
-        """Lets go of the instant that was opened."""
+        """Unpins the instant of the opened export."""
         if self._opened is not None:
             with trio.CancelScope(shield=True):
-                await self._shared.ask(self._shared.exports.close, self._opened)
+                await self._shared.query(self._shared.exports.close, self._opened)
 
     # -------------------------------------------------------------- requests
 
     async def serve(self, view: PointInTimeView) -> None:
         """Answers requests until the client leaves."""
-        async with trio.open_nursery() as nursery:
+        self._view = view
+        async with trio.open_nursery() as self._nursery:
             try:
-                await self._take_requests(view, nursery)
+                await self._take_requests()
             except (RemoteProtocolError, OSError, trio.BrokenResourceError) as error:
-                self._break(error, nursery)
+                self._break(error)
         if self._broken is not None:
             raise self._broken
 
-    def _break(self, error: Exception, nursery: trio.Nursery) -> None:
+    def _break(self, error: Exception) -> None:
         self._broken = self._broken or error
-        nursery.cancel_scope.cancel()
+        self._nursery.cancel_scope.cancel()
 
-    async def _take_requests(self, view: PointInTimeView, nursery: trio.Nursery) -> None:
+    async def _take_requests(self) -> None:
         while (event := await self._next()) is not None:
             if isinstance(event, Request):
                 done = 0
                 if event.command == Command.READ:
-                    done = await self._send_cached(view, event)
+                    done = await self._send_cached(event)
                 if done < event.size:
                     await self._slots.acquire()
-                    nursery.start_soon(self._perform, view, event, done, nursery)
+                    self._nursery.start_soon(self._perform, event, done)
             elif isinstance(event, Send):
                 await self._send(event.data)
 
-    async def _send_cached(self, view: PointInTimeView, request: Request) -> int:
-        """Answers a read as far as that needs no waiting for the disk; returns how many bytes of it."""
+    async def _send_cached(self, request: Request) -> int:
+        """Sends the beginning of a read as far as it is in memory; returns how many bytes that is."""
         offset, end = request.offset, request.offset + request.size
         if offset // PIECE_BYTES != (end - 1) // PIECE_BYTES and not self._protocol.is_divisible(request):
-            return 0  # several pieces, none of which may fail once the first is sent
-        buffer = self._shared.take_buffer()
+            return 0  # several pieces in one chunk: once the first is sent none may fail
+        buffer = self._shared.acquire_buffer()
         try:
             while offset < end:
                 size = min(PIECE_BYTES - offset % PIECE_BYTES, end - offset)
-                data = view.try_read_cached(offset, size, buffer)
+                data = self._view.try_read_cached(offset, size, buffer)
                 if data is None:
                     break
                 await self._send(self._protocol.data_header(request, offset, size), data)
                 offset += size
-        except PitfsError:  # found again, and answered, where what can't be read at once is read
+        except PitfsError:  # `_perform` meets it again, and answers it
             pass
         finally:
-            self._shared.give_back(buffer)
+            self._shared.release_buffer(buffer)
         return offset - request.offset
 
-    async def _perform(
-        self, view: PointInTimeView, request: Request, done: int, nursery: trio.Nursery
-    ) -> None:
-        """Answers a request, a read from byte `done` of it on."""
+    async def _perform(self, request: Request, done: int) -> None:
+        """Answers a request; of a read `done` bytes have been sent."""
         is_large = request.size > SMALL_BYTES
         if is_large:
             await self._large.acquire()
-        buffer = self._shared.take_buffer()
+        buffer = self._shared.acquire_buffer()
         try:
-            if request.command == Command.BLOCK_STATUS:
-                await self._tell_status(view, request)
-            elif request.command == Command.CACHE:
-                await self._cache(view, request, buffer)
-            elif self._protocol.is_divisible(request):
-                await self._send_pieces(view, request, done, buffer)
-            else:
-                await self._send_whole(view, request, buffer)
+            await self._answer(request, done, buffer)
         except (OSError, trio.BrokenResourceError, _UnfinishedError) as error:
-            self._break(error, nursery)
+            self._break(error)
         finally:
-            self._shared.give_back(buffer)
+            self._shared.release_buffer(buffer)
             if is_large:
                 self._large.release()
             self._slots.release()
 
-    async def _send_pieces(
-        self, view: PointInTimeView, request: Request, done: int, buffer: ReadBuffer
-    ) -> None:
-        has_end = False
-        for offset, size in _cut(request.offset + done, request.size - done, PIECE_BYTES):
-            try:
-                data = await self._read(view, offset, size, buffer)
-            except CorruptionError:
-                has_end = await self._send_blocks(view, request, offset, size, buffer)
-            except PitfsError as error:
-                log.error("%s: %s", self._peer, error)
-                await self._send(self._protocol.failed_at(request, Error.EIO, NO_DATA, offset))
-                has_end = False
+    async def _answer(self, request: Request, done: int, buffer: ReadBuffer) -> None:
+        try:
+            if request.command == Command.BLOCK_STATUS:
+                await self._send_block_status(request)
+            elif request.command == Command.CACHE:
+                await self._read_all(request, buffer)
+                await self._send(self._protocol.finished(request))
+            elif self._protocol.is_divisible(request):
+                offset, size = request.offset + done, request.size - done
+                if not await self._send_pieces(request, offset, size, PIECE_BYTES, buffer):
+                    await self._send(self._protocol.finished(request))
             else:
-                await self._send(self._protocol.data_header(request, offset, size), data)
-                has_end = True
-        if not has_end:
-            await self._send(self._protocol.finished(request))
+                await self._send_whole(request, buffer)
+        except _UnfinishedError:
+            raise
+        except PitfsError as error:
+            log.error("%s: %s", self._peer, error)
+            await self._send(self._protocol.failed(request.cookie, errno.EIO, NO_DATA))
 
-    async def _send_blocks(
-        self, view: PointInTimeView, request: Request, offset: int, size: int, buffer: ReadBuffer
+    async def _send_pieces(
+        self, request: Request, offset: int, size: int, step: int, buffer: ReadBuffer
     ) -> bool:
-        """Sends those blocks that are what was written; returns whether the last one is."""
+        """Sends a range of a read as one chunk for each `step` bytes, of data or an error.
+
+        A damaged piece is sent block by block, so that only the damaged blocks of it are errors.
+
+        Returns:
+            whether the last chunk has data: then it was the reply's last.
+        """
         has_end = False
-        for start, length in _cut(offset, size, view.block_size):
+        for start, length in _cut(offset, size, step):
             try:
-                data = await self._read(view, start, length, buffer)
+                data = await self._read(start, length, buffer)
             except PitfsError as error:
+                if isinstance(error, CorruptionError) and step > self._view.block_size:
+                    has_end = await self._send_pieces(request, start, length, self._view.block_size, buffer)
+                    continue
                 log.error("%s: %s", self._peer, error)
-                await self._send(self._protocol.failed_at(request, Error.EIO, NO_DATA, start))
+                await self._send(self._protocol.failed_at(request, errno.EIO, NO_DATA, start))
                 has_end = False
             else:
                 await self._send(self._protocol.data_header(request, start, length), data)
                 has_end = True
         return has_end
 
-    async def _send_whole(self, view: PointInTimeView, request: Request, buffer: ReadBuffer) -> None:
-        """Answers a read that comes in one piece, and must be right from its first byte on.
+    async def _send_whole(self, request: Request, buffer: ReadBuffer) -> None:
+        """Answers a read with one header for all its data, so that all must be verified before the header.
 
-        A large one is read twice rather than kept: once to know that it is right, once to send it.
+        A large one isn't kept but read twice: the first time to verify it, the second time to send it.
         """
-        pieces = list(_cut(request.offset, request.size, PIECE_BYTES))
-        data: Buffer = b""
-        try:
-            for piece in pieces:
-                data = await self._read(view, *piece, buffer)
-        except PitfsError as error:
-            log.error("%s: %s", self._peer, error)
-            await self._send(self._protocol.failed(request, Error.EIO, NO_DATA))
-            return
+        data = await self._read_all(request, buffer)
         header = self._protocol.data_header(request, request.offset, request.size)
+        pieces = list(_cut(request.offset, request.size, PIECE_BYTES))
         if len(pieces) == 1:
             await self._send(header, data)
             return
         async with self._sending:
             for piece in pieces:
                 try:
-                    data = await self._read(view, *piece, buffer)
+                    data = await self._read(*piece, buffer)
                 except PitfsError as error:
                     raise _UnfinishedError(f"in the middle of a reply: {error}") from error
                 await self._stream.send(header, data)
                 header = b""
 
-    async def _cache(self, view: PointInTimeView, request: Request, buffer: ReadBuffer) -> None:
-        """Reads, so that it is in memory when it is asked for."""
-        try:
-            for piece in _cut(request.offset, request.size, PIECE_BYTES):
-                await self._read(view, *piece, buffer)
-        except PitfsError as error:
-            log.error("%s: %s", self._peer, error)
-            await self._send(self._protocol.failed(request, Error.EIO, NO_DATA))
-        else:
-            await self._send(self._protocol.finished(request))
-
-    async def _tell_status(self, view: PointInTimeView, request: Request) -> None:
+    async def _send_block_status(self, request: Request) -> None:
         limit = 1 if request.flags & CommandFlag.REQ_ONE else MAX_EXTENTS
-        question = partial(_extents, view, request.offset, request.offset + request.size, limit)
-        try:
-            extents = await trio.to_thread.run_sync(question, limiter=self._shared.readers)
-        except PitfsError as error:
-            log.error("%s: %s", self._peer, error)
-            await self._send(self._protocol.failed(request, Error.EIO, NO_DATA))
-        else:
-            await self._send(self._protocol.extents(request, extents))
+        query = partial(_extents, self._view, request.offset, request.offset + request.size, limit)
+        extents = await trio.to_thread.run_sync(query, limiter=self._shared.readers)
+        await self._send(self._protocol.extents(request, extents))
 
-    async def _read(self, view: PointInTimeView, offset: int, size: int, buffer: ReadBuffer) -> memoryview:
-        data = view.try_read_cached(offset, size, buffer)
+    async def _read_all(self, request: Request, buffer: ReadBuffer) -> Buffer:
+        """Reads all pieces of a request: they are verified and in memory then. Returns the last one."""
+        data: Buffer = b""
+        for piece in _cut(request.offset, request.size, PIECE_BYTES):
+            data = await self._read(*piece, buffer)
+        return data
+
+    async def _read(self, offset: int, size: int, buffer: ReadBuffer) -> memoryview:
+        data = self._view.try_read_cached(offset, size, buffer)
         if data is None:
-            return await trio.to_thread.run_sync(view.read, offset, size, buffer, limiter=self._shared.readers)
-        await self._worked_on(size)
+            read, limiter = self._view.read, self._shared.readers
+            return await trio.to_thread.run_sync(read, offset, size, buffer, limiter=limiter)
+        await self._yield_if_due(size)
         return data
 
 
 class _UnfinishedError(PitfsError):
-    """A reply that can't be completed: the client can only learn it by the end of the connection."""
+    """A reply ends early, which only the end of the connection can show to the client."""
 
 
 def _cut(offset: int, size: int, step: int) -> Iterator[tuple[int, int]]:
@@ -343,7 +332,7 @@ def _cut(offset: int, size: int, step: int) -> Iterator[tuple[int, int]]:
 
 
 def _extents(view: PointInTimeView, start: int, end: int, limit: int) -> list[tuple[int, int]]:
-    """(bytes, flags) from `start` on: what has data and what hasn't, in turns."""
+    """(bytes, flags) from `start` on, with and without data in turns."""
     extents: list[tuple[int, int]] = []
     at = start
     for low, high in view.data_ranges(start, end):

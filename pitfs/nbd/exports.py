@@ -1,14 +1,14 @@
-"""Which exports there are: names of the mount's tree, without the suffix of images, to views of a volume.
+"""The exports: names of the mount's tree, without the suffix of images, lead to views of a volume.
 
     2026-11-22T23-54-00.123456789Z/root    the canonical name
     latest/root, 5m-ago/root, bookmarks/before-upgrade/root, times/2026-11-22/23-54/23-54-07/root, …
 
-Whatever leads to an instant in the tree does so here, at the moment in which it is asked for.
+All names of an instant in the tree are valid here. A name is resolved when a client opens it.
 """
 
 from __future__ import annotations
 
-import collections
+import functools
 import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Final
 from pitfs.errors import NoSuchInstantError, PitfsError
 from pitfs.model.position import format_instant
 from pitfs.nbd.negotiation import ExportInfo
-from pitfs.view.tree import LATEST, ROOT_INODE, EntryType, NoEntryError, Tree
+from pitfs.view.inodes import ROOT_INODE, EntryType, NoEntryError
+from pitfs.view.tree import LATEST, Tree
 from pitfs.view.view import PointInTimeView, TableCache
 
 if TYPE_CHECKING:
@@ -40,12 +41,17 @@ class Export:
 class Exports:
     """The exports of one store. For one thread at a time, as the tree is; the views that it gives are for any."""
 
-    def __init__(self, store: Store, tree: Tree, holder: Pins) -> None:
+    def __init__(self, store: Store, tree: Tree, pins: Pins) -> None:
         self._store = store
         self._tree = tree
-        self._holder = holder
-        self._tables = TableCache()
-        self._views: collections.OrderedDict[tuple[int, int], PointInTimeView] = collections.OrderedDict()
+        self._pins = pins
+        tables = TableCache()
+
+        @functools.lru_cache(MAX_VIEWS)
+        def view_of(resolution: Resolution, volume: int) -> PointInTimeView:
+            return PointInTimeView(store, resolution, volume, tables)
+
+        self._view_of = view_of
 
     def find(self, name: str, *, opens: bool) -> Export:
         """The export that a name leads to now.
@@ -55,7 +61,7 @@ class Exports:
 
         Raises:
             NoSuchExportError: there is none; says why.
-            PitfsError: the store can't be read.
+            PitfsError: reading the store fails.
         """
         path, _, volume = name.rpartition("/")
         names = [each.name for each in self._store.volumes]
@@ -64,7 +70,7 @@ class Exports:
         try:
             instant = ROOT_INODE
             for part in path.split("/"):
-                instant = self._follow(instant, part)
+                instant = self._child(instant, part)
             resolution = self._tree.resolution_of(instant)
         except NoEntryError:
             resolution = None
@@ -74,17 +80,17 @@ class Exports:
             raise NoSuchExportError(f"no export {name!r}: the volumes are {', '.join(names)}")
         if opens:
             try:
-                resolution = self._holder.pinned(self._store, resolution)
+                resolution = self._pins.pinned(self._store, resolution)
             except NoSuchInstantError as error:
                 raise NoSuchExportError(f"no export {name!r}: {error}") from None
-        view = self._view(resolution, names.index(volume))
+        view = self._view_of(resolution, names.index(volume))
         canonical = f"{format_instant(resolution.time_ns)}/{volume}"
         description = f"volume {volume} of group {self._store.group}, {resolution.kind}, seq {resolution.seq}"
         return Export(ExportInfo(canonical, description, view.size_bytes, view.block_size), view)
 
     def close(self, export: Export) -> None:
-        """Takes back what `find` held."""
-        self._holder.unpin(export.view.resolution.seq)
+        """Unpins the instant of an export that was opened."""
+        self._pins.unpin(export.view.resolution.seq)
 
     def listed(self) -> list[tuple[str, str]]:
         """(name, description) of latest and of the newest snapshots, newest first, of each volume."""
@@ -100,19 +106,9 @@ class Exports:
             for volume in self._store.volumes
         ]
 
-    def _follow(self, directory: int, name: str) -> int:
+    def _child(self, directory: int, name: str) -> int:
         entry = self._tree.lookup(directory, name.encode())
-        if entry.type is EntryType.LINK:  # in whatever directory, to an instant of the root's
+        if entry.type is EntryType.LINK:  # in any directory, to an instant in the root
             target = self._tree.target(entry.inode).rpartition("/")[2]
             entry = self._tree.lookup(ROOT_INODE, target.encode())
         return entry.inode
-
-    def _view(self, resolution: Resolution, volume: int) -> PointInTimeView:
-        key = resolution.seq, volume
-        view = self._views.get(key)
-        if view is None:
-            view = self._views[key] = PointInTimeView(self._store, resolution, volume, self._tables)
-            if len(self._views) > MAX_VIEWS:
-                self._views.popitem(last=False)
-        self._views.move_to_end(key)
-        return view

@@ -1,43 +1,70 @@
 """What client and server agree on before the first request: which option leads to which answer, without I/O.
 
-Where TLS is offered it is required: nothing is told before it, and what was agreed before is void.
+Where TLS is offered it is required: before it nothing is answered, and what was agreed before it is void.
 """
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
 from pitfs.errors import LocalProtocolError, RemoteProtocolError
-from pitfs.nbd.wire import (
-    CONTEXT,
-    CONTEXT_ID,
-    MAX_NAME_BYTES,
-    U16,
-    U32,
-    ZEROES_BYTES,
-    ExportFlag,
-    Info,
-    Option,
-    Reply,
-    counted,
-    infos,
-    option_reply,
-)
+from pitfs.nbd import wire
+from pitfs.nbd.wire import ExportFlag, Option, Reply, option_reply
 
 _EXPORT_FLAGS: Final = (
     ExportFlag.HAS_FLAGS | ExportFlag.READ_ONLY | ExportFlag.CAN_MULTI_CONN | ExportFlag.SEND_CACHE
 )
-_ALONE: Final = (Option.ABORT, Option.LIST, Option.STARTTLS, Option.STRUCTURED_REPLY)  # options without data
+_WITHOUT_DATA: Final = (Option.ABORT, Option.LIST, Option.STARTTLS, Option.STRUCTURED_REPLY)
+_OPENING: Final = (Option.EXPORT_NAME, Option.GO)
+
+
+class NbdState(enum.Enum):
+    """Where a connection is.
+
+    ::
+
+        GREETING ──flags──> OPTIONS <───────────────────────────────────────────────────────┐
+                               ├──LIST──> LISTING ──answered────────────────────────────────┤
+                               ├──INFO, GO, EXPORT_NAME, contexts──> LOOKUP ──answered──────┤
+                               ├──STARTTLS──> TLS_HANDSHAKE ──done──────────────────────────┘
+                               ├──ABORT──> CLOSED
+                               └──any other option, answered here──> OPTIONS
+
+        LOOKUP ──GO or EXPORT_NAME, and there is such an export──> TRANSMISSION ──DISC──> CLOSED
+        LOOKUP ──EXPORT_NAME, and there is no such export: it has no other refusal──> CLOSED
+
+    In LISTING, LOOKUP and TLS_HANDSHAKE the caller has to act; in the others the client's bytes come next.
+    """
+
+    GREETING = enum.auto()
+    OPTIONS = enum.auto()
+    LISTING = enum.auto()
+    LOOKUP = enum.auto()
+    TLS_HANDSHAKE = enum.auto()
+    TRANSMISSION = enum.auto()
+    CLOSED = enum.auto()
+
+
+_TRANSITIONS: Final[dict[NbdState, tuple[NbdState, ...]]] = {
+    NbdState.GREETING: (NbdState.OPTIONS,),
+    NbdState.OPTIONS: (NbdState.LISTING, NbdState.LOOKUP, NbdState.TLS_HANDSHAKE, NbdState.CLOSED),
+    NbdState.LISTING: (NbdState.OPTIONS,),
+    NbdState.LOOKUP: (NbdState.OPTIONS, NbdState.TRANSMISSION, NbdState.CLOSED),
+    NbdState.TLS_HANDSHAKE: (NbdState.OPTIONS,),
+    NbdState.TRANSMISSION: (NbdState.CLOSED,),
+    NbdState.CLOSED: (),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class ExportInfo:
-    """What a client is told of an export.
+    """What a client learns about an export.
 
     Attributes:
-        name: the canonical one, whatever name it was asked for by.
+        name: the canonical one, whichever name the client has used.
     """
 
     name: str
@@ -54,13 +81,13 @@ class Send:
 
 
 @dataclass(frozen=True, slots=True)
-class AskList:
-    """Which exports to list: `answer_list`."""
+class ListExports:
+    """The client wants a list of exports: `answer_list`."""
 
 
 @dataclass(frozen=True, slots=True)
-class AskExport:
-    """Whether there is an export of that name: `answer_export`. If there is, and it `opens`, it is the client's."""
+class LookUpExport:
+    """The client wants an export by name: `answer_export`. With `opens` that opens it."""
 
     name: str
     opens: bool
@@ -75,49 +102,64 @@ class StartTls:
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """The client takes its leave: send the data, answer what is under way, close."""
+    """The client leaves: send the data, answer what is under way, close."""
 
     data: bytes = b""
 
 
+Answer = Send | ListExports | LookUpExport | StartTls | Close
+
+
 @dataclass(frozen=True, slots=True)
-class _Question:
+class _Lookup:
     """An option that waits for the caller's answer."""
 
     option: int
     name: str = ""
-    selects: bool = False  # of the metadata contexts: whether base:allocation is among those asked for
+    selects: bool = False  # of the metadata contexts: whether base:allocation is among those that it names
 
 
 class Negotiation:
     """The server's side of it, for one connection.
 
     Attributes:
-        structured: whether replies are to be structured; a client without gets simple ones.
-        chosen: the export that the client has opened; no option comes any more.
-        has_status: whether it may ask for the block status of that one.
-        is_over: there will be no export; the connection is to be closed.
-        awaits_tls: the handshake of TLS comes next.
+        state: changed by `move` alone.
+        structured: whether replies are structured; a client that didn't ask for that gets simple ones.
+        has_status: whether the client may ask for the block status of the export that it has opened.
     """
 
     def __init__(self, *, offers_tls: bool) -> None:
+        self.state = NbdState.GREETING
         self.structured = False
-        self.chosen: ExportInfo | None = None
         self.has_status = False
-        self.is_over = False
-        self.awaits_tls = False
-        self.no_zeroes = False  # the client said so in its flags
+        self._no_zeroes = False
         self._offers_tls, self._has_tls = offers_tls, False
-        self._question: _Question | None = None
+        self._lookup = _Lookup(0)  # in LOOKUP: the option under way
         self._context_of: str | None = None  # name of the export that base:allocation was selected for
 
-    @property
-    def is_asking(self) -> bool:
-        """Whether an option waits for `answer_list` or `answer_export`."""
-        return self._question is not None
+    def move(self, here: NbdState, there: NbdState) -> None:
+        """Changes the state from `here` to `there`.
 
-    def option(self, option: int, data: memoryview) -> Send | AskList | AskExport | StartTls | Close:
-        """What to do about an option.
+        Raises:
+            LocalProtocolError: the state isn't `here`: the caller's answer isn't due.
+        """
+        if self.state is not here or there not in _TRANSITIONS[here]:
+            raise LocalProtocolError(f"from {here.name} to {there.name}, in state {self.state.name}")
+        self.state = there
+
+    def answer_flags(self, flags: int) -> None:
+        """Takes the client's flags; they have no reply.
+
+        Raises:
+            RemoteProtocolError: they can only be answered by closing the connection.
+        """
+        if flags & ~(wire.FIXED_NEWSTYLE | wire.NO_ZEROES):
+            raise RemoteProtocolError(f"not a client of NBD, or one of a later version: flags {flags:#x}")
+        self._no_zeroes = bool(flags & wire.NO_ZEROES)
+        self.move(NbdState.GREETING, NbdState.OPTIONS)
+
+    def answer_option(self, option: int, data: memoryview) -> Answer:
+        """The answer to an option, or what the caller has to do for it.
 
         Raises:
             RemoteProtocolError: it can only be answered by closing the connection.
@@ -126,11 +168,11 @@ class Negotiation:
             if option == Option.EXPORT_NAME:
                 raise RemoteProtocolError("EXPORT_NAME before TLS")
             return Send(option_reply(option, Reply.ERR_TLS_REQD, b"begin with STARTTLS"))
-        if data and option in _ALONE:
+        if data and option in _WITHOUT_DATA:
             return _invalid(option, "this option has no data")
         match option:
             case Option.ABORT:
-                self.is_over = True
+                self.move(NbdState.OPTIONS, NbdState.CLOSED)
                 return Close(option_reply(option, Reply.ACK))
             case Option.STARTTLS:
                 return self._start_tls()
@@ -138,17 +180,22 @@ class Negotiation:
                 self.structured = True
                 return Send(option_reply(option, Reply.ACK))
             case Option.LIST:
-                self._question = _Question(option)
-                return AskList()
+                self.move(NbdState.OPTIONS, NbdState.LISTING)
+                return ListExports()
             case Option.EXPORT_NAME:
-                name = _text(data)
+                name = wire.text(data)
                 if name is None:
-                    raise RemoteProtocolError("EXPORT_NAME with a name that isn't one")
-                return self._ask(_Question(option, name))
+                    raise RemoteProtocolError("EXPORT_NAME with an invalid name")
+                return self._look_up(_Lookup(option, name))
             case Option.INFO | Option.GO:
-                return self._ask_export(option, data)
+                name, rest = wire.counted_text(data)
+                # Behind the name come the numbers of what the client wants to know, u16 each. It gets
+                # everything.
+                if name is None or len(rest) < 2 or len(rest) != 2 + 2 * wire.U16.unpack_from(rest)[0]:
+                    return _invalid(option, "malformed")
+                return self._look_up(_Lookup(option, name))
             case Option.LIST_META_CONTEXT | Option.SET_META_CONTEXT:
-                return self._ask_contexts(option, data)
+                return self._look_up_contexts(option, data)
         return Send(option_reply(option, Reply.ERR_UNSUP, b"this server doesn't know that option"))
 
     def _start_tls(self) -> Send | StartTls:
@@ -156,106 +203,77 @@ class Negotiation:
             return _invalid(Option.STARTTLS, "TLS is there already")
         if not self._offers_tls:
             return Send(option_reply(Option.STARTTLS, Reply.ERR_POLICY, b"this server has no certificate"))
-        self.awaits_tls = True
+        self.move(NbdState.OPTIONS, NbdState.TLS_HANDSHAKE)
         return StartTls(option_reply(Option.STARTTLS, Reply.ACK))
 
-    def _ask_export(self, option: int, data: memoryview) -> Send | AskExport:
-        name, rest = _counted_text(data)
-        # Behind the name what is asked for, u16 each; all that there is to tell is told anyway.
-        if name is None or len(rest) < 2 or len(rest) != 2 + 2 * U16.unpack_from(rest)[0]:
-            return _invalid(option, "malformed")
-        return self._ask(_Question(option, name))
-
-    def _ask_contexts(self, option: int, data: memoryview) -> Send | AskExport:
-        if option == Option.SET_META_CONTEXT:
+    def _look_up_contexts(self, option: int, data: memoryview) -> Send | LookUpExport:
+        lists = option == Option.LIST_META_CONTEXT
+        if not lists:
             self._context_of = None
         if not self.structured:
             return _invalid(option, "structured replies come first")
-        name, rest = _counted_text(data)
-        if name is None or len(rest) < U32.size:
+        name, rest = wire.counted_text(data)
+        if name is None or len(rest) < wire.U32.size:
             return _invalid(option, "malformed")
-        (count,), rest = U32.unpack_from(rest), rest[U32.size :]
-        lists = option == Option.LIST_META_CONTEXT
+        (count,), rest = wire.U32.unpack_from(rest), rest[wire.U32.size :]
         selects = lists and not count
         for _ in range(count):
-            query, rest = _counted_text(rest)
+            query, rest = wire.counted_text(rest)
             if query is None:
                 return _invalid(option, "malformed")
-            selects = selects or query == CONTEXT or (lists and query == "base:")
+            selects = selects or query == wire.CONTEXT or (lists and query == "base:")
         if rest:
             return _invalid(option, "malformed")
-        return self._ask(_Question(option, name, selects))
+        return self._look_up(_Lookup(option, name, selects))
 
-    def _ask(self, question: _Question) -> AskExport:
-        self._question = question
-        return AskExport(question.name, question.option in (Option.EXPORT_NAME, Option.GO))
-
-    def _answered(self, *options: Option) -> _Question:
-        question = self._question
-        if question is None or question.option not in options:
-            raise LocalProtocolError("an answer that nobody asked for")
-        self._question = None
-        return question
+    def _look_up(self, lookup: _Lookup) -> LookUpExport:
+        self.move(NbdState.OPTIONS, NbdState.LOOKUP)
+        self._lookup = lookup
+        return LookUpExport(lookup.name, lookup.option in _OPENING)
 
     def answer_list(self, exports: Iterable[tuple[str, str]]) -> bytes:
-        """The answer to AskList: names and descriptions."""
-        question = self._answered(Option.LIST)
+        """The reply to ListExports: names and descriptions."""
+        self.move(NbdState.LISTING, NbdState.OPTIONS)
         replies = [
-            option_reply(question.option, Reply.SERVER, counted(name) + description.encode())
+            option_reply(Option.LIST, Reply.SERVER, wire.counted(name) + description.encode())
             for name, description in exports
         ]
-        return b"".join(replies) + option_reply(question.option, Reply.ACK)
+        return b"".join(replies) + option_reply(Option.LIST, Reply.ACK)
 
     def answer_export(self, export: ExportInfo | None, problem: str = "") -> bytes:
-        """The answer to AskExport: the export, or None and why not."""
-        question = self._answered(
-            Option.EXPORT_NAME, Option.INFO, Option.GO, Option.LIST_META_CONTEXT, Option.SET_META_CONTEXT
-        )
-        option = question.option
+        """The reply to LookUpExport: the export, or None and why there is none."""
+        option, name, selects = self._lookup.option, self._lookup.name, self._lookup.selects
+        if option in _OPENING and export is not None:
+            self.move(NbdState.LOOKUP, NbdState.TRANSMISSION)
+        else:
+            refuses = option == Option.EXPORT_NAME
+            self.move(NbdState.LOOKUP, NbdState.CLOSED if refuses else NbdState.OPTIONS)
         if option == Option.SET_META_CONTEXT:
-            self._context_of = question.name if export is not None and question.selects else None
+            self._context_of = name if export is not None and selects else None
         if export is None:
             if option == Option.EXPORT_NAME:
-                self.is_over = True  # it has no other way to say no
                 return b""
-            return option_reply(option, Reply.ERR_UNKNOWN, problem.encode()[:MAX_NAME_BYTES])
+            return option_reply(option, Reply.ERR_UNKNOWN, problem.encode()[: wire.MAX_NAME_BYTES])
         if option in (Option.LIST_META_CONTEXT, Option.SET_META_CONTEXT):
-            context = U32.pack(CONTEXT_ID if option == Option.SET_META_CONTEXT else 0) + CONTEXT.encode()
-            selected = option_reply(option, Reply.META_CONTEXT, context) if question.selects else b""
+            number = wire.CONTEXT_ID if option == Option.SET_META_CONTEXT else 0
+            context = wire.U32.pack(number) + wire.CONTEXT.encode()
+            selected = option_reply(option, Reply.META_CONTEXT, context) if selects else b""
             return selected + option_reply(option, Reply.ACK)
+        self.has_status = self.structured and self._context_of == name
         flags = _EXPORT_FLAGS | ExportFlag.SEND_DF if self.structured else _EXPORT_FLAGS
-        texts = [(Info.NAME, export.name), (Info.DESCRIPTION, export.description)]
-        told = infos(export.size_bytes, flags, export.block_size, texts)
-        if option != Option.INFO:
-            self.chosen = export
-            self.has_status = self.structured and self._context_of == question.name
         if option == Option.EXPORT_NAME:
-            return told[0][2:] + (b"" if self.no_zeroes else bytes(ZEROES_BYTES))
-        return b"".join(option_reply(option, Reply.INFO, each) for each in told) + option_reply(option, Reply.ACK)
+            zeroes = b"" if self._no_zeroes else bytes(wire.ZEROES_BYTES)
+            return wire.SIZE_AND_FLAGS.pack(export.size_bytes, flags) + zeroes
+        infos = wire.infos(export.size_bytes, flags, export.block_size, export.name, export.description)
+        replies = [option_reply(option, Reply.INFO, info) for info in infos]
+        return b"".join(replies) + option_reply(option, Reply.ACK)
 
     def tls_started(self) -> None:
-        """Everything from now on comes through TLS; what was agreed before is void."""
-        assert self.awaits_tls
-        self.awaits_tls, self._has_tls = False, True
+        """The handshake is done: all comes through TLS from now on, and what was agreed before is void."""
+        self.move(NbdState.TLS_HANDSHAKE, NbdState.OPTIONS)
+        self._has_tls = True
         self.structured, self._context_of = False, None
 
 
 def _invalid(option: int, problem: str) -> Send:
     return Send(option_reply(option, Reply.ERR_INVALID, problem.encode()))
-
-
-def _text(data: memoryview) -> str | None:
-    if len(data) > MAX_NAME_BYTES:
-        return None
-    try:
-        return str(data, "utf-8")
-    except UnicodeDecodeError:
-        return None
-
-
-def _counted_text(data: memoryview) -> tuple[str | None, memoryview]:
-    """A text behind its length, and what follows; None if there is none."""
-    if len(data) < U32.size:
-        return None, data
-    end = U32.size + U32.unpack_from(data)[0]
-    return (_text(data[U32.size : end]), data[end:]) if end <= len(data) else (None, data)

@@ -1,4 +1,4 @@
-"""The server: listens, and keeps connections apart and in their limits."""
+"""The server: accepts connections, limits them, and lets none disturb another."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Final
 import trio
 
 from pitfs.errors import PitfsError, RemoteProtocolError
-from pitfs.nbd.connection import Connection, Shared
+from pitfs.nbd.connection import Connection, SharedResources
 from pitfs.nbd.exports import Exports
 from pitfs.nbd.stream import SocketStream, TlsStream, peer_name
 
 MAX_CONNECTIONS: Final = 64
 HANDSHAKE_S: Final = 30.0  # until the client has opened an export; afterwards it may be silent for ever
-# A host that is gone without a word is noticed after two minutes: a silent client isn't, and holds a connection.
+# A host that vanished is noticed after two minutes; without that its connection would count as open for ever.
 KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
 
 StartTls = Callable[[trio.SocketStream], Awaitable[TlsStream]]
@@ -31,15 +31,15 @@ async def serve(
     """Serves exports until cancelled.
 
     Args:
-        start_tls: puts TLS over a connection, or raises PitfsError; clients without are told nothing. None: no TLS.
+        start_tls: puts TLS over a connection, or raises PitfsError; clients must use it. None: no TLS.
     """
-    shared = Shared(exports)
+    shared = SharedResources(exports)
     count, is_full = 0, False
 
     async def handle(inner: trio.SocketStream) -> None:
         nonlocal count, is_full
         if count >= MAX_CONNECTIONS:
-            if not is_full:  # said once, not to each that comes then
+            if not is_full:  # logged once, not for each client
                 log.warning("%s: closed: %d clients are connected already", peer_name(inner), count)
             is_full = True
             await trio.aclose_forcefully(inner)
@@ -54,8 +54,8 @@ async def serve(
     await trio.serve_listeners(handle, list(listeners))
 
 
-async def _handle(inner: trio.SocketStream, shared: Shared, start_tls: StartTls | None) -> None:
-    """One connection, whatever becomes of it: nothing but being cancelled leaves this."""
+async def _handle(inner: trio.SocketStream, shared: SharedResources, start_tls: StartTls | None) -> None:
+    """Serves one connection. Raises nothing, but may be cancelled."""
     peer = peer_name(inner)
     _keep_alive(inner)
     connection = Connection(SocketStream(inner), peer, shared, offers_tls=start_tls is not None)

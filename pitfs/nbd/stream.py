@@ -1,4 +1,4 @@
-"""Streams of bytes to a client: a socket as it is, or anything that TLS was put over it by."""
+"""Streams of bytes to a client: a plain socket, or TLS over one."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import trio
 
 from pitfs.nbd.protocol import Buffer
 
-RECEIVE_BYTES: Final = 64 << 10  # two thousand requests; what is in it waits here while they are answered
+RECEIVE_BYTES: Final = 64 << 10  # two thousand requests, which wait here until they are answered
 
 
 class TlsStream(Protocol):
-    """What the server needs of one; it may use buffers again as soon as `send_all` returns."""
+    """What the server needs of a TLS stream. It uses buffers again as soon as `send_all` returns."""
 
     async def receive_some(self) -> Buffer: ...
     async def send_all(self, data: Buffer, /) -> None: ...
@@ -41,7 +41,7 @@ class SocketStream:
         parts: list[Buffer] = [header, data] if data else [header]
         while True:
             try:
-                # Not the stream's own: that always goes round the loop once, which costs as much as a small read.
+                # trio's own send always goes round its loop once, which costs as much as a small read.
                 sent = os.writev(self._socket.fileno(), parts)
             except BlockingIOError:
                 await trio.lowlevel.wait_writable(self._socket.fileno())
@@ -54,7 +54,7 @@ class SocketStream:
 
 
 class WrappedStream:
-    """The same over TLS."""
+    """A `SocketStream` over TLS."""
 
     def __init__(self, inner: TlsStream) -> None:
         self._inner = inner
@@ -67,7 +67,7 @@ class WrappedStream:
 
 
 def peer_name(stream: trio.SocketStream) -> str:
-    """HOST:PORT of the other side, or which process of this machine it is."""
+    """HOST:PORT of the other side; for a unix socket the process and its user."""
     peer = stream.socket
     try:
         if peer.family == socket.AF_UNIX:

@@ -7,14 +7,15 @@
     simple reply    u32 SIMPLE_MAGIC u32 error u64 cookie; for a read without error its data
     chunk           u32 CHUNK_MAGIC u16 flags u16 type u64 cookie u32 length, payload: of a structured reply
 
-The protocol's text is doc/proto.md of github.com/NetworkBlockDevice/nbd, whose names stand here without NBD_.
+The protocol's text is doc/proto.md of github.com/NetworkBlockDevice/nbd, whose names stand here without NBD_. Its
+errors have the numbers of Linux: those of `errno`.
 """
 
 from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 GREETING_MAGIC: Final = b"NBDMAGIC"
@@ -32,6 +33,7 @@ SIMPLE: Final = struct.Struct(">IIQ")
 CHUNK: Final = struct.Struct(">IHHQI")
 DATA_CHUNK: Final = struct.Struct(">IHHQIQ")  # a chunk's header and the offset before its data
 ERROR: Final = struct.Struct(">IH")
+SIZE_AND_FLAGS: Final = struct.Struct(">QH")  # of an export
 U64: Final = struct.Struct(">Q")
 U32: Final = struct.Struct(">I")
 U16: Final = struct.Struct(">H")
@@ -40,15 +42,12 @@ assert sizes == [16, 20, 28, 16, 20]
 
 MAX_NAME_BYTES: Final = 4096  # the protocol's limit for any text
 MAX_OPTION_BYTES: Final = 32 << 10  # of an option's data: a name and some queries
-MAX_REQUEST_BYTES: Final = 32 << 20  # what a client may ask for without asking first
-ZEROES_BYTES: Final = 124  # behind the answer to EXPORT_NAME, unless both sides do without
+MAX_REQUEST_BYTES: Final = 32 << 20  # the protocol's default for what one request may read or write
+ZEROES_BYTES: Final = 124  # behind the answer to EXPORT_NAME, unless both sides have NO_ZEROES
+FIXED_NEWSTYLE: Final = 1  # flags of the greeting, and of the client's answer to it
+NO_ZEROES: Final = 2
 CONTEXT: Final = "base:allocation"
 CONTEXT_ID: Final = 1
-
-
-class ServerFlag(enum.IntFlag):
-    FIXED_NEWSTYLE = 1
-    NO_ZEROES = 2
 
 
 class Option(enum.IntEnum):
@@ -71,17 +70,8 @@ class Reply(enum.IntEnum):
     ERR_UNSUP = 1 << 31 | 1
     ERR_POLICY = 1 << 31 | 2
     ERR_INVALID = 1 << 31 | 3
-    ERR_PLATFORM = 1 << 31 | 4
     ERR_TLS_REQD = 1 << 31 | 5
     ERR_UNKNOWN = 1 << 31 | 6
-    ERR_TOO_BIG = 1 << 31 | 9
-
-
-class Info(enum.IntEnum):
-    EXPORT = 0
-    NAME = 1
-    DESCRIPTION = 2
-    BLOCK_SIZE = 3
 
 
 class ExportFlag(enum.IntFlag):
@@ -111,16 +101,9 @@ class CommandFlag(enum.IntFlag):
 class ChunkType(enum.IntEnum):
     NONE = 0
     OFFSET_DATA = 1
-    OFFSET_HOLE = 2
     BLOCK_STATUS = 5
     ERROR = 1 << 15 | 1
     ERROR_OFFSET = 1 << 15 | 2
-
-
-class Error(enum.IntEnum):
-    EPERM = 1
-    EIO = 5
-    EINVAL = 22
 
 
 DONE: Final = 1  # flag of a structured reply's last chunk
@@ -131,19 +114,48 @@ def option_reply(option: int, kind: Reply, data: bytes = b"") -> bytes:
     return OPTION_REPLY.pack(OPTION_REPLY_MAGIC, option, kind, len(data)) + data
 
 
+def text(data: memoryview) -> str | None:
+    """A text that fills the data; None if it is too long or not UTF-8."""
+    if len(data) > MAX_NAME_BYTES:
+        return None
+    try:
+        return str(data, "utf-8")
+    except UnicodeDecodeError:
+        return None
+
+
 def counted(text: str) -> bytes:
     """A text behind its length in bytes, u32."""
     data = text.encode()
     return U32.pack(len(data)) + data
 
 
+def counted_text(data: memoryview) -> tuple[str | None, memoryview]:
+    """A text behind its length, and what follows it; None if there is no valid one."""
+    if len(data) < U32.size:
+        return None, data
+    end = U32.size + U32.unpack_from(data)[0]
+    return (text(data[U32.size : end]), data[end:]) if end <= len(data) else (None, data)
+
+
+def infos(size_bytes: int, flags: ExportFlag, block_size: int, name: str, description: str) -> list[bytes]:
+    """The data of the INFO replies that describe an export: its kind (u16), and what belongs to that."""
+    preferred = max(block_size, 4096)  # any read is answered; whole blocks are read fastest
+    return [
+        U16.pack(0) + SIZE_AND_FLAGS.pack(size_bytes, flags),
+        struct.pack(">HIII", 3, 1, preferred, MAX_REQUEST_BYTES),  # block sizes: least, preferred, greatest
+        U16.pack(1) + name.encode(),
+        U16.pack(2) + description.encode(),
+    ]
+
+
 def chunk(flags: int, kind: ChunkType, cookie: int, payload: bytes = b"") -> bytes:
     return CHUNK.pack(CHUNK_MAGIC, flags, kind, cookie, len(payload)) + payload
 
 
-def error_chunk(flags: int, cookie: int, error: Error, message: str, offset: int | None) -> bytes:
-    text = message.encode()[:MAX_NAME_BYTES]
-    payload = ERROR.pack(error, len(text)) + text
+def error_chunk(flags: int, cookie: int, error: int, message: str, offset: int | None) -> bytes:
+    data = message.encode()[:MAX_NAME_BYTES]
+    payload = ERROR.pack(error, len(data)) + data
     if offset is None:
         return chunk(flags, ChunkType.ERROR, cookie, payload)
     return chunk(flags, ChunkType.ERROR_OFFSET, cookie, payload + U64.pack(offset))
@@ -154,14 +166,3 @@ def status_chunk(cookie: int, extents: Sequence[tuple[int, int]]) -> bytes:
     flat = [number for extent in extents for number in extent]
     payload = struct.pack(f">I{len(flat)}I", CONTEXT_ID, *flat)
     return chunk(DONE, ChunkType.BLOCK_STATUS, cookie, payload)
-
-
-def infos(size_bytes: int, flags: ExportFlag, block_size: int, texts: Iterable[tuple[Info, str]]) -> list[bytes]:
-    """The data of the replies that tell of an export: what it is, how to ask for its blocks, and texts."""
-    # Any read is answered; whole blocks are read fastest.
-    preferred = max(block_size, 4096)
-    return [
-        struct.pack(">HQH", Info.EXPORT, size_bytes, flags),
-        struct.pack(">HIII", Info.BLOCK_SIZE, 1, preferred, MAX_REQUEST_BYTES),
-        *(U16.pack(kind) + text.encode() for kind, text in texts),
-    ]

@@ -1,11 +1,11 @@
-"""`pitfs export --from`: brings an earlier export to another instant by writing only what differs.
+"""Incremental export: brings an earlier export to another instant by writing only what differs.
 
-Before anything is written, every block that will be is read: it must be what it was at the instant that FILE is said
-to hold, or what it is to become (by its checksum: what isn't so is refused, what is so is overwritten all the same).
-Blocks that don't differ aren't read: --verify reads them all.
+Every block that will be overwritten is read first: it must hold what it held at the instant that FILE is said to
+hold, or already what it is to become (by its checksum). Else nothing is written. Blocks that do not differ are not
+read; `verify` reads them all.
 
-While it is under way FILE holds neither image. So that nobody takes it for one, its first 512 bytes (a sector, which
-a disk writes whole or not at all) say so. They come first, and what belongs there comes last, each synced:
+While the update is under way FILE holds neither image. A marker says so in its first 512 bytes (a sector, which a disk
+writes whole or not). It is written first, and the image's bytes in its place last; each write is synced:
 
     offset size, little-endian
      0      8    magic     "PITFSUPD"
@@ -17,64 +17,60 @@ a disk writes whole or not at all) say so. They come first, and what belongs the
    128    376    zeros
    504      8    checksum  xxh3_64 of bytes 0..504
 
-Whoever finds them there can only go on between the same two instants, in either direction; what was cut off may be half
-a block, so nothing is read first then. A volume of less than
-512 bytes is written in one go.
+An update that finds a marker can only go on between the same two instants, in either direction. It checks nothing
+first, since a power cut may have left half a block. A volume of less than 512 bytes is written in one go.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import stat
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from pitfs.cli.progress import progress
-from pitfs.errors import CapacityError, PitfsError, UsageError
+from pitfs.errors import PitfsError, UsageError
 from pitfs.model.position import Position
-from pitfs.storage.files import FULL_ERRNOS, punch, read_exactly, write_all
-from pitfs.view.ranges import runs
+from pitfs.restore.digest import READ_BYTES, Progress, image_digest, verify_copy
+from pitfs.restore.export import open_target
+from pitfs.storage.files import disk_errors, punch, read_exactly, write_all
+from pitfs.store.store import Resolution, Store
+from pitfs.view.differences import BoolArray, Difference, DifferingLeaf
+from pitfs.view.ranges import cut, runs
 from pitfs.view.view import ReadBuffer
-
-if TYPE_CHECKING:
-    from pitfs.store.store import Resolution, Store
-    from pitfs.view.differences import BoolArray, Difference, DifferingLeaf
 
 MAGIC: Final = b"PITFSUPD"
 VERSION: Final = 1
 MARKER: Final = struct.Struct("<8sQ16s64sqqqq")
 _CHECKSUM: Final = struct.Struct("<Q")
 MARKER_BYTES: Final = 512
-READ_BYTES: Final = 1 << 20
 assert MARKER.size == 128
 
 
 @dataclass(frozen=True, slots=True)
 class Marker:
-    """Between which instants of which volume a file is."""
+    """The volume, and the two instants between which the file is."""
 
     history: bytes  # 16
     volume: str
-    one: Position
-    other: Position
+    from_position: Position
+    to_position: Position
 
     def encode(self) -> bytes:
         """512 bytes."""
-        positions = self.one.seq, self.one.time_ns, self.other.seq, self.other.time_ns
+        start, end = self.from_position, self.to_position
+        positions = start.seq, start.time_ns, end.seq, end.time_ns
         body = MARKER.pack(MAGIC, VERSION, self.history, self.volume.encode(), *positions)
         body = body.ljust(MARKER_BYTES - _CHECKSUM.size, b"\0")
         return body + _CHECKSUM.pack(xxh3_64_intdigest(body))
 
     @classmethod
     def decode(cls, data: bytes) -> Marker | None:
-        """None if that is no marker."""
+        """None if the data are no marker."""
         body = data[: MARKER_BYTES - _CHECKSUM.size]
         if len(data) < MARKER_BYTES or not data.startswith(MAGIC):
             return None
@@ -87,69 +83,47 @@ class Marker:
         return cls(history, name, Position(*positions[:2]), Position(*positions[2:]))
 
 
-def bring(store: Store, one: Resolution, other: Resolution, volume: int, path: str) -> int:
-    """Makes of a file or block device that holds a volume at `one` the volume at `other`; durable when it returns.
+def incremental_export(
+    store: Store, from_state: Resolution, to_state: Resolution, volume: int, path: str,
+    *, verify: bool, progress: Progress,
+) -> int:  # fmt: skip
+    """Writes what differs into a file or block device that holds the volume at `from_state`; durable when it returns.
+
+    Args:
+        verify: compare the digest of the whole file afterwards.
 
     Returns:
         bytes that differed.
 
     Raises:
         UsageError: it is of another size, in use, or between two other instants; nothing was written.
-        PitfsError: it isn't what it is said to be: nothing was written. Or the disk refuses: it says so.
-        CorruptionError: of the store: as before.
+        PitfsError: it does not hold that image: nothing was written. Or the disk fails: the message says so.
+        CorruptionError: an object of the store, or the file, is damaged.
     """
-    from pitfs.view.differences import Difference
-
-    difference = Difference(store, one, other, volume)
+    difference = Difference(store, from_state, to_state, volume)
     info = store.volumes[volume]
-    fd = _open(path, info.size_bytes)
-    try:
-        marker = Marker(
-            bytes.fromhex(store.history), info.name, Position(one.seq, one.time_ns), Position(other.seq, other.time_ns)
-        )
-        found = Marker.decode(os.pread(fd, MARKER_BYTES, 0))
-        if found is not None:
-            _check_marker(found, marker, store, path)
-        changed_bytes = _check(difference, fd, path, found is not None)
-        if changed_bytes or found is not None:
-            _write(difference, fd, marker)
-        return changed_bytes
-    except OSError as error:
-        kind = CapacityError if error.errno in FULL_ERRNOS else PitfsError
-        raise kind(f"{path}: {os.strerror(error.errno or 0)}: mend that, and run it again: it goes on") from error
-    finally:
-        os.close(fd)
-
-
-def _open(path: str, size_bytes: int) -> int:
-    """Opens it so that no other export has it, nor, as far as the kernel can tell, anybody else for writing."""
-    from pitfs.splitter.backing import written_by_others
-
-    try:
-        mode = os.stat(path).st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-            raise UsageError(f"{path}: neither a regular file nor a block device")
-        if stat.S_ISREG(mode) and written_by_others(path):
-            raise UsageError(f"{path}: in use: see who writes it with fuser -v {path}, and stop that first")
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_EXCL if stat.S_ISBLK(mode) else 0))
-    except FileNotFoundError:
-        raise UsageError(f"{path}: not there: --from is for an export that is; leave it out for a new one") from None
-    except OSError as error:
-        if error.errno == errno.EBUSY:
-            raise UsageError(f"{path}: in use (mounted, or part of something): unmount it first") from None
-        raise
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        size = os.lseek(fd, 0, os.SEEK_END)
-        if size < size_bytes or (stat.S_ISREG(mode) and size != size_bytes):
-            raise UsageError(f"{path}: {size} bytes, the volume has {size_bytes}: not an export of it")
-    except BlockingIOError:
-        os.close(fd)
-        raise UsageError(f"{path}: another export writes it: wait for its end") from None
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+    positions = (Position(state.seq, state.time_ns) for state in (from_state, to_state))
+    marker = Marker(bytes.fromhex(store.history), info.name, *positions)
+    with disk_errors(path, "mend that, and run it again: it goes on"):
+        try:
+            os.stat(path)
+        except FileNotFoundError:
+            problem = "not there: --from needs an earlier export; leave it out for a new one"
+            raise UsageError(f"{path}: {problem}") from None
+        with open_target(path) as (fd, size_bytes):
+            is_file = stat.S_ISREG(os.fstat(fd).st_mode)
+            if size_bytes < info.size_bytes or (is_file and size_bytes != info.size_bytes):
+                raise UsageError(f"{path}: {size_bytes} bytes, the volume has {info.size_bytes}: not an export of it")
+            found = Marker.decode(os.pread(fd, MARKER_BYTES, 0))
+            if found is not None:
+                _check_marker(found, marker, store, path)
+            changed_bytes = _check_target(difference, fd, path, found is not None, progress)
+            if changed_bytes or found is not None:
+                _write_changes(difference, fd, marker, progress)
+            if verify:
+                digest = image_digest(difference.views[1], progress, "digest")
+                verify_copy(fd, path, info.size_bytes, digest, progress)
+    return changed_bytes
 
 
 def _check_marker(found: Marker, wanted: Marker, store: Store, path: str) -> None:
@@ -159,23 +133,23 @@ def _check_marker(found: Marker, wanted: Marker, store: Store, path: str) -> Non
             f"{path}: an update of it from another store or volume ({found.volume}) was interrupted: finish that, or "
             "export the whole image with --force"
         )
-    if {found.one, found.other} != {wanted.one, wanted.other}:
+    if {found.from_position, found.to_position} != {wanted.from_position, wanted.to_position}:
         raise UsageError(
             f"{path}: an update of it was interrupted: finish it first: pitfs export {store.path} "
-            f"{found.other.instant} {found.volume} {path} --from {found.one.instant}"
+            f"{found.to_position.instant} {found.volume} {path} --from {found.from_position.instant}"
         )
 
 
-def _check(difference: Difference, fd: int, path: str, resumed: bool) -> int:
+def _check_target(difference: Difference, fd: int, path: str, resumed: bool, progress: Progress) -> int:
     """Reads what will be overwritten. Returns the bytes that differ.
 
     Args:
-        resumed: nothing is looked at: it was before it began, and all of it will be written; what a power cut left may
-            be half of a block.
+        resumed: only counts them. The check was done before the update began, and a power cut may have left half a
+            block.
     """
     changed_bytes, size_bytes, block_size = 0, difference.size_bytes, difference.block_size
-    for leaf in _followed(difference, "check"):
-        for first, last in _cut(leaf.differs, block_size):
+    for leaf in _with_progress(difference, progress, "check"):
+        for first, last in _runs(leaf.differs, block_size):
             offset = (leaf.first + first) * block_size
             size = min((last - first) * block_size, size_bytes - offset)
             changed_bytes += size
@@ -184,19 +158,18 @@ def _check(difference: Difference, fd: int, path: str, resumed: bool) -> int:
             data = memoryview(read_exactly(fd, size, offset, path).ljust((last - first) * block_size, b"\0"))
             blocks = [data[i : i + block_size] for i in range(0, len(data), block_size)]
             sums = np.array(list(map(xxh3_64_intdigest, blocks)), np.uint64)
-            good = (sums == leaf.one[first:last]) | (sums == leaf.other[first:last])
+            good = (sums == leaf.from_checksums[first:last]) | (sums == leaf.to_checksums[first:last])
             if not good.all():
-                raise _untrue(path, offset + int(np.flatnonzero(~good)[0]) * block_size)
+                raise _other_image(path, offset + int(np.flatnonzero(~good)[0]) * block_size)
     first_bytes = min(block_size, size_bytes)
-    if changed_bytes and not resumed:  # the first block is written also where it doesn't differ
+    if changed_bytes and not resumed:  # the marker overwrites the first block also where it does not differ
         found = os.pread(fd, first_bytes, 0)
         if all(found != view.read(0, first_bytes, ReadBuffer(first_bytes)) for view in difference.views):
-            raise _untrue(path, 0)
+            raise _other_image(path, 0)
     return changed_bytes
 
 
-def _followed(difference: Difference, title: str) -> Iterator[DifferingLeaf]:
-    """The leaves, with progress."""
+def _with_progress(difference: Difference, progress: Progress, title: str) -> Iterator[DifferingLeaf]:
     with progress(title, difference.size_bytes) as advance:
         position = 0
         for leaf in difference.leaves():
@@ -206,14 +179,14 @@ def _followed(difference: Difference, title: str) -> Iterator[DifferingLeaf]:
             position = end
 
 
-def _untrue(path: str, at: int) -> PitfsError:
+def _other_image(path: str, offset: int) -> PitfsError:
     return PitfsError(
-        f"{path}: byte {at} isn't what the volume had there at --from: it was exported at another instant, or written "
-        "to since: nothing was changed; say the right instant, or export the whole image with --force"
+        f"{path}: byte {offset} isn't what the volume had there at --from: it was exported at another instant, or "
+        "written to since: nothing was changed; say the right instant, or export the whole image with --force"
     )
 
 
-def _write(difference: Difference, fd: int, marker: Marker) -> None:
+def _write_changes(difference: Difference, fd: int, marker: Marker, progress: Progress) -> None:
     """Writes what differs, the first sector last."""
     size_bytes, block_size = difference.size_bytes, difference.block_size
     marker_bytes = MARKER_BYTES if size_bytes >= MARKER_BYTES else 0
@@ -221,28 +194,20 @@ def _write(difference: Difference, fd: int, marker: Marker) -> None:
     if marker_bytes:
         write_all(fd, marker.encode(), 0)
         os.fsync(fd)
-    for leaf in _followed(difference, "export"):
-        for is_zeros, first, last in _pieces(leaf, block_size):
-            offset = (leaf.first + first) * block_size
-            end = min((leaf.first + last) * block_size, size_bytes)
-            offset = max(offset, marker_bytes)
-            if offset < end and not (is_zeros and punch(fd, offset, end - offset)):
-                write_all(fd, view.read(offset, end - offset, buffer), offset)
+    for leaf in _with_progress(difference, progress, "export"):
+        for is_zeros in (True, False):
+            for first, last in _runs(leaf.differs & (leaf.to_zeros == is_zeros), block_size):
+                offset = max((leaf.first + first) * block_size, marker_bytes)
+                end = min((leaf.first + last) * block_size, size_bytes)
+                if offset < end and not (is_zeros and punch(fd, offset, end - offset)):
+                    write_all(fd, view.read(offset, end - offset, buffer), offset)
     os.fsync(fd)
     if marker_bytes:
         write_all(fd, view.read(0, MARKER_BYTES, buffer), 0)
         os.fsync(fd)
 
 
-def _pieces(leaf: DifferingLeaf, block_size: int) -> Iterator[tuple[bool, int, int]]:
-    """(whether they become zeros, first, end) of runs of blocks that differ, small enough to be read at once."""
-    for is_zeros in (True, False):
-        for first, last in _cut(leaf.differs & (leaf.zeros == is_zeros), block_size):
-            yield is_zeros, first, last
-
-
-def _cut(mask: BoolArray, block_size: int) -> Iterator[tuple[int, int]]:
-    step = READ_BYTES // block_size
+def _runs(mask: BoolArray, block_size: int) -> Iterator[tuple[int, int]]:
+    """[first, last) of each run of true values, in pieces that are small enough to be read at once."""
     for first, last in runs(mask).tolist():
-        for start in range(first, last, step):
-            yield start, min(start + step, last)
+        yield from cut(first, last, READ_BYTES // block_size)

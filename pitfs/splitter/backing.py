@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import stat
 from dataclasses import dataclass
 
 from pitfs.errors import UsageError
+from pitfs.storage.exclusive import open_exclusively
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,60 +28,25 @@ class Backing:
 
 
 def open_backing(path: str) -> Backing:
-    """Opens a backing volume for reading and writing, exclusively as far as the kernel can tell.
+    """Opens a backing volume for reading and writing, exclusively as far as the kernel can ensure.
 
     Raises:
         UsageError: it is missing, of another type, empty, or in use.
     """
+    name = f"{path}: backing volume"
     try:
-        mode = os.stat(path).st_mode
+        fd, size_bytes = open_exclusively(path, name)
+    except BlockingIOError as error:
+        raise UsageError(
+            f"{name}: in use by another program: unmount it, detach its loop device (losetup -j {path}) "
+            "or stop what holds it (fuser -v); only the splitter may write it"
+        ) from error
     except OSError as error:
         raise UsageError(
-            f"{path}: backing volume: {os.strerror(error.errno or 0)}: create it first, for example with "
+            f"{name}: {os.strerror(error.errno or 0)}: create it first, for example with "
             f"'truncate -s 10G {path}', or correct `backing`"
         ) from error
-    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-        raise UsageError(f"{path}: backing volume: neither a regular file nor a block device")
-    if stat.S_ISREG(mode) and written_by_others(path):
-        raise in_use(path)
-    flags = os.O_RDWR | os.O_CLOEXEC | (os.O_EXCL if stat.S_ISBLK(mode) else 0)  # EXCL: EBUSY if mounted
-    try:
-        fd = os.open(path, flags)
-    except OSError as error:
-        if error.errno == errno.EBUSY:
-            raise in_use(path) from error
-        raise UsageError(f"{path}: backing volume: {os.strerror(error.errno or 0)}") from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        size = os.lseek(fd, 0, os.SEEK_END)
-        if size == 0:
-            raise UsageError(f"{path}: backing volume: is empty: give it its size first, with truncate(1)")
-    except BlockingIOError as error:
+    if size_bytes == 0:
         os.close(fd)
-        raise in_use(path) from error
-    except BaseException:
-        os.close(fd)
-        raise
-    return Backing(path, fd, size)
-
-
-def in_use(path: str) -> UsageError:
-    return UsageError(
-        f"{path}: backing volume: in use by another program: unmount it, detach its loop device (losetup -j {path}) "
-        "or stop what holds it (fuser -v); only the splitter may write it"
-    )
-
-
-def written_by_others(path: str) -> bool:
-    """Whether somebody has the regular file open for writing (a loop device has), as far as the kernel can tell."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        # A read lease is given only while nobody has.
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
-        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
-    except OSError as error:
-        # Other errors: this file system has no leases, or we aren't the owner.
-        return error.errno == errno.EAGAIN
-    finally:
-        os.close(fd)
-    return False
+        raise UsageError(f"{name}: is empty: give it its size first, with truncate(1)")
+    return Backing(path, fd, size_bytes)

@@ -1,10 +1,12 @@
-"""Files with data: the few operations that durability and exactness hang on, each with its reason."""
+"""Files with data: the few operations that durability and exactness depend on, each with its reason."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
+from collections.abc import Iterator
 
 from pitfs.errors import CapacityError, CorruptionError, PitfsError
 
@@ -23,13 +25,40 @@ def storage_error(error: OSError, path: str, doing: str) -> PitfsError:
     return PitfsError(f"{path}: {doing}: {reason}")
 
 
-def fsync_directory(path: str) -> None:
-    """Makes the entries of a directory durable: a file's own fsync doesn't cover its name."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+@contextlib.contextmanager
+def disk_errors(path: str, advice: str) -> Iterator[None]:
+    """For files that the user named: an OSError in the block becomes one line with the path and the advice."""
     try:
-        os.fsync(fd)
+        yield
+    except OSError as error:
+        kind = CapacityError if error.errno in FULL_ERRNOS else PitfsError
+        raise kind(f"{path}: {os.strerror(error.errno or 0)}: {advice}") from error
+
+
+@contextlib.contextmanager
+def open_fd(path: str, flags: int, mode: int = 0o600) -> Iterator[int]:
+    """A descriptor that is closed at the end of the block."""
+    fd = os.open(path, flags | os.O_CLOEXEC, mode)
+    try:
+        yield fd
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def closed_on_error(fd: int) -> Iterator[int]:
+    """Closes the descriptor only if the block fails."""
+    try:
+        yield fd
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def fsync_directory(path: str) -> None:
+    """Makes the entries of a directory durable: a file's own fsync doesn't cover its name."""
+    with open_fd(path, os.O_RDONLY | os.O_DIRECTORY) as fd:
+        os.fsync(fd)
 
 
 def durable_replace(path: str, content: bytes) -> None:
@@ -39,12 +68,9 @@ def durable_replace(path: str, content: bytes) -> None:
     directory fsynced (the rename itself must last).
     """
     temporary = path + ".tmp"
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
+    with open_fd(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd:
         write_all(fd, content, 0)
         os.fsync(fd)
-    finally:
-        os.close(fd)
     os.rename(temporary, path)
     fsync_directory(os.path.dirname(path) or ".")
 
@@ -58,7 +84,7 @@ def write_all(fd: int, data: bytes | bytearray | memoryview, offset: int) -> Non
 
 
 def punch(fd: int, offset: int, size: int) -> bool:
-    """Makes zeros of that range, a hole where it can be one; False where this kind of file can't have any.
+    """Makes that range a hole; False where this kind of file can't have holes.
 
     Raises:
         OSError: the disk refuses.
@@ -74,7 +100,7 @@ def punch(fd: int, offset: int, size: int) -> bool:
 
 
 def reserve(fd: int, offset: int, size: int) -> None:
-    """Takes room for that range of a file, whose size stays; where that can't be, there is less, without a word."""
+    """Reserves room for that range of a file, whose size stays. A failure is ignored: then there may be less room."""
     ctypes.CDLL(None).fallocate64(fd, _FALLOC_FL_KEEP_SIZE, ctypes.c_int64(offset), ctypes.c_int64(size))
 
 
@@ -86,14 +112,9 @@ def read_exactly(fd: int, size: int, offset: int, what: str) -> bytes:
         OSError: the disk refuses.
     """
     data = os.pread(fd, size, offset)
-    if len(data) == size:
-        return data
-    parts = [data]
-    got = len(data)
-    while got < size:
-        data = os.pread(fd, size - got, offset + got)
-        if not data:
-            raise CorruptionError(what, offset + got, "the file ends before what it should hold")
-        parts.append(data)
-        got += len(data)
-    return b"".join(parts)
+    while len(data) < size:
+        more = os.pread(fd, size - len(data), offset + len(data))
+        if not more:
+            raise CorruptionError(what, offset + len(data), "the file ends before what it should hold")
+        data += more
+    return data

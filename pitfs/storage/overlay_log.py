@@ -10,18 +10,11 @@ from typing import Final
 from pyroaring import BitMap64
 
 from pitfs.errors import CapacityError, CorruptionError
-from pitfs.model.overlay import (
-    HEADER_BYTES,
-    MAX_RECORD_BYTES,
-    RECORD_MAGIC,
-    OverlayHeader,
-    decode_record,
-    encode_records,
-    runs_of,
-)
-from pitfs.storage.files import FULL_ERRNOS, reserve, write_all
+from pitfs.model import overlay
+from pitfs.model.overlay import MAX_RECORD_BYTES, OverlayHeader, decode_record
+from pitfs.storage.files import FULL_ERRNOS, closed_on_error, reserve, write_all
 
-# Taken ahead: who has filled the disk with blocks can still say which: 4,000 runs of them.
+# Reserved ahead: if the blocks have filled the disk, there is still room to log 4,000 runs of them.
 RESERVE_BYTES: Final = 64 << 10
 
 log = logging.getLogger(__name__)
@@ -45,23 +38,20 @@ class OverlayLog:
         self.blocks = BitMap64()
         self._seed = header.seed
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            if OverlayHeader.decode(os.pread(self._fd, HEADER_BYTES, 0), path) != header:
+        with closed_on_error(self._fd):
+            if OverlayHeader.decode(os.pread(self._fd, overlay.HEADER_BYTES, 0), path) != header:
                 raise CorruptionError(path, 0, "the log of another image, or of another store's")
             self._end = self._replay(header.block_count)
             reserve(self._fd, self._end, RESERVE_BYTES)
-        except BaseException:
-            os.close(self._fd)
-            raise
 
     def append(self, blocks: BitMap64) -> None:
         """Makes durable that these blocks are in the overlay.
 
         Raises:
-            CapacityError: there is no room for that; it can be tried again.
+            CapacityError: the disk is full; a retry may succeed.
             OSError: the disk refuses.
         """
-        for record in encode_records(runs_of(blocks), self._seed, self._end):
+        for record in overlay.encode_records(overlay.runs_of(blocks), self._seed, self._end):
             try:
                 write_all(self._fd, record, self._end)
             except OSError as error:
@@ -78,8 +68,8 @@ class OverlayLog:
         os.close(self._fd)
 
     def _replay(self, block_count: int) -> int:
-        """Fills `blocks`; returns where the next record goes, after cutting what a power cut tore."""
-        offset, size = HEADER_BYTES, os.fstat(self._fd).st_size
+        """Fills `blocks` and cuts a torn record at the end; returns where the next record goes."""
+        offset, size = overlay.HEADER_BYTES, os.fstat(self._fd).st_size
         base, piece = offset, b""
         while offset < size:
             if offset - base + MAX_RECORD_BYTES > len(piece) and base + len(piece) < size:
@@ -94,16 +84,15 @@ class OverlayLog:
         return offset
 
     def _cut(self, offset: int, size: int, block_count: int) -> None:
+        """Cuts the record that a power cut tore. Raises CorruptionError if a good one follows: then it is damage."""
         position = offset + 1
         while position < size:
             piece = os.pread(self._fd, 2 * MAX_RECORD_BYTES, position)
-            at = piece.find(RECORD_MAGIC)
+            at = piece.find(overlay.RECORD_MAGIC)
             while 0 <= at < MAX_RECORD_BYTES:
                 if decode_record(memoryview(piece)[at:], self._seed, position + at, block_count) is not None:
                     raise CorruptionError(self.path, offset, "a bad record with a good one behind it")
-                at = piece.find(RECORD_MAGIC, at + 1)
+                at = piece.find(overlay.RECORD_MAGIC, at + 1)
             position += MAX_RECORD_BYTES
-        log.warning(
-            "%s: cut the record of an fsync that was never answered (%d bytes)", self.path, size - offset
-        )
+        log.warning("%s: cut the record of an fsync that was never answered (%d bytes)", self.path, size - offset)
         os.ftruncate(self._fd, offset)

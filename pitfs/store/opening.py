@@ -1,30 +1,96 @@
-"""What is asked before a store is written: is the directory its, is nobody else writing it, whose store is it."""
+"""Opening a store: store.json says whose it is; what is checked before it is written, and by whom.
+
+store.json is written last when a store is made, and never changed.
+"""
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import socket
+from typing import Final
 
 import msgspec
 
-from pitfs.errors import PositionMismatchError, StoreError
-from pitfs.model.transfer import Hello
+from pitfs.errors import PositionMismatchError, StoreError, StoreVersionError
+from pitfs.model.group import identity_problem
+from pitfs.model.transfer import Hello, VolumeInfo
 from pitfs.storage.files import durable_replace, fsync_directory, storage_error
 from pitfs.store.catalog.catalog import Catalog
-from pitfs.store.objects.format import (
-    CATALOG,
-    FORMAT,
-    HOLDERS,
-    LOCK,
-    OBJECTS,
-    STAGING,
-    STORE_JSON,
-    VERSION,
-    StoreInfo,
-    read_store_info,
-)
+from pitfs.store.objects.format import CATALOG, LOCK, OBJECTS, PINS, STAGING, STORE_JSON, VERSION
+from pitfs.store.pins.directory import HOLDERS, convert_directory
+
+FORMAT: Final = "pitfs-store"
+
+
+class StoreInfo(msgspec.Struct, frozen=True):
+    """store.json: whose store it is; never changes."""
+
+    format: str
+    version: int
+    group: str
+    history: str
+    volumes: tuple[VolumeInfo, ...]
+
+
+def read_store_info(path: str) -> StoreInfo:
+    """What store.json of the store at `path` says.
+
+    Raises:
+        StoreError: it isn't a store; the message says what is missing.
+        StoreVersionError: a newer pitfs wrote it.
+    """
+    looks = f"a store is a directory ROOT/GROUP that `pitfs receive` made: {STORE_JSON}, {CATALOG}, {OBJECTS}/"
+    name = os.path.join(path, STORE_JSON)
+    try:
+        with open(name, "rb") as file:
+            data = file.read(1 << 20)
+    except FileNotFoundError:
+        if not os.path.isdir(path):
+            raise StoreError(f"{path}: no such directory: {looks}") from None
+        raise StoreError(f"{path}: not a store, it has no {STORE_JSON}: {looks}{_stores_in(path)}") from None
+    except NotADirectoryError:
+        raise StoreError(f"{path}: not a directory: {looks}") from None
+    except OSError as error:
+        raise storage_error(error, name, "reading") from error
+    try:
+        head = msgspec.json.decode(data, type=dict)
+        if head.get("format") != FORMAT or not isinstance(head.get("version"), int):
+            raise StoreError(f"{name}: not of a pitfs store: {looks}")
+        if head["version"] > VERSION:
+            raise StoreVersionError(
+                f"{path}: store of version {head['version']}, this pitfs knows up to {VERSION}: use a newer pitfs"
+            )
+        info = msgspec.json.decode(data, type=StoreInfo)
+    except msgspec.MsgspecError as error:
+        raise StoreError(f"{name}: damaged: {error}: put it back from another copy of the store") from None
+    problem = identity_problem(info.group, info.history, info.volumes)
+    if problem:
+        raise StoreError(f"{name}: damaged: {problem}: put it back from another copy of the store")
+    for part in (CATALOG, OBJECTS):
+        if not os.path.exists(os.path.join(path, part)):
+            raise StoreError(f"{path}: not a whole store, it has no {part}: {looks}")
+    return info
+
+
+def _stores_in(path: str) -> str:
+    """A hint where the user named the root instead of a store in it."""
+    try:
+        names = sorted(
+            entry.name for entry in os.scandir(path) if os.path.exists(os.path.join(entry.path, STORE_JSON))
+        )
+    except OSError:
+        return ""
+    return f"; there are stores in it: {', '.join(names[:5])}" if names else ""
+
+
+def make_store_json(path: str, catalog: Catalog, hello: Hello) -> None:
+    """Says whose store it is: the last thing of a new one. Raises StoreError where it was one already."""
+    if catalog.meta("mark"):
+        raise StoreError(f"{path}: has a catalog but no {STORE_JSON}: put that back from another copy of the store")
+    fsync_directory(path)  # what a store has is there before what says that it is one
+    info = StoreInfo(FORMAT, VERSION, hello.group, hello.history, hello.volumes)
+    durable_replace(os.path.join(path, STORE_JSON), msgspec.json.format(msgspec.json.encode(info)) + b"\n")
 
 
 def check_place(path: str) -> None:
@@ -33,7 +99,7 @@ def check_place(path: str) -> None:
         names = set(os.listdir(path))
     except FileNotFoundError:
         return
-    ours = {LOCK, OBJECTS, STAGING, HOLDERS, CATALOG, f"{CATALOG}-wal", f"{CATALOG}-shm", f"{CATALOG}-journal"}
+    ours = {LOCK, OBJECTS, STAGING, PINS, HOLDERS, CATALOG, f"{CATALOG}-wal", f"{CATALOG}-shm", f"{CATALOG}-journal"}
     others = sorted(names - ours - {f"{STORE_JSON}.tmp"})
     if STORE_JSON not in names and others:
         raise StoreError(
@@ -43,38 +109,40 @@ def check_place(path: str) -> None:
 
 
 def take_lock(store: str) -> int:
-    """Returns the descriptor that holds the lock. Raises StoreError where another process does."""
+    """The descriptor that holds the writer's lock; converts what an older pitfs arranged differently.
+
+    Raises:
+        StoreError: another process holds the lock.
+    """
     path = os.path.join(store, LOCK)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            other = os.pread(fd, 200, 0).decode("utf-8", "replace").strip() or "another process"
+            raise StoreError(
+                f"{store}: {other} is writing this store (it holds {path}): a store has one writer; "
+                f"end that one, or wait until it has ended"
+            ) from None
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    except BaseException as error:
-        holder = os.pread(fd, 200, 0).decode("utf-8", "replace").strip() or "another process"
+        convert_directory(store)
+    except BaseException:
         os.close(fd)
-        if not isinstance(error, OSError) or error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-            raise
-        raise StoreError(
-            f"{store}: {holder} is writing this store (it holds {path}): a store has one writer; "
-            f"end that one, or wait until it has ended"
-        ) from None
+        raise
     return fd
 
 
 def check_sender(root: str, hello: Hello) -> None:
-    """Whether the store of its group takes this sender, as far as that can be told without writing it.
+    """Whether the store of its group takes this sender, as far as that shows without writing the store.
 
-    Asked before the sender that is there is ended for it: one that is going to be refused mustn't disturb it.
+    Asked before the session that is there is ended for the sender: one that will be refused mustn't disturb it.
 
     Raises:
         PositionMismatchError, StoreError, PitfsError: as opening the store would.
     """
-    path = os.path.join(root, hello.group)
-    try:
-        check_same_group(path, hello)
-    except OSError as error:
-        raise storage_error(error, path, "opening") from error
+    check_same_group(os.path.join(root, hello.group), hello)
 
 
 def check_same_group(path: str, hello: Hello) -> None:
@@ -90,12 +158,12 @@ def check_same_group(path: str, hello: Hello) -> None:
             f"another --root"
         )
     if info.volumes != hello.volumes:
-        had, sent = (
-            [f"{v.name} ({v.size_bytes} B, blocks of {v.block_size})" for v in x.volumes]
-            for x in (info, hello)
+        has, sends = (
+            ", ".join(f"{v.name} ({v.size_bytes} B, blocks of {v.block_size})" for v in side.volumes)
+            for side in (info, hello)
         )
         raise PositionMismatchError(
-            f"{path}: has the volumes {', '.join(had)}, production sends {', '.join(sent)}: "
+            f"{path}: has the volumes {has}, production sends {sends}: "
             f"volumes can't change within a history; put production's configuration back, or give it a "
             f"new state and this store a new place"
         )
@@ -110,16 +178,3 @@ def check_epoch(path: str, catalog: Catalog, hello: Hello) -> None:
             f"(epoch {epoch}, this one has {hello.epoch}): stop the one that shouldn't; restarting `pitfs "
             f"protect` here takes over"
         )
-
-
-def make_store_json(path: str, catalog: Catalog, hello: Hello) -> None:
-    """Says whose store it is: the last thing of a new one. Raises StoreError where it was one already."""
-    if catalog.meta("mark"):
-        raise StoreError(
-            f"{path}: has a catalog but no {STORE_JSON}: put that back from another copy of the store"
-        )
-    fsync_directory(path)  # what a store has is there before what says that it is one
-    info = StoreInfo(FORMAT, VERSION, hello.group, hello.history, hello.volumes)
-    durable_replace(
-        os.path.join(path, STORE_JSON), msgspec.json.format(msgspec.json.encode(info)) + b"\n"
-    )

@@ -1,4 +1,4 @@
-"""The C library's heap, bounded: for the processes that live long."""
+"""The C library's heap: bounds and trimming, for processes that live long."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Final
 M_TRIM_THRESHOLD: Final = -1
 M_MMAP_THRESHOLD: Final = -3
 M_ARENA_MAX: Final = -8
-HEAP_BLOCK_BYTES: Final = 2 << 20  # from this size on a buffer is a mapping of its own
-HEAP_KEPT_BYTES: Final = 16 << 20  # free memory at the heap's end that isn't given back at once
+HEAP_BLOCK_BYTES: Final = 2 << 20  # larger buffers are mappings of their own
+HEAP_KEPT_BYTES: Final = 16 << 20  # free memory at the heap's end that is kept
 
 
 def bound_heap() -> None:
-    """Has buffers of a frame's size come from one heap, where they are used again without a page fault each.
+    """Takes buffers of a frame's size from one heap, where they are used again without page faults.
 
-    A mapping of its own for each (glibc's threshold to begin with) cost a quarter of the CPU of `receive`
-    under the patent's load. Without limits, on the other hand, the threshold goes up to 32 MiB and each
-    thread has a heap: `receive` grew by 15 MiB an interval. What lies unused between other memory still
-    stays; `trim_heap` gives that back. Before threads start; another libc ignores it.
+    Call it before threads start. A mapping for each buffer (glibc's first threshold) cost a quarter of the CPU of
+    `receive` under the patent's load. Without limits the threshold grows to 32 MiB and each thread has a heap:
+    `receive` grew by 15 MiB an interval. Free memory between used memory stays; `trim_heap` gives that back. Another
+    libc ignores all this.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -1,21 +1,20 @@
-"""How services are listened at: addresses, unix sockets, and whose certificates are asked for."""
+"""Where services listen: addresses and unix sockets."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
+import fcntl
 import os
+import socket
+import stat
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from typing import Final
+
+import trio
 
 from pitfs.errors import PitfsError, UsageError
-
-if TYPE_CHECKING:
-
-    import trio
-
-    from pitfs.link.transport.tls import LinkContext
+from pitfs.storage.files import open_fd
 
 MAX_PORT: Final = 65535
 MAX_UNIX_BYTES: Final = 107  # of the path of a unix socket
@@ -26,7 +25,7 @@ def parse_address(text: str) -> tuple[str, int]:
     """HOST:PORT or [HOST]:PORT; HOST may be empty for all addresses.
 
     Raises:
-        UsageError: it isn't one.
+        UsageError: it is invalid.
     """
     host, colon, port_text = text.rpartition(":")
     if host.startswith("[") and host.endswith("]"):
@@ -40,50 +39,15 @@ def parse_address(text: str) -> tuple[str, int]:
     return host, int(port_text)
 
 
-def add_tls_files(parser: argparse.ArgumentParser, others: str) -> None:
-    """The options that name the PEM files; `others` are those who connect."""
-    parser.add_argument("--certificate", metavar="FILE", help="PEM file of this host's certificate")
-    parser.add_argument("--key", metavar="FILE", help="PEM file of its key")
-    parser.add_argument(
-        "--authority", metavar="FILE", help=f"PEM file of the authority whose certificates {others} show"
-    )
-
-
-def given_tls_files(args: argparse.Namespace) -> list[str]:
-    """Those of these options that were given."""
-    return [f"--{name}" for name in ("certificate", "key", "authority") if getattr(args, name) is not None]
-
-
-def tls_context(args: argparse.Namespace, otherwise: str) -> LinkContext:
-    """What all three files make.
-
-    Args:
-        otherwise: what may be done instead, for the error.
-
-    Raises:
-        UsageError: one is missing, or isn't right.
-    """
-    from pitfs.link.transport.tls import server_context
-
-    given = given_tls_files(args)
-    if len(given) < 3:
-        missing = ", ".join(each for each in ("--certificate", "--key", "--authority") if each not in given)
-        raise UsageError(f"{missing} missing: give all three files, or {otherwise}")
-    return server_context(args.certificate, args.key, args.authority)
-
-
 async def listen(host: str, port: int, program: str) -> list[trio.SocketListener]:
-    """Listens at all addresses of a host; `program` is who else may listen there, for the error.
+    """Listens at all addresses of a host; the error names `program` as what may already listen there.
 
     Raises:
-        PitfsError: that can't be; says why.
+        UsageError: the host has no address.
+        PitfsError: the system refuses.
     """
-    import socket
-
-    import trio
-
     where = f"{host or 'all addresses'}, port {port}"
-    # trio makes :: IPv6 only; people mean by it what Linux does, both.
+    # trio makes :: IPv6 only; Linux, and so the user, means both by it.
     bind_host = None if host in ("", "::") else host
     try:
         return await trio.open_tcp_listeners(port, host=bind_host)
@@ -99,32 +63,22 @@ async def listen(host: str, port: int, program: str) -> list[trio.SocketListener
 
 @contextlib.contextmanager
 def listen_unix(path: str) -> Iterator[trio.SocketListener]:
-    """Listens at a unix socket, for this user alone; its file is removed at the end.
-
-    One that is left of a process that is gone is taken over.
+    """Listens at a unix socket, for this user alone; removes its file at the end. Replaces one of a dead process.
 
     Raises:
-        PitfsError: somebody listens there, or something else has that name.
+        PitfsError: a process listens there, or a file of another type has that name.
     """
-    import fcntl
-    import socket
-
-    import trio
-
     if len(os.fsencode(path)) > MAX_UNIX_BYTES:
         raise UsageError(f"{path}: the path of a unix socket has at most {MAX_UNIX_BYTES} bytes")
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC))
         try:
-            directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                fcntl.flock(directory, fcntl.LOCK_EX)  # of two that find the same old socket one waits for the other
+            with open_fd(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY) as directory:
+                fcntl.flock(directory, fcntl.LOCK_EX)  # two processes that find the same old socket take turns
                 _remove_stale(path)
                 listener.bind(path)
                 os.chmod(path, 0o600)  # nobody can connect yet
                 listener.listen(BACKLOG)
-            finally:
-                os.close(directory)
         except OSError as error:
             raise PitfsError(f"{path}: can't listen there: {error.strerror}") from None
         made = os.lstat(path)
@@ -132,14 +86,11 @@ def listen_unix(path: str) -> Iterator[trio.SocketListener]:
             yield trio.SocketListener(trio.socket.from_stdlib_socket(listener))
         finally:
             with contextlib.suppress(OSError):
-                if os.path.samestat(os.lstat(path), made):  # and not another's, made when ours had been removed
+                if os.path.samestat(os.lstat(path), made):  # not another's, made after ours was removed
                     os.unlink(path)
 
 
 def _remove_stale(path: str) -> None:
-    import socket
-    import stat
-
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:
@@ -147,7 +98,7 @@ def _remove_stale(path: str) -> None:
     if not stat.S_ISSOCK(mode):
         raise UsageError(f"{path}: exists and isn't a socket: give another name, or remove it")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
-        probe.setblocking(False)  # one whose queue is full is alive as well
+        probe.setblocking(False)  # a full queue (EAGAIN) means a living process, too
         try:
             probe.connect(path)
         except ConnectionRefusedError:

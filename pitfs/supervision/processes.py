@@ -1,4 +1,4 @@
-"""What the processes of `pitfs protect` share: their frame, their names, and not outliving the minder."""
+"""What the processes of `pitfs protect` share: their frame, their names, and that they end with the minder."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Final
 
 import trio
 
-from pitfs.cli.main import report
 from pitfs.config.production import Config, load_config
 from pitfs.errors import UsageError
 from pitfs.link.transport.tls import LinkContext, client_context, require_loopback
+from pitfs.supervision.report import report
 from pitfs.supervision.service import stop_signals
 
 PR_SET_NAME: Final = 15
@@ -26,7 +26,7 @@ def set_process_name(name: str) -> None:
 
 
 async def trim_heap() -> None:
-    """Gives unused memory back to the system now and then, for ever."""
+    """Gives unused memory back to the system every `TRIM_S`, for ever."""
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     while malloc_trim is not None:
         await trio.sleep(TRIM_S)
@@ -34,10 +34,10 @@ async def trim_heap() -> None:
 
 
 async def told_to_stop() -> None:
-    """Returns on SIGTERM or SIGINT, or when the minder is gone: two splitters of a group must never be.
+    """Returns on SIGTERM or SIGINT, or when the minder is gone: a group must never have two splitters.
 
-    Standard input is a pipe that the minder never writes to. (PR_SET_PDEATHSIG follows the thread that
-    started a process, not the minder.)
+    Standard input is a pipe to which the minder never writes, so it becomes readable when the minder ends.
+    (PR_SET_PDEATHSIG follows the thread that started a process, not the minder.)
     """
     async with trio.open_nursery() as nursery:
 
@@ -60,7 +60,7 @@ def set_up_daemon_logging(verbose: int) -> None:
 
 
 def link_context(config: Config) -> LinkContext | None:
-    """TLS for the link. Raises UsageError for files that aren't right, or no TLS beyond loopback."""
+    """TLS for the link. Raises UsageError for invalid files, and for a link without TLS beyond loopback."""
     tls = config.tls
     if tls.insecure:
         require_loopback(config.replication.host)
@@ -71,7 +71,7 @@ def link_context(config: Config) -> LinkContext | None:
 
 
 def run_process(serve: Callable[[Config], int]) -> int:
-    """Frame of a part's process: `PROGRAM CONFIG [-v]`, errors as one line, the contract's exit codes."""
+    """The frame of a process: `PROGRAM CONFIG [-v]`, errors as one line, the contract's exit codes."""
     verbose = "-v" in sys.argv[2:]
     try:
         if len(sys.argv) < 2:

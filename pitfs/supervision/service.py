@@ -1,4 +1,4 @@
-"""What commands that run as services share: telling the service manager, and ending on a signal."""
+"""What services share: notes to the service manager, and their end on a signal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def notify(state: str) -> None:
-    """Tells the service manager, as sd_notify(3) does; nothing where there is none."""
+    """Sends a state to the service manager, if there is one, as sd_notify(3) does."""
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
@@ -27,7 +27,7 @@ def notify(state: str) -> None:
             channel.connect(address)
             channel.sendall(state.encode())
     except OSError as error:
-        log.warning("the service manager can't be told %s: %s", state, error.strerror)
+        log.warning("%s can't be sent to the service manager: %s", state, error.strerror)
 
 
 def notify_ready() -> None:
@@ -37,15 +37,15 @@ def notify_ready() -> None:
 
 
 def _do_nothing(number: int, frame: object) -> None:
-    """A handler instead of SIG_IGN, which processes that are started would inherit."""
+    """A handler instead of SIG_IGN, which child processes would inherit."""
 
 
 @contextmanager
 def stop_signals() -> Iterator[AsyncIterator[int]]:
-    """SIGTERM and SIGINT as they come; once this is left, and for good, they do nothing.
+    """SIGTERM and SIGINT as they come; after the block they have no effect any more.
 
-    Ctrl-C goes to all processes of a terminal, and a minder tells its parts as well: the second signal must
-    not kill what is closing in order because of the first.
+    Ctrl-C goes to all processes of a terminal, and the minder also signals its parts: the second signal must not kill
+    a process that closes in order because of the first.
     """
     numbers = (signal.SIGTERM, signal.SIGINT)
     signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # one that comes now waits for the receiver
@@ -56,22 +56,23 @@ def stop_signals() -> Iterator[AsyncIterator[int]]:
         yield signals
 
 
+async def cancel_on_signal(scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
+    """Cancels the scope on SIGTERM or SIGINT; started when it would hear them."""
+    with stop_signals() as signals:
+        task_status.started()
+        async for number in signals:
+            log.info("%s: stopping", signal.Signals(number).name)
+            notify("STOPPING=1")
+            scope.cancel()
+
+
 async def run_until_signal(serve: Callable[[], Awaitable[None]]) -> None:
-    """Runs `serve` until it returns, or SIGTERM or SIGINT cancels it; what it has to finish it shields.
+    """Runs `serve` until it returns, or SIGTERM or SIGINT cancels it; `serve` shields what it has to finish.
 
     A reader of standard output that left, or a terminal that is gone, is no reason to end.
     """
-    with stop_signals() as signals:
-        async with trio.open_nursery() as nursery:
-
-            async def stop() -> None:
-                async for number in signals:
-                    log.info("%s: stopping", signal.Signals(number).name)
-                    notify("STOPPING=1")
-                    nursery.cancel_scope.cancel()
-                    return
-
-            nursery.start_soon(stop)
-            await serve()
-            nursery.cancel_scope.cancel()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(cancel_on_signal, nursery.cancel_scope)
+        await serve()
+        nursery.cancel_scope.cancel()
     sys.stdout.flush()

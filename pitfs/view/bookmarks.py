@@ -1,8 +1,8 @@
-"""Bookmarks as a directory that is read piece by piece, and may grow meanwhile.
+"""Bookmarks as a directory that is read in parts, and may grow meanwhile.
 
-All that says where to go on is a cookie of 63 bits. A count would do until a bookmark comes whose name sorts
-before, and a name doesn't fit. So a cookie is the second of the bookmark's position, where the catalog goes on,
-and within that second a number that follows from the name:
+A reader continues from a cookie of 63 bits. A count would be wrong as soon as a bookmark came whose name sorts before,
+and a name does not fit. So a cookie is the second of the bookmark's position, from which the catalog continues, and
+within that second a number that depends on the name:
 
     bits 29..62  second since 1970
     bits  0..28  number: hash of the name, 28 bits, + 1; where that is taken, the next one that is free
@@ -16,15 +16,13 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from xxhash import xxh3_64_intdigest
 
 from pitfs.model.position import SECOND_NS
 from pitfs.model.transfer import Bookmark
-
-if TYPE_CHECKING:
-    from pitfs.store.store import Store
+from pitfs.store.store import Store
 
 NUMBER_BITS: Final = 29
 HASH_MASK: Final = (1 << 28) - 1
@@ -37,12 +35,12 @@ def name_hash(name: str) -> int:
 
 
 def bookmarks_behind(store: Store, cookie: int) -> Iterator[tuple[Bookmark, int]]:
-    """(bookmark, its cookie) by cookie; of those whose cookie is larger than `cookie`, 0: of all."""
+    """(bookmark, its cookie), ascending by cookie, from the first that is larger than `cookie` on (0: all)."""
     while True:
         from_second, number = divmod(cookie, 1 << NUMBER_BITS)
         bookmarks = store.bookmarks(from_second * SECOND_NS)
         for second, group in itertools.groupby(bookmarks, lambda each: each.time_ns // SECOND_NS):
-            # Numbers follow from the names before only as far as a run of taken ones goes back.
+            # A number depends on the names before it only through a run of taken numbers.
             low = number - MAX_RUN if second == from_second else 0
             hashed = ((name_hash(each.name), each.name, each) for each in group)
             page = heapq.nsmallest(MAX_PAGE, (each for each in hashed if each[0] >= low))
@@ -51,7 +49,7 @@ def bookmarks_behind(store: Store, cookie: int) -> Iterator[tuple[Bookmark, int]
                 this = max(this, base + place) + 1
                 if this > cookie:
                     yield bookmark, this
-            if len(page) == MAX_PAGE:  # this second may have more
+            if len(page) == MAX_PAGE:  # the second may have more
                 cookie = this
                 break
         else:

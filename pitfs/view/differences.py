@@ -4,27 +4,25 @@
                                                             -> checksums differ: different
                                                             -> else both blocks are read: equal bytes, or not
 
-A checksum alone never says that blocks are equal; that it says they aren't is certain. So blocks are read only where
-the same content was written twice. The walk costs what differs, and what was written in the intervals that the two
-instants lie in: not the volume's size, nor the history between them.
+Unequal checksums prove that blocks differ; equal ones never prove that they are the same. So blocks are read only
+where the same content was written twice. The cost grows with what differs and with what was written in the intervals
+that the two instants lie in, not with the volume's size or the history between them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
 from pitfs.model.blockmap import FANOUT, U64Array
-from pitfs.view.ranges import joined, runs
+from pitfs.store.store import Resolution, Store
+from pitfs.view.ranges import cut, joined, runs
 from pitfs.view.view import PointInTimeView, ReadBuffer, TableCache
-
-if TYPE_CHECKING:
-    from pitfs.store.store import Resolution, Store
 
 READ_BYTES: Final = 1 << 20
 BoolArray = npt.NDArray[np.bool_]
@@ -36,35 +34,35 @@ class DifferingLeaf:
 
     Attributes:
         differs: bool[512].
-        zeros: bool[512], known to be zeros at the other instant.
-        one, other: checksums uint64[512] at the two instants; of zeros too.
+        to_zeros: bool[512], known to be zeros at the second instant.
+        from_checksums, to_checksums: uint64[512] at the two instants; of zeros too.
     """
 
     first: int
     differs: BoolArray
-    zeros: BoolArray
-    one: U64Array
-    other: U64Array
+    to_zeros: BoolArray
+    from_checksums: U64Array
+    to_checksums: U64Array
 
 
 class Difference:
     """What differs between two instants of a volume.
 
     Args:
-        one, other: resolved states of the store, either may be the earlier one.
+        from_state, to_state: of the store; either may be the earlier one.
         volume: its index.
 
     Attributes:
         views: of the two, for reading where they differ.
     """
 
-    def __init__(self, store: Store, one: Resolution, other: Resolution, volume: int) -> None:
+    def __init__(self, store: Store, from_state: Resolution, to_state: Resolution, volume: int) -> None:
         info = store.volumes[volume]
         self.block_size: int = info.block_size
         self.size_bytes: int = info.size_bytes
         self._store, self._volume = store, volume
-        self._states = one, other
-        tables = TableCache(max_bytes=0)  # the few that it always has: leaves come one after the other
+        self._states = from_state, to_state
+        tables = TableCache(max_bytes=0)  # it keeps a few all the same, and leaves come one after the other
         self.views = tuple(PointInTimeView(store, state, volume, tables) for state in self._states)
         self._zeros = np.uint64(xxh3_64_intdigest(bytes(info.block_size)))
 
@@ -72,7 +70,7 @@ class Difference:
         """All leaves with blocks that differ, ascending.
 
         Raises:
-            CorruptionError: block map, journal, or a block that had to be read, aren't what was written.
+            CorruptionError: block map, journal, or a block that had to be read, is damaged.
             PitfsError: the disk refuses.
         """
         buffers = ReadBuffer(READ_BYTES), ReadBuffer(READ_BYTES)
@@ -80,8 +78,9 @@ class Difference:
         while index is not None:
             tables = [self._store.leaf(state, self._volume, index) for state in self._states]
             one, other = (np.where(pointers == 0, self._zeros, sums) for pointers, sums in tables)
-            differs, doubtful = compare(tables[0][0], one, tables[1][0], other)
-            for start, end in runs(doubtful).tolist():
+            is_elsewhere, same_sum = tables[0][0] != tables[1][0], one == other
+            differs = is_elsewhere & ~same_sum
+            for start, end in runs(is_elsewhere & same_sum).tolist():  # only their bytes can tell
                 differs[start:end] = self._read_and_compare(index * FANOUT + start, end - start, buffers)
             if differs.any():
                 yield DifferingLeaf(index * FANOUT, differs, tables[1][0] == 0, one, other)
@@ -94,9 +93,7 @@ class Difference:
     def _read_and_compare(self, first: int, count: int, buffers: tuple[ReadBuffer, ReadBuffer]) -> BoolArray:
         """Whether each of the blocks differs, by their bytes."""
         differs = np.ones(count, np.bool_)
-        step = READ_BYTES // self.block_size
-        for start in range(0, count, step):
-            end = min(start + step, count)
+        for start, end in cut(0, count, READ_BYTES // self.block_size):
             offset, size = (first + start) * self.block_size, (end - start) * self.block_size
             one, other = (view.read(offset, size, buffer) for view, buffer in zip(self.views, buffers, strict=True))
             if one == other:
@@ -106,18 +103,6 @@ class Difference:
                 place = slice(block * self.block_size, (block + 1) * self.block_size)
                 differs[start + block] = one[place] != other[place]
         return differs
-
-
-def compare(
-    pointers: U64Array, checksums: U64Array, others: U64Array, other_checksums: U64Array
-) -> tuple[BoolArray, BoolArray]:
-    """What pointers and checksums say about pairs of blocks: (certainly different, only their bytes can tell).
-
-    Args: shape (n,) each; checksums also where the pointer is 0: those of zeros.
-    """
-    elsewhere = pointers != others
-    same_sum = checksums == other_checksums
-    return elsewhere & ~same_sum, elsewhere & same_sum
 
 
 def bitmap(leaf: DifferingLeaf) -> bytes:

@@ -1,19 +1,17 @@
 """The scratch directory: the overlays of the writable images of one mount.
 
-Without `keep` an overlay is a file without a name: it is gone with the mount's process, whatever ends that. With
-it, the overlay of a volume's image after write `seq` of a history is two files, found again by the next mount:
+Without `keep` an overlay is a file without a name, so it vanishes when the mount's process ends, however it ends.
+With `keep` the overlay of a volume's image after write `seq` of a history is two files, and the next mount finds them:
 
     HISTORY.SEQ.VOLUME.data      the blocks, each at its place in the image; the volume's size, sparse
     HISTORY.SEQ.VOLUME.index     the log of which blocks are there (model/overlay.py)
 
-The index comes last, durably, so data without one are what is left of a beginning that was cut short. The
-directory is locked (flock) by the mount that uses it; other files in it are left alone.
+The index is made last, and is durable, so data without an index are left of a start that was cut short. The mount
+that uses the directory locks it (flock). Other files in it are left alone.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import fcntl
 import logging
 import os
@@ -21,51 +19,44 @@ import re
 import tempfile
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from pitfs.errors import CapacityError, CorruptionError, PitfsError, UsageError
 from pitfs.model.overlay import OverlayHeader
-from pitfs.storage.files import durable_replace, storage_error
+from pitfs.storage.files import closed_on_error, durable_replace, storage_error
 from pitfs.storage.overlay_log import OverlayLog
+from pitfs.store.store import Store
 from pitfs.view.overlay import Overlay, Room
-
-if TYPE_CHECKING:
-    from pitfs.store.store import Store
 
 log = logging.getLogger(__name__)
 
 MAX_OVERLAYS: Final = 256  # each holds a descriptor or two
-LOCK_WAIT_S: Final = 3.0  # for a mount that has just been ended and is still closing its overlays
+LOCK_WAIT_S: Final = 3.0  # a mount that has just ended may still be closing its overlays
 LOCK_POLL_S: Final = 0.05
 PREFIX: Final = ".pitfs-scratch-"  # of a file that is about to lose its name
+_REMOVE: Final = "remove both files of this overlay, and its image is as it was at the instant"
 _NAMELESS: Final = re.compile(re.escape(PREFIX) + "[a-z0-9_]{8}")  # as tempfile makes them
-_NAME: Final = re.compile(
-    r"([0-9a-f]{32})\.([0-9]{1,14})\.([A-Za-z0-9._-]{1,64})\.(data|index|index\.tmp)", re.ASCII
-)
+_NAME: Final = re.compile(r"([0-9a-f]{32})\.([0-9]{1,14})\.([A-Za-z0-9._-]{1,64})\.(data|index|index\.tmp)")
 
 
 class ScratchDirectory:
     """The overlays over a store's images.
 
     Args:
-        directory: where they are; an existing one that no other mount uses.
-        limit_bytes: of blocks written, over all overlays; None: what the disk has.
-        keep: whether they stay when the mount ends, and those that stayed are found.
+        directory: exists, and no other mount uses it.
+        limit_bytes: of blocks written, over all overlays; None: as much as the disk has.
+        keep: overlays stay when the mount ends, and those that stayed are opened.
         sleep: waits for that many seconds.
 
     Raises:
-        UsageError: the directory can't be used for this.
-        CorruptionError, PitfsError: what is kept there can't be read.
+        UsageError: the directory is missing, in use, not writable, or another store's.
+        CorruptionError, PitfsError: a kept overlay can't be read.
     """
 
     def __init__(
-        self,
-        directory: str,
-        store: Store,
-        limit_bytes: int | None = None,
-        keep: bool = False,
+        self, directory: str, store: Store, limit_bytes: int | None = None, keep: bool = False,
         sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.directory = directory
         self.keep = keep
         self.room = Room(limit_bytes)
@@ -75,11 +66,10 @@ class ScratchDirectory:
         self._lock = _lock(directory, sleep)
         try:
             self._tidy()
-        except OSError as error:
+        except BaseException as error:
             self.close()
-            raise storage_error(error, directory, "reading the scratch") from error
-        except BaseException:
-            self.close()
+            if isinstance(error, OSError):
+                raise storage_error(error, directory, "reading the scratch") from error
             raise
 
     def get(self, seq: int, volume: int) -> Overlay | None:
@@ -87,16 +77,14 @@ class ScratchDirectory:
         return self._overlays.get((seq, volume))
 
     def make(self, seq: int, volume: int) -> Overlay:
-        """Makes one where there is none; waits for the disk.
+        """Makes the overlay of an image that has none; waits for the disk.
 
         Raises:
             CapacityError: there are too many already.
             OSError: the disk refuses.
         """
         if len(self._overlays) >= MAX_OVERLAYS:
-            raise CapacityError(
-                f"{MAX_OVERLAYS} images are written already, more than that a mount can't have"
-            )
+            raise CapacityError(f"{MAX_OVERLAYS} images are written already, the limit of a mount")
         header = self._header(seq, volume)
         if not self.keep:
             with tempfile.TemporaryFile(prefix=PREFIX, dir=self.directory) as file:
@@ -104,15 +92,12 @@ class ScratchDirectory:
             os.ftruncate(overlay.fd, header.size_bytes)
         else:
             base = self._base(header)
-            fd = os.open(base + ".data", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+            with closed_on_error(os.open(base + ".data", flags, 0o600)) as fd:
                 os.ftruncate(fd, header.size_bytes)
                 os.fsync(fd)
-                durable_replace(base + ".index", header.encode())  # the directory's entry of the data, too
+                durable_replace(base + ".index", header.encode())  # makes the data's directory entry durable, too
                 overlay = self._overlay(header, fd, OverlayLog(base + ".index", header))
-            except BaseException:
-                os.close(fd)
-                raise
         self._overlays[seq, volume] = overlay
         return overlay
 
@@ -125,7 +110,7 @@ class ScratchDirectory:
         return max(free, 0)
 
     def close(self) -> None:
-        """Makes durable what is kept, and lets go of everything; what can't be made durable is logged."""
+        """Makes kept overlays durable and closes all; logs what can't be made durable."""
         for overlay in self._overlays.values():
             if self.keep and overlay.synced_writes < overlay.writes:
                 try:
@@ -147,10 +132,10 @@ class ScratchDirectory:
 
     def _overlay(self, header: OverlayHeader, fd: int, log: OverlayLog | None) -> Overlay:
         name = f"{self.directory}: {header.volume} at seq {header.seq}"
-        return Overlay(fd, name, header.size_bytes, header.block_size, self.room, log)
+        return Overlay(fd, name, header.block_size, self.room, log)
 
     def _tidy(self) -> None:
-        """Removes what nobody needs; with `keep`, opens what is kept."""
+        """Removes leftovers of dead mounts; with `keep`, opens what is kept."""
         kept: dict[tuple[int, str], set[str]] = {}
         for name in os.listdir(self.directory):
             match = _NAME.fullmatch(name)
@@ -165,14 +150,13 @@ class ScratchDirectory:
             else:
                 kept.setdefault((int(match[2]), match[3]), set()).add(match[4])
         for (seq, name), kinds in sorted(kept.items()):
-            self._find(seq, name, kinds)
+            self._open_kept(seq, name, kinds)
 
-    def _find(self, seq: int, name: str, kinds: set[str]) -> None:
+    def _open_kept(self, seq: int, name: str, kinds: set[str]) -> None:
         volume = next((index for index, info in enumerate(self._volumes) if info.name == name), None)
         if volume is None:
-            raise UsageError(
-                f"{self.directory}: scratch: has a volume {name}, the store hasn't: it is another store's"
-            )
+            problem = f"has a volume {name}, the store hasn't: it is another store's"
+            raise UsageError(f"{self.directory}: scratch: {problem}")
         header = self._header(seq, volume)
         base = self._base(header)
         if "index" not in kinds:
@@ -186,22 +170,14 @@ class ScratchDirectory:
         if "index.tmp" in kinds:
             os.unlink(f"{base}.index.tmp")
         try:
-            with contextlib.ExitStack() as stack:
-                fd = os.open(f"{base}.data", os.O_RDWR | os.O_CLOEXEC)
-                stack.callback(os.close, fd)
+            with closed_on_error(os.open(f"{base}.data", os.O_RDWR | os.O_CLOEXEC)) as fd:
                 if os.fstat(fd).st_size != header.size_bytes:
-                    raise CorruptionError(
-                        f"{base}.data", 0, f"isn't of the volume's {header.size_bytes} bytes"
-                    )
+                    raise CorruptionError(f"{base}.data", 0, f"isn't of the volume's {header.size_bytes} bytes")
                 self._overlays[seq, volume] = self._overlay(header, fd, OverlayLog(f"{base}.index", header))
-                stack.pop_all()
         except FileNotFoundError:
             raise PitfsError(f"{base}.data: missing, but {base}.index is there: {_REMOVE}") from None
         except CorruptionError as error:
             raise PitfsError(f"{error}: {_REMOVE}") from error
-
-
-_REMOVE: Final = "remove both files of this overlay, and its image is as it was at the instant"
 
 
 def _lock(directory: str, sleep: Callable[[float], None]) -> int:
@@ -211,21 +187,19 @@ def _lock(directory: str, sleep: Callable[[float], None]) -> int:
     except OSError as error:
         raise UsageError(f"{directory}: scratch: {error.strerror}: give an existing directory") from None
     waited_s = 0.0
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno == errno.EWOULDBLOCK and waited_s < LOCK_WAIT_S:
+    with closed_on_error(fd):
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if waited_s >= LOCK_WAIT_S:
+                    problem = "another mount uses it: give each mount a directory of its own"
+                    raise UsageError(f"{directory}: scratch: {problem}") from None
                 sleep(LOCK_POLL_S)
                 waited_s += LOCK_POLL_S
-                continue
-            os.close(fd)
-            if error.errno != errno.EWOULDBLOCK:
+            except OSError as error:
                 raise UsageError(f"{directory}: scratch: can't be locked: {error.strerror}") from None
-            raise UsageError(
-                f"{directory}: scratch: another mount uses it: give each mount a directory of its own"
-            ) from None
         if not os.access(directory, os.W_OK | os.X_OK):
-            os.close(fd)
             raise UsageError(f"{directory}: scratch: can't be written")
-        return fd
+    return fd

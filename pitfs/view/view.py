@@ -1,12 +1,12 @@
-"""The image of a volume at an instant: resolve, read, verify (figure 8 of the patent).
+"""The image of a volume at an instant: resolve, read, verify (figure 8 of the patent, where the base snapshot is the
+third and the end snapshot the fourth).
 
     offset, size -> blocks -> (pointer, checksum) of each, from tables of 512 that the store resolves
                  -> runs of neighbouring pointers -> one preadv per run into one buffer -> xxh3 of every block
 
-Buffers are given by the caller and used again from read to read: a fresh MiB costs its page faults, about
-as much as reading it from the page cache. What a read returns is a view into that buffer, good until its
-next use. A view is immutable, holds no descriptors and may be used by several threads at once as long as
-each has its own buffer.
+The caller gives a buffer and uses it for one read after the other: a fresh MiB costs its page faults, about as much as
+reading it from the page cache. A read returns a view into that buffer, valid until its next use. A PointInTimeView is
+immutable and holds no descriptors; several threads may use it at once if each has its own buffer.
 """
 
 from __future__ import annotations
@@ -18,40 +18,30 @@ import logging
 import mmap
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from functools import partial
+from typing import Final
 
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CorruptionError, PitfsError
-from pitfs.model.blockmap import FANOUT, FANOUT_BITS, NODE_BYTES, U64Array
+from pitfs.model.blockmap import FANOUT, FANOUT_BITS, NODE_BYTES, I64Array, U64Array
 from pitfs.model.transfer import UNIT_BYTES
 from pitfs.storage.files import storage_error
-from pitfs.store.objects.format import (
-    HEADER_BYTES,
-    OBJECTS,
-    UNIT_BITS,
-    UNIT_MASK,
-    contents_kind,
-    data_offset,
-    object_file,
-    pointer_object,
-    pointer_unit,
-)
+from pitfs.store.objects import format as objects
+from pitfs.store.objects.format import HEADER_BYTES, UNIT_BITS, UNIT_MASK
 from pitfs.store.objects.pool import MissingObjectError
-from pitfs.view.ranges import data_ranges
-from pitfs.view.readahead import Sequence, ask, ranges_of
-
-if TYPE_CHECKING:
-    from pitfs.store.store import Resolution, Store
+from pitfs.store.store import Resolution, Store
+from pitfs.view.ranges import joined, runs
+from pitfs.view.readahead import Sequence, prefetch, ranges_of
 
 MAX_BLOCK_BYTES: Final = 64 << 10
 MAX_REQUEST_BYTES: Final = 1 << 20  # the largest read that FUSE sends
-# Of all processes of a mount. They lead to 8 GiB of image in blocks of 4 KiB: enough for random reads.
+# Of all processes of a mount. The tables cover 8 GiB of image in blocks of 4 KiB: enough for random reads.
 MAX_TABLE_CACHE_BYTES: Final = 32 << 20
 
 _LEAF_BITS: Final = 40  # leaves of a volume: 2**40 * 512 blocks is beyond any size
-_ZEROS: Final = memoryview(bytes(MAX_REQUEST_BYTES))
+_ZEROS: Final = memoryview(bytes(MAX_REQUEST_BYTES + 2 * MAX_BLOCK_BYTES))  # as many as the largest buffer has
 _NOWAIT: Final = os.RWF_NOWAIT
 
 log = logging.getLogger(__name__)
@@ -60,14 +50,15 @@ Table = tuple[U64Array, U64Array]  # a leaf of the block map: pointers and check
 
 
 class ReadBuffer:
-    """Room for one read, with its blocks already cut: hashing a MiB needs 256 slices, each time the same."""
+    """Room for one read, with a slice for each block: hashing a MiB needs 256 slices, the same each time."""
 
     __slots__ = ("_blocks", "memory")
 
     def __init__(self, size_bytes: int = MAX_REQUEST_BYTES) -> None:
-        """Room for any read of up to `size_bytes` bytes: its first and last block may stick out."""
-        # Whole pages: the kernel copies to 16 bytes behind a page's start, where a bytearray of this size would
-        # begin, at half the speed (measured on an EPYC: 124 instead of 58 us for a MiB).
+        """Room for any read of up to `size_bytes` bytes, with the rest of its first and last block."""
+        # Whole pages. A bytearray of this size begins 16 bytes behind a page's start, and the kernel copies to there
+        # at half the speed (measured on an EPYC: 124 instead of 58 us for a MiB).
+        assert size_bytes <= MAX_REQUEST_BYTES
         room_bytes = size_bytes + 2 * MAX_BLOCK_BYTES
         self.memory = memoryview(mmap.mmap(-1, room_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         self._blocks: dict[int, list[memoryview]] = {}
@@ -82,11 +73,11 @@ class ReadBuffer:
 
 
 class TableCache:
-    """Resolved tables of all views of a process; the one resolved first goes first.
+    """Resolved tables of all views of a process; the oldest one is dropped first.
 
-    Keys are plain integers (number of the view, leaf): hashing (third, journal, seq, volume, leaf) on every
-    read would cost as much as the lookup, and so would keeping the order of use. Threads may share it: each
-    step is one dict operation.
+    Keys are plain integers (number of the view, leaf): hashing (base, end, seq, volume, leaf) on every read would
+    cost as much as the lookup, and so would keeping the order of use. Threads may share it: each step is one dict
+    operation.
     """
 
     def __init__(self, max_bytes: int = MAX_TABLE_CACHE_BYTES) -> None:
@@ -141,30 +132,30 @@ class PointInTimeView:
             PitfsError: the disk refuses.
         """
         try:
-            data = self._read_asking(offset, size, buffer)
-        except MissingObjectError:  # of a tail that has become an interval: resolved anew, its contents are there
+            data = self._read_ahead(offset, size, buffer)
+        except MissingObjectError:  # of an open interval that was closed: resolved anew, its contents are there
             self._first_key = self._tables.new_view()
             data = self._read(offset, size, buffer, 0)
         assert data is not None
         return data
 
-    def _read_asking(self, offset: int, size: int, buffer: ReadBuffer) -> memoryview | None:
-        """`_read` that waits, after all that it and those behind it need has been asked for where it isn't cached."""
+    def _read_ahead(self, offset: int, size: int, buffer: ReadBuffer) -> memoryview | None:
+        """`_read` that waits for the disk. Data that aren't cached, and those behind them, are prefetched first."""
         if size > self.block_size and self._can_nowait and 0 <= offset < self.size_bytes:
             self._pointers(offset, min(offset + size, self.size_bytes))
-            data = self._read(offset, size, buffer, _NOWAIT) if offset < self._sequence.ask_from else None
+            data = self._read(offset, size, buffer, _NOWAIT) if offset < self._sequence.prefetch_from else None
             if data is not None:
                 return data
             try:
                 start, end = self._sequence.next(offset, size)
-                if start < end and not ask(ranges_of(self._pointers(start, end), int(self._units)), self._fd):
+                if start < end and not prefetch(ranges_of(self._pointers(start, end), int(self._units)), self._fd):
                     self._sequence.stop()
-            except (PitfsError, OSError) as error:  # whoever reads that will be told
-                log.debug("asking ahead: %s", error)
+            except (PitfsError, OSError) as error:  # the read of that range will report it
+                log.debug("readahead: %s", error)
         return self._read(offset, size, buffer, 0)
 
     def _pointers(self, start: int, end: int) -> U64Array:
-        """Of the blocks of bytes [start, end), resolved now where they aren't yet."""
+        """Pointers of the blocks of bytes [start, end); resolves them where that isn't done."""
         entries = self._entries(start >> self._shift, ((end - 1) >> self._shift) + 1, 0)
         assert entries is not None
         return entries[0]
@@ -173,12 +164,12 @@ class PointInTimeView:
         """The same if it needs no waiting: tables resolved, objects open, data in the page cache. Else None:
         call `read`.
 
-        The way of a read of one block is written out: it is what random reads are made of.
+        The read of one block is written out, since random reads consist of them.
         """
         shift = self._shift
         block = offset >> shift
         if (offset + size - 1) >> shift != block or offset + size > self.size_bytes or offset < 0:
-            is_inline = self._can_nowait and offset < self._sequence.ask_from
+            is_inline = self._can_nowait and offset < self._sequence.prefetch_from
             return self._read(offset, size, buffer, _NOWAIT) if is_inline else None
         table = self._tables.get(self._first_key + (block >> FANOUT_BITS))
         if table is None:
@@ -193,7 +184,7 @@ class PointInTimeView:
         if inline[0] is not buffer:
             inline = self._inline = (buffer, (buffer.blocks(self.block_size)[0],))
         fd = self._opened(pointer >> UNIT_BITS)
-        if fd is None:  # to open one may wait for the disk
+        if fd is None:  # opening it may wait for the disk
             return None
         try:
             count = os.preadv(fd, inline[1], HEADER_BYTES + (pointer & UNIT_MASK) * UNIT_BYTES, _NOWAIT)
@@ -211,8 +202,27 @@ class PointInTimeView:
         return target[start : start + size]
 
     def data_ranges(self, start: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
-        """Byte ranges [a, b) of the image, within [start, end), that aren't known to be zeros: as `data_ranges`."""
-        return data_ranges(self._store, self.resolution, self.volume, start, end, self._table)
+        """Byte ranges [a, b) within [start, end) of the image that aren't known to be zeros, ascending, coalesced.
+
+        Block by block, as the pointers say: a block of zeros that was written, and is known to be zeros, has no
+        pointer either. Empty leaves are skipped: the cost is that of the leaves that have data in [start, end).
+
+        Raises:
+            CorruptionError: block map or journal is damaged.
+            PitfsError: the disk refuses.
+        """
+        low, high = max(start, 0), self.size_bytes if end is None else min(end, self.size_bytes)
+        leaf_bytes = FANOUT * self.block_size
+
+        def ranges_of_leaves() -> Iterator[I64Array]:
+            following = partial(self._store.next_leaf, self.resolution, self.volume)
+            index = following(low // leaf_bytes) if low < high else None
+            while index is not None and index * leaf_bytes < high:
+                pointers, _ = self._table(index)
+                yield (runs(pointers != 0) * self.block_size + index * leaf_bytes).clip(low, high)
+                index = following(index + 1)
+
+        return joined(ranges_of_leaves())
 
     # -------------------------------------------------------------- inside
 
@@ -225,7 +235,7 @@ class PointInTimeView:
         return table
 
     def _entries(self, first: int, last: int, flags: int) -> Table | None:
-        """Pointers and checksums of the blocks [first, last); None if flags say not to resolve any now."""
+        """Pointers and checksums of the blocks [first, last); None if flags forbid to resolve any now."""
         parts: list[Table] = []
         for leaf in range(first >> FANOUT_BITS, ((last - 1) >> FANOUT_BITS) + 1):
             table = self._tables.get(self._first_key + leaf) if flags else self._table(leaf)
@@ -250,9 +260,9 @@ class PointInTimeView:
             return None
         pointers, checksums = entries
         data_count = int(np.count_nonzero(pointers))
-        if not data_count and end - offset <= len(_ZEROS):
+        if not data_count:
             return _ZEROS[: end - offset]
-        breaks = (pointers[1:] - pointers[:-1]) != self._units  # wraps around: only equality is asked
+        breaks = (pointers[1:] - pointers[:-1]) != self._units  # the difference wraps, which equality allows
         if data_count < last - first:
             breaks &= (pointers[1:] != 0) | (pointers[:-1] != 0)
         starts = breaks.nonzero()[0] + 1
@@ -260,7 +270,7 @@ class PointInTimeView:
         memory = buffer.memory
         for pointer, (low, high) in zip(heads, itertools.pairwise(starts), strict=True):
             if not pointer:
-                _fill_zeros(memory, low << shift, high << shift)
+                memory[low << shift : high << shift] = _ZEROS[: (high - low) << shift]
             elif not self._read_run(pointer, memory[low << shift : high << shift], flags):
                 return None
         self._verify(first, pointers, checksums, data_count, buffer)
@@ -268,10 +278,7 @@ class PointInTimeView:
         return memory[start : start + end - offset]
 
     def _read_run(self, pointer: int, target: memoryview, flags: int) -> bool:
-        """Fills `target` with the blocks that stand one after the other from `pointer` on.
-
-        False if that would wait and flags say not to.
-        """
+        """Fills `target` with the consecutive blocks from `pointer` on; False if it would wait and flags forbid it."""
         number, position = pointer >> UNIT_BITS, HEADER_BYTES + (pointer & UNIT_MASK) * UNIT_BYTES
         fd = self._opened(number) if flags else self._fd(number)
         if fd is None:
@@ -284,10 +291,8 @@ class PointInTimeView:
                     raise self._refused(error, pointer, position) from error
                 self._not_now(error, pointer)
                 return False
-            if count == len(target):
-                return True
-            if flags:
-                return False
+            if count == len(target) or flags:
+                return count == len(target)
             if count == 0:
                 raise CorruptionError(self._object(pointer), position, "the object ends here")
             target = target[count:]
@@ -312,29 +317,23 @@ class PointInTimeView:
             raise self._corruption(first + index, pointers.item(index))
 
     def _not_now(self, error: OSError, pointer: int) -> None:
-        """Returns where the error of a read that mustn't wait means "it would"; raises it otherwise."""
+        """Returns if the error of a read that must not wait means that it would have waited; else raises it."""
         if error.errno == errno.EOPNOTSUPP:  # this filesystem can't tell: always read in a thread
             self._can_nowait = False
         elif error.errno != errno.EAGAIN:
-            raise self._refused(error, pointer, data_offset(pointer_unit(pointer))) from error
+            raise self._refused(error, pointer, objects.data_offset(pointer & UNIT_MASK)) from error
 
     def _refused(self, error: OSError, pointer: int, position: int) -> PitfsError:
         return storage_error(error, self._object(pointer), f"reading at byte {position}")
 
     def _object(self, pointer: int) -> str:
-        return os.path.join(self._store.path, OBJECTS, object_file(*contents_kind(pointer_object(pointer))))
+        name = objects.object_file(*objects.contents_kind(pointer >> UNIT_BITS))
+        return os.path.join(self._store.path, objects.OBJECTS, name)
 
     def _corruption(self, block: int, pointer: int) -> CorruptionError:
         volume = self._store.volumes[self.volume].name
         return CorruptionError(
             self._object(pointer),
-            data_offset(pointer_unit(pointer)),
+            objects.data_offset(pointer & UNIT_MASK),
             f"block {block} of volume {volume} doesn't match its checksum",
         )
-
-
-def _fill_zeros(memory: memoryview, start: int, end: int) -> None:
-    while start < end:
-        count = min(end - start, len(_ZEROS))
-        memory[start : start + count] = _ZEROS[:count]
-        start += count

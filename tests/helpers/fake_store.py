@@ -60,10 +60,10 @@ class FakeStore:
     def _resolution(self, seq: int) -> Resolution:
         if seq in self.ends:
             return Resolution(
-                seq, self.times_ns[seq], "snapshot", None if seq in self.coarse else 0, seq + 1, None
+                seq, self.times_ns[seq], None if seq in self.coarse else 0, seq + 1, None
             )
-        third = self.ends[bisect.bisect_right(self.ends, seq) - 1]
-        return Resolution(seq, self.times_ns[seq], "intermediary", 0, third + 1, third + 2)
+        base = self.ends[bisect.bisect_right(self.ends, seq) - 1]
+        return Resolution(seq, self.times_ns[seq], 0, base + 1, base + 2)
 
     def first(self) -> Resolution | None:
         return self._resolution(0)
@@ -192,7 +192,7 @@ class FakeImageStore:
         self.image = b"".join(parts)
         for number, blocks in contents.items():
             self.objects.add(number, b"".join(blocks))
-        self.resolution = Resolution(1, 1, "snapshot", 0, 1, None)
+        self.resolution = Resolution(1, 1, 0, 1, None)
 
     def leaf(self, resolution: Resolution, volume: int, leaf: int) -> tuple[Any, Any]:
         self.loads += 1

@@ -201,7 +201,7 @@ class LongHistory:
         Args:
             count, span, first_block, stride, data_every: see StrewnWrites.
             streamed: as production streams it; else as a transfer of the diff, then one of the journal.
-            is_open: leave it open: a tail.
+            is_open: leave it open.
         """
         assert span & (span - 1) == 0 and first_block + (span - 1) * stride < self.volume.block_count
         writes = StrewnWrites(count, self.seq, self.time_ns, first_block, span, stride, data_every)
@@ -219,7 +219,7 @@ class LongHistory:
 
     def wait(self) -> None:
         """Until no closing is under way."""
-        self.ingest._streaming().wait_for_closing()
+        self.ingest.stream.wait_for_closing()
 
     # How they go
 

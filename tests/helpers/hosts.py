@@ -240,10 +240,10 @@ class Mount:
     def pids(self) -> list[int]:
         return pids_with(self.mark) if self.mark else []
 
-    def minder(self) -> int:
+    def supervisor(self) -> int:
         """The process that started those that serve."""
-        (minder,) = self._of_parent(lambda parent, pids: parent not in pids)
-        return minder
+        (supervisor,) = self._of_parent(lambda parent, pids: parent not in pids)
+        return supervisor
 
     def workers(self) -> list[int]:
         """The processes that serve."""

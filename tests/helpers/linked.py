@@ -121,7 +121,7 @@ async def linked(
     monkeypatch.setattr(standing, "BACKOFF_S", (0.001,))
     for module in (sending, shipping, backfill):
         monkeypatch.setattr(module, "payload_bytes_for", lambda rate: FRAME_BYTES)
-    monkeypatch.setattr(shipping, "way_to_go", lambda **_: ShippingMode(streams, "for the test"))
+    monkeypatch.setattr(shipping, "choose_shipping_mode", lambda **_: ShippingMode(streams, "for the test"))
     for name in ("MIN_WINDOW_BYTES", "MAX_WINDOW_BYTES"):
         monkeypatch.setattr(streaming, name, 2 * FRAME_BYTES)
     pipeline.ingest.close()  # the receiver opens the store

@@ -53,7 +53,7 @@ from pitfs.model.transfer import (
     Writes,
 )
 
-HELLO = Hello("db1", "00ff", (VolumeInfo("root", 1 << 30, 4096), VolumeInfo("data", 1 << 20, 512)))
+HELLO = Hello("db1", "00ff" * 8, (VolumeInfo("root", 1 << 30, 4096), VolumeInfo("data", 1 << 20, 512)))
 MANIFEST = Manifest(
     mark=1,
     kind=TransferKind.INTERVAL,
@@ -69,7 +69,7 @@ MANIFEST = Manifest(
     journal_count=0,
     position_count=0,
     identity="c0ffee",
-    bookmarks=(Bookmark("before upgrade", 9, 50),),
+    bookmarks=(Bookmark("before-upgrade", 9, 50),),
     gaps=(Gap(1, 8, 3, 9, "journal full"),),
 )
 WELCOME = Welcome(3, 12, 70, 80)

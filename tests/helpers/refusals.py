@@ -9,8 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pitfs.cli.asking import ask
-from pitfs.config.production import load_config
+from pitfs.cli.common.shipper import ask_shipper
 from tests.helpers.hosts import Production
 from tests.helpers.processes import ROOT, pitfs_command
 
@@ -52,7 +51,7 @@ def together(*checks: Callable[[], object]) -> None:
 
 def status_of(production: Production) -> dict[str, Any]:
     """What `pitfs status --json` says, without a Python started for it: for polling."""
-    return ask(load_config(str(production.config)), "status")
+    return ask_shipper(str(production.config), "status")
 
 
 def config_text(tmp: Path, volumes: Mapping[str, Path], *, replica: str = "127.0.0.1:1", group: str = "g",

@@ -10,7 +10,7 @@ from xxhash import xxh3_64_intdigest
 from pitfs.errors import CorruptionError
 from pitfs.model.transfer import Begin, Checkpoint, Data, Park, ResumePoint, TransferFrame, Welcome
 from pitfs.store.ingest import Ingest
-from pitfs.store.objects.format import pointer_object, pointer_unit
+from pitfs.store.objects.format import data_offset, pointer_object, pointer_unit
 from pitfs.store.store import Resolution, Store
 from tests.helpers.transfers import Transfer
 
@@ -56,7 +56,7 @@ def read_image(store: Store, resolution: Resolution, volume: int) -> bytes:
                 image += bytes(info.block_size)
                 continue
             fd = store.objects.fd(pointer_object(pointer))
-            offset = store.objects.data_offset(pointer_unit(pointer))
+            offset = data_offset(pointer_unit(pointer))
             block = os.pread(fd, info.block_size, offset)
             if xxh3_64_intdigest(block) != checksum:
                 raise CorruptionError(str(pointer_object(pointer)), offset, "a block")

@@ -18,10 +18,10 @@ import pytest
 from pitfs.fuse.kernel.loop_devices import sector_size_for
 from pitfs.store.store import Store
 from tests.helpers.attaching import AFTER, BEFORE, Disks, attached, nothing_left, pitfs
+from tests.helpers.documents import commands
 from tests.helpers.hosts import Mount
 from tests.helpers.loops import LoopDevice, MountedFilesystem, force_unmount, is_mounted
 from tests.helpers.processes import ROOT, pids_with, pitfs_command, run, wait_until
-from tests.helpers.readme import commands
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.loop]
 
@@ -71,27 +71,40 @@ def test_the_file_in_a_partition_of_then(disks: Disks, tmp_path: Path) -> None:
     assert "nothing is attached" in pitfs("detach", device, code=1)
 
 
-def test_the_night_of_the_readme(disks: Disks, tmp_path: Path) -> None:
-    """What it says from the first attach on, but for the commands between that are run elsewhere."""
-    night = commands("The night")
-    (first, second) = (number for number, words in enumerate(night) if words[:2] == ["pitfs", "attach"])
-    (last,) = (number for number, words in enumerate(night) if words == ["umount", "/mnt/then", "/mnt/copy"])
-    assert night[last + 3] == ["umount", "/mnt/db1"]
-    places = {"pitfs": pitfs_command()[0], "/srv/pitfs/db1": disks.path, "2026-11-22T23:54:07Z": disks.before}
-    places |= {"root": "plain", "/mnt/then": tmp_path / "then", "/mnt/copy": tmp_path / "copy"}
+@pytest.mark.parametrize("document", ["README", "pitfs-recovery.7"])
+def test_the_night_that_everything_went_wrong(disks: Disks, tmp_path: Path, document: str) -> None:
+    """From the first attach to the last detach, but for what is run elsewhere; each document in its own order."""
+    headings = ("The night",) if document == "README" else ("LOOK INTO IT", "CLEAN UP")
+    night = [words for heading in headings for words in commands(heading, document)]
+    programs = {"e2fsck", "mkdir", "mount", "ls", "umount"}
+    places: dict[str, str | Path] = {"pitfs": pitfs_command()[0], "/srv/pitfs/db1": disks.path, "root": "plain"}
+    places |= {"2026-11-22T23:54:07Z": disks.before}
+    places |= {f"/mnt/{name}": tmp_path / name for name in ("then", "copy")}
+    done = []
     try:
-        for words in night[first : first + 4] + night[second : second + 3] + night[last : last + 3]:
-            done = run([places.get(word, word) for word in words], accept=(0, 1) if words[0] == "e2fsck" else (0,))
+        for words in night:
+            if words[0] not in programs and words[:2] not in (["pitfs", "attach"], ["pitfs", "detach"]):
+                continue
+            if words[:2] == ["umount", "/srv/db1"] or words[-1] in ("/srv/db1", "/mnt/db1"):
+                continue  # the way back through production, and the mount by hand
+            ended = run([places.get(word, word) for word in words], accept=(0, 1) if words[0] == "e2fsck" else (0,))
+            done.append(words[:2] if words[0] == "pitfs" else words[:1])
             if words[:2] == ["pitfs", "attach"]:
-                places["/dev/loop1" if "--scratch" in words else "/dev/loop0"] = done.stdout.strip()
+                # Each document says which device it takes to be that: the next command's.
+                following = night[night.index(words) + 1]
+                (device,) = (word for word in following if word.startswith("/dev/loop"))
+                places[device] = ended.stdout.strip()
             if words[0] == "ls":
-                assert "ledger.csv" in done.stdout and (tmp_path / "then" / "ledger.csv").read_bytes() == BEFORE
-            if words[-1] == "/mnt/copy" and words[0] == "mount":
-                (tmp_path / "copy" / "ledger.csv").write_bytes(AFTER)
-                run(["sync", "--file-system", tmp_path / "copy"])
+                assert "ledger.csv" in ended.stdout and (tmp_path / "then" / "ledger.csv").read_bytes() == BEFORE
+            if words[0] == "mount" and "-o" not in words:
+                place = Path(places[words[-1]])
+                (place / "ledger.csv.new").write_bytes(AFTER)
+                run(["sync", "--file-system", place])
     finally:
-        for place in ("then", "copy"):
-            force_unmount(tmp_path / place)
+        for name in ("then", "copy"):
+            force_unmount(tmp_path / name)
+    assert done.count(["pitfs", "attach"]) == done.count(["pitfs", "detach"]) == (1 if document == "README" else 2)
+    assert ["e2fsck"] in done and ["ls"] in done
     assert attached(disks.path) == [] == made_mounts(disks)
 
 

@@ -102,7 +102,7 @@ def test_what_can_not_be_compared_is_one_line(
     monkeypatch.setattr(diff, "write_all", full)
     other = tmp_path / "other"
     assert said(capsys, *words, str(other), code=1) == (
-        f"pitfs: {other}: writing: No space left on device: write it to another place\n"
+        f"pitfs: {other}: No space left on device: write it to another place\n"
     )
     assert not other.exists()
 

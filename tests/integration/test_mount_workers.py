@@ -18,11 +18,11 @@ from pathlib import Path
 import pytest
 
 from pitfs.errors import PitfsError, UsageError
-from pitfs.fuse.workers import retell, tell
+from pitfs.fuse.mount.workers import decode_failure, encode_failure
 from pitfs.model.position import format_instant
 from pitfs.model.transfer import VolumeInfo
 from pitfs.store.ingest import Ingest
-from pitfs.store.pins.pins import held
+from pitfs.store.pins.pins import list_pins
 from tests.helpers.hosts import Mount
 from tests.helpers.loops import is_mounted
 from tests.helpers.processes import cpu_seconds, wait_until
@@ -164,7 +164,7 @@ def test_who_waits_for_a_killed_worker_gets_an_error_and_the_mount_goes_on(
         assert sorted(line.split("worker ")[1].split(":")[0] for line in mount.complaints()) == sorted(
             f"{pid} ended by SIGKILL" for pid in workers
         )
-        os.kill(mount.minder(), signal.SIGTERM)
+        os.kill(mount.supervisor(), signal.SIGTERM)
         wait_until(lambda: not is_mounted(mount.path), "SIGTERM unmounts", 10)
         wait_until(lambda: not mount.pids(), "all end", 10)
 
@@ -175,12 +175,12 @@ def test_an_open_image_is_held_until_it_is_closed_whichever_process_is_asked(
     store, model = history
 
     def held_now() -> list[list[int]]:
-        return [[position.seq for position in holder.instants] for holder in held(str(store))]
+        return [[position.seq for position in holder.instants] for holder in list_pins(str(store))]
 
     with Mount(store, tmp_path, options="workers=3") as mount:
         assert held_now() == [[]]
-        (holder,) = held(str(store))
-        assert (holder.pid, holder.what) == (mount.minder(), f"mount {mount.path}")
+        (pins,) = list_pins(str(store))
+        assert (pins.pid, pins.what) == (mount.supervisor(), f"mount {mount.path}")
         files = [os.open(image_of(mount, model, seq), os.O_RDONLY) for seq in (3, 8, 3, 40) for _ in range(5)]
         assert held_now() == [[3, 8, 40]]
         counted_by = mount.workers()  # none of them: what is held is in the file
@@ -196,7 +196,7 @@ def test_an_open_image_is_held_until_it_is_closed_whichever_process_is_asked(
         os.close(files[0])
         wait_until(lambda: held_now() == [[]], "nothing is held", 10)
         mount.unmount()
-        assert held(str(store)) == [] and os.listdir(store / "holders") == ["lock"]
+        assert list_pins(str(store)) == [] and os.listdir(store / "pins") == ["lock"]
 
 
 def test_another_store_in_the_same_place_is_not_taken_for_the_one_that_was_mounted(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_a_signal_during_a_read_lets_it_finish(history: tuple[Path, History], tm
         file = os.open(image_of(mount, model, 5), os.O_RDONLY | os.O_DIRECT)
         answer = pool.submit(os.pread, file, 4096, 0)
         mount.wait_for_reads(1)
-        os.kill(mount.minder(), signal.SIGTERM)
+        os.kill(mount.supervisor(), signal.SIGTERM)
         assert answer.result(20) == model.states[5][0][:4096]
         with contextlib.suppress(OSError):  # the mount is gone
             os.close(file)
@@ -242,9 +242,9 @@ def test_a_signal_during_a_read_lets_it_finish(history: tuple[Path, History], tm
 def test_what_a_process_says_to_another_keeps_message_and_exit_code() -> None:
     for error, code in ((PitfsError("no more ädges"), 1), (UsageError("so not"), 2), (OSError(5, "disk"), 1),
                         (PitfsError("no file of bytes as \udcff"), 1)):  # fmt: skip
-        again = retell(tell(error))
+        again = decode_failure(encode_failure(error))
         assert (str(again), again.exit_code) == (str(error), code)
-    assert "a bug in pitfs" in str(retell(tell(ZeroDivisionError("x"))))
+    assert "a bug in pitfs" in str(decode_failure(encode_failure(ZeroDivisionError("x"))))
 
 
 def test_the_foreground_tells_why_the_store_can_not_be_served(tmp_path: Path) -> None:
@@ -256,3 +256,34 @@ def test_the_foreground_tells_why_the_store_can_not_be_served(tmp_path: Path) ->
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert "not a store" in done.stderr and not is_mounted(tmp_path / "place")
+
+
+SLOW_START = """
+import os, signal, time
+from pitfs.fuse.mount import workers
+from pitfs.fuse.mount.request import MountRequest
+
+class Supervisor(workers.WorkerSupervisor):
+    def _work(self):
+        time.sleep(0.1 if self._workers else 0.5)  # the second one is quicker
+        self._send(workers.READY)
+        time.sleep(60)
+
+workers.fuse_descriptor = lambda: 0
+reader, writer = os.pipe()
+supervisor = Supervisor(MountRequest("store", "mountpoint", workers=2), writer)
+supervisor._fork(lambda: time.sleep(0.2))  # as the process that tries whether the store can be opened
+start, parent = time.monotonic(), os.getpid()
+if os.fork() == 0:
+    os.close(writer)
+    print(os.read(reader, 100).decode(), time.monotonic() - start, flush=True)
+    os.kill(parent, signal.SIGTERM)
+    os._exit(0)
+supervisor.serve(None)
+"""
+
+
+def test_the_mount_is_ready_when_all_workers_are_and_not_before() -> None:
+    done = subprocess.run([sys.executable, "-c", SLOW_START], capture_output=True, text=True, check=True, timeout=30)
+    word, after_s = done.stdout.split()
+    assert word == "ready" and 0.5 <= float(after_s) < 10

@@ -23,11 +23,10 @@ from pitfs.nbd.server import MAX_CONNECTIONS
 from pitfs.store.ingest import Ingest
 from pitfs.store.store import Store
 from pitfs.view.view import PointInTimeView
+from tests.helpers.documents import commands, page
 from tests.helpers.hosts import digest, free_port, instant_name, xxhsum
 from tests.helpers.links import Files, issue
-from tests.helpers.processes import ROOT as ROOT_DIRECTORY
 from tests.helpers.processes import Daemon, HostError, pitfs_command, run, wait_until
-from tests.helpers.readme import commands
 from tests.helpers.refusals import pitfs_refused, together
 from tests.helpers.stores import ingest_transfer
 from tests.helpers.transfers import History
@@ -298,16 +297,16 @@ def test_a_certificate_for_other_groups_reads_nothing(store: Path, tmp_path: Pat
         assert "the certificate of other grants other groups, not db1" in server.logged()
 
 
-# ------------------------------------------------------------------ the README
+# ------------------------------------------------------------------ the manual
 
 
 def test_the_limits_that_people_are_told_are_those_that_there_are() -> None:
     assert f"newest {MAX_LISTED_SNAPSHOTS} snapshots" in Path(serve_nbd.__file__).read_text()
-    readme = " ".join((ROOT_DIRECTORY / "README.rst").read_text(encoding="utf-8").split())
-    assert f"At most {MAX_CONNECTIONS} clients are connected at a time" in readme
+    recovery = " ".join(page("pitfs-recovery.7").split())
+    assert f"At most {MAX_CONNECTIONS} clients are connected at a time" in recovery
 
 
-def test_the_commands_of_the_readme_work(
+def test_the_commands_of_the_manual_work(
     pki: dict[str, Files], store: Path, instant: str, tmp_path: Path, history: History
 ) -> None:
     files, port = pki["server"], free_port()
@@ -325,7 +324,7 @@ def test_the_commands_of_the_readme_work(
     }
     served, listed, copied, mapped, local, overlaid = (
         [re.sub("|".join(map(re.escape, places)), lambda match: places[match[0]], word) for word in words]
-        for words in commands("Images on other hosts")
+        for words in commands("IMAGES ON OTHER HOSTS", "pitfs-recovery.7")
     )
     with Server(store, tmp_path, *served[3:]):
         assert instant_name(history.times_ns[16]) in run(listed).stdout

@@ -1,4 +1,5 @@
-"""Everything that README.rst tells people to type is held to: it parses, or it is run here, or by the demo."""
+"""Everything that README.rst and the manual tell people to type is held to: it parses, or it is run, here or by the
+demo. What the manual says beside that is held to in tests/unit/test_manual.py."""
 
 from __future__ import annotations
 
@@ -12,14 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from pitfs.cli.main import COMMANDS, full_parser
+from pitfs.cli.main import full_parser
 from pitfs.cli.mount import parse_options
 from pitfs.config.production import load_config, load_grants
-from pitfs.model.position import parse_time
+from tests.helpers.documents import README, blocks, commands, configurations, fstab_lines, grants
 from tests.helpers.hosts import Mount, digest, free_port, xxhsum
 from tests.helpers.loops import LoopDevice, force_unmount
 from tests.helpers.processes import ROOT, Daemon, HostError, pitfs_command, run, wait_until
-from tests.helpers.readme import blocks, commands, configuration, fstab_lines, grants
 
 SERVICES = ("pitfs-protect@.service", "pitfs-receive.service")
 # Programs of others whose long options are looked up in what they print for --help.
@@ -51,50 +51,42 @@ def help_of(program: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_the_table_of_commands_has_those_that_there_are() -> None:
-    text = (ROOT / "README.rst").read_text(encoding="utf-8").partition("\nCommands\n")[2].partition("\nLimits\n")[0]
-    named = set(re.findall(r"^``pitfs ([\w-]+)[ `]", text, re.MULTILINE))
-    assert named == {name for name, (place, _) in COMMANDS.items() if "later:" not in place}
-    for command in re.findall(r"^``pitfs ([^`]+)``", text, re.MULTILINE):
-        full_parser().parse_args(command.replace("HOST:PORT", "127.0.0.1:7420").split())
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 300
 
 
-def test_each_way_to_say_a_time_is_understood() -> None:
-    section = (ROOT / "README.rst").read_text(encoding="utf-8").partition("Ways to say a time")[2]
-    table = section.split("=\n")[1]
-    ways = [way for line in table.splitlines() for way in re.findall(r"``([^`]+)``", line[:38])]
-    assert len(ways) >= 10
-    for way in ways:
-        if way != "latest" and not way.startswith("bookmarks/"):
-            parse_time(way, now_ns=10**18)
+def test_the_readme_and_the_manual_make_the_same_certificates() -> None:
+    made = [words for words in commands(document="pitfs-tls.7") if words[0] == "openssl"]
+    assert made == [words for words in commands("1. Certificates", "README") if words[0] == "openssl"]
 
 
 def test_the_files_that_are_installed_by_hand_are_there() -> None:
-    for words in commands("Install"):
+    for words in commands("Install", "README"):
         for word in words:
             if word.startswith("pitfs/"):
                 assert (ROOT / word).is_file()
     written = (ROOT / "tools" / "setup").read_text()
-    (wanted,) = (words[2:] for words in commands("Install") if words[0] == "apt-get")
+    (wanted,) = (words[2:] for words in commands("Install", "README") if words[0] == "apt-get")
     assert [package for package in wanted if not re.search(rf"\b{re.escape(package)}\b", written)] == []
 
 
-def test_the_configuration_loads_as_it_stands(tmp_path: Path) -> None:
-    path = tmp_path / "db1.toml"
-    path.write_text(configuration())
-    config = load_config(str(path))
-    assert (config.group.name, config.replication.host) == ("db1", "replica.example")
+def test_the_configurations_load_as_they_stand(tmp_path: Path) -> None:
+    for document, text in configurations().items():
+        path = tmp_path / f"{document}.toml"
+        path.write_text(text)
+        config = load_config(str(path))
+        assert (config.group.name, config.replication.host) == ("db1", "replica.example")
     (tmp_path / "grants.toml").write_text(grants())
     assert load_grants(str(tmp_path / "grants.toml")) == {"db1": frozenset({"production.example"})}
     (settings,) = (block.text for block in blocks() if block.language == "ini")
     unit = (ROOT / "pitfs" / "data" / "pitfs-receive.service").read_text()
     for line in settings.splitlines():
-        assert line in unit, "the README says that these are the defaults"
+        assert line in unit, "the manual says that these are the defaults"
 
 
 def test_the_fstab_lines_are_right(tmp_path: Path) -> None:
     lines = fstab_lines()
-    assert len(lines) == 3
+    assert len(lines) == 5
     table = tmp_path / "fstab"
     table.write_text("\n".join(lines) + "\n")
     verified = run(["findmnt", "--verify", "--tab-file", table], accept=(0, 1))
@@ -124,7 +116,7 @@ def test_the_units_are_right(tmp_path: Path) -> None:
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the README's openssl commands make; its replica host is this machine."""
     directory = tmp_path_factory.mktemp("certificates")
-    made = [words for words in commands("1. Certificates") if words[0] == "openssl"]
+    made = [words for words in commands("1. Certificates", "README") if words[0] == "openssl"]
     assert len(made) == 5
     for words in made:
         words = [word.replace("replica.example", "localhost") for word in words]
@@ -151,6 +143,9 @@ class Hosts:
             "/srv/pitfs": tmp / "stores",
             "/srv/db1": tmp / "live",
             "/mnt/db1": tmp / "mount",
+            "/mnt/try": tmp / "try",
+            "/mnt/frozen": tmp / "frozen",
+            "/var/tmp/scratch": tmp / "scratch",
             "/mnt/latest": tmp / "latest",
             "replica.example:7420": f"localhost:{port}",
             "[::]:7420": f"localhost:{port}",
@@ -161,8 +156,8 @@ class Hosts:
         with (tmp / "root.img").open("wb") as file:
             file.truncate(64 << 20)
         self.config = tmp / "db1.toml"
-        self.config.write_text(self.moved(configuration()))
-        (words,) = (words for words in commands("2. The replica host") if words[:2] == ["pitfs", "receive"])
+        self.config.write_text(self.moved(configurations()["README"]))
+        (words,) = (words for words in commands("FILES", "pitfs.7") if words[:2] == ["pitfs", "receive"])
         receive = [self.moved(word) for word in words[1:]]
         self.receive = Daemon([*pitfs_command(), *receive], tmp / "receive.log", "receive")
         self.protect = Daemon([*pitfs_command(), "protect", str(self.config)], tmp / "protect.log", "protect")
@@ -197,9 +192,9 @@ def test_two_hosts_with_these_certificates_and_fstab_lines_work(hosts: Hosts) ->
     tmp, store, volume = hosts.tmp, hosts.tmp / "stores" / "db1", hosts.tmp / "volumes" / "root"
     table = tmp / "fstab"
     table.write_text(hosts.moved("\n".join(fstab_lines()) + "\n"))
-    live, latest = tmp / "live", tmp / "latest"
-    live.mkdir()
-    latest.mkdir()
+    live, latest, frozen = (tmp / name for name in ("live", "latest", "frozen"))
+    for place in (live, latest, frozen, tmp / "scratch"):
+        place.mkdir()
     with LoopDevice(volume) as device:
         run(["mkfs.ext4", "-q", device])
     try:
@@ -212,38 +207,38 @@ def test_two_hosts_with_these_certificates_and_fstab_lines_work(hosts: Hosts) ->
         finally:
             run(["fsfreeze", "--unfreeze", live])
         with Mount(store, tmp):
-            run(["mount", "-T", table, latest])
-            assert (latest / "ledger").read_text() == "monday,100\n"
-            run(["umount", latest])
-        write_to_an_image(hosts)
+            run(["mount", "-T", table, frozen])
+            assert (frozen / "ledger").read_text() == "monday,100\n"
+            run(["umount", frozen])
+        write_to_an_image(hosts, table)
         run(["umount", live])
         wait_until(lambda: not run(["losetup", "-j", volume]).stdout, "umount detaches the loop device", 10)
     finally:
-        force_unmount(latest)
-        force_unmount(live)
+        for place in (frozen, latest, live):
+            force_unmount(place)
     hosts.protect.terminate()
     hosts.receive.terminate()
 
 
-def write_to_an_image(hosts: Hosts) -> None:
-    """The mount with scratch=, and what an attached image is checked with."""
-    scratch, latest = hosts.tmp / "scratch", hosts.tmp / "latest"
-    scratch.mkdir()
-    (words,) = (words for words in commands("Writable images") if words[0] == "mount")
-    options = words[words.index("-o") + 1].replace("/var/tmp/scratch", str(scratch))
-    (check,) = (words for words in commands("The night") if words[0] == "e2fsck")
-    with (
-        Mount(hosts.tmp / "stores" / "db1", hosts.tmp, options=options) as mount,
-        LoopDevice(mount.image("latest")) as device,
-    ):
-        run([*check[:-1], device], accept=(0, 1))
-        run(["mount", device, latest])
+def write_to_an_image(hosts: Hosts, table: Path) -> None:
+    """The mount with scratch=, what an image is checked with, and the line that mounts the filesystem in it."""
+    latest = hosts.tmp / "latest"
+    (words,) = (words for words in commands("WRITABLE IMAGES", "mount.pitfs.8") if words[0] == "mount")
+    options = hosts.moved(words[words.index("-o") + 1])
+    assert any(f"/mnt/try pitfs nofail,_netdev,{words[words.index('-o') + 1]} " in " ".join(line.split())
+               for line in fstab_lines())  # fmt: skip
+    (check,) = (words for words in commands("The night", "README") if words[0] == "e2fsck")
+    with Mount(hosts.tmp / "stores" / "db1", hosts.tmp, name="try", options=options) as mount:
+        with LoopDevice(mount.image("latest")) as device:
+            run([*check[:-1], device], accept=(0, 1))
+        run(["mount", "-T", table, latest])
         try:
             with (latest / "ledger").open("a") as ledger:
                 ledger.write("tuesday,200\n")
         finally:
             run(["umount", latest])
-        run(["e2fsck", "-f", "-n", device])
+        with LoopDevice(mount.image("latest")) as device:
+            run(["e2fsck", "-f", "-n", device])
 
 
 @pytest.mark.fuse
@@ -269,11 +264,10 @@ def test_a_volume_goes_back_through_the_splitter(hosts: Hosts) -> None:
         written.append((hosts.pitfs("snapshot", hosts.config), xxhsum(volume)))
     (good, wanted), (bad, found) = written
     assert wanted != found
-    (export,) = (words for words in commands("The night") if words[:2] == ["pitfs", "export"] and "--verify" in words
-                 and words[-2].endswith(".img"))  # fmt: skip
+    (export,) = (words for words in commands("The night", "README") if words[:2] == ["pitfs", "export"])  # fmt: skip
     hosts.pitfs(*(str({"/srv/pitfs/db1": store, "/var/tmp/root.img": image}.get(word, word))
                   if not word.startswith("2026-") else good for word in export[1:]))  # fmt: skip
-    (dd,) = (words for words in commands("The night") if words[0] == "dd")
+    (dd,) = (words for words in commands("The night", "README") if words[0] == "dd")
     run(shlex.split(hosts.moved(shlex.join(dd)).replace("/var/tmp/root.img", str(image))))
     assert xxhsum(volume) == wanted
     again = hosts.pitfs("snapshot", hosts.config)

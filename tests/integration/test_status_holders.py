@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pitfs.cli.holding import holder_rows, holder_text
+from pitfs.cli.common.pins import pin_rows, pin_text
 from pitfs.model.position import format_instant
 from pitfs.store.ingest import Ingest
 from pitfs.store.pins.pin_file import MAX_LISTED
@@ -53,10 +53,10 @@ def test_status_names_the_holders(store: str) -> None:
 
 def test_a_line_about_a_holder_stays_short(store: str) -> None:
     with Pins(store, "mount /nowhere") as holder:
-        assert holder_text(holder_rows(store)[0]) == f"mount /nowhere (pid {os.getpid()}): no instant now"
+        assert pin_text(pin_rows(store)[0]) == f"mount /nowhere (pid {os.getpid()}): no instant now"
         for seq in range(MAX_LISTED + 1):
             holder.pin(seq, seq * 10**9)
-        text = holder_text(holder_rows(store)[0])
+        text = pin_text(pin_rows(store)[0])
         assert "1970-01-01T00-00-00.000000000Z, 1970-01-01T00-00-01.000000000Z, " in text
         assert "more; everything from 1970-01-01T" in text
         assert len(text) < 300
@@ -68,7 +68,7 @@ def test_the_loop_devices_over_a_mounts_images_are_named(store: str, tmp_path: P
     with Mount(Path(store), tmp_path) as mount, Pins(store, f"mount {mount.path}"):
         instant = mount.instants()[0]
         with LoopDevice(mount.image(instant, "v0"), read_only=True) as device:
-            (row,) = (row for row in holder_rows(store) if row["pid"] == os.getpid())
+            (row,) = (row for row in pin_rows(store) if row["pid"] == os.getpid())
             assert row["devices"] == [{"device": str(device), "instant": instant, "volume": "v0"}]
-            assert holder_text(row).endswith(f"{device} over {instant}/v0")
-        assert not any(row["devices"] for row in holder_rows(store))
+            assert pin_text(row).endswith(f"{device} over {instant}/v0")
+        assert not any(row["devices"] for row in pin_rows(store))

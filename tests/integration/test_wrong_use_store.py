@@ -256,7 +256,7 @@ def test_an_export_onto_too_small_mounted_or_full_targets_is_refused(
         with MountedFilesystem(device, tmp_path / "full", "ext4") as full:
             say(capsys, 2, f"{device}: in use", args=["export", store.path, "latest", "data", device])
             fill(full / "ballast")
-            say(capsys, 1, f"{full}/x: no room", args=["export", store.path, "latest", "data", full / "x"])
+            say(capsys, 1, f"{full}/x: No space left", args=["export", store.path, "latest", "data", full / "x"])
             assert sorted(os.listdir(full)) == ["ballast", "lost+found"]
 
 

@@ -9,12 +9,10 @@ from xxhash import xxh3_64_intdigest
 from pitfs.model.blockmap import (
     EMPTY,
     FANOUT,
+    BlockMap,
     MapBuilder,
     MapEntry,
     Node,
-    find_leaf,
-    next_difference,
-    next_leaf,
     tree_depth,
 )
 
@@ -38,10 +36,9 @@ class Nodes:
 def as_dictionary(nodes: Nodes, root: MapEntry, block_count: int) -> dict[int, tuple[int, int]]:
     found = {}
     for leaf_index in range(-(-block_count // FANOUT)):
-        leaf = find_leaf(root, block_count, leaf_index, nodes.load)
-        if leaf is not None:
-            for slot in np.flatnonzero(leaf[0]).tolist():
-                found[leaf_index * FANOUT + slot] = (int(leaf[0, slot]), int(leaf[1, slot]))
+        leaf = BlockMap(root, block_count, nodes.load).leaf(leaf_index)
+        for slot in np.flatnonzero(leaf[0]).tolist():
+            found[leaf_index * FANOUT + slot] = (int(leaf[0, slot]), int(leaf[1, slot]))
     return found
 
 
@@ -75,7 +72,7 @@ def test_each_generation_keeps_its_own_state(seed: int) -> None:
         used = sorted({block // FANOUT for block in wanted})
         for first in range(-(-block_count // FANOUT) + 2):
             later = next((leaf for leaf in used if leaf >= first), None)
-            assert next_leaf(generation, block_count, first, nodes.load) == later
+            assert BlockMap(generation, block_count, nodes.load).next_leaf(first) == later
 
 
 def test_the_next_leaf_of_a_huge_volume_is_found_by_two_paths_at_most() -> None:
@@ -89,10 +86,11 @@ def test_the_next_leaf_of_a_huge_volume_is_found_by_two_paths_at_most() -> None:
         reads.append(pointer)
         return nodes.load(pointer, checksum)
 
-    leaves, first = [], next_leaf(root, block_count, 0, load)
+    tree = BlockMap(root, block_count, load)
+    leaves, first = [], tree.next_leaf(0)
     while first is not None:
         leaves.append(first)
-        first = next_leaf(root, block_count, first + 1, load)
+        first = tree.next_leaf(first + 1)
     assert leaves == (blocks // FANOUT).tolist()
     assert len(reads) <= 4 * 2 * tree_depth(block_count)
 
@@ -121,7 +119,8 @@ def test_differences_are_found_in_the_leaves_that_have_them(seed: int) -> None:
                 reads.append(pointer)
                 return nodes.load(pointer, checksum)
 
-            while (leaf := next_difference(roots[one], roots[other], block_count, first, load)) is not None:
+            trees = [BlockMap(roots[each], block_count, load) for each in (one, other)]
+            while (leaf := trees[0].next_difference(trees[1], first)) is not None:
                 assert leaf >= first
                 found.add(leaf)
                 first = leaf + 1

@@ -60,7 +60,7 @@ def test_any_two_instants_differ_where_their_images_do(tmp_path: Path, seed: int
     ingest = Ingest(str(tmp_path), history.hello, FakeClock())
     for transfer in random_transfers(history, 5, max_writes=12):
         ingest_transfer(ingest, transfer, seed)
-    for number in range(2):  # an open tail, and one behind a tail that may be being closed
+    for number in range(2):  # an open interval, and one behind an interval that may be being closed
         for _ in range(8):
             history.write()
         ingest.write(batch_of(history.open))
@@ -76,14 +76,14 @@ def test_any_two_instants_differ_where_their_images_do(tmp_path: Path, seed: int
     ingest.close()
 
 
-@pytest.mark.parametrize("tails", [False, True])
-def test_what_two_instants_share_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tails: bool) -> None:
+@pytest.mark.parametrize("is_open", [False, True])
+def test_what_two_instants_share_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_open: bool) -> None:
     history = History(1, (VolumeInfo("a", 5_000 * 512, 512),))
     ingest = Ingest(str(tmp_path), history.hello, FakeClock())
     ingest_transfer(ingest, history.close_interval())
     for count in range(12):
         history.write_blocks(0, (count * 700) % 5_000, [bytes([count]) * 512])
-        if tails and count == 11:
+        if is_open and count == 11:
             ingest.write(batch_of(history.open))
             ingest.publish()
         else:
@@ -105,7 +105,7 @@ def test_what_two_instants_share_is_not_read(tmp_path: Path, monkeypatch: pytest
         assert list(difference.ranges(difference.leaves())) == naive(*images, 512)
         read.append(len(loads) - before)
     # For a leaf the way to its two tables, and both roots before and behind it. The map has 10 leaves.
-    assert read[:4] == [4 if tails else 4 + 2 + 2, 4 + 2 + 2, 4 + 2 + 2, 0]
+    assert read[:4] == [4 if is_open else 4 + 2 + 2, 4 + 2 + 2, 4 + 2 + 2, 0]
     assert read[4] <= 10 * (4 + 2) + 2
     store.close()
     ingest.close()

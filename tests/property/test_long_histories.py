@@ -17,8 +17,8 @@ from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.database import Database
 from pitfs.store.objects.pool import ObjectPool
 from pitfs.store.store import Store
-from pitfs.view.ranges import data_ranges
-from pitfs.view.tree import ROOT_INODE, Tree
+from pitfs.view.inodes import ROOT_INODE
+from pitfs.view.tree import Tree
 from pitfs.view.view import PointInTimeView, ReadBuffer
 from tests.helpers.histories import START_NS, LongHistory, StrewnWrites, block_contents
 
@@ -27,14 +27,14 @@ TIB = 1 << 40
 
 
 class Counted:
-    """What a store was asked for: rows of the catalog, pieces of objects and their bytes."""
+    """What a store was asked for: rows of the catalog, reads of objects and their bytes."""
 
     def __init__(self) -> None:
-        self.rows = self.questions = self.pieces = self.piece_bytes = 0
+        self.rows = self.questions = self.reads = self.read_bytes = 0
 
     @contextmanager
     def counting(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        rows, verified = Database._rows, ObjectPool.read_verified
+        rows, verified = Database.rows, ObjectPool.read_verified
 
         def ask(catalog: Database, *question: Any) -> list[tuple[Any, ...]]:
             found = rows(catalog, *question)
@@ -43,12 +43,12 @@ class Counted:
             return found
 
         def read(pool: ObjectPool, kind: Any, snapshot: int, size: int, *more: Any) -> bytes:
-            self.pieces += 1
-            self.piece_bytes += size
+            self.reads += 1
+            self.read_bytes += size
             return verified(pool, kind, snapshot, size, *more)
 
         with monkeypatch.context() as patched:
-            patched.setattr(Database, "_rows", ask)
+            patched.setattr(Database, "rows", ask)
             patched.setattr(ObjectPool, "read_verified", read)
             yield
 
@@ -87,13 +87,13 @@ def intervals(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, Stre
     return made
 
 
-def test_an_instant_of_a_long_interval_is_opened_and_read_by_as_few_pieces(
+def test_an_instant_of_a_long_interval_is_opened_and_read_in_as_few_reads(
     intervals: list[tuple[Path, StrewnWrites]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = []
     for path, writes in intervals:
         counted, store, buffer = Counted(), Store.open(str(path)), ReadBuffer()
-        for number in (writes.count // 2, writes.count // 3):  # the first one reads the fence table
+        for number in (writes.count // 2, writes.count // 3):  # the first one reads the sparse index
             with counted.counting(monkeypatch):
                 resolution = store.at_instant(writes.time_ns(number))
                 assert resolution is not None
@@ -104,8 +104,8 @@ def test_an_instant_of_a_long_interval_is_opened_and_read_by_as_few_pieces(
     short, long = found
     assert (long.rows, long.questions) == (short.rows, short.questions)
     # A leaf's entries are in 2 or 3 chunks of 2048 where each block was written 8 times, in one where it wasn't.
-    assert short.pieces <= 3 + 1 and long.pieces <= 3 + 2 * 4
-    assert long.piece_bytes <= long.pieces * (64 << 10)
+    assert short.reads <= 3 + 1 and long.reads <= 3 + 2 * 4
+    assert long.read_bytes <= long.reads * (64 << 10)
 
 
 def test_listing_seconds_costs_the_same_with_more_writes_behind_them(
@@ -212,12 +212,12 @@ def test_a_huge_volume_is_read_at_its_end_and_walked_by_what_it_has(
     assert resolution is not None and resolution.kind == place
     with counted.counting(monkeypatch):
         assert PointInTimeView(store, resolution, 0).read(blocks * 4096 - 4096, 4096, buffer) == block_contents(0, 4096)
-        ranges = list(data_ranges(store, resolution, 0))
-        assert list(data_ranges(store, resolution, 0, 0, 15 * TIB)) == []
+        ranges = list(PointInTimeView(store, resolution, 0).data_ranges())
+        assert list(PointInTimeView(store, resolution, 0).data_ranges(0, 15 * TIB)) == []
     assert ranges[-1] == ((blocks - 10) * 4096, blocks * 4096)
     written = 50 if place == "intermediary" else 64
     assert sum(end - start for start, end in ranges) == (written + 10) * 4096
-    assert counted.pieces <= 10
+    assert counted.reads <= 10
     store.close()
 
 

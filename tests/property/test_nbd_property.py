@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pitfs.errors import RemoteProtocolError
 from pitfs.model.transfer import VolumeInfo
-from pitfs.nbd.negotiation import AskExport, AskList, ExportInfo, StartTls
+from pitfs.nbd.negotiation import ExportInfo, ListExports, LookUpExport, StartTls
 from pitfs.nbd.protocol import NbdProtocol, Request
 from pitfs.store.ingest import Ingest
 from pitfs.store.store import Store
@@ -49,9 +49,9 @@ def feed(data: bytes, size: int, tls: bool = False) -> list[Request]:
             if isinstance(event, Request):
                 assert event.size > 0 and event.offset + event.size <= SIZE
                 requests.append(event)
-            elif isinstance(event, AskList):
+            elif isinstance(event, ListExports):
                 protocol.answer_list([(NAME, "")])
-            elif isinstance(event, AskExport):
+            elif isinstance(event, LookUpExport):
                 protocol.answer_export(EXPORT if event.name == NAME else None, "none")
             elif isinstance(event, StartTls):
                 protocol.tls_started()

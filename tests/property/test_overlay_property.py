@@ -12,7 +12,8 @@ from pyroaring import BitMap64
 from pitfs.errors import CapacityError
 from pitfs.model.overlay import HEADER_BYTES, OverlayHeader
 from pitfs.storage.overlay_log import OverlayLog
-from pitfs.view.overlay import NotCachedError, Overlay, OverlayView, Room
+from pitfs.view.overlay import Overlay, Room
+from pitfs.view.overlay_view import NotCachedError, OverlayView
 from pitfs.view.view import PointInTimeView, ReadBuffer
 from tests.helpers.fake_store import FakeImageStore
 
@@ -43,7 +44,7 @@ class Disk:
         self.room = Room(limit_bytes)
         self.log = OverlayLog(str(self.index), self.header)
         fd = os.open(self.data, os.O_RDWR)
-        self.overlay = Overlay(fd, "overlay", self.header.size_bytes, self.block_size, self.room, self.log)
+        self.overlay = Overlay(fd, "overlay", self.block_size, self.room, self.log)
         self.view = OverlayView(self.below, self.overlay)
 
     def blocks(self, offset: int, size: int) -> range:

@@ -12,7 +12,7 @@ from pitfs.model.transfer import VolumeInfo
 from pitfs.store.catalog import database
 from pitfs.store.ingest import Ingest
 from pitfs.store.store import Resolution, Store
-from pitfs.view.ranges import data_ranges
+from pitfs.view.view import PointInTimeView
 from tests.helpers.stores import ingest_transfer
 from tests.helpers.streams import FakeClock, batch_of, mark_of
 from tests.helpers.transfers import History
@@ -58,7 +58,7 @@ def test_ranges_are_those_of_the_pointers_in_every_state_and_from_any_byte_on(tm
         if round_ < 2:
             ingest_transfer(ingest, history.close_interval(0 if round_ else None))
             continue
-        ingest.write(batch_of(history.open))  # an open tail, and one behind a tail that may be being closed
+        ingest.write(batch_of(history.open))  # an open interval, and one behind an interval that may be being closed
         ingest.mark(mark_of(history))
         write()
         ingest.write(batch_of(history.open))
@@ -68,8 +68,9 @@ def test_ranges_are_those_of_the_pointers_in_every_state_and_from_any_byte_on(tm
         resolution = store.at_seq(seq)
         for volume, info in enumerate(volumes):
             start, end = sorted(random.integers(0, info.size_bytes + 2_000, 2).tolist())
+            view = PointInTimeView(store, resolution, volume)
             for a, b in ((0, info.size_bytes), (start, end), (start, start + 1)):
-                assert list(data_ranges(store, resolution, volume, a, b)) == naive(store, resolution, volume, a, b)
-        assert list(data_ranges(store, resolution, 0)) == naive(store, resolution, 0, 0, 1 << 40)
+                assert list(view.data_ranges(a, b)) == naive(store, resolution, volume, a, b)
+        assert list(PointInTimeView(store, resolution, 0).data_ranges()) == naive(store, resolution, 0, 0, 1 << 40)
     store.close()
     ingest.close()

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from pitfs.errors import CorruptionError
-from pitfs.store.catalog.records import Interval, ObjectRecord
-from pitfs.store.index import journal_index as journals
-from pitfs.store.index.journal_index import INDEX_ROW, JournalIndex, JournalWriter, chunk_cache
-from pitfs.store.objects.format import ObjectHeader, ObjectKind, object_file
+from pitfs.model.position import Position
+from pitfs.model.transfer import POSITION
+from pitfs.store.catalog.records import Interval
+from pitfs.store.index import writer as journals
+from pitfs.store.index.format import INDEX_ROW
+from pitfs.store.index.reader import JournalIndex, chunk_cache
+from pitfs.store.index.writer import IndexWriter
+from pitfs.store.objects.format import ObjectHeader, ObjectKind, ObjectRecord, object_file
 from pitfs.store.objects.pool import ObjectPool
 
 HISTORY = bytes(16)
@@ -24,25 +29,28 @@ def write_index(
 ) -> tuple[ObjectPool, JournalIndex]:
     name = object_file(ObjectKind.JOURNAL_INDEX, 2)
     fd = os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-    writer = JournalWriter(fd)
+    writer = IndexWriter(fd)
     for volume, table in rows.items():
         for part in np.array_split(table, int(random.integers(1, 5)), axis=1):
             found = np.zeros(part.shape[1], INDEX_ROW)
             for name, column in zip(("block", "seq", "pointer", "checksum"), part, strict=True):
                 found[name] = column
-            writer.add_rows(volume, found)
-    for positions in np.array_split(np.stack([FROM_SEQ + 1 + np.arange(len(times_ns)), times_ns]), 3, axis=1):
-        writer.add_positions(*positions)
-    data_bytes, tail_bytes, checksum = writer.finish()
+            found["volume"] = volume
+            writer.add_rows(found)
+    positions = np.empty(len(times_ns), POSITION)
+    positions["seq"], positions["time_ns"] = FROM_SEQ + 1 + np.arange(len(times_ns)), times_ns
+    for part in np.array_split(positions, 3):
+        writer.add_positions(part)
+    data_bytes, footer_bytes, checksum = writer.finish()
     os.pwrite(
-        fd, ObjectHeader(ObjectKind.JOURNAL_INDEX, HISTORY, 2, data_bytes, tail_bytes, checksum).encode(), 0
+        fd, ObjectHeader(ObjectKind.JOURNAL_INDEX, HISTORY, 2, data_bytes, footer_bytes, checksum).encode(), 0
     )
     os.close(fd)
     last = FROM_SEQ + len(times_ns)
     interval = Interval(2, 1, FROM_SEQ, 0, last, int(times_ns[-1]), int(times_ns[0]), 0, "", 0)
-    facts = ObjectRecord(name, ObjectKind.JOURNAL_INDEX, 2, data_bytes, tail_bytes, checksum)
+    record = ObjectRecord(name, ObjectKind.JOURNAL_INDEX, 2, data_bytes, footer_bytes, checksum)
     pool = ObjectPool(str(directory), HISTORY)
-    return pool, JournalIndex(pool, interval, facts, chunk_cache(4))
+    return pool, JournalIndex(pool, interval, record, chunk_cache(4))
 
 
 def random_rows(random: np.random.Generator, writes: int, block_count: int) -> np.ndarray:
@@ -89,30 +97,39 @@ def test_a_range_gives_the_last_entry_of_each_block(
     for time_ns in range(int(times_ns[0]) - 1, min(int(times_ns[-1]) + 2, 300)):
         count = int((times_ns <= time_ns).sum())
         assert index.position_at_time(time_ns) == (
-            (FROM_SEQ + count, int(times_ns[count - 1])) if count else None
+            Position(FROM_SEQ + count, int(times_ns[count - 1])) if count else None
         )
         assert index.next_time(time_ns) == int(times_ns[min(count, writes - 1)])
     assert [index.position_at_seq(FROM_SEQ + 1 + i) for i in range(writes)] == [
-        (FROM_SEQ + 1 + i, time_ns) for i, time_ns in enumerate(times_ns.tolist())
+        Position(FROM_SEQ + 1 + i, time_ns) for i, time_ns in enumerate(times_ns.tolist())
     ]
     assert index.position_at_seq(FROM_SEQ) is None
     pool.close()
 
 
-def test_a_block_written_very_often_costs_no_more_than_two_chunks(tmp_path: Path) -> None:
+def test_a_block_written_very_often_costs_no_more_than_two_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     writes = 50_000
     table = np.zeros((4, writes), "<u8")
     table[0], table[1] = 7, np.arange(FROM_SEQ + 1, FROM_SEQ + 1 + writes)
     table[2] = table[1]
     times_ns = np.arange(1, writes + 1, dtype="<i8")
     pool, index = write_index(tmp_path, {0: table}, times_ns, np.random.default_rng(0))
-    for seq in (FROM_SEQ + 1, FROM_SEQ + writes // 2, FROM_SEQ + writes):
-        assert len(index._chunks_for(0, 0, 512, seq)) <= 2
+    read, reads = pool.read_verified, list[int]()
+
+    def counted(*place: Any) -> bytes:
+        reads.append(1)
+        return read(*place)
+
+    monkeypatch.setattr(pool, "read_verified", counted)
+    for number, seq in enumerate((FROM_SEQ + 1, FROM_SEQ + writes // 2, FROM_SEQ + writes), 1):
         assert index.range(0, 0, 512, seq)[1].tolist() == [seq]
+        assert len(reads) <= 2 * number
     pool.close()
 
 
-def test_a_damaged_chunk_or_fence_table_is_noticed(tmp_path: Path) -> None:
+def test_a_damaged_chunk_or_sparse_index_is_noticed(tmp_path: Path) -> None:
     random = np.random.default_rng(1)
     rows, times_ns = random_rows(random, 300, 40), np.arange(1, 301, dtype="<i8")
     pool, index = write_index(tmp_path, {0: rows}, times_ns, random)
@@ -123,9 +140,9 @@ def test_a_damaged_chunk_or_fence_table_is_noticed(tmp_path: Path) -> None:
         with pytest.raises(CorruptionError, match="checksum"):
             index.range(0, 0, 40, FROM_SEQ + 300)
     path.write_bytes(good[:-1] + b"\xff")
-    facts = ObjectRecord(path.name, ObjectKind.JOURNAL_INDEX, 2, 300 * 40, 80, 12345)
+    record = ObjectRecord(path.name, ObjectKind.JOURNAL_INDEX, 2, 300 * 40, 80, 12345)
     with pytest.raises(CorruptionError, match="checksum"):
-        JournalIndex(pool, index.interval, facts, chunk_cache())
+        JournalIndex(pool, index.interval, record, chunk_cache())
     path.write_bytes(good[:5000])
     with pytest.raises(CorruptionError, match="ends before"):
         index.range(0, 0, 40, FROM_SEQ + 300)

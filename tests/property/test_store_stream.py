@@ -219,7 +219,7 @@ def test_while_an_interval_is_closed_it_is_read_as_is_the_next_one_and_what_is_o
             streaming.open_view(seq)
             streaming.check(*streaming.views[-1])
         released.set()
-        streaming.ingest._streaming().wait_for_closing()
+        streaming.ingest.stream.wait_for_closing()
     assert [(s.seq, s.mark) for s in store.snapshots()] == [(0, 1), (middle[0], history.mark)]
     assert store.bookmark("middle") is not None
     assert streaming.ingest.flush(streaming.end[1]).mark == history.mark
@@ -242,7 +242,7 @@ def test_a_reader_lets_go_of_a_log_that_was_removed(tmp_path: Path) -> None:
         streaming.open_view(streaming.readable)
         streaming.check(*streaming.views[-1])
         streaming.mark()
-        streaming.ingest._streaming().wait_for_closing()
+        streaming.ingest.stream.wait_for_closing()
     assert streaming.store.latest() is not None
     held = [os.readlink(entry.path) for entry in os.scandir("/proc/self/fd") if os.path.lexists(entry.path)]
     assert [path for path in held if path.startswith(str(tmp_path)) and path.endswith("(deleted)")] == []

@@ -17,17 +17,22 @@ from pitfs.model.transfer import Durable, VolumeInfo
 from pitfs.store.catalog import database
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.ingest import Ingest
-from pitfs.store.open_interval import writer as tail_module
+from pitfs.store.objects.format import ObjectKind, object_file
+from pitfs.store.open_interval import writer as writer_module
 from pitfs.store.open_interval.closing import Closing
 from pitfs.store.open_interval.stream import Stream
-from pitfs.store.open_interval.writer import OpenIntervalWriter, log_file
+from pitfs.store.open_interval.writer import OpenIntervalWriter
 from pitfs.store.store import Store
 from tests.helpers.stores import ingest_transfer, read_image
 from tests.helpers.streams import FakeClock, batch_of, mark_of
 from tests.helpers.transfers import History, Write
 
 CALLS = ("pwrite", "fsync", "fdatasync", "rename", "unlink", "ftruncate", "open", "mkdir")
-COMMITS = ("commit", "put_tail", "protect_through", "drop_tail")
+COMMITS = ("commit", "put_open_interval", "protect_through", "drop_open_interval")
+
+
+def wal_file(open_interval_id: int) -> str:
+    return object_file(ObjectKind.JOURNAL_BLOCKS, open_interval_id)
 
 
 class Killed(BaseException):
@@ -164,7 +169,7 @@ def finish(run: Run, root: str, acknowledged: list[Durable]) -> None:
     assert os.listdir(os.path.join(root, "db1", "staging")) == []
     objects = os.listdir(os.path.join(root, "db1", "objects"))
     catalog = Catalog(os.path.join(root, "db1", "catalog.sqlite"))
-    assert catalog.tails() == () and all(catalog.object(name) is not None for name in objects)
+    assert catalog.open_intervals() == () and all(catalog.object(name) is not None for name in objects)
     assert catalog.bookmark("mark-1") is not None
     catalog.close()
 
@@ -206,9 +211,9 @@ def test_where_the_disk_refuses_the_stream_goes_on_in_the_next_session(
     sweep(tmp_path, monkeypatch, lambda: OSError(number, os.strerror(number)), expected)
 
 
-def opened_tail(tmp_path: Path) -> tuple[Run, str, str]:
-    """A store with a tail whose last batch was acknowledged but isn't in the catalog: its root, and its log."""
-    run, root, clock = Run(), str(tmp_path / "tail"), FakeClock()
+def open_interval_left(tmp_path: Path) -> tuple[Run, str, str]:
+    """A store with an open interval whose last batch is acknowledged, but not in the catalog: its root, and its WAL."""
+    run, root, clock = Run(), str(tmp_path / "open"), FakeClock()
     run.prepare(root)
     ingest = Ingest(root, run.history.hello, clock)
     for part in run.parts[:2]:
@@ -222,13 +227,13 @@ def opened_tail(tmp_path: Path) -> tuple[Run, str, str]:
         patch.setattr(Stream, "publish", lambda self: None)  # as a process that is killed leaves it
         ingest.close()
     catalog = Catalog(os.path.join(root, "db1", "catalog.sqlite"))
-    (tail,) = catalog.tails()
+    (interval,) = catalog.open_intervals()
     catalog.close()
-    return run, root, os.path.join(root, "db1", "objects", log_file(tail.id))
+    return run, root, os.path.join(root, "db1", "objects", wal_file(interval.id))
 
 
 def test_cut_at_any_byte_the_log_gives_what_is_whole_and_the_stream_goes_on(tmp_path: Path) -> None:
-    run, root, log = opened_tail(tmp_path)
+    run, root, log = open_interval_left(tmp_path)
     size, first = os.path.getsize(log), run.parts[0][-1].seq
     wanted = {first, run.parts[1][-1].seq}
     found = set()
@@ -239,7 +244,7 @@ def test_cut_at_any_byte_the_log_gives_what_is_whole_and_the_stream_goes_on(tmp_
         try:
             ingest = Ingest(work, run.history.hello)
         except CorruptionError as error:
-            assert log_file(2) in str(error)
+            assert wal_file(2) in str(error)
         else:
             seq = ingest.welcome().tail_seq
             assert seq in wanted and (seq == first) == (cut < size)
@@ -255,7 +260,7 @@ def test_cut_at_any_byte_the_log_gives_what_is_whole_and_the_stream_goes_on(tmp_
 
 
 def test_a_log_that_is_missing_or_another_is_said_to_be_that(tmp_path: Path) -> None:
-    run, root, log = opened_tail(tmp_path)
+    run, root, log = open_interval_left(tmp_path)
     data = Path(log).read_bytes()
     os.unlink(log)
     with pytest.raises(CorruptionError, match=r"log of the open interval is missing.*put the newest copy"):
@@ -264,10 +269,10 @@ def test_a_log_that_is_missing_or_another_is_said_to_be_that(tmp_path: Path) -> 
     with pytest.raises(CorruptionError, match="no header of a pitfs object"):
         Ingest(root, run.history.hello)
     Path(log).write_bytes(data)
-    assert Path(root, "db1", "objects", log_file(77)).write_bytes(data)
+    assert Path(root, "db1", "objects", wal_file(77)).write_bytes(data)
     with pytest.raises(StoreError, match="is older than the objects"):
         Ingest(root, run.history.hello)
-    Path(root, "db1", "objects", log_file(77)).unlink()
+    Path(root, "db1", "objects", wal_file(77)).unlink()
     Ingest(root, run.history.hello).close()
     assert_exact(run, root, run.parts[1][-1].seq)
 
@@ -275,7 +280,7 @@ def test_a_log_that_is_missing_or_another_is_said_to_be_that(tmp_path: Path) -> 
 def test_what_a_failed_sync_may_have_lost_is_written_again_before_it_is_acknowledged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, root, log = opened_tail(tmp_path)
+    run, root, log = open_interval_left(tmp_path)
     written: list[tuple[int, int]] = []
     events: list[str] = []
     pwrite = os.pwrite
@@ -287,13 +292,13 @@ def test_what_a_failed_sync_may_have_lost_is_written_again_before_it_is_acknowle
         return pwrite(fd, data, offset)
 
     catalog = Catalog(os.path.join(root, "db1", "catalog.sqlite"))
-    (tail,) = catalog.tails()
+    (interval,) = catalog.open_intervals()
     catalog.close()
     end = os.path.getsize(log)
     monkeypatch.setattr(os, "pwrite", note_write)
     monkeypatch.setattr(os, "fdatasync", lambda fd: events.append("sync"))
     Ingest(root, run.history.hello).close()
-    assert written[0] == (tail.wal_end, end)
+    assert written[0] == (interval.wal_end, end)
     assert events[:2] == ["write", "sync"]
 
 
@@ -313,7 +318,7 @@ def test_a_flush_that_brings_writes_costs_one_sync_of_the_log_and_no_other(
         ingest.flush(write.time_ns)
         clock.now_s += 0.3
     ingest.flush(run.parts[0][-1].time_ns + 5)
-    assert [os.path.basename(path) for path in synced] == [log_file(2)] * (len(run.parts[0]) - 1)
+    assert [os.path.basename(path) for path in synced] == [wal_file(2)] * (len(run.parts[0]) - 1)
     assert ingest.flush(0).protected_through_ns == run.parts[0][-1].time_ns + 5
     ingest.close()
 
@@ -323,12 +328,12 @@ def test_a_catalog_that_lost_what_was_not_durable_of_it_is_made_up_from_the_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most_rows: int
 ) -> None:
     """Power is lost: commits that weren't synced are gone, the log has all that was acknowledged."""
-    monkeypatch.setattr(tail_module, "MAX_PENDING_ROWS", most_rows)
+    monkeypatch.setattr(writer_module, "MAX_PENDING_ROWS", most_rows)
     added, real = list[int](), OpenIntervalWriter._add
 
-    def add(tail: OpenIntervalWriter, *columns: Any) -> None:
-        real(tail, *columns)
-        added.append(tail.pending_rows)
+    def add(writer: OpenIntervalWriter, *columns: Any) -> None:
+        real(writer, *columns)
+        added.append(writer.pending_rows)
 
     monkeypatch.setattr(OpenIntervalWriter, "_add", add)
     history, clock = History(6, (VolumeInfo("a", 9_000, 1024),)), FakeClock()

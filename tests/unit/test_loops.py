@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pitfs.fuse.kernel.loop_devices import LoopDevice, image_of
+from pitfs.fuse.attach.images import image_of
+from pitfs.fuse.kernel.loop_devices import LoopDevice
 from pitfs.fuse.kernel.mountinfo import MountInfo, escaped, parse
 
 INSTANT = "2026-11-22T23-54-00.123456789Z"

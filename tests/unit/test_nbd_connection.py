@@ -16,7 +16,7 @@ from pitfs.model.transfer import VolumeInfo
 from pitfs.nbd.connection import MAX_REQUESTS, PIECE_BYTES
 from pitfs.nbd.server import HANDSHAKE_S, MAX_CONNECTIONS
 from pitfs.store.ingest import Ingest
-from pitfs.store.pins.pins import held
+from pitfs.store.pins.pins import list_pins
 from pitfs.store.store import Store
 from pitfs.view.view import PointInTimeView, ReadBuffer
 from tests.helpers import nbd
@@ -85,10 +85,10 @@ async def test_each_name_leads_to_its_instant_and_stays_there(
             async with nbd_client(path) as client:
                 await client.open(name)
                 assert (await client.read(0, ROOT.size_bytes)).whole == made.states[seq][0]
-                (holder,) = [each for each in held(store.path) if each.instants]
+                (holder,) = [each for each in list_pins(store.path) if each.instants]
                 assert [position.seq for position in holder.instants] == [seq]
         with trio.fail_after(5):
-            while any(each.instants for each in held(store.path)):
+            while any(each.instants for each in list_pins(store.path)):
                 await trio.testing.wait_all_tasks_blocked(0.01)
         async with nbd_client(path) as client:
             await client.greet()

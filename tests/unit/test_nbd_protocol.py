@@ -7,8 +7,8 @@ import struct
 import pytest
 
 from pitfs.errors import LocalProtocolError, RemoteProtocolError
-from pitfs.nbd.negotiation import AskExport, AskList, Close, ExportInfo, Send, StartTls
-from pitfs.nbd.protocol import Event, NbdProtocol, NbdState, Request
+from pitfs.nbd.negotiation import Close, ExportInfo, ListExports, LookUpExport, NbdState, Send, StartTls
+from pitfs.nbd.protocol import Event, NbdProtocol, Request
 from tests.helpers import nbd
 
 NAME = "latest/root"
@@ -32,9 +32,9 @@ class Server:
             match event:
                 case Send(answer) | Close(answer):
                     self.sent += answer
-                case AskList():
+                case ListExports():
                     self.sent += self.protocol.answer_list([(NAME, "newest")])
-                case AskExport(name):
+                case LookUpExport(name):
                     export = EXPORT if name == NAME else None
                     self.sent += self.protocol.answer_export(export, "no such export")
                 case StartTls(answer):
@@ -98,7 +98,7 @@ def test_the_bytes_of_replies() -> None:
     assert protocol.data_header(read, 8192, 4096) == bytes.fromhex(
         f"668e33ef 0001 0001 {cookie} 00001008" + offset.format(8192)
     )
-    assert protocol.failed_at(read, 5, "no", 8192) == bytes.fromhex(  # type: ignore[arg-type]
+    assert protocol.failed_at(read, 5, "no", 8192) == bytes.fromhex(
         f"668e33ef 0000 8002 {cookie} 00000010 00000005 0002 6e6f" + offset.format(8192)
     )
     assert protocol.finished(read) == bytes.fromhex(f"668e33ef 0001 0000 {cookie} 00000000")
@@ -109,7 +109,7 @@ def test_the_bytes_of_replies() -> None:
     (read,) = simple.feed(nbd.request(nbd.READ, 4096, 8192, 0x1122))
     assert isinstance(read, Request) and not simple.protocol.is_divisible(read)
     assert simple.protocol.data_header(read, 4096, 8192) == bytes.fromhex(f"67446698 00000000 {cookie}")
-    assert simple.protocol.failed(read, 5, "no") == bytes.fromhex(f"67446698 00000005 {cookie}")  # type: ignore[arg-type]
+    assert simple.protocol.failed(read.cookie, 5, "no") == bytes.fromhex(f"67446698 00000005 {cookie}")
 
 
 WHOLE = nbd.session(
@@ -268,7 +268,7 @@ def test_nothing_is_told_before_tls_where_it_is_offered() -> None:
     asked = nbd.option(nbd.LIST) + nbd.go(NAME) + nbd.option(nbd.STRUCTURED) + nbd.meta(NAME) + nbd.option(77)
     server.feed(HELLO + asked)
     assert [kind for _, kind, _ in server.replies()] == [nbd.ERR_TLS_REQD] * 5
-    assert not any(isinstance(event, AskExport | AskList) for event in server.events)
+    assert not any(isinstance(event, LookUpExport | ListExports) for event in server.events)
     with pytest.raises(RemoteProtocolError, match="before TLS"):
         server.feed(nbd.option(nbd.EXPORT_NAME, NAME.encode()))
     server = Server(tls=True)
@@ -290,6 +290,10 @@ def test_an_answer_that_is_late_or_was_not_asked_for_is_our_mistake() -> None:
     with pytest.raises(LocalProtocolError):
         protocol.answer_list([])
     asked = protocol.receive(HELLO + nbd.option(nbd.LIST) + nbd.option(nbd.LIST))
-    assert next(asked) == AskList()
+    assert next(asked) == ListExports()
     with pytest.raises(LocalProtocolError):
         next(asked)
+    for answer in (lambda: protocol.answer_export(EXPORT), protocol.tls_started):
+        with pytest.raises(LocalProtocolError):
+            answer()
+    assert protocol.state is NbdState.LISTING

@@ -26,7 +26,8 @@ from pitfs.model.overlay import (
 )
 from pitfs.storage.overlay_log import OverlayLog
 from pitfs.view import overlay as overlay_module
-from pitfs.view.overlay import Overlay, OverlayView, Room
+from pitfs.view.overlay import Overlay, Room
+from pitfs.view.overlay_view import OverlayView
 from pitfs.view.view import PointInTimeView, ReadBuffer
 from tests.helpers.fake_store import FakeImageStore
 
@@ -155,6 +156,7 @@ class Files:
 def files(monkeypatch: pytest.MonkeyPatch) -> Files:
     files = Files()
     monkeypatch.setattr(overlay_module, "os", files)
+    monkeypatch.setattr("pitfs.view.overlay_view.os", files)
     monkeypatch.setattr("pitfs.storage.overlay_log.os", files)
     monkeypatch.setattr("pitfs.storage.files.os", files)
     return files
@@ -170,9 +172,7 @@ def make(tmp_path: Path, log: Path) -> Iterator[Callable[..., tuple[OverlayView,
         below.read(0, SIZE, ReadBuffer())
         fd = os.open(tmp_path / "data", os.O_RDWR | os.O_CREAT)
         os.ftruncate(fd, SIZE)
-        overlay = Overlay(
-            fd, "root at seq 7", SIZE, 4096, Room(), OverlayLog(str(log), HEADER) if kept else None
-        )
+        overlay = Overlay(fd, "root at seq 7", 4096, Room(), OverlayLog(str(log), HEADER) if kept else None)
         overlays.append(overlay)
         return OverlayView(below, overlay), store
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pitfs.config.production import MAX_VOLUMES
 from pitfs.errors import CorruptionError
+from pitfs.model.group import MAX_VOLUMES
 from pitfs.splitter.progress import SLOT_BYTES, BackingState, Progress, ProgressFile
 
 LARGE = 2**63 - 1

@@ -308,7 +308,7 @@ def test_a_manifest_with_values_out_of_bounds_is_refused(change: dict[str, objec
 def test_the_largest_manifest_that_is_allowed_fits_into_its_frame() -> None:
     manifest: Manifest = msgspec.structs.replace(
         MANIFEST,
-        bookmarks=tuple(Bookmark(f"{i:0255}", 1 << 62, 1 << 62) for i in range(4096)),
+        bookmarks=tuple(Bookmark(f"{i:064}", 1 << 62, 1 << 62) for i in range(4096)),
         gaps=(Gap(1 << 62, 1 << 62, 1 << 62, 1 << 62, "𝄞" * 1000),) * 512,
     )
     data = walked(Role.SENDER, 4).send(Begin(manifest))
@@ -316,8 +316,8 @@ def test_the_largest_manifest_that_is_allowed_fits_into_its_frame() -> None:
 
 
 def test_the_largest_hello_that_is_allowed_fits_into_its_frame() -> None:
-    volumes = tuple(VolumeInfo(f"{i:064}", 1 << 62, 65536) for i in range(256))
-    greeting = Greeting(tuple(range(1, 65)), Hello("g" * 64, "f" * 128, volumes))
+    volumes = tuple(VolumeInfo(f"{i:064}", 1 << 45, 65536) for i in range(256))
+    greeting = Greeting(tuple(range(1, 65)), Hello("g" * 64, "f" * 32, volumes))
     assert list(LinkProtocol(Role.RECEIVER).receive(joined(LinkProtocol(Role.SENDER).send(greeting)))) == [
         greeting
     ]

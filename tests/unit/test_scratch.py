@@ -22,8 +22,9 @@ from pitfs.model.transfer import VolumeInfo
 from pitfs.store.ingest import Ingest
 from pitfs.store.store import Store
 from pitfs.view import scratch as scratch_module
+from pitfs.view.inodes import InodeKind, pack_inode
 from pitfs.view.scratch import PREFIX, ScratchDirectory
-from pitfs.view.tree import InodeKind, Tree, pack_inode
+from pitfs.view.tree import Tree
 from tests.helpers.stores import ingest_transfer
 from tests.helpers.transfers import History
 

@@ -572,7 +572,7 @@ def test_a_frame_larger_than_the_limit_is_refused(ingest: Ingest, interval: Tran
 def test_more_rows_than_a_batch_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    monkeypatch.setattr("pitfs.store.transfer.staging.BATCH_ROWS", 3)
+    monkeypatch.setattr("pitfs.store.transfer.sections.BATCH_ROWS", 3)
     history = History(seed, (VolumeInfo("a", 100_000, 512), VolumeInfo("b", 90_000, 2048)))
     made = Ingest(str(tmp_path), history.hello)
     for number in range(3):
@@ -644,8 +644,7 @@ def test_positions_are_all_writes_or_the_ends_of_granules(
     check = PositionsInOrder(manifest)
     with pytest.raises(RemoteProtocolError, match=words) if words else nullcontext():
         for batch in batches:
-            seqs, times = zip(*batch, strict=True)
-            check.take(np.array(seqs, "<i8"), np.array(times, "<i8") * MS)
+            check.take(np.array([(seq, at * MS) for seq, at in batch], POSITION))
         check.finish()
 
 

@@ -11,14 +11,15 @@ from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CorruptionError, StoreError, StoreVersionError
 from pitfs.model.blockmap import EMPTY, MapBuilder, MapEntry, decode_node, new_node
-from pitfs.model.transfer import VolumeInfo
+from pitfs.model.group import identity_problem
+from pitfs.model.transfer import POSITION, VolumeInfo
 from pitfs.store.catalog.database import Database
-from pitfs.store.index.journal_index import INDEX_ROW, JournalWriter
+from pitfs.store.index.format import INDEX_ROW
+from pitfs.store.index.writer import IndexWriter
 from pitfs.store.objects.format import (
     HEADER_BYTES,
     ObjectHeader,
     ObjectKind,
-    check_identity,
     contents_kind,
     contents_object,
     data_offset,
@@ -27,8 +28,8 @@ from pitfs.store.objects.format import (
     pointer,
     pointer_object,
     pointer_unit,
-    read_store_info,
 )
+from pitfs.store.opening import read_store_info
 from pitfs.store.store import Store
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -66,11 +67,10 @@ def test_a_map_has_the_golden_bytes() -> None:
 
 def test_a_journal_index_has_the_golden_bytes(tmp_path: Path) -> None:
     fd = os.open(tmp_path / "index", os.O_RDWR | os.O_CREAT)
-    writer = JournalWriter(fd)
-    rows = np.array([(0, 4, 11, 0, 0), (0, 4, 12, 1 << 37, 99)], INDEX_ROW)
-    writer.add_rows(0, rows)
-    writer.add_rows(1, rows[1:])
-    writer.add_positions(np.array([11, 12], "<i8"), np.array([1000, 2000], "<i8"))
+    writer = IndexWriter(fd)
+    last = 4, 12, 1 << 37, 99
+    writer.add_rows(np.array([(0, 4, 11, 0, 0), (0, *last), (1, *last)], INDEX_ROW))
+    writer.add_positions(np.array([(11, 1000), (12, 2000)], POSITION))
     data_bytes, tail_bytes, checksum = writer.finish()
     os.close(fd)
     data = (tmp_path / "index").read_bytes()
@@ -136,9 +136,9 @@ def test_object_files_are_told_from_others() -> None:
     ],
 )
 def test_a_group_that_cannot_be_is_refused(group: str, volumes: tuple[VolumeInfo, ...], problem: str) -> None:
-    assert problem in (check_identity(group, "0" * 32, volumes) or "")
-    assert check_identity("g", "0" * 32, (VolumeInfo("a", 1, 512),)) is None
-    assert "history" in (check_identity("g", "xyz", (VolumeInfo("a", 1, 512),)) or "")
+    assert problem in (identity_problem(group, "0" * 32, volumes) or "")
+    assert identity_problem("g", "0" * 32, (VolumeInfo("a", 1, 512),)) is None
+    assert "history" in (identity_problem("g", "xyz", (VolumeInfo("a", 1, 512),)) or "")
 
 
 def test_what_is_not_a_store_is_said_to_be_none(tmp_path: Path) -> None:

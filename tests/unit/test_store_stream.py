@@ -25,8 +25,7 @@ from pitfs.model.transfer import MAX_BATCH_ROWS, WRITE, StreamMark, TransferKind
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.ingest import Ingest
 from pitfs.store.objects.format import CATALOG
-from pitfs.store.open_interval import sorted_runs as pieces
-from pitfs.store.open_interval import stream
+from pitfs.store.open_interval import sorted_runs, stream
 from pitfs.store.open_interval.closing import Closing
 from pitfs.store.store import Store
 from tests.helpers.stores import ingest_transfer, read_image
@@ -285,22 +284,22 @@ def test_many_rows_do_not_wait_for_a_flush(
     assert latest is not None and store.at_time(latest.time_ns) == (latest, True)
 
 
-def test_pieces_stay_few_and_merges_bounded(
+def test_sorted_runs_stay_few_and_merges_bounded(
     ingest: Ingest, history: History, store: Store, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pieces, "MAX_MERGED_ROWS", 300)
+    monkeypatch.setattr(sorted_runs, "MAX_MERGED_ROWS", 300)
     catalog = Catalog(os.path.join(ingest.path, CATALOG))
     most = 0
     for _ in range(150):
         write(ingest, history, 2)
         clock.now_s += 1
         ingest.flush(0)
-        (tail,) = catalog.tails()
-        most = max(most, len(tail.runs))
-        assert [piece.first_seq for piece in tail.runs] == [1, *(piece.to_seq + 1 for piece in tail.runs[:-1])]
-        assert all(piece.row_count <= 300 for piece in tail.runs)
+        (interval,) = catalog.open_intervals()
+        most = max(most, len(interval.runs))
+        assert [run.first_seq for run in interval.runs] == [1, *(run.to_seq + 1 for run in interval.runs[:-1])]
+        assert all(run.row_count <= 300 for run in interval.runs)
     catalog.close()
-    assert sum(piece.row_count for piece in tail.runs) == sum(len(w.contents) for w in history.open)
+    assert sum(run.row_count for run in interval.runs) == sum(len(w.contents) for w in history.open)
     assert most <= 3 * 4 + 3  # three of each of four levels, and as many large ones as the rows make
     for seq in range(0, 301, 7):
         assert read_image(store, store.at_seq(seq), 0) == history.states[seq][0]
@@ -371,7 +370,7 @@ def test_what_a_closing_raises_comes_with_the_next_call_and_is_made_up_for_at_th
     monkeypatch.setattr(Closing, "run", full)
     ingest.mark(mark_of(history, "here"))
     with pytest.raises(CapacityError, match="no room"):
-        ingest._streaming().wait_for_closing()
+        ingest.stream.wait_for_closing()
     with pytest.raises(PitfsError, match="begin the session anew"):
         write(ingest, history)
     assert latest_seq(store) == 3, "reading goes on"
@@ -387,17 +386,17 @@ def test_what_a_closing_raises_comes_with_the_next_call_and_is_made_up_for_at_th
     again.close()
 
 
-def test_a_piece_that_changed_on_the_disk_is_noticed(
+def test_a_sorted_run_that_changed_on_the_disk_is_noticed(
     ingest: Ingest, history: History, store: Store, clock: FakeClock
 ) -> None:
     write(ingest, history, 12)
     ingest.flush(0)
     catalog = Catalog(os.path.join(ingest.path, CATALOG))
-    (tail,) = catalog.tails()
+    (interval,) = catalog.open_intervals()
     catalog.close()
-    path = Path(ingest.path, "objects", f"journal-{tail.id:016x}.blocks")
-    data, (piece,) = path.read_bytes(), tail.runs
-    for offset in (piece.sparse_index_offset + 8, piece.sparse_index_offset - 40):
+    path = Path(ingest.path, "objects", f"journal-{interval.id:016x}.blocks")
+    data, (run,) = path.read_bytes(), interval.runs
+    for offset in (run.sparse_index_offset + 8, run.sparse_index_offset - 40):
         damaged = bytearray(data)
         damaged[offset] ^= 1
         path.write_bytes(damaged)

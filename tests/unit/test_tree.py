@@ -13,7 +13,7 @@ import pytest
 from pitfs.model.position import format_instant
 from pitfs.model.transfer import Bookmark, Gap, VolumeInfo
 from pitfs.view import bookmarks as bookmarks_module
-from pitfs.view.tree import (
+from pitfs.view.inodes import (
     BOOKMARKS_INODE,
     LATEST_INODE,
     MAX_SEQ,
@@ -22,11 +22,11 @@ from pitfs.view.tree import (
     EntryType,
     InodeKind,
     NoEntryError,
-    Tree,
     TreeEntry,
     pack_inode,
     unpack_inode,
 )
+from pitfs.view.tree import Tree
 from tests.helpers.fake_store import FakeStore
 
 T0 = 1_795_391_640 * 10**9  # 2026-11-22T23:54:00Z

@@ -23,7 +23,7 @@ from common import Setting
 from granularity_plot import Moment, Picture
 from report import Measure, at_most, note, plain
 
-from pitfs.cli.asking import ask
+from pitfs.cli.common.shipper import ask_shipper
 from pitfs.config.production import load_config
 from pitfs.errors import PitfsError
 from pitfs.model.ladder import RUNGS_NS
@@ -186,7 +186,7 @@ class Watch:
         try:
             while not ending.wait(SAMPLE_S):
                 try:
-                    status = ask(config, "status")
+                    status = ask_shipper(config.path, "status")
                     sent = wire_bytes(process.pid)
                 except (PitfsError, HostError) as error:
                     self.problems.append(str(error))

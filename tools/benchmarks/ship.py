@@ -18,7 +18,7 @@ import bandwidth
 from common import Setting, bare_passthrough, fio
 from report import Measure, at_most, figure, note, plain
 
-from pitfs.cli.asking import ask
+from pitfs.cli.common.shipper import ask_shipper
 from pitfs.config.production import load_config
 from pitfs.errors import PitfsError
 from pitfs.store.store import Store
@@ -64,7 +64,7 @@ class Watch(threading.Thread):
             newest = self.store.latest()
             self.ages_s.append(math.inf if newest is None else (time.time_ns() - newest.time_ns) / 1e9)
             try:
-                lag = ask(self.config, "status")["lag_seconds"]
+                lag = ask_shipper(self.config.path, "status")["lag_seconds"]
             except PitfsError as error:
                 self.problems.append(str(error))
                 continue

@@ -24,13 +24,13 @@ import trio
 from common import Setting, fio
 from report import note
 
-from pitfs.cli.protect import SPLITTER
 from pitfs.journal.reader import Interval, JournalReader
 from pitfs.journal.writer import Location
 from pitfs.model.transfer import VolumeInfo
 from pitfs.splitter.control import SPLITTER_SOCKET, Connection
 from pitfs.splitter.progress import read_group
 from pitfs.splitter.startup import journal_directory
+from pitfs.supervision.minder import SPLITTER
 from tests.helpers import postgresql
 from tests.helpers.hosts import Production, free_port
 from tests.helpers.load import running
@@ -80,7 +80,7 @@ class Recorder(Production):
 
     def __init__(self, tmp: Path, size_bytes: int) -> None:
         super().__init__(tmp, {"root": size_bytes}, port=free_port(), capacity=CAPACITY)
-        self.command = [sys.executable, "-m", SPLITTER, str(self.config)]
+        self.command = [sys.executable, "-m", SPLITTER.module, str(self.config)]
         self.name = "the splitter"
 
     def request(self, op: str, **arguments: Any) -> dict[str, Any]:

@@ -1,10 +1,13 @@
-"""A flag of FUSE's first exchange (INIT) that libfuse doesn't pass on: the mount has no privileges to take away.
+"""Adds a flag to FUSE's first exchange (INIT) that libfuse doesn't know: no getxattr before each write.
 
-Before each write the kernel asks whether the file has capabilities (getxattr "security.capability") that the write
-must take away: a request for every write, which halves their rate. It asks no more once a filesystem has said with
-FUSE_HANDLE_KILLPRIV_V2 that it does so itself. Images never have any, so there is nothing to do for that; but
-libfuse up to 3.16 doesn't know the flag. So its INIT goes through here: for that one exchange a socket stands in the
-place of the device.
+Before each write the kernel asks whether the file has capabilities (getxattr "security.capability"), since a
+write must take these away: one more request for every write, which halves their rate. It stops asking once a
+filesystem has said with FUSE_HANDLE_KILLPRIV_V2 that it takes them away itself. Images never have any, so
+pitfs can say that; but libfuse up to 3.16 doesn't know the flag.
+
+So a socket stands in the place of the device during INIT. This module reads the kernel's request from the
+device, gives it to libfuse through the socket, takes libfuse's reply from there, sets the flag, and writes
+the reply to the device. Afterwards libfuse reads from the device itself.
 
     kernel --request--> device -> this -> socket -> libfuse
     kernel <-reply with the flag- device <- this <- socket <- libfuse
@@ -26,20 +29,18 @@ from typing import Final
 
 INIT: Final = 26
 HANDLE_KILLPRIV_V2: Final = 1 << 28
-MAX_REQUEST_BYTES: Final = 8192  # the least that the kernel lets read
-_U32: Final = struct.Struct("=I")
-_OPCODE_OFFSET: Final = 4
-_REQUEST_FLAGS_OFFSET: Final = 40 + 12
-_ERROR_OFFSET: Final = 4
-_REPLY_FLAGS_OFFSET: Final = 16 + 12
+MAX_REQUEST_BYTES: Final = 8192  # the kernel refuses reads with a smaller buffer
+_REQUEST: Final = struct.Struct("=II32x3II")  # len, opcode; major, minor, max_readahead, flags
+_REPLY: Final = struct.Struct("=Ii8x3II")  # len, error; the same
+assert (_REQUEST.size, _REPLY.size) == (40 + 16, 16 + 16)
 
 
 @contextlib.contextmanager
-def without_privileges(descriptor: int) -> Iterator[None]:
-    """INIT, and no other request, is answered inside, by whoever reads and writes `descriptor`, a device of FUSE.
+def killpriv_flag_added(descriptor: int) -> Iterator[None]:
+    """The block must answer INIT, and no other request, by reading and writing `descriptor`, a FUSE device.
 
     Raises:
-        OSError: the kernel doesn't take it.
+        OSError: the kernel doesn't take the reply.
     """
     device = os.dup(descriptor)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -56,14 +57,12 @@ def without_privileges(descriptor: int) -> Iterator[None]:
 
 
 def with_flag(request: bytes, reply: bytes) -> bytes:
-    """The reply with the flag, if the kernel has offered it and the reply is one that takes flags."""
-    if len(request) < _REQUEST_FLAGS_OFFSET + 4 or len(reply) < _REPLY_FLAGS_OFFSET + 4:
+    """The reply with the flag, if the kernel has offered it and the reply is a success that has flags."""
+    if len(request) < _REQUEST.size or len(reply) < _REPLY.size:
         return reply
-    is_init = _U32.unpack_from(request, _OPCODE_OFFSET)[0] == INIT
-    offered = _U32.unpack_from(request, _REQUEST_FLAGS_OFFSET)[0] & HANDLE_KILLPRIV_V2
-    if not is_init or not offered or _U32.unpack_from(reply, _ERROR_OFFSET)[0]:
+    _, opcode, *_, offered = _REQUEST.unpack_from(request)
+    _, error, *_, flags = _REPLY.unpack_from(reply)
+    if opcode != INIT or error or not offered & HANDLE_KILLPRIV_V2:
         return reply
-    changed = bytearray(reply)
-    flags = _U32.unpack_from(reply, _REPLY_FLAGS_OFFSET)[0] | HANDLE_KILLPRIV_V2
-    _U32.pack_into(changed, _REPLY_FLAGS_OFFSET, flags)
-    return bytes(changed)
+    flags_at = _REPLY.size - 4
+    return reply[:flags_at] + struct.pack("=I", flags | HANDLE_KILLPRIV_V2) + reply[_REPLY.size :]

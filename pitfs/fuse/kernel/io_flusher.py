@@ -1,4 +1,4 @@
-"""A process that serves writes mustn't wait, for memory, on pages that only it can write."""
+"""A process that serves writes mustn't wait for memory that only its own writing can free."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 def set_io_flusher() -> None:
-    """Lets this process allocate memory without waiting for writeback that may wait for this process."""
+    """Lets this process, and threads that it starts later, allocate memory without waiting for writeback."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) != 0:
         log.debug("PR_SET_IO_FLUSHER: %s: going on without", os.strerror(ctypes.get_errno()))

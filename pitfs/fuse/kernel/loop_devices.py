@@ -1,10 +1,4 @@
-"""Loop devices: which there are and over what, made and let go of. All from the kernel's own tables.
-
-A loop device belongs to pitfs if its backing file is an image in a mount of a store, whoever made it. That file
-is told by its path, which /sys gives even where the mount's daemon is dead or hangs; asking the device for its
-file's inode would ask the daemon. A mount that was taken down lazily has no place any more: the path then begins
-at the root of the tree, /INSTANT/VOLUME.img.
-"""
+"""Loop devices, by the kernel's tables: which there are over what, attaching, detaching, who uses one."""
 
 from __future__ import annotations
 
@@ -15,23 +9,21 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from pitfs.errors import PitfsError, UsageError
-from pitfs.fuse.kernel.mountinfo import MountInfo, mounts
-from pitfs.fuse.kernel.users import openers
-from pitfs.fuse.mount import FSTYPE
+from pitfs.fuse.kernel.mountinfo import mounts
+from pitfs.fuse.kernel.processes import FileUser, processes_opening
 
 LOOP_CLR_FD: Final = 0x4C01  # linux/loop.h
 SECTOR_BYTES: Final = 512  # the kernel's unit of sizes, whatever the device's sectors are
 MAX_SECTOR_BYTES: Final = 4096
-NODES_S: Final = 3.0  # for the nodes of partitions to appear; whoever makes them (devtmpfs, udev) is asynchronous
-RELEASE_S: Final = 3.0  # for whoever looks at a new device for a moment (udev, blkid) to be done with it
+NODES_S: Final = 3.0  # for the nodes of partitions, which devtmpfs or udev make a little later
+RELEASE_S: Final = 3.0  # for a program that opens each new device for a moment (udev, blkid) to close it
 POLL_S: Final = 0.02
 
-_DETACHED = re.compile(r"/([^/]+)/([^/]+)\.img")
 _DELETED: Final = " (deleted)"  # the kernel has dropped the name; the file is there all the same
 
 
@@ -48,31 +40,16 @@ class LoopDevice:
     backing: str
     read_only: bool
 
-    @property
-    def name(self) -> str:
-        return os.path.basename(self.device)
 
-
-@dataclass(frozen=True, slots=True)
-class ImageLoop:
-    """A loop device over an image.
-
-    Attributes:
-        mount: the store's mount, None where it was taken down lazily, as a dead one is.
-        instant: name of the directory in the mount.
-    """
-
-    loop: LoopDevice
-    mount: MountInfo | None
-    instant: str
-    volume: str
-
-
-def loops() -> list[LoopDevice]:
+def loop_devices() -> list[LoopDevice]:
     """All loop devices in use, in the order of their numbers."""
-    numbers = [int(name[4:]) for name in os.listdir("/sys/block") if re.fullmatch(r"loop[0-9]+", name)]
-    found = (loop_of(f"/dev/loop{number}") for number in sorted(numbers))
-    return [loop for loop in found if loop is not None]
+    return [loop for name in _numbered("/sys/block", "loop") if (loop := loop_of(f"/dev/{name}")) is not None]
+
+
+def _numbered(directory: str, prefix: str) -> list[str]:
+    """Names in the directory that are the prefix and a number, by number."""
+    names = [name for name in os.listdir(directory) if re.fullmatch(rf"{prefix}[0-9]+", name)]
+    return sorted(names, key=lambda name: (len(name), name))
 
 
 def loop_of(device: str) -> LoopDevice | None:
@@ -85,39 +62,10 @@ def loop_of(device: str) -> LoopDevice | None:
         return None
 
 
-def image_loops() -> list[ImageLoop]:
-    """All loop devices over images of pitfs mounts."""
-    mounted = list(mounts())
-    return [image for loop in loops() if (image := image_of(loop, mounted)) is not None]
-
-
-def image_of(loop: LoopDevice, mounted: Iterable[MountInfo]) -> ImageLoop | None:
-    """The image that the device is over; None if that isn't one."""
-    best: MountInfo | None = None
-    for mount in mounted:
-        within = loop.backing.startswith(mount.mountpoint.rstrip("/") + "/")
-        if within and (best is None or len(mount.mountpoint) >= len(best.mountpoint)):
-            best = mount
-    if best is not None and best.type == FSTYPE:
-        parts = loop.backing[len(best.mountpoint) :].strip("/").split("/")
-        if best.whole and len(parts) == 2:
-            return ImageLoop(loop, best, parts[0], parts[1].removesuffix(".img"))
-        return None
-    match = _DETACHED.fullmatch(loop.backing)
-    if match is None or not _is_instant(match[1]) or os.path.lexists(loop.backing):
-        return None
-    return ImageLoop(loop, None, match[1], match[2])
-
-
-def _is_instant(text: str) -> bool:
-    return re.fullmatch(r"[0-9]{4}(-[0-9]{2}){2}T([0-9]{2}-){2}[0-9]{2}\.[0-9]{9}Z", text) is not None
-
-
 def sector_size_for(head: bytes) -> int:
-    """The sector size, in bytes, with which an image that begins so must be seen.
+    """The sector size, in bytes, that a device over an image with these first bytes needs.
 
-    The structures of a GPT lie in sectors of the disk that it was written on; nothing else found on disks
-    needs more than 512.
+    A GPT counts in sectors of the disk that it was written on; nothing else needs more than 512 bytes.
     """
     for size in (SECTOR_BYTES, MAX_SECTOR_BYTES):
         if head[size : size + 8] == b"EFI PART":
@@ -125,11 +73,11 @@ def sector_size_for(head: bytes) -> int:
     return SECTOR_BYTES
 
 
-# ------------------------------------------------------------------ making one
+# ------------------------------------------------------------------ attaching
 
 
 def attach(path: str, *, read_only: bool, sector_size: int) -> str:
-    """A new loop device over the file, with direct I/O; returns /dev/loopN. Its partitions: `wait_for_partitions`.
+    """Makes a loop device over the file, with direct I/O; returns /dev/loopN (then `wait_for_partitions`).
 
     Raises:
         PitfsError: there is no free one, or the kernel refuses.
@@ -137,34 +85,31 @@ def attach(path: str, *, read_only: bool, sector_size: int) -> str:
     command = ["losetup", "--find", "--show", "--direct-io=on", "--partscan", f"--sector-size={sector_size}"]
     done = _run([*command, *(["--read-only"] if read_only else []), "--", path])
     if done.returncode:
-        said = done.stderr.strip().splitlines()[-1:] or [f"losetup ended with {done.returncode}"]
-        hint = ": see what holds the others: losetup --list" if "unused" in said[0] else ""
-        raise PitfsError(f"{path}: {said[0].removeprefix('losetup: ').removeprefix(f'{path}: ')}{hint}")
+        lines = done.stderr.strip().splitlines()[-1:] or [f"losetup ended with {done.returncode}"]
+        hint = ": see what holds the others: losetup --list" if "unused" in lines[0] else ""
+        raise PitfsError(f"{path}: {lines[0].removeprefix('losetup: ').removeprefix(f'{path}: ')}{hint}")
     return done.stdout.strip()
 
 
 def partitions(device: str) -> list[str]:
     """Paths of the device's partitions, in their order; their nodes may not be there yet."""
     name = os.path.basename(device)
-    numbers = []
     with contextlib.suppress(FileNotFoundError):
-        for entry in os.listdir(f"/sys/block/{name}"):
-            if match := re.fullmatch(rf"{name}p([0-9]+)", entry):
-                numbers.append(int(match[1]))
-    return [f"{device}p{number}" for number in sorted(numbers)]
+        return [f"/dev/{entry}" for entry in _numbered(f"/sys/block/{name}", f"{name}p")]
+    return []
 
 
 def wait_for_partitions(device: str) -> list[str]:
     """Waits for the nodes of a new device's partitions; returns those that don't appear."""
     if not partitions(device):
-        # A kernel may have no parser for this kind of table. Fails where there is none: that is as it should be.
+        # The kernel may have no parser for this kind of partition table. It fails if there is no table.
         _run(["partx", "--add", "--", device])
-    deadline = time.monotonic() + NODES_S
-    while True:
+    missing: list[str] = []
+    for _ in polls(NODES_S):
         missing = [path for path in partitions(device) if not os.path.exists(path)]
-        if not missing or time.monotonic() > deadline:
-            return missing
-        time.sleep(POLL_S)
+        if not missing:
+            break
+    return missing
 
 
 def has_direct_io(device: str) -> bool:
@@ -180,18 +125,14 @@ def filesystem_on(device: str) -> str:
 # ------------------------------------------------------------------ who uses one
 
 
-def mountpoints_of(loop: LoopDevice, mounted: Iterable[MountInfo] | None = None) -> list[str]:
+def mountpoints_of(loop: LoopDevice) -> list[str]:
     """Where the device's filesystem or those of its partitions are mounted (in this namespace)."""
+    paths = [loop.device, *partitions(loop.device)]  # compared too: btrfs has device numbers of its own
     devices = set()
-    for path in (loop.device, *partitions(loop.device)):
+    for path in paths:
         with contextlib.suppress(OSError):
             devices.add(_read(f"/sys/class/block/{os.path.basename(path)}/dev"))
-    sources = {loop.device, *partitions(loop.device)}  # btrfs has device numbers of its own
-    return [
-        mount.mountpoint
-        for mount in (mounts() if mounted is None else mounted)
-        if mount.device in devices or mount.source in sources
-    ]
+    return [mount.mountpoint for mount in mounts() if mount.device in devices or mount.source in paths]
 
 
 def kernel_holders(device: str) -> list[str]:
@@ -207,32 +148,37 @@ def kernel_holders(device: str) -> list[str]:
     return found
 
 
-# ------------------------------------------------------------------ letting go of one
+def _openers(device: str) -> list[FileUser]:
+    """Other processes that have the device or one of its partitions open."""
+    return processes_opening([device, *partitions(device)])
+
+
+# ------------------------------------------------------------------ detaching
 
 
 def detach(loop: LoopDevice) -> None:
     """Detaches a device that nobody uses; returns when it is free.
 
     Raises:
-        PitfsError: somebody uses it; names who, and what to do.
+        PitfsError: the device is in use; names by whom, and what to do.
     """
-    deadline = time.monotonic() + RELEASE_S
-    while not _clear(loop.device):
-        said = _in_use(loop)
-        if said or time.monotonic() > deadline:
-            raise PitfsError(f"{loop.device}: {said or 'in use, perhaps mounted in another mount namespace: lsns'}")
-        time.sleep(POLL_S)
-    # The last who has it open takes it down; that was us, unless somebody came at this very moment.
-    deadline = time.monotonic() + RELEASE_S
-    while loop_of(loop.device) == loop:
-        if time.monotonic() > deadline:
-            who = _joined(str(user) for user in openers([loop.device, *partitions(loop.device)]))
-            raise PitfsError(f"{loop.device}: goes when it is closed by {who or 'whoever has it open'}")
-        time.sleep(POLL_S)
+    for _ in polls(RELEASE_S):
+        if _clear_backing(loop.device):
+            break
+        if reason := _why_busy(loop):
+            raise PitfsError(f"{loop.device}: {reason}")
+    else:
+        raise PitfsError(f"{loop.device}: in use, perhaps mounted in another mount namespace: lsns")
+    # The kernel frees it at the last close: that was ours, unless another process opened it just now.
+    for _ in polls(RELEASE_S):
+        if loop_of(loop.device) != loop:
+            return
+    openers = _joined(_openers(loop.device)) or "the process that has it open"
+    raise PitfsError(f"{loop.device}: goes when it is closed by {openers}")
 
 
-def _clear(device: str) -> bool:
-    """Asks the kernel to let go of the backing file; False if somebody else has the device open."""
+def _clear_backing(device: str) -> bool:
+    """Has the kernel drop the backing file; False if another process has the device open."""
     try:
         # Exclusive: fails while it or a partition is mounted, swapped to or under another device, anywhere.
         fd = os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
@@ -241,31 +187,30 @@ def _clear(device: str) -> bool:
             return False
         raise
     try:
-        if openers([device, *partitions(device)]):
+        if _openers(device):
             return False
         fcntl.ioctl(fd, LOOP_CLR_FD)
     except OSError as error:
-        if error.errno != errno.ENXIO:  # somebody else has done it
+        if error.errno != errno.ENXIO:  # another process has done it
             raise
     finally:
         os.close(fd)
     return True
 
 
-def _in_use(loop: LoopDevice) -> str:
-    """Who uses it for more than a moment, and what to do; empty if nobody is found."""
-    places = mountpoints_of(loop)
-    if places:
+def _why_busy(loop: LoopDevice) -> str:
+    """Who uses the device for more than a moment, and what to do; empty if nobody is found."""
+    if places := mountpoints_of(loop):
         return f"mounted on {_joined(places)}: unmount first: umount {' '.join(places)}"
-    above = kernel_holders(loop.device)
-    if above:
-        return f"in use by {_joined(above)}: take that down first"
-    who = openers([loop.device, *partitions(loop.device)])
-    return f"opened by {_joined(map(str, who))}: end that first" if who else ""
+    if holders := kernel_holders(loop.device):
+        return f"in use by {_joined(holders)}: remove that first"
+    if openers := _openers(loop.device):
+        return f"opened by {_joined(openers)}: end that first"
+    return ""
 
 
 def device_named(text: str) -> str:
-    """/dev/loopN for what a user calls it.
+    """/dev/loopN for a device as the user writes it.
 
     Raises:
         UsageError: it is no loop device.
@@ -278,8 +223,17 @@ def device_named(text: str) -> str:
     return device
 
 
-def _joined(parts: Iterable[str]) -> str:
-    return ", ".join(parts)
+def polls(timeout_s: float) -> Iterator[None]:
+    """Yields until the time is over, with pauses: at least once."""
+    deadline = time.monotonic() + timeout_s
+    yield
+    while time.monotonic() <= deadline:
+        time.sleep(POLL_S)
+        yield
+
+
+def _joined(parts: Iterable[object]) -> str:
+    return ", ".join(map(str, parts))
 
 
 def _read(path: str) -> str:
@@ -288,7 +242,7 @@ def _read(path: str) -> str:
 
 
 def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """In a session of its own: Ctrl-C is the caller's, who then knows what was done and undoes it."""
+    """Runs a command in a session of its own: Ctrl-C is for the caller, who undoes what was done."""
     try:
         return subprocess.run(
             command, capture_output=True, text=True, errors="surrogateescape", check=False, start_new_session=True,

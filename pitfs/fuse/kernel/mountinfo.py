@@ -1,4 +1,4 @@
-"""What is mounted where, from /proc/self/mountinfo: asking the mount itself would hang on a dead one."""
+"""What is mounted where, by /proc/self/mountinfo: a mount itself would hang with its daemon."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ import re
 import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Final
+
+from pitfs.errors import PitfsError
+
+DEAD_ERRNOS: Final = (errno.ENOTCONN, errno.ECONNABORTED)  # of a FUSE mount whose daemon is gone
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +25,7 @@ class MountInfo:
     Attributes:
         device: of what is mounted, like 0:52 or 7:1.
         type: like fuse.pitfs.
-        whole: it is all of that, not a directory in it (a bind mount).
+        whole: all of the filesystem is mounted, not a directory in it (a bind mount).
     """
 
     mountpoint: str
@@ -37,7 +42,7 @@ def _unescape(field: str) -> str:
 
 
 def escaped(field: str) -> str:
-    """The inverse, as the kernel and libmount write it."""
+    """The field with white space and backslashes escaped, as the kernel and libmount write it."""
     return "".join(f"\\{ord(char):03o}" if char in " \t\n\\" else char for char in field)
 
 
@@ -49,24 +54,20 @@ def mounts() -> Iterator[MountInfo]:
 
 
 def parse(lines: Iterable[str]) -> Iterator[MountInfo]:
-    """The mounts that lines of mountinfo tell of."""
+    """The mounts in lines of mountinfo."""
     for line in lines:
         before, _, after = line.partition(" - ")
-        fields, kind = before.split(" "), after.split(" ")
-        read_only = "ro" in fields[5].split(",")
-        mountpoint, source = _unescape(fields[4]), _unescape(kind[1])
-        yield MountInfo(mountpoint, fields[2], kind[0], source, read_only, fields[3] == "/")
+        _, _, device, root, mountpoint, options, *_ = before.split(" ")
+        type_, source, *_ = after.split(" ")
+        read_only = "ro" in options.split(",")
+        yield MountInfo(_unescape(mountpoint), device, type_, _unescape(source), read_only, root == "/")
 
 
 def mounted_at(path: str) -> MountInfo | None:
     """The topmost mount exactly at `path`, None if there is none."""
-    wanted = os.path.realpath(os.path.dirname(os.path.abspath(path)))
-    wanted = os.path.join(wanted, os.path.basename(os.path.abspath(path)))
-    found = None
-    for mount in mounts():
-        if mount.mountpoint == wanted:
-            found = mount
-    return found
+    parent, name = os.path.split(os.path.abspath(path))
+    wanted = os.path.join(os.path.realpath(parent), name)
+    return next((mount for mount in reversed(list(mounts())) if mount.mountpoint == wanted), None)
 
 
 def is_dead(path: str) -> bool:
@@ -74,19 +75,25 @@ def is_dead(path: str) -> bool:
     try:
         os.close(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
     except OSError as error:
-        return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+        return error.errno in DEAD_ERRNOS
     return False
 
 
 def clear_dead_mount(path: str, type_: str, source: str) -> bool:
-    """Unmounts what a killed daemon of the same type and source left at `path`; whether there was one."""
+    """Unmounts what killed daemons of the same type and source left at `path`; returns whether there was any.
+
+    Raises:
+        PitfsError: umount refuses.
+    """
     cleared = False
     while (
         (mount := mounted_at(path)) is not None
         and (mount.type, mount.source) == (type_, source)
         and is_dead(path)
     ):
-        subprocess.run(["umount", "-l", path], check=True, capture_output=True)
+        done = subprocess.run(["umount", "-l", "--", path], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise PitfsError(f"{path}: {done.stderr.strip()}: clear the dead mount with: umount -l {path}")
         log.info("%s: cleared the mount that a killed pitfs left there", path)
         cleared = True
     return cleared

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from pitfs.link.protocol.window import check_window
+from pitfs.model.group import NAME_RULE, identity_problem, is_name
 from pitfs.model.transfer import (
     Begin,
     Bookmark,
@@ -23,23 +24,18 @@ from pitfs.model.transfer import (
     Park,
     ResumePoint,
     StreamMark,
-    VolumeInfo,
     Welcome,
 )
 
 MAX_NUMBER: Final = (1 << 63) - 1  # the store's catalog and numpy columns are int64
-MAX_VOLUMES: Final = 256
 MAX_VERSIONS: Final = 64
 MAX_BOOKMARKS: Final = 4096  # for each transfer; with gaps they fit into BEGIN's limit of 4 MiB
 MAX_GAPS: Final = 512
 MAX_CURSOR: Final = 64
 MAX_COARSE: Final = 1024
-MAX_NAME_BYTES: Final = 255  # a directory entry
 MAX_TEXT_LENGTH: Final = 1000  # causes, identities
 MAX_MESSAGE_LENGTH: Final = 4000
 
-_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")  # groups and volumes (INTERFACE)
-_HEX: Final = re.compile(r"[0-9a-fA-F]{1,128}")
 _CODE: Final = re.compile(r"[a-z-]{1,32}")
 
 
@@ -106,24 +102,9 @@ def _check_parts(frame: object) -> None:
 
 
 def _check_hello(hello: Hello) -> None:
-    check_name("group", hello.group)
-    if not _HEX.fullmatch(hello.history):
-        raise ValueError(f"history {hello.history[:40]!r} isn't hexadecimal")
+    if problem := identity_problem(hello.group, hello.history, hello.volumes):
+        raise ValueError(problem)
     _check_numbers("epoch", (hello.epoch, hello.instance))
-    if not 1 <= len(hello.volumes) <= MAX_VOLUMES:
-        raise ValueError(f"{len(hello.volumes)} volumes, limit {MAX_VOLUMES}")
-    if len({volume.name for volume in hello.volumes}) != len(hello.volumes):
-        raise ValueError("two volumes of one name")
-    for volume in hello.volumes:
-        _check_volume(volume)
-
-
-def _check_volume(volume: VolumeInfo) -> None:
-    check_name("volume", volume.name)
-    if volume.block_size not in (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536):
-        raise ValueError(f"volume {volume.name}: block size {volume.block_size}")
-    if not 0 < volume.size_bytes <= MAX_NUMBER:
-        raise ValueError(f"volume {volume.name}: size {volume.size_bytes}")
 
 
 def _check_manifest(manifest: Manifest) -> None:
@@ -152,11 +133,8 @@ def _check_manifest(manifest: Manifest) -> None:
 
 
 def _check_bookmark(bookmark: Bookmark) -> None:
-    name = bookmark.name
-    if name in ("", ".", "..") or "/" in name or not name.isprintable():
-        raise ValueError(f"bookmark {name[:40]!r} can't be the name of a file")
-    if len(name.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES:
-        raise ValueError(f"bookmark of {len(name)} characters, limit {MAX_NAME_BYTES} bytes")
+    if not is_name(bookmark.name):
+        raise ValueError(f"bookmark {bookmark.name[:40]!r}: must be {NAME_RULE}")
     _check_numbers("bookmark", (bookmark.seq, bookmark.time_ns))
 
 
@@ -180,13 +158,3 @@ def _check_numbers(what: str, values: Iterable[int]) -> None:
 def _check_text(what: str, text: str, limit: int) -> None:
     if len(text) > limit:
         raise ValueError(f"{what} of {len(text)} characters, limit {limit}")
-
-
-def check_name(what: str, name: str) -> None:
-    """Checks the name of a group or volume, which becomes a path.
-
-    Raises:
-        ValueError: it isn't [A-Za-z0-9._-]{1,64}, or is `.` or `..`.
-    """
-    if not _NAME.fullmatch(name) or name in (".", ".."):
-        raise ValueError(f"{what} {name[:80]!r} isn't a name of [A-Za-z0-9._-], 1 to 64 characters")

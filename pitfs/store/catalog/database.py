@@ -1,11 +1,15 @@
 """The catalog's database: SQLite in WAL mode, every row with a checksum, its errors in our words.
 
-SQLite integers are signed: unsigned 64-bit pointers and checksums are stored as the signed number with the
-same bits.
+SQLite doesn't notice a bit that flips on the disk. So each row ends with a checksum, the xxh3_64 of the msgpack array
+[table, value, …] of the values as SQLite has them. It is compared whenever the row is read, and a row that was looked
+for by its key must have that key.
 
-SQLite doesn't notice a bit that flips on the disk. So each row ends with a checksum (`row_checksum`), the xxh3_64
-of the msgpack array [table, value, …], which is compared whenever the row is read, and a row that was looked for
-by its key must have that key.
+Tables and columns keep the names that the first catalogs gave them (the checksums have a table's name in):
+
+    tails   open intervals (`log_end` is where the durable part of the write-ahead log ends)
+    pieces  sorted runs of an open interval; `fence_…` is the run's sparse index
+    `snapshot`, `fourth`: id of the snapshot at an interval's end    `from_snapshot`: of its base snapshot
+    `tail_bytes`, `tail_checksum`: of an object's footer
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, Literal
 from urllib.parse import quote
 
 import apsw
@@ -23,10 +27,12 @@ from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CapacityError, CorruptionError, PitfsError, StoreError, StoreVersionError
 
-CATALOG_VERSION: Final = 3  # 1: journals without layers, 2: no tails; before the first release
+Mode = Literal["read", "write", "make"]
+
+CATALOG_VERSION: Final = 3  # 1: journals without layers, 2: no open intervals; before the first release
 PAGE_ROWS: Final = 512  # rows that a listing holds at once
-# It begins with fewer and takes twice as many each time: most who list want what lies in a short time, and a reader
-# of a directory may go on in another process for each reply.
+# A listing begins with fewer and takes twice as many each time: most listings are of a short time, and a reader of a
+# directory may go on in another process for each reply.
 FIRST_PAGE_ROWS: Final = 16
 DURABLE: Final = "FULL"  # a commit syncs the log
 NOT_DURABLE: Final = "NORMAL"  # the next commit that is durable does
@@ -86,17 +92,17 @@ _NO_INDEX: Final = (apsw.SQLITE_IOERR_SHMOPEN, apsw.SQLITE_IOERR_SHMSIZE, apsw.S
 REMEDY: Final = "put a copy of it back, or move the store away for a new full copy"
 
 
-def to_signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
+# Columns that are unsigned, by number: SQLite has the signed integer with the same bits.
+_UNSIGNED: Final = {"roots": (2, 3), "objects": (5,), "pieces": (8,)}
+_UNCHECKED: Final = {"gaps": 1}  # columns before those that the checksum is of: SQLite gives gaps their id
 
 
-def to_unsigned(value: int) -> int:
-    return value & ((1 << 64) - 1)
+def _to_signed(value: Any) -> Any:
+    return value - (1 << 64) if isinstance(value, int) and value >= 1 << 63 else value
 
 
-def row_checksum(table: str, values: Sequence[Any]) -> int:
-    """What the last column of a row of `table` must be; of `gaps` the id isn't among the values."""
-    return to_signed(xxh3_64_intdigest(msgspec.msgpack.encode((table, *values))))
+def _row_checksum(table: str, values: Sequence[Any]) -> Any:
+    return _to_signed(xxh3_64_intdigest(msgspec.msgpack.encode((table, *values))))
 
 
 @contextmanager
@@ -109,9 +115,7 @@ def _errors(path: str) -> Iterator[None]:
             f"{path}: No space left on device: make room on that file system; pitfs goes on by itself"
         ) from None
     except (apsw.CorruptError, apsw.NotADBError, UnicodeDecodeError) as error:
-        raise CorruptionError(
-            path, 0, f"{error}: {REMEDY}"
-        ) from None
+        raise CorruptionError(path, 0, f"{error}: {REMEDY}") from None
     except UnicodeEncodeError:
         raise StoreError(f"{path}: SQLite takes no path that isn't UTF-8: rename the directory") from None
     except apsw.IOError as error:
@@ -131,13 +135,13 @@ class Database:
 
     Args:
         path: catalog.sqlite.
-        mode: "read", "write", "make" (as write, made if it isn't there).
+        mode: "make" is "write", and makes the catalog if it isn't there.
 
     Raises:
         StoreError, StoreVersionError, CorruptionError, CapacityError, PitfsError: also from every method.
     """
 
-    def __init__(self, path: str, mode: str = "read") -> None:
+    def __init__(self, path: str, mode: Mode = "read") -> None:
         self.path = path
         self._lock = threading.RLock()  # held from what a change builds on until it is committed
         with _errors(path):
@@ -149,14 +153,14 @@ class Database:
             self._db.close()
             raise
 
-    def _connect(self, mode: str) -> apsw.Connection:
+    def _connect(self, mode: Mode) -> apsw.Connection:
         if mode != "read":
             return apsw.Connection(self.path, flags=apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE)
         if not os.statvfs(self.path).f_flag & os.ST_RDONLY:
-            writable = os.access(self.path, os.W_OK)  # a reader needs the -shm file; read-only where it can't
+            writable = os.access(self.path, os.W_OK)  # a reader writes the -shm file where it may
             flags = apsw.SQLITE_OPEN_READWRITE if writable else apsw.SQLITE_OPEN_READONLY
             return apsw.Connection(self.path, flags=flags)
-        # There nobody writes, and SQLite can't make its -shm file. It wouldn't look into the log either.
+        # On a read-only file system nobody writes. SQLite has no -shm file there, and doesn't look into its log.
         log = f"{self.path}-wal"
         if os.path.exists(log) and os.path.getsize(log):
             raise StoreError(
@@ -166,9 +170,9 @@ class Database:
         uri = f"file:{quote(self.path)}?immutable=1"
         return apsw.Connection(uri, flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI)
 
-    def _prepare(self, mode: str) -> None:
+    def _prepare(self, mode: Mode) -> None:
         self._db.set_busy_timeout(BUSY_MS)
-        (version,) = self._rows("PRAGMA user_version")[0]
+        (version,) = self.rows("PRAGMA user_version")[0]
         if version > CATALOG_VERSION:
             raise StoreVersionError(
                 f"{self.path}: catalog of version {version}, this pitfs knows up to {CATALOG_VERSION}: "
@@ -180,9 +184,7 @@ class Database:
                 "one, and receive into a new store with this one"
             )
         if version == 0 and mode != "make":
-            raise StoreError(
-                f"{self.path}: no catalog of a store: {REMEDY}"
-            )
+            raise StoreError(f"{self.path}: no catalog of a store: {REMEDY}")
         if mode == "read":
             self._db.execute("PRAGMA query_only = 1")
             return
@@ -197,31 +199,36 @@ class Database:
         with self._lock:
             self._db.close()
 
-    def _rows(self, sql: str, bindings: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+    def rows(self, sql: str, bindings: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         with self._lock, _errors(self.path):
             return list(self._db.execute(sql, tuple(bindings)))
 
-    def _verified(self, table: str, row: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The row without its checksum. Raises CorruptionError if it isn't the one that was written."""
-        *values, checksum = row
-        if checksum != row_checksum(table, values):
+    def verified(self, table: str, row: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What was put. Raises CorruptionError if the row isn't the one that was written."""
+        values = list(row[_UNCHECKED.get(table, 0) : -1])
+        if row[-1] != _row_checksum(table, values):
             raise CorruptionError(self.path, 0, f"a row of {table} doesn't match its checksum: {REMEDY}")
+        for column in _UNSIGNED.get(table, ()):
+            values[column] &= (1 << 64) - 1
         return tuple(values)
 
-    def _row(self, table: str, sql: str, *bindings: Any) -> tuple[Any, ...] | None:
+    def row(self, table: str, sql: str, *bindings: Any) -> tuple[Any, ...] | None:
         """The first row that `SELECT * FROM table` with `sql` behind it finds."""
-        rows = self._rows(f"SELECT * FROM {table} {sql} LIMIT 1", bindings)
-        return self._verified(table, rows[0]) if rows else None
+        rows = self.rows(f"SELECT * FROM {table} {sql} LIMIT 1", bindings)
+        return self.verified(table, rows[0]) if rows else None
 
-    def _row_of(self, table: str, column: int, name: str, key: Any) -> tuple[Any, ...] | None:
-        """The row whose column has that value; an index that leads to another one is damaged."""
-        row = self._row(table, f"WHERE {name} = ?", key)
+    def row_of(self, table: str, name: str, key: Any, column: int = 0) -> tuple[Any, ...] | None:
+        """The row whose column, of that name and number, has that value.
+
+        An index that leads to another row is damaged.
+        """
+        row = self.row(table, f"WHERE {name} = ?", key)
         if row is not None and row[column] != key:
             raise CorruptionError(self.path, 0, f"the index of {table} is damaged: {REMEDY}")
         return row
 
     @contextmanager
-    def _changes(self, durable: bool = True) -> Iterator[None]:
+    def changes(self, durable: bool = True) -> Iterator[None]:
         """A transaction: what is read in it stays so until it is committed.
 
         durable: survives power loss when it returns; else the catalog may be the one before then.
@@ -236,11 +243,16 @@ class Database:
                 if not durable:
                     self._db.execute(f"PRAGMA synchronous = {DURABLE}")
 
-    def _put(self, table: str, values: Sequence[Any], conflict: str = "") -> None:
-        """Inserts a row with its checksum."""
-        places = ", ".join(f"?{number}" for number in range(1, len(values) + 2))
-        sql = f"INSERT INTO {table} VALUES ({places}) {conflict}"
-        self._db.execute(sql, (*values, row_checksum(table.partition(" ")[0], values)))
+    def put(self, table: str, values: Sequence[Any], conflict: str = "") -> None:
+        """Inserts a row with its checksum; within `changes`."""
+        signed = [*map(_to_signed, values)]
+        checksum = _row_checksum(table, signed[_UNCHECKED.get(table, 0) :])
+        places = ", ".join(f"?{number}" for number in range(1, len(signed) + 2))
+        self._db.execute(f"INSERT INTO {table} VALUES ({places}) {conflict}", (*signed, checksum))
+
+    def delete(self, table: str, name: str, key: Any) -> None:
+        """Deletes the rows whose column of that name has that value; within `changes`."""
+        self._db.execute(f"DELETE FROM {table} WHERE {name} = ?", (key,))
 
     @contextmanager
     def one_moment(self) -> Iterator[None]:

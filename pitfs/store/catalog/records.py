@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pitfs.model.blockmap import MapEntry
 from pitfs.model.ladder import layer_of
 from pitfs.model.transfer import Manifest
+from pitfs.store.objects.format import ObjectRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,7 @@ class Interval:
     """What lies between two neighbouring snapshots, (from_seq, to_seq].
 
     Attributes:
-        end_snapshot_id, base_snapshot_id: of the snapshots at its end and start (the patent's fourth, third).
+        end_snapshot_id, base_snapshot_id: of the snapshots at its end and start (the patent's fourth and third).
         first_time_ns: time of the first write in it, None if that isn't known.
         granularity_ns: 0 every write can be reached, None snapshots only.
         cause: why.
@@ -50,23 +51,12 @@ class Interval:
 
 
 @dataclass(frozen=True, slots=True)
-class ObjectRecord:
-    """An object as the catalog knows it."""
-
-    name: str
-    kind: int
-    snapshot_id: int
-    data_bytes: int
-    footer_bytes: int
-    footer_checksum: int
-
-
-@dataclass(frozen=True, slots=True)
 class Commit:
-    """All that one transfer, or the closing of a tail, adds to the history.
+    """All that one transfer, or the closing of an open interval, adds to the history.
 
     Attributes:
-        snapshot: None if nothing was written in it. tail: id of the tail that it takes the place of.
+        snapshot: None if nothing was written in it.
+        open_interval_id: of the open interval that it takes the place of.
     """
 
     manifest: Manifest
@@ -96,12 +86,12 @@ class LayersCommit:
 
 @dataclass(frozen=True, slots=True)
 class SortedRun:
-    """A part of a tail that can be read: rows and positions of writes first_seq to to_seq (that one is in).
+    """A readable part of an open interval: rows and positions of writes first_seq to to_seq (that one is in).
 
     Attributes:
-        open_interval_id: id of the tail in whose log it stands.
+        open_interval_id: of the open interval in whose write-ahead log it is.
         level: how often it was merged.
-        fence_offset, fence_bytes, fence_checksum: of the fence table of its chunks (see `store.journals`).
+        sparse_index_offset, …_bytes, …_checksum: of the sparse index of its chunks (`store.index.format`).
     """
 
     open_interval_id: int
@@ -117,16 +107,16 @@ class SortedRun:
 
 @dataclass(frozen=True, slots=True)
 class OpenInterval:
-    """The open interval as far as it can be read; or one that was closed and isn't a snapshot yet.
+    """The open interval as far as it is readable; or one that was closed and isn't a snapshot yet.
 
     Attributes:
-        id: of its log, journal-<id>.blocks: a number of snapshots that none will have.
-        fourth, from_snapshot: ids of the snapshots at its end (once it is closed) and at its start; that one
-            may still be made of the tail before.
-        to_seq, to_time_ns: the last write that can be read; where nothing can yet, where it begins.
-        wal_end: byte of the log up to which all is durable and in pieces.
+        id: of its write-ahead log, journal-<id>.blocks: a snapshot's id that no snapshot will have.
+        end_snapshot_id: of the snapshot that is made of it once it is closed.
+        base_snapshot_id: of the snapshot where it begins, which may still be made of the open interval before.
+        to_seq, to_time_ns: the last readable write; where it begins if there is none.
+        wal_end: byte of the log up to which all is durable and in sorted runs.
         mark: at its end, 0 while it is open; then also protected_through_ns and bookmark.
-        runs: all that can be read, by seq.
+        runs: all that is readable, by seq.
     """
 
     id: int
@@ -147,8 +137,9 @@ class OpenInterval:
     def interval(self) -> Interval:
         """As it is listed."""
         return Interval(
-            self.end_snapshot_id, self.base_snapshot_id, self.from_seq, self.from_time_ns, self.to_seq, self.to_time_ns,
-            self.first_time_ns, 0, "streaming", sum(piece.row_count for piece in self.runs),
+            self.end_snapshot_id, self.base_snapshot_id, self.from_seq, self.from_time_ns,
+            self.to_seq, self.to_time_ns, self.first_time_ns, 0, "streaming",
+            sum(run.row_count for run in self.runs),
         )  # fmt: skip
 
 
@@ -158,17 +149,20 @@ class Resolution:
 
     Attributes:
         seq, time_ns: its position.
-        kind: "snapshot" or "intermediary".
-        granularity_ns: of the interval it lies in, or that it ends: 0 every write, None snapshots only.
-        base_snapshot_id: of the snapshot (the third) whose block map holds what the journal doesn't; while that
+        granularity_ns: of the interval that it is in, or that it ends: 0 every write, None snapshots only.
+        base_snapshot_id: of the snapshot whose block map has what the journal doesn't (the patent's third); while that
             snapshot is built, of the open interval that it is built from.
-        end_snapshot_id: of the snapshot at the interval's end (the fourth) whose difference journal comes first;
-            None for a snapshot.
+        end_snapshot_id: of the snapshot at the interval's end (the fourth), whose difference journal comes first; None
+            where the state is a snapshot itself.
     """
 
     seq: int
     time_ns: int
-    kind: str
     granularity_ns: int | None
     base_snapshot_id: int
     end_snapshot_id: int | None
+
+    @property
+    def kind(self) -> str:
+        """As users see it."""
+        return "snapshot" if self.end_snapshot_id is None else "intermediary"

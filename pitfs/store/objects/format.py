@@ -4,32 +4,32 @@
       store.json                     who it belongs to; written last when a store is made
       catalog.sqlite                 what there is; its commit is the moment anything comes to be
       writer.lock                    held by the process that writes
-      objects/snapshot-<s>.map       block map nodes written by snapshot s (8192 bytes each), then facts
+      objects/snapshot-<s>.map       block map nodes written by snapshot s (8192 bytes each), then its manifest
       objects/snapshot-<s>.blocks    contents of its diff
       objects/journal-<s>-<l>.index  difference journal of the interval that ends at s, layers up to l, then its
-                                     fence table; a finer one replaces it
+                                     sparse index; a finer one replaces it
       objects/journal-<s>.blocks     contents that only this journal has; of a number that no snapshot has:
-                                     the log of a tail (see `store.taillog`)
+                                     the log of an open interval (`store.open_interval.wal`)
       staging/                       the transfer under way
       staging/layers-<s>/            layers of a difference journal under way, or put off
-      staging/closing-<s>/           what is made of a tail that was closed
-      holders/                       who reads which instants now (see `store.holders`); made when one does
+      staging/closing-<s>/           what is made of an open interval that was closed
+      pins/                          who reads which instants now (`store.pins.pins`); made when one does
 
 <s> is the snapshot's id in 16 hex digits, <l> the number of a layer (see `model.ladder`). Every object begins
 with a header of 4096 bytes, little-endian:
 
     offset size
-     0      8   magic          "PITFSOBJ"
-     8      4   version        1
-    12      2   kind           1 map, 2 snapshot blocks, 3 journal index, 4 journal blocks
-    14      2   form           0 hot: the data stand as they are; others are room for a cold form
-    16     16   history        which group's history it belongs to
-    32      8   snapshot       id
-    40      8   data_bytes     length of the data area, which begins at byte 4096
-    48      8   tail_bytes     length of what stands behind the data area
-    56      8   tail_checksum  xxh3_64 of it, 0 if there is none
-    64      8   checksum       xxh3_64 of bytes 0..64
-    72   4024   zeros          room for the cold form
+     0      8   magic            "PITFSOBJ"
+     8      4   version          1
+    12      2   kind             1 map, 2 snapshot blocks, 3 journal index, 4 journal blocks
+    14      2   form             0 hot: the data as they are; others are room for a cold form
+    16     16   history          which group's history it belongs to
+    32      8   snapshot         id
+    40      8   data_bytes       length of the data area, which begins at byte 4096
+    48      8   footer_bytes     length of the footer, which follows the data area
+    56      8   footer_checksum  xxh3_64 of the footer, 0 if there is none
+    64      8   checksum         xxh3_64 of bytes 0..64
+    72   4024   zeros            room for the cold form
 
 A pointer (uint64) leads to contents: object << 36 | unit, where a unit is 512 bytes from the start of the
 data area and object is 2s for snapshot-<s>.blocks, 2s + 1 for journal-<s>.blocks. In inner nodes of the block
@@ -39,21 +39,17 @@ map and in roots it leads to a node: s << 36 | number of the node in snapshot-<s
 from __future__ import annotations
 
 import enum
-import os
 import re
 import struct
 from dataclasses import dataclass
 from typing import Final
 
-import msgspec
 from xxhash import xxh3_64_intdigest
 
-from pitfs.errors import CorruptionError, StoreError, StoreVersionError
+from pitfs.errors import CorruptionError, StoreVersionError
 from pitfs.model.ladder import LAST_LAYER
-from pitfs.model.transfer import UNIT_BYTES, VolumeInfo
-from pitfs.storage.files import storage_error
+from pitfs.model.transfer import UNIT_BYTES
 
-FORMAT: Final = "pitfs-store"
 VERSION: Final = 1
 MAGIC: Final = b"PITFSOBJ"
 HEADER_BYTES: Final = 4096
@@ -65,7 +61,6 @@ UNIT_BITS: Final = 36
 UNIT_MASK: Final = (1 << UNIT_BITS) - 1
 MAX_UNITS: Final = 1 << UNIT_BITS  # of one object: 32 TiB
 MAX_SNAPSHOT_ID: Final = (1 << (64 - UNIT_BITS - 1)) - 1
-MAX_VOLUMES: Final = 1024
 MAX_SEQ: Final = (1 << 46) - 1  # what an inode number has room for: 447 years of 5,000 writes a second
 
 STORE_JSON: Final = "store.json"
@@ -73,10 +68,8 @@ CATALOG: Final = "catalog.sqlite"
 LOCK: Final = "writer.lock"
 OBJECTS: Final = "objects"
 STAGING: Final = "staging"
-HOLDERS: Final = "holders"
+PINS: Final = "pins"
 
-_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_HISTORY: Final = re.compile(r"[0-9a-f]{32}")
 _OBJECT_NAME: Final = re.compile(
     r"snapshot-[0-9a-f]{16}\.(?:map|blocks)|journal-(?P<blocks>[0-9a-f]{16})\.blocks"
     r"|journal-(?P<index>[0-9a-f]{16})-(?P<layer>[0-9])\.index"
@@ -98,9 +91,9 @@ _NAMES: Final = {
 }
 
 
-def object_file(kind: ObjectKind, snapshot: int, layer: int = LAST_LAYER) -> str:
+def object_file(kind: ObjectKind, snapshot_id: int, layer: int = LAST_LAYER) -> str:
     """File name of an object in objects/; `layer`: of an index."""
-    return _NAMES[kind].format(snapshot, layer)
+    return _NAMES[kind].format(snapshot_id, layer)
 
 
 def is_object_file(name: str) -> bool:
@@ -114,14 +107,14 @@ def index_of(name: str) -> tuple[int, int] | None:
 
 
 def journal_blocks_of(name: str) -> int | None:
-    """Snapshot id, or id of a tail, where that is the name of a journal's contents."""
+    """Snapshot id, or id of an open interval, where that is the name of a journal's contents."""
     found = _OBJECT_NAME.fullmatch(name)
     return int(found["blocks"], 16) if found and found["blocks"] else None
 
 
-def contents_object(snapshot: int, kind: ObjectKind) -> int:
-    """Number of a contents object as it stands in pointers."""
-    return 2 * snapshot + (kind is ObjectKind.JOURNAL_BLOCKS)
+def contents_object(snapshot_id: int, kind: ObjectKind) -> int:
+    """Number of a contents object, as pointers have it."""
+    return 2 * snapshot_id + (kind is ObjectKind.JOURNAL_BLOCKS)
 
 
 def contents_kind(number: int) -> tuple[ObjectKind, int]:
@@ -134,6 +127,10 @@ def pointer(number: int, unit: int) -> int:
     return number << UNIT_BITS | unit
 
 
+def contents_pointer(kind: ObjectKind, snapshot_id: int, unit: int = 0) -> int:
+    return pointer(contents_object(snapshot_id, kind), unit)
+
+
 def pointer_object(value: int) -> int:
     return value >> UNIT_BITS
 
@@ -143,7 +140,7 @@ def pointer_unit(value: int) -> int:
 
 
 def data_offset(unit: int) -> int:
-    """Byte in a contents object where `unit` stands."""
+    """Byte of a contents object at which `unit` begins."""
     return HEADER_BYTES + unit * UNIT_BYTES
 
 
@@ -176,7 +173,7 @@ class ObjectHeader:
         """
         if len(data) < HEADER.size + _CHECKSUM.size:
             raise CorruptionError(what, len(data), "the file ends inside its header")
-        magic, version, kind, form, history, snapshot, data_bytes, tail_bytes, tail_checksum = (
+        magic, version, kind, form, history, snapshot_id, data_bytes, footer_bytes, footer_checksum = (
             HEADER.unpack_from(data)
         )
         (checksum,) = _CHECKSUM.unpack_from(data, HEADER.size)
@@ -187,94 +184,16 @@ class ObjectHeader:
                 f"{what}: object of version {version}, form {form}, kind {kind}; this pitfs knows version "
                 f"{VERSION}, form 0: use the pitfs that wrote it, or a newer one"
             )
-        return cls(ObjectKind(kind), history, snapshot, data_bytes, tail_bytes, tail_checksum)
+        return cls(ObjectKind(kind), history, snapshot_id, data_bytes, footer_bytes, footer_checksum)
 
 
-class StoreInfo(msgspec.Struct, frozen=True):
-    """store.json: whose store it is; never changes."""
+@dataclass(frozen=True, slots=True)
+class ObjectRecord:
+    """An object as the catalog knows it."""
 
-    format: str
-    version: int
-    group: str
-    history: str
-    volumes: tuple[VolumeInfo, ...]
-
-
-def is_name(text: str) -> bool:
-    """Whether it can name a group, a volume or a bookmark, and so a file."""
-    return _NAME.fullmatch(text) is not None and text not in (".", "..")
-
-
-def check_identity(group: str, history: str, volumes: tuple[VolumeInfo, ...]) -> str | None:
-    """What is wrong with a group's description, which comes from a peer or a file and names a directory."""
-    if not is_name(group):
-        return f"group name {group[:80]!r}: must be 1 to 64 of A-Z a-z 0-9 . _ -"
-    if not _HISTORY.fullmatch(history):
-        return "history: must be 32 lower-case hex digits"
-    if not 1 <= len(volumes) <= MAX_VOLUMES:
-        return f"{len(volumes)} volumes: must be 1 to {MAX_VOLUMES}"
-    if len({volume.name for volume in volumes}) != len(volumes):
-        return "two volumes of the same name"
-    for volume in volumes:
-        if not is_name(volume.name):
-            return f"volume name {volume.name[:80]!r}: must be 1 to 64 of A-Z a-z 0-9 . _ -"
-        size = volume.block_size
-        if not 512 <= size <= 65536 or size & (size - 1):
-            return f"volume {volume.name}: block size {size}: must be a power of two from 512 to 65536"
-        if not 0 < volume.size_bytes <= MAX_UNITS * UNIT_BYTES:
-            return f"volume {volume.name}: size of {volume.size_bytes} bytes: must be 1 byte to 32 TiB"
-    return None
-
-
-def read_store_info(path: str) -> StoreInfo:
-    """What store.json of the store at `path` says.
-
-    Raises:
-        StoreError: it isn't a store; the message says what is missing.
-        StoreVersionError: a newer pitfs wrote it.
-    """
-    looks = (
-        f"a store is a directory ROOT/GROUP that `pitfs receive` made: {STORE_JSON}, {CATALOG}, {OBJECTS}/"
-    )
-    name = os.path.join(path, STORE_JSON)
-    try:
-        with open(name, "rb") as file:
-            data = file.read(1 << 20)
-    except FileNotFoundError:
-        if not os.path.isdir(path):
-            raise StoreError(f"{path}: no such directory: {looks}") from None
-        raise StoreError(f"{path}: not a store, it has no {STORE_JSON}: {looks}{_stores_in(path)}") from None
-    except NotADirectoryError:
-        raise StoreError(f"{path}: not a directory: {looks}") from None
-    except OSError as error:
-        raise storage_error(error, name, "reading") from error
-    try:
-        head = msgspec.json.decode(data, type=dict)
-        if head.get("format") != FORMAT or not isinstance(head.get("version"), int):
-            raise StoreError(f"{name}: not of a pitfs store: {looks}")
-        if head["version"] > VERSION:
-            raise StoreVersionError(
-                f"{path}: store of version {head['version']}, this pitfs knows up to {VERSION}: "
-                f"use a newer pitfs"
-            )
-        info = msgspec.json.decode(data, type=StoreInfo)
-    except msgspec.MsgspecError as error:
-        raise StoreError(f"{name}: damaged: {error}: put it back from another copy of the store") from None
-    problem = check_identity(info.group, info.history, info.volumes)
-    if problem:
-        raise StoreError(f"{name}: damaged: {problem}: put it back from another copy of the store")
-    for part in (CATALOG, OBJECTS):
-        if not os.path.exists(os.path.join(path, part)):
-            raise StoreError(f"{path}: not a whole store, it has no {part}: {looks}")
-    return info
-
-
-def _stores_in(path: str) -> str:
-    """A hint where the user named the root instead of a store in it."""
-    try:
-        names = sorted(
-            entry.name for entry in os.scandir(path) if os.path.exists(os.path.join(entry.path, STORE_JSON))
-        )
-    except OSError:
-        return ""
-    return f"; there are stores in it: {', '.join(names[:5])}" if names else ""
+    name: str
+    kind: int
+    snapshot_id: int
+    data_bytes: int
+    footer_bytes: int
+    footer_checksum: int

@@ -7,8 +7,10 @@ import os
 import resource
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Final
+from functools import wraps
+from typing import Final, ParamSpec, TypeVar
 
 from xxhash import xxh3_64_intdigest
 
@@ -21,12 +23,14 @@ from pitfs.store.objects.format import (
     ObjectKind,
     contents_kind,
     contents_object,
-    data_offset,
     object_file,
 )
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 MAX_OPEN_OBJECTS: Final = 256  # well below the usual soft limit of 1024 descriptors
-# The blocks of one image may stand in as many objects as there were snapshots before it: with 256 descriptors and
+# The blocks of one image may be in as many objects as there were snapshots before it: with 256 descriptors and
 # 1,000 such objects reads took 2.5 times as long. Some 500 bytes each, kernel and all.
 MAX_OPEN_OBJECTS_READING: Final = 8192
 _OTHER_FILES: Final = 256  # descriptors that are left to whatever else the process does
@@ -46,7 +50,20 @@ def reading_limit() -> int:
 
 
 class MissingObjectError(CorruptionError):
-    """An object isn't there: a finer index may have taken its place, or an interval that of a tail's log."""
+    """An object is missing: a finer index may have taken its place, or an interval the place of an open one."""
+
+
+def again_if_replaced(method: Callable[P, T]) -> Callable[P, T]:
+    """Asks once more where an object is missing: what took its place is in the catalog by now."""
+
+    @wraps(method)
+    def ask(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return method(*args, **kwargs)
+        except MissingObjectError:
+            return method(*args, **kwargs)
+
+    return ask
 
 
 class Descriptor(int):
@@ -62,6 +79,13 @@ class Descriptor(int):
         os.close(self)
 
 
+_Key = int | tuple[ObjectKind, int, int]
+
+
+def _key(kind: ObjectKind, snapshot_id: int, layer: int) -> _Key:
+    return contents_object(snapshot_id, kind) if kind in _CONTENTS else (kind, snapshot_id, layer)
+
+
 class ObjectPool:
     """Objects of one store, opened for reading as they are needed.
 
@@ -75,62 +99,48 @@ class ObjectPool:
         self.directory = directory
         self._history = history
         self._limit = limit
-        self._open: OrderedDict[tuple[ObjectKind, int, int], Descriptor] = OrderedDict()
-        # The contents objects among them by number: what every read asks, without the lock. A hit doesn't
-        # count as a use: at worst an object is opened once more.
-        self._contents: dict[int, Descriptor] = {}
+        # Contents objects by their number, others by what they are. Look-ups by number take no lock, since every read
+        # makes one. They don't count as a use: at worst an object is opened once more.
+        self._open: OrderedDict[_Key, Descriptor] = OrderedDict()
         self._lock = threading.Lock()
         # Descriptor of the contents object with that number (of a pointer) if it is open: never waits.
-        self.opened = self._contents.get
+        self.opened: Callable[[int], Descriptor | None] = self._open.get
 
     def fd(self, object_number: int) -> Descriptor:
         """As `opened`, but opens it if need be; good for as long as the caller holds it.
 
         Raises:
             CorruptionError: it is missing, or it isn't that object.
-            PitfsError: it can't be opened.
+            PitfsError: the disk refuses.
         """
-        fd = self._contents.get(object_number)
-        if fd is not None:
-            return fd
-        kind, snapshot = contents_kind(object_number)
-        return self.fd_of(kind, snapshot)
+        fd = self.opened(object_number)
+        return fd if fd is not None else self.fd_of(*contents_kind(object_number))
 
-    def data_offset(self, unit: int) -> int:
-        """Byte of a contents object where `unit` stands."""
-        return data_offset(unit)
-
-    def fd_of(self, kind: ObjectKind, snapshot: int, layer: int = LAST_LAYER) -> Descriptor:
+    def fd_of(self, kind: ObjectKind, snapshot_id: int, layer: int = LAST_LAYER) -> Descriptor:
         """As `fd`, for an object of any kind; `layer`: of an index."""
-        key = (kind, snapshot, layer)
+        key = _key(kind, snapshot_id, layer)
         with self._lock:
             fd = self._open.get(key)
             if fd is not None:
                 self._open.move_to_end(key)
                 return fd
-        fd = self._open_checked(kind, snapshot, layer)  # without the lock: one slow object doesn't keep others waiting
+        fd = self._open_checked(kind, snapshot_id, layer)  # without the lock: one slow object delays no other
         with self._lock:
             fd = self._open.setdefault(key, fd)  # another thread may have been faster
-            if kind in _CONTENTS:
-                self._contents[contents_object(snapshot, kind)] = fd
             if len(self._open) > self._limit:
-                (kind, snapshot, _), _ = self._open.popitem(last=False)
-                if kind in _CONTENTS:
-                    del self._contents[contents_object(snapshot, kind)]
+                self._open.popitem(last=False)
         return fd
 
-    def forget(self, kind: ObjectKind, snapshot: int) -> None:
+    def forget(self, kind: ObjectKind, snapshot_id: int) -> None:
         """Lets go of an object that was removed: its room is free when the last one who reads it is done."""
         with self._lock:
-            self._open.pop((kind, snapshot, LAST_LAYER), None)
-            if kind in _CONTENTS:
-                self._contents.pop(contents_object(snapshot, kind), None)
+            self._open.pop(_key(kind, snapshot_id, LAST_LAYER), None)
 
-    def path_of(self, kind: ObjectKind, snapshot: int, layer: int = LAST_LAYER) -> str:
-        return os.path.join(self.directory, object_file(kind, snapshot, layer))
+    def path_of(self, kind: ObjectKind, snapshot_id: int, layer: int = LAST_LAYER) -> str:
+        return os.path.join(self.directory, object_file(kind, snapshot_id, layer))
 
     def read_verified(
-        self, kind: ObjectKind, snapshot: int, size: int, offset: int, checksum: int, layer: int = LAST_LAYER
+        self, kind: ObjectKind, snapshot_id: int, size: int, offset: int, checksum: int, layer: int = LAST_LAYER
     ) -> bytes:
         """Bytes of an object whose xxh3_64 is `checksum`.
 
@@ -138,8 +148,8 @@ class ObjectPool:
             CorruptionError: they aren't those.
             PitfsError: the disk refuses.
         """
-        path = self.path_of(kind, snapshot, layer)
-        fd = self.fd_of(kind, snapshot, layer)
+        path = self.path_of(kind, snapshot_id, layer)
+        fd = self.fd_of(kind, snapshot_id, layer)
         try:
             data = read_exactly(fd, size, offset, path)
         except OSError as error:
@@ -151,10 +161,9 @@ class ObjectPool:
     def close(self) -> None:
         with self._lock:
             self._open.clear()
-            self._contents.clear()
 
-    def _open_checked(self, kind: ObjectKind, snapshot: int, layer: int) -> Descriptor:
-        path = self.path_of(kind, snapshot, layer)
+    def _open_checked(self, kind: ObjectKind, snapshot_id: int, layer: int) -> Descriptor:
+        path = self.path_of(kind, snapshot_id, layer)
         try:
             fd = Descriptor(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         except OSError as error:
@@ -165,6 +174,6 @@ class ObjectPool:
             header = ObjectHeader.decode(read_exactly(fd, HEADER_BYTES, 0, path), path)
         except OSError as error:
             raise storage_error(error, path, "reading") from error
-        if (header.kind, header.snapshot_id, header.history) != (kind, snapshot, self._history):
+        if (header.kind, header.snapshot_id, header.history) != (kind, snapshot_id, self._history):
             raise CorruptionError(path, 0, "it is another object than its name says")
         return fd

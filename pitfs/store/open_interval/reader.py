@@ -1,32 +1,58 @@
-"""Tails as readers see them: instants between the last snapshot and the last write that can be read."""
+"""Open intervals as readers see them: instants between the last snapshot and the last readable write."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
-from pitfs.model.blockmap import FANOUT, FANOUT_BITS, U64Array
+from pitfs.model.blockmap import U64Array
+from pitfs.model.position import Position
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.records import OpenInterval, Resolution, SortedRun
-from pitfs.store.index.journal_index import ChunkCache, Position, RowIndex
+from pitfs.store.index.reader import ChunkCache, RowIndex
 from pitfs.store.objects.cache import Cache
 from pitfs.store.objects.format import ObjectKind
 from pitfs.store.objects.pool import ObjectPool
-from pitfs.store.open_interval.sorted_runs import open_piece
+from pitfs.store.open_interval.sorted_runs import open_run
 
-MAX_CACHED_FENCE_BYTES: Final = 4 << 20  # fence tables of pieces: 40 bytes for 2048 rows, and for each piece
-_FENCE_OVERHEAD_BYTES: Final = 1024
+MAX_CACHED_BYTES: Final = 4 << 20  # of sparse indexes of runs: 40 bytes for 2048 rows, and for each run
+_OVERHEAD_BYTES: Final = 1024
+
+
+class WrittenBlocks:
+    """What an open interval's sorted runs have; an open interval's counterpart of a difference journal."""
+
+    def __init__(self, runs: Sequence[SortedRun], index_of: Callable[[SortedRun], RowIndex]) -> None:
+        self._runs, self._index_of = runs, index_of
+
+    def overlay(self, seq: int, volume: int, leaf_index: int, pointers: U64Array, checksums: U64Array) -> None:
+        """Puts into a leaf what was written to its blocks up to `seq`: later runs over earlier ones (figure 8)."""
+        for run in self._runs:
+            if run.first_seq <= seq:
+                self._index_of(run).overlay(seq, volume, leaf_index, pointers, checksums)
+
+    def next_leaf(self, volume: int, first: int, after_seq: int, through_seq: int) -> int | None:
+        """Index of the first leaf, not before `first`, into which writes (after_seq, through_seq] went; or None."""
+        runs = (run for run in self._runs if run.to_seq > after_seq and run.first_seq <= through_seq)
+        found = (self._index_of(run).next_leaf(volume, first, after_seq, through_seq) for run in runs)
+        return min((leaf for leaf in found if leaf is not None), default=None)
 
 
 class OpenIntervals:
-    """The tails of a store; `chunks` is shared with its journals. Methods raise MissingObjectError where a log has
-    been removed since: then an interval took the place of its tail."""
+    """The open intervals of a store: one, or two while the earlier one is being closed.
+
+    Methods raise MissingObjectError where a WAL has been removed since: then a snapshot took the place of
+    its open interval.
+
+    Args:
+        chunks: shared with the store's difference journals.
+    """
 
     def __init__(self, catalog: Catalog, objects: ObjectPool, chunks: ChunkCache) -> None:
         self._catalog, self._objects, self._chunks = catalog, objects, chunks
         self._known: tuple[int, tuple[OpenInterval, ...]] = -1, ()
         self._indexes: Cache[tuple[int, int], RowIndex] = Cache(
-            MAX_CACHED_FENCE_BYTES, lambda index: index.fence_bytes + _FENCE_OVERHEAD_BYTES
+            MAX_CACHED_BYTES, lambda index: index.sparse_index_bytes + _OVERHEAD_BYTES
         )
 
     def now(self) -> tuple[OpenInterval, ...]:
@@ -35,60 +61,47 @@ class OpenIntervals:
         known, before = self._known
         if known == version:
             return before
-        tails = self._catalog.tails()
-        for gone in {tail.id for tail in before} - {tail.id for tail in tails}:
-            self._objects.forget(ObjectKind.JOURNAL_BLOCKS, gone)  # else its log would take room for ever
-        self._known = version, tails
-        return tails
+        now = self._catalog.open_intervals()
+        for gone in {each.id for each in before} - {each.id for each in now}:
+            self._objects.forget(ObjectKind.JOURNAL_BLOCKS, gone)  # else its WAL would take room for ever
+        self._known = version, now
+        return now
 
-    def latest(self, tails: Sequence[OpenInterval], after_seq: int) -> Resolution | None:
+    def latest(self, now: Sequence[OpenInterval], after_seq: int) -> Resolution | None:
         """The newest state, if it is after the snapshot at `after_seq`."""
-        for tail in reversed(tails):
-            if tail.runs and tail.to_seq > after_seq:
-                return _resolution(tail, (tail.to_seq, tail.to_time_ns))
+        for each in reversed(now):
+            if each.runs and each.to_seq > after_seq:
+                return _resolution(each, Position(each.to_seq, each.to_time_ns))
         return None
 
-    def at_seq(self, tails: Sequence[OpenInterval], after_seq: int, seq: int) -> Resolution | None:
-        """The state after write `seq`, if it lies behind the snapshot at `after_seq` and can be read."""
-        for tail in reversed(tails):
-            if tail.from_seq >= after_seq and tail.from_seq < seq <= tail.to_seq:
-                piece = [piece for piece in tail.runs if piece.first_seq <= seq][-1]
-                position = self._index(piece).position_at_seq(seq)
-                return _resolution(tail, position) if position is not None else None
+    def at_seq(self, now: Sequence[OpenInterval], after_seq: int, seq: int) -> Resolution | None:
+        """The state after write `seq`, if that is behind the snapshot at `after_seq` and readable."""
+        for each in reversed(now):
+            if each.from_seq >= after_seq and each.from_seq < seq <= each.to_seq:
+                run = [run for run in each.runs if run.first_seq <= seq][-1]
+                return _resolution(each, self._index(run).position_at_seq(seq))
         return None
 
-    def at_time(self, tails: Sequence[OpenInterval], after_seq: int, time_ns: int) -> Resolution | None:
-        """The newest state not after `time_ns`, if it lies behind the snapshot at `after_seq`."""
-        for tail in reversed(tails):
-            pieces = [piece for piece in tail.runs if piece.first_time_ns <= time_ns]
-            if tail.from_seq >= after_seq and pieces:
-                position = self._index(pieces[-1]).position_at_time(time_ns)
-                return _resolution(tail, position) if position is not None else None
+    def at_time(self, now: Sequence[OpenInterval], after_seq: int, time_ns: int) -> Resolution | None:
+        """The newest state not after `time_ns`, if that is behind the snapshot at `after_seq`."""
+        for each in reversed(now):
+            runs = [run for run in each.runs if run.first_time_ns <= time_ns]
+            if each.from_seq >= after_seq and runs:
+                return _resolution(each, self._index(runs[-1]).position_at_time(time_ns))
         return None
 
-    def overlay(
-        self, tail: OpenInterval, seq: int, volume: int, leaf_index: int, pointers: U64Array, checksums: U64Array
-    ) -> None:
-        """Puts what the tail's writes up to `seq` wrote into a leaf (figure 8: the journal comes before the third)."""
-        start = leaf_index << FANOUT_BITS
-        for piece in tail.runs:
-            if piece.first_seq <= seq:
-                blocks, newer, sums = self._index(piece).range(volume, start, start + FANOUT, seq)
-                pointers[blocks - start] = newer
-                checksums[blocks - start] = sums
+    def written(self, interval: OpenInterval) -> WrittenBlocks:
+        return WrittenBlocks(interval.runs, self._index)
 
-    def next_leaf(self, tail: OpenInterval, volume: int, first: int, after_seq: int, through_seq: int) -> int | None:
-        """Index of the first leaf, not before `first`, into which writes (after_seq, through_seq] of the tail went."""
-        start = first << FANOUT_BITS
-        pieces = (piece for piece in tail.runs if piece.to_seq > after_seq and piece.first_seq <= through_seq)
-        found = (self._index(piece).next_block(volume, start, after_seq, through_seq) for piece in pieces)
-        return min((block >> FANOUT_BITS for block in found if block is not None), default=None)
-
-    def _index(self, piece: SortedRun) -> RowIndex:
+    def _index(self, run: SortedRun) -> RowIndex:
         return self._indexes.get(
-            (piece.open_interval_id, piece.sparse_index_offset), lambda: open_piece(self._objects, piece, self._chunks)
+            (run.open_interval_id, run.sparse_index_offset), lambda: open_run(self._objects, run, self._chunks)
         )
 
 
-def _resolution(tail: OpenInterval, position: Position) -> Resolution:
-    return Resolution(*position, "intermediary", 0, tail.base_snapshot_id, tail.end_snapshot_id)
+def _resolution(interval: OpenInterval, position: Position | None) -> Resolution | None:
+    if position is None:
+        return None
+    return Resolution(
+        position.seq, position.time_ns, 0, interval.base_snapshot_id, interval.end_snapshot_id
+    )

@@ -1,8 +1,15 @@
-"""Pieces: what of a tail can be read, sorted as a difference journal is, and merged so that they stay few.
+"""Sorted runs: what of an open interval can be read, in the order of blocks, merged so that they stay few.
 
-Each time that writes become readable they are a new piece. Four of one level become one of the next, as in an LSM
-tree, so their number grows with the logarithm of the tail's length, and with it what a read costs; a piece that
-would grow beyond MAX_MERGED_ROWS isn't merged any more, so a merge takes bounded memory and time.
+Each time that writes become readable they are a new run, of level 0. Three neighbours of one level and what comes
+behind them become one run of the next level, as in an LSM tree:
+
+    runs (level: rows)      0:5 0:5 0:5   and 5 new rows   →   1:20
+                            1:20 1:20 1:20 0:5 0:5 0:5   and 5 new rows   →   2:80
+
+In the second line the new rows and the three runs of level 0 are due, and make a run of level 1. That one and the
+three of level 1 are due then: all of it becomes one run at once, so no row is written twice. The number of runs grows
+with the logarithm of the interval's length, and with it what a read costs. A run that would grow beyond
+MAX_MERGED_ROWS isn't merged any more, so a merge takes bounded memory and time.
 """
 
 from __future__ import annotations
@@ -11,66 +18,62 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from pitfs.store.catalog.records import SortedRun
-from pitfs.store.index.journal_index import ChunkCache, FencePlace, JournalWriter, RowIndex
+from pitfs.store.index.merge import Rows
+from pitfs.store.index.reader import ChunkCache, RowIndex, SparseIndexPlace
+from pitfs.store.index.writer import IndexWriter
 from pitfs.store.objects.format import ObjectKind
 from pitfs.store.objects.pool import ObjectPool
 from pitfs.store.open_interval.wal import WriteAheadLog
-from pitfs.store.transfer.build import by_volume
 
 FAN_IN: Final = 4
 MAX_MERGED_ROWS: Final = 1 << 18  # 10 MiB of rows: a merge of them takes some 50 ms
 _VOLUME_SHIFT: Final = 46  # a volume has at most 2**36 blocks
 
-Rows = npt.NDArray[np.void]  # INDEX_ROW or POSITION
+
+def open_run(objects: ObjectPool, run: SortedRun, chunks: ChunkCache) -> RowIndex:
+    """The run's rows and positions. Raises as RowIndex."""
+    place = SparseIndexPlace(
+        ObjectKind.JOURNAL_BLOCKS, run.open_interval_id, run.sparse_index_offset, run.sparse_index_bytes,
+        run.sparse_index_checksum,
+    )  # fmt: skip
+    return RowIndex(objects, place, chunks)
 
 
-def open_piece(objects: ObjectPool, piece: SortedRun, chunks: ChunkCache) -> RowIndex:
-    """The piece's rows and positions. Raises as RowIndex."""
-    place = FencePlace(
-        ObjectKind.JOURNAL_BLOCKS,
-        piece.open_interval_id,
-        piece.sparse_index_offset,
-        piece.sparse_index_bytes,
-        piece.sparse_index_checksum,
-    )
-    return RowIndex(objects, place, piece.sparse_index_offset, chunks)
-
-
-def add_piece(
-    log: WriteAheadLog, pieces: Sequence[SortedRun], rows: Sequence[Rows], positions: Sequence[Rows],
+def add_run(
+    wal: WriteAheadLog, runs: Sequence[SortedRun], rows: Sequence[Rows], positions: Sequence[Rows],
     open_index: Callable[[SortedRun], RowIndex],
 ) -> tuple[SortedRun, ...]:  # fmt: skip
-    """Writes a new piece to the log, merged with those before it that are due, and returns all that there are then.
+    """Writes a new run to the WAL, merged with those before it that are due, and returns all that there are then.
 
     Args:
-        rows, positions: INDEX_ROWs and POSITIONs of the writes behind `pieces`, in the order of writing.
+        rows, positions: INDEX_ROWs and POSITIONs of the writes behind `runs`, in the order of writing.
 
     Raises:
         OSError, CapacityError: the disk refuses, or is full.
-        CorruptionError: a piece to merge with isn't what was written.
+        CorruptionError: a run to merge with isn't what was written.
     """
-    kept, level = list(pieces), 0
+    kept, level = list(runs), 0
     count = sum(map(len, rows))
-    taken: list[SortedRun] = []
+    merging: list[SortedRun] = []
     while _is_due(kept, level, count):
-        taken, kept = kept[1 - FAN_IN :] + taken, kept[: 1 - FAN_IN]
-        count += sum(piece.row_count for piece in taken[: FAN_IN - 1])
+        count += sum(run.row_count for run in kept[1 - FAN_IN :])
+        merging, kept = kept[1 - FAN_IN :] + merging, kept[: 1 - FAN_IN]
         level += 1
-    indexes = [open_index(piece) for piece in taken]
+    indexes = [open_index(run) for run in merging]
     all_rows = _sorted([part for index in indexes for part in index.all_rows()] + list(rows))
     all_positions = [part for index in indexes for part in index.all_positions()] + list(positions)
-    return (*kept, _write(log, all_rows, all_positions, level))
+    return (*kept, _write(wal, all_rows, all_positions, level))
 
 
-def _is_due(pieces: Sequence[SortedRun], level: int, count: int) -> bool:
-    last = pieces[1 - FAN_IN :]
+def _is_due(runs: Sequence[SortedRun], level: int, count: int) -> bool:
+    """Whether the last runs are of that level, and can be merged with `count` rows behind them."""
+    last = runs[1 - FAN_IN :]
     return (
         len(last) == FAN_IN - 1
-        and all(piece.level == level for piece in last)
-        and count + sum(piece.row_count for piece in last) <= MAX_MERGED_ROWS
+        and all(run.level == level for run in last)
+        and count + sum(run.row_count for run in last) <= MAX_MERGED_ROWS
     )
 
 
@@ -78,22 +81,20 @@ def _sorted(parts: Sequence[Rows]) -> Rows:
     """By (volume, block, seq), where each row of a block comes after its earlier ones already."""
     rows = np.concatenate(parts)
     keys = rows["volume"].astype("<i8") << _VOLUME_SHIFT | rows["block"]
-    order = np.argsort(keys, kind="stable")
-    sorted_rows: Rows = rows[order]
+    sorted_rows: Rows = rows[np.argsort(keys, kind="stable")]
     return sorted_rows
 
 
-def _write(log: WriteAheadLog, rows: Rows, positions: Sequence[Rows], level: int) -> SortedRun:
-    start = log.piece_start()
-    writer = JournalWriter(log.fd, start)
-    for volume, part in by_volume([rows]):
-        writer.add_rows(volume, part)
+def _write(wal: WriteAheadLog, rows: Rows, positions: Sequence[Rows], level: int) -> SortedRun:
+    start = wal.run_start()
+    writer = IndexWriter(wal.fd, start)
+    writer.add_rows(rows)
     for each in positions:
-        writer.add_positions(each["seq"].astype("<i8"), np.ascontiguousarray(each["time_ns"]))
-    data_bytes, fence_bytes, fence_checksum = writer.finish()
-    log.append_piece(data_bytes + fence_bytes)
+        writer.add_positions(each)
+    data_bytes, index_bytes, index_checksum = writer.finish()
+    wal.append_run(data_bytes + index_bytes)
     first, last = positions[0][0], positions[-1][-1]
     return SortedRun(
-        log.tail, int(first["seq"]), int(first["time_ns"]), int(last["seq"]), level, len(rows),
-        start + data_bytes, fence_bytes, fence_checksum,
+        wal.open_interval_id, int(first["seq"]), int(first["time_ns"]), int(last["seq"]), level, len(rows),
+        start + data_bytes, index_bytes, index_checksum,
     )  # fmt: skip

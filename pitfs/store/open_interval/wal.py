@@ -1,61 +1,67 @@
-"""The log of a tail: the writes of the open interval as they stream in, and what makes them readable.
+"""The write-ahead log (WAL) of an open interval: its writes as they stream in, and the sorted runs to read them by.
 
-journal-<t>.blocks with the header of an object; then, at bytes that are multiples of 512, one behind the other:
+journal-<i>.blocks, where i is the open interval's id, with the header of an object; then records at bytes that are
+multiples of 512, one behind the other:
 
     offset size
      0      8   magic         "PITFSTLB"
-     8      4   kind          1 writes, 2 piece
-    12      4   write_count   of writes: rows; of a piece 0
-    16      4   block_count   of writes: blocks of all rows; of a piece 0
+     8      4   kind          1 writes, 2 sorted run
+    12      4   write_count   of writes: rows; of a run 0
+    16      4   block_count   of writes: blocks of all rows; of a run 0
     20      4   reserved
     24      8   offset        byte of the file where this begins
     32      8   body_bytes    of the body
-    40      8   first_seq     of the first row; of a piece 0
+    40      8   first_seq     of the first row; of a run 0
     48      8   durable       all before this byte had been made durable when this was written
-    56      8   checksum      xxh3_64, seeded with t, of bytes 0..56 and of what follows up to the body
+    56      8   checksum      xxh3_64, seeded with i, of bytes 0..56 and of what follows up to the body
     64          writes: WRITE rows (24 bytes each), xxh3_64 of each block (8 bytes), a bit for each block that is
                 all zeros (first block the lowest bit; bytes filled up with zeros)
                 then zeros up to a multiple of 512, and the body
-    body        writes: the blocks that aren't all zeros, in order: pointers of the tail lead there
-                piece: chunks and fence table as in `store.journals`, with their places in this file; then zeros
-                up to a multiple of 512
+    body        writes: the blocks that aren't all zeros, in order: pointers of the open interval lead there
+                sorted run: chunks and sparse index as in `store.index.format`, with their places in this file; then
+                zeros up to a multiple of 512
 
-A piece is what its writes, or other pieces, come to when they are sorted; the catalog names those that readers use.
-So one fdatasync makes writes durable together with all that a reader needs for them, and the catalog's commit
-behind it needs none of its own: whatever it names has been on the disk before.
+A sorted run has the rows of its writes, or of runs before it, in the order of blocks; the catalog names those that
+readers use. So one fdatasync makes writes durable together with all that a reader needs for them, and the catalog's
+commit behind it needs none of its own: whatever it names has been on the disk before.
 
-After a crash what the catalog doesn't have yet is read again from `log_end` of the tail on. A torn end is cut: what
-isn't whole, and all behind it, was never acknowledged. It was if something behind it says that all up to there is
-durable: then it is damage.
+After a crash the records that the catalog doesn't have yet are read again, from `wal_end` of the open interval on. A
+torn end is cut: a record that isn't whole was never acknowledged, nor was any behind it. It was acknowledged if a head
+behind it says so by `durable`: then it is damage, which is reported.
 """
 
 from __future__ import annotations
 
+import enum
 import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CapacityError, CorruptionError
-from pitfs.model.blockmap import U64Array
+from pitfs.model.blockmap import I64Array, U64Array
 from pitfs.model.transfer import MAX_BATCH_ROWS, UNIT_BYTES, WRITE
 from pitfs.storage.files import read_exactly, write_all
+from pitfs.store.index.merge import Rows
 from pitfs.store.objects.format import HEADER_BYTES, MAX_UNITS, ObjectHeader, ObjectKind
+from pitfs.store.transfer.sections import checksums_of
 
 MAGIC: Final = b"PITFSTLB"
-WRITES: Final = 1
-PIECE: Final = 2
 HEAD: Final = struct.Struct("<8sIIIIQQQQ")
 _CHECKSUM: Final = struct.Struct("<Q")
 HEAD_BYTES: Final = HEAD.size + _CHECKSUM.size
 assert HEAD.size == 56
 _SEARCH_BYTES: Final = 4 << 20
-Bits = npt.NDArray[np.bool_]
+
+
+class RecordKind(enum.IntEnum):
+    WRITES = 1
+    SORTED_RUN = 2
 
 
 def align(offset: int) -> int:
@@ -64,23 +70,38 @@ def align(offset: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
-    """What stands before a body.
+class Batch:
+    """Writes as they are logged.
 
     Attributes:
-        rows: WRITE[write_count]; checksums: uint64[block_count]; zeros: which blocks are all zeros.
-        body: byte of the file where the body begins.
+        rows: WRITE[n], the first of them write `first_seq`.
+        checksums: uint64, of each block of all rows, 0 of zeros; zeros: which blocks are all zeros.
     """
 
-    kind: int
+    first_seq: int
+    rows: Rows
+    checksums: U64Array
+    zeros: npt.NDArray[np.bool_]
+
+    @property
+    def end(self) -> tuple[int, int]:
+        """Position of the last write."""
+        return self.first_seq + len(self.rows) - 1, int(self.rows["time_ns"][-1])
+
+
+_NO_WRITES: Final = Batch(0, np.zeros(0, WRITE), np.zeros(0, "<u8"), np.zeros(0, np.bool_))
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The head of a record whose body begins at byte `body` of the file; `batch`: the writes, none of a sorted run."""
+
+    kind: RecordKind
     offset: int
     body: int
     body_bytes: int
-    first_seq: int
     durable: int
-    rows: npt.NDArray[np.void]
-    checksums: U64Array
-    zeros: Bits
+    batch: Batch
 
     @property
     def end(self) -> int:
@@ -89,68 +110,62 @@ class Head:
 
 
 def encode_head(
-    tail: int, kind: int, offset: int, body_bytes: int, durable: int, first_seq: int = 0,
-    rows: npt.NDArray[np.void] | None = None, checksums: U64Array | None = None, zeros: Bits | None = None,
-) -> bytes:  # fmt: skip
+    open_interval_id: int, kind: RecordKind, offset: int, body_bytes: int, durable: int, batch: Batch = _NO_WRITES
+) -> bytes:
     """A head filled up to its body."""
-    if rows is None or checksums is None or zeros is None:
-        rows, checksums, zeros = np.zeros(0, WRITE), np.zeros(0, "<u8"), np.zeros(0, np.bool_)
-    columns = rows.tobytes() + checksums.tobytes() + np.packbits(zeros, bitorder="little").tobytes()
-    head = HEAD.pack(MAGIC, kind, len(rows), len(checksums), 0, offset, body_bytes, first_seq, durable)
-    data = head + _CHECKSUM.pack(xxh3_64_intdigest(head + columns, tail)) + columns
+    rows, checksums = batch.rows, batch.checksums
+    columns = rows.tobytes() + checksums.tobytes() + np.packbits(batch.zeros, bitorder="little").tobytes()
+    head = HEAD.pack(MAGIC, kind, len(rows), len(checksums), 0, offset, body_bytes, batch.first_seq, durable)
+    data = head + _CHECKSUM.pack(xxh3_64_intdigest(head + columns, open_interval_id)) + columns
     return data.ljust(align(len(data)), b"\0")
 
 
 class WriteAheadLog:
-    """A tail's log, open for appending.
+    """The WAL of an open interval, open for appending.
 
     Args:
-        path: of the file. tail: its id. fd: of the file, closed with this.
-        end: byte where the next comes; all before `durable` survives power loss.
+        path: of the file. fd: of the file, closed with this.
+        end: byte where the next record comes; all before `durable` survives power loss.
     """
 
-    def __init__(self, path: str, tail: int, fd: int, end: int, durable: int) -> None:
-        self.path, self.tail, self.fd = path, tail, fd
+    def __init__(self, path: str, open_interval_id: int, fd: int, end: int, durable: int) -> None:
+        self.path, self.open_interval_id, self.fd = path, open_interval_id, fd
         self.end, self.durable = end, durable
 
     @classmethod
-    def create(cls, path: str, tail: int, history: bytes) -> WriteAheadLog:
+    def create(cls, path: str, open_interval_id: int, history: bytes) -> WriteAheadLog:
         """A new one with nothing in it, durable but for its directory entry. Raises OSError."""
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            write_all(fd, ObjectHeader(ObjectKind.JOURNAL_BLOCKS, history, tail).encode(), 0)
+            write_all(fd, ObjectHeader(ObjectKind.JOURNAL_BLOCKS, history, open_interval_id).encode(), 0)
             os.fsync(fd)
         except BaseException:
             os.close(fd)
             raise
-        return cls(path, tail, fd, HEADER_BYTES, HEADER_BYTES)
+        return cls(path, open_interval_id, fd, HEADER_BYTES, HEADER_BYTES)
 
-    def append_writes(
-        self, first_seq: int, rows: npt.NDArray[np.void], checksums: U64Array, zeros: Bits, body: memoryview
-    ) -> int:
+    def append_writes(self, batch: Batch, body: memoryview) -> int:
         """Appends writes; returns the byte where their contents begin. Raises OSError, CapacityError."""
-        head = encode_head(
-            self.tail, WRITES, self.end, len(body), self.durable, first_seq, rows, checksums, zeros
-        )
+        head = encode_head(self.open_interval_id, RecordKind.WRITES, self.end, len(body), self.durable, batch)
         start = self.end + len(head)
         self._check_room(start + len(body))
         write_all(self.fd, head, self.end)
-        if body:
-            write_all(self.fd, body, start)
+        write_all(self.fd, body, start)
         self.end = align(start + len(body))
         return start
 
-    def piece_start(self) -> int:
-        """Where the body of a piece comes that is written next; `append_piece` puts its head before it."""
+    def run_start(self) -> int:
+        """Where the body of a sorted run comes that is written next; `append_run` puts its head before it."""
         return self.end + align(HEAD_BYTES)
 
-    def append_piece(self, body_bytes: int) -> None:
-        """The head of a piece whose body was written from `piece_start` on. Raises OSError, CapacityError."""
-        start = self.piece_start()
+    def append_run(self, body_bytes: int) -> None:
+        """The head of a sorted run whose body was written from `run_start` on. Raises OSError, CapacityError."""
+        start = self.run_start()
         self._check_room(start + body_bytes)
-        write_all(self.fd, encode_head(self.tail, PIECE, self.end, body_bytes, self.durable), self.end)
+        head = encode_head(self.open_interval_id, RecordKind.SORTED_RUN, self.end, body_bytes, self.durable)
+        write_all(self.fd, head, self.end)
         end = align(start + body_bytes)
-        write_all(self.fd, bytes(end - start - body_bytes), start + body_bytes)  # the file ends where the log does
+        write_all(self.fd, bytes(end - start - body_bytes), start + body_bytes)  # the file ends where the WAL does
         self.end = end
 
     def sync(self) -> None:
@@ -168,22 +183,22 @@ class WriteAheadLog:
 
 
 class WalReader:
-    """Reads a log's heads from a byte on.
+    """Reads the heads of a WAL's records.
 
-    Args:
-        path, fd, tail: of the log.
+    Attributes:
+        end: where what is whole ends, when `heads` has been exhausted.
     """
 
-    def __init__(self, path: str, fd: int, tail: int) -> None:
-        self._path, self._fd, self._tail = path, fd, tail
+    def __init__(self, path: str, fd: int, open_interval_id: int) -> None:
+        self._path, self._fd, self._open_interval_id = path, fd, open_interval_id
         self._size = os.fstat(fd).st_size
-        self.end = 0  # where what is whole ends, when `heads` has been exhausted
+        self.end = 0
 
-    def heads(self, start: int, block_sizes: npt.NDArray[np.int64]) -> Iterator[Head]:
-        """Each head of writes that are whole, in order; pieces are passed over.
+    def heads(self, start: int, block_sizes: I64Array) -> Iterator[Head]:
+        """Each head of writes that are whole, from byte `start` on; sorted runs are passed over.
 
         Args:
-            block_sizes: int64, by volume.
+            block_sizes: by volume.
 
         Raises:
             CorruptionError: what was acknowledged isn't whole.
@@ -192,16 +207,13 @@ class WalReader:
         self.end = start
         if self._size < start:
             raise CorruptionError(self._path, self._size, "the log is shorter than what was acknowledged")
-        while True:
-            head = self._head(self.end)
-            if head is None or head.end > self._size:
-                break
-            if head.kind == WRITES and not self._is_whole(head, block_sizes):
-                break
-            if head.kind == WRITES:
+        while (head := self._head(self.end)) is not None and head.end <= self._size:
+            if head.kind is RecordKind.WRITES:
+                if not self._is_whole(head, head.batch, block_sizes):
+                    break
                 yield head
             self.end = head.end
-        self._check_tear(self.end)
+        self._check_torn_end()
 
     def _head(self, offset: int) -> Head | None:
         """The head at that byte, None if it isn't whole."""
@@ -212,40 +224,38 @@ class WalReader:
         columns_bytes = write_count * WRITE.itemsize + block_count * 8 + -(-block_count // 8)
         body = offset + align(HEAD_BYTES + columns_bytes)
         if (
-            magic != MAGIC or place != offset or kind not in (WRITES, PIECE)
+            magic != MAGIC or place != offset or kind not in tuple(RecordKind)
             or write_count > MAX_BATCH_ROWS or body > self._size
         ):  # fmt: skip
             return None
         columns = os.pread(self._fd, columns_bytes, offset + HEAD_BYTES)
         (checksum,) = _CHECKSUM.unpack_from(data, HEAD.size)
-        if checksum != xxh3_64_intdigest(data[: HEAD.size] + columns, self._tail):
+        if checksum != xxh3_64_intdigest(data[: HEAD.size] + columns, self._open_interval_id):
             return None
         rows = np.frombuffer(columns, WRITE, write_count)
         checksums = np.frombuffer(columns, "<u8", block_count, rows.nbytes)
-        bits: npt.NDArray[Any] = np.frombuffer(columns, np.uint8, -1, rows.nbytes + checksums.nbytes)
+        bits = np.frombuffer(columns, np.uint8, -1, rows.nbytes + checksums.nbytes)
         zeros = np.unpackbits(bits, count=block_count, bitorder="little").astype(np.bool_)
-        return Head(kind, offset, body, body_bytes, first_seq, durable, rows, checksums, zeros)
+        return Head(RecordKind(kind), offset, body, body_bytes, durable, Batch(first_seq, rows, checksums, zeros))
 
-    def _is_whole(self, head: Head, block_sizes: npt.NDArray[np.int64]) -> bool:
+    def _is_whole(self, head: Head, batch: Batch, block_sizes: I64Array) -> bool:
         """Whether its contents are what was written."""
-        sizes = np.repeat(block_sizes[head.rows["volume"]], head.rows["block_count"])[~head.zeros]
-        ends = np.cumsum(sizes).tolist()
-        if (ends[-1] if ends else 0) != head.body_bytes:
+        sizes = np.repeat(block_sizes[batch.rows["volume"]], batch.rows["block_count"])[~batch.zeros]
+        if int(sizes.sum()) != head.body_bytes:
             return False
         body = memoryview(read_exactly(self._fd, head.body_bytes, head.body, self._path))
-        found = [xxh3_64_intdigest(body[end - size : end]) for size, end in zip(sizes.tolist(), ends, strict=True)]
-        return bool(found == head.checksums[~head.zeros].tolist())
+        return np.array_equal(checksums_of(body, sizes), batch.checksums[~batch.zeros])
 
-    def _check_tear(self, tear: int) -> None:
+    def _check_torn_end(self) -> None:
         """Raises CorruptionError if something behind what isn't whole says that it was acknowledged."""
-        for base in range(tear, self._size, _SEARCH_BYTES):
+        for base in range(self.end, self._size, _SEARCH_BYTES):
             data = os.pread(self._fd, _SEARCH_BYTES, base)
             at = data.find(MAGIC)
             while at >= 0:
                 head = self._head(base + at) if at % UNIT_BYTES == 0 else None
-                if head is not None and head.durable > tear:
+                if head is not None and head.durable > self.end:
                     raise CorruptionError(
-                        self._path, tear, "writes that were acknowledged: move the store away for a new full copy "
+                        self._path, self.end, "writes that were acknowledged: move the store away for a new full copy "
                         "(what it has stays readable)"
                     )  # fmt: skip
                 at = data.find(MAGIC, at + 1)

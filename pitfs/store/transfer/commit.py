@@ -1,132 +1,145 @@
 """A transfer that is complete in staging becomes objects and rows of the catalog.
 
-Snapshots come with their block map and the contents of their diff; layers with a finer index, and contents behind
-those that the journal has. The catalog's commit is the moment from which any of it can be seen.
+A snapshot comes with its block map, which is made by streaming over the sorted rows of the diff, and with the contents
+of the diff. Layers come with a finer index, and with contents that go behind those that the journal has. The catalog's
+commit is the moment from which any of it can be seen.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
 from typing import Final
 
-from pitfs.errors import CorruptionError
-from pitfs.model.blockmap import EMPTY
+import numpy as np
+
+from pitfs.model.blockmap import EMPTY, MapEntry
 from pitfs.model.ladder import layer_of
-from pitfs.model.transfer import Section, TransferKind, VolumeInfo
-from pitfs.storage.files import fsync_directory, read_exactly, write_all
-from pitfs.store.catalog.catalog import Catalog
-from pitfs.store.catalog.records import Commit, Interval, LayersCommit, ObjectRecord, Snapshot
-from pitfs.store.index.block_maps import NodeReader, SnapshotMap
-from pitfs.store.index.journal_index import JournalIndex, chunk_cache
-from pitfs.store.objects.format import HEADER_BYTES, ObjectHeader, ObjectKind, object_file
-from pitfs.store.objects.pool import ObjectPool
-from pitfs.store.transfer.build import build, complete
-from pitfs.store.transfer.layers import LayersBuilder, interval_of
+from pitfs.model.transfer import Source, TransferKind
+from pitfs.storage.files import write_all
+from pitfs.store.catalog.minutes import add_seconds
+from pitfs.store.catalog.records import Commit, Interval, LayersCommit, Snapshot
+from pitfs.store.index.block_maps import block_maps
+from pitfs.store.index.journals import Journals
+from pitfs.store.index.map_writer import MapWriter
+from pitfs.store.index.merge import by_volume
+from pitfs.store.index.reader import chunk_cache
+from pitfs.store.objects.format import HEADER_BYTES, ObjectKind, ObjectRecord, contents_pointer, object_file
+from pitfs.store.objects.publishing import new_object
+from pitfs.store.transfer.contents import OwnContents, read_checksums
+from pitfs.store.transfer.layers import LayersBuilder
+from pitfs.store.transfer.position import interval_of
 from pitfs.store.transfer.staging import StagedTransfer
+from pitfs.store.transfer.writable_store import WritableStore
 
 COPY_BYTES: Final = 1 << 20
 
 
-class Committer:
-    """Commits staged transfers of one store.
+def commit(staged: StagedTransfer, store: WritableStore) -> None:
+    """Makes its objects and commits them; when it returns the transfer survives power loss.
 
     Args:
-        history: 16 bytes.
-        volumes: of the group.
+        staged: finished (`StagedTransfer.finish`).
+
+    Raises:
+        PositionMismatchError: the interval of its layers isn't there any more, or isn't what they build on.
+        RemoteProtocolError: it is invalid.
+        CorruptionError: what is staged, or what it builds on, is damaged.
+        CapacityError, OSError: the disk is full, or refuses.
     """
+    if staged.manifest.kind is TransferKind.LAYERS:
+        _commit_layers(staged, store)
+    else:
+        _commit_snapshot(staged, store)
 
-    def __init__(
-        self, catalog: Catalog, objects: ObjectPool, nodes: NodeReader, history: bytes, volumes: Sequence[VolumeInfo]
-    ) -> None:
-        self._catalog, self._objects, self._nodes = catalog, objects, nodes
-        self._history, self._volumes = history, volumes
 
-    def commit(self, staged: StagedTransfer) -> None:
-        """Makes its objects and commits them; when it returns the transfer survives power loss.
+def _commit_snapshot(staged: StagedTransfer, store: WritableStore) -> None:
+    catalog, m = store.catalog, staged.manifest
+    if m.kind is TransferKind.INTERVAL and m.to_seq == m.from_seq:
+        catalog.commit(Commit(m, None))
+        return
+    last = catalog.last_snapshot()
+    fresh = last is None or m.kind is TransferKind.FULL
+    before = [EMPTY] * len(store.volumes) if fresh or last is None else catalog.roots(last.id)
+    roots, record = _write_map(staged, store, before)
+    objects = [record]
+    if staged.diff_blocks.length:
+        contents, kind = staged.diff_blocks, ObjectKind.SNAPSHOT_BLOCKS
+        objects.append(store.complete(contents.fd, kind, staged.snapshot_id, contents.length))
+    store.publish(staged.directory, objects)
+    snapshot = Snapshot(staged.snapshot_id, m.to_seq, m.to_time_ns, m.mark)
+    interval = None
+    if last is not None:
+        positions = last.seq, last.time_ns, m.to_seq, m.to_time_ns
+        interval = Interval(snapshot.id, last.id, *positions, m.first_time_ns, None, m.cause, 0)
+    minutes = dict[int, int]()
+    add_seconds(minutes, np.array([m.to_time_ns]))
+    catalog.commit(Commit(m, snapshot, roots, interval, objects, minutes))
 
-        Args:
-            staged: finished (`StagedTransfer.finish`).
 
-        Raises:
-            PositionMismatchError: the interval of its layers isn't there any more, or isn't what they build on.
-            RemoteProtocolError: it can't be.
-            CorruptionError: what is staged, or what it builds on, is damaged.
-            CapacityError, OSError: the disk is full, or refuses.
-        """
-        if staged.manifest.kind is TransferKind.LAYERS:
-            self._layers(staged)
-        else:
-            self._snapshot(staged)
+def _write_map(
+    staged: StagedTransfer, store: WritableStore, before: list[MapEntry]
+) -> tuple[tuple[MapEntry, ...], ObjectRecord]:
+    """Makes the block maps of the snapshot from those before and the rows of the diff."""
+    first = contents_pointer(ObjectKind.SNAPSHOT_BLOCKS, staged.snapshot_id)
+    own = OwnContents(staged.diff_blocks, store, first)
+    with new_object(staged.directory, ObjectKind.MAP, staged.snapshot_id) as fd:
+        writer = MapWriter(fd, staged.snapshot_id, store.volumes, before, store.nodes.load)
+        for volume, rows in chain.from_iterable(map(by_volume, staged.diff.verified())):
+            pointers, checksums = np.zeros((2, len(rows)), "<u8")
+            stored = rows["source"] == Source.FOURTH
+            pointers[stored], checksums[stored] = own.of(rows["volume"][stored])
+            shared = rows["source"] == Source.SHARED_FOURTH
+            if shared.any():
+                pointers[shared] = rows["unit"][shared] + np.uint64(first)
+                checksums[shared] = read_checksums(
+                    staged.diff_blocks.fd, rows["unit"][shared], store.volumes[volume].block_size
+                )
+                staged.diff_blocks.take_shared(checksums[shared])
+            writer.update(volume, rows["block"].astype("<i8"), pointers, checksums)
+        staged.diff_blocks.check_taken()
+        return writer.finish(staged.manifest, store.history)
 
-    def _snapshot(self, staged: StagedTransfer) -> None:
-        catalog, m = self._catalog, staged.manifest
-        last = catalog.last_snapshot()
-        if m.kind is TransferKind.INTERVAL and m.to_seq == m.from_seq:
-            catalog.commit(Commit(m, None))
-            return
-        fresh = last is None or m.kind is TransferKind.FULL
-        roots = [EMPTY] * len(self._volumes) if fresh or last is None else catalog.roots(last.id)
-        built = build(staged, self._history, self._volumes, roots, self._nodes.load)
-        self._publish(staged.directory, built.objects)
-        snapshot = Snapshot(staged.snapshot, m.to_seq, m.to_time_ns, m.mark)
-        interval = None
-        if last is not None:
-            positions = last.seq, last.time_ns, m.to_seq, m.to_time_ns
-            interval = Interval(staged.snapshot, last.id, *positions, m.first_time_ns, None, m.cause, 0)
-        catalog.commit(Commit(m, snapshot, built.roots, interval, built.objects, built.minutes))
 
-    def _layers(self, staged: StagedTransfer) -> None:
-        catalog, m = self._catalog, staged.manifest
-        base = interval_of(catalog, m)
-        if m.granularity_ns == m.base_granularity_ns:
-            catalog.commit_layers(LayersCommit(base, replace(base, cause=m.cause), (), None, {}))
-            return
-        layer, replaced, before = layer_of(m.granularity_ns), None, None
-        if base.granularity_ns is not None:
-            replaced = object_file(ObjectKind.JOURNAL_INDEX, base.end_snapshot_id, base.layer)
-            facts = catalog.object(replaced)
-            if facts is None:
-                raise CorruptionError(catalog.path, 0, f"it lists an interval but not {replaced}")
-            before = JournalIndex(self._objects, base, facts, chunk_cache())
-        fourth = SnapshotMap(self._nodes, catalog.roots(base.end_snapshot_id), self._volumes)
-        built = LayersBuilder(
-            staged, self._history, self._volumes, base, before, fourth, self._objects
-        ).build(layer)
-        objects = (*self._add_contents(staged), built.index)
-        self._publish(staged.directory, (built.index,))
-        interval = replace(base, granularity_ns=m.granularity_ns, cause=m.cause, journal_rows=built.row_count)
-        catalog.commit_layers(LayersCommit(base, interval, objects, replaced, built.minutes))
-        if replaced is not None:
-            with suppress(FileNotFoundError):
-                os.unlink(os.path.join(self._objects.directory, replaced))
+def _commit_layers(staged: StagedTransfer, store: WritableStore) -> None:
+    m = staged.manifest
+    base = interval_of(store.catalog, m)
+    if m.granularity_ns == m.base_granularity_ns:
+        store.catalog.commit_layers(LayersCommit(base, replace(base, cause=m.cause), (), None, {}))
+        return
+    replaced, before = None, None
+    if base.granularity_ns is not None:
+        replaced = object_file(ObjectKind.JOURNAL_INDEX, base.end_snapshot_id, base.layer)
+        before = Journals(store.catalog, store.objects, chunk_cache()).of(base)
+    end_maps = block_maps(store.nodes, store.catalog.roots(base.end_snapshot_id), store.volumes)
+    builder = LayersBuilder(staged, store, before, end_maps)
+    index, row_count, minutes = builder.build(layer_of(m.granularity_ns))
+    objects = (*_add_contents(staged, store), index)
+    store.publish(staged.directory, (index,))
+    interval = replace(base, granularity_ns=m.granularity_ns, cause=m.cause, journal_rows=row_count)
+    store.catalog.commit_layers(LayersCommit(base, interval, objects, replaced, minutes))
+    if replaced is not None:
+        with suppress(FileNotFoundError):
+            os.unlink(os.path.join(store.objects.directory, replaced))
 
-    def _add_contents(self, staged: StagedTransfer) -> tuple[ObjectRecord, ...]:
-        """Puts the layers' contents behind those that the journal has: what is committed of it stays as it is."""
-        base_bytes, length = staged.manifest.base_bytes, staged.lengths[Section.JOURNAL_BLOCKS - 1]
-        if not length:
-            return ()
-        header = ObjectHeader(ObjectKind.JOURNAL_BLOCKS, self._history, staged.snapshot, base_bytes + length)
-        staged_fd = staged.fd(Section.JOURNAL_BLOCKS)
-        if not base_bytes:
-            facts = complete(staged_fd, header)
-            self._publish(staged.directory, (facts,))
-            return (facts,)
-        name = object_file(header.kind, header.snapshot_id)
-        fd = os.open(os.path.join(self._objects.directory, name), os.O_RDWR | os.O_CLOEXEC)
-        try:
-            for at in range(0, length, COPY_BYTES):
-                data = read_exactly(staged_fd, min(COPY_BYTES, length - at), HEADER_BYTES + at, staged.directory)
-                write_all(fd, data, HEADER_BYTES + base_bytes + at)
-            return (complete(fd, header),)
-        finally:
-            os.close(fd)
 
-    def _publish(self, directory: str, objects: Sequence[ObjectRecord]) -> None:
-        """Moves the synced files to objects/; durable before the catalog names them."""
-        for facts in objects:
-            os.rename(os.path.join(directory, facts.name), os.path.join(self._objects.directory, facts.name))
-        fsync_directory(self._objects.directory)
-        fsync_directory(directory)
+def _add_contents(staged: StagedTransfer, store: WritableStore) -> tuple[ObjectRecord, ...]:
+    """Puts the layers' contents behind those that the journal has: what is committed of it stays as it is."""
+    kind, base_bytes, length = ObjectKind.JOURNAL_BLOCKS, staged.manifest.base_bytes, staged.journal_blocks.length
+    if not length:
+        return ()
+    length_then = base_bytes + length
+    if not base_bytes:
+        record = store.complete(staged.journal_blocks.fd, kind, staged.snapshot_id, length_then)
+        store.publish(staged.directory, (record,))
+        return (record,)
+    fd = os.open(store.objects.path_of(kind, staged.snapshot_id), os.O_RDWR | os.O_CLOEXEC)
+    try:
+        for at in range(0, length, COPY_BYTES):
+            data = staged.journal_blocks.read(min(COPY_BYTES, length - at), at)
+            write_all(fd, data, HEADER_BYTES + base_bytes + at)
+        return (store.complete(fd, kind, staged.snapshot_id, length_then),)
+    finally:
+        os.close(fd)

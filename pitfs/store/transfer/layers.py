@@ -1,136 +1,36 @@
-"""More of a difference journal: staged layers and the index that is there become a finer index.
+"""More of a difference journal: staged layers, and the index that is there, become a finer index.
 
 Rows of each run ascend, and so do those of the index: they are merged as they are read, a batch of each in
-memory. What a row doesn't say is found here: a content of its own is the next in JOURNAL_BLOCKS, that of the fourth
-snapshot is where the block map has it, and shared ones are read and checked before anything leads to them.
+memory. What a row doesn't say is found here: a content of its own is the next in JOURNAL_BLOCKS, that of the end
+snapshot is where its block map has it, and shared ones are read and checked before anything leads to them.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
-from pitfs.errors import PositionMismatchError
-from pitfs.model.blockmap import FANOUT, FANOUT_BITS
-from pitfs.model.transfer import UNIT_BYTES, Manifest, Section, Source, VolumeInfo
-from pitfs.store.catalog.catalog import Catalog
-from pitfs.store.catalog.records import Interval, ObjectRecord
-from pitfs.store.index.block_maps import SnapshotMap
-from pitfs.store.index.journal_index import INDEX_ROW, JournalIndex, JournalWriter
-from pitfs.store.objects.format import (
-    UNIT_BITS,
-    ObjectHeader,
-    ObjectKind,
-    contents_object,
-    object_file,
-    pointer,
-)
-from pitfs.store.objects.pool import ObjectPool
-from pitfs.store.transfer.build import OwnContents, by_volume, complete, create, second_bit
-from pitfs.store.transfer.shared_contents import SharedContents
+from pitfs.model.blockmap import FANOUT, FANOUT_BITS, BlockMap, I64Array
+from pitfs.model.transfer import UNIT_BYTES, Source
+from pitfs.store.catalog.minutes import add_seconds
+from pitfs.store.index.format import INDEX_ROW
+from pitfs.store.index.merge import BY_BLOCK, Rows, merged
+from pitfs.store.index.reader import JournalIndex
+from pitfs.store.index.writer import IndexWriter
+from pitfs.store.objects.format import UNIT_BITS, ObjectKind, ObjectRecord, contents_object, contents_pointer
+from pitfs.store.objects.publishing import new_object
+from pitfs.store.transfer.contents import OwnContents, SharedContents
 from pitfs.store.transfer.staging import StagedTransfer
-from pitfs.store.transfer.validation import PositionsInOrder, RowArray, Run, refuse
+from pitfs.store.transfer.validation import PositionsInOrder, Run, refuse
+from pitfs.store.transfer.writable_store import WritableStore
 
-_KEYS = ("volume", "block", "seq")
-RUN_BATCH_ROWS = 1 << 12  # of each run at a time: with as many as there may be some 20 MiB
-HELD_ROWS = 1 << 12  # of each run before it is read on
-
-
-@dataclass(frozen=True, slots=True)
-class BuiltLayers:
-    """The new index, in staging and synced; the number of its rows; which seconds of which minutes it adds."""
-
-    index: ObjectRecord
-    row_count: int
-    minutes: dict[int, int]
-
-
-def interval_of(catalog: Catalog, manifest: Manifest) -> Interval:
-    """The interval that the layers belong to, as the store has it.
-
-    Raises:
-        PositionMismatchError: it isn't there, or not at the granularity that they build on.
-    """
-    m = manifest
-    snapshot = catalog.snapshot_at_seq(m.to_seq)
-    interval = catalog.interval_to(snapshot.id) if snapshot else None
-    hint = "begin the session anew, so that production learns where the store stands"
-    if interval is None or (
-        (interval.from_seq, interval.from_time_ns, interval.to_seq, interval.to_time_ns)
-        != (m.from_seq, m.from_time_ns, m.to_seq, m.to_time_ns)
-    ):
-        raise PositionMismatchError(
-            f"{catalog.path}: production sends layers of the interval from seq {m.from_seq} to {m.to_seq}, which the "
-            f"store doesn't have: {hint}"
-        )
-    blocks = catalog.object(object_file(ObjectKind.JOURNAL_BLOCKS, interval.end_snapshot_id))
-    has = interval.granularity_ns, blocks.data_bytes if blocks else 0
-    if has != (m.base_granularity_ns, m.base_bytes):
-        raise PositionMismatchError(
-            f"{catalog.path}: production sends layers that build on granularity {m.base_granularity_ns} and "
-            f"{m.base_bytes} bytes, the interval to seq {m.to_seq} has {has[0]} and {has[1]}: {hint}"
-        )
-    return interval
-
-
-def merged(runs: Sequence[Iterator[RowArray]], keys: Sequence[str]) -> Iterator[RowArray]:
-    """Rows of ascending runs as one, strictly ascending by these fields, in batches.
-
-    Raises:
-        RemoteProtocolError: two rows have the same key.
-    """
-    buffers: list[RowArray | None] = [next(run, None) for run in runs]
-    last: tuple[int, ...] | None = None
-    while True:
-        # All of them anew, not the empty one alone: else each turn would look at all runs for the rows of one.
-        buffers = [_filled(buffer, run) for buffer, run in zip(buffers, runs, strict=True)]
-        live = [buffer for buffer in buffers if buffer is not None]
-        if not live:
-            return
-        limit = min(tuple(int(buffer[key][-1]) for key in keys) for buffer in live)
-        parts = []
-        for i, buffer in enumerate(buffers):
-            if buffer is not None:
-                count = _count_until(buffer, keys, limit)
-                parts.append(buffer[:count])
-                buffers[i] = buffer[count:]
-        batch = np.concatenate(parts)
-        batch = batch[np.lexsort([batch[key] for key in reversed(keys)])]
-        same = np.ones(len(batch) - 1, dtype=np.bool_)
-        for key in keys:
-            same &= batch[key][1:] == batch[key][:-1]
-        if same.any() or (last is not None and tuple(int(batch[key][0]) for key in keys) <= last):
-            raise refuse("journal", "a row that came before, or that isn't in order")
-        last = tuple(int(batch[key][-1]) for key in keys)
-        yield batch
-
-
-def _filled(buffer: RowArray | None, run: Iterator[RowArray]) -> RowArray | None:
-    """The rows with as many behind them as are held of a run; None where there are no more."""
-    if buffer is None:
-        return None
-    parts, count = [buffer], len(buffer)
-    while count < HELD_ROWS and (more := next(run, None)) is not None:
-        parts.append(more)
-        count += len(more)
-    if not count:
-        return None
-    return np.concatenate(parts) if len(parts) > 1 else buffer
-
-
-def _count_until(rows: RowArray, keys: Sequence[str], limit: tuple[int, ...]) -> int:
-    """How many of ascending rows aren't after `limit`."""
-    until = np.ones(len(rows), dtype=np.bool_)
-    for key, value in zip(reversed(keys), reversed(limit), strict=True):
-        column = rows[key]
-        bound = column.dtype.type(value)
-        until = (column < bound) | ((column == bound) & until)
-    return int(until.sum())
+RUN_BATCH_ROWS: Final = 1 << 12  # of each run at a time: with as many as there may be some 20 MiB
+_SHARED: Final = (
+    (Source.SHARED_FOURTH, ObjectKind.SNAPSHOT_BLOCKS), (Source.SHARED_JOURNAL, ObjectKind.JOURNAL_BLOCKS),
+)  # fmt: skip
 
 
 class LayersBuilder:
@@ -138,115 +38,99 @@ class LayersBuilder:
 
     Args:
         staged: the layers, complete.
-        base: the interval as the store has it; before: its index, None if it has none.
-        fourth: block maps of the snapshot at the interval's end.
-        objects: of the store.
+        before: the index that the interval has, None if it has none.
+        end_maps: block maps of the snapshot at the interval's end.
     """
 
     def __init__(
-        self,
-        staged: StagedTransfer,
-        history: bytes,
-        volumes: Sequence[VolumeInfo],
-        base: Interval,
-        before: JournalIndex | None,
-        fourth: SnapshotMap,
-        objects: ObjectPool,
+        self, staged: StagedTransfer, store: WritableStore, before: JournalIndex | None, end_maps: Sequence[BlockMap]
     ) -> None:
-        self._staged, self._history, self._volumes = staged, history, volumes
-        self._base, self._before, self._fourth, self._objects = base, before, fourth, objects
-        self._base_units = staged.manifest.base_bytes // UNIT_BYTES
-        self._block_sizes = np.array([volume.block_size for volume in volumes], "<i8")
+        self._staged, self._store, self._before, self._end_maps = staged, store, before, end_maps
+        self._out_of_order = refuse("journal", "a row that came before, or that isn't in order")
 
-    def build(self, layer: int) -> BuiltLayers:
+    def build(self, layer: int) -> tuple[ObjectRecord, int, dict[int, int]]:
         """Writes the index of the layers up to and with `layer` into the transfer's directory.
 
+        Returns:
+            the index, synced; the number of its rows; which seconds of which minutes it adds.
+
         Raises:
-            RemoteProtocolError: the layers can't be.
+            RemoteProtocolError: the layers are invalid.
             CorruptionError: what is staged, the index before, or the block map is damaged.
             OSError: the disk refuses.
         """
-        staged, snapshot = self._staged, self._base.end_snapshot_id
-        for section in (Section.POSITIONS, Section.JOURNAL, Section.JOURNAL_BLOCKS):
-            staged.verify(section)
-        with closing(SharedContents(staged, self._block_sizes, self._objects)) as shared:
+        staged, kind = self._staged, ObjectKind.JOURNAL_INDEX
+        for section in (staged.positions, staged.journal, staged.journal_blocks.checksums):
+            section.verify()
+        with (
+            closing(SharedContents(staged, self._store)) as shared,
+            new_object(staged.directory, kind, staged.snapshot_id, layer) as fd,
+        ):
             shared.find()
-            fd = create(os.path.join(staged.directory, object_file(ObjectKind.JOURNAL_INDEX, snapshot, layer)))
-            try:
-                writer = JournalWriter(fd)
-                row_count = self._add_rows(writer, shared)
-                minutes = self._add_positions(writer)
-                data_bytes, tail_bytes, tail_checksum = writer.finish()
-                header = ObjectHeader(
-                    ObjectKind.JOURNAL_INDEX, self._history, snapshot, data_bytes, tail_bytes, tail_checksum
-                )
-                return BuiltLayers(complete(fd, header, layer), row_count, minutes)
-            finally:
-                os.close(fd)
+            writer = IndexWriter(fd)
+            row_count = self._add_rows(writer, shared)
+            minutes = self._add_positions(writer)
+            index = self._store.complete(fd, kind, staged.snapshot_id, *writer.finish(), layer=layer)
+            return index, row_count, minutes
 
-    def _add_rows(self, writer: JournalWriter, shared: SharedContents) -> int:
+    def _add_rows(self, writer: IndexWriter, shared: SharedContents) -> int:
         """Merges the rows; returns their number."""
-        runs, row_count = [self._rows(run, end, shared) for run, end in self._runs()], 0
+        runs, row_count = self._staged.runs, 0
+        ends = [*(run.row for run in runs[1:]), None]
+        merging = [self._rows(run, end, shared) for run, end in zip(runs, ends, strict=True)]
         if self._before is not None:
-            runs.append(self._before.all_rows())
-        for volume, rows in by_volume(merged(runs, _KEYS)):
-            writer.add_rows(volume, rows)
+            merging.append(self._before.all_rows())
+        for rows in merged(merging, BY_BLOCK, self._out_of_order):
+            writer.add_rows(rows)
             row_count += len(rows)
         return row_count
 
-    def _add_positions(self, writer: JournalWriter) -> dict[int, int]:
-        runs: list[Iterator[RowArray]] = [self._staged.rows(Section.POSITIONS, verify=False)]
+    def _add_positions(self, writer: IndexWriter) -> dict[int, int]:
+        """Merges the positions; returns the seconds of minutes that they lie in."""
+        merging = [self._staged.positions.rows()]
         if self._before is not None:
-            runs.append(self._before.all_positions())
+            merging.append(self._before.all_positions())
         check, minutes = PositionsInOrder(self._staged.manifest), dict[int, int]()
-        for positions in merged(runs, ("seq",)):
-            seqs, times_ns = positions["seq"].astype("<i8"), np.ascontiguousarray(positions["time_ns"])
-            check.take(seqs, times_ns)
-            writer.add_positions(seqs, times_ns)
-            for second in np.unique(times_ns // 1_000_000_000).tolist():
-                minutes[second // 60] = minutes.get(second // 60, 0) | second_bit(second * 1_000_000_000)
+        for positions in merged(merging, ("seq",), self._out_of_order):
+            check.take(positions)
+            writer.add_positions(positions)
+            add_seconds(minutes, positions["time_ns"])
         check.finish()
         return minutes
 
-    def _runs(self) -> Iterator[tuple[Run, int]]:
-        """Where each run of rows begins, and the row at its end."""
-        journal = self._staged.journal
-        yield from zip(journal.runs, [*(run.row for run in journal.runs[1:]), journal.count], strict=True)
-
-    def _rows(self, run: Run, end: int, shared: SharedContents) -> Iterator[npt.NDArray[np.void]]:
-        """A run's rows as the index has them."""
-        snapshot, shared_before = self._base.end_snapshot_id, run.shared
-        first = pointer(contents_object(snapshot, ObjectKind.JOURNAL_BLOCKS), self._base_units + run.unit)
-        own = OwnContents(self._staged, Section.JOURNAL_BLOCKS, self._volumes, first, run.block)
-        for rows in self._staged.rows(Section.JOURNAL, run.row, end, False, RUN_BATCH_ROWS):
+    def _rows(self, run: Run, end: int | None, shared: SharedContents) -> Iterator[Rows]:
+        """A run's rows, before number `end`, as the index has them."""
+        staged, shared_before = self._staged, run.shared
+        base_units = staged.manifest.base_bytes // UNIT_BYTES
+        first = contents_pointer(ObjectKind.JOURNAL_BLOCKS, staged.snapshot_id, base_units + run.unit)
+        own = OwnContents(staged.journal_blocks, self._store, first, run.block)
+        for rows in staged.journal.rows(run.row, end, RUN_BATCH_ROWS):
             found = np.zeros(len(rows), INDEX_ROW)
-            for key in _KEYS:
+            for key in BY_BLOCK:
                 found[key] = rows[key]
             mine = rows["source"] == Source.JOURNAL
             found["pointer"][mine], found["checksum"][mine] = own.of(rows["volume"][mine])
-            for source, kind in (
-                (Source.SHARED_FOURTH, ObjectKind.SNAPSHOT_BLOCKS), (Source.SHARED_JOURNAL, ObjectKind.JOURNAL_BLOCKS),
-            ):  # fmt: skip
+            for source, kind in _SHARED:
                 of_kind = rows["source"] == source
-                start = np.uint64(pointer(contents_object(snapshot, kind), 0))
+                start = np.uint64(contents_pointer(kind, staged.snapshot_id))
                 found["pointer"][of_kind] = rows["unit"][of_kind] + start
             sharing = np.flatnonzero(rows["source"] >= Source.SHARED_FOURTH)
-            found["checksum"][sharing] = shared.checksums(shared_before, len(sharing))
+            found["checksum"][sharing] = shared.part(shared_before, len(sharing))
             shared_before += len(sharing)
-            self._look_up_fourth(found, np.flatnonzero(rows["source"] == Source.FOURTH))
+            self._look_up(found, np.flatnonzero(rows["source"] == Source.FOURTH))
             yield found
 
-    def _look_up_fourth(self, found: npt.NDArray[np.void], places: npt.NDArray[np.int64]) -> None:
-        """Pointers and checksums of rows whose content the fourth snapshot has in their block."""
+    def _look_up(self, found: Rows, places: I64Array) -> None:
+        """Pointers and checksums of rows whose content the end snapshot has in their block: leaf by leaf."""
         if not len(places):
             return
         volume, leaf = found["volume"][places], found["block"][places] >> FANOUT_BITS
         cuts = np.flatnonzero((volume[1:] != volume[:-1]) | (leaf[1:] != leaf[:-1])) + 1
         for part in np.split(places, cuts):
             first = found[part[0]]
-            pointers, checksums = self._fourth.leaf(int(first["volume"]), int(first["block"]) >> FANOUT_BITS)
+            pointers, checksums = self._end_maps[int(first["volume"])].leaf(int(first["block"]) >> FANOUT_BITS)
             index = found["block"][part] & (FANOUT - 1)
             found["pointer"][part], found["checksum"][part] = pointers[index], checksums[index]
-        ours = contents_object(self._base.end_snapshot_id, ObjectKind.SNAPSHOT_BLOCKS)
+        ours = contents_object(self._staged.snapshot_id, ObjectKind.SNAPSHOT_BLOCKS)
         if (found["pointer"][places] >> np.uint64(UNIT_BITS) != ours).any():
             raise refuse("journal", "a row leads to the snapshot's content of a block that the interval didn't write")

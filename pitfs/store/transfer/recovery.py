@@ -1,4 +1,4 @@
-"""Transfers and closings under way, or put off, and what is left of those that didn't come about."""
+"""staging/: transfers and closings under way, or put off; and the recovery of those whose commit didn't come about."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pitfs.store.objects.format import (
     journal_blocks_of,
     object_file,
 )
-from pitfs.store.transfer.layers import interval_of
+from pitfs.store.transfer.position import interval_of
 from pitfs.store.transfer.staging import read_progress
 
 log = logging.getLogger(__name__)
@@ -40,86 +40,102 @@ class StagingArea:
     def __init__(self, path: str, objects: str, catalog: Catalog) -> None:
         self.path, self._objects, self._catalog = path, objects, catalog
 
-    def settle(self, names: Sequence[str]) -> None:
-        """Deals with files in objects/ that the catalog doesn't know: of a commit that didn't come about.
+    def recover(self, names: Sequence[str]) -> None:
+        """Deals with files of these names in objects/ that the catalog doesn't know: their commit didn't come about.
 
-        Contents of a staged transfer go back to it, what was built of it is removed, and so is an index that a finer
-        one took the place of, what a closing made of a tail that is there still, and the log of one that isn't.
-        Others are nobody's to remove here: rather than theirs, the catalog isn't this store's newest.
+        | file                                           | what becomes of it                                  |
+        |------------------------------------------------|-----------------------------------------------------|
+        | WAL of an open interval                        | it stays: the catalog knows it by the interval      |
+        | contents of a staged transfer                  | they go back to it, so that it can be resumed       |
+        | map or index that was made of it               | it is removed: it is made again                     |
+        | what a closing made of an interval still there | it is removed: it is made again                     |
+        | WAL of an interval that isn't there            | it is removed: it became a snapshot, or never began |
+        | index that a finer one took the place of       | it is removed                                       |
+        | any other                                      | an error: the catalog isn't this store's newest     |
 
         Raises:
-            StoreError: there are others.
+            StoreError: there are others; then nothing was touched.
         """
+        open_intervals = self._catalog.open_intervals()
+        wals = {object_file(ObjectKind.JOURNAL_BLOCKS, interval.id) for interval in open_intervals}
+        closing = {
+            object_file(kind, interval.end_snapshot_id)
+            for interval in open_intervals if interval.mark for kind in ObjectKind
+        }  # fmt: skip
         unknown = self._catalog.unknown_objects([name for name in names if is_object_file(name)])
-        tails = self._catalog.tails()
-        logs = {object_file(ObjectKind.JOURNAL_BLOCKS, tail.id) for tail in tails}
-        made = {name for tail in tails if tail.mark for name in _objects_of(tail.end_snapshot_id)}
-        found = [name for name in unknown if name not in logs and os.path.exists(os.path.join(self._objects, name))]
-        of_tails = {name for name in found if name in made or self._is_outdated_log(name)}
-        homes = {name: self.path if name in of_tails else self._home_of(name) for name in found}
-        for name, home in homes.items():
-            if home is None:
-                raise StoreError(
-                    f"{os.path.join(self._objects, name)}: the catalog doesn't have it: {CATALOG} is older "
-                    f"than the objects, or damaged: put the newest copy of it back, or move the store away "
-                    f"(what it has stays readable) and a new one is made"
-                )
-        if found:
+        paths = {name: os.path.join(self._objects, name) for name in unknown if name not in wals}
+        back = {
+            path: None if name in closing else self._place_in_staging(name)
+            for name, path in paths.items() if os.path.exists(path)
+        }  # fmt: skip
+        if back:
             self._catalog.write_over()
-        for name, home in homes.items():
-            path, back = os.path.join(self._objects, name), os.path.join(home or "", name)
-            if name.endswith(".blocks") and name not in of_tails and not os.path.exists(back):
+        for path, staged in back.items():
+            if staged is not None and not os.path.exists(staged):
                 log.info("%s: goes back to staging, its commit didn't come about", path)
-                os.rename(path, back)
+                os.rename(path, staged)
             else:
                 log.info("%s: removed, it is nothing that was committed", path)
                 os.unlink(path)
 
-    def _is_outdated_log(self, name: str) -> bool:
-        """Whether it is the log of a tail that became an interval, or of one that didn't begin."""
-        tail, catalog = journal_blocks_of(name), self._catalog
-        if tail is None:
-            return False
-        if tail == catalog.next_snapshot_id():  # the catalog has a tail before anything is written to its log
-            return os.path.getsize(os.path.join(self._objects, name)) <= HEADER_BYTES
-        # Numbers without a snapshot before one that has one are those of logs.
-        return catalog.snapshot(tail) is None and catalog.snapshot(tail + 1) is not None
+    def recover_transfer(self, snapshot_id: int) -> None:
+        """As `recover`, for what a transfer to that snapshot, or of its layers, may have left."""
+        indexes = [object_file(ObjectKind.JOURNAL_INDEX, snapshot_id, layer) for layer in range(len(RUNGS_NS))]
+        others = [object_file(kind, snapshot_id) for kind in ObjectKind if kind is not ObjectKind.JOURNAL_INDEX]
+        self.recover([*others, *indexes])
 
-    def _home_of(self, name: str) -> str | None:
-        """The directory of the staged transfer that made an object which the catalog doesn't know."""
+    def _place_in_staging(self, name: str) -> str | None:
+        """Where contents of a staged transfer go back to; None for what is to be removed.
+
+        Raises:
+            StoreError: it is neither.
+        """
         index = index_of(name)
         if index is not None:
             interval = self._catalog.interval_to(index[0])
             if interval is not None and interval.layer > index[1]:
-                return self.path  # replaced by a finer one
+                return None
+        if self._is_outdated_wal(name):
+            return None
         progress = read_progress(self.path)
-        if progress is not None and progress.snapshot == self._catalog.next_snapshot_id():
-            kinds = ObjectKind.MAP, ObjectKind.SNAPSHOT_BLOCKS
-            if name in {object_file(kind, progress.snapshot) for kind in kinds}:
-                return self.path
+        if progress is not None and progress.snapshot_id == self._catalog.next_snapshot_id():
+            if name == object_file(ObjectKind.MAP, progress.snapshot_id):
+                return None
+            if name == object_file(ObjectKind.SNAPSHOT_BLOCKS, progress.snapshot_id):
+                return os.path.join(self.path, name)
         for directory in self._layers_directories():
             progress = read_progress(directory)
             if progress is not None:
                 layer = layer_of(progress.manifest.granularity_ns)
-                made = object_file(ObjectKind.JOURNAL_INDEX, progress.snapshot, layer)
-                if name in (made, object_file(ObjectKind.JOURNAL_BLOCKS, progress.snapshot)):
-                    return directory
-        return None
+                if name == object_file(ObjectKind.JOURNAL_INDEX, progress.snapshot_id, layer):
+                    return None
+                if name == object_file(ObjectKind.JOURNAL_BLOCKS, progress.snapshot_id):
+                    return os.path.join(directory, name)
+        raise StoreError(
+            f"{os.path.join(self._objects, name)}: the catalog doesn't have it: {CATALOG} is older than the objects, "
+            "or damaged: put the newest copy of it back, or move the store away (what it has stays readable) and a "
+            "new one is made"
+        )
 
-    def settle_transfer(self, snapshot: int) -> None:
-        kinds = ObjectKind.MAP, ObjectKind.SNAPSHOT_BLOCKS, ObjectKind.JOURNAL_BLOCKS
-        indexes = [object_file(ObjectKind.JOURNAL_INDEX, snapshot, layer) for layer in range(len(RUNGS_NS))]
-        self.settle([*(object_file(kind, snapshot) for kind in kinds), *indexes])
+    def _is_outdated_wal(self, name: str) -> bool:
+        """Whether it is the WAL of an open interval that became a snapshot, or of one that didn't begin."""
+        number, catalog = journal_blocks_of(name), self._catalog
+        if number is None:
+            return False
+        if number == catalog.next_snapshot_id():  # the catalog has an open interval before its WAL has a write
+            return os.path.getsize(os.path.join(self._objects, name)) <= HEADER_BYTES
+        # Only a WAL has a number that no snapshot has while a snapshot has the next one.
+        return catalog.snapshot(number) is None and catalog.snapshot(number + 1) is not None
 
-    def closing_directory(self, snapshot: int) -> str:
-        """An empty directory for what is made of a closed tail."""
-        path = os.path.join(self.path, f"{CLOSING_PREFIX}{snapshot:016x}")
+    def closing_directory(self, snapshot_id: int) -> str:
+        """An empty directory for what is made of a closed interval."""
+        path = os.path.join(self.path, f"{CLOSING_PREFIX}{snapshot_id:016x}")
         self.clear(path)
         os.mkdir(path, 0o700)
         return path
 
-    def layers_directory(self, snapshot: int) -> str:
-        return os.path.join(self.path, f"{LAYERS_PREFIX}{snapshot:016x}")
+    def layers_directory(self, snapshot_id: int) -> str:
+        return os.path.join(self.path, f"{LAYERS_PREFIX}{snapshot_id:016x}")
 
     def _layers_directories(self) -> list[str]:
         """Of layers under way or put off, oldest interval first."""
@@ -137,7 +153,7 @@ class StagingArea:
     def clear_outdated(self) -> None:
         """Removes staged layers that have been committed, or that nothing can follow any more, and closings."""
         for name in os.listdir(self.path):
-            if name.startswith(CLOSING_PREFIX):  # made again from the log, or committed
+            if name.startswith(CLOSING_PREFIX):  # made again from the WAL, or committed
                 self.clear(os.path.join(self.path, name))
         for directory in self._layers_directories():
             progress = read_progress(directory)
@@ -157,8 +173,3 @@ class StagingArea:
                 os.unlink(entry.path)
         if directory != self.path:
             os.rmdir(directory)
-
-
-def _objects_of(snapshot: int) -> list[str]:
-    """What a closing may make."""
-    return [object_file(kind, snapshot) for kind in ObjectKind]

@@ -1,75 +1,55 @@
-"""The transfer under way: its sections as files, checked as they come, resumable at the last checkpoint.
+"""The transfer under way: its sections are checked as they come, and it resumes at the last checkpoint.
 
     staging/progress.json              manifest, lengths, cursor, digests; replaced durably
     staging/diff.rows, positions.rows, journal.rows
     staging/diff.checksums, journal.checksums           xxh3_64 of each block of contents that came
-    staging/shared.checksums                            at the end, of those that rows of JOURNAL share (see shared.py)
-    staging/snapshot-<s>.blocks, journal-<s>.blocks     with header: they become the objects
+    staging/shared.checksums                            at the end, of those that rows of JOURNAL share
+    staging/snapshot-<s>.blocks, journal-<s>.blocks     contents; at the end they get their header and are the objects
 
-Rows are staged as they came: block map and journal index are made of them at the end, so a checkpoint has
-nothing but lengths to remember. Digests of rows and checksums are kept, because one that changes on disk could make
-another state (contents can't: each block is read against its checksum).
+How it resumes:
+
+1. A checkpoint syncs what grew, then replaces progress.json with the lengths, the digests and the sender's cursor.
+   What progress.json says is therefore durable. It is small, since block map and index are made at the end alone.
+2. Whoever goes on (after an error, or a new start) opens the files, cuts them to these lengths, reads the rows again
+   through their checks, and compares the digests. The checks are then as they were at the checkpoint.
+3. The sender is told the lengths and its cursor, and sends from there. Bytes that are there already are skipped, bytes
+   behind a hole are refused.
+4. A transfer with another manifest, or files that aren't what progress.json says, begins anew.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from contextlib import ExitStack, closing
+from typing import Final
 
 import msgspec
-import numpy as np
 import xxhash
 
 from pitfs.errors import CorruptionError, PositionMismatchError, RemoteProtocolError
-from pitfs.model.blockmap import I64Array, U64Array
-from pitfs.model.record import block_checksums
 from pitfs.model.transfer import (
     DIFF_ENTRY,
     JOURNAL_ENTRY,
     MAX_PAYLOAD_BYTES,
     POSITION,
     TRANSFER_SECTIONS,
-    UNIT_BYTES,
     Data,
     End,
     Manifest,
     ResumePoint,
     Section,
-    Source,
     TransferKind,
-    VolumeInfo,
 )
-from pitfs.storage.files import durable_replace, read_exactly, write_all
-from pitfs.store.objects.format import HEADER_BYTES, ObjectHeader, ObjectKind, object_file
-from pitfs.store.transfer.validation import (
-    BlockSizes,
-    DiffCheck,
-    JournalCheck,
-    PositionsCheck,
-    RowArray,
-    refuse,
-)
+from pitfs.storage.files import durable_replace
+from pitfs.store.objects.format import ObjectKind, object_file
+from pitfs.store.transfer.sections import StagedContents, StagedRows
+from pitfs.store.transfer.validation import DiffCheck, JournalCheck, PositionsCheck, refuse
+from pitfs.store.transfer.writable_store import WritableStore
 
 PROGRESS: Final = "progress.json"
 MAX_PROGRESS_BYTES: Final = 16 << 20
-BATCH_ROWS: Final = 1 << 15  # rows in memory at a time when they are read again: about 1 MiB
-ROW_DTYPES: Final = {
-    Section.DIFF: np.dtype(DIFF_ENTRY),
-    Section.POSITIONS: np.dtype(POSITION),
-    Section.JOURNAL: np.dtype(JOURNAL_ENTRY),
-}
-_CHECKSUM: Final = np.dtype("<u8")
-_ROW_FILES: Final = {Section.DIFF: "diff.rows", Section.POSITIONS: "positions.rows", Section.JOURNAL: "journal.rows"}
-_CHECKSUM_FILES: Final = {Section.DIFF_BLOCKS: "diff.checksums", Section.JOURNAL_BLOCKS: "journal.checksums"}
-_CONTENTS: Final = {
-    Section.DIFF_BLOCKS: ObjectKind.SNAPSHOT_BLOCKS,
-    Section.JOURNAL_BLOCKS: ObjectKind.JOURNAL_BLOCKS,
-}
-_ROWS_OF: Final = {Section.DIFF_BLOCKS: Section.DIFF, Section.JOURNAL_BLOCKS: Section.JOURNAL}
-_OWN: Final = {Section.DIFF_BLOCKS: Source.FOURTH, Section.JOURNAL_BLOCKS: Source.JOURNAL}
-NOT_TAKEN: Final = "they aren't those whose checksums were taken at the splitter"
 _OF_LAYERS: Final = frozenset({Section.POSITIONS, Section.JOURNAL, Section.JOURNAL_BLOCKS})
+Five = tuple[int, int, int, int, int]
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -81,11 +61,11 @@ class Progress(msgspec.Struct, frozen=True):
     """
 
     manifest: Manifest
-    snapshot: int
-    lengths: tuple[int, int, int, int, int] = (0, 0, 0, 0, 0)
+    snapshot_id: int = msgspec.field(name="snapshot")
+    lengths: Five = (0, 0, 0, 0, 0)
     cursor: tuple[int, ...] = ()
     blocks: tuple[int, int] = (0, 0)
-    digests: tuple[int, int, int, int, int] = (0, 0, 0, 0, 0)
+    digests: Five = (0, 0, 0, 0, 0)
 
 
 def read_progress(directory: str) -> Progress | None:
@@ -104,112 +84,84 @@ def read_progress(directory: str) -> Progress | None:
 
 
 class StagedTransfer:
-    """One transfer in staging/. After an error it is closed and opened again at its last checkpoint.
+    """One transfer in staging/. After an error it is closed, and opened again at its last checkpoint.
 
     Args:
         directory: where it is staged.
-        progress: where it stands; files are cut to its lengths.
-        history: 16 bytes.
-        volumes: of the group.
+        progress: how far it has come; files are cut to its lengths.
+
+    Attributes:
+        diff, positions, journal, diff_blocks, journal_blocks: its sections.
+        runs: of JOURNAL, as far as its rows tell.
 
     Raises:
         CorruptionError: the files aren't those that the progress was written for.
-        RemoteProtocolError: rows that can't be.
+        RemoteProtocolError: rows are invalid.
         OSError: the disk refuses.
     """
 
-    def __init__(
-        self, directory: str, progress: Progress, history: bytes, volumes: Sequence[VolumeInfo]
-    ) -> None:
-        self.directory = directory
-        self.manifest = progress.manifest
-        self.snapshot = progress.snapshot
+    def __init__(self, directory: str, progress: Progress, store: WritableStore) -> None:
+        self.directory, self.manifest, self.snapshot_id = directory, progress.manifest, progress.snapshot_id
         self._progress = progress
-        self._history = history
-        self._block_sizes = np.array([volume.block_size for volume in volumes], "<i8")
-        self.diff = DiffCheck(volumes, self.manifest)
-        self.journal = JournalCheck(volumes, self.manifest)
-        self.positions = PositionsCheck(self.manifest)
-        self._lengths = dict.fromkeys(TRANSFER_SECTIONS, 0)
-        self._blocks = dict.fromkeys(_CONTENTS, 0)  # that have come
-        self._sizes = {section: BlockSizes(self._own_sizes(section)) for section in _CONTENTS}
-        self._digests = {section: xxhash.xxh3_64() for section in (*_ROW_FILES, *_CONTENTS)}
-        self._taken: dict[Section, tuple[xxhash.xxh3_64, int]] = {}  # checksums as found, and as told by End
-        self._fds: dict[Section, int] = {}
-        self._checksum_fds: dict[Section, int] = {}
-        try:
-            self._open(progress)
-        except BaseException:
-            self.close()
-            raise
+        block_sizes, lengths, blocks = store.block_sizes, progress.lengths, progress.blocks
+        diff, journal = DiffCheck(store.volumes, self.manifest), JournalCheck(store.volumes, self.manifest)
+        self.runs = journal.runs
+        paths = [os.path.join(directory, name) for name in _file_names(self.snapshot_id)]
+        with ExitStack() as opened:
+            self.diff = opened.enter_context(closing(StagedRows("DIFF", paths[0], DIFF_ENTRY, lengths[0], diff)))
+            diff_blocks = StagedContents(
+                "DIFF_BLOCKS", paths[1], paths[2], lengths[1], blocks[0], self.diff, diff, block_sizes
+            )
+            self.diff_blocks = opened.enter_context(closing(diff_blocks))
+            positions = StagedRows("POSITIONS", paths[3], POSITION, lengths[2], PositionsCheck(self.manifest))
+            self.positions = opened.enter_context(closing(positions))
+            self.journal = opened.enter_context(
+                closing(StagedRows("JOURNAL", paths[4], JOURNAL_ENTRY, lengths[3], journal))
+            )
+            journal_blocks = StagedContents(
+                "JOURNAL_BLOCKS", paths[5], paths[6], lengths[4], blocks[1], self.journal, journal, block_sizes
+            )
+            self.journal_blocks = opened.enter_context(closing(journal_blocks))
+            sections = self.diff, self.diff_blocks, self.positions, self.journal, self.journal_blocks
+            self._sections = dict[Section, StagedRows | StagedContents](zip(TRANSFER_SECTIONS, sections, strict=True))
+            for section in self._sections.values():
+                section.replay()
+            if any(lengths) and self._digests() != progress.digests:
+                raise CorruptionError(directory, 0, "what is staged isn't what came")
+            self._opened = opened.pop_all()
 
     @classmethod
-    def create(
-        cls, directory: str, manifest: Manifest, snapshot: int, history: bytes, volumes: Sequence[VolumeInfo]
-    ) -> StagedTransfer:
-        """A new one, in a directory with none."""
-        for kind in _CONTENTS.values():
-            with open(os.path.join(directory, object_file(kind, snapshot)), "wb") as file:
-                file.write(ObjectHeader(kind, history, snapshot).encode())
-        for name in (*_ROW_FILES.values(), *_CHECKSUM_FILES.values()):
-            with open(os.path.join(directory, name), "wb"):
-                pass
-        staged = cls(directory, Progress(manifest, snapshot), history, volumes)
+    def create(cls, directory: str, manifest: Manifest, snapshot_id: int, store: WritableStore) -> StagedTransfer:
+        """A new one, in a directory that has none."""
+        staged = cls(directory, Progress(manifest, snapshot_id), store)
         try:
-            staged._save(Progress(manifest, snapshot))
+            staged._save(staged._progress)
         except BaseException:
             staged.close()
             raise
         return staged
 
-    def _open(self, progress: Progress) -> None:
-        for section, length in zip(TRANSFER_SECTIONS, progress.lengths, strict=True):
-            self._fds[section] = self._open_cut(self.path(section), self._base(section) + length)
-            self._lengths[section] = length
-        for section, count in zip(_CONTENTS, progress.blocks, strict=True):
-            path = os.path.join(self.directory, _CHECKSUM_FILES[section])
-            self._checksum_fds[section] = self._open_cut(path, count * _CHECKSUM.itemsize)
-            self._blocks[section] = count
-        for section in _ROW_FILES:
-            for rows in self.rows(section, verify=False):
-                self._digests[section].update(rows.view(np.uint8).data)
-                self._check_rows(section, rows)
-        for section, count in zip(_CONTENTS, progress.blocks, strict=True):
-            for checksums in self._checksums(section, 0, count):
-                self._digests[section].update(checksums.data.cast("B"))
-            if self._sizes[section].skip(count) != self._lengths[section]:
-                raise CorruptionError(self.path(section), 0, "the staged contents aren't those of the staged rows")
-        if any(progress.lengths) and self._digests_now() != progress.digests:
-            raise CorruptionError(self.directory, 0, "what is staged isn't what came")
+    @classmethod
+    def resume(
+        cls, directory: str, manifest: Manifest, snapshot_id: int, store: WritableStore
+    ) -> StagedTransfer | None:
+        """The one that is staged there, up to its checkpoint; None if it is another one, or there is none.
 
-    def _open_cut(self, path: str, end: int) -> int:
-        """Opens a staged file and cuts what came after the checkpoint."""
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            if os.fstat(fd).st_size < end:
-                raise CorruptionError(path, end, "the staged file is shorter than was acknowledged")
-            os.ftruncate(fd, end)
-        except BaseException:
-            os.close(fd)
-            raise
-        return fd
-
-    def path(self, section: Section) -> str:
-        """Where a section is staged."""
-        name = _ROW_FILES.get(section) or object_file(_CONTENTS[section], self.snapshot)
-        return os.path.join(self.directory, name)
-
-    def fd(self, section: Section) -> int:
-        return self._fds[section]
-
-    @staticmethod
-    def _base(section: Section) -> int:
-        return HEADER_BYTES if section in _CONTENTS else 0
+        Raises:
+            CorruptionError, RemoteProtocolError, FileNotFoundError: it isn't what came.
+        """
+        progress = read_progress(directory)
+        if progress is None or progress.snapshot_id != snapshot_id:
+            return None
+        # Why it is no finer may have changed since: the manifest that came last says it.
+        if msgspec.structs.replace(progress.manifest, cause=manifest.cause) != manifest:
+            return None
+        return cls(directory, msgspec.structs.replace(progress, manifest=manifest), store)
 
     @property
-    def lengths(self) -> tuple[int, int, int, int, int]:
+    def lengths(self) -> Five:
         """Bytes of each section that have come."""
-        one, two, three, four, five = (self._lengths[section] for section in TRANSFER_SECTIONS)
+        one, two, three, four, five = (self._sections[section].length for section in TRANSFER_SECTIONS)
         return one, two, three, four, five
 
     @property
@@ -222,84 +174,31 @@ class StagedTransfer:
 
         Raises:
             PositionMismatchError: bytes are missing before these.
-            RemoteProtocolError: they can't be.
+            RemoteProtocolError: they are invalid.
             OSError: the disk refuses.
         """
-        section, have = frame.section, self._lengths[frame.section]
+        section = self._sections[frame.section]
         if len(frame.payload) > MAX_PAYLOAD_BYTES:
-            raise refuse(
-                section.name, f"{len(frame.payload)} bytes in one frame, at most {MAX_PAYLOAD_BYTES} may come"
-            )
-        if frame.offset > have:
+            problem = f"{len(frame.payload)} bytes in one frame, at most {MAX_PAYLOAD_BYTES} may come"
+            raise refuse(frame.section.name, problem)
+        if frame.offset > section.length:
             raise PositionMismatchError(
-                f"transfer of mark {self.manifest.mark}, {section.name}: bytes {have} to {frame.offset} are "
-                f"missing; the sender has to resume at the replica's position"
+                f"transfer of mark {self.manifest.mark}, {frame.section.name}: bytes {section.length} to "
+                f"{frame.offset} are missing; the sender has to resume at the replica's position"
             )
-        payload = memoryview(frame.payload).cast("B")[have - frame.offset :]
+        payload = memoryview(frame.payload).cast("B")[section.length - frame.offset :]
         if not payload:
             return
-        if (section in _OF_LAYERS) != (self.manifest.kind is TransferKind.LAYERS):
-            raise refuse(section.name, "it isn't part of such a transfer")
-        if section in _CONTENTS:
-            self._take_contents(section, payload)
-            return
-        dtype = ROW_DTYPES[section]
-        if len(payload) % dtype.itemsize:
-            raise refuse(section.name, "a frame that isn't whole rows")
-        self._check_rows(section, np.frombuffer(payload, dtype))
-        write_all(self._fds[section], payload, have)
-        self._lengths[section] = have + len(payload)
-        self._digests[section].update(payload)
-
-    def _check_rows(self, section: Section, rows: np.ndarray[Any, Any]) -> None:
-        if section is Section.POSITIONS:
-            self.positions.take(rows)
-        elif section is Section.DIFF:
-            self.diff.take(rows)
-        else:
-            self.journal.take(rows)
-
-    def _take_contents(self, section: Section, payload: memoryview) -> None:
-        """Whole blocks of the next rows that have any; their checksums are taken here."""
-        have = self._lengths[section]
-        sizes = self._sizes[section].next(len(payload))
-        if sizes is None:
-            raise refuse(section.name, f"contents at byte {have} that no row named, or that aren't whole blocks")
-        if (sizes == sizes[0]).all():
-            found = block_checksums(payload, int(sizes[0]))
-        else:
-            ends = np.cumsum(sizes).tolist()
-            found = [
-                xxhash.xxh3_64_intdigest(payload[end - size : end])
-                for size, end in zip(sizes.tolist(), ends, strict=True)
-            ]
-        checksums = np.array(found, _CHECKSUM).data.cast("B")
-        write_all(self._fds[section], payload, self._base(section) + have)
-        write_all(self._checksum_fds[section], checksums, self._blocks[section] * _CHECKSUM.itemsize)
-        self._lengths[section] = have + len(payload)
-        self._blocks[section] += len(sizes)
-        self._digests[section].update(checksums)
-
-    def _own_sizes(self, section: Section) -> Iterator[I64Array | None]:
-        """Sizes of the blocks in a section of contents, as its rows name them; None: no more have come yet."""
-        first = 0
-        while True:
-            before = first
-            for rows in self.rows(_ROWS_OF[section], first, verify=False):
-                first += len(rows)
-                yield self._block_sizes[rows["volume"][rows["source"] == _OWN[section]]]
-            if first == before:  # else more may have come while these were used
-                yield None
+        if (frame.section in _OF_LAYERS) != (self.manifest.kind is TransferKind.LAYERS):
+            raise refuse(frame.section.name, "it isn't part of such a transfer")
+        section.take(payload)
 
     def checkpoint(self, cursor: tuple[int, ...]) -> ResumePoint:
         """Makes all that has come durable, and remembers the cursor with it. Raises OSError."""
-        for section, length in zip(TRANSFER_SECTIONS, self._progress.lengths, strict=True):
-            if self._lengths[section] != length:
-                os.fdatasync(self._fds[section])  # before the progress that counts on it
-                if section in _CONTENTS:
-                    os.fdatasync(self._checksum_fds[section])
-        blocks = self._blocks[Section.DIFF_BLOCKS], self._blocks[Section.JOURNAL_BLOCKS]
-        self._save(Progress(self.manifest, self.snapshot, self.lengths, cursor, blocks, self._digests_now()))
+        for section in self._sections.values():
+            section.sync()  # before the progress that counts on it
+        blocks = self.diff_blocks.checksums.count, self.journal_blocks.checksums.count
+        self._save(Progress(self.manifest, self.snapshot_id, self.lengths, cursor, blocks, self._digests()))
         return self.resume_point
 
     def keep(self) -> None:
@@ -308,8 +207,10 @@ class StagedTransfer:
         if self.manifest.kind is not TransferKind.FULL and not p.cursor and self.lengths != p.lengths:
             self.checkpoint(())
 
-    def _digests_now(self) -> tuple[int, int, int, int, int]:
-        one, two, three, four, five = (digest.intdigest() for digest in self._digests.values())
+    def _digests(self) -> Five:
+        rows, contents = (self.diff, self.positions, self.journal), (self.diff_blocks, self.journal_blocks)
+        digests = (array.digest.intdigest() for array in (*rows, *(each.checksums for each in contents)))
+        one, two, three, four, five = digests
         return one, two, three, four, five
 
     def _save(self, progress: Progress) -> None:
@@ -319,105 +220,25 @@ class StagedTransfer:
         self._progress = progress
 
     def finish(self, end: End) -> None:
-        """Checks that all is there, and is what the splitter took in.
-
-        Raises:
-            RemoteProtocolError: it isn't.
-        """
-        m, lengths = self.manifest, self._lengths
+        """Checks that all is there, and is what the splitter took in. Raises RemoteProtocolError: it isn't."""
+        m = self.manifest
         if end.lengths != self.lengths:
             raise RemoteProtocolError(
-                f"the transfer of mark {m.mark} ends with sections of {end.lengths} bytes, "
-                f"{self.lengths} have come"
+                f"the transfer of mark {m.mark} ends with sections of {end.lengths} bytes, {self.lengths} have come"
             )
-        if m.diff_count is not None and self.diff.count != m.diff_count:
-            raise refuse("diff", f"{self.diff.count} rows, {m.diff_count} announced")
-        if self.journal.count != m.journal_count:
-            raise refuse("journal", f"{self.journal.count} rows, {m.journal_count} announced")
-        if self.positions.count != m.position_count:
-            raise refuse("positions", f"{self.positions.count} rows, {m.position_count} announced")
-        for section, units in (
-            (Section.DIFF_BLOCKS, self.diff.units), (Section.JOURNAL_BLOCKS, self.journal.units)
-        ):  # fmt: skip
-            if lengths[section] != units * UNIT_BYTES:
-                raise refuse(section.name, "contents that rows name are missing")
-        shared = self.diff.shared, self.journal.shared
-        for section, count, taken in zip(_CONTENTS, shared, end.checksums or (None, None), strict=True):
-            if taken is None and count:
-                raise refuse(section.name, "rows that share contents, without the checksums taken at the splitter")
-            digest = self._digests[section].copy()
-            self._taken[section] = digest, digest.intdigest() if taken is None else taken
-            if not count:
-                self.check_shared(section)  # before anything is made of it
-
-    def take_shared(self, section: Section, checksums: U64Array) -> None:
-        """After `finish`: those of the contents there that the next rows share, as they were found."""
-        self._taken[section][0].update(checksums.data.cast("B"))
-
-    def check_shared(self, section: Section) -> None:
-        """Compares those of all contents, and behind them all shared ones, with what was taken at the splitter.
-
-        Raises:
-            RemoteProtocolError: they aren't the same.
-        """
-        digest, taken = self._taken[section]
-        if digest.intdigest() != taken:
-            raise refuse("contents", NOT_TAKEN)
-
-    def rows(
-        self, section: Section, first: int = 0, end: int | None = None, verify: bool = True,
-        batch_rows: int = BATCH_ROWS,
-    ) -> Iterator[RowArray]:  # fmt: skip
-        """The rows of a section from `first` on, before `end`, in bounded batches.
-
-        Args:
-            verify: compare all of them (first 0) with the digest of what came, when the last batch was taken.
-
-        Raises:
-            CorruptionError: they aren't what came, or are missing.
-        """
-        dtype, path, digest = ROW_DTYPES[section], self.path(section), xxhash.xxh3_64()
-        stop = self._lengths[section] if end is None else end * dtype.itemsize
-        for offset in range(first * dtype.itemsize, stop, batch_rows * dtype.itemsize):
-            size = min(batch_rows * dtype.itemsize, stop - offset)
-            data = read_exactly(self._fds[section], size, offset, path)
-            if verify:
-                digest.update(data)
-            yield np.frombuffer(data, dtype)
-        if verify and digest.intdigest() != self._digests[section].intdigest():
-            raise CorruptionError(path, 0, "the staged rows aren't those that came")
-
-    def verify(self, section: Section) -> None:
-        """Compares what is staged with the digest of what came: rows, or the checksums of contents.
-
-        Raises:
-            CorruptionError: it isn't that.
-        """
-        if section in _ROW_FILES:
-            for _ in self.rows(section):
-                pass
-            return
-        digest = xxhash.xxh3_64()
-        for checksums in self._checksums(section, 0, self._blocks[section]):
-            digest.update(checksums.data.cast("B"))
-        if digest.intdigest() != self._digests[section].intdigest():
-            path = os.path.join(self.directory, _CHECKSUM_FILES[section])
-            raise CorruptionError(path, 0, "the staged checksums aren't those of what came")
-
-    def checksums(self, section: Section, block: int, count: int) -> U64Array:
-        """Of `count` blocks of a section of contents from number `block` on."""
-        parts = list(self._checksums(section, block, block + count))
-        return np.concatenate(parts) if parts else np.zeros(0, _CHECKSUM)
-
-    def _checksums(self, section: Section, first: int, end: int) -> Iterator[U64Array]:
-        path = os.path.join(self.directory, _CHECKSUM_FILES[section])
-        for start in range(first, end, BATCH_ROWS):
-            size = min(BATCH_ROWS, end - start) * _CHECKSUM.itemsize
-            data = read_exactly(self._checksum_fds[section], size, start * _CHECKSUM.itemsize, path)
-            yield np.frombuffer(data, _CHECKSUM)
+        self.diff.finish(m.diff_count)
+        self.journal.finish(m.journal_count)
+        self.positions.finish(m.position_count)
+        diff_taken, journal_taken = end.checksums or (None, None)
+        self.diff_blocks.finish(diff_taken)
+        self.journal_blocks.finish(journal_taken)
 
     def close(self) -> None:
-        for fd in (*self._fds.values(), *self._checksum_fds.values()):
-            os.close(fd)
-        self._fds.clear()
-        self._checksum_fds.clear()
+        self._opened.close()
+
+
+def _file_names(snapshot_id: int) -> tuple[str, ...]:
+    """Names in the directory of a transfer, of its sections in order; behind that of contents that of checksums."""
+    diff_blocks = object_file(ObjectKind.SNAPSHOT_BLOCKS, snapshot_id), "diff.checksums"
+    journal_blocks = object_file(ObjectKind.JOURNAL_BLOCKS, snapshot_id), "journal.checksums"
+    return "diff.rows", *diff_blocks, "positions.rows", "journal.rows", *journal_blocks

@@ -7,104 +7,24 @@ next ones must follow: the last key, a count, a place.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from pitfs.errors import RemoteProtocolError
+from pitfs.model.blockmap import I64Array, U64Array
+from pitfs.model.group import NAME_RULE, is_name
 from pitfs.model.ladder import is_rung
 from pitfs.model.transfer import MAX_JOURNAL_RUNS, UNIT_BYTES, Manifest, Source, TransferKind, VolumeInfo
-from pitfs.store.objects.format import MAX_SEQ, MAX_UNITS, is_name
+from pitfs.store.index.merge import BY_BLOCK, Rows
+from pitfs.store.objects.format import MAX_SEQ, MAX_UNITS
 
-RowArray = npt.NDArray[np.void]  # DIFF_ENTRY, JOURNAL_ENTRY or POSITION
-_EMPTY: Final = -1
 _MAX_BLOCK_UNITS: Final = 128
-_OF_DIFF: Final = (Source.ZERO, Source.FOURTH, Source.SHARED_FOURTH)
 
 
 def refuse(section: str, problem: str) -> RemoteProtocolError:
     return RemoteProtocolError(f"the transfer's {section}: {problem}; nothing of it is applied")
-
-
-class _Volumes:
-    """Vectorised facts about the group's volumes."""
-
-    def __init__(self, volumes: Sequence[VolumeInfo]) -> None:
-        self.count = len(volumes)
-        self.block_counts = np.array([volume.block_count for volume in volumes], "<u8")
-        self.block_units = np.array([volume.block_size // UNIT_BYTES for volume in volumes], "<u8")
-
-    def check(self, section: str, rows: RowArray, sources: Sequence[Source]) -> None:
-        """Refuses rows outside of the group's volumes, and those that say what they may not."""
-        volume, shared = rows["volume"], rows["source"] >= Source.SHARED_FOURTH
-        if (volume >= self.count).any():
-            raise refuse(section, f"volume {int(volume.max())} of {self.count}")
-        if (rows["block"] >= self.block_counts[volume]).any():
-            raise refuse(section, "a block behind the end of its volume")
-        if not np.isin(rows["source"], sources).all() or rows["reserved"].any():
-            raise refuse(section, "a source that this pitfs doesn't know")
-        if (rows["unit"] >= MAX_UNITS - _MAX_BLOCK_UNITS).any():
-            raise refuse(section, "a place behind the 32 TiB that one object can have")
-        if rows["unit"][~shared].any():
-            raise refuse(section, "a place that the replica finds by itself")
-
-    def own_units(self, rows: RowArray, own: Source) -> int:
-        """What the contents take that come with these rows."""
-        return int(self.block_units[rows["volume"][rows["source"] == own]].sum())
-
-    def own_ends(self, rows: RowArray, own: Source) -> npt.NDArray[np.uint64]:
-        """What the contents take that come with each row and those before it, in units."""
-        return np.cumsum(np.where(rows["source"] == own, self.block_units[rows["volume"]], 0), dtype="<u8")
-
-    def ends_of_shared(self, rows: RowArray) -> npt.NDArray[np.uint64]:
-        """The unit at which the content of each of these rows ends."""
-        ends: npt.NDArray[np.uint64] = rows["unit"] + self.block_units[rows["volume"]]
-        return ends
-
-
-def _begins(keys: Sequence[npt.NDArray[np.generic]], last: tuple[int, ...]) -> npt.NDArray[np.int64]:
-    """Which rows, by these key columns, first column first, don't come after the one before; `last` is before all."""
-    after: npt.NDArray[np.bool_] | None = None
-    for column, before in zip(reversed(keys), reversed(last), strict=True):
-        values = np.concatenate([np.array([before], "<i8"), column.astype("<i8")])
-        greater, equal = values[1:] > values[:-1], values[1:] == values[:-1]
-        after = greater if after is None else greater | (equal & after)
-    return np.flatnonzero(~after) if after is not None else np.zeros(0, "<i8")
-
-
-class DiffCheck:
-    """DIFF: strictly ascending by (volume, block)."""
-
-    def __init__(self, volumes: Sequence[VolumeInfo], manifest: Manifest) -> None:
-        self._volumes = _Volumes(volumes)
-        self._limit = manifest.diff_count
-        self._last = (_EMPTY, _EMPTY)
-        self.count = 0
-        self.units = 0  # of contents named so far
-        self.shared = 0  # rows that share one
-
-    def take(self, rows: RowArray) -> None:
-        """Checks the next rows.
-
-        Raises:
-            RemoteProtocolError: they can't be.
-        """
-        self._volumes.check("diff", rows, _OF_DIFF)
-        if len(_begins((rows["volume"], rows["block"]), self._last)):
-            raise refuse("diff", "rows that don't strictly ascend by volume and block")
-        self.count += len(rows)
-        if self._limit is not None and self.count > self._limit:
-            raise refuse("diff", f"more than the {self._limit} rows announced")
-        ends = self.units + self._volumes.own_ends(rows, Source.FOURTH)
-        shared = rows["source"] == Source.SHARED_FOURTH
-        self.shared += int(shared.sum())
-        if (self._volumes.ends_of_shared(rows[shared]) > ends[shared]).any():
-            raise refuse("diff", "a row shares a content that no row before it brings")
-        self.units = int(ends[-1]) if len(ends) else self.units
-        if len(rows):
-            self._last = (int(rows["volume"][-1]), int(rows["block"][-1]))
 
 
 class Run(NamedTuple):
@@ -119,7 +39,86 @@ class Run(NamedTuple):
     shared: int
 
 
-class JournalCheck:
+class _BlockRowsCheck:
+    """What DIFF and JOURNAL have in common: rows name blocks, and contents that come with them or are shared.
+
+    Args:
+        own: source of rows whose content comes with them; sources: all that there may be.
+        keys: by which the rows ascend.
+        limit: of rows, None if not announced.
+
+    Attributes:
+        count: of rows so far; shared: of those that share a content.
+        blocks, units: of contents that come with them.
+    """
+
+    def __init__(
+        self, name: str, own: Source, sources: Sequence[Source], keys: Sequence[str], volumes: Sequence[VolumeInfo],
+        limit: int | None,
+    ) -> None:  # fmt: skip
+        self._name, self.own, self._sources, self._keys, self._limit = name, own, sources, keys, limit
+        self._block_counts = np.array([volume.block_count for volume in volumes], "<u8")
+        self._block_units = np.array([volume.block_size // UNIT_BYTES for volume in volumes], "<u8")
+        self._last = (-1,) * len(keys)  # keys of the last row; these come before any
+        self.count = self.blocks = self.units = self.shared = 0
+
+    def _check(self, rows: Rows) -> list[int]:
+        """Refuses rows outside of the group's volumes, and those that say what they may not.
+
+        Returns:
+            numbers of the rows that don't come after the one before them.
+        """
+        volume, shared = rows["volume"], rows["source"] >= Source.SHARED_FOURTH
+        if (volume >= len(self._block_counts)).any():
+            raise refuse(self._name, f"volume {int(volume.max())} of {len(self._block_counts)}")
+        if (rows["block"] >= self._block_counts[volume]).any():
+            raise refuse(self._name, "a block behind the end of its volume")
+        if not np.isin(rows["source"], self._sources).all() or rows["reserved"].any():
+            raise refuse(self._name, "a source that this pitfs doesn't know")
+        if (rows["unit"] >= MAX_UNITS - _MAX_BLOCK_UNITS).any():
+            raise refuse(self._name, "a place behind the 32 TiB that one object can have")
+        if rows["unit"][~shared].any():
+            raise refuse(self._name, "a place that the replica finds by itself")
+        after = np.zeros(len(rows), np.bool_)
+        for key, last in zip(reversed(self._keys), reversed(self._last), strict=True):
+            values = np.concatenate([np.array([last], "<i8"), rows[key].astype("<i8")])
+            after = (values[1:] > values[:-1]) | ((values[1:] == values[:-1]) & after)
+        if len(rows):
+            self._last = tuple(int(rows[key][-1]) for key in self._keys)
+        return np.flatnonzero(~after).tolist()
+
+    def _units(self, rows: Rows) -> U64Array:
+        """What the content takes that comes with each row, 0 where none does."""
+        return np.where(rows["source"] == self.own, self._block_units[rows["volume"]], 0).astype("<u8")
+
+    def _add(self, rows: Rows) -> None:
+        self.count += len(rows)
+        if self._limit is not None and self.count > self._limit:
+            raise refuse(self._name, f"more than the {self._limit} rows announced")
+        self.blocks += int((rows["source"] == self.own).sum())
+        self.units += int(self._units(rows).sum())
+        self.shared += int((rows["source"] >= Source.SHARED_FOURTH).sum())
+
+
+class DiffCheck(_BlockRowsCheck):
+    """DIFF: strictly ascending by (volume, block)."""
+
+    def __init__(self, volumes: Sequence[VolumeInfo], manifest: Manifest) -> None:
+        sources = Source.ZERO, Source.FOURTH, Source.SHARED_FOURTH
+        super().__init__("diff", Source.FOURTH, sources, ("volume", "block"), volumes, manifest.diff_count)
+
+    def take(self, rows: Rows) -> None:
+        """Checks the next rows. Raises RemoteProtocolError: they are invalid."""
+        if self._check(rows):
+            raise refuse("diff", "rows that don't strictly ascend by volume and block")
+        come = self.units + np.cumsum(self._units(rows), dtype="<u8")
+        ends = rows["unit"] + self._block_units[rows["volume"]]
+        if (ends > come)[rows["source"] == Source.SHARED_FOURTH].any():
+            raise refuse("diff", "a row shares a content that no row before it brings")
+        self._add(rows)
+
+
+class JournalCheck(_BlockRowsCheck):
     """JOURNAL: runs that strictly ascend by (volume, block, seq), seq inside the interval.
 
     Attributes:
@@ -127,133 +126,72 @@ class JournalCheck:
     """
 
     def __init__(self, volumes: Sequence[VolumeInfo], manifest: Manifest) -> None:
-        self._volumes = _Volumes(volumes)
-        self._manifest = manifest
-        self._last = (_EMPTY, _EMPTY, _EMPTY)
-        self.count = 0
-        self.blocks = 0  # of contents named so far
-        self.units = 0
-        self.shared = 0  # rows that share one
+        super().__init__("journal", Source.JOURNAL, tuple(Source), BY_BLOCK, volumes, manifest.journal_count)
+        self._from_seq, self._to_seq = manifest.from_seq, manifest.to_seq
         self.runs = [Run(0, 0, 0, 0)]
 
-    def take(self, rows: RowArray) -> None:
+    def take(self, rows: Rows) -> None:
         """As DiffCheck."""
-        self._volumes.check("journal", rows, tuple(Source))
-        seq = rows["seq"]
-        if ((seq <= self._manifest.from_seq) | (seq > self._manifest.to_seq)).any():
-            raise refuse("journal", f"a seq outside of ({self._manifest.from_seq}, {self._manifest.to_seq}]")
-        if self.count + len(rows) > self._manifest.journal_count:
-            raise refuse("journal", f"more than the {self._manifest.journal_count} rows announced")
-        begins = set(_begins((rows["volume"], rows["block"], seq), self._last).tolist())
+        begins = self._check(rows)
+        if ((rows["seq"] <= self._from_seq) | (rows["seq"] > self._to_seq)).any():
+            raise refuse("journal", f"a seq outside of ({self._from_seq}, {self._to_seq}]")
         for start, end in itertools.pairwise(sorted({0, *begins, len(rows)})):
-            self._take_run(rows[start:end], start in begins)
-        if len(rows):
-            self._last = (int(rows["volume"][-1]), int(rows["block"][-1]), int(seq[-1]))
-
-    def _take_run(self, rows: RowArray, begins: bool) -> None:
-        if begins:
-            self.runs.append(Run(self.count, self.blocks, self.units, self.shared))
-            if len(self.runs) > MAX_JOURNAL_RUNS:
-                raise refuse("journal", "rows that don't ascend by volume, block and seq")
-        self.count += len(rows)
-        self.blocks += int((rows["source"] == Source.JOURNAL).sum())
-        self.units += self._volumes.own_units(rows, Source.JOURNAL)
-        self.shared += int((rows["source"] >= Source.SHARED_FOURTH).sum())
+            if start in begins:
+                self.runs.append(Run(self.count, self.blocks, self.units, self.shared))
+                if len(self.runs) > MAX_JOURNAL_RUNS:
+                    raise refuse("journal", "rows that don't ascend by volume, block and seq")
+            self._add(rows[start:end])
 
 
-class BlockSizes:
-    """Sizes of the blocks of contents that come next, as rows name them.
-
-    Args:
-        batches: int64 each, bytes; None among them: no more have been named yet.
-    """
-
-    def __init__(self, batches: Iterator[npt.NDArray[np.int64] | None]) -> None:
-        self._batches = batches
-        self._left = np.zeros(0, "<i8")
-
-    def next(self, total_bytes: int) -> npt.NDArray[np.int64] | None:
-        """Those that make up `total_bytes`; None if none do."""
-        while int(self._left.sum()) < total_bytes:
-            batch = next(self._batches)
-            if batch is None:
-                return None
-            self._left = np.concatenate([self._left, batch])
-        ends = np.cumsum(self._left)
-        count = int(np.searchsorted(ends, total_bytes)) + 1
-        if ends[count - 1] != total_bytes:
-            return None
-        sizes, self._left = self._left[:count], self._left[count:]
-        return sizes
-
-    def skip(self, count: int) -> int:
-        """Passes over so many blocks; returns their bytes, -1 if there aren't so many."""
-        passed = 0
-        while count:
-            if not len(self._left):
-                batch = next(self._batches)
-                if batch is None:
-                    return -1
-                self._left = batch
-            passed += int(self._left[:count].sum())
-            count, self._left = count - min(count, len(self._left)), self._left[count:]
-        return passed
-
-
-class PositionsCheck:
-    """POSITIONS: strictly ascending inside the interval; with those before, see `PositionsInOrder`."""
+class _AscendingPositions:
+    """Positions behind the interval's base snapshot. `count`: of those so far."""
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
         self._last = manifest.from_seq, manifest.from_time_ns
         self.count = 0
 
-    def take(self, positions: RowArray) -> None:
+    def _ascending(self, rows: Rows, problem: str) -> tuple[I64Array, I64Array]:
+        """The seqs and times of the next positions, the one before them first. Refuses them where they don't ascend."""
+        seqs = np.concatenate([np.array([self._last[0]], "<i8"), rows["seq"].astype("<i8")])
+        times_ns = np.concatenate([np.array([self._last[1]], "<i8"), rows["time_ns"]])
+        if not ((seqs[1:] > seqs[:-1]).all() and (times_ns[1:] > times_ns[:-1]).all()):
+            raise refuse("positions", problem)
+        self._last = int(seqs[-1]), int(times_ns[-1])
+        self.count += len(rows)
+        return seqs, times_ns
+
+
+class PositionsCheck(_AscendingPositions):
+    """POSITIONS: strictly ascending inside the interval; with those before, see `PositionsInOrder`."""
+
+    def take(self, rows: Rows) -> None:
         """As DiffCheck."""
-        if not len(positions):
+        if not len(rows):
             return
-        m, (last_seq, last_ns) = self._manifest, self._last
-        seq = np.concatenate([np.array([last_seq], "<i8"), positions["seq"].astype("<i8")])
-        times_ns = np.concatenate([np.array([last_ns], "<i8"), positions["time_ns"]])
-        if not ((seq[1:] > seq[:-1]).all() and (times_ns[1:] > times_ns[:-1]).all()):
-            raise refuse("positions", "positions that don't strictly ascend")
+        m = self._manifest
+        _, times_ns = self._ascending(rows, "positions that don't strictly ascend")
         if m.first_time_ns is None or times_ns[1] < m.first_time_ns:
             raise refuse("positions", "a first time other than announced")
-        self.count += len(positions)
-        self._last = int(seq[-1]), int(times_ns[-1])
         if self._last[0] > m.to_seq or self._last[1] > m.to_time_ns:
             raise refuse("positions", "positions behind the interval's end")
         if self.count > m.position_count:
             raise refuse("positions", f"more than the {m.position_count} announced")
 
 
-class PositionsInOrder:
+class PositionsInOrder(_AscendingPositions):
     """All positions of an interval on its rung, ascending: all writes, or the ends of granules but the last."""
 
-    def __init__(self, manifest: Manifest) -> None:
-        self._manifest = manifest
-        self._last = manifest.from_seq, manifest.from_time_ns
-        self._count = 0
-
-    def take(self, seqs: npt.NDArray[np.int64], times_ns: npt.NDArray[np.int64]) -> None:
-        """Checks the next positions.
-
-        Raises:
-            RemoteProtocolError: they can't be.
-        """
-        m, rung_ns = self._manifest, self._manifest.granularity_ns
-        seqs = np.concatenate([np.array([self._last[0]], "<i8"), seqs])
-        times_ns = np.concatenate([np.array([self._last[1]], "<i8"), times_ns])
-        if not ((seqs[1:] > seqs[:-1]).all() and (times_ns[1:] > times_ns[:-1]).all()):
-            raise refuse("positions", "positions that don't fit to those that came before")
+    def take(self, rows: Rows) -> None:
+        """Checks the next positions, at least one. Raises RemoteProtocolError: they are invalid."""
+        m, rung_ns, is_first = self._manifest, self._manifest.granularity_ns, not self.count
+        seqs, times_ns = self._ascending(rows, "positions that don't fit to those that came before")
         if rung_ns:
-            granules = times_ns[(0 if self._count else 1) :] // rung_ns
+            granules = times_ns[is_first:] // rung_ns  # the base snapshot may lie in the first one's granule
             if (granules[1:] == granules[:-1]).any() or granules[-1] >= m.to_time_ns // rung_ns:
                 raise refuse("positions", f"positions that aren't the ends of granules of {rung_ns} ns")
         elif (seqs[1:] != seqs[:-1] + 1).any():
             raise refuse("positions", "a write without its position")
-        self._count += len(seqs) - 1
-        self._last = int(seqs[-1]), int(times_ns[-1])
 
     def finish(self) -> None:
         m = self._manifest
@@ -261,56 +199,43 @@ class PositionsInOrder:
             raise refuse("positions", "a last one other than announced")
 
 
-def check_manifest(manifest: Manifest, volumes: Sequence[VolumeInfo]) -> None:
-    """What a manifest must fulfil by itself.
+BlockCheck = DiffCheck | JournalCheck  # of rows that name contents
+RowCheck = BlockCheck | PositionsCheck
 
-    Raises:
-        RemoteProtocolError: it doesn't.
-    """
+
+def check_manifest(manifest: Manifest, volumes: Sequence[VolumeInfo]) -> None:
+    """What a manifest must fulfil by itself. Raises RemoteProtocolError: it doesn't."""
     m = manifest
-    empty = m.to_seq == m.from_seq and m.kind is TransferKind.INTERVAL
+    layers = m.kind is TransferKind.LAYERS
     numbers = (
-        m.from_seq,
-        m.to_seq,
-        m.from_time_ns,
-        m.to_time_ns,
-        m.protected_through_ns,
-        m.mark,
-        m.journal_count,
-        m.position_count,
-        m.base_bytes,
+        m.mark, m.from_seq, m.to_seq, m.from_time_ns, m.to_time_ns, m.first_time_ns or 0, m.protected_through_ns,
+        m.diff_count or 0, m.journal_count, m.position_count, m.base_bytes,
+    )  # fmt: skip
+    nothing = m.to_seq == m.from_seq
+    has_journal = (m.granularity_ns, m.base_granularity_ns) != (None, None) or m.journal_count or m.position_count
+    first_ns = m.from_time_ns if m.first_time_ns is None else m.first_time_ns
+    refused = (
+        (any(not 0 <= number < 1 << 62 for number in numbers), "a number out of range"),
+        (m.to_seq > MAX_SEQ, f"seq {m.to_seq}: a store has room for {MAX_SEQ} writes"),
+        (m.to_seq < m.from_seq or nothing != (m.to_time_ns == m.from_time_ns), "positions that don't go forward"),
+        (not m.from_time_ns <= m.to_time_ns <= m.protected_through_ns, "times that don't go forward"),
+        (not m.from_time_ns <= first_ns <= m.to_time_ns, "a first time outside of the interval"),
+        (not layers and has_journal, "a journal where only the snapshot is announced"),
+        (m.kind is TransferKind.CHANGES and nothing, "changes that lead nowhere"),
+        (m.kind is TransferKind.INTERVAL and nothing and m.diff_count, "rows where nothing was written"),
+        (not layers and (m.diff_count or 0) > sum(volume.block_count for volume in volumes), "more rows than blocks"),
     )
-    problem = None
-    if any(not 0 <= n < 1 << 62 for n in (*numbers, m.first_time_ns or 0, m.diff_count or 0)):
-        problem = "a number out of range"
-    elif m.to_seq > MAX_SEQ:
-        problem = f"seq {m.to_seq}: a store has room for {MAX_SEQ} writes"
-    elif m.to_seq < m.from_seq or (m.to_seq == m.from_seq) != (m.to_time_ns == m.from_time_ns):
-        problem = "positions that don't go forward"
-    elif m.to_time_ns < m.from_time_ns or m.protected_through_ns < m.to_time_ns:
-        problem = "times that don't go forward"
-    elif m.first_time_ns is not None and not m.from_time_ns <= m.first_time_ns <= m.to_time_ns:
-        problem = "a first time outside of the interval"
-    elif m.kind is TransferKind.LAYERS:
+    problem = next((text for is_refused, text in refused if is_refused), None)
+    if layers and problem is None:
         problem = _problem_of_layers(m)
-    elif (m.granularity_ns, m.base_granularity_ns) != (None, None) or m.journal_count or m.position_count:
-        problem = "a journal where only the snapshot is announced"
-    elif m.kind is TransferKind.CHANGES and m.to_seq == m.from_seq:
-        problem = "changes that lead nowhere"
-    elif empty and m.diff_count:
-        problem = "rows where nothing was written"
-    elif m.diff_count is not None and m.diff_count > sum(volume.block_count for volume in volumes):
-        problem = "more rows than blocks"
     for bookmark in m.bookmarks:
         name = bookmark.name
         if not is_name(name):
-            problem = f"bookmark {name[:80]!r}: must be 1 to 64 of A-Z a-z 0-9 . _ -"
+            problem = f"bookmark {name[:80]!r}: must be {NAME_RULE}"
         elif (bookmark.seq, bookmark.time_ns) != (m.to_seq, m.to_time_ns):
             problem = f"bookmark {name!r} isn't at the position that the transfer leads to"
     for gap in m.gaps:
-        if not (
-            0 <= gap.from_time_ns <= gap.to_time_ns < 1 << 62 and 0 <= gap.from_seq <= gap.to_seq < 1 << 62
-        ):
+        if not (0 <= gap.from_time_ns <= gap.to_time_ns < 1 << 62 and 0 <= gap.from_seq <= gap.to_seq < 1 << 62):
             problem = "a gap that ends before it begins"
     if problem:
         raise refuse("manifest", problem)

@@ -1,0 +1,210 @@
+"""The mounts that `pitfs attach` makes under its loop devices, and `pitfs detach` takes down.
+
+    /run/pitfs/attached.lock            locked while a mount or device is made or taken down
+    /run/pitfs/attached/GROUP.xxxxxxxx  a mount made by attach: one read-only mount for each store, a mount of
+                                        its own for each scratch image
+    /var/tmp/pitfs-scratch.GROUP.xxxx…  what is written to that mount, unless another directory was given
+
+There is no other state. The kernel's tables say which device is over which image of which mount, so nothing
+can disagree with them after a reboot or a killed attach. A mount here without a device over it is unused: the
+next attach or detach takes it down.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Final
+
+from pitfs.errors import PitfsError, UsageError
+from pitfs.fuse.attach.images import image_loops
+from pitfs.fuse.kernel.loop_devices import polls
+from pitfs.fuse.kernel.mountinfo import MountInfo, is_dead, mounts
+from pitfs.fuse.kernel.processes import processes_below
+from pitfs.fuse.mount.request import FSTYPE, source_name
+
+RUN: Final = "/run/pitfs"
+DIRECTORY: Final = f"{RUN}/attached"
+SCRATCH: Final = "/var/tmp/pitfs-scratch."  # not /tmp, which may be memory
+INTERRUPTS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+END_S: Final = 3.0  # for the kernel and the mount's daemon to release what is taken down
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ScratchOptions:
+    """Where a writable image's writes go (None: to a directory made for it), and how many bytes at most."""
+
+    directory: str | None
+    size: str | None
+
+
+@contextlib.contextmanager
+def attach_lock() -> Iterator[None]:
+    """Lets one attach or detach run at a time on this machine. SIGTERM and SIGHUP interrupt as Ctrl-C does.
+
+    Raises:
+        UsageError: not as root.
+    """
+    if os.geteuid() != 0:
+        raise UsageError("only root may mount and make loop devices: run it as root")
+    os.makedirs(RUN, 0o755, exist_ok=True)
+    fd = os.open(f"{DIRECTORY}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    with _signals_call(signal.default_int_handler, INTERRUPTS[1:]):
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+
+@contextlib.contextmanager
+def signals_deferred() -> Iterator[None]:
+    """Lets the block finish before Ctrl-C or the like ends the command, so that it is known what to undo."""
+    caught: list[int] = []
+    with _signals_call(lambda number, _: caught.append(number), INTERRUPTS):
+        yield
+    if caught:
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _signals_call(
+    handler: Callable[[int, FrameType | None], object], numbers: Sequence[signal.Signals]
+) -> Iterator[None]:
+    previous = [(number, signal.signal(number, handler)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, former in previous:
+            signal.signal(number, former)
+
+
+def is_made_by_attach(mount: MountInfo) -> bool:
+    return os.path.dirname(mount.mountpoint) == DIRECTORY
+
+
+def find_mount(store: str, image: str) -> str | None:
+    """The mountpoint of a read-only mount of the store that has this image (INSTANT/VOLUME.img).
+
+    A mount that attach has made is preferred. None if there is no such mount.
+    """
+    wanted = source_name(store)
+    there = [mount for mount in mounts() if (mount.type, mount.source) == (FSTYPE, wanted)]
+    for mount in sorted(there, key=is_made_by_attach, reverse=True):
+        if not mount.read_only or not mount.whole:
+            continue
+        try:
+            fd = os.open(f"{mount.mountpoint}/{image}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:  # dead, hidden by another mount, or of another store that was at this path before
+            continue
+        device = os.fstat(fd).st_dev
+        os.close(fd)
+        if f"{os.major(device)}:{os.minor(device)}" == mount.device:
+            return mount.mountpoint
+    return None
+
+
+def make_mount(store: str, group: str, scratch: ScratchOptions | None) -> str:
+    """Mounts the store at a new mountpoint, which it returns. `unmount_unused` removes what a failure leaves.
+
+    Raises:
+        PitfsError: the mount failed; with the message of mount.pitfs.
+    """
+    os.makedirs(DIRECTORY, 0o700, exist_ok=True)
+    mountpoint = tempfile.mkdtemp(prefix=f"{group}.", dir=DIRECTORY)
+    command = [sys.executable, "-P", "-m", "pitfs.cli.mount", store, mountpoint]
+    if scratch is not None:
+        directory = scratch.directory
+        if directory is None:
+            directory = _scratch_of(mountpoint)
+            os.mkdir(directory, 0o700)
+        command += ["-o", f"scratch={directory}" + (f",scratch_size={scratch.size}" if scratch.size else "")]
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False,
+        text=True, errors="surrogateescape", start_new_session=True,
+    )  # fmt: skip
+    message = done.stderr.strip().replace("mount.pitfs: ", "")
+    if done.returncode:
+        failure = PitfsError(message or f"{store}: mount.pitfs ended with {done.returncode}")
+        failure.exit_code = done.returncode if done.returncode in (1, 2) else 1
+        raise failure
+    if message:
+        print(f"pitfs: {message}", file=sys.stderr)
+    return mountpoint
+
+
+def unmount_unused() -> list[str]:
+    """Unmounts what attach has mounted and no loop device uses any more, and removes the scratch of that.
+
+    Returns:
+        the mountpoints that stay because a process uses them.
+    """
+    used = {image.mount.mountpoint for image in image_loops() if image.mount is not None}
+    busy = []
+    with contextlib.suppress(FileNotFoundError):
+        for name in sorted(os.listdir(DIRECTORY)):
+            mountpoint = f"{DIRECTORY}/{name}"
+            if mountpoint in used:
+                continue
+            if not _unmount(mountpoint):
+                busy.append(mountpoint)
+                continue
+            with contextlib.suppress(OSError):  # not empty: it has a file that isn't ours
+                os.rmdir(mountpoint)
+            _remove_scratch(_scratch_of(mountpoint))
+    return busy
+
+
+def _unmount(mountpoint: str) -> bool:
+    """Unmounts the mountpoint and waits for the daemon's end; False if a process uses the mount."""
+    daemons = set(_daemons(mountpoint))
+    for _ in polls(END_S):
+        if not any(mount.mountpoint == mountpoint for mount in mounts()):
+            break
+        lazily = ["--lazy"] if is_dead(mountpoint) else []
+        done = subprocess.run(
+            ["umount", "--internal-only", *lazily, "--", mountpoint],
+            capture_output=True, text=True, check=False, start_new_session=True,
+        )  # fmt: skip
+        # The kernel closes a detached device's file a little later; until then the mount is busy.
+        if done.returncode and processes_below(mountpoint):
+            return False
+    else:
+        return False
+    for _ in polls(END_S):  # the daemon removes the scratch at its very end
+        if not daemons.intersection(_daemons(mountpoint)):
+            break
+    return True
+
+
+def _daemons(mountpoint: str) -> list[int]:
+    """Processes that serve the mount: no other command has the name of a mountpoint made by attach."""
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError), open(f"/proc/{name}/cmdline", "rb") as file:
+                if os.fsencode(mountpoint) in file.read().split(b"\0"):
+                    found.append(int(name))
+    return found
+
+
+def _scratch_of(mountpoint: str) -> str:
+    return SCRATCH + os.path.basename(mountpoint)
+
+
+def _remove_scratch(directory: str) -> None:
+    """Removes the directory and what is in it; the mount's daemon may be doing the same."""
+    for _ in polls(END_S):
+        shutil.rmtree(directory, ignore_errors=True)
+        if not os.path.lexists(directory):
+            return
+    print(f"pitfs: {directory}: can't be removed: remove it by hand", file=sys.stderr)

@@ -1,0 +1,67 @@
+"""Which processes use a file, by the links under /proc: the file itself may be on a dead mount."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class FileUser:
+    """A process that uses the file `path`, as fuser(1) shows them.
+
+    Attributes:
+        how: opened, mapped, working directory, root directory.
+    """
+
+    pid: int
+    name: str
+    path: str
+    how: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} {self.name}"
+
+
+def processes_opening(paths: Sequence[str]) -> list[FileUser]:
+    """Other processes that have one of these files open; each once."""
+    wanted = frozenset(paths)
+    return _file_users(lambda path: path in wanted, mapped=False)
+
+
+def processes_below(directory: str) -> list[FileUser]:
+    """Other processes that use `directory` or a file in it; each once, with the first file that was found."""
+    prefix = directory.rstrip("/") + "/"
+    return _file_users(lambda path: path == directory or path.startswith(prefix), mapped=True)
+
+
+def _file_users(matches: Callable[[str], bool], mapped: bool) -> list[FileUser]:
+    found = []
+    for name in os.listdir("/proc"):
+        if not name.isdigit() or int(name) == os.getpid():
+            continue
+        with contextlib.suppress(OSError):  # ended meanwhile, or another user's
+            for how, path in _files_used(f"/proc/{name}", mapped):
+                if matches(path):
+                    with open(f"/proc/{name}/comm", encoding="utf-8", errors="replace") as file:
+                        found.append(FileUser(int(name), file.read().strip(), path, how))
+                    break
+    return sorted(found, key=lambda user: user.pid)
+
+
+def _files_used(process: str, mapped: bool) -> Iterator[tuple[str, str]]:
+    """(how, path) of all files that the process uses."""
+    for number in os.listdir(f"{process}/fd"):
+        with contextlib.suppress(OSError):  # closed meanwhile
+            yield "opened", os.readlink(f"{process}/fd/{number}").removesuffix(" (deleted)")
+    if not mapped:
+        return
+    yield "working directory", os.readlink(f"{process}/cwd")
+    yield "root directory", os.readlink(f"{process}/root")
+    with open(f"{process}/maps", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        for line in file:
+            fields = line.rstrip("\n").split(maxsplit=5)
+            if len(fields) == 6 and fields[5].startswith("/"):
+                yield "mapped", fields[5].removesuffix(" (deleted)")

@@ -1,0 +1,259 @@
+"""Difference journals and sorted runs as readers see them: rows are found by the sparse index, in verified chunks.
+
+The sparse index stays in memory: where each chunk begins, 40 bytes for up to 2048 rows. A look-up is a binary search
+in it, which gives the few chunks that may have an answer, then one in each of those. So it reads some chunks of 64 KiB
+however long the journal is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from pitfs.model.blockmap import FANOUT, FANOUT_BITS, I64Array, U64Array
+from pitfs.model.ladder import LAST_LAYER
+from pitfs.model.position import Position
+from pitfs.model.transfer import POSITION
+from pitfs.store.catalog.records import Interval
+from pitfs.store.index.format import INDEX_ROW, POSITIONS_VOLUME, SPARSE_INDEX, Chunk
+from pitfs.store.objects.cache import Cache
+from pitfs.store.objects.format import HEADER_BYTES, ObjectKind, ObjectRecord
+from pitfs.store.objects.pool import ObjectPool
+
+MAX_CACHED_CHUNKS: Final = 64  # 4 MiB: an interval of 100,000 rows; a leaf of a longer one has 3 or 4
+
+ChunkCache = Cache[tuple[tuple[int, int, int], int], Chunk]  # by (snapshot id, layer, offset), number of the chunk
+
+
+def chunk_cache(limit: int = MAX_CACHED_CHUNKS) -> ChunkCache:
+    """A cache of chunks for all journals of a store."""
+    return Cache(limit)
+
+
+@dataclass(frozen=True, slots=True)
+class SparseIndexPlace:
+    """Where rows are: the object (`layer` of an index), and the sparse index in it, at byte `offset`."""
+
+    kind: ObjectKind
+    snapshot_id: int
+    offset: int
+    size_bytes: int
+    checksum: int
+    layer: int = LAST_LAYER
+
+
+@dataclass(frozen=True, slots=True)
+class _VolumeChunks:
+    """Columns of the sparse index for the chunks of one volume, in order, int64 and contiguous for searchsorted."""
+
+    numbers: I64Array  # of the chunks in the whole sparse index
+    firsts: I64Array  # what each chunk begins with: a block, or a time where it has positions
+    first_seqs: I64Array
+
+
+_NO_CHUNKS: Final = _VolumeChunks(*(np.zeros(0, "<i8") for _ in range(3)))
+
+
+class RowIndex:
+    """Rows and positions in chunks, behind which their sparse index is.
+
+    Args:
+        objects: of the store.
+        place: where they are.
+        chunks: shared by all of a store.
+
+    Raises:
+        CorruptionError: the sparse index isn't what was written; from the methods: a chunk isn't.
+    """
+
+    def __init__(self, objects: ObjectPool, place: SparseIndexPlace, chunks: ChunkCache) -> None:
+        self._objects, self._place, self._chunks = objects, place, chunks
+        self._key = place.snapshot_id, place.layer, place.offset
+        data = self._read(place.size_bytes, place.offset, place.checksum) if place.size_bytes else b""
+        self._sparse_index = np.frombuffer(data, SPARSE_INDEX)
+        self.sparse_index_bytes = len(data)
+        volumes = self._sparse_index["volume"]
+        self._of_volume: dict[int, _VolumeChunks] = {}
+        # A set: np.unique imports numpy.ma, half of the time to the first byte after mounting.
+        for volume in sorted(set(volumes.tolist())):
+            numbers = np.flatnonzero(volumes == volume)
+            columns = (np.ascontiguousarray(self._sparse_index[name][numbers]) for name in ("first", "first_seq"))
+            self._of_volume[volume] = _VolumeChunks(numbers, *columns)
+        self._positions = self._of_volume.pop(POSITIONS_VOLUME, _NO_CHUNKS)
+
+    def _read(self, size: int, offset: int, checksum: int) -> bytes:
+        place = self._place
+        return self._objects.read_verified(place.kind, place.snapshot_id, size, offset, checksum, place.layer)
+
+    # Rows
+
+    def overlay(self, seq: int, volume: int, leaf_index: int, pointers: U64Array, checksums: U64Array) -> None:
+        """Puts into a leaf what was written to its blocks up to `seq` (figure 8)."""
+        start = leaf_index << FANOUT_BITS
+        blocks, newer, sums = self.range(volume, start, start + FANOUT, seq)
+        pointers[blocks - start] = newer
+        checksums[blocks - start] = sums
+
+    def range(
+        self, volume: int, block_start: int, block_end: int, seq: int
+    ) -> tuple[I64Array, U64Array, U64Array]:
+        """The last entry not after `seq` of each block in [block_start, block_end) that has one (figure 8).
+
+        Returns:
+            (blocks int64[n] ascending, pointers uint64[n], checksums uint64[n])
+        """
+        parts = [
+            _last_entries(self._chunk(number), block_start, block_end, seq)
+            for number in self._chunks_for(volume, block_start, block_end, seq)
+        ]
+        if not parts:
+            return np.zeros(0, "<i8"), np.zeros(0, "<u8"), np.zeros(0, "<u8")
+        if len(parts) == 1:
+            return parts[0]
+        blocks, pointers, checksums = (np.concatenate(column) for column in zip(*parts, strict=True))
+        last = _ends_of_runs(blocks)  # a block's entries may go on in the next chunk
+        return blocks[last], pointers[last], checksums[last]
+
+    def next_leaf(self, volume: int, first: int, after_seq: int, through_seq: int) -> int | None:
+        """Index of the first leaf, not before `first`, into which writes (after_seq, through_seq] went; or None."""
+        chunks, block = self._of_volume.get(volume, _NO_CHUNKS), first << FANOUT_BITS
+        for number in chunks.numbers[_first_chunk(chunks, block) :].tolist():
+            chunk = self._chunk(number)
+            blocks, seqs = chunk[0].view("<i8"), chunk[1].view("<i8")
+            start = int(blocks.searchsorted(block))
+            wanted = (seqs[start:] > after_seq) & (seqs[start:] <= through_seq)
+            if wanted.any():
+                return int(blocks[start + int(wanted.argmax())]) >> FANOUT_BITS
+        return None
+
+    def _chunks_for(self, volume: int, block_start: int, block_end: int, seq: int) -> list[int]:
+        """Numbers of the chunks that may have an answer.
+
+        Those are the chunks from the one that `block_start` falls into to the last that begins before `block_end`.
+        A block that was written often fills chunks of its own. Of these only one is needed, the one into which `seq`
+        falls: not those that begin after `seq`, nor those whose successor begins with an entry not after it.
+        """
+        chunks = self._of_volume.get(volume)
+        if chunks is None:
+            return []
+        start, end = _first_chunk(chunks, block_start), int(chunks.firsts.searchsorted(block_end))
+        numbers = chunks.numbers[start:end]
+        if end - start <= 1:
+            return [int(number) for number in numbers]
+        firsts, first_seqs = chunks.firsts[start:end], chunks.first_seqs[start:end]
+        of_one_block = np.append(firsts[1:] == firsts[:-1], False)
+        is_superseded = np.append(first_seqs[1:] <= seq, False)
+        needed = ~(of_one_block & (is_superseded | (first_seqs > seq)))
+        return [int(number) for number in numbers[needed]]
+
+    # Positions
+
+    def position_at_seq(self, seq: int) -> Position | None:
+        """The last position in the interval not after write `seq`, None if all are after it."""
+        return self._position(0, self._positions.first_seqs, seq)
+
+    def position_at_time(self, time_ns: int) -> Position | None:
+        """The last position in the interval not after `time_ns`, None if all are after it."""
+        return self._position(1, self._positions.firsts, time_ns)
+
+    def _position(self, row: int, firsts: I64Array, value: int) -> Position | None:
+        """The last position whose seq (row 0) or time (row 1) isn't after `value`."""
+        place = int(firsts.searchsorted(value, "right")) - 1
+        if place < 0:
+            return None
+        chunk = self._positions_chunk(place)
+        found = int(chunk[row].searchsorted(value, "right")) - 1
+        return Position(int(chunk[0, found]), int(chunk[1, found]))
+
+    def _positions_chunk(self, place: int) -> I64Array:
+        """Seq and time_ns, shape (2, rows)."""
+        return self._chunk(int(self._positions.numbers[place])).view("<i8")
+
+    # All of it, chunk by chunk; not by the cache, since each chunk is read once
+
+    def all_rows(self) -> Iterator[npt.NDArray[np.void]]:
+        """INDEX_ROWs ascending by (volume, block, seq)."""
+        for volume, chunks in self._of_volume.items():
+            for number in chunks.numbers.tolist():
+                chunk = self._read_chunk(number)
+                rows = np.empty(chunk.shape[1], INDEX_ROW)
+                rows["volume"], rows["block"], rows["seq"] = volume, chunk[0].view("<i8"), chunk[1].view("<i8")
+                rows["pointer"], rows["checksum"] = chunk[2], chunk[3]
+                yield rows
+
+    def all_positions(self) -> Iterator[npt.NDArray[np.void]]:
+        """POSITIONs, ascending."""
+        for number in self._positions.numbers.tolist():
+            chunk = self._read_chunk(number)
+            positions = np.empty(chunk.shape[1], POSITION)
+            positions["seq"], positions["time_ns"] = chunk[0], chunk[1].view("<i8")
+            yield positions
+
+    def _chunk(self, number: int) -> Chunk:
+        return self._chunks.get((self._key, number), partial(self._read_chunk, number))
+
+    def _read_chunk(self, number: int) -> Chunk:
+        row = self._sparse_index[number]
+        count, columns = int(row["rows"]), 2 if int(row["volume"]) == POSITIONS_VOLUME else 4
+        data = self._read(count * columns * 8, int(row["offset"]), int(row["checksum"]))
+        return np.frombuffer(data, "<u8").reshape(columns, count)
+
+
+class JournalIndex(RowIndex):
+    """The difference journal of one interval (figures 6B and 8).
+
+    Args:
+        interval: the one whose journal it is.
+        record: the catalog's of the index object.
+    """
+
+    def __init__(self, objects: ObjectPool, interval: Interval, record: ObjectRecord, chunks: ChunkCache) -> None:
+        self.interval = interval
+        place = SparseIndexPlace(
+            ObjectKind.JOURNAL_INDEX, interval.end_snapshot_id,
+            HEADER_BYTES + record.data_bytes, record.footer_bytes, record.footer_checksum, interval.layer,
+        )  # fmt: skip
+        super().__init__(objects, place, chunks)
+
+    def next_time(self, time_ns: int) -> int:
+        """Time of the first position after `time_ns`, the interval's end if there is none."""
+        firsts = self._positions.firsts
+        place = int(firsts.searchsorted(time_ns, "right"))
+        if place:
+            times_ns = self._positions_chunk(place - 1)[1]
+            behind = int(times_ns.searchsorted(time_ns, "right"))
+            if behind < len(times_ns):
+                return int(times_ns[behind])
+        return int(firsts[place]) if place < len(firsts) else self.interval.to_time_ns
+
+
+def _first_chunk(chunks: _VolumeChunks, block: int) -> int:
+    """Place of the first chunk that may have that block.
+
+    It is the one before the first that begins at the block or later: that one begins with a smaller block, and may go
+    on with this one.
+    """
+    return max(int(chunks.firsts.searchsorted(block)) - 1, 0)
+
+
+def _last_entries(chunk: Chunk, block_start: int, block_end: int, seq: int) -> tuple[I64Array, U64Array, U64Array]:
+    """As `RowIndex.range`, of one chunk."""
+    blocks, seqs = chunk[0].view("<i8"), chunk[1].view("<i8")
+    start, end = blocks.searchsorted(np.array([block_start, block_end], "<i8")).tolist()
+    rows = (seqs[start:end] <= seq).nonzero()[0]
+    rows += start
+    found = blocks[rows]
+    last = _ends_of_runs(found)
+    rows = rows[last]
+    return found[last], chunk[2][rows], chunk[3][rows]
+
+
+def _ends_of_runs(values: I64Array) -> I64Array:
+    """Indices of the last of each run of equal values."""
+    ends = (values[1:] != values[:-1]).nonzero()[0]
+    return np.concatenate([ends, [len(values) - 1]]) if len(values) else ends
