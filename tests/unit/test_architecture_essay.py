@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import functools
 import re
-from pathlib import Path
+from collections.abc import Iterator
 
+import docutils.core
 import pytest
+from docutils import nodes
 
 from tests.helpers.processes import ROOT
+from tests.unit.test_architecture import ARROWS
 
 PACKAGE = ROOT / "pitfs"
 ESSAY = PACKAGE / "ARCHITECTURE.rst"
 TEXT = ESSAY.read_text("utf-8")
-LITERALS = re.findall(r"``([^`\n]+)``", TEXT)
+DOCUMENT = docutils.core.publish_doctree(
+    TEXT, str(ESSAY), settings_overrides={"report_level": 2, "halt_level": 2}  # a warning is an error
+)  # fmt: skip
+
+
+def literals(node: nodes.Node) -> list[str]:
+    """What stands between double backquotes, in order; white space of any kind is a space."""
+    return [" ".join(literal.astext().split()) for literal in node.findall(nodes.literal)]
+
+
+LITERALS = literals(DOCUMENT)
 # ``splitter/splitter.py:Splitter.write`` and ``store/objects/format.py:UNIT_BITS = 36``
-PLACES = sorted({text for text in LITERALS if re.fullmatch(r"[\w/]+\.py(:[\w.]+)?( = .+)?", text)})
+PLACE = re.compile(r"[\w/]+\.py(:[\w.]+)?( = .+)?")
+PLACES = sorted({text for text in LITERALS if PLACE.fullmatch(text)} - {"tests/unit/test_architecture.py"})
 ROOMS = sorted({text for text in LITERALS if re.fullmatch(r"[a-z_]+(/[a-z_]+)*/", text)})
 STEPS_OF_A_WAY = 6  # the least that a way through the code takes
 
@@ -58,6 +73,18 @@ def value(node: ast.expr) -> object:
     return eval(compile(ast.Expression(node), "constant", "eval"), {"__builtins__": {}})
 
 
+def folders() -> set[str]:
+    """All rooms, and the folders in them, as the essay writes them."""
+    return {f"{path.parent.relative_to(PACKAGE)}/" for path in PACKAGE.rglob("*/__init__.py")}
+
+
+def rows_of_rooms() -> Iterator[tuple[str, str, str]]:
+    (table,) = DOCUMENT.findall(nodes.table)
+    for row in next(iter(table.findall(nodes.tbody))).findall(nodes.row):
+        name, what, imports = (entry.astext() for entry in row.findall(nodes.entry))
+        yield name, what, imports
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_what_it_names_is_there(place: str) -> None:
     name, _, rest = place.partition(":")
@@ -72,27 +99,47 @@ def test_what_it_names_is_there(place: str) -> None:
         assert value(found.value) == value(ast.parse(stated, mode="eval").body)
 
 
-def test_every_room_is_described() -> None:
-    rooms = {f"{path.name}/" for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
-    assert rooms <= set(ROOMS)
+def test_every_room_is_described_and_every_folder_of_one() -> None:
     for room in ROOMS:
         assert (PACKAGE / room).is_dir() or (ROOT / room).is_dir(), room
+    described = {name: what for name, what, _ in rows_of_rooms()}
+    assert described.keys() == folders() | {"errors.py"}
+    assert described.keys() <= {*ROOMS, "errors.py"}
+    assert all(described.values())
+
+
+def test_the_arrows_are_those_that_the_code_is_held_to() -> None:
+    told = {name.removesuffix("/").removesuffix(".py"): imports for name, _, imports in rows_of_rooms() if imports}
+    arrows = {room: ({*re.findall(r"\w+", imports)} - {"nothing"}) for room, imports in told.items()}
+    assert arrows == {room: below - {""} for room, below in ARROWS.items() if room}
 
 
 @pytest.mark.parametrize("way", ["write", "interval", "read", "restore"])
 def test_the_ways_through_the_code_are_told_in_steps(way: str) -> None:
-    section = re.search(rf"\nThe way of an? {way}\n-+\n(.*?)(?=\n[^\n]+\n-{{5,}}\n|\Z)", TEXT, re.DOTALL)
-    assert section is not None
-    steps = re.findall(r"^(?:#\.|\d+\.) .*?``([\w/]+\.py):[\w.]+``", section[1], re.MULTILINE | re.DOTALL)
-    assert len(steps) >= STEPS_OF_A_WAY
+    heading = re.search(rf"\n(The way of an? {way})\n(-+)\n", TEXT)
+    assert heading is not None and len(heading[1]) == len(heading[2])
+    sections = [each for each in DOCUMENT.findall(nodes.section) if each[0].astext() == heading[1]]
+    assert len(sections) == 1
+    lists = list(sections[0].findall(nodes.enumerated_list))
+    assert lists and len(lists[0].children) >= STEPS_OF_A_WAY
+    for step in sections[0].findall(nodes.list_item):
+        places = [text for text in literals(step) if PLACE.fullmatch(text)]
+        assert any(":" in place for place in places), step.astext()
 
 
 def test_it_names_files_as_they_are_found_below_the_package() -> None:
     assert len(PLACES) > 60
     assert not [text for text in LITERALS if text.startswith("pitfs/") and text.endswith(".py")]
+    assert not list(DOCUMENT.findall(nodes.title_reference)), "a single backquote"
+    assert max(map(len, TEXT.splitlines())) <= 120
+
+
+def test_it_is_installed_with_the_package() -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    assert ESSAY.name in setup["options.package_data"]["pitfs"].split(", ")
 
 
 def test_names_are_found_in_classes_too() -> None:
     assert find("errors.py", "PitfsError.retryable") is not None
     assert find("errors.py", "PitfsError.nothing") is None
-    assert Path("errors.py").suffix == ".py"
