@@ -1,4 +1,4 @@
-"""pitfs/ARCHITECTURE.rst is held to the code: every file, name and constant in it is there, with the value it states."""
+"""pitfs/ARCHITECTURE.rst is held to the code: its files, names and constants are there, with the values it states."""
 
 from __future__ import annotations
 
