@@ -6,7 +6,7 @@ import argparse
 from typing import Final
 
 from pitfs.cli.common.parser import add_config, add_json
-from pitfs.cli.snapshot import request
+from pitfs.cli.snapshot import print_instant
 from pitfs.errors import UsageError
 from pitfs.model.group import NAME_RULE, is_name
 
@@ -26,4 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if not is_name(args.name):
         raise UsageError(f"{args.name}: not a name for a bookmark: must be {NAME_RULE}")
-    return request(args, "bookmark", name=args.name)
+    from pitfs.replication.requests import SetBookmark
+
+    return print_instant(args, SetBookmark(args.name))

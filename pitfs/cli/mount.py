@@ -195,7 +195,7 @@ def _parse_directory(value: str) -> str:
 
 
 def _parse_size(value: str) -> int:
-    from pitfs.config.production import parse_size  # 10 ms that only this option pays
+    from pitfs.config.quantities import parse_size  # 10 ms that only this option pays
 
     size = parse_size(value)
     if value == str(size) and 0 < size < LEAST_PLAIN_BYTES:

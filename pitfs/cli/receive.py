@@ -47,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import trio
 
-    from pitfs.config.production import load_grants, parse_window
+    from pitfs.config.grants import load_grants
+    from pitfs.config.quantities import WINDOW
     from pitfs.supervision.heap import bound_heap
     from pitfs.supervision.listening import parse_address
     from pitfs.supervision.processes import set_up_daemon_logging
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
     bound_heap()
     try:
-        window_bytes = parse_window(args.window)
+        window_bytes = WINDOW.parse(args.window)
     except ValueError as error:
         raise UsageError(f"--window {error}") from None
     host, port = parse_address(args.listen)
@@ -105,7 +106,7 @@ async def _receive(
     import trio
 
     from pitfs.link.sessions.connect import Limits, serve
-    from pitfs.link.transport.streams import address_text
+    from pitfs.model.endpoint import format_endpoint
     from pitfs.store.ingest import Ingest
     from pitfs.store.opening import check_sender
     from pitfs.supervision.listening import listen
@@ -115,7 +116,7 @@ async def _receive(
     log = logging.getLogger(__name__)
     listeners = await listen(host, port, "pitfs receive")
     for listener in listeners:
-        log.info("listening at %s, stores in %s", address_text(*listener.socket.getsockname()[:2]), root)
+        log.info("listening at %s, stores in %s", format_endpoint(*listener.socket.getsockname()[:2]), root)
     notify_ready()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(trim_heap)

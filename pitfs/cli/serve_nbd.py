@@ -78,6 +78,7 @@ async def _serve(
     import logging
     import time
 
+    from pitfs.model.endpoint import format_endpoint
     from pitfs.nbd.exports import Exports
     from pitfs.nbd.server import serve
     from pitfs.supervision.listening import listen, listen_unix
@@ -92,7 +93,8 @@ async def _serve(
         else:
             listeners = await listen(*address, "pitfs serve-nbd")
         for listener in listeners:
-            log.info("listening at %s", listener.socket.getsockname())
+            name = listener.socket.getsockname()
+            log.info("listening at %s", name if isinstance(name, str) else format_endpoint(*name[:2]))
         notify_ready()
         await serve(listeners, exports, None if tls is None else partial(_start_tls, store.group, tls))
 
@@ -108,7 +110,7 @@ async def _start_tls(group: str, tls: LinkContext, inner: trio.SocketStream) -> 
     import trio
 
     from pitfs.errors import LinkError, LinkRefusedError
-    from pitfs.link.sessions.failures import in_words, tls_error
+    from pitfs.link.sessions.failures import describe_os_error, tls_error
     from pitfs.link.transport.streams import TlsStream
     from pitfs.link.transport.tls import is_granted, names_of
     from pitfs.nbd.stream import peer_name
@@ -119,7 +121,7 @@ async def _start_tls(group: str, tls: LinkContext, inner: trio.SocketStream) -> 
     except ssl.SSLError as error:
         raise tls_error(peer_name(inner), error, tls) from None
     except (EOFError, OSError, trio.BrokenResourceError) as error:
-        raise LinkError(f"in the TLS handshake: {in_words(error) or 'it left'}") from None
+        raise LinkError(f"in the TLS handshake: {describe_os_error(error) or 'it left'}") from None
     certificate = stream.peer_certificate()
     if not is_granted(certificate, group):
         raise LinkRefusedError(f"the certificate of {names_of(certificate)} grants other groups, not {group}")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from pitfs.cli.common.output import print_json
 from pitfs.cli.common.parser import add_config, add_json
+
+if TYPE_CHECKING:
+    from pitfs.replication.requests import SetBookmark, TakeSnapshot
 
 DESCRIPTION: Final = (
     "Closes the interval at the last write, returns when the replica has acknowledged it, and "
@@ -21,14 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return request(args, "snapshot")
+    from pitfs.replication.requests import TakeSnapshot
+
+    return print_instant(args, TakeSnapshot())
 
 
-def request(args: argparse.Namespace, op: str, **arguments: str) -> int:
+def print_instant(args: argparse.Namespace, request: TakeSnapshot | SetBookmark) -> int:
     """Sends the request and prints the instant that it returns."""
     from pitfs.cli.common.shipper import ask_shipper
 
-    reply = ask_shipper(args.config, op, **arguments)
+    reply = ask_shipper(args.config, request)
     if args.json:
         print_json(reply, indent=None)
     else:

@@ -41,8 +41,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _production(path: str) -> dict[str, Any]:
     from pitfs.cli.common.shipper import ask_shipper
+    from pitfs.replication.requests import ReadStatus
 
-    return ask_shipper(path, "status")
+    return ask_shipper(path, ReadStatus())
 
 
 def _replica(path: str) -> dict[str, Any]:

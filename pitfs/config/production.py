@@ -1,55 +1,25 @@
-"""The configuration of a production host: TOML -> frozen values, validated once, read by cli alone.
+"""The configuration of a production host: TOML -> frozen values, validated once, read by cli and supervision.
 
     config = load_config("/etc/pitfs/db1.toml")
 
-A `Config` that exists is valid in itself; what depends on the machine (does the backing file exist, can
-the replica be reached) is found out by those who use it. Every error is a `ConfigError` of one line with
-the file, the line where it is cheap to find, the key, and what to write instead.
+A `Config` that exists is valid in itself. Who uses it finds out what depends on the machine: whether the backing
+exists, whether the replica answers. Every error is a `ConfigError` of one line with the file, the line where it is
+cheap to find, the key, and what to write instead.
 
-Units, all SI unless they say "i" (KiB = 1024):
-
-    duration  "500ms" "60s" "5m" "1h" "1d"                         -> nanoseconds
-    rate      "100Mbit" "1Gbit" "12.5MB" "4MiB", with or without /s  -> bytes per second
-    size      "10GiB" "500MB" or a plain integer of bytes          -> bytes
-
-Paths must be absolute: the same file is read by a service manager, by hand and by tools, each with
-another working directory, so a relative path would mean something else to each.
+Paths must be absolute: a service manager, a person and tools read the same file in different working directories.
 """
 
 from __future__ import annotations
 
-import ipaddress
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import Final
 
-from pitfs.config.table import Table, parse_quantity, parse_table, read_text
+from pitfs.config.quantities import CAPACITY, INTERVAL, RATE, WINDOW
+from pitfs.config.table import Table, parse_table, read_text
+from pitfs.model.endpoint import is_loopback, parse_endpoint
 from pitfs.model.group import BLOCK_SIZES, MAX_VOLUMES
-
-MIN_INTERVAL_NS: Final = 100 * 10**6  # closing an interval costs some ms and two fsyncs on the replica
-MAX_INTERVAL_NS: Final = 24 * 3600 * 10**9  # all of an interval is held in the journal until it is shipped
-MIN_RATE_BYTES_PER_S: Final = 8_000  # 64 kbit/s; below, one frame outlives every time-out
-MAX_RATE_BYTES_PER_S: Final = 10**15
-MIN_CAPACITY_BYTES: Final = 16 << 20  # a few segments: below, every burst overflows
-MAX_CAPACITY_BYTES: Final = 1 << 60
-MIN_WINDOW_BYTES: Final = 1 << 20  # as link.window, and why
-MAX_WINDOW_BYTES: Final = 128 << 20
-DEFAULT_WINDOW_BYTES: Final = 32 << 20
-
-_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,252})")
-_DURATION_NS = {
-    "ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "min": 60 * 10**9, "h": 3600 * 10**9,
-    "d": 86400 * 10**9,
-}  # fmt: skip
-_SIZE_BYTES = {
-    "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-    "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
-}  # fmt: skip
-_BITS = {"bit": 1, "kbit": 10**3, "Kbit": 10**3, "Mbit": 10**6, "Gbit": 10**9, "Tbit": 10**12}
-_RATE_BYTES = _SIZE_BYTES | {unit: Fraction(bits, 8) for unit, bits in _BITS.items()}
+from pitfs.model.window import DEFAULT_WINDOW_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +32,7 @@ class GroupConfig:
 class VolumeConfig:
     name: str
     backing: str  # regular file or block device, absolute
-    block_size: int = 4096  # bytes
+    block_size: int  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +44,17 @@ class SplitterConfig:
 class ReplicationConfig:
     host: str  # name or address, an IPv6 address without its brackets
     port: int
-    mode: str = "dynamic"  # sync | async | snapshot | dynamic
-    interval_ns: int = 60 * 10**9
-    rate_bytes_per_s: int | None = None  # None: no cap, the measured rate
-    on_disconnect: str = "degrade"  # of mode sync: degrade | block
-    window_bytes: int = DEFAULT_WINDOW_BYTES  # how far back the codec may refer; memory on both sides
+    mode: str  # sync | async | snapshot | dynamic
+    interval_ns: int
+    rate_bytes_per_s: int | None  # None: no cap, the measured rate
+    on_disconnect: str  # of mode sync: degrade | block
+    window_bytes: int  # how far back the codec may refer; memory on both sides
 
 
 @dataclass(frozen=True, slots=True)
 class JournalConfig:
-    capacity_bytes: int = 10 << 30
-    on_full: str = "degrade"  # degrade | block
+    capacity_bytes: int
+    on_full: str  # degrade | block
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,40 +82,9 @@ def load_config(path: str) -> Config:
     """Reads and validates the file.
 
     Raises:
-        ConfigError: it can't be read, isn't TOML, or says something that can't be meant.
+        ConfigError: it can't be read, isn't TOML, or has an invalid value.
     """
     return parse_config(read_text(path), path)
-
-
-def load_grants(path: str) -> dict[str, frozenset[str]]:
-    """Reads the file of `pitfs receive --grants`: for each group, whose certificates may write it.
-
-        [groups]
-        db1 = ["db1.example.org", "sha256:5f36…"]
-
-    Each is a name in the certificate, or its fingerprint (lower case and without colons in what is returned).
-
-    Raises:
-        ConfigError: as `load_config`.
-    """
-    top = parse_table(read_text(path), path)
-    top.only(("groups",))
-    groups = top.table("groups")
-    found = {}
-    for name in groups.values:
-        groups.check_name(name, name)
-        found[name] = frozenset(_fingerprint(groups, name, each) for each in groups.texts(name))
-    return found
-
-
-def _fingerprint(groups: Table, name: str, text: str) -> str:
-    prefix, colon, digits = text.partition(":")
-    if prefix.lower() != "sha256" or not colon:
-        return text
-    digits = digits.replace(":", "").lower()
-    if not re.fullmatch(r"[0-9a-f]{64}", digits):
-        groups.fail(name, "a fingerprint is sha256: and 64 hex digits, as of openssl x509 -fingerprint -sha256")
-    return f"sha256:{digits}"
 
 
 def parse_config(text: str, path: str) -> Config:
@@ -207,31 +146,15 @@ def _read_replication(table: Table) -> ReplicationConfig:
     on_disconnect = table.choice("on_disconnect", ("degrade", "block"), "degrade")
     if "on_disconnect" in table.values and mode != "sync":
         table.fail("on_disconnect", f"is of mode 'sync', not of '{mode}': leave it out, or set mode = \"sync\"")
-    interval_ns = table.quantity("interval", _DURATION_NS, '"60s"', 60 * 10**9)
-    if interval_ns < MIN_INTERVAL_NS:
-        table.fail("interval", f"{table.values['interval']!r} is too short: at least 100ms")
-    if interval_ns > MAX_INTERVAL_NS:
-        table.fail("interval", f"{table.values['interval']!r} is too long: at most 24h")
-    rate = None
-    if "rate" in table.values:
-        rate = table.quantity("rate", _RATE_BYTES, '"100Mbit" or "12.5MB"', per_second=True)
-        if not MIN_RATE_BYTES_PER_S <= rate <= MAX_RATE_BYTES_PER_S:
-            table.fail(
-                "rate", f"{table.values['rate']!r}: must be 64kbit to 8000Tbit; without rate there is no cap"
-            )
-    window = table.quantity("window", _SIZE_BYTES, '"32MiB"', DEFAULT_WINDOW_BYTES, plain=True)
-    if problem := _window_problem(window):
-        table.fail("window", f"{table.values['window']!r}: {problem}")
+    interval_ns = table.quantity("interval", INTERVAL, 60 * 10**9)
+    rate = table.quantity("rate", RATE) if "rate" in table.values else None
+    window = table.quantity("window", WINDOW, DEFAULT_WINDOW_BYTES)
     return ReplicationConfig(host, port, mode, interval_ns, rate, on_disconnect, window)
 
 
 def _read_journal(table: Table) -> JournalConfig:
     table.only(("capacity", "on_full"))
-    capacity = table.quantity("capacity", _SIZE_BYTES, '"10GiB"', 10 << 30, plain=True)
-    if not MIN_CAPACITY_BYTES <= capacity <= MAX_CAPACITY_BYTES:
-        table.fail(
-            "capacity", f"{table.values['capacity']!r}: must be 16MiB to {MAX_CAPACITY_BYTES >> 40}TiB"
-        )
+    capacity = table.quantity("capacity", CAPACITY, 10 << 30)
     return JournalConfig(capacity, table.choice("on_full", ("degrade", "block"), "degrade"))
 
 
@@ -257,7 +180,7 @@ def _read_tls(table: Table, host: str) -> TlsConfig:
 
 
 def _check_places(top: Table, config: Config) -> None:
-    """No two volumes share a backing, and nothing that the splitter needs lies under its own mount."""
+    """Checks that no two volumes share a backing, and that nothing the splitter needs is under its own mount."""
     volumes = top.table("volumes")
     seen: dict[object, str] = {}
     for volume in config.volumes:
@@ -280,67 +203,6 @@ def _identities(path: str) -> Iterable[object]:
     yield os.path.realpath(path)
     try:
         status = os.stat(path)
-    except OSError:  # not there (yet): whoever opens it says so
+    except OSError:  # it may not exist yet; who opens it reports that
         return
     yield (status.st_dev, status.st_ino)
-
-
-def parse_size(text: str) -> int:
-    """A size, as in the configuration or as a plain number of bytes, in bytes.
-
-    Raises:
-        ValueError: it isn't one; the message is for the user.
-    """
-    return int(text) if text.isascii() and text.isdigit() else parse_quantity(text, _SIZE_BYTES, '"10GiB"')
-
-
-def parse_window(text: str) -> int:
-    """A window of the codec, as in the configuration, in bytes.
-
-    Raises:
-        ValueError: it isn't one; the message is for the user.
-    """
-    window = parse_quantity(text, _SIZE_BYTES, '"32MiB"')
-    if problem := _window_problem(window):
-        raise ValueError(f"{text!r}: {problem}")
-    return window
-
-
-def _window_problem(window_bytes: int) -> str:
-    is_power = window_bytes & (window_bytes - 1) == 0
-    if is_power and MIN_WINDOW_BYTES <= window_bytes <= MAX_WINDOW_BYTES:
-        return ""
-    return f"must be a power of two from {MIN_WINDOW_BYTES >> 20}MiB to {MAX_WINDOW_BYTES >> 20}MiB"
-
-
-def parse_endpoint(text: str) -> tuple[str, int]:
-    """ "host:port" or "[address]:port" -> (host, port).
-
-    Raises:
-        ValueError: it is neither; the message is for the user.
-    """
-    host, colon, port = text.rpartition(":")
-    if not colon or not re.fullmatch(r"[0-9]{1,5}", port) or not 1 <= int(port) <= 65535:
-        raise ValueError(f"{text!r} isn't HOST:PORT with a port from 1 to 65535")
-    if host.startswith("[") and host.endswith("]"):
-        try:
-            return str(ipaddress.IPv6Address(host[1:-1])), int(port)
-        except ValueError:
-            raise ValueError(f"{host!r} isn't an IPv6 address in brackets") from None
-    if ":" in host:
-        raise ValueError(f"{text!r}: write an IPv6 address in brackets, as [::1]:7420")
-    if not _HOST.fullmatch(host):
-        raise ValueError(f"{host!r} isn't a host name or address")
-    return host, int(port)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether the name or literal address means this machine, without asking a resolver."""
-    if host.lower() in ("localhost", "ip6-localhost"):
-        return True
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    mapped = getattr(address, "ipv4_mapped", None)
-    return (mapped or address).is_loopback

@@ -1,4 +1,4 @@
-"""A TOML table that gives its values by type, and errors with file, line and key. For config.py."""
+"""A TOML table that gives its values by type, and errors with file, line and key."""
 
 from __future__ import annotations
 
@@ -6,16 +6,13 @@ import difflib
 import re
 import tomllib
 from collections.abc import Mapping
-from fractions import Fraction
 from typing import Any, Final, Never
 
+from pitfs.config.quantities import Quantity
 from pitfs.errors import ConfigError
 from pitfs.model.group import NAME_RULE, is_name
 
-_QUANTITY = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?([A-Za-z]+)")
 _KINDS: Final = {str: "text in quotes", int: "an integer", bool: "true or false"}
-
-
 MAX_FILE_BYTES: Final = 1 << 20  # a configuration is a page; more is the wrong file
 
 
@@ -31,9 +28,7 @@ def read_text(path: str) -> str:
     except (OSError, ValueError) as error:
         raise ConfigError(path, "", f"can't be read: {getattr(error, 'strerror', None) or error}") from error
     if len(content) > MAX_FILE_BYTES:
-        raise ConfigError(
-            path, "", f"is larger than {MAX_FILE_BYTES >> 20} MiB: not a configuration of pitfs"
-        )
+        raise ConfigError(path, "", f"is larger than {MAX_FILE_BYTES >> 20} MiB: not a configuration of pitfs")
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -57,15 +52,15 @@ def parse_table(text: str, path: str) -> Table:
 
 
 class TomlSource:
-    """The text of a file, to find the lines of keys; only looked through when there is an error."""
+    """The text of a file, to find the lines of keys when there is an error."""
 
     def __init__(self, path: str, text: str) -> None:
         self.path, self._text = path, text
 
     def line(self, keys: tuple[str, ...]) -> int | None:
-        """Line of the key or, where that isn't found (inline tables), of the table around it."""
+        """Line of the key or, if it isn't found (inline tables), of the table around it."""
         if '"""' in self._text or "'''" in self._text:
-            return None  # lines of a long string look like keys: rather no line than a wrong one
+            return None  # lines of a long string may look like keys, and a wrong line is worse than none
         lines: dict[str, int] = {}
         prefix = ""
         for number, line in enumerate(self._text.split("\n"), 1):
@@ -138,12 +133,10 @@ class Table:
         return values
 
     def integer(self, key: str, default: int) -> int:
-        value: int = self._get(key, int, default)
-        return value
+        return int(self._get(key, int, default))
 
     def boolean(self, key: str, default: bool) -> bool:
-        value: bool = self._get(key, bool, default)
-        return value
+        return bool(self._get(key, bool, default))
 
     def choice(self, key: str, choices: tuple[str, ...], default: str) -> str:
         value = self.text(key, default)
@@ -165,47 +158,16 @@ class Table:
         if not is_name(name):
             self.fail(key, f"{_short(name)} isn't a valid name: {NAME_RULE}")
 
-    def quantity(
-        self,
-        key: str,
-        units: Mapping[str, int | Fraction],
-        example: str,
-        default: int | None = None,
-        *,
-        plain: bool = False,
-        per_second: bool = False,
-    ) -> int:
-        """A number with unit, rounded down to whole nanoseconds or bytes.
-
-        Args:
-            plain: an integer without unit is good too.
-            per_second: "/s" may stand behind the unit.
-        """
-        if plain and type(self.values.get(key)) is int:
-            return self.integer(key, 0)
+    def quantity(self, key: str, quantity: Quantity, default: int | None = None) -> int:
         if key not in self.values and default is not None:
             return default
-        if type(self.values.get(key)) in (int, float):
-            self.fail(key, f"needs a unit, as {example}")
-        value = self.text(key)
+        value = self.values.get(key)
+        if type(value) is float or (type(value) is int and not quantity.without_unit):
+            self.fail(key, f"needs a unit, as {quantity.example}")
         try:
-            return parse_quantity(value, units, example, per_second=per_second)
+            return quantity.parse(value if type(value) is int else self.text(key))
         except ValueError as error:
             self.fail(key, str(error))
-
-
-def parse_quantity(
-    text: str, units: Mapping[str, int | Fraction], example: str, *, per_second: bool = False
-) -> int:
-    """A number with unit, rounded down.
-
-    Raises:
-        ValueError: it isn't one; the message is for the user.
-    """
-    match = _QUANTITY.fullmatch(text.removesuffix("/s") if per_second else text)
-    if match is None or match[2] not in units:
-        raise ValueError(f"{_short(text)} isn't a number with one of {', '.join(units)}, as {example}")
-    return int(Fraction(match[1]) * units[match[2]])
 
 
 def _kind(value: object) -> str:

@@ -16,6 +16,7 @@ import trio
 
 from pitfs.errors import CapacityError
 from pitfs.fuse.handlers import failed, in_thread
+from pitfs.splitter.group_commit import GroupCommit
 from pitfs.splitter.splitter import Splitter
 from pitfs.splitter.volume import NotCachedError
 
@@ -23,61 +24,7 @@ log = logging.getLogger(__name__)
 
 FIRST_INODE: Final = pyfuse3.ROOT_INODE + 1  # of volume 0; a handle is the inode
 ATTRIBUTES_S: Final = 300.0  # nothing but this mount changes a volume
-# An fsync that takes less than this on average is done in the event loop: a thread's wake-up costs 150 to
-# 300 µs, and no request waits longer than a millisecond for it.
-INLINE_SYNC_NS: Final = 1_000_000
-INLINE_SYNC_BYTES: Final = 256 << 10
 EDGE_BYTES: Final = 64 << 10  # the largest block: at most that much around a write is read
-
-
-class Syncer:
-    """Group commit: each fsync waits for a sync that begins after its arrival; fsyncs that wait share one.
-
-    Args:
-        splitter: what is synced.
-        clock_ns: monotonic nanoseconds.
-    """
-
-    def __init__(self, splitter: Splitter, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
-        self._splitter = splitter
-        self._clock_ns = clock_ns
-        self._lock = trio.Lock()
-        self._average_ns = 0.0  # of late: each new sync counts for an eighth
-
-    def sync_now(self) -> bool:
-        """Syncs at once if that is short and no other sync is under way; False: call `sync`. Raises OSError.
-
-        It has no await, since each one costs a turn of the event loop, as much as the sync itself.
-        """
-        journal = self._splitter.journal
-        if (
-            self._splitter.standing.bypass_cause
-            or self._lock.locked()
-            or journal.syncing
-            or self._average_ns >= INLINE_SYNC_NS
-            or journal.unsynced_bytes > INLINE_SYNC_BYTES
-        ):
-            return False
-        if journal.unsynced_bytes:
-            self._sync()
-        return True
-
-    async def sync(self) -> None:
-        """Returns when every write that was answered before the call is durable. Raises OSError."""
-        splitter = self._splitter
-        target = splitter.journal.appended_bytes
-        async with self._lock:
-            if splitter.standing.bypass_cause:
-                await trio.to_thread.run_sync(splitter.sync)
-            elif splitter.journal.synced_bytes < target:
-                await trio.to_thread.run_sync(self._sync)
-
-    def _sync(self) -> None:
-        start = self._clock_ns()
-        try:
-            self._splitter.sync()
-        finally:
-            self._average_ns += (self._clock_ns() - start - self._average_ns) / 8
 
 
 class SplitterOperations(pyfuse3.Operations):
@@ -85,7 +32,7 @@ class SplitterOperations(pyfuse3.Operations):
 
     Args:
         splitter: what writes and reads go to.
-        syncer: what fsync goes to.
+        group_commit: what fsync goes to.
         wait_for_room: waits until the journal may have room again (on_full = "block"); False: it won't.
         written: waits until a write may be answered (mode sync); False: it will never be.
     """
@@ -96,13 +43,13 @@ class SplitterOperations(pyfuse3.Operations):
     def __init__(
         self,
         splitter: Splitter,
-        syncer: Syncer,
+        group_commit: GroupCommit,
         wait_for_room: Callable[[], Awaitable[bool]],
         written: Callable[[], Awaitable[bool]],
     ) -> None:
         super().__init__()
         self._splitter = splitter
-        self._syncer = syncer
+        self._group_commit = group_commit
         self._wait_for_room = wait_for_room
         self._written = written
         self._names = [os.fsencode(volume.name) for volume in splitter.volumes]
@@ -160,10 +107,10 @@ class SplitterOperations(pyfuse3.Operations):
 
     async def fsync(self, fh: Any, datasync: bool) -> None:
         try:
-            if not self._syncer.sync_now():
+            if not self._group_commit.sync_now():
                 # A cancelled handler sends no reply, and its caller would hang.
                 with trio.CancelScope(shield=True):
-                    await self._syncer.sync()
+                    await self._group_commit.sync()
         except OSError as error:
             self._splitter.sync_failed(error)
             raise pyfuse3.FUSEError(error.errno or errno.EIO) from error

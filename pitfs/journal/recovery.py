@@ -1,9 +1,20 @@
-"""Reading the local journal after a stop: the chain of segments, its tail, tears and damage.
+"""Reading the local journal after a stop: the chain of segments, where it ends, torn ends and damage.
 
-What stands behind the first record that can't be read is a tear if no fsync had returned for it: it is cut.
-It is damage if that record had been durable, which three things can tell: the last checkpoint, any later
-record (each says what was durable when it was written), and a segment's header, which is synced with the first
-record behind it and so may be missing or of the file's former use, but never half.
+The journal ends at the first record that fails verification. There are two reasons for that:
+
+    a torn end   No fsync had returned for that record: the power failed while it was being written, or before the
+                 disk had it. Nobody was promised it. It is cut with everything behind it.
+    damage       The record had been durable, and the disk lost or changed it. Nothing is cut: a person must decide.
+
+They are told apart by what is known to have been durable: the last checkpoint says so, and so does every record
+behind the bad one, since each has the `durable_lsn` of when it was appended. Two more rules are for headers:
+
+    A header is synced with the first records behind it. So it may be missing (blank), or be that of the file's former
+    use, and then the segment was never written: a torn end. A header that is neither is damage.
+
+    SEAL is written after its successor has been made, and takes an lsn. So where the last segment ends with SEAL,
+    its successor is a torn end: the journal goes on in place of that SEAL. If the SEAL is missing, the successor is
+    cut with the rest.
 """
 
 from __future__ import annotations
@@ -11,46 +22,36 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from pitfs.errors import CorruptionError
-from pitfs.journal.writer import Location, journal_path
+from pitfs.journal.writer import JournalTail, Location
 from pitfs.model.record import Record, RecordKind
-from pitfs.storage.segment import DATA_OFFSET, SegmentReader, is_blank, list_segments
+from pitfs.storage.segment import DATA_OFFSET, SegmentReader, is_blank, list_segments, segment_path
 
 log = logging.getLogger(__name__)
 
 Visit = Callable[[SegmentReader, int, Record], None]
 
 
-@dataclass(frozen=True, slots=True)
-class JournalTail:
-    """Where the journal goes on: behind its last verifiable record, or in the place of a SEAL."""
-
-    location: Location
-    seed: int
-    next_lsn: int
-
-
 def replay(
     directory: str, first_segment: int, visit: Visit, history: bytes, durable_lsn: int = 0
 ) -> JournalTail | None:
-    """Visits every record from segment `first_segment` on, in order, and finds the tail.
+    """Visits every record from segment `first_segment` on, in order, and returns where the journal goes on.
 
-    `visit` may raise CorruptionError for a record whose contents aren't right; that counts as its end.
-    Segments behind a tear are removed. Returns None if there is no segment.
+    Removes the segments behind a torn end. Returns None if there is no segment.
 
     Args:
-        first_segment: must be there, unless it is 0.
+        first_segment: must exist, unless it is 0: then the first one that exists.
+        visit: may raise CorruptionError for a record whose contents are bad: the journal ends before it.
         durable_lsn: known to be durable.
 
     Raises:
-        CorruptionError: a record that had been durable can't be read: damage, nothing is cut.
+        CorruptionError: the journal is damaged; nothing was cut.
     """
     numbers = [number for number in list_segments(directory) if number >= first_segment]
     tail: JournalTail | None = None
     for index, number in enumerate(numbers):
-        path = journal_path(directory, number)
+        path = segment_path(directory, number)
         expected = numbers[index - 1] + 1 if index else first_segment or number
         if number != expected:
             raise CorruptionError(path, 0, f"segment {expected:016x} is missing before it")
@@ -67,15 +68,14 @@ def replay(
                 return tail
         finally:
             reader.close()
-    # The last segment was sealed and its successor never reached the disk: on in place of the SEAL.
     return tail
 
 
 def _open_next(path: str, before: JournalTail | None, history: bytes) -> SegmentReader | None:
-    """The segment that follows; None if what the file holds isn't it yet: blank, or of its former use.
+    """The segment that follows; None if it was never written: the file is blank, or is that of its former use.
 
     Raises:
-        CorruptionError: the first one isn't what its name says, or a header is damaged.
+        CorruptionError: a header is damaged, or the first segment isn't the one of its name.
     """
     if before is not None and is_blank(path):
         return None
@@ -83,7 +83,7 @@ def _open_next(path: str, before: JournalTail | None, history: bytes) -> Segment
     if reader.header.history != history:
         reader.close()
         raise CorruptionError(path, 0, "a segment of another group's journal")
-    # In place of the SEAL is the tail, and the SEAL takes an lsn.
+    # `before.next_lsn` is the SEAL's.
     follows = before is None or reader.header.first_lsn == before.next_lsn + 1
     if reader.is_as_named and follows:
         return reader
@@ -94,7 +94,7 @@ def _open_next(path: str, before: JournalTail | None, history: bytes) -> Segment
 
 
 def _replay_segment(reader: SegmentReader, visit: Visit) -> tuple[JournalTail, str | None]:
-    """Visits its records; the tail, and why it ends there, None behind a SEAL."""
+    """Visits a segment's records. Returns where they end, and why they end there: None for a SEAL."""
     number, seed = reader.header.number, reader.header.seed
     lsn, offset = reader.header.first_lsn, DATA_OFFSET
     problem = "it ends without a SEAL"
@@ -112,15 +112,14 @@ def _replay_segment(reader: SegmentReader, visit: Visit) -> tuple[JournalTail, s
 
 
 def _known_durable(reader: SegmentReader, offset: int) -> int:
-    """The last record that records behind `offset` say was durable."""
+    """Up to which lsn the records behind `offset` say that all was durable."""
     return max((record.durable_lsn for record in reader.records_after(offset)), default=0)
 
 
 def _cut(directory: str, numbers: list[int], tail: JournalTail, durable_lsn: int, problem: str) -> None:
-    """Removes the segments behind a tear, newest first, unless anything shows that it is damage."""
-    where = journal_path(directory, tail.location.segment)
+    """Removes the segments behind a torn end, newest first, unless one of them shows that it is damage."""
     for number in numbers:
-        path = journal_path(directory, number)
+        path = segment_path(directory, number)
         if is_blank(path):
             continue
         reader = SegmentReader(path)
@@ -129,17 +128,17 @@ def _cut(directory: str, numbers: list[int], tail: JournalTail, durable_lsn: int
                 durable_lsn = max(durable_lsn, _known_durable(reader, DATA_OFFSET - 1))
         finally:
             reader.close()
+    where = segment_path(directory, tail.location.segment)
     if durable_lsn >= tail.next_lsn:
+        what = f"record {tail.next_lsn} had been durable and can't be read ({problem})"
         raise CorruptionError(
             where,
             tail.location.offset,
-            f"record {tail.next_lsn} had been durable and can't be read ({problem}): the disk lost or changed it; "
-            "nothing was cut. Move the state directory away to begin anew with a full copy",
+            f"{what}: the disk lost or changed it; nothing was cut. "
+            "Move the state directory away to begin anew with a full copy",
         )
     if numbers:
-        log.warning(
-            "%s: the journal ends at record %d: %d segments behind it, which no fsync had waited for, are removed",
-            where, tail.next_lsn - 1, len(numbers),
-        )  # fmt: skip
+        problem = "segments behind it, which no fsync had waited for, are removed"
+        log.warning("%s: the journal ends at record %d: %d %s", where, tail.next_lsn - 1, len(numbers), problem)
     for number in reversed(numbers):
-        os.unlink(journal_path(directory, number))
+        os.unlink(segment_path(directory, number))

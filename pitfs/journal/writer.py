@@ -1,12 +1,15 @@
 """The local journal's writing side: append, sync, roll to the next segment, recycle. No event loop here.
 
-One thread appends (the splitter's event loop); `sync` and the preparation of the next segment run in
-threads beside it. Nothing here knows volumes: it takes encoded parts and gives positions.
+One thread appends: the splitter's event loop. `sync`, `release` and `prepare_spare` run in other threads meanwhile.
+
+Group commit: `sync` makes durable what was appended before it began, however many writes that is, and appending goes
+on beside it. So a write that comes during a sync waits for the next one, which it shares with all others that come.
+
+`durable_lsn` is written into each record. Recovery reads there which earlier records an fsync had waited for.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import secrets
 import threading
@@ -15,25 +18,25 @@ from typing import Final
 
 from pitfs.errors import CapacityError
 from pitfs.model.record import HEADER_BYTES, RecordKind, encode_head
-from pitfs.storage.files import fsync_directory, storage_error, write_all
-from pitfs.storage.segment import DATA_OFFSET, SegmentHeader, list_segments, segment_name
+from pitfs.storage.files import closed_on_error, fsync_directory, open_fd, storage_error, write_all
+from pitfs.storage.segment import DATA_OFFSET, SegmentHeader, list_segments, segment_path
 
 MIN_SEGMENT_BYTES: Final = 4 << 20  # holds a few records of the greatest size
 MAX_SEGMENT_BYTES: Final = 64 << 20
-# Where fewer bytes than this are written between two fsyncs, latency matters more than bandwidth: then a piece
-# of a new segment is filled with zeros ahead of its use, so that the fsyncs within it have no extents to convert
-# (measured: 150 instead of 260 µs each).
+# Where fewer bytes than this are written between two fsyncs, latency matters more than bandwidth: zeros are then
+# written into a new segment ahead of the records, so that fsyncs there have no extents to convert (measured: 150
+# instead of 260 µs each).
 SYNC_HEAVY_BYTES: Final = 256 << 10
 ZERO_AHEAD_BYTES: Final = 1 << 20
 _ZEROS: Final = bytes(ZERO_AHEAD_BYTES)
 PAGE_BYTES: Final = 4096
 _PAGE_OF_ZEROS: Final = memoryview(bytes(PAGE_BYTES))
-# Left free behind the last write of a segment, for SEAL and for the MARK that closes the interval where the
-# journal is full: without it that interval could never be shipped, and its room never come back.
+# Kept free behind the last write of a segment, for SEAL and for the MARK that closes the interval of a full journal:
+# without that MARK the interval could never be shipped, nor its room be given back.
 RESERVE_BYTES: Final = 1024
 _MAY_USE_RESERVE: Final = frozenset({int(RecordKind.MARK), int(RecordKind.COPY_PROGRESS)})
 _SPARE_PREFIX: Final = "spare-"
-_USED_SUFFIX: Final = "-used"  # of a spare that was a segment: its blocks are written already
+_USED_SUFFIX: Final = "-used"  # of a spare that was a segment: all of its blocks have been written
 
 
 def segment_bytes_for(capacity_bytes: int) -> int:
@@ -41,24 +44,27 @@ def segment_bytes_for(capacity_bytes: int) -> int:
     return max(MIN_SEGMENT_BYTES, min(MAX_SEGMENT_BYTES, capacity_bytes // 16)) & ~4095
 
 
-def journal_path(directory: str, number: int) -> str:
-    """Where segment `number` is."""
-    return os.path.join(directory, segment_name(number))
-
-
 @dataclass(frozen=True, slots=True, order=True)
 class Location:
-    """A place in the journal: between records, `offset` in segment `segment`."""
+    """A place between two records of the journal: `offset` in segment `segment`."""
 
     segment: int
     offset: int
 
 
+@dataclass(frozen=True, slots=True)
+class JournalTail:
+    """Where the journal goes on: behind its last good record, or in place of a SEAL. `seed` is the segment's."""
+
+    location: Location
+    seed: int
+    next_lsn: int
+
+
 @dataclass(slots=True)
-class _Open:
+class _OpenSegment:
     number: int
     fd: int
-    path: str
     named: bool = False  # whether the directory entry is durable
 
 
@@ -69,56 +75,44 @@ class Journal:
         directory: where the segments are; exists.
         history: 16 bytes, the group's history.
         capacity_bytes: limit of all segments together.
-        tail: where to go on, as found by recovery: None begins a new segment.
-        next_lsn: lsn of the next record.
+        tail: where to go on, as recovery found it; None begins a new segment.
+        next_lsn: lsn of the first record of that new segment.
 
     Raises:
         PitfsError: the directory can't be used.
     """
 
     def __init__(
-        self,
-        directory: str,
-        history: bytes,
-        capacity_bytes: int,
-        tail: Location | None,
-        seed: int,
-        next_lsn: int,
+        self, directory: str, history: bytes, capacity_bytes: int, tail: JournalTail | None = None, next_lsn: int = 1
     ) -> None:
         self.directory = directory
         self.history = history
         self.segment_bytes = segment_bytes_for(capacity_bytes)
         self.limit_count = max(4, capacity_bytes // self.segment_bytes)
-        self.lsn = next_lsn - 1
+        self.lsn = (next_lsn if tail is None else tail.next_lsn) - 1
         self.durable_lsn = self.lsn if tail is None else 0
         self.appended_bytes = 0
         self.synced_bytes = 0
         self._numbers = list_segments(directory)
         self._lock = threading.RLock()  # guards _segment, _unsynced, _spare and _numbers
-        self._sync_lock = threading.Lock()  # taken first: held while descriptors of _unsynced are in use
-        self._spare_names = itertools.count(1)
+        self._sync_lock = threading.Lock()  # held while descriptors of _unsynced are in use; taken before _lock
         self._spare = self._find_spare()
-        self._unsynced: list[_Open] = []
-        self._failed: OSError | None = None  # a sync failed: what wasn't durable isn't
+        self._unsynced: list[_OpenSegment] = []
+        self._failed: OSError | None = None  # of the sync that failed
         self._sync_heavy = True  # whether little was written between the last two syncs
-        # Up to where the blocks of the segment's file are written, so need no extent converted.
-        self._written = 0
         if tail is None:
             self._start_segment()
         else:
-            path = self.path_of(tail.segment)
-            self._segment = _Open(tail.segment, os.open(path, os.O_RDWR | os.O_CLOEXEC), path, named=True)
-            self._seed = seed
-            self._offset = tail.offset
-            self._end = os.fstat(self._segment.fd).st_size
-            self._written = tail.offset
-
-    def path_of(self, number: int) -> str:
-        return journal_path(self.directory, number)
+            number = tail.location.segment
+            fd = os.open(segment_path(directory, number), os.O_RDWR | os.O_CLOEXEC)
+            self._segment = _OpenSegment(number, fd, named=True)
+            self._seed, self._offset = tail.seed, tail.location.offset
+            self._end = os.fstat(fd).st_size
+            self._written = self._offset  # blocks of the file before it need no extents converted
 
     @property
     def tail(self) -> Location:
-        """Where the next record will stand (or, at a segment's end, its SEAL)."""
+        """Where the next record goes, or at a segment's end its SEAL."""
         return Location(self._segment.number, self._offset)
 
     @property
@@ -130,10 +124,10 @@ class Journal:
         return self.limit_count * self.segment_bytes
 
     def room_needed_before(self, spared: int, needed: int) -> int:
-        """The segment before which all are to be given back so that there is room again.
+        """The segment before which all should be given back so that there is room again.
 
         Args:
-            spared: segments from there on are kept as long as there is room; needed: from there on in any case.
+            spared: first of the segments that are kept as long as there is room. needed: first that is kept anyway.
         """
         with self._lock:
             excess = len(self._numbers) - (self.limit_count - max(2, self.limit_count // 8))
@@ -141,21 +135,13 @@ class Journal:
         return min(needed, max(spared, first + max(excess, 0)))
 
     def append(
-        self,
-        kind: int,
-        volume: int,
-        block: int,
-        block_count: int,
-        seq: int,
-        time_ns: int,
-        covered: bytes,
+        self, kind: int, volume: int, block: int, block_count: int, seq: int, time_ns: int, covered: bytes,
         contents: bytes = b"",
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Appends one record; it is durable after the next `sync`.
 
         Raises:
-            CapacityError: the journal or its disk is full; nothing was appended.
-            OSError: the disk refuses; nothing was appended.
+            CapacityError, OSError: the journal or its disk is full, or the disk refuses; nothing was appended.
         """
         offset = self._offset
         size = HEADER_BYTES + len(covered) + len(contents)
@@ -171,23 +157,23 @@ class Journal:
         head = encode_head(
             kind, volume, block, block_count, seq, time_ns, lsn, self.durable_lsn, covered, len(contents), self._seed
         )  # fmt: skip
-        # To the end of its last page: a segment that is used again may have left the page cache, and the kernel
-        # would read each page from the disk that isn't written whole (measured: 80 instead of 5 µs).
+        # Up to the end of its last page: a recycled segment may have left the page cache, and the kernel would read
+        # from the disk each page that isn't written whole (measured: 80 instead of 5 µs).
         padding = _PAGE_OF_ZEROS[: -end % PAGE_BYTES]
         if os.pwritev(self._segment.fd, (head, contents, padding), offset) != size + len(padding):
             # A short write means a full disk or a failing one: writing on says which.
             write_all(self._segment.fd, head + contents, offset)
         self.lsn = lsn
-        self._last_offset, self._offset = offset, end
+        self._offset = end
         self.appended_bytes += size
 
     def append_message(self, kind: int, seq: int, time_ns: int, body: bytes) -> Location:
-        """Appends a record without blocks; where it stands. As `append`."""
+        """Appends a record without blocks, and returns its place. As `append`."""
         self.append(kind, 0, 0, 0, seq, time_ns, body)
-        return Location(self._segment.number, self._last_offset)
+        return Location(self._segment.number, self._offset - HEADER_BYTES - len(body))
 
     def _write_ahead(self, end: int) -> None:
-        """Before blocks of a new file are written for the first time: where fsyncs are many, zeros go ahead."""
+        """Writes zeros ahead of the records where fsyncs are many and the file's blocks were never written."""
         if not self._sync_heavy:
             self._written = end
             return
@@ -198,7 +184,10 @@ class Journal:
         self._written = start + size
 
     def _roll(self) -> None:
-        """Closes the current segment with SEAL and begins the next one. Raises CapacityError if there's no room."""
+        """Closes the segment with SEAL and begins the next one. Raises CapacityError if there is no room.
+
+        The next one comes first: where it can't be made, the segment stays open for records of the reserve.
+        """
         with self._lock:  # a sync meanwhile must see both segments
             before, offset, seed = self._segment, self._offset, self._seed
             self._start_segment(sealed=1)
@@ -210,28 +199,24 @@ class Journal:
         with self._lock:
             spare, self._spare = self._spare, None
             number = (self._numbers[-1] if self._numbers else 0) + 1
-        path = self.path_of(number)
+        path = segment_path(self.directory, number)
         if spare is None:
             spare = self._make_spare()
         seed = secrets.randbits(64)
-        fd = os.open(spare, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            # SEAL takes an lsn too, so that lsns have no gaps: the first record here comes after it.
+        with closed_on_error(os.open(spare, os.O_RDWR | os.O_CLOEXEC)) as fd:
+            # The SEAL before it takes an lsn too, as lsns have no gaps.
             header = SegmentHeader(number, seed, self.lsn + 1 + sealed, self.segment_bytes, self.history)
             write_all(fd, header.encode(), 0)
             os.rename(spare, path)
-        except BaseException:
-            os.close(fd)
-            raise
         self.lsn += sealed
         with self._lock:
             self._numbers.append(number)
-        self._segment = _Open(number, fd, path)
+        self._segment = _OpenSegment(number, fd)
         self._seed, self._offset, self._end = seed, DATA_OFFSET, self.segment_bytes
         self._written = self.segment_bytes if spare.endswith(_USED_SUFFIX) else DATA_OFFSET
 
     def _find_spare(self) -> str | None:
-        """A spare that an earlier run left; others are removed. What a spare holds doesn't matter."""
+        """A spare that an earlier run left; removes others. What a spare holds doesn't matter."""
         found = None
         for name in os.listdir(self.directory):
             path = os.path.join(self.directory, name)
@@ -241,31 +226,22 @@ class Journal:
                 found = path
             else:
                 os.unlink(path)
-        if found is not None:
-            used = _USED_SUFFIX if found.endswith(_USED_SUFFIX) else ""
-            kept = os.path.join(self.directory, f"{_SPARE_PREFIX}kept{used}")
-            os.rename(found, kept)
-            found = kept
         return found
 
     def _spare_path(self, suffix: str = "") -> str:
-        return os.path.join(self.directory, f"{_SPARE_PREFIX}{next(self._spare_names)}{suffix}")
+        """A new name: two threads may make a spare at a time."""
+        return os.path.join(self.directory, f"{_SPARE_PREFIX}{secrets.token_hex(8)}{suffix}")
 
     def _make_spare(self) -> str:
         """Makes a file for the next segment. Raises CapacityError if the capacity or the disk is exhausted."""
         path = self._spare_path()
         if len(self._numbers) >= self.limit_count:
-            raise CapacityError(
-                f"{self.directory}: the journal's capacity of {self.capacity_bytes} bytes is used up: "
-                "raise [journal] capacity, or let the replica catch up"
-            )
+            problem = f"the journal's capacity of {self.capacity_bytes} bytes is used up"
+            raise CapacityError(f"{self.directory}: {problem}: raise [journal] capacity, or let the replica catch up")
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            try:
+            with open_fd(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as fd:
                 os.posix_fallocate(fd, 0, self.segment_bytes)
                 os.fsync(fd)
-            finally:
-                os.close(fd)
         except OSError as error:
             if os.path.exists(path):
                 os.unlink(path)
@@ -273,19 +249,16 @@ class Journal:
         return path
 
     def prepare_spare(self) -> bool:
-        """Makes the next segment's file ahead of its use; runs in a thread. False where there's no room."""
-        with self._lock:
-            if self._spare is not None:
-                return True
+        """Makes the next segment's file ahead of its use. Blocks. False where there is no room."""
         try:
-            path = self._make_spare()
+            if self._spare is None:
+                self._offer_spare(self._make_spare())
         except CapacityError:
             return False
-        self._offer_spare(path)
         return True
 
     def _offer_spare(self, path: str) -> None:
-        """Keeps the file as the spare unless another thread has brought one meanwhile."""
+        """Keeps the file as the spare, unless another thread has made one meanwhile."""
         with self._lock:
             if self._spare is None:
                 self._spare = path
@@ -298,7 +271,7 @@ class Journal:
 
     @property
     def syncing(self) -> bool:
-        """Whether a thread is at it: who came now would wait for all of that."""
+        """Whether a thread syncs now: `sync` would wait until it is done."""
         return self._sync_lock.locked()
 
     @property
@@ -309,13 +282,14 @@ class Journal:
         """Makes all that was appended before the call durable. Blocks.
 
         Raises:
-            OSError: the disk refused; what isn't known to be durable stays so, no retry is believed.
+            OSError: the disk refused, now or in an earlier call: see `begin_new_segment`.
         """
         with self._sync_lock:
             with self._lock:
                 sealed = list(self._unsynced)
                 current, lsn, appended = self._segment, self.lsn, self.appended_bytes
-            if self._failed is not None:  # the kernel says it once: a retry would be believed for nothing
+            # The kernel reports a failure once and drops the pages: a retry would succeed without writing them.
+            if self._failed is not None:
                 raise self._failed
             try:
                 for segment in (*sealed, current):
@@ -334,12 +308,8 @@ class Journal:
             self._sync_heavy = appended - self.synced_bytes < SYNC_HEAVY_BYTES
             self.synced_bytes = appended
 
-    def begin_anew(self) -> None:
-        """What comes stands in a new segment: this one's disk may have refused. What wasn't durable is given up.
-
-        Raises:
-            CapacityError: there is no room for one.
-        """
+    def begin_new_segment(self) -> None:
+        """Begins a new segment; after a sync that failed, what isn't durable is given up. Raises CapacityError."""
         with self._sync_lock, self._lock:
             if self._failed is None:
                 self._roll()
@@ -352,10 +322,9 @@ class Journal:
             self._failed = None
 
     def release(self, first_needed: int) -> None:
-        """Gives segments before number `first_needed` back: one becomes the spare, the others are removed.
+        """Gives back segments before number `first_needed`: one becomes the spare, the others are removed. Blocks.
 
-        Synced or not: whoever needed them has what they hold durably elsewhere. A load that never calls
-        fsync would fill the journal otherwise.
+        They need not be synced: what they hold is durable elsewhere. Else a load without fsync would fill the journal.
         """
         while True:
             with self._sync_lock, self._lock:
@@ -366,7 +335,7 @@ class Journal:
                 for segment in [each for each in self._unsynced if each.number == number]:
                     self._unsynced.remove(segment)
                     os.close(segment.fd)
-            path = self.path_of(number)
+            path = segment_path(self.directory, number)
             if recycle and os.path.getsize(path) == self.segment_bytes:
                 spare = self._spare_path(_USED_SUFFIX)
                 os.rename(path, spare)

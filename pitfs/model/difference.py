@@ -46,7 +46,7 @@ class SnapshotDiff:
 
     Attributes:
         entries: DIFF_ENTRY[k], ascending by (volume, block).
-        rows: the row behind each entry, int64[k]; units: uint64[k], where its content stands, 0 for zeros.
+        rows: the row behind each entry, int64[k]; units: uint64[k], where its content is, 0 for zeros.
         data_rows: rows whose contents DIFF_BLOCKS holds, in its order; shared_rows: those that share one of them.
         size_bytes: of DIFF_BLOCKS.
     """
@@ -77,13 +77,13 @@ class JournalPart:
 
 @dataclass(frozen=True, slots=True)
 class DifferenceJournal:
-    """The interval's writes, and where the content of each stands. All arrays have length n but those of layers.
+    """The interval's writes, and where the content of each is. All arrays have length n but those of layers.
 
     Attributes:
         layer: int64, that each row comes with. sizes: int64, bytes of each row's block.
-        source: uint16; JOURNAL where only the journal has its content. unit: uint64, for SHARED_FOURTH.
+        source: uint16; JOURNAL where only the journal has its content. unit: uint64, for SHARED_SNAPSHOT.
         content: int64, one row of all that have the same content: the first by layer, then by seq.
-        counts, data_bytes: int64[layers], rows up to and with each layer, and what their contents take at least.
+        counts, data_bytes: int64[layers], rows up to and with each layer, and what their contents take in one transfer.
     """
 
     columns: Columns
@@ -95,39 +95,41 @@ class DifferenceJournal:
     counts: Int64s
     data_bytes: Int64s
 
-    def bytes_up_to(self, layer: int) -> int:
-        """Of JOURNAL_BLOCKS, up to and with that layer where they go in one transfer; -1: none."""
-        return int(self.data_bytes[layer]) if layer >= 0 else 0
-
     def part(self, base: int, layer: int, base_bytes: int = 0, run_bytes: int = RUN_BYTES) -> JournalPart:
         """What layers after `base` (-1: from the first) up to and with `layer` add.
 
-        Contents go about in the order of writing, in which the link's codec finds versions of a block, and of blocks
-        that were written together, next to each other: layer after layer they took half as much again (measured
-        on SQLite's log). The last go first, since the diff has just carried what came after them. But rows have to
-        ascend for the replica: so they do within stretches of some MiB.
+        The replica wants rows that ascend by (volume, block, seq), and contents in the order of the rows. The link's
+        codec wants contents in the order of writing: there it finds versions of a block, and blocks that were written
+        together, next to each other (contents sent layer after layer took half as much again, measured on SQLite's
+        log). So the order of writing is cut into runs of some MiB, and rows ascend within a run. The last run goes
+        first: the diff has just carried what was written after it.
 
         Args:
             base_bytes: of JOURNAL_BLOCKS that the replica has. run_bytes: contents of a run, if not too many.
         """
         picked = np.flatnonzero((self.layer > base) & (self.layer <= layer))
         source, sizes = self.source[picked], self.sizes[picked]
-        journal = source == int(Source.JOURNAL)
+        # Rows whose content only the journal has: of those with the same content the first one carries it.
+        journal = np.flatnonzero(source == int(Source.JOURNAL))
         _, firsts, of = np.unique(self.content[picked[journal]], return_index=True, return_inverse=True)
-        mine = np.flatnonzero(journal)
+        carriers = journal[firsts]
         carries = np.zeros(len(picked), dtype=np.bool_)
-        carries[mine[firsts]] = True
+        carries[carriers] = True
+        # A row belongs to the run in which the contents carried up to and with it end; rows are sorted by run, the
+        # last run first, then by volume, block and order of writing.
         ends = np.cumsum(np.where(carries, sizes, 0))
         total_bytes = int(ends[-1]) if len(ends) else 0
         step = max(run_bytes, -(-total_bytes // MAX_JOURNAL_RUNS))
+        run = np.maximum(ends - 1, 0) // step
         volume, block = self.columns.volume[picked], self.columns.block[picked]
-        order = np.lexsort((picked, block, volume, -(np.maximum(ends - 1, 0) // step)))
+        order = np.lexsort((picked, block, volume, -run))
+        # Contents stand in the order of their rows, behind those that the replica has; the others point to them.
         own = order[carries[order]]
         unit = self.unit[picked]
         unit[own] = (base_bytes + np.cumsum(sizes[own]) - sizes[own]) // UNIT_BYTES
-        unit[mine] = unit[mine[firsts][of]]
-        source[journal & ~carries] = int(Source.SHARED_JOURNAL)
-        shared = source >= int(Source.SHARED_FOURTH)
+        unit[journal] = unit[carriers[of]]
+        source[journal] = np.where(carries[journal], int(Source.JOURNAL), int(Source.SHARED_JOURNAL))
+        shared = source >= int(Source.SHARED_SNAPSHOT)
         entries = np.zeros(len(picked), dtype=JOURNAL_ENTRY)
         entries["volume"], entries["block"], entries["seq"] = volume, block, self.columns.seq[picked]
         entries["source"] = source
@@ -148,6 +150,15 @@ class Contents:
     zero: Callable[[Rows], Mask]
 
 
+def _by_block(columns: Columns) -> tuple[Rows, Mask]:
+    """The rows ascending by (volume, block, seq), and which of these the next one overwrites."""
+    order = np.lexsort((columns.seq, columns.block, columns.volume))
+    volume, block = columns.volume[order], columns.block[order]
+    followed = np.zeros(len(order), dtype=np.bool_)
+    followed[:-1] = (volume[1:] == volume[:-1]) & (block[1:] == block[:-1])
+    return order, followed
+
+
 def _zero_rows(columns: Columns, zero_checksums: UInt64s, contents: Contents) -> Mask:
     """Which rows are all zeros: the checksum proposes, the bytes decide."""
     mask: Mask = columns.checksum == zero_checksums[columns.volume]
@@ -155,13 +166,6 @@ def _zero_rows(columns: Columns, zero_checksums: UInt64s, contents: Contents) ->
     if len(rows):
         mask[rows] = contents.zero(rows)
     return mask
-
-
-def _units(columns: Columns, rows: Rows, block_sizes: Int64s) -> tuple[UInt64s, int]:
-    """Where each of `rows` begins when their blocks stand one behind the other, in units; and the end, in bytes."""
-    sizes = block_sizes[columns.volume[rows]] // UNIT_BYTES
-    ends = np.cumsum(sizes, dtype=np.int64)
-    return (ends - sizes).astype(np.uint64), int(ends[-1]) * UNIT_BYTES if len(ends) else 0
 
 
 def snapshot_diff(
@@ -172,11 +176,8 @@ def snapshot_diff(
     Args:
         block_sizes: int64[volumes], bytes. zero_checksums: uint64[volumes], of a zero block of each.
     """
-    order = np.lexsort((columns.seq, columns.block, columns.volume))
-    volume, block = columns.volume[order], columns.block[order]
-    last = np.ones(len(order), dtype=np.bool_)
-    last[:-1] = (volume[1:] != volume[:-1]) | (block[1:] != block[:-1])
-    rows = order[last]
+    order, followed = _by_block(columns)
+    rows = order[~followed]
     picked = Columns(columns.volume[rows], columns.block[rows], columns.seq[rows], columns.checksum[rows])
     looks = Contents(lambda a, b: contents.same(rows[a], rows[b]), lambda a: contents.zero(rows[a]))
     zero = _zero_rows(picked, zero_checksums, looks)
@@ -185,14 +186,15 @@ def snapshot_diff(
     shared = carrier != everything
     own = np.flatnonzero(~shared & ~zero)
     units = np.zeros(len(rows), dtype=np.uint64)
-    units[own], size_bytes = _units(picked, own, block_sizes)
+    sizes = block_sizes[picked.volume[own]]
+    units[own] = (np.cumsum(sizes) - sizes) // UNIT_BYTES
     units[shared] = units[carrier[shared]]
     entries = np.zeros(len(rows), dtype=DIFF_ENTRY)
     entries["volume"], entries["block"] = picked.volume, picked.block
-    entries["source"] = int(Source.FOURTH)
-    entries["source"][zero], entries["source"][shared] = int(Source.ZERO), int(Source.SHARED_FOURTH)
+    entries["source"] = int(Source.SNAPSHOT)
+    entries["source"][zero], entries["source"][shared] = int(Source.ZERO), int(Source.SHARED_SNAPSHOT)
     entries["unit"][shared] = units[shared]
-    return SnapshotDiff(entries, rows, units, rows[own], rows[shared], size_bytes)
+    return SnapshotDiff(entries, rows, units, rows[own], rows[shared], int(sizes.sum()))
 
 
 def difference_journal(
@@ -211,10 +213,7 @@ def difference_journal(
         diff: the snapshot diff of the same columns.
     """
     count = len(columns.seq)
-    order = np.lexsort((columns.seq, columns.block, columns.volume))
-    volume, block = columns.volume[order], columns.block[order]
-    followed = np.zeros(count, dtype=np.bool_)
-    followed[:-1] = (volume[1:] == volume[:-1]) & (block[1:] == block[:-1])
+    order, followed = _by_block(columns)
     layer = np.empty(count, dtype=np.int64)
     layer[order] = layers_of(times_ns[order], followed, to_time_ns)
     place = np.empty(count, dtype=np.int64)  # of each row by layer, then by seq
@@ -225,8 +224,8 @@ def difference_journal(
     content = _carriers(columns, zero, in_diff, place, block_sizes, contents)
     unit = np.zeros(count, dtype=np.uint64)
     unit[diff.rows] = diff.units
-    source = np.where(in_diff[content], int(Source.SHARED_FOURTH), int(Source.JOURNAL)).astype(np.uint16)
-    source[in_diff], source[zero] = int(Source.FOURTH), int(Source.ZERO)
+    source = np.where(in_diff[content], int(Source.SHARED_SNAPSHOT), int(Source.JOURNAL)).astype(np.uint16)
+    source[in_diff], source[zero] = int(Source.SNAPSHOT), int(Source.ZERO)
     sizes = block_sizes[columns.volume]
     first = (source == int(Source.JOURNAL)) & (content == np.arange(count))
     return DifferenceJournal(
@@ -239,7 +238,11 @@ def difference_journal(
 def _carriers(
     columns: Columns, zero: Mask, in_diff: Mask, place: Int64s, block_sizes: Int64s, contents: Contents
 ) -> Rows:
-    """For each row the one that carries its content: of the diff, else the first by `place`; or itself."""
+    """For each row the one that carries its content: of the diff, else the first by `place`; or itself.
+
+    Rows are sorted by checksum and size, the best carrier first; it is proposed to the others of its group, and the
+    bytes decide. Rows of zeros and rows of the diff need no carrier.
+    """
     count = len(columns.seq)
     carrier = np.arange(count)
     size = block_sizes[columns.volume]

@@ -8,26 +8,35 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    from pitfs.model.transfer import VolumeInfo  # which brings numpy: commands start without it
+from typing import Final, Protocol
 
 NAME_RULE: Final = "1 to 64 of A-Z a-z 0-9 . _ - (not '.' or '..')"
+NAME_PATTERN: Final = r"\A(?!\.{1,2}\Z)[A-Za-z0-9._-]{1,64}\Z"
 BLOCK_SIZES: Final = tuple(1 << bits for bits in range(9, 17))  # 512 B … 64 KiB
 MAX_VOLUMES: Final = 256  # each costs a descriptor and a map of its own on both sides
 MAX_VOLUME_BYTES: Final = 1 << 45  # 32 TiB: what a pointer of the store reaches in one object
 
-_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_NAME: Final = re.compile(NAME_PATTERN)
 _HISTORY: Final = re.compile(r"[0-9a-f]{32}")
+
+
+class Volume(Protocol):
+    """What `model.transfer.VolumeInfo` has; that module brings numpy, and commands start without it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def size_bytes(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
 
 
 def is_name(text: str) -> bool:
     """Whether it can name a group, a volume or a bookmark."""
-    return _NAME.fullmatch(text) is not None and text not in (".", "..")
+    return _NAME.match(text) is not None
 
 
-def identity_problem(group: str, history: str, volumes: Sequence[VolumeInfo]) -> str | None:
+def identity_problem(group: str, history: str, volumes: Sequence[Volume]) -> str | None:
     """What is wrong with a group's description, which comes from a peer or a file and names a directory."""
     if not is_name(group):
         return f"group name {group[:80]!r}: must be {NAME_RULE}"

@@ -39,7 +39,7 @@ def layers_of(
         last[:-1] |= granule[1:] != granule[:-1]
         needed = last & (granule < to_time_ns // rung_ns)
         if not needed.any():
-            break  # coarser rungs need nothing either
+            break  # then coarser rungs need nothing, too
         layers[needed] = layer
     return layers
 
@@ -52,6 +52,11 @@ def layers_of_positions(times_ns: npt.NDArray[np.int64], to_time_ns: int) -> Lay
 def layer_of(granularity_ns: int | None) -> int:
     """The last layer that this granularity has."""
     return NO_LAYER if granularity_ns is None else RUNGS_NS.index(granularity_ns)
+
+
+def granularity_of(layer: int) -> int | None:
+    """What an interval has that has the layers up to this one."""
+    return None if layer == NO_LAYER else RUNGS_NS[layer]
 
 
 def is_rung(granularity_ns: int) -> bool:

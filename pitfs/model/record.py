@@ -1,11 +1,11 @@
 """The record of the local journal: its format, encoding, decoding and verification. Pure.
 
-The local journal (580 of figure 5) is a chain of segments; in each, records stand one behind the other.
+The local journal (580 of figure 5) is a chain of segments, which hold records back to back.
 A record is a header of 64 bytes and a body, little-endian:
 
     offset size
      0      4   magic         "PJR1"
-     4      1   kind          Kind
+     4      1   kind          RecordKind
      5      1   flags         0
      6      2   volume        index of the volume in the group
      8      4   block_count   blocks in the body, 0 where the body is a message
@@ -20,12 +20,12 @@ A record is a header of 64 bytes and a body, little-endian:
 
 Body of WRITE and BEFORE_IMAGE: one xxh3_64 (8 bytes) for each block, then the blocks' contents, whole. A
 BEFORE_IMAGE without contents: all of its blocks are zeros.
-Body of the other kinds: a message (msgpack), all of it under the checksum; of COPY_BLOCKS a piece of the bitmap of
-`volume`, in order, `block` being its offset in bytes.
+Body of MARK, COPY_START and COPY_PROGRESS: a message (msgpack), all of it under the checksum.
+Body of COPY_BLOCKS: a part of the encoded bitmap of `volume`; `block` is its offset in bytes. SEAL has no body.
 
-The seed makes records that a recycled segment still holds from its former life fail verification, so the
-tail needs no erasing. durable_lsn tells a tear from damage without another write: a record that can't be
-verified, followed by a good one that says it had been durable, is damage; else it is where power was lost.
+A recycled segment still holds records of its former use. They fail verification, since each use has a seed of its
+own, so nothing needs to be erased. durable_lsn tells a torn end from damage without another write: if a record
+fails verification, and a good one behind it says that it was durable, it was damaged; else power was lost there.
 """
 
 from __future__ import annotations
@@ -65,13 +65,62 @@ _KINDS: Final = frozenset(RecordKind)
 _WITH_BLOCKS: Final = frozenset({RecordKind.WRITE, RecordKind.BEFORE_IMAGE})
 
 
+class Mark(msgspec.Struct, frozen=True):
+    """Message of MARK: number `mark`, at position (seq of the record, position_time_ns).
+
+    bookmark: the position's name, if it was given one.
+    """
+
+    mark: int
+    position_time_ns: int
+    bookmark: str | None = None
+
+
+class CopyStart(msgspec.Struct, frozen=True):
+    """Message of COPY_START: mark `mark` is the state at (seq, time_ns) of the record.
+
+    cause: why there is a gap between (from_seq, from_time_ns) and it; empty for the first copy.
+    bitmap_bytes: empty for a complete copy. Else the copy has only the blocks that may differ from the state at
+        (from_seq, from_time_ns), and these are the sizes of the volumes' encoded bitmaps in COPY_BLOCKS.
+    """
+
+    mark: int
+    from_seq: int
+    from_time_ns: int
+    cause: str = ""
+    bitmap_bytes: tuple[int, ...] = ()
+
+    @property
+    def is_complete(self) -> bool:
+        return not self.bitmap_bytes
+
+
+class CopyProgress(msgspec.Struct, frozen=True):
+    """Message of COPY_PROGRESS: the replica has all volumes before `volume`, and its blocks before `block`.
+
+    The copy is complete when `volume` is the number of volumes.
+    """
+
+    mark: int
+    volume: int
+    block: int
+
+
+Message = Mark | CopyStart | CopyProgress
+_MESSAGES: Final[dict[RecordKind, msgspec.msgpack.Decoder[Message]]] = {
+    RecordKind.MARK: msgspec.msgpack.Decoder(Mark),
+    RecordKind.COPY_START: msgspec.msgpack.Decoder(CopyStart),
+    RecordKind.COPY_PROGRESS: msgspec.msgpack.Decoder(CopyProgress),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """A record without its contents.
 
     Attributes:
         covered: what the record's checksum covers of the body: xxh3_64 of each block (WRITE, BEFORE_IMAGE),
-            or the message (other kinds).
+            or all of it (other kinds).
         contents_offset: bytes from the record's beginning to its contents.
         size_bytes: of the whole record.
     """
@@ -93,80 +142,25 @@ class Record:
         """xxh3_64 of each block."""
         return struct.unpack(f"<{self.block_count}Q", self.covered)
 
-
-class Mark(msgspec.Struct, frozen=True):
-    """Message of MARK: the interval that ends at position (seq of the record, position_time_ns).
-
-    bookmark: the name that was given to the position, if any.
-    """
-
-    mark: int
-    position_time_ns: int
-    bookmark: str | None = None
-
-
-class CopyStart(msgspec.Struct, frozen=True):
-    """Message of COPY_START: mark `mark` is the state at (seq, time_ns) of the record.
-
-    cause: why what lies between (from_seq, from_time_ns) and it can't be given; empty for the first copy.
-    bitmap_bytes: the copy has the blocks alone that may differ from the state at (from_seq, from_time_ns), and leads
-        on from that: what their bitmap takes, of each volume, in COPY_BLOCKS. Empty: a complete copy.
-    """
-
-    mark: int
-    from_seq: int
-    from_time_ns: int
-    cause: str = ""
-    bitmap_bytes: tuple[int, ...] = ()
-
     @property
-    def is_complete(self) -> bool:
-        return not self.bitmap_bytes
-
-
-class CopyProgress(msgspec.Struct, frozen=True):
-    """Message of COPY_PROGRESS: volumes before `volume`, and its blocks before `block`, are on the replica.
-
-    volume equal to the number of volumes: the copy is complete.
-    """
-
-    mark: int
-    volume: int
-    block: int
+    def message(self) -> Message | None:
+        """The body of MARK, COPY_START and COPY_PROGRESS; None for the other kinds."""
+        decoder = _MESSAGES.get(self.kind)
+        return None if decoder is None else decoder.decode(self.covered)
 
 
 def encode_head(
-    kind: int,
-    volume: int,
-    block: int,
-    block_count: int,
-    seq: int,
-    time_ns: int,
-    lsn: int,
-    durable_lsn: int,
-    covered: bytes,
-    contents_size: int,
-    seed: int,
-) -> bytes:
-    """Header and the covered part of the body (checksums or message) of a record; contents follow as they are."""
-    head = HEADER.pack(
-        MAGIC,
-        kind,
-        0,
-        volume,
-        block_count,
-        len(covered) + contents_size,
-        block,
-        seq,
-        time_ns,
-        lsn,
-        durable_lsn,
-    )
+    kind: int, volume: int, block: int, block_count: int, seq: int, time_ns: int, lsn: int, durable_lsn: int,
+    covered: bytes, contents_size: int, seed: int,
+) -> bytes:  # fmt: skip
+    """Header of a record and the covered part of its body (checksums or message). Contents follow unencoded."""
+    body_size = len(covered) + contents_size
+    head = HEADER.pack(MAGIC, kind, 0, volume, block_count, body_size, block, seq, time_ns, lsn, durable_lsn)
     return head + CHECKSUM.pack(xxh3_64_intdigest(head + covered, seed)) + covered
 
 
 def decode_head(data: bytes | memoryview, offset: int, seed: int, what: str, position: int) -> Record:
-    """Decodes and verifies the record at `offset` of `data`; its contents needn't be there.
+    """Decodes and verifies the record at `offset` of `data`, which needn't have its contents.
 
     Args:
         what, position: file and byte of data[0] in it, for the error.
@@ -195,19 +189,8 @@ def decode_head(data: bytes | memoryview, offset: int, seed: int, what: str, pos
         raise CorruptionError(
             what, position + offset, f"journal record's checksum {checksum:016x}, found {found:016x}"
         )
-    return Record(
-        RecordKind(kind),
-        volume,
-        block,
-        block_count,
-        seq,
-        time_ns,
-        lsn,
-        durable_lsn,
-        covered,
-        HEADER_BYTES + covered_size,
-        HEADER_BYTES + body_size,
-    )
+    sizes = HEADER_BYTES + covered_size, HEADER_BYTES + body_size
+    return Record(RecordKind(kind), volume, block, block_count, seq, time_ns, lsn, durable_lsn, covered, *sizes)
 
 
 def block_checksums(contents: bytes | bytearray | memoryview, block_size: int) -> list[int]:

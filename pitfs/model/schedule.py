@@ -1,8 +1,8 @@
-"""What goes to the replica next. Pure.
+"""What goes to the replica next: a stream or intervals, and of an interval which granularity (figure 7). Pure.
 
 The newest interval's snapshot diff goes before anything else. Then the layers of its difference journal, then those
-of intervals before it, newest first, for as long as no diff is due: a layer that is interrupted by one is put off, and
-what came of it counts.
+of intervals before it, newest first, for as long as no diff is due: a diff interrupts a transfer of layers, which is
+parked, and resumed later with what the replica has of it.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from pitfs.model.granularity import megabytes
-from pitfs.model.ladder import NO_LAYER, RUNGS_NS
+from pitfs.model.ladder import NO_LAYER, RUNGS_NS, layer_of
 
 MIN_BEHIND_S: Final = 1.0  # a stream that is less behind than this keeps up
 MAX_BACKLOG_S: Final = 1.0  # of the link's rate: a stream that begins catches up within that
 UNKNOWN_BACKLOG_BYTES: Final = 16 << 20  # the same while the rate isn't known
+EVERY_WRITE: Final = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ def choose_shipping_mode(
     Args:
         streaming: whether it streams now. behind_s: for how long the replica has lacked its oldest missing write.
         backlog_bytes: of the local journal, that would be streamed first.
-        fitted: whether every write of the last interval that went as such fitted into the link's rate.
+        fitted: whether the link could have carried every write of the last interval in the interval's time.
     """
     if mode == "snapshot":
         return ShippingMode(False, "mode is snapshot")
@@ -76,6 +76,14 @@ def behind_limit_s(interval_s: float) -> float:
     return max(MIN_BEHIND_S, interval_s / 4)
 
 
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What of an interval goes. granularity_ns: a rung, 0 every write, None snapshots only. reason: for people."""
+
+    granularity_ns: int | None
+    reason: str
+
+
 class StepKind(enum.Enum):
     DIFF = "diff"
     BUILD = "build"  # the newest journal's layers have to be known first
@@ -91,7 +99,7 @@ class Waiting:
         mark: of the interval's end.
         layer: the last one that the replica has.
         rung_bytes: of each rung what it takes with those before, None where it adds nothing; None: not built yet.
-        parked: the layer up to which a transfer was put off, None if there is none.
+        parked: the layer up to which a transfer was parked, None if there is none.
     """
 
     mark: int
@@ -102,51 +110,66 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What to do; `layer`: the last to send; `reason`: in words, for people."""
+    """What to do.
+
+    Attributes:
+        mark: BUILD, LAYERS: of the journal.
+        decision: LAYERS: what the replica has of the interval afterwards, and why no more.
+        fits: whether it is expected to arrive before the next diff is due.
+    """
 
     kind: StepKind
     mark: int = 0
-    layer: int = NO_LAYER
-    reason: str = ""
+    decision: Decision = Decision(None, "")
+    fits: bool = True
+
+    @property
+    def layer(self) -> int:
+        """The last one to send."""
+        return layer_of(self.decision.granularity_ns)
 
 
 def next_step(*, diff_due: bool, waiting: Sequence[Waiting], room_bytes: float | None) -> Step:
-    """The table:
+    """Figure 7, block 728, by layers: what fits into `rate × interval − diff` goes. The table:
 
         a diff is due                          it
         no journal waits                       wait
         the newest isn't built                 build it
-        it was put off within a layer          go on with that
+        a transfer of it is parked             resume that one
+        no rate is known                       every write
         some of its layers fit                 up to the finest of these
-        none fits until the next diff is due   the next one: the link is idle, and it can be put off
+        none fits until the next diff is due   the next one: the link is idle, and a diff can interrupt it
 
     Args:
         waiting: newest interval first.
-        room_bytes: what the link carries until the next diff is due; None where its rate isn't known.
+        room_bytes: what the link carries behind the last diff until the next is due; None where its rate isn't known.
     """
     if diff_due:
-        return Step(StepKind.DIFF, reason="a snapshot diff goes before anything else")
+        return Step(StepKind.DIFF)
     if not waiting:
-        return Step(StepKind.WAIT, reason="all that was written is on the replica")
+        return Step(StepKind.WAIT)
     newest = waiting[0]
     if newest.rung_bytes is None:
         return Step(StepKind.BUILD, newest.mark)
     left = layers_left(newest.layer, newest.rung_bytes)
     if not left:
         raise ValueError(f"nothing is left of the journal to mark {newest.mark}")
+
+    def layers(layer: int, reason: str, fits: bool = True) -> Step:
+        return Step(StepKind.LAYERS, newest.mark, Decision(RUNGS_NS[layer], reason), fits)
+
     if newest.parked is not None:
-        return Step(StepKind.LAYERS, newest.mark, newest.parked, "going on where a diff came first")
+        return layers(newest.parked, "resumed: a snapshot diff interrupted it")
+    last, whole_bytes = left[-1]
     if room_bytes is None:
-        last, _ = left[-1]
-        return Step(StepKind.LAYERS, newest.mark, last, "no rate is configured or measured yet: everything is sent")
-    fitting = [(layer, size) for layer, size in left if size <= room_bytes]
-    if fitting:
-        layer, size = fitting[-1]
-        return Step(
-            StepKind.LAYERS, newest.mark, layer, f"{megabytes(size)} MB fit into {megabytes(room_bytes)} MB of room"
-        )
-    layer, size = left[0]
-    return Step(StepKind.LAYERS, newest.mark, layer, f"the link is idle: {megabytes(size)} MB as far as they get")
+        return layers(last, "no rate is configured or measured yet: everything is sent")
+    figures = f"difference journal {megabytes(whole_bytes)} MB, room {megabytes(room_bytes)} MB"
+    if whole_bytes <= room_bytes:
+        return layers(last, f"fits: {figures}")
+    for layer, size_bytes in reversed(left):
+        if size_bytes <= room_bytes:
+            return layers(layer, f"{megabytes(size_bytes)} MB of it fit: {figures}")
+    return layers(left[0][0], f"doesn't fit: {figures}: sent while the link is idle", fits=False)
 
 
 def layers_left(layer: int, rung_bytes: Sequence[int | None]) -> list[tuple[int, int]]:
@@ -157,3 +180,8 @@ def layers_left(layer: int, rung_bytes: Sequence[int | None]) -> list[tuple[int,
         for each, size in list(enumerate(rung_bytes))[layer + 1 :]
         if size is not None and (layer == NO_LAYER or each == len(RUNGS_NS) - 1 or size > base)
     ]
+
+
+def megabytes(size_bytes: float) -> str:
+    """For messages."""
+    return f"{size_bytes / 1e6:.1f}"

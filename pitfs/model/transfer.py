@@ -1,8 +1,8 @@
 """What goes from production to replica, as plain values. Pure.
 
-A transfer is a manifest and up to five *sections*, each a stream of bytes that only grows; a transfer that was
+A transfer is a manifest and up to five *sections*, each a stream of bytes that only grows. A transfer that was
 interrupted resumes at a checkpoint: the durable length of each section, and the sender's cursor. Where the sender
-sets no cursor (INTERVAL, LAYERS) it may resume behind its last checkpoint, with what came before the link was cut.
+sets no cursor (INTERVAL, LAYERS), it also keeps what came between its last checkpoint and the cut of the link.
 
     kind FULL       the complete state at one position (the first full copy, or a rescan after a gap):
                     DIFF has every block that isn't zero, its length isn't known in advance
@@ -18,44 +18,61 @@ interval before it.
 Sections:
 
     DIFF            DIFF_ENTRY rows, strictly ascending by (volume, block)
-    DIFF_BLOCKS     contents of the rows of DIFF with source FOURTH, whole blocks, in the order of DIFF
+    DIFF_BLOCKS     contents of the rows of DIFF with source SNAPSHOT, whole blocks, in the order of DIFF
     POSITIONS       POSITION rows, strictly ascending: the states inside the interval that these layers add
     JOURNAL         JOURNAL_ENTRY rows of all these layers together, in a few runs, each strictly ascending by
                     (volume, block, seq): stretches of the order of writing, the last one first, for the codec
     JOURNAL_BLOCKS  contents of the rows of JOURNAL with source JOURNAL, whole blocks, in the order of JOURNAL
 
-While the link keeps up the open interval's writes *stream*, beside these transfers:
+While the link keeps up, the writes of the open interval *stream* beside these transfers:
 
     WRITES          WRITE rows, consecutive seqs; Data.offset is the seq of the first
     WRITE_BLOCKS    contents of their blocks, whole, in order; Data.offset counts bytes since the connection began
 
-Rows, then their contents, then a Flush: that is a batch. It is applied whole, made durable, and answered by a Durable.
-A StreamMark closes the interval: what was streamed becomes a snapshot and an interval at every write on the replica
-itself. LAYERS of earlier intervals may go in between; the other kinds lead on from where the stream ended.
+A batch is rows, then their contents, then a Flush. The replica applies it whole, makes it durable, and answers with a
+Durable. A StreamMark closes the interval: the replica itself makes a snapshot and an interval at every write of what
+was streamed. LAYERS of earlier intervals may go in between; the other kinds begin where the stream ended.
 
-`unit` counts 512 bytes, the smallest block size. JOURNAL_BLOCKS of the transfers of an interval's layers stand one
-behind the other on the replica, and places in them count from the first one's. A row says nothing that the replica
-finds by itself: no checksum (that of a content that it shares is found where that stands, and all are checked at the
-End), and its `unit` is 0 but where it shares the content of another row. All integers are little-endian.
+`unit` counts 512 bytes, the smallest block size. The replica appends the JOURNAL_BLOCKS of all LAYERS of an interval
+to each other, and a `unit` counts from the beginning of the first. A row leaves out what the replica finds by itself:
+`unit` is 0 unless the row shares the content of another one, and checksums aren't sent (the End has one of all of
+them). All integers are little-endian.
 """
 
 from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from pitfs.model.group import NAME_PATTERN
+
 UNIT_BYTES: Final = 512
 MAX_PAYLOAD_BYTES: Final = 1 << 20  # one Data frame; the limit of everything that is held at once
 MAX_CHECKPOINT_BYTES: Final = 16 << 20  # a sender checkpoints at least this often
-MAX_BATCH_BYTES: Final = 4 << 20  # contents of a batch of streamed writes: some of the greatest there can be
+MAX_BATCH_BYTES: Final = 4 << 20  # contents of a batch of streamed writes: a few of the largest writes
 MAX_BATCH_ROWS: Final = 32 << 10
 MAX_JOURNAL_RUNS: Final = 64  # in JOURNAL: the replica merges them
-WAITS: Final = "until the link is idle"  # how the cause of an interval ends whose journal hasn't come, but will
+MAX_NUMBER: Final = (1 << 63) - 1  # the store's catalog and numpy columns are int64
+MAX_BOOKMARKS: Final = 4096  # for each transfer; with gaps they fit into BEGIN's limit of 4 MiB
+MAX_GAPS: Final = 512
+MAX_TEXT_LENGTH: Final = 1000  # of a cause, an identity
+MAX_COARSE_INTERVALS: Final = 1024
+WAITS: Final = "until the link is idle"  # ends the cause of an interval whose journal is to be backfilled
+
+
+# What the fields of a value that comes over the link may be: msgspec checks it when it decodes one.
+Number = Annotated[int, msgspec.Meta(ge=0, le=MAX_NUMBER)]  # a seq, a time, a count, a length
+Mark = Annotated[int, msgspec.Meta(ge=1, le=MAX_NUMBER)]
+Digest = Annotated[int, msgspec.Meta(ge=0)]  # 64 bits: msgpack carries no more
+Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT_LENGTH)]
+Name = Annotated[str, msgspec.Meta(pattern=NAME_PATTERN)]
+Lengths = tuple[Number, Number, Number, Number, Number]  # of the sections of a transfer, 1 … 5
+Cursor = Annotated[tuple[Number, ...], msgspec.Meta(max_length=64)]
 
 
 class Section(enum.IntEnum):
@@ -74,21 +91,21 @@ TRANSFER_SECTIONS: Final = (
 
 
 class Source(enum.IntEnum):
-    """Where the content of a block of the difference journal stands (figure 6B)."""
+    """Where the content of a block of the difference journal is (figure 6B)."""
 
     ZERO = 0  # all zeros, nothing stored
-    FOURTH = 1  # the second (fourth) snapshot has it in that block: the next in DIFF_BLOCKS, or what DIFF gave it
+    SNAPSHOT = 1  # the end snapshot (fourth) has it in that block: the next in DIFF_BLOCKS, or what DIFF gave it
     JOURNAL = 2  # only the difference journal has it: the next in JOURNAL_BLOCKS
-    SHARED_FOURTH = 3  # that of another block, at `unit` of DIFF_BLOCKS
+    SHARED_SNAPSHOT = 3  # that of another block, at `unit` of DIFF_BLOCKS
     SHARED_JOURNAL = 4  # that of another row, at `unit` of JOURNAL_BLOCKS
 
 
 DIFF_ENTRY: Final = np.dtype(
     [
         ("block", "<u8"),
-        ("unit", "<u8"),  # SHARED_FOURTH: where a row before has its content in DIFF_BLOCKS, in units, else 0
+        ("unit", "<u8"),  # SHARED_SNAPSHOT: where a row before has its content in DIFF_BLOCKS, in units, else 0
         ("volume", "<u2"),  # index into Hello.volumes
-        ("source", "<u2"),  # ZERO, FOURTH or SHARED_FOURTH
+        ("source", "<u2"),  # ZERO, SNAPSHOT or SHARED_SNAPSHOT
         ("reserved", "<u4"),
     ]
 )
@@ -129,7 +146,7 @@ class TransferKind(enum.IntEnum):
 
 
 class VolumeInfo(msgspec.Struct, frozen=True):
-    """A volume of the group: the same on both sides for ever."""
+    """A volume of the group; it never changes, on neither side."""
 
     name: str
     size_bytes: int
@@ -141,19 +158,19 @@ class VolumeInfo(msgspec.Struct, frozen=True):
 
 
 class Bookmark(msgspec.Struct, frozen=True):
-    name: str
-    seq: int
-    time_ns: int
+    name: Name
+    seq: Number
+    time_ns: Number
 
 
 class Gap(msgspec.Struct, frozen=True):
-    """Instants between two positions that can't be given, and why; ends exclusive."""
+    """Instants between two positions that can't be reached, and why; ends exclusive."""
 
-    from_seq: int
-    from_time_ns: int
-    to_seq: int
-    to_time_ns: int
-    cause: str
+    from_seq: Number
+    from_time_ns: Number
+    to_seq: Number
+    to_time_ns: Number
+    cause: Text
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -172,90 +189,90 @@ class Manifest(msgspec.Struct, frozen=True):
         cause: why the granularity is what it is, in words.
         diff_count, journal_count, position_count: rows of DIFF, JOURNAL and POSITIONS; None for diff_count
             where not known (FULL, CHANGES).
-        base_bytes: LAYERS: of JOURNAL_BLOCKS that the replica has of coarser layers.
+        base_bytes: LAYERS: bytes of JOURNAL_BLOCKS that the replica has from coarser layers.
         identity: equal exactly if the sections' bytes are equal; a staged transfer resumes only then.
     """
 
-    mark: int
+    mark: Mark
     kind: TransferKind
-    from_seq: int
-    from_time_ns: int
-    to_seq: int
-    to_time_ns: int
-    first_time_ns: int | None
-    protected_through_ns: int
-    granularity_ns: int | None
-    cause: str
-    diff_count: int | None
-    journal_count: int
-    position_count: int
-    identity: str
-    base_granularity_ns: int | None = None
-    base_bytes: int = 0
-    bookmarks: tuple[Bookmark, ...] = ()
-    gaps: tuple[Gap, ...] = ()
+    from_seq: Number
+    from_time_ns: Number
+    to_seq: Number
+    to_time_ns: Number
+    first_time_ns: Number | None
+    protected_through_ns: Number
+    granularity_ns: Number | None
+    cause: Text
+    diff_count: Number | None
+    journal_count: Number
+    position_count: Number
+    identity: Text
+    base_granularity_ns: Number | None = None
+    base_bytes: Number = 0
+    bookmarks: Annotated[tuple[Bookmark, ...], msgspec.Meta(max_length=MAX_BOOKMARKS)] = ()
+    gaps: Annotated[tuple[Gap, ...], msgspec.Meta(max_length=MAX_GAPS)] = ()
 
 
 class ResumePoint(msgspec.Struct, frozen=True):
     """How far a transfer is durable on the replica: bytes of each section (1 … 5), and the sender's cursor."""
 
-    lengths: tuple[int, int, int, int, int] = (0, 0, 0, 0, 0)
-    cursor: tuple[int, ...] = ()
+    lengths: Lengths = (0, 0, 0, 0, 0)
+    cursor: Cursor = ()
 
 
 class Hello(msgspec.Struct, frozen=True):
     """Who the sender is.
 
     Attributes:
-        history: hex; drawn when the group's state is made: tells a group from another of its name.
-        epoch: of the sender: greater at each start. The replica takes transfers of the greatest that it knows.
-        instance: drawn with the epoch: tells two senders apart that began with copies of one state.
+        history: hex, random, made with the group's state: tells apart two groups of the same name.
+        epoch: of the sender: greater at each start. The replica accepts the greatest epoch that it knows.
+        instance: random, made with the epoch: tells apart two senders that started from copies of one state.
     """
 
     group: str
     history: str
     volumes: tuple[VolumeInfo, ...]
-    epoch: int = 0
-    instance: int = 0
+    epoch: Number = 0
+    instance: Number = 0
 
 
-class Coarse(msgspec.Struct, frozen=True):
-    """An interval that the replica doesn't have at every write: its positions, and what it has of it.
+class CoarseInterval(msgspec.Struct, frozen=True):
+    """An interval that the replica doesn't have at every write, and what it has of its difference journal.
 
-    `journal_bytes`: of its JOURNAL_BLOCKS. `waits`: its cause says that more will come.
+    `journal_bytes`: of its JOURNAL_BLOCKS. `awaits_backfill`: its cause says that more will come.
     """
 
-    from_seq: int
-    from_time_ns: int
-    to_seq: int
-    to_time_ns: int
-    granularity_ns: int | None
-    journal_bytes: int
-    waits: bool = False
+    from_seq: Number
+    from_time_ns: Number
+    to_seq: Number
+    to_time_ns: Number
+    granularity_ns: Number | None
+    journal_bytes: Number
+    awaits_backfill: bool = msgspec.field(default=False, name="waits")
 
 
 class Welcome(msgspec.Struct, frozen=True):
-    """Where the replica stands: its last committed mark, 0 and zeros if it has none.
+    """The replica's state: its last committed mark, 0 and zeros if it has none.
 
     `coarse` (at the start of a session): the newest intervals that could become finer, newest first.
-    `tail_seq`, `tail_time_ns`: the last write behind that mark which it has durably, from a stream; zeros if none.
+    `streamed_seq`, `streamed_time_ns`: the last write behind that mark that it has durably from a stream, or zeros.
     """
 
-    mark: int
-    seq: int
-    time_ns: int
-    protected_through_ns: int
-    coarse: tuple[Coarse, ...] = ()
-    tail_seq: int = 0
-    tail_time_ns: int = 0
+    mark: Number
+    seq: Number
+    time_ns: Number
+    protected_through_ns: Number
+    coarse: Annotated[tuple[CoarseInterval, ...], msgspec.Meta(max_length=MAX_COARSE_INTERVALS)] = ()
+    streamed_seq: Number = msgspec.field(default=0, name="tail_seq")
+    streamed_time_ns: Number = msgspec.field(default=0, name="tail_time_ns")
 
     @property
     def end(self) -> tuple[int, int]:
-        """(seq, time_ns) of the last write that it has durably: what leads on begins there."""
-        return (self.tail_seq, self.tail_time_ns) if self.tail_seq else (self.seq, self.time_ns)
+        """(seq, time_ns) of the last write that it has durably: the next transfer or batch begins there."""
+        return (self.streamed_seq, self.streamed_time_ns) if self.streamed_seq else (self.seq, self.time_ns)
 
 
-# What a sender puts out for one transfer, in order: Begin, (Data | Checkpoint)*, then End or Park.
+# The frames of one transfer, in order: Begin, (Data | Checkpoint)*, then End or Park.
 
 
 class Begin(msgspec.Struct, frozen=True):
@@ -263,7 +280,7 @@ class Begin(msgspec.Struct, frozen=True):
 
 
 class Data(msgspec.Struct, frozen=True):
-    """`payload` (at most MAX_PAYLOAD_BYTES) stands at byte `offset` of the section.
+    """`payload` (at most MAX_PAYLOAD_BYTES) begins at byte `offset` of the section.
 
     Contents come in whole blocks, after the rows that name them; rows in whole rows.
     """
@@ -276,27 +293,27 @@ class Data(msgspec.Struct, frozen=True):
 class Checkpoint(msgspec.Struct, frozen=True):
     """Asks the replica to make what came so far durable and to remember the cursor with it."""
 
-    cursor: tuple[int, ...]
+    cursor: Cursor
 
 
 class End(msgspec.Struct, frozen=True):
-    """The transfer is complete; what is checked before the commit.
+    """The transfer is complete; the replica checks these before the commit.
 
     Attributes:
         lengths: of all sections.
-        checksums: two, of DIFF and of JOURNAL: xxh3_64 of the xxh3_64 (8 bytes each) of the blocks in DIFF_BLOCKS or
-            JOURNAL_BLOCKS and, behind all of these, of those that SHARED_… rows share, in the order of the rows; as
-            they were taken at the splitter. None where blocks were read from the backing volume.
+        checksums: of DIFF and of JOURNAL: xxh3_64 of the xxh3_64 (8 bytes each) of the blocks in DIFF_BLOCKS or
+            JOURNAL_BLOCKS, then of the blocks that SHARED_… rows share, in the order of the rows. The splitter took
+            them. None where blocks were read from the backing volume.
     """
 
-    lengths: tuple[int, int, int, int, int]
-    checksums: tuple[int, int] | None = None
+    lengths: Lengths
+    checksums: tuple[Digest, Digest] | None = None
 
 
 class Park(msgspec.Struct, frozen=True):
-    """Something else goes first: what came is made durable, and the transfer can be resumed later."""
+    """Something else goes first: the replica makes durable what came, and the transfer can be resumed."""
 
-    cursor: tuple[int, ...] = ()
+    cursor: Cursor = ()
 
 
 TransferFrame = Begin | Data | Checkpoint | End | Park
@@ -312,7 +329,7 @@ class Writes:
     Attributes:
         first_seq: of the first row. rows: WRITE[n].
         contents: the blocks of all rows, one behind the other.
-        digest: xxh3_64 of the xxh3_64 (8 bytes each) of these blocks, as they were taken at the splitter.
+        digest: xxh3_64 of the xxh3_64 (8 bytes each) of these blocks, which the splitter took.
     """
 
     first_seq: int
@@ -322,7 +339,7 @@ class Writes:
 
 
 class Flush(msgspec.Struct, frozen=True):
-    """Ends a batch (one without rows says that time went on): it is to be made durable and readable.
+    """Ends a batch, to be made durable and readable. One without rows only moves protected_through_ns on.
 
     Attributes:
         seq: of the last write streamed so far.
@@ -330,19 +347,19 @@ class Flush(msgspec.Struct, frozen=True):
         protected_through_ns: every write up to this time is in.
     """
 
-    seq: int
-    digest: int
-    protected_through_ns: int
+    seq: Number
+    digest: Digest
+    protected_through_ns: Number
 
 
 class StreamMark(msgspec.Struct, frozen=True):
-    """The open interval ends at the last streamed write, (seq, time_ns); of an empty one the mark moves on alone."""
+    """The open interval ends at the last streamed write, (seq, time_ns). If it is empty only the mark moves on."""
 
-    mark: int
-    seq: int
-    time_ns: int
-    protected_through_ns: int
-    bookmark: str | None = None
+    mark: Mark
+    seq: Number
+    time_ns: Number
+    protected_through_ns: Number
+    bookmark: Name | None = None
 
 
 class Durable(msgspec.Struct, frozen=True):
@@ -354,7 +371,7 @@ class Durable(msgspec.Struct, frozen=True):
         protected_through_ns: as readers see it.
     """
 
-    seq: int
-    time_ns: int
-    mark: int
-    protected_through_ns: int
+    seq: Number
+    time_ns: Number
+    mark: Number
+    protected_through_ns: Number

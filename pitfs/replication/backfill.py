@@ -11,17 +11,16 @@ from typing import Final
 import trio
 
 from pitfs.errors import CorruptionError
-from pitfs.journal.reader import BlockSource, Interval, JournalReader, SeenMark, after
+from pitfs.journal.block_source import BlockSource
+from pitfs.journal.reader import Interval, JournalReader, SeenMark, after
 from pitfs.journal.writer import Location
-from pitfs.link.sessions.connect import SenderSession
-from pitfs.model.granularity import Decision, megabytes
-from pitfs.model.ladder import LAST_LAYER, NO_LAYER, RUNGS_NS, layer_of
+from pitfs.model.ladder import LAST_LAYER, NO_LAYER, layer_of
 from pitfs.model.schedule import Step, Waiting, layers_left
-from pitfs.model.transfer import WAITS, Coarse, VolumeInfo
-from pitfs.replication import shipment
-from pitfs.replication.sending import BATCH_BYTES, payload_bytes_for, send
-from pitfs.replication.shipment import Shipment
-from pitfs.replication.status import ReplicationStatus
+from pitfs.model.transfer import End, Manifest, VolumeInfo, Welcome
+from pitfs.replication.interval import PreparedInterval, layers_frames, pick_layers, prepare
+from pitfs.replication.manifests import cause_manifest, layers_manifest, waits_cause
+from pitfs.replication.ports import Session
+from pitfs.replication.sending import Sender
 from pitfs.storage.segment import list_segments
 
 log = logging.getLogger(__name__)
@@ -32,92 +31,111 @@ ERASED: Final = "the local journal needed the room before the link was idle long
 
 @dataclass(slots=True)
 class _Journal:
-    """One of them: where its interval stands in the local journal, and what the replica has."""
+    """One difference journal: where its interval is in the local journal, and what the replica has of it.
+
+    Positions are (seq, time_ns).
+
+    Attributes:
+        start, start_position: where the interval begins there.
+        base: where it begins for the replica: behind `start_position` if a stream had got further.
+        end: where it ends.
+        layer: the last one that the replica has. base_bytes: of JOURNAL_BLOCKS that it has.
+        rung_bytes, parked: as in Waiting.
+    """
 
     mark: int
     start: Location
-    start_position: tuple[int, int]  # that stands there
-    position: tuple[int, int]  # that the interval begins at: behind `start_position` where a stream had got further
-    to: tuple[int, int]  # that it ends at
-    layer: int
-    base_bytes: int  # of JOURNAL_BLOCKS that the replica has
+    start_position: tuple[int, int]
+    base: tuple[int, int]
+    end: tuple[int, int]
+    layer: int = NO_LAYER
+    base_bytes: int = 0
     rung_bytes: tuple[int | None, ...] | None = None
     parked: int | None = None
 
+    def final_manifest(self, cause: str) -> Manifest:
+        """It stays as it is on the replica."""
+        return cause_manifest(self.mark, self.base, self.end, self.layer, self.base_bytes, cause)
+
 
 class Backfill:
-    """The journals that wait, and the one that was built last.
+    """The journals that wait, and the one that was built last, of which alone layers can be sent.
+
+        add      an interval's diff has arrived: its journal waits, and is built already
+        restore  a session begins: what waits is what the replica lacks and the local journal still has
+        build    reads the interval of a journal again, for the sizes and contents of its layers
+        ship     sends layers of the built one; the replica has it whole: it waits no more
+        give_up  the local journal has the interval no more: the replica gets the cause why it stays as coarse as it is
 
     Args:
         directory: of the local journal.
     """
 
-    def __init__(self, directory: str, volumes: tuple[VolumeInfo, ...], standing: ReplicationStatus) -> None:
-        self._directory, self._volumes, self._standing = directory, volumes, standing
+    def __init__(self, directory: str, volumes: tuple[VolumeInfo, ...], sender: Sender) -> None:
+        self._directory, self._volumes, self._sender = directory, volumes, sender
         self._block_sizes = [volume.block_size for volume in volumes]
         self._journals: dict[int, _Journal] = {}  # by mark, oldest first
-        self._built: tuple[int, Shipment, BlockSource] | None = None
-        self._lost: list[_Journal] = []  # the replica believes that they will still come
+        self._built: PreparedInterval | None = None
+        self._lost: list[Manifest] = []  # to be sent for journals that the replica believes will still come
 
     def close(self) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        """Lets go of the one that was built last: where another is about to be, both would take their memory."""
+        """Releases the one that was built last: where another is about to be, both would take their memory."""
         if self._built is not None:
-            self._built[2].close()
+            self._built.source.close()
             self._built = None
 
     # -- what waits --------------------------------------------------------------------------------------
 
-    def add(self, shipment: Shipment, source: BlockSource) -> None:
-        """Of an interval whose diff has arrived; takes the source over."""
-        self.forget()
-        interval = shipment.interval
-        if shipment.journal is None:
-            source.close()
+    def add(self, prepared: PreparedInterval) -> None:
+        """Of an interval whose diff has arrived; takes it over."""
+        self.close()
+        interval = prepared.interval
+        if prepared.journal is None:
+            prepared.source.close()
             return
-        to = interval.to_seq, interval.to_time_ns
-        position = interval.from_seq, interval.from_time_ns
-        journal = _Journal(interval.mark, interval.start, position, position, to, NO_LAYER, 0, shipment.rung_bytes)
-        self._journals[interval.mark] = journal
-        self._built = interval.mark, shipment, source
+        end = interval.to_seq, interval.to_time_ns
+        base = interval.from_seq, interval.from_time_ns
+        self._journals[interval.mark] = _Journal(
+            interval.mark, interval.start, base, base, end, rung_bytes=prepared.rung_bytes
+        )
+        self._built = prepared
         self._bound()
 
-    def restore(self, coarse: Sequence[Coarse], marks: Sequence[SeenMark], mark: int) -> None:
+    def restore(self, welcome: Welcome, marks: Sequence[SeenMark]) -> None:
         """What a replica says that it lacks, as far as the local journal has it.
+
+        An interval of the replica is found by its end, which is a mark's position here. It lies behind the mark before,
+        and begins there, or where a stream had got to.
 
         Args:
             marks: those that the local journal has, in order.
-            mark: the replica's.
         """
-        lacks = {(each.to_seq, each.to_time_ns): each for each in coarse}
-        before, self._journals = self._journals, {}
+        lacks = {(each.to_seq, each.to_time_ns): each for each in welcome.coarse}
+        known, self._journals = self._journals, {}
         for start, end in itertools.pairwise(marks):
             found = lacks.get(end.position)
             if found is None or end.begins_anew or not start.position[0] <= found.from_seq < end.position[0]:
                 continue
-            position = found.from_seq, found.from_time_ns
-            journal = before.get(end.mark)
+            base = found.from_seq, found.from_time_ns
+            journal = known.get(end.mark)
+            if journal is None or (journal.base, journal.end) != (base, end.position):
+                journal = _Journal(end.mark, start.location, start.position, base, end.position)
             layer = layer_of(found.granularity_ns)
-            if journal is None or (journal.position, journal.to) != (position, end.position):
-                places = start.location, start.position, position, end.position
-                journal = _Journal(end.mark, *places, layer, found.journal_bytes)
             if journal.layer != layer:
                 journal.parked = None
             journal.layer, journal.base_bytes = layer, found.journal_bytes
             self._journals[end.mark] = journal
         self._bound()
-        here = {journal.to for journal in self._journals.values()}
+        here = {journal.end for journal in self._journals.values()}
         self._lost = [
-            _Journal(mark, Location(0, 0), (0, 0), (each.from_seq, each.from_time_ns), to,
-                     layer_of(each.granularity_ns), each.journal_bytes)
-            for to, each in lacks.items() if each.waits and to not in here
+            cause_manifest(welcome.mark, (each.from_seq, each.from_time_ns), end, layer_of(each.granularity_ns),
+                           each.journal_bytes, ERASED)
+            for end, each in lacks.items() if each.awaits_backfill and end not in here
         ]  # fmt: skip
 
     def _bound(self) -> None:
         for mark in sorted(self._journals)[:-MAX_WAITING]:
-            self._lost.append(self._journals.pop(mark))
+            self._lost.append(self._journals.pop(mark).final_manifest(ERASED))
 
     @property
     def waiting(self) -> list[Waiting]:
@@ -139,95 +157,76 @@ class Backfill:
         Raises:
             CorruptionError: the local journal is damaged, or has it no more.
         """
-        if self._built is None or self._built[0] != mark:
-            self.forget()
-            self._built = mark, *await trio.to_thread.run_sync(self._read, self._journals[mark], until)
-        self._journals[mark].rung_bytes = self._built[1].rung_bytes
+        journal = self._journals[mark]
+        if self._built is None or self._built.interval.mark != mark:
+            self.close()
+            self._built = await trio.to_thread.run_sync(self._read, journal, until)
+        journal.rung_bytes = self._built.rung_bytes
 
-    def _read(self, journal: _Journal, until: Location) -> tuple[Shipment, BlockSource]:
+    def _read(self, journal: _Journal, until: Location) -> PreparedInterval:
         reader = JournalReader(self._directory, self._block_sizes)
         try:
             reader.seek(journal.start, journal.start_position)
             interval = reader.next(until)
         finally:
             reader.close()
-        if not isinstance(interval, Interval) or (interval.to_seq, interval.to_time_ns) != journal.to:
-            raise CorruptionError(self._directory, 0, f"another interval stands where mark {journal.mark} was")
-        interval = after(interval, journal.position)
+        if not isinstance(interval, Interval) or (interval.to_seq, interval.to_time_ns) != journal.end:
+            raise CorruptionError(self._directory, 0, f"another interval is where mark {journal.mark} was")
+        interval = after(interval, journal.base)
         source = BlockSource(self._directory, interval, self._block_sizes)
         try:
-            return shipment.prepare(interval, self._volumes, source, True), source
+            return prepare(interval, self._volumes, source, True)
         except BaseException:
             source.close()
             raise
 
-    async def ship(
-        self,
-        session: SenderSession,
-        step: Step,
-        rate_bytes_per_s: float | None,
-        interrupted: Callable[[], Awaitable[bool]],
-    ) -> bool:
-        """Sends the layers of a step; False where they were put off.
+    async def ship(self, session: Session, step: Step, interrupted: Callable[[], Awaitable[bool]]) -> None:
+        """Sends the layers of a step, unless they are interrupted: then they are parked.
 
         Raises:
-            CorruptionError: the local journal is damaged, or was given up under our eyes.
+            CorruptionError: the local journal is damaged, or was recycled meanwhile.
             PitfsError: of the session.
         """
-        assert self._built is not None and self._built[0] == step.mark
-        _, built, source = self._built
-        journal = self._journals[step.mark]
-        base, layer = journal.layer, step.layer
+        built, journal, layer = self._built, self._journals[step.mark], step.layer
+        assert built is not None and built.interval.mark == step.mark
         left = layers_left(layer, built.rung_bytes)
-        cause = ""
-        if left:
-            cause = f"{megabytes(left[-1][1])} MB more of its difference journal wait {WAITS}"
-        picked = await trio.to_thread.run_sync(shipment.pick_layers, built, base, layer, journal.base_bytes)
-        manifest = shipment.layers_manifest(picked, cause)
-        payload_bytes = payload_bytes_for(rate_bytes_per_s)
-        resume = await session.begin(manifest)
-        self._standing.begun()
-        journal.parked = layer  # until it has arrived: on another connection it goes on as it is
-        frames = shipment.layers_frames(picked, source, self._volumes, resume, payload_bytes)
-        batch_bytes = min(BATCH_BYTES, 4 * payload_bytes)
+        cause = waits_cause(left[-1][1]) if left else ""
+        picked = await trio.to_thread.run_sync(pick_layers, built, journal.layer, layer, journal.base_bytes)
+        resume = await self._sender.begin(session, layers_manifest(picked, cause))
+        journal.parked = layer  # until it has arrived: on another connection this very transfer is resumed
+        frames = layers_frames(picked, resume, self._sender.bandwidth.payload_bytes)
         try:
-            if not await send(session, frames, self._standing, batch_bytes=batch_bytes, interrupted=interrupted):
-                log.debug("layers of mark %d up to %d put off", step.mark, layer)
-                return False
+            if not await self._sender.send(session, frames, interrupted=interrupted):
+                log.debug("layers of mark %d up to %d parked", step.mark, layer)
+                return
         except CorruptionError as error:
             if error is not session.failure:  # ours: the session can be used for something else
                 await session.park()
             raise
-        journal.parked, journal.layer = None, layer
-        journal.base_bytes = picked.end_bytes
-        self._standing.last_decision = Decision(RUNGS_NS[layer], cause or step.reason)
-        self._standing.getting_through()
+        journal.parked, journal.layer, journal.base_bytes = None, layer, picked.end_bytes
+        self._sender.status.last_decision = step.decision
+        self._sender.status.got_through()
         if layer == LAST_LAYER:
-            self.drop(step.mark)
-        return True
+            self._drop(step.mark)
 
-    async def give_up(self, session: SenderSession, mark: int, error: CorruptionError) -> None:
-        """The replica keeps what it has of a journal; it is told why there won't be more."""
-        journal = self._journals[mark]
-        self.drop(mark)
+    async def give_up(self, session: Session, mark: int, error: CorruptionError) -> None:
+        """The replica keeps what it has of a journal; the replica learns why there won't be more."""
+        journal = self._drop(mark)
         numbers = await trio.to_thread.run_sync(list_segments, self._directory)
-        await self._tell(session, journal, ERASED if numbers and journal.start.segment < numbers[0] else str(error))
+        erased = numbers and journal.start.segment < numbers[0]
+        await self._send_cause(session, journal.final_manifest(ERASED if erased else str(error)))
 
-    async def tell_lost(self, session: SenderSession) -> None:
+    async def report_lost(self, session: Session) -> None:
         """Journals that the replica believes will still come, but the local journal has them no more."""
         while self._lost:
-            await self._tell(session, self._lost.pop(), ERASED)
+            await self._send_cause(session, self._lost.pop())
 
-    async def _tell(self, session: SenderSession, journal: _Journal, cause: str) -> None:
-        log.info("the interval up to seq %d stays at its granularity: %s", journal.to[0], cause)
-        granularity_ns = None if journal.layer == NO_LAYER else RUNGS_NS[journal.layer]
-        manifest = shipment.cause_manifest(
-            journal.mark, journal.position, journal.to, granularity_ns, journal.base_bytes, cause
-        )
+    async def _send_cause(self, session: Session, manifest: Manifest) -> None:
+        log.info("the interval up to seq %d stays at its granularity: %s", manifest.to_seq, manifest.cause)
         await session.begin(manifest)
-        await send(session, iter(shipment.no_frames()), self._standing)
+        await self._sender.send(session, iter([End((0, 0, 0, 0, 0))]))
 
-    def drop(self, mark: int) -> None:
-        self._journals.pop(mark, None)
-        if self._built is not None and self._built[0] == mark:
-            self.forget()
+    def _drop(self, mark: int) -> _Journal:
+        if self._built is not None and self._built.interval.mark == mark:
+            self.close()
+        return self._journals.pop(mark)

@@ -1,143 +1,142 @@
-"""Where the replica stands in the local journal, and what comes next there for it."""
+"""The position of the replica in the local journal, and what comes next for it there."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Final
 
 import trio
 
-from pitfs.config.production import Config
 from pitfs.errors import CorruptionError, LinkError, PositionMismatchError
 from pitfs.journal.reader import Copy, Interval, JournalReader
-from pitfs.journal.writer import Location, segment_bytes_for
-from pitfs.link.sessions.connect import SenderSession
+from pitfs.journal.writer import Location
+from pitfs.model.record import CopyProgress
 from pitfs.model.transfer import Hello, Welcome
+from pitfs.replication.phases import Phase
+from pitfs.replication.ports import Session, ShipperSettings
 from pitfs.replication.status import ReplicationStatus
-from pitfs.splitter.control import Connection
-from pitfs.splitter.startup import journal_directory
+from pitfs.splitter.client import SplitterClient
+from pitfs.splitter.messages import SplitterStatus
 from pitfs.storage.segment import list_segments
 
 log = logging.getLogger(__name__)
 
 POLL_S: Final = 0.5  # how often the journal is followed between marks, to spread the work of reading it
+OLD_COPY: Final = "this state directory is an old copy: put the current one back, or begin a new group"
+
+
+@dataclass(frozen=True, slots=True)
+class DamagedInterval:
+    """An interval whose contents are damaged in the journal: it is passed over for a copy, not tried again."""
+
+    mark: int
+    cause: str
 
 
 class JournalCursor:
-    """Follows a group's journal for its replica.
+    """Follows a group's journal for its replica. It decides when only a copy leads on: phase AWAITING_COPY.
 
     Args:
-        splitter: connection to the splitter's control socket.
-        give_back: called with the segment before which nothing is needed for shipping any more.
+        release: called with the segment before which nothing is needed for shipping any more.
 
     Attributes:
         reader: where what comes next begins.
         wake: set when there may be something new; made anew for each wait.
-        copy_ahead: what comes next is a complete copy, or nothing that can be used before one.
-        damaged: mark of an interval whose contents are damaged here, and how.
+        damaged: the last interval that was found damaged.
     """
 
     def __init__(
         self,
-        config: Config,
+        settings: ShipperSettings,
         hello: Hello,
-        splitter: Connection,
-        standing: ReplicationStatus,
-        give_back: Callable[[int], Awaitable[None]],
+        splitter: SplitterClient,
+        status: ReplicationStatus,
+        release: Callable[[int], Awaitable[None]],
     ) -> None:
-        self._config, self._hello, self._splitter, self._standing = config, hello, splitter, standing
-        self._give_back = give_back
-        self._volumes = hello.volumes
-        self.directory = journal_directory(config.group.state)
-        self.reader = JournalReader(self.directory, [volume.block_size for volume in hello.volumes])
+        self._directory, self._hello = settings.journal_directory, hello
+        self._splitter, self._status, self._release = splitter, status, release
+        self.reader = JournalReader(self._directory, [volume.block_size for volume in hello.volumes])
         self.wake = trio.Event()
-        self.copy_ahead = False
-        self.damaged = (-1, "")
-
-    def bytes_between(self, start: Location, end: Location) -> int:
-        """Of the journal."""
-        segment_bytes = segment_bytes_for(self._config.journal.capacity_bytes)
-        return (end.segment - start.segment) * segment_bytes + end.offset - start.offset
-
-    async def tail(self) -> tuple[Location, dict[str, Any]]:
-        """Where the journal's tail is now, and all else that the splitter says of itself."""
-        reply = await self._splitter.request("tail")
-        return Location(reply["segment"], reply["offset"]), reply
+        self.damaged: DamagedInterval | None = None
 
     async def locate(self, welcome: Welcome) -> None:
-        """Puts the reader behind what the replica has; where the journal has that no more, a complete copy begins."""
-        self.copy_ahead = False
-        tail, splitter = await self.tail()
-        if welcome.mark > splitter["mark"]:
-            raise PositionMismatchError(
-                f"the replica has mark {welcome.mark} of group {self._hello.group!r}, this host only "
-                f"{splitter['mark']}: "
-                "this state directory is an old copy: put the current one back, or begin a new group"
-            )
-        if welcome.tail_seq > splitter["seq"]:
-            raise PositionMismatchError(
-                f"the replica has write {welcome.tail_seq} of group {self._hello.group!r}, this host only "
-                f"{splitter['seq']}: "
-                "this state directory is an old copy: put the current one back, or begin a new group"
-            )
-        if splitter["copy_mark"] is not None and welcome.mark >= splitter["copy_mark"]:
-            # It was committed, and the word of it was lost.
-            await self._splitter.request(
-                "copied", mark=splitter["copy_mark"], volume=len(self._volumes), block=0
-            )
+        """Puts the reader behind what the replica has; where the journal has that no more, a complete copy begins.
+
+        Raises:
+            PositionMismatchError: the replica has what this host never had.
+        """
+        splitter = await self._splitter.status()
+        group = self._hello.group
+        compared = ("mark", welcome.mark, splitter.mark), ("write", welcome.streamed_seq, splitter.seq)
+        for what, there, here in compared:
+            if there > here:
+                raise PositionMismatchError(
+                    f"the replica has {what} {there} of group {group!r}, this host only {here}: {OLD_COPY}"
+                )
+        if splitter.copy is not None and welcome.mark >= splitter.copy.mark:
+            # It was committed, and the acknowledgement was lost.
+            await self._splitter.copied(CopyProgress(splitter.copy.mark, len(self._hello.volumes), 0))
+        if welcome.mark == 0:
+            await self._locate_first_copy(splitter)
+            return
         try:
-            if welcome.mark == 0:
-                found = await self._skip_to_copy(splitter)
-            else:
-                found = await self._seek(welcome, tail)
+            found = await self._seek(welcome, splitter.tail)
         except CorruptionError as error:
             await self.rescan(str(error))
             return
-        at = welcome.end
+        seq = welcome.end[0]
         if not found:
             await self.rescan(
-                f"the replica stands behind mark {welcome.mark}, at seq {at[0]}, which the local journal has no more"
+                f"the replica stands behind mark {welcome.mark}, at seq {seq}, which the local journal has no more"
             )
-        elif welcome.mark and self.reader.position != at:
+        elif self.reader.position != welcome.end:
             raise PositionMismatchError(
-                f"the replica has mark {welcome.mark} of group {self._hello.group!r} and seq {at[0]}, this host "
+                f"the replica has mark {welcome.mark} of group {group!r} and seq {seq}, this host "
                 f"is there at seq {self.reader.position[0]}: another host with a copy of this state has sent it: stop "
                 "the one that shouldn't; if this one shall go on, begin a new group"
             )
-        elif self._standing.committed_location is None:
-            self._standing.committed_location = self.reader.location
+        else:
+            self._status.located(self.reader.location)
+            self._status.enter(Phase.WAITING)
+
+    async def _locate_first_copy(self, splitter: SplitterStatus) -> None:
+        """For a replica that has nothing: it begins with the copy that is under way."""
+        if splitter.copy is not None:
+            self._await_copy(splitter.copy.location)
+        elif not await self._await_bypass_end(splitter):
+            await self.rescan("the replica stands behind mark 0, at seq 0, which the local journal has no more")
+            return
+        self._status.located(self.reader.location)
 
     async def _seek(self, welcome: Welcome, tail: Location) -> bool:
-        """As `JournalReader.seek_mark`, while the splitter may give segments back. Raises CorruptionError."""
+        """As `JournalReader.seek_mark`, while the splitter may recycle segments. Raises CorruptionError."""
         while True:
-            numbers = await trio.to_thread.run_sync(list_segments, self.directory)
+            numbers = await trio.to_thread.run_sync(list_segments, self._directory)
             try:
                 return await trio.to_thread.run_sync(
-                    self.reader.seek_mark, welcome.mark, tail, welcome.tail_seq
+                    self.reader.seek_mark, welcome.mark, tail, welcome.streamed_seq
                 )
             except CorruptionError:
-                # Removed or recycled under our eyes? Then it is looked for in what is left.
-                if numbers[:1] == (await trio.to_thread.run_sync(list_segments, self.directory))[:1]:
+                # Removed or recycled meanwhile? Then the mark is looked for in what is left.
+                if numbers[:1] == (await trio.to_thread.run_sync(list_segments, self._directory))[:1]:
                     raise
 
-    async def _skip_to_copy(self, splitter: dict[str, Any]) -> bool:
-        """For a replica that has nothing: the copy that is under way is what it begins with."""
-        self.copy_ahead = True
-        if splitter["copy_mark"] is None:
-            return await self._wait_for_copy(splitter)
-        self.reader.seek(Location(splitter["copy_segment"], splitter["copy_offset"]), (0, 0))
-        return True
+    def _await_copy(self, location: Location) -> None:
+        """What comes next is the COPY_START at that location, or behind it."""
+        self.reader.seek(location, (0, 0))
+        self._status.enter(Phase.AWAITING_COPY)
 
-    async def _wait_for_copy(self, splitter: dict[str, Any]) -> bool:
-        """Gives the journal's room back while writes pass: a copy begins then, and nothing before it can be used.
+    async def _await_bypass_end(self, splitter: SplitterStatus) -> bool:
+        """Gives the journal's room back while writes bypass it: a copy begins then, and nothing before is usable.
 
-        False where writes don't pass.
+        False where writes are journalled.
         """
-        if not splitter["passing"]:
+        if not splitter.bypass_cause:
             return False
-        await self._give_back(splitter["segment"])
-        self.reader.seek(Location(splitter["segment"], splitter["offset"]), (0, 0))
+        await self._release(splitter.tail.segment)
+        self._await_copy(splitter.tail)
         return True
 
     async def rescan(self, cause: str, read_from: Location | None = None) -> None:
@@ -149,69 +148,73 @@ class JournalCursor:
         Raises:
             LinkError: the one under way has an unreadable beginning; another was begun.
         """
-        self.copy_ahead = True
-        _, reply = await self.tail()
-        if reply["copy_mark"] is not None and read_from == Location(
-            reply["copy_segment"], reply["copy_offset"]
-        ):
+        splitter = await self._splitter.status()
+        if splitter.copy is not None and read_from == splitter.copy.location:
             await self.abandon(cause)  # going there once more would lead back here, for ever
-        if reply["copy_mark"] is None:
-            if await self._wait_for_copy(reply):
+        if splitter.copy is None:
+            if await self._await_bypass_end(splitter):
                 return
-            reply = await self._splitter.request("rescan", cause=cause)
+            splitter = await self._splitter.rescan(cause)
             log.error("%s: a complete copy follows", cause)
-        self.reader.seek(Location(reply["copy_segment"], reply["copy_offset"]), (0, 0))
+        assert splitter.copy is not None
+        self._await_copy(splitter.copy.location)
 
-    async def next_item(self, session: SenderSession, wait: bool = True) -> Interval | Copy | None:
+    async def abandon(self, cause: str) -> None:
+        """Begins a copy anew where the journal or the replica has an unusable part of it. Raises LinkError."""
+        splitter = await self._splitter.status()
+        if splitter.copy is not None or not splitter.bypass_cause:
+            log.error("%s: a complete copy follows", cause)
+            await self._splitter.rescan(cause)
+        raise LinkError(f"{cause}: connecting anew for a complete copy")
+
+    async def next_item(self, session: Session, wait: bool = True) -> Interval | Copy | None:
         """Follows the journal until the next mark or copy; None where there is none yet and it shan't wait.
+
+        A copy that was given up (writes bypassed the journal while it ran) is passed over with all that rests on it:
+        another one follows.
 
         Raises the session's failure.
         """
-        given_up = False
+        is_given_up = False  # the copy that was met last
         while True:
             if session.failure is not None:  # nothing else would tell while there is nothing to send
                 raise session.failure
             wake = self.wake = trio.Event()
-            tail, splitter = await self.tail()
+            splitter = await self._splitter.status()
             read_from = self.reader.location
             try:
-                item = await trio.to_thread.run_sync(self.reader.next, tail)
+                item = await trio.to_thread.run_sync(self.reader.next, splitter.tail)
             except CorruptionError as error:
                 await self.rescan(str(error), read_from)
                 continue
             if isinstance(item, Copy):
-                # When writes passed unjournalled. Of an attempt that never became durable the number may come again.
-                running = Location(splitter["copy_segment"], splitter["copy_offset"])
-                given_up = splitter["copy_mark"] != item.start.mark or item.location != running
-            if given_up and item is not None:
-                # What rests on it can't be applied either: only its room is wanted, for the copy that follows.
-                if isinstance(item, Interval):
-                    if item.bookmark is not None:
-                        log.error("bookmark %r lies in the gap: the replica won't have it", item.bookmark)
-                    await self._give_back(item.end.segment)
-                continue
-            if isinstance(item, Interval) and item.mark == self.damaged[0]:
-                await self.rescan(self.damaged[1])
-                continue
-            if item is not None:
-                return item
-            if given_up and not splitter["passing"] and splitter["copy_mark"] is None:
+                # Of an attempt that never became durable the number may come again: so the location counts, too.
+                running, met = splitter.copy, (item.start.mark, item.location)
+                is_given_up = running is None or (running.mark, running.location) != met
+                if not is_given_up:
+                    return item
+            elif isinstance(item, Interval):
+                if is_given_up or self._status.phase is Phase.AWAITING_COPY:
+                    await self._pass_over(item)
+                elif self.damaged is not None and item.mark == self.damaged.mark:
+                    await self.rescan(self.damaged.cause)
+                else:
+                    return item
+            elif is_given_up and not splitter.bypass_cause and splitter.copy is None:
                 # No other copy follows, so that one was completed, and what rests on it isn't for this replica.
                 await self.rescan(
                     "the replica stands before a complete copy that it had acknowledged (was its store put back "
                     "to an older state?)"
                 )
-                continue
-            self._standing.getting_through()
-            if not wait and not given_up:
-                return None
-            with trio.move_on_after(POLL_S):
-                await wake.wait()
+            else:
+                self._status.got_through()
+                if not wait and not is_given_up:
+                    return None
+                with trio.move_on_after(POLL_S):
+                    await wake.wait()
 
-    async def abandon(self, cause: str) -> None:
-        """What the journal or the replica had of this copy can't be used: begins it anew. Raises LinkError."""
-        reply = (await self.tail())[1]
-        if reply["copy_mark"] is not None or not reply["passing"]:
-            log.error("%s: a complete copy follows", cause)
-            await self._splitter.request("rescan", cause=cause)
-        raise LinkError(f"{cause}: connecting anew for a complete copy")
+    async def _pass_over(self, interval: Interval) -> None:
+        """It can't be applied: only its room is wanted, for the copy that follows."""
+        if interval.bookmark is not None:
+            log.error("bookmark %r lies in the gap: the replica won't have it", interval.bookmark)
+        await self._release(interval.end.segment)

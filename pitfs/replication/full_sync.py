@@ -11,20 +11,21 @@ journal holds by then replace what was read: if a block has none, its write hadn
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import struct
 from collections.abc import Callable, Iterator
 from typing import Final
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
+import trio
 from pyroaring import BitMap64
 from xxhash import xxh3_64_intdigest
 
-from pitfs.errors import CorruptionError, PositionMismatchError
-from pitfs.journal.reader import JournalReader
-from pitfs.journal.writer import Location, journal_path
+from pitfs.errors import CorruptionError, LinkError, PositionMismatchError
+from pitfs.journal.reader import Copy, JournalReader
+from pitfs.journal.writer import Location
 from pitfs.model.record import CopyProgress, CopyStart, Record, RecordKind
 from pitfs.model.transfer import (
     DIFF_ENTRY,
@@ -32,27 +33,95 @@ from pitfs.model.transfer import (
     Checkpoint,
     Data,
     End,
+    Hello,
     ResumePoint,
     Section,
     Source,
     TransferFrame,
     VolumeInfo,
 )
-from pitfs.splitter.change_bitmap import Pieces
+from pitfs.replication.cursor import JournalCursor
+from pitfs.replication.manifests import copy_manifest, leads_on
+from pitfs.replication.ports import Session, ShipperSettings
+from pitfs.replication.sending import Sender
+from pitfs.replication.status import LostMarks
+from pitfs.splitter.change_bitmap import BitmapAssembler
+from pitfs.splitter.client import SplitterClient
+from pitfs.storage.segment import segment_path
+
+log = logging.getLogger(__name__)
 
 STRETCH_BYTES: Final = 16 << 20  # of a backing volume, read at a time
 CHECKPOINT_BYTES: Final = 8 << 20  # sent before the replica is asked to make it durable
-CHECKPOINT_READ_BYTES: Final = (
-    256 << 20
-)  # read or skipped: zeros send nothing, but their before-images are kept
+CHECKPOINT_READ_BYTES: Final = 256 << 20  # read or skipped: zeros send nothing, but their before-images are kept
 _PRESERVED: Final = np.dtype([("block", "<i8"), ("segment", "<i8"), ("offset", "<i8"), ("checksum", "<u8")])
 _PACK_PRESERVED: Final = struct.Struct("<qqqQ").pack
 
 
-class _BeforeImages:
-    """Where the before-images of blocks not yet copied stand in the journal; 32 bytes for each.
+class FullSync:
+    """Sends copies, each from its COPY_START in the journal, and tells the splitter how far the replica has them."""
 
-    Kept by stretch of the volume, so that each stretch finds its own at once; offset 0 stands for zeros.
+    def __init__(
+        self,
+        settings: ShipperSettings,
+        hello: Hello,
+        splitter: SplitterClient,
+        cursor: JournalCursor,
+        sender: Sender,
+    ) -> None:
+        self._directory, self._backings, self._hello = settings.journal_directory, settings.backings, hello
+        self._splitter, self._cursor, self._sender = splitter, cursor, sender
+
+    async def ship(self, session: Session, copy: Copy) -> None:
+        """Sends a copy, or the rest of it.
+
+        Raises:
+            LinkError: the copy can't be used, or was given up meanwhile; another one was begun.
+            PitfsError: of the session.
+            OSError: a backing volume can't be read.
+        """
+        status, mark, before = self._sender.status, copy.start.mark, session.welcome.mark
+        if not leads_on(copy, session.welcome):
+            await self._cursor.abandon("the replica hasn't the state that the changed blocks build on")
+        resume = await self._sender.begin(session, copy_manifest(copy, self._hello.history, session.welcome))
+        # Now, not when the commit is acknowledged: that may be lost, and the marks before are so in any case.
+        status.lost = LostMarks(before, mark, copy.start.cause)
+        behind = f" behind {resume.lengths[1]} bytes" if resume.cursor else ""
+        log.info("%s begins, mark %d%s", copy.what, mark, behind)
+        fds = [os.open(backing, os.O_RDONLY | os.O_CLOEXEC) for backing in self._backings]
+
+        def tail() -> Location:
+            splitter = trio.from_thread.run(self._splitter.status)
+            if splitter.copy is None or splitter.copy.mark != mark:
+                raise LinkError("the copy under way was given up: writes passed unjournalled meanwhile")
+            return splitter.tail
+
+        async def on_durable(point: ResumePoint) -> None:
+            if len(point.cursor) == 2:
+                await self._splitter.copied(CopyProgress(mark, *point.cursor))
+
+        try:
+            frames = copy_frames(self._directory, self._hello.volumes, fds, copy.location, mark, resume, tail)
+            await self._sender.send(session, frames, on_durable=on_durable)
+        except (CorruptionError, PositionMismatchError) as error:
+            # Only what is seen here has everything copied again: damage, or a replica that resumes before what it
+            # had acknowledged. After an error that the replica reports, the next session's resume point suffices.
+            if error is session.failure:
+                raise
+            await self._cursor.abandon(str(error))
+        finally:
+            for fd in fds:
+                os.close(fd)
+        await self._splitter.copied(CopyProgress(mark, len(self._backings), 0))
+        status.acknowledged(session.welcome, copy.location)
+        status.first_pass_done(mark)
+        log.info("%s committed, mark %d", copy.what, mark)
+
+
+class _BeforeImages:
+    """Where the journal has the before-images of blocks not yet copied; 32 bytes for each.
+
+    Kept by stretch of the volume, so that each stretch finds its own at once; offset 0 means zeros.
     """
 
     def __init__(self, directory: str, volumes: tuple[VolumeInfo, ...], start: Location, mark: int) -> None:
@@ -63,7 +132,7 @@ class _BeforeImages:
         self._mark = mark
         self._stretches: dict[tuple[int, int], bytearray] = {}
         self._done = (0, 0)  # stretches before this one are copied
-        self._pieces: Pieces | None = None
+        self._copy_blocks: BitmapAssembler | None = None
         self.progress = CopyProgress(mark, 0, 0)
 
     def close(self) -> None:
@@ -71,28 +140,22 @@ class _BeforeImages:
 
     def follow(self, until: Location) -> None:
         """Takes in what the splitter preserved until then. Raises CorruptionError."""
-
-        def visit(location: Location, record: Record) -> bool:
+        for location, record in self._reader.records(until):
+            message = record.message
             if record.kind is RecordKind.BEFORE_IMAGE:
                 self._add(location, record)
-            elif record.kind is RecordKind.COPY_START:
-                start = msgspec.msgpack.decode(record.covered, type=CopyStart)
-                self._pieces = None if start.is_complete else Pieces(start)
-            elif record.kind is RecordKind.COPY_BLOCKS and self._pieces is not None:
-                self._pieces.take(record)
-            elif record.kind is RecordKind.COPY_PROGRESS:
-                progress = msgspec.msgpack.decode(record.covered, type=CopyProgress)
-                if progress.mark == self._mark:
-                    self.progress = progress
-            return False
-
-        self._reader.follow(until, visit)
+            elif isinstance(message, CopyStart):
+                self._copy_blocks = None if message.is_complete else BitmapAssembler(message)
+            elif isinstance(message, CopyProgress) and message.mark == self._mark:
+                self.progress = message
+            elif self._copy_blocks is not None:
+                self._copy_blocks.add(record)
 
     def wanted(self) -> list[BitMap64 | None]:
         """Of each volume the blocks that are copied, None for all; call it once. Raises CorruptionError."""
-        if self._pieces is None:
+        if self._copy_blocks is None:
             return [None] * len(self._volumes)
-        wanted, self._pieces = self._pieces.bitmaps(self._directory), None
+        wanted, self._copy_blocks = self._copy_blocks.bitmaps(self._directory), None
         return list(wanted)
 
     def _add(self, location: Location, record: Record) -> None:
@@ -129,7 +192,7 @@ class _BeforeImages:
         fds: dict[int, int] = {}
         try:
             for block, segment, offset, checksum in rows[rows["offset"] != 0].tolist():
-                path = journal_path(self._directory, segment)
+                path = segment_path(self._directory, segment)
                 if segment not in fds:
                     fds[segment] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 image = os.pread(fds[segment], block_size, offset)
@@ -142,7 +205,7 @@ class _BeforeImages:
                 os.close(fd)
 
 
-def frames(
+def copy_frames(
     directory: str,
     volumes: tuple[VolumeInfo, ...],
     backing_fds: list[int],
@@ -171,7 +234,7 @@ def frames(
             raise PositionMismatchError("the replica lost a part of the copy that it had acknowledged")
         rows_bytes, contents_bytes = resume.lengths[0], resume.lengths[1]
         sent = read = 0
-        wanted = images.wanted()
+        wanted = images.wanted()  # all of COPY_BLOCKS has been followed: it was journalled with COPY_START
         for index in range(at_volume, len(volumes)):
             volume, fd, blocks = volumes[index], backing_fds[index], wanted[index]
             block = at_block if index == at_volume else 0
@@ -180,7 +243,7 @@ def frames(
                 end = min(volume.block_count, (stretch + 1) * STRETCH_BYTES // volume.block_size)
                 picked = None if blocks is None else _between(blocks, first, end)
                 buffer = _read(volume, first, end, fd) if picked is None else _read_picked(volume, picked, fd)
-                images.follow(tail())
+                images.follow(tail())  # after reading: a write that began meanwhile has left its before-image
                 images.apply(index, stretch, first, buffer)
                 for entries, payload in _portions(volume, index, first, buffer, picked):
                     yield Data(Section.DIFF, rows_bytes, entries.tobytes())
@@ -199,19 +262,20 @@ def frames(
         images.close()
 
 
-def _seek_data(fd: int, offset: int) -> int | None:
-    """Where the next bytes are that aren't in a hole of the backing file, None where only holes are left.
+def _seek(fd: int, offset: int, whence: int, on_device: int) -> int | None:
+    """Where the next data (SEEK_DATA) or the next hole (SEEK_HOLE) of a backing is, None where there is none.
 
     What is a hole now was one at the copy's position: the splitter fills holes, and nobody makes them.
+
+    Args:
+        on_device: the answer for a block device: everything is data there.
     """
     try:
-        return os.lseek(fd, offset, os.SEEK_DATA)
+        return os.lseek(fd, offset, whence)
     except OSError as error:
-        if error.errno == errno.ENXIO:
-            return None
-        if error.errno == errno.EINVAL:  # a block device: everything is data
-            return offset
-        raise
+        if error.errno not in (errno.ENXIO, errno.EINVAL):
+            raise
+        return on_device if error.errno == errno.EINVAL else None
 
 
 def _next_block(volume: VolumeInfo, block: int, fd: int, wanted: BitMap64 | None) -> int | None:
@@ -220,7 +284,8 @@ def _next_block(volume: VolumeInfo, block: int, fd: int, wanted: BitMap64 | None
         return None
     if wanted is not None:
         return wanted.next_set_bit(block) if len(wanted) and block <= wanted.max() else None
-    offset = _seek_data(fd, block * volume.block_size)
+    start = block * volume.block_size
+    offset = _seek(fd, start, os.SEEK_DATA, on_device=start)
     return None if offset is None else offset // volume.block_size
 
 
@@ -247,18 +312,12 @@ def _read(volume: VolumeInfo, first: int, end: int, fd: int) -> bytearray:
     view = memoryview(buffer)
     start = first * volume.block_size
     stop = min(end * volume.block_size, volume.size_bytes)
-    offset = _seek_data(fd, start)
+    offset = _seek(fd, start, os.SEEK_DATA, on_device=start)
     while offset is not None and offset < stop:
-        try:
-            hole = min(stop, os.lseek(fd, offset, os.SEEK_HOLE))
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            hole = stop
-        wanted = hole - offset
-        if os.preadv(fd, [view[offset - start : hole - start]], offset) != wanted:
+        hole = min(stop, _seek(fd, offset, os.SEEK_HOLE, on_device=stop) or stop)
+        if os.preadv(fd, [view[offset - start : hole - start]], offset) != hole - offset:
             raise CorruptionError(f"backing of volume {volume.name}", offset, "it ends before its size")
-        offset = _seek_data(fd, hole) if hole < stop else None
+        offset = _seek(fd, hole, os.SEEK_DATA, on_device=hole) if hole < stop else None
     return buffer
 
 
@@ -279,5 +338,5 @@ def _portions(
         filled = contents.any(axis=1)
         entries = np.zeros(len(contents), dtype=DIFF_ENTRY)
         entries["block"], entries["volume"] = first + places[start : start + step], index
-        entries["source"] = np.where(filled, int(Source.FOURTH), int(Source.ZERO))
+        entries["source"] = np.where(filled, int(Source.SNAPSHOT), int(Source.ZERO))
         yield entries, contents[filled].tobytes()

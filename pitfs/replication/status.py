@@ -1,10 +1,8 @@
-"""Where shipping stands: what the replica has, whether anything gets through and why not, who waits for it."""
+"""What the replica has, what the shipper is doing, whether anything gets through and why not, and who waits for it."""
 
 from __future__ import annotations
 
 import logging
-import statistics
-from collections import deque
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -12,122 +10,160 @@ import trio
 
 from pitfs.errors import CapacityError, LinkError, PitfsError
 from pitfs.journal.writer import Location
-from pitfs.model.granularity import Decision
+from pitfs.model.schedule import Decision, ShippingMode
 from pitfs.model.transfer import Welcome
+from pitfs.replication.phases import TRANSITIONS, Phase
 
 log = logging.getLogger(__name__)
 
+UNDECIDED: Final = ShippingMode(False, "nothing yet")
 BACKOFF_S: Final = (0.5, 1.0, 2.0, 5.0, 10.0)
-MEASUREMENTS: Final = 5
 
 
 class InGapError(PitfsError):
     """A mark lies in a gap: the replica got a complete copy of a later state instead."""
 
 
+@dataclass(frozen=True, slots=True)
+class LostMarks:
+    """Marks that lie in a gap: those between two, exclusive, and why."""
+
+    after: int = 0
+    before: int = 0
+    cause: str = ""
+
+
+@dataclass(slots=True)
+class Outage:
+    """Nothing has got through yet, or not since a connection failed. It ends when something does.
+
+    A new connection alone doesn't end it: the replica may refuse what is sent on it, again and again.
+
+    Attributes:
+        error: of the last connection that failed; None where none has failed yet.
+        since_s: trio's clock, when the first one failed.
+        attempts: further ones that failed.
+        is_resuming: the replica has taken a transfer since: it may be long until any of it is durable, but `error`
+            is over.
+    """
+
+    error: PitfsError | None = None
+    since_s: float = 0.0
+    attempts: int = 0
+    is_resuming: bool = False
+
+
 @dataclass(slots=True)
 class ReplicationStatus:
-    """Where shipping stands, for status and for who waits.
+    """For `pitfs status`, and for whoever waits for the replica.
 
     Attributes:
         peer: HOST:PORT of the replica.
-        committed: the replica's last word, None before the first.
+        phase: see `enter`.
+        committed: the replica's last acknowledgement, None before the first.
         committed_location: where the journal goes on behind it.
-        connected: whether there is a session.
-        link_error: why nothing gets through, None once something does. A new connection alone doesn't clear
-            it: the replica may refuse what is sent on it, again and again.
-        down_since: trio's clock when that began.
+        outage: None while something gets through.
         failures: how often a connection failed.
-        settled: the last mark up to which the replica has what the link had room for at first; more may follow.
-        lost: marks from the first (exclusive) to the second (exclusive) lie in the last gap, and its cause.
-        way: how writes go, and why so, in words.
-        wire_ratio: bytes on the wire for each byte of payload, of the last transfer that was measurable.
+        first_pass_mark: of the intervals up to this mark the replica has what the link had room for; more may follow.
+        lost: the marks in the last gap.
+        last_decision: what was sent of the last interval, and why no more.
+        mode: how writes go, and why so.
+        changed: set at the next change of these, and made anew.
     """
 
     peer: str
+    phase: Phase = Phase.DISCONNECTED
     committed: Welcome | None = None
     committed_location: Location | None = None
-    connected: bool = False
-    link_error: PitfsError | None = None
-    down_since: float = 0.0
+    outage: Outage | None = field(default_factory=Outage)
     failures: int = 0
-    settled: int = 0
-    lost: tuple[int, int, str] = (0, 0, "")
+    first_pass_mark: int = 0
+    lost: LostMarks = LostMarks()
     last_decision: Decision | None = None
-    way: str = "nothing yet"
-    rates: deque[float] = field(default_factory=lambda: deque(maxlen=MEASUREMENTS))
-    wire_ratio: float = 1.0
-    _changed: trio.Event = field(default_factory=trio.Event)
+    mode: ShippingMode = UNDECIDED
+    changed: trio.Event = field(default_factory=trio.Event)
     _hurry: trio.Event = field(default_factory=trio.Event)  # somebody waits: connect now
-    _moved: bool = False  # whether anything got through on this connection
-    _said: str = ""  # the last cause that was logged since anything got through
-    _attempt: int = 0  # connections in a row on which nothing got through
 
     def _change(self) -> None:
         """Wakes who waits for a change."""
-        self._changed.set()
-        self._changed = trio.Event()
+        self.changed.set()
+        self.changed = trio.Event()
 
-    # -- told by who ships -------------------------------------------------------------------------------
+    # -- set by the shipper ------------------------------------------------------------------------------
 
-    def link_down(self, error: PitfsError) -> None:
+    def enter(self, phase: Phase) -> None:
+        """Goes over into another phase. Raises AssertionError for one that can't follow: a mistake of ours."""
+        if phase not in TRANSITIONS[self.phase]:
+            raise AssertionError(f"the shipper can't go from {self.phase.name} to {phase.name}")
+        self.phase = phase
+
+    def link_failed(self, error: PitfsError) -> None:
         """A connection failed; the log has each new cause once."""
-        if self._said != str(error):
+        before, self.outage = self.outage, Outage(error, trio.current_time())
+        if before is not None:
+            self.outage.attempts = before.attempts + 1
+            if before.error is not None:
+                self.outage.since_s = before.since_s
+        if before is None or str(before.error) != str(error):
             level = logging.INFO if error.retryable else logging.ERROR
             log.log(level, "not replicating: %s; writes go on and are journalled", error)
-        if not self._said:
-            self.down_since = trio.current_time()
-        self._said = str(error)
-        self._attempt = 0 if self._moved else self._attempt + 1
-        self._moved, self.connected, self.link_error = False, False, error
         self.failures += 1
+        self.enter(Phase.DISCONNECTED)
         self._change()
 
     async def back_off(self) -> None:
         """Until the next attempt is due: longer after each that failed, at once if somebody waits for it."""
         self._hurry = trio.Event()
-        with trio.move_on_after(BACKOFF_S[min(self._attempt, len(BACKOFF_S) - 1)]):
+        attempts = self.outage.attempts if self.outage is not None else 0
+        with trio.move_on_after(BACKOFF_S[min(attempts, len(BACKOFF_S) - 1)]):
             await self._hurry.wait()
 
-    def begun(self) -> None:
-        """The replica takes a transfer: it may be long until any of it is durable, but it is under way."""
-        error = self.link_error
-        if error is not None and error.retryable and not isinstance(error, CapacityError):
-            self.link_error = None
+    def transfer_begun(self) -> None:
+        """The replica takes a transfer."""
+        outage, error = self.outage, self.link_error
+        if outage and error and error.retryable and not isinstance(error, CapacityError):
+            outage.is_resuming = True
             self._change()
 
-    def getting_through(self, *_: object) -> None:
+    def got_through(self, *_: object) -> None:
         """Something arrived, or there is nothing to send: the link works."""
-        if not self._moved:
-            self._moved, self._said, self.link_error = True, "", None
+        if self.outage is not None:
+            self.outage = None
             log.info("replicating to %s", self.peer)
             self._change()
 
-    def arrived(self, welcome: Welcome, location: Location | None) -> None:
-        """The replica's word, at the start of a session (then without a location) and for each transfer."""
+    def connected(self, welcome: Welcome) -> None:
+        """A session began: what the replica has then isn't going to get more of what the link had room for."""
         self.committed = welcome
-        if location is not None:
+        self.first_pass_done(welcome.mark)
+
+    def located(self, location: Location) -> None:
+        """The journal goes on there behind what the replica had at the start of a session."""
+        if self.committed_location is None:
             self.committed_location = location
-        else:
-            self.settled = max(self.settled, welcome.mark)
+
+    def acknowledged(self, welcome: Welcome, location: Location) -> None:
+        """The replica has what was sent; the journal goes on at `location` behind it."""
+        self.got_through()
+        self.committed, self.committed_location = welcome, location
         self._change()
 
-    def settle(self, mark: int) -> None:
-        """Of the intervals up to this mark the replica has what the link had room for at first."""
-        self.settled = max(self.settled, mark)
+    def first_pass_done(self, mark: int) -> None:
+        """Of the intervals up to this mark the replica has what the link had room for."""
+        self.first_pass_mark = max(self.first_pass_mark, mark)
         self._change()
 
     # -- asked -------------------------------------------------------------------------------------------
 
     @property
-    def measured_rate(self) -> float | None:
-        """Bytes of payload per second that the replica acknowledged of late; None before the first measurement."""
-        return statistics.median(self.rates) if self.rates else None
+    def link_error(self) -> PitfsError | None:
+        """Why nothing gets through, as far as that is known and not over."""
+        return None if self.outage is None or self.outage.is_resuming else self.outage.error
 
     @property
     def link(self) -> str:
         """For status: `connected`, `connecting`, or why not."""
-        return str(self.link_error or ("connected" if self.connected else "connecting"))
+        return str(self.link_error or ("connected" if self.phase.is_connected else "connecting"))
 
     async def wait_committed(self, mark: int, grace_s: float) -> None:
         """Returns when the replica has acknowledged `mark`.
@@ -139,19 +175,23 @@ class ReplicationStatus:
         begun, failures = trio.current_time(), self.failures
         self._hurry.set()
         while self.committed is None or self.committed.mark < mark:
-            changed, error = self._changed, self.link_error
-            if error is None and self.connected:
+            changed, error = self.changed, self.link_error
+            if error is None and self.phase.is_connected:
                 await changed.wait()
                 continue
             error = error or LinkError(f"{self.peer}: no answer yet")
-            left = max(begun, self.down_since) + grace_s - trio.current_time()
+            down_since = self.outage.since_s if self.outage is not None else begun
+            left = max(begun, down_since) + grace_s - trio.current_time()
             if left <= 0 or (not error.retryable and self.failures > failures):
                 raise PitfsError(str(error)) from error
             with trio.move_on_after(left):
                 await changed.wait()
-        before, after, cause = self.lost
-        if before < mark < after:
-            raise InGapError(cause)
+        if self.lost.after < mark < self.lost.before:
+            raise InGapError(self.lost.cause)
         # Its difference journal follows at once. Whoever waits for a snapshot goes on to look at what lies before it.
-        while self.settled < mark and self.connected and self.link_error is None and self.committed.mark == mark:
-            await self._changed.wait()
+        while (
+            self.first_pass_mark < mark == self.committed.mark
+            and self.phase.is_connected
+            and self.link_error is None
+        ):
+            await self.changed.wait()

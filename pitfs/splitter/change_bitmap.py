@@ -1,16 +1,16 @@
-"""The change bitmap: which blocks may differ from the state at a position while the journal doesn't tell.
+"""The change bitmap: which blocks may differ from the state at a position, where the journal doesn't say.
 
-While writes pass the splitter marks here what they touch. When they are journalled again a copy of these blocks alone
-leads on from that state: COPY_START says how long the bitmaps are, COPY_BLOCKS records behind it have them, so that
-they are durable with it and go with it. While such a copy runs what is written is marked as well: were the copy given
-up (writes pass once more), the one after it must have all of it.
+While writes bypass the journal, the splitter marks here the blocks that they touch. When writes are journalled again,
+a copy of these blocks alone leads on from that state. COPY_START has the size of the encoded bitmaps, and COPY_BLOCKS
+records behind it have the bitmaps: so they become durable with it, and are removed with it. While such a copy runs,
+writes are marked as well: if it is given up for another bypass, the next copy must have all of these blocks.
 
-A bitmap is compressed (Roaring): in each 65536 blocks it takes 2 bytes for each marked block, or 4 for each run, and
-8 KiB at most, which is a bit for each block: 32 MiB for 1 TiB in blocks of 4 KiB at the worst. Beyond the limit of
-`changes_limit_bytes` nothing is remembered any more, and a complete copy follows.
+A bitmap is compressed (Roaring): for each 65536 blocks it takes 2 bytes for each marked block, or 4 for each run, and
+8 KiB at most, which is a bit for each block: 32 MiB for 1 TiB in blocks of 4 KiB at the worst. Beyond
+`bitmap_limit_bytes` it is dropped, and a complete copy follows.
 
-The file `changes` of a state directory has them while the splitter is down: msgpack of `_File`. It counts only if it
-is what the progress, written behind it, names by its xxh3_64.
+While the splitter is down, the file `changes` of the state directory has the bitmaps: msgpack of `_File`. It is valid
+only if the checkpoint, written behind it, has its xxh3_64.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ log = logging.getLogger(__name__)
 
 FORMAT: Final = 1
 FILE: Final = "changes"
-UNMEASURED: Final = 1 << 18  # marked blocks, at some 2 bytes each, between two looks at the size
-MARK_WEIGHT: Final = 32  # and a mark counts for so many, as it may begin a container
+UNMEASURED: Final = 1 << 18  # marked blocks, at some 2 bytes each, between two measurements of the size
+MARK_WEIGHT: Final = 32  # blocks that a mark counts for besides its own, as it may begin a container
 
 
-def changes_limit_bytes(capacity_bytes: int) -> int:
-    """What all bitmaps of a group may take: they must fit into the segment in which their copy begins.
+def bitmap_limit_bytes(capacity_bytes: int) -> int:
+    """Limit of all bitmaps of a group: they must fit into the segment in which their copy begins.
 
     A quarter of one: 16 MiB (500 GiB of volumes in blocks of 4 KiB, however strewn) with 1 GiB of journal and more.
     """
@@ -64,13 +64,13 @@ class ChangeBitmap:
         self._unmeasured = 0
 
     def mark(self, volume: int, first: int, count: int) -> bool:
-        """Marks blocks [first, first + count); False where that takes too much: it is all to be forgotten then."""
+        """Marks blocks [first, first + count); False where the bitmap is beyond its limit and must be dropped."""
         self.bitmaps[volume].add_range(first, first + count)
         self._unmeasured += count + MARK_WEIGHT
         return self._unmeasured < UNMEASURED or self.fits()
 
     def add(self, bitmaps: Sequence[BitMap64]) -> bool:
-        """Marks all of these as well; as `mark`."""
+        """Marks all of these blocks as well; as `mark`."""
         for mine, others in zip(self.bitmaps, bitmaps, strict=True):
             mine |= others
         return self.fits()
@@ -85,41 +85,35 @@ class ChangeBitmap:
         return bitmap_bytes(self.bitmaps) <= self._limit_bytes
 
 
-def size_bytes(bitmaps: Sequence[BitMap64], volumes: Sequence[Volume]) -> int:
+def marked_bytes(bitmaps: Sequence[BitMap64], volumes: Sequence[Volume]) -> int:
     """Bytes of the marked blocks."""
     return sum(len(bits) * volume.block_size for bits, volume in zip(bitmaps, volumes, strict=True))
 
 
-# In the journal.
-
-
-def pieces(bitmaps: Sequence[bytes]) -> Iterator[tuple[int, int, bytes]]:
+def split_bitmaps(bitmaps: Sequence[bytes]) -> Iterator[tuple[int, int, bytes]]:
     """Encoded bitmaps as (volume, offset, body) of COPY_BLOCKS records."""
     for volume, encoded in enumerate(bitmaps):
         for at in range(0, len(encoded), MAX_MESSAGE_BYTES):
             yield volume, at, encoded[at : at + MAX_MESSAGE_BYTES]
 
 
-class Pieces:
-    """Puts the bitmaps of a copy of changes together again, from the records behind its COPY_START."""
+class BitmapAssembler:
+    """Joins the bitmaps of a copy of changes again, from the COPY_BLOCKS records behind its COPY_START."""
 
     def __init__(self, start: CopyStart) -> None:
         self._sizes = start.bitmap_bytes
         self._encoded = [bytearray() for _ in self._sizes]
 
-    def take(self, record: Record) -> None:
-        """The next record; those that are no COPY_BLOCKS are passed over."""
+    def add(self, record: Record) -> None:
+        """Takes the next record; only a COPY_BLOCKS counts."""
         if record.kind is RecordKind.COPY_BLOCKS and record.volume < len(self._encoded):
             self._encoded[record.volume] += record.covered
 
     def bitmaps(self, where: str) -> list[BitMap64]:
-        """Of each volume. Raises CorruptionError (`where`: the journal) if a piece is missing."""
+        """The bitmap of each volume. Raises CorruptionError, of the journal `where`, if a part is missing."""
         if tuple(len(encoded) for encoded in self._encoded) != self._sizes:
             raise CorruptionError(where, 0, "the list of changed blocks behind a COPY_START isn't whole")
         return [BitMap64.deserialize(bytes(encoded)) for encoded in self._encoded]
-
-
-# While the splitter is down.
 
 
 class _File(msgspec.Struct, frozen=True):
@@ -130,34 +124,35 @@ class _File(msgspec.Struct, frozen=True):
     bitmaps: tuple[bytes, ...]
 
 
-def keep_changes(state: str, changes: ChangeBitmap) -> int:
-    """Makes them durable; what the progress is to name them by. Raises OSError."""
+def save_bitmap(state: str, changes: ChangeBitmap) -> int:
+    """Writes the file durably, and returns its xxh3_64 for the checkpoint. Raises OSError."""
     encoded = tuple(bitmap.serialize() for bitmap in changes.bitmaps)
     content = msgspec.msgpack.encode(_File(FORMAT, changes.base, encoded))
     durable_replace(os.path.join(state, FILE), content)
     return xxh3_64_intdigest(content)
 
 
-def kept_changes(state: str, checksum: int, volume_count: int, limit_bytes: int) -> ChangeBitmap | None:
-    """Those that the progress names by `checksum`; None, for a complete copy, where the file isn't that one."""
+def load_bitmap(state: str, checksum: int, volume_count: int, limit_bytes: int) -> ChangeBitmap | None:
+    """The bitmap of the file that a checkpoint has the xxh3_64 of; None, for a complete copy, where it isn't there."""
     path = os.path.join(state, FILE)
     try:
         with open(path, "rb") as file:
             content = file.read()
+        if xxh3_64_intdigest(content) == checksum:
+            found = msgspec.msgpack.decode(content, type=_File)
+            if found.format == FORMAT and len(found.bitmaps) == volume_count:
+                bitmaps = [BitMap64.deserialize(encoded) for encoded in found.bitmaps]
+                return ChangeBitmap(found.base, bitmaps, limit_bytes)
+            problem = "was written by another pitfs"
+        else:
+            problem = "isn't what was written when the splitter stopped"
     except OSError as error:
-        log.warning("%s: %s: a complete copy follows", path, error.strerror)
-        return None
-    if xxh3_64_intdigest(content) != checksum:
-        log.warning("%s: isn't what was written when the splitter stopped: a complete copy follows", path)
-        return None
-    found = msgspec.msgpack.decode(content, type=_File)
-    if found.format != FORMAT or len(found.bitmaps) != volume_count:
-        log.warning("%s: was written by another pitfs: a complete copy follows", path)
-        return None
-    return ChangeBitmap(found.base, [BitMap64.deserialize(encoded) for encoded in found.bitmaps], limit_bytes)
+        problem = str(error.strerror)
+    log.warning("%s: %s: a complete copy follows", path, problem)
+    return None
 
 
-def forget_changes(state: str) -> None:
-    """Removes what the progress names no more. Raises OSError."""
+def remove_bitmap(state: str) -> None:
+    """Removes the file, which no checkpoint has the xxh3_64 of any more. Raises OSError."""
     with suppress(FileNotFoundError):
         os.unlink(os.path.join(state, FILE))

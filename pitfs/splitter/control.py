@@ -1,7 +1,8 @@
 """The control sockets of the production host: one JSON document per line, request and reply.
 
-A request is `{"op": NAME, …}`; a reply `{"ok": {…}}` or `{"error": MESSAGE, "exit_code": N, "retryable": B}`.
-A client that closes its sending direction before the reply has left: its request is given up.
+A request is `{"op": NAME, …}`; a reply is `{"ok": {…}}` or `{"error": {"message", "exit_code", "retryable"}}`.
+The processes that serve a socket say which requests they know (messages.py has the splitter's).
+A request is cancelled if its client closes the connection before the reply has left.
 The splitter serves `splitter.sock`, the shipper `control.sock`, both in the group's state directory.
 """
 
@@ -13,12 +14,13 @@ import logging
 import os
 import socket
 from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 import trio
 
 from pitfs.errors import EXIT_FAILED, PitfsError
+from pitfs.storage.files import open_fd
 
 log = logging.getLogger(__name__)
 
@@ -27,28 +29,41 @@ SHIPPER_SOCKET: Final = "control.sock"
 MAX_LINE_BYTES: Final = 1 << 16
 ACCEPT_AGAIN_S: Final = 1.0
 _NO_ROOM_TO_ACCEPT: Final = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-MAX_CONNECTIONS: Final = 32  # tools asking at once; more wait in the kernel's backlog
+MAX_CONNECTIONS: Final = 32  # more wait in the kernel's backlog
 
-Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+Request = TypeVar("Request")
+Reply = TypeVar("Reply")
+Handler = Callable[[Request], Awaitable[Any]]
+_Answer = Callable[[bytes], Awaitable[Any]]  # decodes a line and handles it; returns what is encoded as the reply
+
+
+class _Failure(msgspec.Struct, frozen=True):
+    message: str
+    exit_code: int = EXIT_FAILED
+    retryable: bool = False
+
+
+class _Reply(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`ok` unless there is an error."""
+
+    ok: msgspec.Raw = msgspec.Raw()
+    error: _Failure | None = None
 
 
 class ControlError(PitfsError):
     """The other side answered a request with an error."""
 
-    def __init__(self, message: str, exit_code: int, retryable: bool) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-        self.retryable = retryable
+    def __init__(self, failure: _Failure) -> None:
+        super().__init__(failure.message)
+        self.exit_code = failure.exit_code
+        self.retryable = failure.retryable
 
 
 @contextlib.contextmanager
 def _short_path(directory: str, name: str) -> Any:
-    """A path to the socket that fits into the 108 bytes the kernel allows, however deep the directory is."""
-    fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    """A path to the socket within the 108 bytes that the kernel allows, however deep the directory is."""
+    with open_fd(directory, os.O_PATH | os.O_DIRECTORY) as fd:
         yield f"/proc/self/fd/{fd}/{name}"
-    finally:
-        os.close(fd)
 
 
 class Connection:
@@ -58,7 +73,7 @@ class Connection:
         self._stream = stream
         self._buffer = bytearray()
         self._lock = trio.Lock()
-        self._owed = 0  # replies to come; more than one where who asked was cancelled
+        self._owed = 0  # replies to come; more than one where a caller was cancelled
 
     @classmethod
     async def open(cls, directory: str, name: str) -> Connection:
@@ -72,16 +87,16 @@ class Connection:
             raise
         return cls(trio.SocketStream(sock))
 
-    async def request(self, op: str, **arguments: Any) -> dict[str, Any]:
-        """Sends a request and returns the reply's values. Cancelled, it may be done or not.
+    async def request(self, request: msgspec.Struct, reply_type: type[Reply]) -> Reply:
+        """Sends a request and returns its reply. Where the caller is cancelled, the request may be done or not.
 
         Raises:
             ControlError: the other side says so.
             trio.BrokenResourceError: the other side is gone.
         """
         async with self._lock:
-            with trio.CancelScope(shield=True):  # a request that was cut short would spoil the next one
-                await self._stream.send_all(msgspec.json.encode({"op": op, **arguments}) + b"\n")
+            with trio.CancelScope(shield=True):  # a request that is cut short would spoil the next one
+                await self._stream.send_all(msgspec.json.encode(request) + b"\n")
             self._owed += 1
             while True:  # replies come in order: ours is the last
                 line = await self._read_line()
@@ -90,13 +105,10 @@ class Connection:
                 self._owed -= 1
                 if not self._owed:
                     break
-        reply = msgspec.json.decode(line)
-        if "ok" not in reply:
-            raise ControlError(
-                reply["error"], reply.get("exit_code", EXIT_FAILED), reply.get("retryable", False)
-            )
-        values: dict[str, Any] = reply["ok"]
-        return values
+        reply = msgspec.json.decode(line, type=_Reply)
+        if reply.error is not None:
+            raise ControlError(reply.error)
+        return msgspec.json.decode(reply.ok, type=reply_type)
 
     async def _read_line(self) -> bytes | None:
         while (end := self._buffer.find(b"\n")) < 0:
@@ -110,20 +122,20 @@ class Connection:
         del self._buffer[: end + 1]
         return line
 
-    async def serve(self, handler: Handler) -> None:
-        """Answers requests until the other side closes; the one that is being worked on is cancelled then."""
+    async def serve(self, answer: _Answer) -> None:
+        """Answers requests until the other side closes, which cancels the request under way."""
         while (line := await self._read_line()) is not None:
             reply = b""
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch, nursery.cancel_scope)
-                reply = await _answer(line, handler)
+                reply = await _reply_line(line, answer)
                 nursery.cancel_scope.cancel()
             if not reply:
                 return
             await self._stream.send_all(reply)
 
     async def _watch(self, scope: trio.CancelScope) -> None:
-        """Cancels when the other side closes. Requests that come early are kept, up to the limit of a line."""
+        """Cancels when the other side closes. Keeps requests that come early, up to the limit of a line."""
         while len(self._buffer) <= MAX_LINE_BYTES:
             try:
                 data = await self._stream.receive_some()
@@ -138,35 +150,39 @@ class Connection:
         await self._stream.aclose()
 
 
-async def _answer(line: bytes, handler: Handler) -> bytes:
+async def _reply_line(line: bytes, answer: _Answer) -> bytes:
     """The line that answers a request. Never raises: a mistake in one request mustn't end the process."""
     try:
-        request = msgspec.json.decode(line)
-        if not isinstance(request, dict) or not isinstance(request.get("op"), str):
-            raise PitfsError("a request is an object with 'op'")
-        reply: dict[str, Any] = {"ok": await handler(request)}
+        reply = _Reply(msgspec.Raw(msgspec.json.encode(await answer(line))))
     except PitfsError as error:
-        reply = {"error": str(error), "exit_code": error.exit_code, "retryable": error.retryable}
-    except (msgspec.DecodeError, KeyError, TypeError) as error:
-        reply = {"error": f"not a request: {error!r}"}
+        reply = _Reply(error=_Failure(str(error), error.exit_code, error.retryable))
+    except msgspec.DecodeError as error:
+        reply = _Reply(error=_Failure(f"not a request: {error}"))
     except (trio.BrokenResourceError, trio.ClosedResourceError):
-        reply = {"error": "the splitter ended before it answered: see the log of 'pitfs protect'"}
+        reply = _Reply(error=_Failure("the splitter ended before it answered: see the log of 'pitfs protect'"))
     except Exception as error:
         log.exception("a bug in pitfs: request %.200r: please report it", line)
-        reply = {"error": f"a bug in pitfs: {type(error).__name__}: {error}: see the log of 'pitfs protect'"}
+        problem = f"a bug in pitfs: {type(error).__name__}: {error}: see the log of 'pitfs protect'"
+        reply = _Reply(error=_Failure(problem))
     return msgspec.json.encode(reply) + b"\n"
 
 
 async def serve(
-    directory: str,
-    name: str,
-    handler: Handler,
-    *,
+    directory: str, name: str, decode: Callable[[bytes], Request], handler: Handler[Request], *,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    """Serves a control socket in `directory` until cancelled; only root and the owner may connect."""
-    limit = trio.CapacityLimiter(MAX_CONNECTIONS)
-    with contextlib.suppress(FileNotFoundError):  # of an earlier run; the state's lock says that it is over
+) -> None:  # fmt: skip
+    """Serves a control socket in `directory` until cancelled; only root and the owner may connect.
+
+    Args:
+        decode: a line to a request; raises msgspec.DecodeError for what is none.
+        handler: answers a request; what it returns is encoded as JSON.
+    """
+
+    async def answer(line: bytes) -> Any:
+        return await handler(decode(line))
+
+    limit = trio.Semaphore(MAX_CONNECTIONS)
+    with contextlib.suppress(FileNotFoundError):  # of an earlier run, which is over: the state is locked
         os.unlink(os.path.join(directory, name))
     sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     with sock, _short_path(directory, name) as path:
@@ -179,13 +195,13 @@ async def serve(
         async with trio.open_nursery() as nursery:
             task_status.started()
             while True:
-                await limit.acquire_on_behalf_of(token := object())
-                client = await _accept(sock)
-                nursery.start_soon(_serve_one, Connection(trio.SocketStream(client)), handler, limit, token)
+                await limit.acquire()
+                connection = Connection(trio.SocketStream(await _accept(sock)))
+                nursery.start_soon(_serve_one, connection, answer, limit)
 
 
 async def _accept(sock: trio.socket.SocketType) -> trio.socket.SocketType:
-    """The next client. For want of descriptors or memory a client waits: it's no reason to end the process."""
+    """The next client. Without descriptors or memory for it the client waits, and the process goes on."""
     while True:
         try:
             client, _ = await sock.accept()
@@ -197,14 +213,12 @@ async def _accept(sock: trio.socket.SocketType) -> trio.socket.SocketType:
         await trio.sleep(ACCEPT_AGAIN_S)
 
 
-async def _serve_one(
-    connection: Connection, handler: Handler, limit: trio.CapacityLimiter, token: object
-) -> None:
+async def _serve_one(connection: Connection, answer: _Answer, limit: trio.Semaphore) -> None:
     try:
-        await connection.serve(handler)
+        await connection.serve(answer)
     except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
         log.debug("control connection ended: %s", error)
     finally:
-        limit.release_on_behalf_of(token)
+        limit.release()
         with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
             await connection.aclose()

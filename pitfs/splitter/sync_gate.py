@@ -1,8 +1,8 @@
 """Mode sync: a write is answered when the replica has it durably.
 
-    waits        while the replica is in step, or always where `on_disconnect` is "block"
-    doesn't wait in the other modes · while writes pass unjournalled · while a complete copy is under way, and from then
-                 on until the replica has caught up: it can't have what is written meanwhile in any short time
+    A write waits         if the replica is in step, or always if `on_disconnect` is "block".
+    A write doesn't wait  in the other modes; during a bypass; and from the beginning of a complete copy until the
+                          replica has caught up, as the replica can't have it soon.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import trio
 
 log = logging.getLogger(__name__)
 
-ANSWER_S: Final = 10.0  # with on_disconnect = "degrade": how long a write waits for a link that is silent
+ANSWER_S: Final = 10.0  # how long a write waits for a silent link, where on_disconnect is "degrade"
 
 
 class SyncGate:
-    """What the shipper says of the replica, and the writes that wait for it.
+    """What the shipper reports of the replica, and the writes that wait for it.
 
     Args:
         holds: mode is sync. blocks: on_disconnect is "block".
@@ -31,7 +31,7 @@ class SyncGate:
         self._blocks = blocks
         self._catching_up = copying
         self._seq = 0  # that the replica has durably
-        self._given_up_seq = 0  # the write that waited too long: the replica isn't in step before it has that one
+        self._given_up_seq = 0  # the write that waited too long: until the replica has it, it isn't in step
         self._in_step = False
         self._cause = "not connected yet"
         self._changed = trio.lowlevel.ParkingLot()
@@ -39,7 +39,7 @@ class SyncGate:
         self.waiting_count = 0
 
     def replicated(self, seq: int, in_step: bool, cause: str = "") -> None:
-        """The replica has every write up to `seq`; or it isn't in step, and why."""
+        """The replica durably has every write up to `seq`; it is in step, or it isn't, and why."""
         self._seq = max(self._seq, seq)
         if in_step and self._seq < self._given_up_seq:
             in_step, cause = False, self._cause
@@ -54,12 +54,12 @@ class SyncGate:
         self._changed.unpark_all()
 
     def stop(self) -> None:
-        """Lets go of writes that wait."""
+        """Releases the writes that wait."""
         self._stopping = True
         self._changed.unpark_all()
 
     async def wait(self, seq: int, copying: bool) -> bool:
-        """Returns when write `seq` may be answered; False: it never may, the splitter stops."""
+        """Returns when write `seq` may be answered; False: it must not be, the splitter stops."""
         if copying:
             self._catching_up = True
         self.waiting_count += 1
@@ -82,7 +82,7 @@ class SyncGate:
 
     @property
     def text(self) -> str | None:
-        """For status: None in other modes."""
+        """What `pitfs status` says of it; None in other modes."""
         if not self.holds:
             return None
         if self._in_step:
@@ -90,4 +90,3 @@ class SyncGate:
         if self._catching_up:
             return "catching up: writes don't wait for the replica yet"
         return f"{'writes wait' if self._blocks else 'degraded, writes do not wait'}: {self._cause}"
-

@@ -1,15 +1,54 @@
-"""A protected volume: its backing, what is in memory of it, and how far the running copy is."""
+"""A protected volume: its backing file or device, and how far the running copy of it is."""
 
 from __future__ import annotations
 
 import errno
 import os
+import stat
 from dataclasses import dataclass, field
 
 from pyroaring import BitMap64
 
-from pitfs.model.record import CopyProgress
-from pitfs.splitter.backing import Backing
+from pitfs.errors import UsageError
+from pitfs.storage.exclusive import open_exclusively
+
+
+@dataclass(frozen=True, slots=True)
+class Backing:
+    """An open backing volume. `mtime_ns` is 0 for a block device, which has none."""
+
+    path: str
+    fd: int
+    size_bytes: int
+
+    @property
+    def mtime_ns(self) -> int:
+        status = os.fstat(self.fd)
+        return status.st_mtime_ns if stat.S_ISREG(status.st_mode) else 0
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def open_backing(path: str) -> Backing:
+    """Opens a backing volume, exclusively as far as the kernel can. Raises UsageError: it is empty, in use, …"""
+    name = f"{path}: backing volume"
+    try:
+        fd, size_bytes = open_exclusively(path, name)
+    except BlockingIOError as error:
+        raise UsageError(
+            f"{name}: in use by another program: unmount it, detach its loop device (losetup -j {path}) "
+            "or stop what holds it (fuser -v); only the splitter may write it"
+        ) from error
+    except OSError as error:
+        raise UsageError(
+            f"{name}: {os.strerror(error.errno or 0)}: create it first, for example with "
+            f"'truncate -s 10G {path}', or correct `backing`"
+        ) from error
+    if size_bytes == 0:
+        os.close(fd)
+        raise UsageError(f"{name}: is empty: give it its size first, with truncate(1)")
+    return Backing(path, fd, size_bytes)
 
 
 @dataclass(slots=True)
@@ -17,9 +56,9 @@ class Volume:
     """A protected volume.
 
     Attributes:
-        copied_block: blocks before it needn't be preserved for the running copy.
-        copying: the blocks that it copies at all; None: every one.
-        preserved: those whose before-image the journal has.
+        copied_block: blocks before this one need not be preserved for the running copy.
+        copying: the blocks that the running copy has; None for all.
+        preserved: the blocks whose before-image the journal has.
     """
 
     name: str
@@ -38,21 +77,24 @@ class Volume:
         return -(-self.backing.size_bytes // self.block_size)
 
     def begin_copy(self, blocks: BitMap64 | None) -> None:
-        """A copy of these blocks begins; None: of all."""
+        """A copy of these blocks begins; None for all blocks."""
         self.copied_block, self.copying, self.preserved = 0, blocks, BitMap64()
 
     def unpreserved(self, first: int, count: int) -> list[int]:
-        """Of blocks [first, first + count) those that the running copy may not have read yet, nor the journal has."""
+        """Those of blocks [first, first + count) that must be preserved before they are overwritten.
+
+        The running copy may not have read them yet, and the journal doesn't have them.
+        """
         if first + count <= self.copied_block:
             return []
+        blocks = range(max(first, self.copied_block), first + count)
         copying, preserved = self.copying, self.preserved
-        todo = range(max(first, self.copied_block), first + count)
         if copying is None:
-            return [block for block in todo if block not in preserved]
-        return [block for block in todo if block in copying and block not in preserved]
+            return [block for block in blocks if block not in preserved]
+        return [block for block in blocks if block in copying and block not in preserved]
 
     def read(self, offset: int, size: int, may_wait: bool) -> bytes:
-        """The current content, short at the end of the volume. Raises OSError, or NotCachedError."""
+        """The current content, cut at the end of the volume. Raises OSError, or NotCachedError if it may not wait."""
         if may_wait:
             return os.pread(self.backing.fd, size, offset)
         wanted = max(0, min(size, self.backing.size_bytes - offset))
@@ -60,26 +102,11 @@ class Volume:
         try:
             if os.preadv(self.backing.fd, [content], offset, os.RWF_NOWAIT) == wanted:
                 return bytes(content)
-        except OSError as error:  # or this file system can't tell
+        except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
                 raise
         raise NotCachedError
 
 
 class NotCachedError(Exception):
-    """Content isn't in memory: who may wait for the disk asks again."""
-
-
-def is_copied(volumes: list[Volume], progress: CopyProgress) -> bool:
-    """Notes how far the running copy is on the replica: before that nothing needs preserving. True: it is complete."""
-    for index, volume in enumerate(volumes):
-        if index < progress.volume:
-            volume.copied_block = volume.block_count
-        elif index == progress.volume:
-            volume.copied_block = progress.block
-        volume.preserved.remove_range(0, volume.copied_block)
-    if progress.volume < len(volumes):
-        return False
-    for volume in volumes:
-        volume.copying = None
-    return True
+    """The content isn't in memory, or the file system can't say: read it where waiting for the disk is allowed."""

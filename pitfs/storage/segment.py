@@ -1,4 +1,4 @@
-"""Segments of the local journal: files of one size in which records stand one behind the other.
+"""Segments of the local journal: files of one size that hold records back to back.
 
 A segment begins with a header of 4096 bytes, little-endian:
 
@@ -14,14 +14,15 @@ A segment begins with a header of 4096 bytes, little-endian:
     64      8   checksum     xxh3_64 of bytes 0..64
     72   4024   zeros
 
-Segments are recycled: a released one is renamed and gets a new header. So the file's blocks are allocated
-and written already, and fdatasync has no file-system metadata to write (measured: half the time of one that
-extends the file).
+Segments are recycled: a released one is renamed and gets a new header. Its blocks are allocated and written
+already, so fdatasync has no metadata of the file system to write (measured: half the time of a file that grows).
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,26 +30,20 @@ from typing import Final
 
 from xxhash import xxh3_64_intdigest
 
-from pitfs.errors import CorruptionError, StoreVersionError
-from pitfs.model.record import (
-    HEADER_BYTES,
-    MAX_BODY_BYTES,
-    MAX_MESSAGE_BYTES,
-    Record,
-    RecordKind,
-    block_checksums,
-    decode_head,
-)
-from pitfs.model.record import MAGIC as RECORD_MAGIC
-from pitfs.storage.files import read_exactly
+from pitfs.errors import CorruptionError, PitfsError, StoreVersionError
+from pitfs.model import record as records
+from pitfs.model.record import HEADER_BYTES, Record, RecordKind, block_checksums, decode_head
+from pitfs.storage.files import closed_on_error, read_exactly, storage_error
 
 HEADER: Final = struct.Struct("<8sIIQQQQ16s")
 MAGIC: Final = b"PITFSJNL"
 VERSION: Final = 1
 DATA_OFFSET: Final = 4096
 _CHECKSUM: Final = struct.Struct("<Q")
+_NAME: Final = re.compile(r"segment-([0-9a-f]{16})\.journal")
 _SCAN_BYTES: Final = 256 << 10  # heads are read in pieces of this size
-_MAX_HEAD_BYTES: Final = HEADER_BYTES + MAX_MESSAGE_BYTES
+_MAX_HEAD_BYTES: Final = HEADER_BYTES + records.MAX_MESSAGE_BYTES
+_OF_THE_PROCESS: Final = frozenset({errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM})
 assert HEADER.size == 64
 
 
@@ -62,9 +57,8 @@ class SegmentHeader:
 
     def encode(self) -> bytes:
         """The 4096 bytes at the beginning of the file."""
-        head = HEADER.pack(
-            MAGIC, VERSION, 0, self.number, self.seed, self.first_lsn, self.size_bytes, self.history
-        )
+        numbers = self.number, self.seed, self.first_lsn, self.size_bytes
+        head = HEADER.pack(MAGIC, VERSION, 0, *numbers, self.history)
         return (head + _CHECKSUM.pack(xxh3_64_intdigest(head))).ljust(DATA_OFFSET, b"\0")
 
     @classmethod
@@ -75,9 +69,8 @@ class SegmentHeader:
         if magic != MAGIC or checksum != xxh3_64_intdigest(data[: HEADER.size]):
             raise CorruptionError(what, 0, "no header of a journal segment")
         if version != VERSION:
-            raise StoreVersionError(
-                f"{what}: journal of format {version}, this pitfs knows {VERSION}: use a newer pitfs"
-            )
+            problem = f"journal of format {version}, this pitfs knows {VERSION}: use a newer pitfs"
+            raise StoreVersionError(f"{what}: {problem}")
         return cls(number, seed, first_lsn, size_bytes, history)
 
 
@@ -85,14 +78,14 @@ def segment_name(number: int) -> str:
     return f"segment-{number:016x}.journal"
 
 
+def segment_path(directory: str, number: int) -> str:
+    return os.path.join(directory, segment_name(number))
+
+
 def segment_number(name: str) -> int | None:
     """The number in a segment's file name, None for other files."""
-    if not (name.startswith("segment-") and name.endswith(".journal") and len(name) == 32):
-        return None
-    try:
-        return int(name[8:24], 16)
-    except ValueError:
-        return None
+    match = _NAME.fullmatch(name)
+    return None if match is None else int(match[1], 16)
 
 
 def list_segments(directory: str) -> list[int]:
@@ -101,7 +94,7 @@ def list_segments(directory: str) -> list[int]:
 
 
 class SegmentReader:
-    """Reads one segment's records; other processes may be appending to it meanwhile.
+    """Reads one segment's records, while another process may append to it.
 
     Args:
         path: the segment's file.
@@ -112,22 +105,18 @@ class SegmentReader:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
+        with closed_on_error(os.open(path, os.O_RDONLY | os.O_CLOEXEC)) as self.fd:
             self.header = SegmentHeader.decode(read_exactly(self.fd, DATA_OFFSET, 0, path), path)
-        except BaseException:
-            os.close(self.fd)
-            raise
 
     def close(self) -> None:
         os.close(self.fd)
 
     def heads(self, offset: int = DATA_OFFSET, end: int | None = None) -> Iterator[tuple[int, Record]]:
-        """Yields (offset, record) from `offset` on until `end` or SEAL, contents neither read nor verified.
+        """Yields (offset, record) from `offset` on until `end` or SEAL; contents are neither read nor verified.
 
         Raises:
-            CorruptionError: what stands at an offset is no record of this segment: its end, if it is the
-                last segment and `end` isn't given, else damage.
+            CorruptionError: there is no record of this segment at an offset. That is the journal's end, if this is
+                the last segment and `end` isn't given; else it is damage.
         """
         limit = self.header.size_bytes if end is None else end
         base, piece = offset, b""
@@ -143,18 +132,10 @@ class SegmentReader:
                 return
             offset += record.size_bytes
 
-    def contents(self, offset: int, record: Record) -> bytes:
-        """The record's contents, not verified. Raises CorruptionError where the file is too short."""
-        size = record.size_bytes - record.contents_offset
-        return read_exactly(self.fd, size, offset + record.contents_offset, self.path)
-
     def verified_contents(self, offset: int, record: Record) -> bytes:
-        """The record's contents, each block compared with its checksum.
-
-        Raises:
-            CorruptionError: a block isn't what was written.
-        """
-        data = self.contents(offset, record)
+        """The record's contents. Raises CorruptionError if a block isn't what was written, or the file is too short."""
+        size = record.size_bytes - record.contents_offset
+        data = read_exactly(self.fd, size, offset + record.contents_offset, self.path)
         if not record.block_count or len(data) % record.block_count:
             raise CorruptionError(self.path, offset, "contents that aren't whole blocks")
         if tuple(block_checksums(data, len(data) // record.block_count)) != record.checksums:
@@ -163,25 +144,35 @@ class SegmentReader:
 
     @property
     def is_as_named(self) -> bool:
-        """Whether the file's name is that of the segment in it: not where the disk lost a rename."""
+        """Whether the file has the name of the segment in it. It hasn't where the disk lost a rename."""
         return segment_number(os.path.basename(self.path)) == self.header.number
 
     def records_after(self, offset: int) -> Iterator[Record]:
-        """Every verifiable record behind `offset`, where there should be none: to tell a tear from damage."""
-        step, overlap = 4 << 20, HEADER_BYTES + MAX_BODY_BYTES
+        """Every good record behind a bad one at `offset`, wherever it stands: to tell a torn end from damage."""
+        step, overlap = 4 << 20, HEADER_BYTES + records.MAX_BODY_BYTES
         position = offset + 1
         while position < self.header.size_bytes:
             piece = os.pread(self.fd, step + overlap, position)
-            at = piece.find(RECORD_MAGIC)
+            at = piece.find(records.MAGIC)
             while 0 <= at < step:
                 try:
                     record = decode_head(piece, at, self.header.seed, self.path, position)
                 except (CorruptionError, IndexError):
-                    at = piece.find(RECORD_MAGIC, at + 1)
+                    at = piece.find(records.MAGIC, at + 1)
                 else:
                     yield record
-                    at = piece.find(RECORD_MAGIC, at + record.size_bytes)
+                    at = piece.find(records.MAGIC, at + record.size_bytes)
             position += max(step, at)
+
+
+def segment_error(error: OSError, path: str, offset: int) -> PitfsError:
+    """What to raise where a segment is unreadable: it is damaged, so what it held must come from elsewhere.
+
+    Not so where this process lacks memory, descriptors or rights: the segment is whole then.
+    """
+    if error.errno in _OF_THE_PROCESS:
+        return storage_error(error, path, "reading the journal")
+    return CorruptionError(path, offset, f"it can't be read: {os.strerror(error.errno or errno.EIO)}")
 
 
 def is_blank(path: str) -> bool:

@@ -25,7 +25,7 @@ from pitfs.errors import CapacityError, CorruptionError, RemoteProtocolError
 from pitfs.model.group import identity_problem
 from pitfs.model.transfer import (
     WAITS,
-    Coarse,
+    CoarseInterval,
     Data,
     Durable,
     End,
@@ -118,7 +118,8 @@ class Ingest:
         for interval in catalog.coarse_intervals(MAX_COARSE):
             positions = interval.from_seq, interval.from_time_ns, interval.to_seq, interval.to_time_ns
             waits = interval.cause.endswith(WAITS)
-            coarse.append(Coarse(*positions, interval.granularity_ns, journal_bytes(catalog, interval), waits))
+            size_bytes = journal_bytes(catalog, interval)
+            coarse.append(CoarseInterval(*positions, interval.granularity_ns, size_bytes, waits))
         return msgspec.structs.replace(self._position(), coarse=tuple(coarse))
 
     def _position(self) -> Welcome:

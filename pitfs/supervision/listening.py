@@ -14,29 +14,23 @@ from typing import Final
 import trio
 
 from pitfs.errors import PitfsError, UsageError
+from pitfs.model.endpoint import parse_endpoint
 from pitfs.storage.files import open_fd
 
-MAX_PORT: Final = 65535
 MAX_UNIX_BYTES: Final = 107  # of the path of a unix socket
 BACKLOG: Final = 128
 
 
 def parse_address(text: str) -> tuple[str, int]:
-    """HOST:PORT or [HOST]:PORT; HOST may be empty for all addresses.
+    """Host and port of `--listen`; an empty host means all addresses, port 0 a free one.
 
     Raises:
-        UsageError: it is invalid.
+        UsageError: it isn't HOST:PORT.
     """
-    host, colon, port_text = text.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host or "[" in host or "]" in host:
-        raise UsageError(f"--listen {text}: an IPv6 address goes into brackets, as in [::1]:7420")
-    if not colon or not (port_text.isascii() and port_text.isdigit()):
-        raise UsageError(f"--listen {text}: isn't HOST:PORT, as in 127.0.0.1:7420")
-    if int(port_text[:9]) > MAX_PORT or len(port_text) > 9:
-        raise UsageError(f"--listen {text}: ports go to {MAX_PORT}")
-    return host, int(port_text)
+    try:
+        return parse_endpoint(text, listening=True)
+    except ValueError as error:
+        raise UsageError(f"--listen {error}") from None
 
 
 async def listen(host: str, port: int, program: str) -> list[trio.SocketListener]:

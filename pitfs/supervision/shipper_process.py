@@ -6,24 +6,28 @@ the local journal.
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import time
-from typing import Any, Final
+from contextlib import AbstractAsyncContextManager
+from typing import Final
 
 import trio
 
 from pitfs.config.production import Config
 from pitfs.errors import PitfsError, UsageError
+from pitfs.link.sessions.connect import SenderSession, connect
 from pitfs.link.transport.tls import LinkContext
-from pitfs.model.position import format_instant
+from pitfs.model.endpoint import format_endpoint
 from pitfs.model.transfer import Hello
+from pitfs.replication.control import ShipperControl
+from pitfs.replication.ports import ShipperSettings
+from pitfs.replication.requests import REQUESTS
 from pitfs.replication.shipper import Shipper
-from pitfs.replication.status import InGapError
 from pitfs.splitter import control
-from pitfs.splitter.progress import next_epoch, read_group
-from pitfs.storage.files import durable_replace, storage_error
+from pitfs.splitter.client import SplitterClient
+from pitfs.splitter.identity import next_epoch, read_group
+from pitfs.splitter.startup import journal_directory
 from pitfs.supervision.heap import bound_heap
 from pitfs.supervision.processes import (
     link_context,
@@ -33,110 +37,52 @@ from pitfs.supervision.processes import (
     trim_heap,
 )
 
-log = logging.getLogger(__name__)
-
 NICENESS: Final = 10  # production first: the splitter, and what writes through it, go before
-SNAPSHOT_GRACE_S: Final = 10.0  # how long `pitfs snapshot` waits for a link that is down
-BOOKMARKS_FILE: Final = "bookmarks"
 
 
-def _read_bookmarks(state: str) -> set[str]:
-    """Names given so far: a bookmark is never moved, and the replica may be out of reach to ask.
-
-    Raises:
-        PitfsError: the file can't be read, or isn't a list of names.
-    """
-    path = os.path.join(state, BOOKMARKS_FILE)
-    try:
-        with open(path, encoding="ascii") as file:
-            return set(file.read().split())
-    except FileNotFoundError:
-        return set()
-    except OSError as error:
-        raise storage_error(error, path, "reading the names of bookmarks") from error
-    except UnicodeDecodeError as error:
-        raise PitfsError(
-            f"{path}: damaged at byte {error.start}: the names of bookmarks given so far, one a line, should be "
-            "there: mend it, or move it away and see to it that no name is given twice"
-        ) from error
-
-
-class ShipperControl:
-    """Answers `control.sock`: snapshot, bookmark NAME, status."""
-
-    def __init__(self, shipper: Shipper, state: str, group: str) -> None:
-        self._shipper = shipper
-        self._state = state
-        self._group = group
-        self._naming = trio.Lock()
-
-    async def handle(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Answers one request. Raises PitfsError; KeyError and TypeError for what isn't one."""
-        op = request["op"]
-        if op == "status":
-            return await self._shipper.status(time.time_ns())
-        if op == "snapshot":
-            reply = await self._shipper.mark()
-            instant = format_instant(reply["position_time_ns"])
-            try:
-                await self._shipper.standing.wait_committed(reply["mark"], SNAPSHOT_GRACE_S)
-            except InGapError as error:
-                raise PitfsError(
-                    f"{self._group}: the snapshot {instant} lies in a gap ({error}): the replica got a complete "
-                    "copy of a later state instead: take another snapshot"
-                ) from error
-            except PitfsError as error:
-                raise PitfsError(
-                    f"{self._group}: the snapshot {instant} is set but not on the replica yet: {error}; "
-                    "it is sent as soon as the replica can be reached"
-                ) from error
-            return {"instant": instant, "seq": reply["seq"], "mark": reply["mark"]}
-        if op == "bookmark":
-            return await self._bookmark(str(request["name"]))
-        raise PitfsError(f"unknown request {op!r}")
-
-    async def _bookmark(self, name: str) -> dict[str, Any]:
-        async with self._naming:  # of two that give the same name at the same time the second is refused
-            known = _read_bookmarks(self._state)
-            if name in known:
-                raise UsageError(
-                    f"bookmark {name!r} exists already: a bookmark is never moved, choose another name"
-                )
-            with trio.CancelScope(shield=True):  # whoever asked may leave: a name isn't kept without its mark
-                # Before the mark: a name that is lost with a crash does less harm than one that is given twice.
-                await self._write_bookmarks(known | {name})
-                try:
-                    reply = await self._shipper.mark(name)
-                except PitfsError:
-                    await self._write_bookmarks(known)
-                    raise
-        return {"name": name, "instant": format_instant(reply["position_time_ns"]), "seq": reply["seq"]}
-
-    async def _write_bookmarks(self, names: set[str]) -> None:
-        path, content = os.path.join(self._state, BOOKMARKS_FILE), "".join(f"{name}\n" for name in sorted(names))
-        try:
-            await trio.to_thread.run_sync(durable_replace, path, content.encode("ascii"))
-        except OSError as error:
-            raise storage_error(error, path, "remembering the bookmark's name") from error
+def shipper_settings(config: Config) -> ShipperSettings:
+    """What replication needs of a configuration."""
+    replication = config.replication
+    return ShipperSettings(
+        peer=format_endpoint(replication.host, replication.port),
+        journal_directory=journal_directory(config.group.state),
+        capacity_bytes=config.journal.capacity_bytes,
+        backings=tuple(volume.backing for volume in config.volumes),
+        mode=replication.mode,
+        interval_ns=replication.interval_ns,
+        rate_bytes_per_s=replication.rate_bytes_per_s,
+    )
 
 
 async def _main(config: Config, hello: Hello, tls: LinkContext | None) -> None:
-    state = config.group.state
+    state, replication = config.group.state, config.replication
     try:
-        splitter = await control.Connection.open(state, control.SPLITTER_SOCKET)
-        follower = await control.Connection.open(state, control.SPLITTER_SOCKET)
+        splitter = await SplitterClient.open(state)
+        waiting_splitter = await SplitterClient.open(state)
     except OSError as error:
         raise PitfsError(f"{state}: the splitter isn't running: {os.strerror(error.errno or 0)}") from error
-    shipper = Shipper(config, hello, splitter, follower, tls)
+
+    def connect_replica(queue_bytes: int) -> AbstractAsyncContextManager[SenderSession]:
+        return connect(
+            replication.host,
+            replication.port,
+            tls=tls,
+            hello=hello,
+            rate_bytes_per_s=replication.rate_bytes_per_s,
+            queue_bytes=queue_bytes,
+            window_bytes=replication.window_bytes,
+        )
+
+    shipper = Shipper(shipper_settings(config), hello, splitter, waiting_splitter, connect_replica)
     handler = ShipperControl(shipper, state, config.group.name)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_stop_when_told, nursery.cancel_scope)
-            await nursery.start(control.serve, state, control.SHIPPER_SOCKET, handler.handle)
+            await nursery.start(control.serve, state, control.SHIPPER_SOCKET, REQUESTS.decode, handler.handle)
             nursery.start_soon(shipper.tick)
             nursery.start_soon(shipper.watch)
             nursery.start_soon(shipper.run)
-            nursery.start_soon(shipper.telling.run)
+            nursery.start_soon(shipper.acks.run)
             nursery.start_soon(trim_heap)
             print("ready", flush=True)
     except* trio.BrokenResourceError:

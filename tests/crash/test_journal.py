@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pitfs.errors import CapacityError, CorruptionError
-from pitfs.journal.recovery import JournalTail, replay
-from pitfs.journal.writer import MIN_SEGMENT_BYTES, Journal, Location
+from pitfs.journal.recovery import replay
+from pitfs.journal.writer import MIN_SEGMENT_BYTES, Journal, JournalTail, Location
 from pitfs.model.record import Record, RecordKind, block_checksums
 from pitfs.storage.segment import DATA_OFFSET, SegmentHeader, SegmentReader, list_segments
 
@@ -43,7 +43,7 @@ def recover(directory: Path) -> tuple[list[int], JournalTail | None]:
 
 def new_journal(directory: Path, capacity: int = 16 * MIN_SEGMENT_BYTES) -> Journal:
     directory.mkdir(exist_ok=True)
-    return Journal(str(directory), HISTORY, capacity, None, 0, 1)
+    return Journal(str(directory), HISTORY, capacity)
 
 
 def segment_path(directory: Path, number: int = 1) -> Path:
@@ -143,9 +143,7 @@ def test_records_go_on_over_segments_and_after_recovery(tmp_path: Path) -> None:
     journal.close()
     found, tail = recover(directory)
     assert found == list(range(1, count + 1)) and tail is not None
-    journal = Journal(
-        str(directory), HISTORY, 16 * MIN_SEGMENT_BYTES, tail.location, tail.seed, tail.next_lsn
-    )
+    journal = Journal(str(directory), HISTORY, 16 * MIN_SEGMENT_BYTES, tail)
     while len(list_segments(str(directory))) < 6:
         count += 1
         append(journal, count, blocks=500)
@@ -221,9 +219,7 @@ def test_a_successor_without_its_header_is_cut_and_the_journal_goes_on(tmp_path:
     for _ in range(3):  # each time it starts again, writes, and stops
         found, tail = recover(directory)
         assert found == list(range(1, count + 1)) and tail is not None
-        journal = Journal(
-            str(directory), HISTORY, 16 * MIN_SEGMENT_BYTES, tail.location, tail.seed, tail.next_lsn
-        )
+        journal = Journal(str(directory), HISTORY, 16 * MIN_SEGMENT_BYTES, tail)
         for _ in range(5):
             count += 1
             append(journal, count, blocks=900)

@@ -242,7 +242,7 @@ class LongHistory:
             for part in np.array_split(blocks, -(-len(blocks) * size // (1 << 20)) or 1):
                 if len(part):
                     rows = np.zeros(len(part), DIFF_ENTRY)
-                    rows["block"], rows["source"] = part, Source.FOURTH
+                    rows["block"], rows["source"] = part, Source.SNAPSHOT
                     ingest.data(Data(Section.DIFF, rows_bytes, rows.tobytes()))
                     rows_bytes += rows.nbytes
                     contents = _contents(np.full(len(part), to_seq, np.int64), size)
@@ -328,7 +328,7 @@ class _Sections:
         for part in np.array_split(np.arange(len(blocks)), -(-len(blocks) // BATCH_ROWS)):
             rows = np.zeros(len(part), DIFF_ENTRY)
             rows["block"] = blocks[part]
-            rows["source"] = np.where(data[part], Source.FOURTH, Source.ZERO)
+            rows["source"] = np.where(data[part], Source.SNAPSHOT, Source.ZERO)
             self._put(Section.DIFF, memoryview(rows.tobytes()))
         self._put(Section.DIFF_BLOCKS, _contents(seqs[data], self._size))
 
@@ -340,7 +340,7 @@ class _Sections:
     def journal(self, blocks: I64, seqs: I64, data: npt.NDArray[np.bool_], is_last: npt.NDArray[np.bool_]) -> None:
         rows = np.zeros(len(blocks), JOURNAL_ENTRY)
         rows["block"], rows["seq"] = blocks, seqs
-        rows["source"] = np.where(data, np.where(is_last, Source.FOURTH, Source.JOURNAL), Source.ZERO)
+        rows["source"] = np.where(data, np.where(is_last, Source.SNAPSHOT, Source.JOURNAL), Source.ZERO)
         self._put(Section.JOURNAL, memoryview(rows.tobytes()))
         own = data & ~is_last
         self._put(Section.JOURNAL_BLOCKS, _contents(seqs[own], self._size))

@@ -10,52 +10,54 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any, Final, cast
+from typing import Final
 
 import pytest
 import trio
 
-from pitfs.config.production import load_config
 from pitfs.link.sessions.connect import SenderSession, Timeouts, connect, serve
 from pitfs.link.sessions.receiver import Limits
 from pitfs.model.schedule import ShippingMode
-from pitfs.replication import backfill, sending
 from pitfs.replication import shipper as shipping
-from pitfs.replication import status as standing
-from pitfs.replication import stream as streaming
+from pitfs.replication import status, stream
+from pitfs.replication.bandwidth import Bandwidth
 from pitfs.replication.shipper import Shipper
-from pitfs.splitter.control import Connection
 from pitfs.splitter.service import SplitterService
 from pitfs.splitter.sync_gate import SyncGate
 from pitfs.store.ingest import Ingest
 from pitfs.store.store import Store
+from tests.helpers.channel import client_of
 from tests.helpers.netlink import Proxy
 from tests.helpers.pipeline import Pipeline
-from tests.helpers.refusals import write_config
+from tests.helpers.shipper import settings_of
 from tests.helpers.stores import read_image
 
 FRAME_BYTES: Final = 8 << 10  # small, so that a conversation has many and a cut loses little
 MARGIN_S: Final = 20.0
+RATE_BYTES_PER_S: Final = 10**9
 
 
 class Linked:
     """`sessions`: all that the shipper has had, oldest first."""
 
-    def __init__(self, pipeline: Pipeline, proxy: Proxy) -> None:
+    def __init__(self, pipeline: Pipeline, proxy: Proxy, timeouts: Timeouts) -> None:
         self.pipeline, self.proxy = pipeline, proxy
         self.service = SplitterService(pipeline.splitter, SyncGate(holds=False, blocks=False, copying=False))
-        backings = {f"v{index}": path for index, path in enumerate(pipeline.backings)}
+        self._timeouts = timeouts
+        client = client_of(lambda: self.service)
         # The rate is never reached, and makes the room for layers known: none, so that each goes for itself.
-        config = write_config(
-            pipeline.tmp, backings, replica=f"127.0.0.1:{proxy.port}", more='rate = "8Gbit"\nmode = "dynamic"'
-        )
-        here = cast(Connection, self)
-        self.shipper = Shipper(load_config(str(config)), pipeline.hello, here, here, None)
+        settings = settings_of(pipeline, rate_bytes_per_s=RATE_BYTES_PER_S)
+        self.shipper = Shipper(settings, pipeline.hello, client, client, self._connect)
         self.sessions: list[SenderSession] = []
 
-    async def request(self, op: str, **arguments: Any) -> dict[str, Any]:
-        """As the splitter's control socket."""
-        return await self.service.handle({"op": op, **arguments})
+    @asynccontextmanager
+    async def _connect(self, queue_bytes: int) -> AsyncIterator[SenderSession]:
+        async with connect(
+            "127.0.0.1", self.proxy.port, tls=None, hello=self.pipeline.hello, rate_bytes_per_s=RATE_BYTES_PER_S,
+            timeouts=self._timeouts, queue_bytes=queue_bytes,
+        ) as session:  # fmt: skip
+            self.sessions.append(session)
+            yield session
 
     def write(self, count: int = 1) -> None:
         for _ in range(count):
@@ -63,7 +65,7 @@ class Linked:
 
     def mark(self) -> None:
         self.pipeline.splitter.mark()
-        self.shipper._following.wake.set()
+        self.shipper.cursor.wake.set()
 
     @property
     def payload_bytes(self) -> int:
@@ -74,9 +76,9 @@ class Linked:
         """Until the replica has all that is marked, at every write."""
         with trio.fail_after(MARGIN_S):
             while True:
-                changed, there = self.shipper.standing._changed, self.shipper.standing.committed
-                newest = there is not None and there.mark == self.pipeline.splitter.standing.mark
-                if newest and not self.shipper._backfill.waiting and self._coarse_count() == 0:
+                changed, there = self.shipper.status.changed, self.shipper.status.committed
+                newest = there is not None and there.mark == self.pipeline.splitter.state.mark
+                if newest and not self.shipper.backfill.waiting and self._coarse_count() == 0:
                     return
                 with trio.move_on_after(0.01):
                     await changed.wait()
@@ -118,26 +120,17 @@ async def linked(
         streams: writes go as they come; else as intervals, each with its layers.
         proxy: it may have been told what to do already.
     """
-    monkeypatch.setattr(standing, "BACKOFF_S", (0.001,))
-    for module in (sending, shipping, backfill):
-        monkeypatch.setattr(module, "payload_bytes_for", lambda rate: FRAME_BYTES)
+    monkeypatch.setattr(status, "BACKOFF_S", (0.001,))
+    monkeypatch.setattr(Bandwidth, "payload_bytes", FRAME_BYTES)
     monkeypatch.setattr(shipping, "choose_shipping_mode", lambda **_: ShippingMode(streams, "for the test"))
     for name in ("MIN_WINDOW_BYTES", "MAX_WINDOW_BYTES"):
-        monkeypatch.setattr(streaming, name, 2 * FRAME_BYTES)
+        monkeypatch.setattr(stream, name, 2 * FRAME_BYTES)
     pipeline.ingest.close()  # the receiver opens the store
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
     proxy = proxy or Proxy(0)
     proxy.to_port = listeners[0].socket.getsockname()[1]
     with proxy:
-        both = Linked(pipeline, proxy)
-
-        @asynccontextmanager
-        async def remembering(*arguments: Any, **options: Any) -> AsyncIterator[SenderSession]:
-            async with connect(*arguments, **options, timeouts=timeouts or Timeouts()) as session:
-                both.sessions.append(session)
-                yield session
-
-        monkeypatch.setattr(shipping, "connect", remembering)
+        both = Linked(pipeline, proxy, timeouts or Timeouts())
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(both.service.run)
@@ -147,5 +140,4 @@ async def linked(
                 yield both
                 nursery.cancel_scope.cancel()
         finally:
-            both.shipper._following.reader.close()
-            both.shipper._backfill.close()
+            both.shipper.close()

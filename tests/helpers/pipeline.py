@@ -1,4 +1,4 @@
-"""The whole way without processes: splitter → local journal → shipment → store, beside a naive model."""
+"""The whole way without processes: splitter → local journal → interval → store, beside a naive model."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from pathlib import Path
 
 import numpy as np
 
-from pitfs.journal.reader import BlockSource, Copy, Interval, JournalReader
+from pitfs.journal.block_source import BlockSource
+from pitfs.journal.reader import Copy, Interval, JournalReader
 from pitfs.journal.writer import Location
-from pitfs.model.granularity import decide
-from pitfs.model.ladder import NO_LAYER, layer_of
+from pitfs.model.ladder import NO_LAYER
 from pitfs.model.record import CopyProgress
+from pitfs.model.schedule import StepKind, Waiting, next_step
 from pitfs.model.transfer import Hello, Manifest, ResumePoint, TransferFrame, VolumeInfo
-from pitfs.replication import full_sync as copying
-from pitfs.replication import shipment
-from pitfs.splitter.progress import read_group
+from pitfs.replication.full_sync import copy_frames
+from pitfs.replication.interval import diff_frames, layers_frames, pick_layers, prepare
+from pitfs.replication.manifests import copy_manifest, diff_manifest, layers_manifest
+from pitfs.splitter.identity import read_group
 from pitfs.splitter.splitter import Splitter
 from pitfs.splitter.startup import VolumeSpec, journal_directory, lock_state, open_splitter
 from pitfs.store.ingest import Ingest
@@ -81,7 +83,7 @@ class Pipeline:
     def crash(self) -> None:
         """As kill -9: descriptors go, nothing is closed in order."""
         os.close(self.lock)
-        time_ns = self.splitter.standing.time_ns  # as a real clock would have left them
+        time_ns = self.splitter.state.time_ns  # as a real clock would have left them
         for path in self.backings:
             os.utime(path, ns=(time_ns, time_ns))
         self.splitter.journal.close()
@@ -135,14 +137,14 @@ class Pipeline:
         return shipped
 
     def ship_copy(self, copy: Copy) -> None:
-        resume = self.ingest.begin(shipment.copy_manifest(copy, self.hello.history, self.ingest.welcome()))
+        resume = self.ingest.begin(copy_manifest(copy, self.hello.history, self.ingest.welcome()))
         for frame in self.copy_frames(copy, resume):
             feed(self.ingest, frame)
         self.splitter.copied(CopyProgress(copy.start.mark, len(self.sizes), 0))
 
     def copy_frames(self, copy: Copy, resume: ResumePoint) -> Iterator[TransferFrame]:
         fds = [volume.backing.fd for volume in self.splitter.volumes]
-        return copying.frames(
+        return copy_frames(
             journal_directory(self.state),
             self.volumes,
             fds,
@@ -155,22 +157,17 @@ class Pipeline:
     def ship_interval(self, interval: Interval, rate_bytes_per_s: float | None) -> Manifest:
         """Its diff, then the layers that fit; the last manifest."""
         source = BlockSource(journal_directory(self.state), interval, self.block_sizes)
-        prepared = shipment.prepare(interval, self.volumes, source, True)
-        decision = decide(
-            mode="dynamic",
-            diff_bytes=prepared.diff_bytes,
-            journal_bytes=prepared.rung_bytes,
-            interval_ns=10**9,
-            rate_bytes_per_s=rate_bytes_per_s,
-        )
-        manifest = shipment.diff_manifest(prepared, decision.reason)
-        self._feed(shipment.diff_frames(prepared, source, self.volumes, self.ingest.begin(manifest)))
-        layer = layer_of(decision.granularity_ns)
-        if prepared.journal is not None and layer != NO_LAYER:
-            picked = shipment.pick_layers(prepared, NO_LAYER, layer, 0)
-            manifest = shipment.layers_manifest(picked, decision.reason)
-            resume = self.ingest.begin(manifest)
-            self._feed(shipment.layers_frames(picked, source, self.volumes, resume))
+        prepared = prepare(interval, self.volumes, source, True)
+        room_bytes = None if rate_bytes_per_s is None else rate_bytes_per_s - prepared.diff_bytes  # of a second
+        waiting = [] if prepared.journal is None else [Waiting(interval.mark, NO_LAYER, prepared.rung_bytes)]
+        step = next_step(diff_due=False, waiting=waiting, room_bytes=room_bytes)
+        reason = step.decision.reason
+        manifest = diff_manifest(prepared, reason)
+        self._feed(diff_frames(prepared, self.ingest.begin(manifest)))
+        if step.kind is StepKind.LAYERS and step.fits:
+            picked = pick_layers(prepared, NO_LAYER, step.layer, 0)
+            manifest = layers_manifest(picked, reason)
+            self._feed(layers_frames(picked, self.ingest.begin(manifest)))
         source.close()
         return manifest
 

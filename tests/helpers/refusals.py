@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pitfs.cli.common.shipper import ask_shipper
+from pitfs.replication.requests import ReadStatus
 from tests.helpers.hosts import Production
 from tests.helpers.processes import ROOT, pitfs_command
 
@@ -51,7 +52,7 @@ def together(*checks: Callable[[], object]) -> None:
 
 def status_of(production: Production) -> dict[str, Any]:
     """What `pitfs status --json` says, without a Python started for it: for polling."""
-    return ask_shipper(str(production.config), "status")
+    return ask_shipper(str(production.config), ReadStatus())
 
 
 def config_text(tmp: Path, volumes: Mapping[str, Path], *, replica: str = "127.0.0.1:1", group: str = "g",

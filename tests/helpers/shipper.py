@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, cast
 
 import trio
 
-from pitfs.config.production import load_config
 from pitfs.journal.reader import Copy, Interval
-from pitfs.link.sessions.sender import SenderSession
 from pitfs.model.transfer import (
     Checkpoint,
     Data,
@@ -24,31 +22,45 @@ from pitfs.model.transfer import (
     Welcome,
     Writes,
 )
+from pitfs.replication.phases import Phase
+from pitfs.replication.ports import ShipperSettings
 from pitfs.replication.shipper import Shipper
-from pitfs.splitter.control import Connection
 from pitfs.splitter.service import SplitterService
+from pitfs.splitter.startup import journal_directory
 from pitfs.splitter.sync_gate import SyncGate
 from pitfs.store.catalog.records import Interval as Facts
 from pitfs.store.ingest import Ingest
 from pitfs.store.store import Store
+from tests.helpers.channel import client_of
 from tests.helpers.pipeline import Pipeline
-from tests.helpers.refusals import write_config
 from tests.helpers.stores import feed, read_image
 
 VOLUME_BYTES = 300_000
 MARGIN_S = 30.0
 
 
+def settings_of(pipeline: Pipeline, mode: str = "dynamic", rate_bytes_per_s: int | None = None) -> ShipperSettings:
+    return ShipperSettings(
+        peer="here",
+        journal_directory=journal_directory(pipeline.state),
+        capacity_bytes=pipeline.capacity_bytes,
+        backings=tuple(str(path) for path in pipeline.backings),
+        mode=mode,
+        interval_ns=2 * 10**9,
+        rate_bytes_per_s=rate_bytes_per_s,
+    )
+
+
 class Here:
     """A session with a replica that is in this process. `begun` counts the transfers that were offered to it."""
 
-    peer = "here"
-
     def __init__(self, ingest: Ingest) -> None:
+        self.peer = "here"
         self._ingest = ingest
         self.failure: Exception | None = None
         self.welcome: Welcome = ingest.welcome()
         self.durable = ResumePoint()
+        self.on_progress: Callable[[ResumePoint], None] | None = None
         self.on_durable: Callable[[Durable], None] | None = None
         self.wire_bytes = self.payload_bytes = self.begun = 0
         self.resumed: list[ResumePoint] = []  # of each transfer, where it went on
@@ -89,23 +101,32 @@ class Here:
 class Parts:
     """A pipeline whose journal a shipper follows."""
 
-    def __init__(self, tmp: Path, seed: int = 0) -> None:
+    def __init__(self, tmp: Path, seed: int = 0, mode: str = "dynamic") -> None:
         self.pipeline = Pipeline(tmp, [VOLUME_BYTES], [4096], capacity_bytes=16 << 20, seed=seed)
         self.service = SplitterService(self.pipeline.splitter, SyncGate(holds=False, blocks=False, copying=False))
-        config = load_config(str(write_config(tmp, {"v0": self.pipeline.backings[0]})))
         self.session = Here(self.pipeline.ingest)
-        self.shipper = Shipper(config, self.pipeline.hello, cast(Connection, self), cast(Connection, self), None)
+        self.client = client_of(lambda: self.service)
+        self._settings = settings_of(self.pipeline, mode)
+        self.shipper = self._new_shipper()
 
-    async def request(self, op: str, **arguments: Any) -> dict[str, Any]:
-        return await self.service.handle({"op": op, **arguments})
+    def _new_shipper(self) -> Shipper:
+        return Shipper(self._settings, self.pipeline.hello, self.client, self.client, self._connect)
+
+    @asynccontextmanager
+    async def _connect(self, queue_bytes: int) -> AsyncIterator[Here]:
+        yield self.session
 
     async def locate(self) -> None:
-        await self.shipper._meet(cast(SenderSession, self.session))
+        """As on a connection that has just been made."""
+        status = self.shipper.status
+        if status.phase is not Phase.DISCONNECTED:
+            status.enter(Phase.DISCONNECTED)
+        status.enter(Phase.CONNECTING)
+        await self.shipper.locate(self.session)
 
     async def connect_anew(self) -> None:
         """As after a connection that broke."""
         self.session = Here(self.pipeline.ingest)
-        self.shipper.standing.arrived(self.session.welcome, None)
         await self.locate()
 
     def save_replica(self) -> Path:
@@ -121,35 +142,32 @@ class Parts:
 
     async def next(self) -> Interval | Copy:
         with trio.fail_after(MARGIN_S):
-            item = await self.shipper._following.next_item(cast(SenderSession, self.session))
+            item = await self.shipper.cursor.next_item(self.session)
             assert item is not None
             return item
 
     async def ship(self, layers: bool = True) -> Interval | Copy:
         """The next item, to its end; the layers of all journals that wait as well."""
-        item, session = await self.next(), cast(SenderSession, self.session)
+        item, session = await self.next(), self.session
         if isinstance(item, Copy):
-            await self.shipper._ship_copy(session, item)
+            await self.shipper.ship_copy(session, item)
         else:
-            await self.shipper._ship_interval(session, item)
-            while layers and self.shipper._backfill.waiting and not self.shipper._following.wake.is_set():
-                await self.shipper._ship_layers(session)
+            await self.shipper.ship_interval(session, item)
+            while layers and self.shipper.backfill.waiting and not self.shipper.cursor.wake.is_set():
+                await self.shipper.ship_layers(session)
         return item
 
     async def ship_layers(self, steps: int | None = None) -> None:
         """Layers of the journals that wait, as many steps; all of them if None."""
-        while self.shipper._backfill.waiting and steps != 0:
-            self.shipper._following.wake = trio.Event()
-            await self.shipper._ship_layers(cast(SenderSession, self.session))
+        while self.shipper.backfill.waiting and steps != 0:
+            self.shipper.cursor.wake = trio.Event()
+            await self.shipper.ship_layers(self.session)
             steps = None if steps is None else steps - 1
 
     def restart_shipper(self) -> None:
         """Another one takes over, as after a kill."""
-        before = self.shipper
-        before._following.reader.close()
-        before._backfill.close()
-        here = cast(Connection, self)
-        self.shipper = Shipper(before._config, self.pipeline.hello, here, here, None)
+        self.shipper.close()
+        self.shipper = self._new_shipper()
 
     def granularities(self) -> list[int | None]:
         """Of the replica's intervals, oldest first."""
@@ -167,7 +185,7 @@ class Parts:
 
     def fill(self) -> None:
         """Writes until they pass, and one more."""
-        while not self.pipeline.splitter.standing.bypass_cause:
+        while not self.pipeline.splitter.state.bypass_cause:
             self.write(100_000)
         self.write(100_000)
 
@@ -189,8 +207,7 @@ class Parts:
             store.close()
 
     def close(self) -> None:
-        self.shipper._following.reader.close()
-        self.shipper._backfill.close()
+        self.shipper.close()
         self.pipeline.close()
 
 

@@ -297,9 +297,9 @@ class _Sections:
                     self.diff_rows.append((block, 0, volume, Source.ZERO, 0))
                 continue
             if not zeros or content not in self.places:  # a full copy carries each content
-                self.diff_rows.append((block, 0, volume, Source.FOURTH, 0))
+                self.diff_rows.append((block, 0, volume, Source.SNAPSHOT, 0))
                 self.diff_contents.append(content)
-                self.places.setdefault(content, (Source.SHARED_FOURTH, unit))
+                self.places.setdefault(content, (Source.SHARED_SNAPSHOT, unit))
                 unit += len(content) // UNIT_BYTES
                 continue
             source, place = self.places[content]
@@ -325,7 +325,7 @@ class _Sections:
                 if not any(content):
                     source = Source.ZERO
                 elif is_last:
-                    source = Source.FOURTH
+                    source = Source.SNAPSHOT
                 elif content in self.places:
                     source, unit = self.places[content]
                     shared.append(content)

@@ -236,6 +236,24 @@ async def test_cancelling_leaves_nothing_behind_and_the_receiver_goes_on() -> No
             await ship(session, 8)
 
 
+async def test_what_came_before_a_connection_ended_within_a_frame_is_ingested() -> None:
+    opener = Opener()
+    opener.block = threading.Event()
+    async with replica(opener) as port:
+        async with link(port) as session:
+            await session.begin(MANIFEST)
+            for index in range(2):
+                await session.send(Data(Section.DIFF_BLOCKS, index * len(NOISE), NOISE))
+                while session.payload_bytes < (index + 1) * len(NOISE):
+                    await trio.sleep(0.001)
+            await session.connection.stream.send_all(b"\x05")
+        with trio.fail_after(5):
+            opener.block.set()
+            while not opener.made[0].closed:
+                await trio.sleep(0.001)
+    assert opener.made[0].sections[1] == NOISE * 2
+
+
 async def test_a_second_session_of_a_group_ends_the_first() -> None:
     opener = Opener()
     async with replica(opener) as port, link(port) as first:
@@ -424,7 +442,7 @@ async def test_a_stranger_on_the_receivers_port_is_ended_and_others_go_on(
 async def test_a_peer_that_breaks_the_protocol_after_its_hello_is_told_so() -> None:
     opener = Opener()
     async with replica(opener) as port, link(port) as session:
-        await session._stream.send_all(b"\xff" * 16)
+        await session.connection.stream.send_all(b"\xff" * 16)
         with pytest.raises(LinkError, match="unknown frame type 255"), trio.fail_after(5):
             await session.begin(MANIFEST)
     assert opener.made[0].closed
@@ -435,7 +453,7 @@ async def test_a_zstd_bomb_ends_the_session_and_nothing_else() -> None:
         async with link(port) as session:
             await session.begin(MANIFEST)
             bomb = WireData(Section.DIFF, 0, MIB, Encoding.STREAM, zstd.compress(bytes(1 << 28)))
-            await session._outgoing.put(bomb, 1)
+            await session.connection.outgoing.put(bomb, 1)
             with pytest.raises(LinkError, match="DATA at byte 0 of DIFF"):
                 await session.finish(End((MIB, 0, 0, 0, 0)))
         async with link(port) as session:

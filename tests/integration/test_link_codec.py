@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import trio
 
+from pitfs.link.codec.adaptive import AdaptiveCompression
 from pitfs.link.sessions.connect import Limits, SenderSession, connect
 from pitfs.model.transfer import JOURNAL_ENTRY, Checkpoint, Data, End, Hello, Section
 from tests.helpers.links import HELLO, MANIFEST, FakeIngest, replica
@@ -82,7 +83,7 @@ async def test_a_connection_that_breaks_within_a_transfer_leaves_nothing_to_the_
             await session.send(Checkpoint(()))
             while not session.durable.lengths[1]:
                 await trio.sleep(0.001)
-            await session._stream.aclose()
+            await session.connection.stream.aclose()
         async with link(port) as session:
             await session.begin(MANIFEST)
             await session.send(Data(Section.DIFF_BLOCKS, 0, TEXT))
@@ -124,13 +125,18 @@ async def test_rows_cost_little_and_arrive_as_they_were() -> None:
     assert bytes(opener.made[0].sections[3]) == rows.tobytes()
 
 
-@dataclass
-class Told:
-    """An Effort that does what it is told and keeps what it is told."""
+class ChosenCompression(AdaptiveCompression):
+    """Compresses or not as the test chooses, and records what it observes."""
 
-    compresses: bool
-    seen: list[tuple[int, float, float, float]] = field(default_factory=list)
-    link_bytes_per_s: float = 0.0
+    def __init__(self) -> None:
+        super().__init__()
+        self.chosen = True
+        self.seen: list[tuple[int, float, float, float]] = []
+        self.link_bytes_per_s = 0.0
+
+    @property
+    def compresses(self) -> bool:
+        return self.chosen
 
     def observe(
         self, payload_bytes: int, *, idle_s: float, encode_s: float, room_s: float, link_bytes_per_s: float
@@ -142,31 +148,31 @@ class Told:
 async def test_while_it_steps_back_everything_goes_raw_and_then_the_stream_goes_on() -> None:
     opener = Opener()
     async with replica(opener) as port, link(port) as session:
-        effort = session._effort = Told(True)  # type: ignore[assignment]
+        compression = session.compression = ChosenCompression()
         sizes = []
-        for effort.compresses in (True, False, True):
+        for compression.chosen in (True, False, True):
             sizes.append(await ship(session, TEXT))
         assert sizes[0] < 0.7 * MIB < MIB < sizes[1] and sizes[2] < 0.02 * MIB
-        assert sum(payload_bytes for payload_bytes, *_ in effort.seen) == 3 * MIB
-        assert all(min(times) >= 0 for _, *times in effort.seen)
-        assert sum(encode_s for _, _, encode_s, _ in effort.seen) > 0
-        assert effort.link_bytes_per_s > 10 * MIB  # loopback
+        assert sum(payload_bytes for payload_bytes, *_ in compression.seen) == 3 * MIB
+        assert all(min(times) >= 0 for _, *times in compression.seen)
+        assert sum(encode_s for _, _, encode_s, _ in compression.seen) > 0
+        assert compression.link_bytes_per_s > 10 * MIB  # loopback
 
 
 async def test_a_slow_link_shows_as_waiting_for_room_and_a_slow_caller_as_idle() -> None:
     async with replica(Opener()) as port, link(port, rate=8 * MIB) as session:
-        effort = session._effort = Told(True)  # type: ignore[assignment]
+        compression = session.compression = ChosenCompression()
         await ship(session, *[random.Random(seed).randbytes(MIB) for seed in range(16)])
         await trio.sleep(0.2)  # not to wait for something: it is what is measured
         await ship(session, TEXT)
-        assert sum(room_s for *_, room_s in effort.seen) > 0.5
-        assert sum(idle_s for _, idle_s, *_ in effort.seen) > 0.2
+        assert sum(room_s for *_, room_s in compression.seen) > 0.5
+        assert sum(idle_s for _, idle_s, *_ in compression.seen) > 0.2
 
 
 async def test_the_configured_rate_keeps_it_from_stepping_back() -> None:
     async with replica(Opener()) as port:
         async with link(port, rate=100 * MIB) as session:
-            cap = session._effort._cap
+            cap = session.compression.cap_bytes_per_s
             assert cap is not None and 90 * MIB < cap <= 100 * MIB, "less what packets' headers take"
         async with link(port) as session:
-            assert session._effort._cap is None
+            assert session.compression.cap_bytes_per_s is None

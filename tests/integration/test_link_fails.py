@@ -16,7 +16,7 @@ from pitfs.link.sessions.receiver import Limits
 from pitfs.link.sessions.sender import SenderSession
 from pitfs.link.transport.streams import Timeouts
 from pitfs.model.transfer import End, Welcome
-from pitfs.replication import full_sync as copying
+from pitfs.replication import full_sync
 from tests.helpers.linked import FRAME_BYTES, Linked, linked
 from tests.helpers.netlink import Proxy
 from tests.helpers.pipeline import Pipeline
@@ -36,8 +36,8 @@ def disk_that_needs_no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """A first copy with many checkpoints."""
-    monkeypatch.setattr(copying, "STRETCH_BYTES", FRAME_BYTES)
-    monkeypatch.setattr(copying, "CHECKPOINT_BYTES", FRAME_BYTES)
+    monkeypatch.setattr(full_sync, "STRETCH_BYTES", FRAME_BYTES)
+    monkeypatch.setattr(full_sync, "CHECKPOINT_BYTES", FRAME_BYTES)
 
 
 def cutting(count: int, below_bytes: int, seed: int) -> Callable[[], int | None]:
@@ -114,8 +114,8 @@ async def quiet_pair(tmp: Path, monkeypatch: pytest.MonkeyPatch, **given: Any) -
 async def failed(both: Linked, words: str) -> None:
     """Until a connection failed with that cause."""
     with trio.fail_after(10):
-        while words not in str(both.shipper.standing.link_error):
-            await both.shipper.standing._changed.wait()
+        while words not in str(both.shipper.status.link_error):
+            await both.shipper.status.changed.wait()
 
 
 async def committed(both: Linked, mark: int) -> None:
@@ -156,7 +156,7 @@ async def test_an_interval_whose_acknowledgement_was_lost_is_not_sent_again(
         both.proxy.mute = False
         await both.arrived()
         assert sum(session.payload_bytes for session in both.sessions[known:]) < 50_000
-        assert both.pipeline.splitter.standing.mark == 3
+        assert both.pipeline.splitter.state.mark == 3
 
 
 async def test_a_half_open_connection_is_found_and_another_takes_over(
@@ -207,7 +207,7 @@ async def test_the_first_copy_goes_on_where_it_was_cut(tmp_path: Path, monkeypat
     proxy = Proxy(0, lambda: 10 * FRAME_BYTES)
     async with linked(pipeline, monkeypatch, proxy=proxy) as both:
         with trio.fail_after(20):
-            while both.shipper.standing.committed is None or not both.shipper.standing.committed.mark:
+            while both.shipper.status.committed is None or not both.shipper.status.committed.mark:
                 both.write()  # meanwhile: what it overwrites has to be kept for the copy
                 await trio.sleep(0.01)
         both.mark()

@@ -110,7 +110,7 @@ async def test_a_mark_within_a_batch_is_a_mistake() -> None:
     async with replica(there.open) as port:
         with pytest.raises(LinkError, match="MARK within a batch"):
             async with there.session(port) as session:
-                await session._put(Data(Section.WRITES, 10, batch(10, 1, 512).rows.tobytes()), 1)
+                await session._put(Data(Section.WRITES, 10, batch(10, 1, 512).rows.tobytes()))
                 await session.stream_mark(StreamMark(4, 10, 100, 100))
                 await session.wait_durable()
 

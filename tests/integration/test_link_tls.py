@@ -15,7 +15,7 @@ import pytest
 import trio
 import trustme
 
-from pitfs.config.production import load_grants
+from pitfs.config.grants import load_grants
 from pitfs.errors import (
     ConfigError,
     LinkError,
@@ -26,7 +26,8 @@ from pitfs.errors import (
 )
 from pitfs.link.sessions.connect import connect
 from pitfs.link.transport.streams import TlsStream
-from pitfs.link.transport.tls import client_context, is_granted, is_loopback, require_loopback, server_context
+from pitfs.link.transport.tls import client_context, is_granted, require_loopback, server_context
+from pitfs.model.endpoint import is_loopback
 from tests.helpers.links import HELLO, MANIFEST, FakeIngest, Files, issue, replica
 from tests.integration.test_link import NOISE, ship
 
@@ -75,7 +76,7 @@ async def test_transfers_go_over_tls_1_3(pki: dict[str, Files]) -> None:
             rate_bytes_per_s=None,
         ) as session,
     ):
-        assert session._stream._tls.version() == "TLSv1.3"  # type: ignore[attr-defined]
+        assert session.connection.stream._tls.version() == "TLSv1.3"  # type: ignore[attr-defined]
         await ship(session, 20)
     assert bytes(made[0].sections[1]) == NOISE * 20 and made[0].closed
 
@@ -217,7 +218,7 @@ async def test_a_grants_file_says_which_certificate_may_write_which_group(
         file.write_text("[groups]\ndb1 = 7\n")
         with pytest.raises(LinkError, match="can't read who may write which group"):
             await attempt(port, client(pki["production"]))
-        assert f"nobody gets in: {file}: line 2, groups.db1: must be a list" in caplog.text
+        assert f"no sender is admitted: {file}: line 2, groups.db1: must be a list" in caplog.text
         file.unlink()
         with pytest.raises(LinkError, match="can't read who may write which group"):
             await attempt(port, client(pki["production"]))

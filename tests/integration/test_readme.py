@@ -15,7 +15,8 @@ import pytest
 
 from pitfs.cli.main import full_parser
 from pitfs.cli.mount import parse_options
-from pitfs.config.production import load_config, load_grants
+from pitfs.config.grants import load_grants
+from pitfs.config.production import load_config
 from tests.helpers.documents import README, blocks, commands, configurations, fstab_lines, grants
 from tests.helpers.hosts import Mount, digest, free_port, xxhsum
 from tests.helpers.loops import LoopDevice, force_unmount

@@ -57,9 +57,9 @@ def contents(entries, fourth: bytes, journal: bytes, block_sizes: list[int], bas
                 own += size
             case Source.SHARED_JOURNAL:
                 found.append(journal[at : at + size])
-            case Source.SHARED_FOURTH:
+            case Source.SHARED_SNAPSHOT:
                 found.append(fourth[at : at + size])
-            case Source.FOURTH:
+            case Source.SNAPSHOT:
                 found.append((entry["volume"], entry["block"]))
     return found
 
@@ -72,7 +72,7 @@ def in_diff(diff, fourth: bytes, block_sizes: list[int]) -> dict[tuple[int, int]
         key = int(entry["volume"]), int(entry["block"])
         if entry["source"] == Source.ZERO:
             found[key] = bytes(size)
-        elif entry["source"] == Source.SHARED_FOURTH:
+        elif entry["source"] == Source.SHARED_SNAPSHOT:
             place = int(entry["unit"]) * UNIT_BYTES
             found[key] = fourth[:at][place : place + size]  # of a row before
         else:
@@ -104,7 +104,7 @@ def test_the_patents_example_holds_data_for_the_first_write_only() -> None:
     part = journal.part(NO_LAYER, LAST_LAYER)
     assert stream(part.data_rows, writes) == block["x"]
     by_seq = part.entries[np.argsort(part.entries["seq"])]
-    assert by_seq["source"].tolist() == [Source.JOURNAL, Source.FOURTH, Source.FOURTH]
+    assert by_seq["source"].tolist() == [Source.JOURNAL, Source.SNAPSHOT, Source.SNAPSHOT]
     streams = stream(diff.data_rows, writes), stream(part.data_rows, writes)
     image = list(third)
     for (_, number), content in image_at(part.entries, diff, *streams, [512], 2).items():
@@ -129,7 +129,7 @@ def test_every_seq_reads_what_the_naive_model_has(seed: int) -> None:
     diff, journal, _ = build(writes, block_sizes, checksum)
     part = journal.part(NO_LAYER, LAST_LAYER, run_bytes=int(random.choice([512, 2048, 1 << 20])))
     fourth, own = stream(diff.data_rows, writes), stream(part.data_rows, writes)
-    assert len(fourth) == diff.size_bytes and len(own) == journal.bytes_up_to(LAST_LAYER)
+    assert len(fourth) == diff.size_bytes and len(own) == journal.data_bytes[LAST_LAYER]
     for seq in range(len(writes) + 1):
         naive = {(volume, block): content for volume, block, content in writes[:seq]}
         assert image_at(part.entries, diff, fourth, own, block_sizes, seq) == naive
@@ -151,7 +151,7 @@ def test_each_rung_gives_the_ends_of_its_granules(seed: int) -> None:
     assert len(journal.part(NO_LAYER, LAST_LAYER).entries) == count and (layers <= LAST_LAYER).all()
     base, entries, own = NO_LAYER, [], b""  # what the replica has
     for layer, rung_ns in enumerate(RUNGS_NS):
-        assert journal.part(NO_LAYER, layer).data_sizes.sum() == journal.bytes_up_to(layer)
+        assert journal.part(NO_LAYER, layer).data_sizes.sum() == journal.data_bytes[layer]
         if layer != LAST_LAYER and random.random() < 0.4:
             continue  # it goes with a finer one
         part = journal.part(base, layer, len(own), run_bytes=2048)
@@ -185,7 +185,7 @@ def test_a_content_written_twice_is_carried_once() -> None:
     writes = [(0, 0, a), (0, 1, a), (0, 0, b), (0, 1, c), (0, 2, a), (0, 2, b)]
     diff, journal, compared = build(writes, [512])
     assert stream(diff.data_rows, writes) == b + c
-    assert diff.entries["source"].tolist() == [Source.FOURTH, Source.FOURTH, Source.SHARED_FOURTH]
+    assert diff.entries["source"].tolist() == [Source.SNAPSHOT, Source.SNAPSHOT, Source.SHARED_SNAPSHOT]
     assert [writes[row][2] for row in diff.shared_rows] == [b]
     assert stream(journal.part(NO_LAYER, LAST_LAYER).data_rows, writes) == a
     assert compared, "equal checksums must lead to comparing bytes"
@@ -193,7 +193,7 @@ def test_a_content_written_twice_is_carried_once() -> None:
 
 def test_an_interval_without_writes_is_empty() -> None:
     diff, journal, _ = build([], [512])
-    assert len(diff.entries) == diff.size_bytes == journal.bytes_up_to(LAST_LAYER) == 0
+    assert len(diff.entries) == diff.size_bytes == journal.data_bytes[LAST_LAYER] == 0
     assert len(journal.part(NO_LAYER, LAST_LAYER).entries) == 0
 
 

@@ -88,8 +88,7 @@ class Streaming:
         self.ingest = Ingest(self.root, self.history.hello, self.clock)
         welcome = self.ingest.welcome()
         assert welcome.mark == self.history.mark
-        end = (welcome.tail_seq, welcome.tail_time_ns) if welcome.tail_seq else (welcome.seq, welcome.time_ns)
-        assert end == self.end, "what was written before a process ended is there"
+        assert welcome.end == self.end, "what was written before a process ended is there"
         self.readable = self.end[0]
 
     def transfer(self, granularity_ns: int | None) -> None:
@@ -212,7 +211,7 @@ def test_while_an_interval_is_closed_it_is_read_as_is_the_next_one_and_what_is_o
         durable = streaming.ingest.flush(streaming.end[1])
         assert (durable.seq, durable.mark) == (streaming.readable, history.mark - 1), "the mark isn't committed yet"
         welcome = streaming.ingest.welcome()
-        assert (welcome.mark, welcome.seq, welcome.tail_seq) == (history.mark - 1, 0, durable.seq)
+        assert (welcome.mark, welcome.seq, welcome.streamed_seq) == (history.mark - 1, 0, durable.seq)
         history.reachable |= set(range(streaming.readable + 1))
         streaming.check_all()
         for seq in range(0, streaming.readable + 1, 3):

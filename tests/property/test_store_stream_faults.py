@@ -82,7 +82,7 @@ class Run:
     def go_on(self, ingest: Ingest, acknowledged: list[Durable], clock: FakeClock) -> None:
         """From where the store stands to the end."""
         welcome = ingest.welcome()
-        seq, mark = welcome.tail_seq or welcome.seq, welcome.mark
+        seq, mark = welcome.streamed_seq or welcome.seq, welcome.mark
         for number, part in enumerate(self.parts):
             left = [write for write in part if write.seq > seq]
             if left:
@@ -157,13 +157,13 @@ def finish(run: Run, root: str, acknowledged: list[Durable]) -> None:
     durable = acknowledged[-1] if acknowledged else Durable(0, 0, 1, 0)
     ingest = Ingest(root, run.history.hello)
     welcome = ingest.welcome()
-    assert (welcome.tail_seq or welcome.seq) >= durable.seq and welcome.mark >= durable.mark
+    assert (welcome.streamed_seq or welcome.seq) >= durable.seq and welcome.mark >= durable.mark
     assert_exact(run, root, durable.seq, step=3)
     run.go_on(ingest, [], FakeClock())
     ingest.close()
     ingest = Ingest(root, run.history.hello)
     welcome = ingest.welcome()
-    assert (welcome.mark, welcome.seq, welcome.tail_seq) == (run.marks[-1].mark, run.last_seq, 0)
+    assert (welcome.mark, welcome.seq, welcome.streamed_seq) == (run.marks[-1].mark, run.last_seq, 0)
     ingest.close()
     assert_exact(run, root, run.last_seq, step=2)
     assert os.listdir(os.path.join(root, "db1", "staging")) == []
@@ -246,7 +246,7 @@ def test_cut_at_any_byte_the_log_gives_what_is_whole_and_the_stream_goes_on(tmp_
         except CorruptionError as error:
             assert wal_file(2) in str(error)
         else:
-            seq = ingest.welcome().tail_seq
+            seq = ingest.welcome().streamed_seq
             assert seq in wanted and (seq == first) == (cut < size)
             found.add(seq)
             ingest.close()
@@ -362,7 +362,7 @@ def test_a_catalog_that_lost_what_was_not_durable_of_it_is_made_up_from_the_log(
         assert latest is not None and latest.seq == 3 * (number + 1)
         assert read_image(store, latest, 0) == history.states[latest.seq][0], "until then it is readable as it was"
         again = Ingest(root, history.hello)
-        assert again.welcome().tail_seq == durable.seq == 90
+        assert again.welcome().streamed_seq == durable.seq == 90
         for seq in range(91):
             assert read_image(store, store.at_seq(seq), 0) == history.states[seq][0]
         assert store.protected_through_ns() == history.times_ns[-1]

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from pitfs.journal.reader import Copy
+from pitfs.replication import full_sync
+from pitfs.replication.manifests import copy_manifest
 from pitfs.store.store import Store
 from tests.helpers.pipeline import Pipeline
 from tests.helpers.stores import feed, read_image
@@ -56,20 +58,17 @@ def test_the_first_copy_is_the_state_at_ready_however_writes_race_with_it(tmp_pa
     pipeline = Pipeline(tmp_path, [400_000, 90_001], [4096, 512], seed=seed)
     copy = next(pipeline.items())
     assert isinstance(copy, Copy)
-    from pitfs.replication import full_sync as copying
-    from pitfs.replication import shipment
-
     resume = pipeline.ingest.begin(
-        shipment.copy_manifest(copy, pipeline.hello.history, pipeline.ingest.welcome())
+        copy_manifest(copy, pipeline.hello.history, pipeline.ingest.welcome())
     )
-    read, copying._read = copying._read, _writing_around(pipeline, copying._read)  # type: ignore[assignment]
-    limit, copying.STRETCH_BYTES = copying.STRETCH_BYTES, 16384  # type: ignore[misc]
+    read, full_sync._read = full_sync._read, _writing_around(pipeline, full_sync._read)  # type: ignore[assignment]
+    limit, full_sync.STRETCH_BYTES = full_sync.STRETCH_BYTES, 16384  # type: ignore[misc]
     try:
         for frame in pipeline.copy_frames(copy, resume):
             feed(pipeline.ingest, frame)
     finally:
-        copying._read, copying.STRETCH_BYTES = read, limit  # type: ignore[misc]
-    pipeline.splitter.standing.copy = None
+        full_sync._read, full_sync.STRETCH_BYTES = read, limit  # type: ignore[misc]
+    pipeline.splitter.state.copy = None
     pipeline.random_write()
     pipeline.splitter.mark()
     pipeline.ship()
@@ -112,7 +111,7 @@ def test_after_a_kill_everything_goes_on(tmp_path: Path, seed: int) -> None:
         pipeline.crash()
         pipeline.start()
         assert [path.read_bytes() for path in pipeline.backings] == pipeline.states[-1]
-        assert pipeline.splitter.standing.seq == len(pipeline.states) - 1
+        assert pipeline.splitter.state.seq == len(pipeline.states) - 1
     pipeline.splitter.mark()
     pipeline.ship()
     check_every_seq(pipeline, range(len(pipeline.states)))

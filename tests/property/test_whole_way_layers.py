@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pitfs.journal.reader import BlockSource, Interval
+from pitfs.journal.block_source import BlockSource
+from pitfs.journal.reader import Interval
 from pitfs.model.ladder import LAST_LAYER, NO_LAYER, RUNGS_NS
 from pitfs.model.transfer import End
-from pitfs.replication import shipment
-from pitfs.replication.shipment import Shipment
+from pitfs.replication.interval import diff_frames, layers_frames, pick_layers, prepare
+from pitfs.replication.manifests import diff_manifest, layers_manifest
 from pitfs.splitter.startup import journal_directory
 from pitfs.store.ingest import Ingest
 from pitfs.store.store import Store
@@ -38,11 +39,11 @@ class Sent:
 
     def __init__(self, pipeline: Pipeline, interval: Interval) -> None:
         self.pipeline, self.interval = pipeline, interval
-        self.source = BlockSource(journal_directory(pipeline.state), interval, pipeline.block_sizes)
-        self.prepared: Shipment = shipment.prepare(interval, pipeline.volumes, self.source, True)
+        source = BlockSource(journal_directory(pipeline.state), interval, pipeline.block_sizes)
+        self.prepared = prepare(interval, pipeline.volumes, source, True)
         self.layer, self.base_bytes = NO_LAYER, 0
-        resume = pipeline.ingest.begin(shipment.diff_manifest(self.prepared, "waits"))
-        for frame in shipment.diff_frames(self.prepared, self.source, pipeline.volumes, resume):
+        resume = pipeline.ingest.begin(diff_manifest(self.prepared, "waits"))
+        for frame in diff_frames(self.prepared, resume):
             feed(pipeline.ingest, frame)
 
     def send(self, layer: int) -> None:
@@ -50,10 +51,10 @@ class Sent:
         pipeline, random = self.pipeline, self.pipeline.random
         if layer <= self.layer or self.prepared.journal is None:
             return
-        picked = shipment.pick_layers(self.prepared, self.layer, layer, self.base_bytes)
-        manifest = shipment.layers_manifest(picked, "some")
+        picked = pick_layers(self.prepared, self.layer, layer, self.base_bytes)
+        manifest = layers_manifest(picked, "some")
         resume, payload_bytes = pipeline.ingest.begin(manifest), int(random.choice([4096, 1 << 20]))
-        for frame in shipment.layers_frames(picked, self.source, pipeline.volumes, resume, payload_bytes):
+        for frame in layers_frames(picked, resume, payload_bytes):
             if random.random() < 0.1:
                 if random.random() < 0.5:
                     pipeline.ingest.park(())
@@ -124,5 +125,5 @@ def test_what_a_rung_offers_is_exact_and_all_else_is_the_one_before(tmp_path: Pa
             each.send(LAST_LAYER)
     check(pipeline, sent)
     for each in sent:
-        each.source.close()
+        each.prepared.source.close()
     pipeline.close()

@@ -28,7 +28,8 @@ def bandwidth(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def trace(tmp_path: Path, bandwidth: Any) -> Iterator[Any]:
     pipeline = Pipeline(tmp_path, [300_000], [4096], tick_ns=400_000)
-    first = pipeline.splitter.mark().mark
+    pipeline.splitter.mark()
+    first = pipeline.splitter.state.mark
     for _ in range(3):
         for _ in range(60):
             pipeline.random_write()

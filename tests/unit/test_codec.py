@@ -12,8 +12,8 @@ from backports import zstd
 from pitfs.errors import RemoteProtocolError
 from pitfs.link.codec.payloads import DOUBT_BYTES, MAX_SKIP_BYTES, PayloadDecoder, PayloadEncoder
 from pitfs.link.protocol.frames import Encoding, WireData, encode
-from pitfs.link.protocol.window import MAX_WINDOW_BYTES, MIN_WINDOW_BYTES
 from pitfs.model.transfer import MAX_PAYLOAD_BYTES, WRITE, Data, Section
+from pitfs.model.window import MAX_WINDOW_BYTES, MIN_WINDOW_BYTES
 
 MIB = 1 << 20
 NOISE = random.Random(1).randbytes(MAX_PAYLOAD_BYTES)

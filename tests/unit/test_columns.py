@@ -38,8 +38,8 @@ def test_the_format_has_the_golden_bytes() -> None:
 
 def test_places_with_holes_between_them_have_the_golden_bytes() -> None:
     rows = np.zeros(9, DIFF_ENTRY)
-    rows["block"], rows["source"] = np.arange(10, 19), Source.FOURTH
-    rows["source"][[1, 4, 5]], rows["unit"][[1, 4, 5]] = Source.SHARED_FOURTH, (40_000, 40_008, 39_992)
+    rows["block"], rows["source"] = np.arange(10, 19), Source.SNAPSHOT
+    rows["source"][[1, 4, 5]], rows["unit"][[1, 4, 5]] = Source.SHARED_SNAPSHOT, (40_000, 40_008, 39_992)
     golden = (
         "31 83 00 01 00",  # block: DELTA, NEXT, 1; unit: HOLES, 3; volume; source: 1; reserved
         "12 00 00 00 00 00 00 00 00",  # the first row differs from one more than none by 9
@@ -157,12 +157,12 @@ def test_a_write_of_an_interval_costs_at_most_12_bytes(kind: str) -> None:
     journal = journal[np.lexsort((journal["seq"], journal["block"], journal["volume"]))]
     same = (journal["block"][1:] == journal["block"][:-1]) & (journal["volume"][1:] == journal["volume"][:-1])
     last = np.append(~same, True)
-    journal["source"] = np.where(last, Source.FOURTH, Source.JOURNAL)
+    journal["source"] = np.where(last, Source.SNAPSHOT, Source.JOURNAL)
     diff = np.zeros(np.count_nonzero(last), DIFF_ENTRY)
     diff["block"], diff["volume"], diff["source"] = (
         journal["block"][last],
         journal["volume"][last],
-        Source.FOURTH,
+        Source.SNAPSHOT,
     )
     positions = np.zeros(len(writes), POSITION)
     positions["seq"], positions["time_ns"] = 1_000_000 + np.arange(len(writes)), writes["time_ns"]

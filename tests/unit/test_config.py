@@ -14,12 +14,11 @@ from pitfs.config.production import (
     SplitterConfig,
     TlsConfig,
     VolumeConfig,
-    is_loopback,
     load_config,
     parse_config,
-    parse_endpoint,
 )
 from pitfs.errors import ConfigError
+from pitfs.model.endpoint import format_endpoint, is_loopback, parse_endpoint
 
 FULL = """\
 [group]
@@ -163,8 +162,8 @@ def test_sizes(text: str, capacity: int) -> None:
             '"dynamik"',
             "line 16, replication.mode: 'dynamik' isn't known; did you mean 'dynamic'",
         ),
-        ('"5m"', '"99ms"', "line 17, replication.interval: '99ms' is too short: at least 100ms"),
-        ('"5m"', '"25h"', "is too long: at most 24h"),
+        ('"5m"', '"99ms"', "line 17, replication.interval: '99ms': must be 100ms to 24h"),
+        ('"5m"', '"25h"', "'25h': must be 100ms to 24h"),
         ('"5m"', "60", 'needs a unit, as "60s"'),
         ('"5m"', '"-5m"', "'-5m' isn't a number with one of ns, us, ms, s, m"),
         ('"5m"', '"٥m"', "isn't a number"),
@@ -251,8 +250,22 @@ def test_endpoints() -> None:
             parse_endpoint(bad)
 
 
+def test_an_endpoint_to_listen_at_may_leave_the_host_empty_and_the_port_to_the_system() -> None:
+    assert parse_endpoint(":7420", listening=True) == ("", 7420)
+    assert parse_endpoint("[::]:0", listening=True) == ("::", 0)
+    assert parse_endpoint("localhost:0", listening=True) == ("localhost", 0)
+    for bad in ("", "a", "a:", "a:65536", "a:x", "a b:1", "[::1]", "[a]:1", "a:１"):
+        with pytest.raises(ValueError, match="isn't"):
+            parse_endpoint(bad, listening=True)
+
+
+def test_an_endpoint_is_written_as_it_is_read() -> None:
+    for text in ("replica.example:7420", "[::1]:1", "0.0.0.0:10809"):
+        assert format_endpoint(*parse_endpoint(text)) == text
+
+
 def test_what_is_loopback() -> None:
-    for host in ("localhost", "LOCALHOST", "127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1"):
+    for host in ("localhost", "LOCALHOST", "127.0.0.1", "127.9.9.9", "::1", "::1%lo", "::ffff:127.0.0.1"):
         assert is_loopback(host), host
     for host in (
         "0.0.0.0",

@@ -9,17 +9,28 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
 from pitfs.errors import EXIT_FAILED, PitfsError
+from pitfs.replication.control import BOOKMARKS_FILE, ShipperControl
+from pitfs.replication.requests import SetBookmark
+from pitfs.splitter.client import SplitterClient
 from pitfs.splitter.control import MAX_CONNECTIONS, Connection, ControlError, Handler, serve
-from pitfs.supervision.shipper_process import BOOKMARKS_FILE, ShipperControl
+from pitfs.splitter.messages import REQUESTS, RunningCopy, SplitterStatus
 from tests.helpers.shipper import Parts
 
 NAME = "s.sock"
 MARGIN_S = 30.0
+
+
+class Ask(msgspec.Struct):
+    """A request."""
+
+    op: str
+    value: str = ""
 
 
 class Slow:
@@ -29,8 +40,8 @@ class Slow:
         self.go = trio.Event()
         self.begun = self.cancelled = 0
 
-    async def handle(self, request: dict[str, Any]) -> dict[str, Any]:
-        op = request["op"]
+    async def handle(self, request: Ask) -> dict[str, Any]:
+        op = request.op
         if op == "slow":
             self.begun += 1
             try:
@@ -42,10 +53,10 @@ class Slow:
 
 
 @asynccontextmanager
-async def served(directory: Path, handler: Handler) -> AsyncIterator[None]:
+async def served(directory: Path, handler: Handler[Ask]) -> AsyncIterator[None]:
     with trio.fail_after(MARGIN_S):
         async with trio.open_nursery() as nursery:
-            await nursery.start(serve, str(directory), NAME, handler)
+            await nursery.start(serve, str(directory), NAME, msgspec.json.Decoder(Ask).decode, handler)
             yield
             nursery.cancel_scope.cancel()
 
@@ -55,7 +66,7 @@ async def connected(directory: Path) -> Connection:
 
 
 async def ask(connection: Connection, op: str) -> str:
-    return str((await connection.request(op))["op"])
+    return (await connection.request(Ask(op), dict[str, str]))["op"]
 
 
 async def test_a_request_whose_client_leaves_is_cancelled_and_makes_room(tmp_path: Path) -> None:
@@ -136,30 +147,54 @@ async def test_a_request_that_was_cancelled_leaves_the_next_its_own_reply(tmp_pa
 async def test_a_mistake_of_ours_is_logged_and_answered_and_ends_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def handle(request: dict[str, Any]) -> dict[str, Any]:
-        return {"value": int(request["value"])}
+    async def handle(request: Ask) -> dict[str, Any]:
+        return {"value": int(request.value)}
 
     async with served(tmp_path, handle):
         client = await connected(tmp_path)
         with pytest.raises(
             ControlError, match=r"^a bug in pitfs: ValueError: invalid literal.*log"
         ) as caught:
-            await client.request("copied", value="x")
+            await client.request(Ask("copied", "x"), dict[str, int])
         assert caught.value.exit_code == EXIT_FAILED and "\n" not in str(caught.value)
-        assert await client.request("copied", value="7") == {"value": 7}, "the same connection"
+        assert await client.request(Ask("copied", "7"), dict[str, int]) == {"value": 7}, "the same connection"
         await client.aclose()
     (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
     assert "a bug in pitfs" in record.message and record.exc_info is not None
 
 
+class Unknown(msgspec.Struct, tag=True, tag_field="op"):
+    """A request that no process serves."""
+
+
+class Rescan(msgspec.Struct, tag=True, tag_field="op"):
+    """Without its cause."""
+
+
+async def test_what_is_no_request_of_the_splitter_is_refused_and_the_next_is_answered(parts: Parts) -> None:
+    directory, state = Path(parts.pipeline.state), parts.pipeline.splitter.state
+    async with trio.open_nursery() as nursery:
+        await nursery.start(serve, str(directory), NAME, REQUESTS.decode, parts.service.handle)
+        connection = await connected(directory)
+        for request in (Unknown(), Rescan()):
+            with pytest.raises(ControlError, match="not a request: "):
+                await connection.request(request, SplitterStatus)
+        status = await SplitterClient(connection).mark("noon")
+        assert state.copy is not None
+        assert status.copy == RunningCopy(state.copy.mark, state.copy_location, None)
+        assert (status.mark, status.tail, status.bypass_cause) == (2, parts.pipeline.splitter.journal.tail, "")
+        await connection.aclose()
+        nursery.cancel_scope.cancel()
+
+
 async def test_who_asks_is_told_that_the_splitter_ended(tmp_path: Path) -> None:
-    async def handle(request: dict[str, Any]) -> dict[str, Any]:
+    async def handle(request: Ask) -> dict[str, Any]:
         raise trio.BrokenResourceError("closed by the other side")
 
     async with served(tmp_path, handle):
         client = await connected(tmp_path)
         with pytest.raises(ControlError, match="the splitter ended"):
-            await client.request("status")
+            await client.request(Ask("status"), dict[str, Any])
         await client.aclose()
 
 
@@ -185,26 +220,25 @@ async def test_a_list_of_bookmarks_that_cannot_be_read_is_named(parts: Parts, sp
     spoil(path)
     control = ShipperControl(parts.shipper, parts.pipeline.state, "g")
     with pytest.raises(PitfsError, match=f"^{path}: {words}"):
-        await control.handle({"op": "bookmark", "name": "late"})
-    assert parts.pipeline.splitter.standing.mark == 1, "not set without its name being kept"
+        await control.handle(SetBookmark("late"))
+    assert parts.pipeline.splitter.state.mark == 1, "not set without its name being kept"
 
 
 async def test_a_bookmark_whose_client_leaves_is_set_or_not_named(
     parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    control = ShipperControl(parts.shipper, parts.pipeline.state, "g")
-    before = parts.pipeline.splitter.standing.mark
+    before = parts.pipeline.splitter.state.mark
     with trio.CancelScope() as scope:
         mark = parts.shipper.mark
 
-        async def leaving(name: str) -> dict[str, Any]:
+        async def leaving(name: str) -> SplitterStatus:
             scope.cancel()
             await trio.lowlevel.checkpoint()
             return await mark(name)
 
         monkeypatch.setattr(parts.shipper, "mark", leaving)
-        await control.handle({"op": "bookmark", "name": "noon"})
-    assert parts.pipeline.splitter.standing.mark == before + 1
+        await ShipperControl(parts.shipper, parts.pipeline.state, "g").handle(SetBookmark("noon"))
+    assert parts.pipeline.splitter.state.mark == before + 1
     assert os.path.exists(os.path.join(parts.pipeline.state, BOOKMARKS_FILE))
 
 
@@ -226,6 +260,6 @@ async def test_without_descriptors_a_client_waits_and_the_process_goes_on(
     monkeypatch.setattr("pitfs.splitter.control.ACCEPT_AGAIN_S", 0.01)
     async with served(tmp_path, Slow().handle):
         connection = await Connection.open(str(tmp_path), NAME)
-        assert await connection.request("quick") == {"op": "quick"}
+        assert await ask(connection, "quick") == "quick"
         await connection.aclose()
     assert refused == 1 and "waits: Too many open files" in caplog.text

@@ -1,4 +1,4 @@
-"""Figure 7 as a table: what of the difference journal goes, and the words that say why."""
+"""Figure 7 as a table: what of the difference journal goes behind its diff, and the words that say why."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import itertools
 
 import pytest
 
-from pitfs.model.granularity import decide
-from pitfs.model.ladder import RUNGS_NS
+from pitfs.model.ladder import NO_LAYER, RUNGS_NS
+from pitfs.model.schedule import Waiting, next_step
 
 MS = 1_000_000
 # 10 s, 5 s have no instant inside; then 1 s, 500, 100, 50, 10, 5, 1 ms, every write
-SIZES = [None, None, 10, 15, 30, 40, 60, 70, 80, 100]
+SIZES = (None, None, 10, 15, 30, 40, 60, 70, 80, 100)
+DIFF_BYTES = 30
 
 
 @pytest.mark.parametrize(
@@ -32,17 +33,11 @@ SIZES = [None, None, 10, 15, 30, 40, 60, 70, 80, 100]
 def test_the_finest_rung_that_fits_behind_the_diff_goes(
     rate: float | None, wanted: int | None, words: str
 ) -> None:
-    decision = decide(
-        mode="dynamic", diff_bytes=30, journal_bytes=SIZES, interval_ns=10**9, rate_bytes_per_s=rate
-    )
-    assert decision.granularity_ns == wanted and words in decision.reason
-
-
-def test_mode_snapshot_sends_none_of_it() -> None:
-    decision = decide(
-        mode="snapshot", diff_bytes=0, journal_bytes=SIZES, interval_ns=10**9, rate_bytes_per_s=None
-    )
-    assert decision.granularity_ns is None
+    room_bytes = None if rate is None else rate * 1.0 - DIFF_BYTES  # of an interval of a second
+    step = next_step(diff_due=False, waiting=[Waiting(1, NO_LAYER, SIZES)], room_bytes=room_bytes)
+    assert words in step.decision.reason
+    assert step.fits == (wanted is not None)
+    assert step.decision.granularity_ns == (1000 * MS if wanted is None else wanted)  # an idle link takes the coarsest
 
 
 def test_each_rung_divides_the_one_before() -> None:

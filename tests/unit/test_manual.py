@@ -13,9 +13,10 @@ import pytest
 
 from pitfs.cli import mount
 from pitfs.cli.main import COMMANDS, full_parser
-from pitfs.config.production import MAX_VOLUMES, load_config, parse_config
+from pitfs.config.production import load_config, parse_config
 from pitfs.errors import ConfigError
 from pitfs.fuse.mount.request import DEFAULT_WORKERS, MAX_WORKERS
+from pitfs.model.group import MAX_VOLUMES
 from pitfs.model.position import parse_time
 from pitfs.nbd.server import MAX_CONNECTIONS
 from pitfs.view.scratch import MAX_OVERLAYS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pitfs.model.ladder import LAST_LAYER, NO_LAYER, RUNGS_NS
-from pitfs.model.schedule import Step, StepKind, Waiting, layers_left, next_step
+from pitfs.model.schedule import Decision, Step, StepKind, Waiting, layers_left, next_step
 
 MB = 1_000_000
 # No position on the first two rungs; 1 s takes 2 MB, 500 ms 3 MB, …, every write 20 MB.
@@ -45,12 +45,12 @@ def test_what_goes_next(
 ) -> None:
     step = next_step(diff_due=diff_due, waiting=journals, room_bytes=room_bytes)
     assert (step.kind, step.mark, step.layer) == (kind, mark, layer)
-    assert step.reason or step.kind is StepKind.BUILD
+    assert step.decision.reason or step.kind is not StepKind.LAYERS
 
 
 def test_a_reason_says_what_fits() -> None:
     assert next_step(diff_due=False, waiting=[waiting()], room_bytes=6 * MB) == Step(
-        StepKind.LAYERS, 7, 4, "5.0 MB fit into 6.0 MB of room"
+        StepKind.LAYERS, 7, Decision(RUNGS_NS[4], "5.0 MB of it fit: difference journal 20.0 MB, room 6.0 MB")
     )
 
 

@@ -10,7 +10,7 @@ import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import pytest
@@ -18,11 +18,12 @@ import trio
 
 from pitfs.errors import CapacityError, LinkError, PitfsError, PositionMismatchError, UsageError
 from pitfs.journal.reader import Copy, Interval
-from pitfs.link.sessions.sender import SenderSession
+from pitfs.model.schedule import Decision
 from pitfs.model.transfer import WAITS, Checkpoint, Data, Section
 from pitfs.replication.backfill import ERASED
-from pitfs.storage.segment import SegmentReader
-from pitfs.supervision.shipper_process import ShipperControl
+from pitfs.replication.control import ShipperControl
+from pitfs.replication.requests import SetBookmark
+from pitfs.storage.segment import SegmentReader, segment_path
 from tests.helpers.shipper import Parts, recovers
 from tests.helpers.stores import feed
 
@@ -46,7 +47,7 @@ async def test_a_journal_that_fills_during_the_first_copy_is_mended(parts: Parts
     parts.fill()
     assert isinstance(item, Copy)
     with pytest.raises(LinkError, match="given up"):
-        await parts.shipper._ship_copy(cast(SenderSession, parts.session), item)
+        await parts.shipper.ship_copy(parts.session, item)
     await parts.locate()
     await recovers(parts)
 
@@ -56,7 +57,7 @@ async def test_what_rests_on_a_copy_that_was_given_up_is_never_sent(
 ) -> None:
     await parts.locate()
     await parts.ship()
-    await parts.request("rescan", cause="to try it")
+    await parts.client.rescan("to try it")
     parts.write()
     parts.pipeline.splitter.mark("in-the-gap")
     parts.fill()
@@ -64,7 +65,7 @@ async def test_what_rests_on_a_copy_that_was_given_up_is_never_sent(
     begun = parts.session.begun
     await recovers(parts)
     assert parts.session.begun == begun + 3, "one copy, one interval and its layers"
-    assert parts.shipper.standing.lost[2].startswith("the local journal can't be written")
+    assert parts.shipper.status.lost.cause.startswith("the local journal can't be written")
     assert "bookmark 'in-the-gap' lies in the gap" in caplog.text
 
 
@@ -79,18 +80,18 @@ async def test_segments_recycled_under_the_search_are_searched_again(
     parts.mark()
     await parts.ship()
     mark = parts.session.welcome.mark
-    real = parts.shipper._following.reader._open
-    asked = []
+    asked: list[str] = []
 
-    def open_segment(number: int) -> SegmentReader:
+    def open_segment(path: str) -> SegmentReader:
         if not asked:  # the first segment goes as it is being opened
             splitter.journal.release(splitter.journal.tail.segment)
-        asked.append(number)
-        return real(number)
+        asked.append(path)
+        return SegmentReader(path)
 
-    monkeypatch.setattr(parts.shipper._following.reader, "_open", open_segment)
+    monkeypatch.setattr("pitfs.journal.reader.SegmentReader", open_segment)
     await parts.locate()
-    assert asked[0] == 1 and asked[1] > 1 and splitter.standing.mark == mark, "found, without a complete copy"
+    first = segment_path(splitter.journal.directory, 1)
+    assert asked[0] == first and asked[1] > first and splitter.state.mark == mark, "found, without a complete copy"
     parts.write()
     parts.mark()
     assert isinstance(await parts.ship(), Interval)
@@ -102,12 +103,12 @@ async def test_a_journal_that_is_damaged_where_it_is_searched_leads_to_a_copy(pa
     await parts.ship()
     parts.write()
     parts.mark()
-    with open(parts.pipeline.splitter.journal.path_of(1), "r+b") as file:
+    with open(segment_path(parts.pipeline.splitter.journal.directory, 1), "r+b") as file:
         file.seek(4096)
         file.write(b"\xff" * 64)
     await parts.locate()
     assert isinstance(await parts.ship(), Copy)
-    assert "segment-" in parts.shipper.standing.lost[2]
+    assert "segment-" in parts.shipper.status.lost.cause
     parts.assert_replica_has_all()
 
 
@@ -128,7 +129,7 @@ async def test_an_interval_is_durable_here_before_the_replica_hears_of_it(
 
     monkeypatch.setattr(os, "fdatasync", fdatasync)
     await parts.ship()
-    tail = os.path.basename(parts.pipeline.splitter.journal.path_of(1))
+    tail = os.path.basename(segment_path(parts.pipeline.splitter.journal.directory, 1))
     assert (tail, begun) in synced, "before `begin`"
 
 
@@ -156,15 +157,15 @@ async def test_of_two_that_give_a_name_at_the_same_time_one_is_refused(parts: Pa
 
     async def name() -> None:
         try:
-            await control.handle({"op": "bookmark", "name": "noon"})
+            await control.handle(SetBookmark("noon"))
         except UsageError as error:
             refused.append(str(error))
 
-    before = parts.pipeline.splitter.standing.mark
+    before = parts.pipeline.splitter.state.mark
     async with trio.open_nursery() as nursery:
         for _ in range(3):
             nursery.start_soon(name)
-    assert len(refused) == 2 and parts.pipeline.splitter.standing.mark == before + 1
+    assert len(refused) == 2 and parts.pipeline.splitter.state.mark == before + 1
 
 
 async def test_a_name_that_could_not_be_given_can_be_given_later(
@@ -173,18 +174,18 @@ async def test_a_name_that_could_not_be_given_can_be_given_later(
     control = ShipperControl(parts.shipper, parts.pipeline.state, "g")
     parts.fill()
     with pytest.raises(CapacityError, match="capacity"):
-        await control.handle({"op": "bookmark", "name": "noon"})
-    parts.pipeline.splitter.standing.bypass_cause = ""
-    await control.handle({"op": "bookmark", "name": "noon"})
+        await control.handle(SetBookmark("noon"))
+    parts.pipeline.splitter.state.bypass_cause = ""
+    await control.handle(SetBookmark("noon"))
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    before = parts.pipeline.splitter.standing.mark
+    before = parts.pipeline.splitter.state.mark
     monkeypatch.setattr("pitfs.storage.files.os.fsync", full)
     with pytest.raises(CapacityError, match="bookmarks: remembering the bookmark's name: No space left"):
-        await control.handle({"op": "bookmark", "name": "later"})
-    assert parts.pipeline.splitter.standing.mark == before, "not set without its name being kept"
+        await control.handle(SetBookmark("later"))
+    assert parts.pipeline.splitter.state.mark == before, "not set without its name being kept"
 
 
 @pytest.mark.parametrize("section", [Section.DIFF, Section.JOURNAL])
@@ -209,7 +210,7 @@ async def test_what_was_cut_goes_on_where_it_was_though_the_rate_changed(
     monkeypatch.setattr(parts.session, "send", send)
     with pytest.raises(LinkError, match="cut"):
         await parts.ship()
-    parts.shipper.standing.rates.append(1.0)
+    parts.shipper.bandwidth.rates.append(1.0)
     await parts.connect_anew()
     if section is Section.DIFF:
         await parts.ship()
@@ -248,7 +249,7 @@ async def test_a_diff_that_is_due_puts_layers_off(parts: Parts, monkeypatch: pyt
     await parts.ship_layers()
     assert parts.granularities() == [0, 0]
     assert [section for section, _ in sent].count(Section.JOURNAL) == 2, "what was put off wasn't sent again"
-    assert parts.pipeline.splitter.releasable_segment == parts.shipper._needed_segment
+    assert parts.pipeline.splitter.releasable_segment == parts.shipper.needed_segment
 
 
 async def test_journals_are_kept_until_the_room_is_needed(parts: Parts) -> None:
@@ -261,7 +262,7 @@ async def test_journals_are_kept_until_the_room_is_needed(parts: Parts) -> None:
         parts.mark()
         await parts.ship(layers=False)
     assert parts.granularities() == [None] * 3
-    assert [each.mark for each in parts.shipper._backfill.waiting] == [4, 3, 2]
+    assert [each.mark for each in parts.shipper.backfill.waiting] == [4, 3, 2]
     splitter = parts.pipeline.splitter
     splitter.recovery_segment = splitter.journal.tail.segment + 100  # as after a checkpoint
     first = splitter.journal.tail.segment
@@ -271,7 +272,7 @@ async def test_journals_are_kept_until_the_room_is_needed(parts: Parts) -> None:
         if parts.pipeline.random.random() < 0.1:
             parts.mark()
             await parts.ship(layers=False)
-    assert not splitter.standing.bypass_cause
+    assert not splitter.state.bypass_cause
     await parts.ship_layers()
     found = parts.granularities()
     assert found[0] is None and found[-1] == 0
@@ -291,7 +292,7 @@ async def test_what_the_replica_lacks_is_found_again_after_a_restart(parts: Part
         await parts.ship(layers=False)
     parts.restart_shipper()
     await parts.connect_anew()
-    assert [each.mark for each in parts.shipper._backfill.waiting] == [4, 3, 2]
+    assert [each.mark for each in parts.shipper.backfill.waiting] == [4, 3, 2]
     await parts.ship_layers()
     assert parts.granularities() == [0, 0, 0]
     parts.assert_replica_has_all()
@@ -306,21 +307,53 @@ async def test_a_journal_that_is_gone_after_a_restart_is_no_longer_promised(part
         await parts.ship(layers=False)
     assert all(cause.endswith(WAITS) for cause in parts.causes())
     splitter = parts.pipeline.splitter
-    splitter.journal.begin_anew()
+    splitter.journal.begin_new_segment()
     parts.write()
     parts.mark()
     await parts.ship(layers=False)
     splitter.journal.release(splitter.journal.tail.segment)
     parts.restart_shipper()
     await parts.connect_anew()
-    assert parts.shipper._backfill.waiting == []
-    await parts.shipper._backfill.tell_lost(cast(SenderSession, parts.session))
+    assert parts.shipper.backfill.waiting == []
+    await parts.shipper.backfill.report_lost(parts.session)
     assert parts.granularities() == [None] * 3
     assert parts.causes() == [ERASED] * 3
     await parts.connect_anew()
     offered = parts.session.begun
-    await parts.shipper._backfill.tell_lost(cast(SenderSession, parts.session))
+    await parts.shipper.backfill.report_lost(parts.session)
     assert parts.session.begun == offered, "it is said once"
+
+
+async def test_the_decision_of_status_is_what_was_sent(parts: Parts) -> None:
+    await parts.locate()
+    await parts.ship()
+    for _ in range(20):
+        parts.write()
+    parts.mark()
+    status, bandwidth = parts.shipper.status, parts.shipper.bandwidth
+    await parts.ship(layers=False)
+    assert status.last_decision is not None and status.last_decision.granularity_ns is None
+    assert status.last_decision.reason == parts.causes()[0]
+    first_pass = status.first_pass_mark
+    bandwidth.rates.append(1.0)
+    while parts.shipper.backfill.waiting:
+        await parts.ship_layers(1)
+        assert status.last_decision.granularity_ns == parts.granularities()[0]
+        assert "doesn't fit" in status.last_decision.reason
+    assert status.first_pass_mark == first_pass + 1
+
+
+async def test_mode_snapshot_sends_no_difference_journal(tmp_path: Path) -> None:
+    parts = Parts(tmp_path, mode="snapshot")
+    await parts.locate()
+    await parts.ship()
+    parts.write()
+    parts.mark()
+    await parts.ship()
+    assert parts.shipper.status.last_decision == Decision(None, "mode is snapshot")
+    assert parts.granularities() == [None] and parts.causes() == ["mode is snapshot"]
+    assert parts.shipper.backfill.waiting == []
+    parts.close()
 
 
 async def test_a_mark_of_another_host_is_not_taken_for_ours(parts: Parts) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import trio
@@ -16,12 +15,12 @@ from trio.testing import wait_all_tasks_blocked
 from pitfs.errors import LinkError, PitfsError, PositionMismatchError
 from pitfs.journal.reader import Copy, Interval
 from pitfs.journal.writer import Location
-from pitfs.link.protocol import checks
-from pitfs.link.sessions.sender import SenderSession
-from pitfs.model.transfer import Begin, Checkpoint, Data, End, Welcome
-from pitfs.replication import shipment
+from pitfs.link.protocol.frames import encode
+from pitfs.model.transfer import MAX_TEXT_LENGTH, Begin, Checkpoint, Data, End, Welcome
+from pitfs.replication import manifests
 from pitfs.replication.status import InGapError
-from tests.helpers.shipper import MARGIN_S, VOLUME_BYTES, Here, Parts, recovers
+from pitfs.storage.segment import segment_path
+from tests.helpers.shipper import MARGIN_S, VOLUME_BYTES, Parts, recovers
 
 
 @pytest.fixture
@@ -56,7 +55,7 @@ async def three_segments(parts: Parts) -> str:
     while parts.pipeline.splitter.journal.tail.segment < 3:
         parts.write(100_000)
     parts.mark()
-    return parts.pipeline.splitter.journal.path_of(2)
+    return segment_path(parts.pipeline.splitter.journal.directory, 2)
 
 
 # -- a replica that was put back ------------------------------------------------------------------------
@@ -67,7 +66,7 @@ async def test_a_replica_from_before_a_completed_copy_gets_another_one(parts: Pa
     await parts.ship()
     saved = parts.save_replica()
     await ship_interval(parts)
-    await parts.request("rescan", cause="to try it")
+    await parts.client.rescan("to try it")
     assert isinstance(await parts.ship(), Interval), "what came before that copy"
     assert isinstance(await parts.ship(), Copy)
     await ship_interval(parts)
@@ -78,7 +77,7 @@ async def test_a_replica_from_before_a_completed_copy_gets_another_one(parts: Pa
             "the journal still leads on from there, up to the copy"
         )
     await recovers(parts)
-    assert "a complete copy that it had acknowledged" in parts.shipper.standing.lost[2]
+    assert "a complete copy that it had acknowledged" in parts.shipper.status.lost.cause
 
 
 # -- the word of a commit that is lost --------------------------------------------------------------------
@@ -90,9 +89,9 @@ async def test_a_mark_in_the_gap_is_said_to_be_so_though_the_copys_commit_was_no
     await parts.locate()
     await parts.ship()
     parts.write()
-    in_gap = (await parts.shipper.mark())["mark"]
+    in_gap = (await parts.shipper.mark()).mark
     parts.pipeline.splitter.start_copy("to try it")
-    parts.shipper._following.reader.seek(parts.pipeline.splitter.standing.copy_location, (0, 0))
+    parts.shipper.cursor.reader.seek(parts.pipeline.splitter.state.copy_location, (0, 0))
     finish = parts.session.finish
 
     async def cut(end: End) -> Welcome:
@@ -103,9 +102,9 @@ async def test_a_mark_in_the_gap_is_said_to_be_so_though_the_copys_commit_was_no
     with pytest.raises(LinkError):
         await parts.ship()
     await parts.connect_anew()
-    assert parts.pipeline.splitter.standing.copy is None, "the replica's mark said that it was committed"
+    assert parts.pipeline.splitter.state.copy is None, "the replica's mark said that it was committed"
     with trio.fail_after(MARGIN_S), pytest.raises(InGapError, match="to try it"):
-        await parts.shipper.standing.wait_committed(in_gap, 0)
+        await parts.shipper.status.wait_committed(in_gap, 0)
 
 
 # -- a journal that can't be read -------------------------------------------------------------------------
@@ -116,7 +115,7 @@ async def test_a_bad_sector_under_a_record_leads_to_a_copy(
 ) -> None:
     unreadable(monkeypatch, await three_segments(parts), "pread", errno.EIO)
     await recovers(parts)
-    lost = parts.shipper.standing.lost[2]
+    lost = parts.shipper.status.lost.cause
     assert "segment-" in lost and lost.endswith("damaged at byte 4096: it can't be read: Input/output error")
 
 
@@ -124,12 +123,12 @@ async def test_a_bad_sector_under_contents_leads_to_a_copy(
     parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unreadable(monkeypatch, await three_segments(parts), "preadv", errno.EIO)
-    mark = parts.pipeline.splitter.standing.mark
+    mark = parts.pipeline.splitter.state.mark
     with pytest.raises(LinkError, match="it can't be read: Input/output error: connecting anew"):
         await parts.ship()
     await parts.connect_anew()
     await recovers(parts)
-    assert parts.pipeline.splitter.standing.mark == mark + 3, (
+    assert parts.pipeline.splitter.state.mark == mark + 3, (
         "closed, copied once, and the interval after that"
     )
 
@@ -137,7 +136,7 @@ async def test_a_bad_sector_under_contents_leads_to_a_copy(
 async def test_a_segment_that_is_missing_leads_to_a_copy(parts: Parts) -> None:
     os.unlink(await three_segments(parts))
     await recovers(parts)
-    assert "No such file or directory" in parts.shipper.standing.lost[2]
+    assert "No such file or directory" in parts.shipper.status.lost.cause
 
 
 @pytest.mark.parametrize("call", ["pread", "preadv"])
@@ -145,24 +144,24 @@ async def test_a_process_without_memory_has_no_damaged_journal(
     parts: Parts, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     path = await three_segments(parts)
-    mark = parts.pipeline.splitter.standing.mark
+    mark = parts.pipeline.splitter.state.mark
     with monkeypatch.context() as patch:
         unreadable(patch, path, call, errno.ENOMEM)
         with pytest.raises(PitfsError, match=f"{path}: reading the journal: Cannot allocate memory"):
             await parts.ship()
     await parts.connect_anew()
     assert isinstance(await parts.ship(), Interval)
-    assert parts.pipeline.splitter.standing.mark == mark, "without a complete copy"
+    assert parts.pipeline.splitter.state.mark == mark, "without a complete copy"
     parts.assert_replica_has_all()
 
 
 async def test_a_copy_whose_beginning_is_damaged_is_begun_anew(parts: Parts) -> None:
     await parts.locate()
     await parts.ship()
-    await parts.request("rescan", cause="to try it")
+    await parts.client.rescan("to try it")
     splitter = parts.pipeline.splitter
-    first, place = splitter.standing.mark, splitter.standing.copy_location
-    with open(splitter.journal.path_of(place.segment), "r+b") as file:
+    first, place = splitter.state.mark, splitter.state.copy_location
+    with open(segment_path(splitter.journal.directory, place.segment), "r+b") as file:
         file.seek(place.offset)
         file.write(b"\xff" * 64)
     assert isinstance(await parts.ship(), Interval), "what came before that copy"
@@ -174,29 +173,16 @@ async def test_a_copy_whose_beginning_is_damaged_is_begun_anew(parts: Parts) -> 
     parts.assert_replica_has_all()
 
 
-def in_its_place(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`Shipper.run` finds the session of these parts."""
-
-    @asynccontextmanager
-    async def connect(*_: Any, **__: Any) -> AsyncIterator[Here]:
-        yield parts.session
-
-    monkeypatch.setattr("pitfs.replication.shipper.connect", connect)
-
-
-async def test_a_backing_volume_that_is_gone_is_said_and_tried_again(
-    parts: Parts, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    in_its_place(parts, monkeypatch)
+async def test_a_backing_volume_that_is_gone_is_said_and_tried_again(parts: Parts) -> None:
     backing = parts.pipeline.backings[0]
     away = backing.rename(backing.with_name("away"))
-    standing = parts.shipper.standing
+    status = parts.shipper.status
     async with trio.open_nursery() as nursery:
         nursery.start_soon(parts.shipper.run)
         with pytest.raises(PitfsError, match=f"{backing}: reading: No such file or directory"):
-            await standing.wait_committed(1, MARGIN_S)
+            await status.wait_committed(1, MARGIN_S)
         away.rename(backing)
-        await standing.wait_committed(1, MARGIN_S)
+        await status.wait_committed(1, MARGIN_S)
         nursery.cancel_scope.cancel()
     parts.assert_replica_has_all()
 
@@ -218,7 +204,7 @@ async def test_a_link_that_fails_while_there_is_nothing_to_send_ends_the_waiting
         nursery.start_soon(follow)
         await wait_all_tasks_blocked()
         parts.session.failure = LinkError("nothing heard from it for 20 s")
-        parts.shipper._following.wake.set()
+        parts.shipper.cursor.wake.set()
     assert caught == [parts.session.failure]
 
 
@@ -226,7 +212,7 @@ async def test_a_peers_word_alone_makes_nothing_be_copied_again(
     parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await parts.locate()
-    mark = parts.pipeline.splitter.standing.mark
+    mark = parts.pipeline.splitter.state.mark
 
     async def faulty(frame: Data | Checkpoint) -> None:
         parts.session.failure = PositionMismatchError("here: I don't believe you")
@@ -237,26 +223,24 @@ async def test_a_peers_word_alone_makes_nothing_be_copied_again(
         await parts.ship()
     await parts.connect_anew()
     assert isinstance(await parts.ship(), Copy)
-    assert parts.pipeline.splitter.standing.mark == mark, "the same copy"
+    assert parts.pipeline.splitter.state.mark == mark, "the same copy"
     parts.assert_replica_has_all()
 
 
 async def test_a_cause_of_any_length_can_be_sent(parts: Parts) -> None:
-    assert shipment.MAX_CAUSE_LENGTH == checks.MAX_TEXT_LENGTH, (
-        "the link's limit, which production can't import"
-    )
+    assert manifests.MAX_CAUSE_LENGTH == MAX_TEXT_LENGTH
     await parts.locate()
     await parts.ship()
     for cause in ("x" * 4000, "x" * 1000):
-        await parts.request("rescan", cause=cause)
+        await parts.client.rescan(cause)
         assert isinstance(await parts.ship(), Interval)
         item = await parts.next()
         assert isinstance(item, Copy)
-        manifest = shipment.copy_manifest(item, parts.pipeline.hello.history, parts.session.welcome)
-        checks.check(Begin(manifest))
+        manifest = manifests.copy_manifest(item, parts.pipeline.hello.history, parts.session.welcome)
+        encode(Begin(manifest))
         assert len(manifest.cause) == 1000 and manifest.gaps[0].cause == manifest.cause
         assert manifest.cause.endswith("…") == (len(cause) > 1000)
-        await parts.shipper._ship_copy(cast(SenderSession, parts.session), item)
+        await parts.shipper.ship_copy(parts.session, item)
 
 
 # -- long intervals ---------------------------------------------------------------------------------------
@@ -269,16 +253,16 @@ async def test_an_interval_that_grows_too_large_is_closed_early(
     shipper, splitter = parts.shipper, parts.pipeline.splitter
     await parts.locate()
     await parts.ship()
-    await shipper._close_large()
+    await shipper.close_large()
     for _ in range(3):
         parts.write(4096 * 30)
-        await shipper._close_large()
-    assert splitter.standing.mark == 1, "90 blocks"
+        await shipper.close_large()
+    assert splitter.state.mark == 1, "90 blocks"
     parts.write(4096 * 30)
-    await shipper._close_large()
-    assert splitter.standing.mark == 2
-    await shipper._close_large()
-    assert splitter.standing.mark == 2, "the next one has hardly begun"
+    await shipper.close_large()
+    assert splitter.state.mark == 2
+    await shipper.close_large()
+    assert splitter.state.mark == 2, "the next one has hardly begun"
     item = await parts.ship()
     assert isinstance(item, Interval) and len(item.times) == 4
     parts.assert_replica_has_all()
@@ -290,35 +274,34 @@ async def test_an_interval_that_was_closed_early_has_only_its_own_time_to_be_sen
 ) -> None:
     monkeypatch.setattr("pitfs.replication.shipper.MAX_INTERVAL_ROWS", 1)
     shipper = parts.shipper
-    shipper.standing.rates.append(1e6)  # 2 MB in the whole interval of 2 s, next to nothing in a microsecond
+    shipper.bandwidth.rates.append(1e6)  # 2 MB in the whole interval of 2 s, next to nothing in a microsecond
     await parts.locate()
     await parts.ship()
-    await shipper._close_large()
-    decisions = []
+    await shipper.close_large()
+    fitted = []
     for early in (True, False):
         parts.write(8192)
         parts.write(8192)
         if early:
-            await shipper._close_large()
+            await shipper.close_large()
         else:
             parts.mark()
         await parts.ship(layers=False)
-        assert shipper.standing.last_decision is not None
-        decisions.append(shipper.standing.last_decision.granularity_ns)
-    assert decisions == [None, 0]
+        fitted.append(shipper.fitted)
+    assert fitted == [False, True]
 
 
 async def test_a_mark_is_counted_from_whoever_set_it(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pitfs.replication.shipper.MAX_INTERVAL_ROWS", 100)
     shipper, splitter = parts.shipper, parts.pipeline.splitter
-    await shipper._close_large()
+    await shipper.close_large()
     parts.write(4096 * 60)
     parts.mark()
-    await shipper._close_large()
+    await shipper.close_large()
     parts.write(4096 * 60)
-    await shipper._close_large()
-    assert splitter.standing.mark == 2
-    assert shipper._marked_at > Location(1, 4096)
+    await shipper.close_large()
+    assert splitter.state.mark == 2
+    assert shipper.last_marked is not None and shipper.last_marked.tail > Location(1, 4096)
 
 
 async def test_an_interval_longer_than_the_journal_can_hold_is_closed_early(parts: Parts) -> None:
@@ -330,11 +313,11 @@ async def test_an_interval_longer_than_the_journal_can_hold_is_closed_early(part
     for _ in range(40):  # twice what the journal holds
         for _ in range(4):
             parts.write(200_000)
-        await shipper._close_large()
-        if splitter.standing.mark > shipped:
-            shipped = splitter.standing.mark
+        await shipper.close_large()
+        if splitter.state.mark > shipped:
+            shipped = splitter.state.mark
             await parts.ship(layers=False)
         await parts.service._keep()
         await parts.service._prepare_spare()
-    assert not splitter.standing.bypass_cause
+    assert not splitter.state.bypass_cause
     assert shipped >= 3

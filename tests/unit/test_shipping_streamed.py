@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import threading
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import trio
 import trio.testing
 
 from pitfs.journal.reader import Interval
-from pitfs.link.sessions.sender import SenderSession
 from pitfs.model.transfer import Flush, Writes
+from pitfs.replication.phases import Phase
 from pitfs.store.open_interval.closing import Closing
 from tests.helpers.shipper import Parts
 
@@ -27,14 +27,15 @@ def parts(tmp_path: Path) -> Any:
 
 async def stream(parts: Parts, count: int = 3, leave: bool = True) -> None:
     """Streams some writes, and leaves the stream in the middle of the interval."""
-    shipper, session = parts.shipper, cast(SenderSession, parts.session)
-    if not shipper._stream.active:
-        shipper._stream.begin(session, session.welcome.mark)
+    shipper, session = parts.shipper, parts.session
+    if shipper.status.phase is not Phase.STREAMING:
+        shipper.begin_stream(session)
     for _ in range(count):
         parts.write()
-    await shipper._stream.turn(60.0)
+    await shipper.stream.pump(60.0)
     if leave:
-        await shipper._stream.leave()
+        await shipper.stream.finish()
+        shipper.status.enter(Phase.WAITING)
 
 
 async def test_a_diff_behind_a_stream_that_is_cut_off_is_sent_on_the_next_connection(parts: Parts) -> None:
@@ -45,10 +46,10 @@ async def test_a_diff_behind_a_stream_that_is_cut_off_is_sent_on_the_next_connec
     parts.mark()
     interval = await parts.next()
     assert isinstance(interval, Interval)
-    session = cast(SenderSession, parts.session)
+    session = parts.session
     send, parts.session.send = parts.session.send, cut  # type: ignore[method-assign]
     with pytest.raises(ConnectionError):
-        await parts.shipper._ship_interval(session, interval)
+        await parts.shipper.ship_interval(session, interval)
     parts.session.send = send  # type: ignore[method-assign]
     await parts.connect_anew()
     assert isinstance(await parts.ship(), Interval)
@@ -59,18 +60,20 @@ async def cut(frame: object) -> None:
     raise ConnectionError
 
 
-async def test_while_writes_pass_the_replica_isnt_told_that_it_has_all(parts: Parts) -> None:
+async def test_during_a_bypass_the_replica_isnt_told_that_it_has_all(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else the last state that was journalled would be given for any time until the copy comes."""
     await parts.locate()
     await parts.ship()
     await stream(parts, leave=False)
     parts.fill()
-    passing_ns = parts.pipeline.splitter.standing.time_ns
+    passing_ns = parts.pipeline.splitter.state.time_ns
     shipper, flushed = parts.shipper, parts.session.flushed
     for _ in range(2):
-        shipper._stream._flushed_at = -math.inf
-        await shipper._stream.turn(60.0)
-    assert flushed[-1].seq == parts.pipeline.splitter.standing.seq
+        monkeypatch.setattr("pitfs.replication.stream.PULSE_S", 0.0)
+        await shipper.stream.pump(60.0)
+    assert flushed[-1].seq == parts.pipeline.splitter.state.seq
     assert flushed[-1].protected_through_ns <= passing_ns
     assert parts.pipeline.ingest.welcome().protected_through_ns <= passing_ns
 
@@ -82,7 +85,7 @@ async def test_what_is_streamed_gives_its_room_back_on_the_way(parts: Parts) -> 
     shipper, splitter, session = parts.shipper, parts.pipeline.splitter, parts.session
     while splitter.journal.tail.segment < 3:
         parts.write(100_000)
-    shipper._stream.begin(cast(SenderSession, session), session.welcome.mark)
+    shipper.begin_stream(session)
     released, sent = [], session.stream
 
     async def stream_and_look(writes: Writes | None, flush: Flush, window_bytes: int = 0) -> None:
@@ -90,7 +93,7 @@ async def test_what_is_streamed_gives_its_room_back_on_the_way(parts: Parts) -> 
         await sent(writes, flush, window_bytes)
 
     session.stream = stream_and_look  # type: ignore[method-assign]
-    await shipper._stream.turn(60.0)
+    await shipper.stream.pump(60.0)
     assert released[-1] >= 2
 
 
@@ -108,13 +111,13 @@ async def test_who_leaves_a_stream_knows_that_its_marks_are_committed(parts: Par
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Closing, "run", slow)
-        await parts.shipper._stream.turn(60.0)
-        assert parts.shipper.standing.committed is not None
-        assert parts.shipper.standing.committed.mark == 1
+        await parts.shipper.stream.pump(60.0)
+        assert parts.shipper.status.committed is not None
+        assert parts.shipper.status.committed.mark == 1
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(parts.shipper._stream.leave)
+            nursery.start_soon(parts.shipper.stream.finish)
             gate.set()
-    assert parts.shipper.standing.committed.mark == 2
+    assert parts.shipper.status.committed.mark == 2
 
 
 async def test_a_window_that_is_too_small_for_a_long_link_is_not_taken_for_its_rate(
@@ -124,19 +127,19 @@ async def test_a_window_that_is_too_small_for_a_long_link_is_not_taken_for_its_r
     await parts.locate()
     await parts.ship()
     shipper, session = parts.shipper, parts.session
-    stream_ = shipper._stream
-    stream_.begin(cast(SenderSession, session), session.welcome.mark)
+    stream_ = shipper.stream
+    shipper.begin_stream(session)
     real, windows = session.stream, []
 
     async def far(writes: Writes | None, flush: Flush, window_bytes: int = 0) -> None:
         await trio.sleep(3)
         await real(writes, flush, window_bytes)
         windows.append(window_bytes)
-        shipper.standing.rates.clear()
-        shipper.standing.rates.append(window_bytes / 3)  # all that goes in that time
+        shipper.bandwidth.rates.clear()
+        shipper.bandwidth.rates.append(window_bytes / 3)  # all that goes in that time
 
     session.stream = far  # type: ignore[method-assign]
     for _ in range(12):
         parts.write()
-        await stream_.turn(math.inf)
+        await stream_.pump(math.inf)
     assert windows[-1] >= windows[1] > 1 << 20

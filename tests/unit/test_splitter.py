@@ -11,8 +11,8 @@ import pytest
 from pitfs.errors import CapacityError, UsageError
 from pitfs.journal.reader import Interval
 from pitfs.model.record import CopyProgress
-from pitfs.splitter.progress import BackingState, Progress, ProgressFile
 from pitfs.splitter.startup import VolumeSpec, lock_state, open_splitter
+from pitfs.splitter.state import BackingState, Progress, ProgressFile
 from pitfs.splitter.volume import NotCachedError
 from pitfs.store.store import Store
 from tests.helpers.pipeline import Pipeline
@@ -26,9 +26,9 @@ def pipeline(tmp_path: Path) -> Pipeline:
 
 def fill(pipeline: Pipeline) -> int:
     """Writes until the journal is full; returns the last seq that is journalled."""
-    while not pipeline.splitter.standing.bypass_cause:
+    while not pipeline.splitter.state.bypass_cause:
         pipeline.write(0, 0, os.urandom(150_000))
-    return pipeline.splitter.standing.seq
+    return pipeline.splitter.state.seq
 
 
 def test_times_rise_with_seq_though_the_clock_stands_still(pipeline: Pipeline) -> None:
@@ -42,21 +42,21 @@ def test_times_rise_with_seq_though_the_clock_stands_still(pipeline: Pipeline) -
     pipeline.close()
 
 
-def test_a_full_journal_lets_writes_pass_and_says_so_in_a_gap(pipeline: Pipeline) -> None:
+def test_a_full_journal_begins_a_bypass_and_says_so_in_a_gap(pipeline: Pipeline) -> None:
     pipeline.ship()  # the first copy
     last = fill(pipeline)
-    assert "capacity" in pipeline.splitter.standing.bypass_cause
+    assert "capacity" in pipeline.splitter.state.bypass_cause
     assert pipeline.backings[0].read_bytes() == pipeline.states[-1][0], "writes go on"
     with pytest.raises(CapacityError):
         pipeline.splitter.mark()
-    assert not pipeline.splitter.resume_journal("full"), "there is no room yet"
+    assert not pipeline.splitter.resume_journal(), "there is no room yet"
     # The mark that was set when it became full lets all of it be shipped, and gives room.
     pipeline.ship()
     pipeline.splitter.checkpoint(pipeline.splitter.snapshot_progress())
     pipeline.splitter.journal.sync()
     pipeline.splitter.release(pipeline.reader.location.segment)
     pipeline.splitter.journal.release(pipeline.splitter.releasable_segment)
-    assert pipeline.splitter.resume_journal("the journal was full")
+    assert pipeline.splitter.resume_journal()
     # What passed is one step for the replica: the state from which journalling goes on.
     del pipeline.states[last + 1 : -1]
     for _ in range(20):
@@ -66,17 +66,17 @@ def test_a_full_journal_lets_writes_pass_and_says_so_in_a_gap(pipeline: Pipeline
     check_every_seq(pipeline, range(len(pipeline.states)))
     store = Store.open(str(pipeline.tmp / "g"))
     (gap,) = store.gaps()
-    assert (gap.from_seq, gap.to_seq, gap.cause) == (last, last + 1, "the journal was full")
+    assert (gap.from_seq, gap.to_seq) == (last, last + 1) and "capacity" in gap.cause
     store.close()
     pipeline.close()
 
 
-def test_passing_survives_a_kill_and_production_goes_on(pipeline: Pipeline) -> None:
+def test_a_bypass_survives_a_kill_and_production_goes_on(pipeline: Pipeline) -> None:
     pipeline.splitter.copied(CopyProgress(1, 1, 0))
     fill(pipeline)
     pipeline.crash()
     pipeline.start()
-    assert "capacity" in pipeline.splitter.standing.bypass_cause, "no room yet, and writes aren't to wait for it"
+    assert "capacity" in pipeline.splitter.state.bypass_cause, "no room yet, and writes aren't to wait for it"
     pipeline.random_write()
     assert pipeline.backings[0].read_bytes() == pipeline.states[-1][0]
     pipeline.close()
@@ -90,7 +90,7 @@ def test_a_change_behind_our_back_leads_to_a_copy_with_a_gap(pipeline: Pipeline)
     with open(pipeline.backings[0], "r+b") as file:
         file.write(b"somebody else")
     pipeline.start()
-    copy = pipeline.splitter.standing.copy
+    copy = pipeline.splitter.state.copy
     assert copy is not None and "changed while pitfs wasn't running" in copy.cause
     pipeline.close()
 
@@ -101,7 +101,7 @@ def test_closed_in_order_nothing_is_copied_again(pipeline: Pipeline) -> None:
     pipeline.splitter.close()
     os.close(pipeline.lock)
     pipeline.start()
-    assert pipeline.splitter.standing.copy is None and pipeline.splitter.standing.seq == 1
+    assert pipeline.splitter.state.copy is None and pipeline.splitter.state.seq == 1
     pipeline.close()
 
 
@@ -112,7 +112,7 @@ def test_after_power_loss_everything_is_read_again(pipeline: Pipeline) -> None:
     pipeline.splitter.checkpoint(pipeline.splitter.snapshot_progress())
     pipeline.crash()
     pipeline.start()
-    copy = pipeline.splitter.standing.copy
+    copy = pipeline.splitter.state.copy
     assert copy is not None and "power was lost" in copy.cause and copy.mark == 3
     pipeline.close()
 
@@ -154,7 +154,7 @@ def test_a_torn_slot_of_the_progress_leaves_the_one_before(tmp_path: Path) -> No
 def test_what_is_not_in_memory_is_not_waited_for(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """The event loop asks so; nothing of the write has happened then, and it is done on the second try."""
     splitter = pipeline.splitter
-    before = splitter.standing.seq
+    before = splitter.state.seq
 
     def cold(*_: object) -> int:
         raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
@@ -166,7 +166,7 @@ def test_what_is_not_in_memory_is_not_waited_for(pipeline: Pipeline, monkeypatch
                 splitter.write(*write, may_wait=False)
         with pytest.raises(NotCachedError):
             splitter.read(0, 0, 100, may_wait=False)
-    assert splitter.standing.seq == before
+    assert splitter.state.seq == before
     for write in ((0, 100, b"x"), (0, 0, b"y" * 4096)):
         splitter.write(*write, may_wait=False)
     assert splitter.read(0, 0, 200, may_wait=False)[:200] == b"y" * 200

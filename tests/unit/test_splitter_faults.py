@@ -41,7 +41,7 @@ def test_a_failed_fsync_of_the_journal_is_not_believed_when_it_is_tried_again(
     for _ in range(2):
         with pytest.raises(OSError, match="Input/output"):
             pipeline.splitter.journal.sync()
-    pipeline.splitter.journal.begin_anew()
+    pipeline.splitter.journal.begin_new_segment()
     pipeline.splitter.journal.sync()
     pipeline.close()
 
@@ -59,28 +59,28 @@ def test_a_failed_fsync_of_the_backing_stops_checkpoints_until_a_redo(
     pipeline.close()
 
 
-def test_a_write_that_passes_is_answered_only_once_passing_is_on_disk(
+def test_a_write_of_a_bypass_is_answered_only_once_the_bypass_is_on_disk(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline.splitter.copied(CopyProgress(1, 1, 0))
     pipeline.write(0, 0, b"1" * 4096)
     refuse_once(monkeypatch, "progress")
     pipeline.splitter.sync_failed(OSError(errno.EIO, "Input/output error"))
-    assert pipeline.splitter.standing.bypass_cause
+    assert pipeline.splitter.state.bypass_cause
     pipeline.write(0, 0, b"3" * 4096)  # records it first
     pipeline.crash()
     pipeline.start()
-    assert pipeline.splitter.standing.bypass_cause
+    assert pipeline.splitter.state.bypass_cause
     assert pipeline.backings[0].read_bytes() == pipeline.states[-1][0], "the redo undid an answered write"
     pipeline.close()
 
 
 def test_a_copy_that_was_given_up_does_not_come_back_with_a_restart(pipeline: Pipeline) -> None:
-    assert pipeline.splitter.standing.copy is not None
+    assert pipeline.splitter.state.copy is not None
     pipeline.splitter.sync_failed(OSError(errno.EIO, "Input/output error"))
     pipeline.crash()
     pipeline.start()
-    assert pipeline.splitter.standing.bypass_cause and pipeline.splitter.standing.copy is None
+    assert pipeline.splitter.state.bypass_cause and pipeline.splitter.state.copy is None
     pipeline.close()
 
 
@@ -99,7 +99,7 @@ def test_a_change_after_an_unclean_stop_leads_to_a_copy(pipeline: Pipeline) -> N
     with open(pipeline.backings[0], "r+b") as file:
         file.write(b"somebody else")
     pipeline.start()
-    copy = pipeline.splitter.standing.copy
+    copy = pipeline.splitter.state.copy
     assert copy is not None and "changed while pitfs wasn't running" in copy.cause
     pipeline.close()
 
@@ -116,7 +116,7 @@ def test_the_end_of_a_copy_is_taken_though_the_journal_is_full(
     pipeline.splitter.copied(CopyProgress(1, 0, 5))
     assert pipeline.splitter.volumes[0].copied_block == 0, "without its record it isn't believed"
     pipeline.splitter.copied(CopyProgress(1, 1, 0))
-    assert pipeline.splitter.standing.copy is None
+    assert pipeline.splitter.state.copy is None
     monkeypatch.undo()
     pipeline.close()
 
@@ -124,13 +124,13 @@ def test_the_end_of_a_copy_is_taken_though_the_journal_is_full(
 def test_segments_stay_until_the_progress_on_disk_needs_them_no_more(pipeline: Pipeline) -> None:
     """The running copy ended, but a recovery would begin where the progress on disk says that it began."""
     splitter = pipeline.splitter
-    assert splitter.standing.copy is not None and splitter.standing.copy_location.segment == 1
+    assert splitter.state.copy is not None and splitter.state.copy_location.segment == 1
     while splitter.journal.tail.segment < 3:
         pipeline.write(0, 0, bytes(pipeline.random.bytes(150_000)))
     splitter.checkpoint(splitter.snapshot_progress())
     splitter.release(3)
     splitter.copied(CopyProgress(1, 1, 0))
-    assert splitter.standing.copy is None and splitter.releasable_segment == 1
+    assert splitter.state.copy is None and splitter.releasable_segment == 1
     splitter.checkpoint(splitter.snapshot_progress())
     assert splitter.releasable_segment == 3
     pipeline.close()
@@ -143,8 +143,8 @@ def test_journalling_does_not_begin_again_while_the_backing_refuses(
     splitter.sync_failed(OSError(errno.EIO, "Input/output error"))
     pipeline.write(0, 0, b"1" * 4096)
     refuse_once(monkeypatch, "backing0")
-    assert not splitter.resume_journal("it was full")
-    assert splitter.standing.bypass_cause and splitter.standing.copy is None
+    assert not splitter.resume_journal()
+    assert splitter.state.bypass_cause and splitter.state.copy is None
     with pytest.raises(OSError, match="Input/output"):
         splitter.sync()
     pipeline.close()
@@ -156,10 +156,10 @@ def test_marks_of_an_attempt_to_go_on_are_not_given_again_after_a_restart(
     splitter = pipeline.splitter
     splitter.sync_failed(OSError(errno.EIO, "Input/output error"))
     refuse_once(monkeypatch, "progress")
-    assert not splitter.resume_journal("it was full")
-    tried = splitter.standing.mark
+    assert not splitter.resume_journal()
+    tried = splitter.state.mark
     pipeline.write(0, 0, b"2" * 4096)  # passes
     pipeline.crash()
     pipeline.start()
-    assert pipeline.splitter.standing.bypass_cause and pipeline.splitter.standing.mark == tried
+    assert pipeline.splitter.state.bypass_cause and pipeline.splitter.state.mark == tried
     pipeline.close()

@@ -359,7 +359,7 @@ def twice(ingest: Ingest, history: History) -> tuple[Transfer, int]:
         history.write_blocks(0, block + 1, [bytes([block]) * 1024])
     transfer = history.close_interval()
     rows = np.frombuffer(transfer.sections[Section.DIFF], DIFF_ENTRY)
-    return transfer, int(np.flatnonzero(rows["source"] == Source.SHARED_FOURTH)[0])
+    return transfer, int(np.flatnonzero(rows["source"] == Source.SHARED_SNAPSHOT)[0])
 
 
 def test_blocks_that_end_with_one_content_share_it(

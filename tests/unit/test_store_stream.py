@@ -172,7 +172,7 @@ def test_a_transfer_that_does_not_lead_on_from_the_stream_leaves_it_as_it_is(
         ingest.begin(transfer.manifest)
     assert len(list(store.snapshots())) == 1
     welcome = ingest.welcome()
-    assert (welcome.tail_seq, welcome.tail_time_ns) == (3, end_ns)
+    assert (welcome.streamed_seq, welcome.streamed_time_ns) == (3, end_ns)
     assert batch.first_seq == 1
 
 
@@ -211,10 +211,10 @@ def test_a_transfer_that_follows_closes_what_was_streamed_under_the_mark_before_
     closed = history.close_interval()
     ingest.begin(closed.manifest)
     welcome = ingest.welcome()
-    assert (welcome.mark, welcome.tail_seq, welcome.end) == (1, 5, (5, history.times_ns[5])), "not where mark 1 is"
+    assert (welcome.mark, welcome.streamed_seq, welcome.end) == (1, 5, (5, history.times_ns[5])), "not where mark 1 is"
     ingest_transfer(ingest, closed)
     assert [(s.seq, s.mark) for s in store.snapshots()] == [(0, 1), (5, 1), (8, 2)]
-    assert ingest.welcome().tail_seq == 0
+    assert ingest.welcome().streamed_seq == 0
     assert [(i.to_seq, i.granularity_ns) for i in store.intervals()] == [(5, 0), (8, 0)]
     write(ingest, history)
     cut_here(history, 3)
@@ -354,7 +354,7 @@ def test_after_an_error_of_the_disk_the_session_ends_and_the_next_one_goes_on(
         ingest.flush(0)
     ingest.close()
     again = Ingest(str(tmp_path), history.hello, clock)
-    assert again.welcome().tail_seq in (acknowledged, waiting.first_seq)
+    assert again.welcome().streamed_seq in (acknowledged, waiting.first_seq)
     again.close()
 
 
@@ -381,7 +381,7 @@ def test_what_a_closing_raises_comes_with_the_next_call_and_is_made_up_for_at_th
     monkeypatch.setattr(Closing, "run", run)
     again = Ingest(str(tmp_path), history.hello)
     welcome = again.welcome()
-    assert (welcome.mark, welcome.seq, welcome.tail_seq) == (2, 3, 0)
+    assert (welcome.mark, welcome.seq, welcome.streamed_seq) == (2, 3, 0)
     assert store.bookmark("here") is not None
     again.close()
 

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from pitfs.config import production as config
-from pitfs.link.protocol import window
-from pitfs.link.protocol.window import SPARE_BYTES, WindowPool, check_window
+from pitfs.link.sessions.window_pool import SPARE_BYTES, WindowPool
+from pitfs.model.window import check_window
 
 MIB = 1 << 20
-
-
-def test_the_configuration_has_the_limits_of_the_link() -> None:
-    for name in ("MIN_WINDOW_BYTES", "MAX_WINDOW_BYTES", "DEFAULT_WINDOW_BYTES"):
-        assert getattr(config, name) == getattr(window, name)
 
 
 @pytest.mark.parametrize("limit_mib", [1, 32, 128])

@@ -18,7 +18,8 @@ from common import Setting
 from report import Measure, at_most, figure, note, plain
 from traces import KINDS, Trace, recorded
 
-from pitfs.journal.reader import BlockSource, JournalReader
+from pitfs.journal.block_source import BlockSource
+from pitfs.journal.reader import JournalReader
 from pitfs.journal.stream_reader import next_chunk
 from pitfs.link.codec.payloads import PayloadEncoder
 from pitfs.link.protocol.batches import BatchCutter
@@ -33,15 +34,8 @@ from pitfs.model.transfer import (
     StreamMark,
     TransferFrame,
 )
-from pitfs.replication.shipment import (
-    Shipment,
-    diff_frames,
-    diff_manifest,
-    layers_frames,
-    layers_manifest,
-    pick_layers,
-    prepare,
-)
+from pitfs.replication.interval import PreparedInterval, diff_frames, layers_frames, pick_layers, prepare
+from pitfs.replication.manifests import diff_manifest, layers_manifest
 
 ROWS: Final = frozenset({Section.DIFF, Section.POSITIONS, Section.JOURNAL, Section.WRITES})
 BATCH_BYTES: Final = 1 << 20  # contents of a streamed batch: small ones, as on a link that keeps up
@@ -132,21 +126,19 @@ class Prepared:
     """A trace's intervals ready to go. `cpu_s`: what that took, with the journal or without."""
 
     trace: Trace
-    shipments: tuple[Shipment, ...]
+    intervals: tuple[PreparedInterval, ...]
     cpu_s: float
 
     def transfers(self, layer: int) -> Iterator[Sent]:
         """Each interval's diff, then its layers up to and with that one."""
-        trace = self.trace
-        for shipment in self.shipments:
-            source = BlockSource(trace.directory, shipment.interval, trace.block_sizes)
-            with contextlib.closing(source):
-                yield Begin(diff_manifest(shipment, ""))
-                yield from diff_frames(shipment, source, trace.volumes, ResumePoint())
-                if layer != NO_LAYER and shipment.journal is not None:
-                    picked = pick_layers(shipment, NO_LAYER, layer, 0)
+        for each in self.intervals:
+            with contextlib.closing(each.source):
+                yield Begin(diff_manifest(each, ""))
+                yield from diff_frames(each, ResumePoint())
+                if layer != NO_LAYER and each.journal is not None:
+                    picked = pick_layers(each, NO_LAYER, layer, 0)
                     yield Begin(layers_manifest(picked, ""))
-                    yield from layers_frames(picked, source, trace.volumes, ResumePoint())
+                    yield from layers_frames(picked, ResumePoint())
 
     def cost(self, layer: int, reconnect_at: int | None = None) -> Cost:
         """Of sending that, with what preparing took."""
@@ -155,16 +147,16 @@ class Prepared:
 
     def layers(self) -> list[int]:
         """Those that a position comes with: coarser rungs than the intervals have none."""
-        found = np.unique(np.concatenate([shipment.position_layers for shipment in self.shipments]))
+        found = np.unique(np.concatenate([each.position_layers for each in self.intervals]))
         return [int(layer) for layer in found]
 
 
 def prepared(trace: Trace, with_journal: bool) -> Prepared:
-    start, shipments = time.process_time(), []
+    start, intervals = time.process_time(), []
     for interval in trace.intervals:
         with contextlib.closing(BlockSource(trace.directory, interval, trace.block_sizes)) as source:
-            shipments.append(prepare(interval, trace.volumes, source, with_journal))
-    return Prepared(trace, tuple(shipments), time.process_time() - start)
+            intervals.append(prepare(interval, trace.volumes, source, with_journal))
+    return Prepared(trace, tuple(intervals), time.process_time() - start)
 
 
 def run(setting: Setting) -> list[Measure]:

@@ -27,6 +27,7 @@ from pitfs.cli.common.shipper import ask_shipper
 from pitfs.config.production import load_config
 from pitfs.errors import PitfsError
 from pitfs.model.ladder import RUNGS_NS
+from pitfs.replication.requests import ReadStatus
 from pitfs.store.store import Store
 from tests.helpers.hosts import Production, Replica, instant_ns
 from tests.helpers.links import Files, issue
@@ -186,7 +187,7 @@ class Watch:
         try:
             while not ending.wait(SAMPLE_S):
                 try:
-                    status = ask_shipper(config.path, "status")
+                    status = ask_shipper(config.path, ReadStatus())
                     sent = wire_bytes(process.pid)
                 except (PitfsError, HostError) as error:
                     self.problems.append(str(error))

@@ -21,6 +21,7 @@ from report import Measure, at_most, figure, note, plain
 from pitfs.cli.common.shipper import ask_shipper
 from pitfs.config.production import load_config
 from pitfs.errors import PitfsError
+from pitfs.replication.requests import ReadStatus
 from pitfs.store.store import Store
 from tests.helpers.hosts import Mount, Production, Replica, digest, xxhsum
 from tests.helpers.loops import free_file
@@ -64,7 +65,7 @@ class Watch(threading.Thread):
             newest = self.store.latest()
             self.ages_s.append(math.inf if newest is None else (time.time_ns() - newest.time_ns) / 1e9)
             try:
-                lag = ask_shipper(self.config.path, "status")["lag_seconds"]
+                lag = ask_shipper(self.config.path, ReadStatus())["lag_seconds"]
             except PitfsError as error:
                 self.problems.append(str(error))
                 continue

@@ -15,7 +15,7 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -26,9 +26,11 @@ from report import note
 
 from pitfs.journal.reader import Interval, JournalReader
 from pitfs.journal.writer import Location
+from pitfs.model.record import CopyProgress
 from pitfs.model.transfer import VolumeInfo
-from pitfs.splitter.control import SPLITTER_SOCKET, Connection
-from pitfs.splitter.progress import read_group
+from pitfs.splitter.client import SplitterClient
+from pitfs.splitter.identity import read_group
+from pitfs.splitter.messages import SplitterStatus
 from pitfs.splitter.startup import journal_directory
 from pitfs.supervision.minder import SPLITTER
 from tests.helpers import postgresql
@@ -83,19 +85,21 @@ class Recorder(Production):
         self.command = [sys.executable, "-m", SPLITTER.module, str(self.config)]
         self.name = "the splitter"
 
-    def request(self, op: str, **arguments: Any) -> dict[str, Any]:
-        async def ask() -> dict[str, Any]:
-            connection = await Connection.open(str(self.state), SPLITTER_SOCKET)
+    def ask(self, request: Callable[[SplitterClient], Awaitable[SplitterStatus]]) -> SplitterStatus:
+        async def connected() -> SplitterStatus:
+            splitter = await SplitterClient.open(str(self.state))
             try:
-                return await connection.request(op, **arguments)
+                return await request(splitter)
             finally:
-                await connection.aclose()
+                await splitter.aclose()
 
-        return trio.run(ask)
+        return trio.run(connected)
 
     def end_copy(self) -> None:
         """Says that the first full copy has arrived: else blocks would be kept for it."""
-        self.request("copied", mark=self.request("tail")["copy_mark"], volume=1, block=0)
+        copy = self.ask(SplitterClient.status).copy
+        assert copy is not None
+        self.ask(lambda splitter: splitter.copied(CopyProgress(copy.mark, 1, 0)))
 
     def clean_up(self) -> None:
         super().clean_up()
@@ -217,11 +221,11 @@ def recorded(kind: Kind, setting: Setting) -> Iterator[Trace]:
         with Recorder(tmp, kind.size_bytes) as recorder:
             recorder.end_copy()
             first = _record(kind, setting, recorder)
-            tail = recorder.request("tail")
-            if tail["passing"]:
-                raise HostError(f"{kind.name}: {tail['passing']}: not everything is in the journal")
+            status = recorder.ask(SplitterClient.status)
+            if status.bypass_cause:
+                raise HostError(f"{kind.name}: {status.bypass_cause}: not everything is in the journal")
             recorder.terminate()
-        yield read_trace(kind.name, recorder.state, first, Location(tail["segment"], tail["offset"]))
+        yield read_trace(kind.name, recorder.state, first, status.tail)
     finally:
         shutil.rmtree(tmp)
 
@@ -242,14 +246,14 @@ def _record(kind: Kind, setting: Setting, recorder: Recorder) -> int:
             note(f"{kind.name}: recording {count} intervals of {interval_s:g} s …")
             if kind.on_ext4:
                 run(["sync", "-f", place])
-            first = int(recorder.request("mark")["mark"])
+            first = recorder.ask(SplitterClient.mark).mark
             start = time.monotonic()
             for number in range(1, count + 1):
                 while (left_s := start + number * interval_s - time.monotonic()) > 0:
                     time.sleep(min(left_s, SYNC_S))
                     if kind.on_ext4:
                         run(["sync", "-f", place])
-                recorder.request("mark")
+                recorder.ask(SplitterClient.mark)
     return first
 
 

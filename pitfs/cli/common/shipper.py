@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any, Final
 
+import msgspec
 import trio
 
 from pitfs.config.production import Config, load_config
@@ -15,16 +16,16 @@ STARTING_S: Final = 10.0  # the shipper answers some time after writes are accep
 POLL_S: Final = 0.1
 
 
-def ask_shipper(config_path: str, op: str, **arguments: Any) -> dict[str, Any]:
-    """Sends one request to the shipper of the group of CONFIG; returns the reply.
+def ask_shipper(config_path: str, request: msgspec.Struct) -> dict[str, Any]:
+    """Sends one request (replication/requests.py) to the shipper of the group of CONFIG; returns the reply.
 
     Raises:
         PitfsError: `pitfs protect` is not running, or it refuses the request.
     """
-    return trio.run(_ask, load_config(config_path), op, arguments)
+    return trio.run(_ask, load_config(config_path), request)
 
 
-async def _ask(config: Config, op: str, arguments: dict[str, Any]) -> dict[str, Any]:
+async def _ask(config: Config, request: msgspec.Struct) -> dict[str, Any]:
     name = config.group.name
     hint = f"{name}: 'pitfs protect {config.path}' isn't running"
     try:
@@ -36,7 +37,7 @@ async def _ask(config: Config, op: str, arguments: dict[str, Any]) -> dict[str, 
     except OSError as error:
         raise PitfsError(f"{hint} ({os.strerror(error.errno or 0)}): start it first") from None
     try:
-        return await connection.request(op, **arguments)
+        return await connection.request(request, dict[str, Any])
     except (trio.BrokenResourceError, trio.ClosedResourceError):
         raise PitfsError(f"{name}: the shipper ended before it answered: see the log of 'pitfs protect'") from None
     finally:

@@ -1,14 +1,16 @@
-"""Whether compressing pays on this connection: where the link is faster than the compressor, it steps back. Pure.
+"""Adaptive compression: payloads go raw while the link is faster than the compressor. Pure.
 
-Frames pass one task that waits for input (idle), encodes (encode), and waits for room behind it (room). Which of the
-three takes the time says what holds things up: the caller, the compressor, or the link.
+Frames pass one task, which waits for input (idle), encodes (encode), and waits for room in the queue to the socket
+(room). Which of the three takes the time says what the bottleneck is: the caller, the compressor or the link.
 
-    COMPRESSING  the compressor holds things up, and what the kernel saw of the link says that it carries more: try RAW
-    SETTLING     raw; the buffers behind have to fill before anything can be said, but it mustn't take too long
-    RAW          raw; as long as a fourth more goes through than when the compressor held things up
+    COMPRESSING --the compressor is the bottleneck, and the link seems to carry GAIN times as much--> SETTLING
+    SETTLING    --PERIOD_BYTES went through--> RAW          too slow, even with PATIENCE --> COMPRESSING
+    RAW         --GAIN times as much as compressed went through--> RAW      less than that --> COMPRESSING
 
-What the kernel sees of bursts can be far from what the link carries all the time, so tries that fail become rare.
-Counted in bytes of payload, so that it needs no clock and a test can tell it everything.
+SETTLING is there because the buffers behind the encoder have to fill before raw speed means anything. How fast the
+link is comes from the kernel, which measures bursts: a token bucket or a proxy takes these faster than it carries them
+on. So a try may fail, and after each failure in a row the next try waits WAIT_GROWTH times as long. Everything is
+counted in bytes of payload and in times that the caller measured, so a test needs no clock.
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ from __future__ import annotations
 import enum
 from typing import Final
 
-PERIOD_BYTES: Final = 16 << 20  # one judgement; more than what queues and socket buffers swallow at once
-BOUND_SHARE: Final = 0.8  # of the time: then it is the compressor
+PERIOD_BYTES: Final = 16 << 20  # between two decisions; more than queues and socket buffers take at once
+BOUND_SHARE: Final = 0.8  # of the time in the compressor: then it is the bottleneck
 GAIN: Final = 1.25
-PATIENCE: Final = 4  # SETTLING: may take so much longer
+PATIENCE: Final = 4  # SETTLING may take so many times as long as a period of RAW
 MIN_WAIT: Final = 8  # periods before a try: 128 MiB
 WAIT_GROWTH: Final = 4
 MAX_WAIT: Final = 2048  # 32 GiB: a try that fails costs some 20 MiB raw
@@ -35,12 +37,12 @@ class AdaptiveCompression:
     """The decision for one connection."""
 
     def __init__(self, cap_bytes_per_s: float | None = None) -> None:
-        """`cap_bytes_per_s`: the configured rate; a compressor faster than that needn't step back."""
+        """`cap_bytes_per_s`: the configured rate; the link counts as no faster than that."""
         self.state = CompressionState.COMPRESSING
-        self._cap = cap_bytes_per_s
+        self.cap_bytes_per_s = cap_bytes_per_s
         self._wait = self._left = MIN_WAIT  # periods
-        self._speed = 0.0  # bytes/s of payload, when the compressor held things up
-        self._paid = False  # RAW was worth it for a period at least
+        self._speed = 0.0  # bytes/s of payload, when the compressor was the bottleneck
+        self._paid = False  # the last try reached RAW and stayed there for a period
         self._clear()
 
     @property
@@ -51,16 +53,16 @@ class AdaptiveCompression:
     def observe(
         self, payload_bytes: int, *, idle_s: float, encode_s: float, room_s: float, link_bytes_per_s: float
     ) -> None:
-        """Tells what one batch took; may change the state.
+        """Takes what one batch cost, and may change the state.
 
-        `link_bytes_per_s`: how fast bursts went lately, for want of better while the link isn't full; 0: unknown.
+        `link_bytes_per_s`: how fast the kernel saw bursts arrive lately; 0: not known.
         """
         self._bytes += payload_bytes
         self._encode_s += encode_s
         self._total_s += idle_s + encode_s + room_s
         if self.compresses:
             if self._bytes >= PERIOD_BYTES:
-                self._judge_compressing(link_bytes_per_s)
+                self._consider_raw(link_bytes_per_s)
                 self._clear()
             return
         limit_s = PERIOD_BYTES / (GAIN * self._speed)
@@ -73,9 +75,9 @@ class AdaptiveCompression:
             self.state = CompressionState.RAW
             self._clear()
 
-    def _judge_compressing(self, link_bytes_per_s: float) -> None:
+    def _consider_raw(self, link_bytes_per_s: float) -> None:
         speed = self._bytes / max(self._total_s, 1e-9)
-        link_speed = link_bytes_per_s if self._cap is None else min(self._cap, link_bytes_per_s)
+        link_speed = link_bytes_per_s if self.cap_bytes_per_s is None else min(self.cap_bytes_per_s, link_bytes_per_s)
         if self._encode_s < BOUND_SHARE * self._total_s or link_speed < GAIN * speed:
             return
         self._left -= 1

@@ -14,9 +14,14 @@ A payload of n rows (DIFF, POSITIONS, JOURNAL or WRITES; see model/transfer.py) 
     column      mask (SPARSE, HOLES): a bit for each row, lowest first, ceil(n / 8) bytes, spare bits zero
                 planes: the lowest byte of all values, then the next one of all, … `width` times
 
-Zigzag puts the sign last: 0, -1, 1, -2, 2 … become 0, 1, 2, 3, 4 … The row before the first is the last one of the
-section that came as columns on this connection (zeros at its beginning), so a batch of one write needs no whole time.
-All is little-endian. What one byte plane has in common, zstd finds.
+All is little-endian. The row before the first is the last one of the section that came as columns on this connection
+(zeros at its beginning): so a batch of one write carries the difference of its time, not the time.
+
+Why: blocks and times mostly grow by little, so their differences have few bytes that aren't zero, and equal bytes of
+all rows stand side by side, where zstd finds what they have in common. A difference may be negative. Modulo 2^64 that
+would be a number with all high bytes set, so zigzag moves the sign into the lowest bit: 0, -1, 1, -2, 2 … become
+0, 1, 2, 3, 4 … Sequential writes differ by exactly one: NEXT makes these zeros, which SPARSE leaves out. HOLES is for
+the places of shared contents: most rows have none, and those that have one ascend.
 """
 
 from __future__ import annotations
@@ -64,7 +69,7 @@ class ColumnEncoder:
 
 
 class ColumnDecoder:
-    """The inverse, for payloads in the order they came."""
+    """The inverse of ColumnEncoder, for payloads in the order in which they came."""
 
     def __init__(self) -> None:
         self._before = _no_rows()
@@ -112,14 +117,14 @@ def _names(row: np.dtype[np.void]) -> tuple[str, ...]:
 
 
 def _encode_column(values: Values, before: np.uint64) -> tuple[int, list[bytes]]:
-    """Gives the descriptor and the column, in whichever of the four forms has the fewest bits."""
+    """Gives the descriptor and the column in the form whose values have the fewest bits, estimated from a sample."""
     mask = values != 0
     kept = np.count_nonzero(mask)
     if not kept:
         return 0, []
     deltas = np.diff(values, prepend=before)
     forms = {0: values, DELTA: _zigzag(deltas), DELTA | NEXT: _zigzag(deltas - np.uint64(1))}
-    if 2 * kept <= len(values):  # places of what is shared: where that was copied, they ascend, with rows in between
+    if 2 * kept <= len(values):
         forms[HOLES] = _zigzag(np.diff(values[mask], prepend=np.uint64(0)))
     step = -(-len(values) // SAMPLE_ROWS)
     descriptor = min(forms, key=lambda form: _bits(forms[form][::step]))
@@ -130,7 +135,8 @@ def _encode_column(values: Values, before: np.uint64) -> tuple[int, list[bytes]]
     pieces = []
     if descriptor != HOLES:
         mask = values != 0
-        if width > 1 and 2 * np.count_nonzero(mask) <= len(values):  # a zero among others costs a bit in each plane
+        # The mask pays where it takes zeros out of more than one plane.
+        if width > 1 and 2 * np.count_nonzero(mask) <= len(values):
             descriptor, values = descriptor | SPARSE, values[mask]
     if descriptor & (SPARSE | HOLES):
         pieces.append(np.packbits(mask, bitorder="little").tobytes())
@@ -140,11 +146,12 @@ def _encode_column(values: Values, before: np.uint64) -> tuple[int, list[bytes]]
 
 
 def _zigzag(values: Values) -> Values:
+    """Of differences d modulo 2^64: 2d, or -2d - 1 where d is negative."""
     return (values << np.uint64(1)) ^ -(values >> np.uint64(63))
 
 
 def _bits(values: Values) -> int:
-    """The bits that the values need, each for itself."""
+    """The bits of all values, each as long as it needs to be."""
     return int(np.frexp(values.astype(np.float64))[1].sum())
 
 

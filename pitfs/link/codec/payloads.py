@@ -1,16 +1,16 @@
 """The codec of the link: payloads through one zstd stream per connection. No I/O, no threads.
 
 From sender to receiver goes one zstd frame (RFC 8878) of unknown length, which begins with the connection and never
-ends. Each payload that is compressed is flushed to the end of a block, so it decodes as soon as it is there, and
-refers to what went before, as far back as the window: contents of all sections in the order of sending. It is that
-reach that pays (long-distance matching): a database writes a page several times, megabytes apart.
+ends. Each compressed payload is flushed to the end of a block, so that it decodes as soon as it arrives. It may refer
+to all that went before, as far back as the window: contents of all sections in the order of sending. That reach
+(long-distance matching) saves the most: a database writes a page several times, megabytes apart.
 
     Encoding.RAW      the payload; the stream doesn't notice it
     Encoding.STREAM   the payload, as the next blocks of the stream
     Encoding.COLUMNS  rows: their columns (see columns.py), as the next blocks of the stream
 
-A new connection begins a new stream on both sides. Each holds its window: for one of 32 MiB the encoder 35 MiB, the
-decoder 33; memory comes as data go through.
+A new connection begins a new stream on both sides. With a window of 32 MiB the encoder takes 35 MiB of memory and the
+decoder 33, once that much has gone through.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Final
 from pitfs.errors import RemoteProtocolError
 from pitfs.link.codec.columns import ColumnDecoder, ColumnEncoder, max_columns_bytes
 from pitfs.link.protocol.frames import Buffer, Encoding, WireData
-from pitfs.link.protocol.window import DEFAULT_WINDOW_BYTES, check_window
 from pitfs.model.transfer import ROWS, Data, Section
+from pitfs.model.window import DEFAULT_WINDOW_BYTES, check_window
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -36,10 +36,10 @@ LDM_HASH_RATE_LOG: Final = 7  # an entry for each 128 bytes
 LDM_MIN_MATCH: Final = 64
 LDM_BUCKET_SIZE_LOG: Final = 1
 MIN_BYTES: Final = 256  # of contents; below, frame and call cost more than they save
-DOUBT_BYTES: Final = 4 << 20  # of a section's contents that may not shrink in a row before each payload is probed
+DOUBT_BYTES: Final = 4 << 20  # of a section's contents in a row that didn't shrink: then each payload is probed
 SAMPLE_BYTES: Final = 2048  # a probe is SAMPLE_COUNT samples: 30 µs, against 2 to 3 ms for a whole payload
 SAMPLE_COUNT: Final = 8
-MAX_SKIP_BYTES: Final = 256 << 10  # of a section that go raw unprobed while its data doesn't shrink
+MAX_SKIP_BYTES: Final = 256 << 10  # of a section that go raw without a probe after one that didn't shrink
 
 
 def _pays(compressed_bytes: int, raw_bytes: int) -> bool:
@@ -69,13 +69,14 @@ class PayloadEncoder:
             }
         )
         self._doubted = dict.fromkeys(Section, 0)  # bytes in a row that didn't shrink, or aren't compressed yet
-        self._skip = dict.fromkeys(Section, 0)  # bytes that still go raw unprobed
+        self._skip = dict.fromkeys(Section, 0)  # bytes that still go raw without a probe
 
     def wants(self, data: Data) -> bool:
-        """Whether to compress this payload: rows always, contents unless much didn't shrink and a probe doesn't.
+        """Whether to compress this payload.
 
-        What doesn't shrink by itself may come again within the window, so it takes some to give up. And probing
-        everything cost more than compressing it.
+        Rows always. Contents until DOUBT_BYTES in a row didn't shrink; then only those whose probe shrinks, since
+        contents that don't shrink by themselves may still come again within the window. Not each payload is probed:
+        that cost more than compressing everything.
         """
         length, section = len(data.payload), data.section
         if section in ROWS:
@@ -105,7 +106,7 @@ class PayloadEncoder:
     def encode(self, data: Data, compress: bool | None = None) -> WireData:
         """Encodes a payload; `compress` is what `wants` said, which is asked here if it is None.
 
-        What is compressed may come out longer by some bytes; it is in the stream then and goes as it is.
+        A compressed payload may be longer by some bytes; it is in the stream then and must be sent all the same.
         """
         length = len(data.payload)
         if compress is None:
@@ -122,7 +123,7 @@ class PayloadEncoder:
 
 
 class PayloadDecoder:
-    """Decodes payloads of one connection, in the order they came; after an error it is of no more use."""
+    """Decodes payloads of one connection, in the order in which they came; it can't be used after an error."""
 
     def __init__(self, window_bytes: int = DEFAULT_WINDOW_BYTES) -> None:
         check_window(window_bytes)
@@ -132,7 +133,7 @@ class PayloadDecoder:
         )
 
     def decode(self, wire: WireData) -> Data:
-        """Gives the payload back; memory is bounded by the window and `raw_length`, which the protocol has bounded.
+        """Gives the payload back; the window and `raw_length`, which the protocol has checked, bound the memory.
 
         Raises:
             RemoteProtocolError: not the stream, a larger window than agreed on, or not the length that it says.

@@ -1,9 +1,12 @@
-"""Batches of streamed writes: how they are cut into frames, and put together again. No I/O.
+"""Batches of streamed writes: cut into frames by the sender, joined again by the receiver. No I/O.
 
-    DATA of WRITES (rows; offset: seq of the first) · DATA of WRITE_BLOCKS (contents; offset: bytes of them that the
-    connection has carried) … · FLUSH
+    DATA of WRITES        all rows of the batch; offset: seq of the first
+    DATA of WRITE_BLOCKS  the next contents, at most MAX_PAYLOAD_BYTES; offset: bytes of contents that the connection
+                          carried before. As often as needed
+    FLUSH                 the batch is complete
 
-Frames are cut anywhere between bytes: only a whole batch is applied.
+A cut may fall within a write, even within a block. The receiver applies whole batches only, so a connection that ends
+in the middle of one leaves nothing half written. Offsets and FLUSH's seq show that no frame is missing.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ class BatchCutter:
 
 
 class BatchJoiner:
-    """Puts the batches of one connection together; holds one at most, within its limits."""
+    """Joins the frames of one connection to batches; holds one batch at most, within its limits."""
 
     def __init__(self) -> None:
         self._first_seq = 0

@@ -13,6 +13,9 @@ u64, payload (as long as the raw length says; in the stream at most some KiB lon
 maps with the field names of the structs here and in model/transfer.py; unknown keys are ignored, so that a later
 version can add some. HELLO is the same in all versions; what follows is of the version that WELCOME names.
 
+The types of the structs' fields carry their limits, and msgspec checks them when it decodes a body. It doesn't check
+what it encodes, so `encode` decodes each control frame again: a mistake of ours is found here, not by the peer.
+
 There is no frame that deletes or rewrites anything.
 """
 
@@ -20,14 +23,14 @@ from __future__ import annotations
 
 import enum
 import struct
-from typing import Final, NamedTuple
+from typing import Annotated, Final, NamedTuple
 
 import msgspec
 import xxhash
 
-from pitfs.link.protocol import checks
-from pitfs.link.protocol.window import MIN_WINDOW_BYTES
+from pitfs.model.group import identity_problem
 from pitfs.model.transfer import (
+    MAX_NUMBER,
     MAX_PAYLOAD_BYTES,
     ROWS,
     Begin,
@@ -36,21 +39,25 @@ from pitfs.model.transfer import (
     End,
     Flush,
     Hello,
+    Number,
     Park,
     ResumePoint,
     Section,
     StreamMark,
     Welcome,
 )
+from pitfs.model.window import MIN_WINDOW_BYTES, check_window
 
 PREFACE: Final = b"\x89pitfs\r\n"
 VERSIONS: Final = (1,)  # that this program speaks, best first
+MAX_MESSAGE_LENGTH: Final = 4000
 MAX_GROWTH_BYTES: Final = 4 << 10  # of a payload that turned out not to shrink: some bytes for each block of zstd
 HEADER: Final = struct.Struct("<IBBHQ")
 DATA_PREFIX: Final = struct.Struct("<B3sIQ")
 assert len(PREFACE) == 8 and HEADER.size == 16 and DATA_PREFIX.size == 16
 
 Buffer = bytes | bytearray | memoryview
+Versions = Annotated[tuple[Number, ...], msgspec.Meta(min_length=1, max_length=64)]
 
 
 class FrameType(enum.IntEnum):
@@ -75,7 +82,7 @@ class FrameType(enum.IntEnum):
 
 
 class Encoding(enum.IntEnum):
-    """How the payload of a DATA frame is encoded: see codec.py."""
+    """How the payload of a DATA frame is encoded: see codec/payloads.py."""
 
     RAW = 0
     STREAM = 1  # the next blocks of the connection's zstd stream
@@ -88,65 +95,65 @@ class Greeting(msgspec.Struct, frozen=True):
     `window_bytes`: how far back its codec can refer.
     """
 
-    versions: tuple[int, ...]
+    versions: Versions
     hello: Hello | None
     window_bytes: int = MIN_WINDOW_BYTES
 
 
 class Accept(msgspec.Struct, frozen=True):
-    """WELCOME: the version chosen, where the replica stands, and the window: that of HELLO or a smaller one."""
+    """WELCOME: the version chosen, the replica's state, and the window: that of HELLO or a smaller one."""
 
-    version: int
+    version: Number
     welcome: Welcome
     window_bytes: int = MIN_WINDOW_BYTES
 
 
-class Refuse(msgspec.Struct, frozen=True):
-    """REFUSE: no session; `code` is one of errors in `failures`, `message` is for people."""
+class _Refusal(msgspec.Struct, frozen=True):
+    """`code` is one of `sessions/failures.py`, `message` is for people."""
 
-    code: str
-    message: str
+    code: Annotated[str, msgspec.Meta(pattern=r"\A[a-z-]{1,32}\Z")]
+    message: Annotated[str, msgspec.Meta(max_length=MAX_MESSAGE_LENGTH)]
     retryable: bool
 
 
-class Fault(msgspec.Struct, frozen=True):
+class Refuse(_Refusal, frozen=True):
+    """REFUSE: no session."""
+
+
+class Fault(_Refusal, frozen=True):
     """FAULT: the receiver ends the session."""
 
-    code: str
-    message: str
-    retryable: bool
 
-
-class Resume(msgspec.Struct, frozen=True):
-    """RESUME, the answer to BEGIN: what is durable of this transfer already."""
+class _Durability(msgspec.Struct, frozen=True):
+    """What is durable of a transfer."""
 
     point: ResumePoint
 
 
-class Progress(msgspec.Struct, frozen=True):
+class Resume(_Durability, frozen=True):
+    """RESUME, the answer to BEGIN: what came of this transfer in earlier sessions."""
+
+
+class Progress(_Durability, frozen=True):
     """PROGRESS, one answer for each CHECKPOINT, in order."""
 
-    point: ResumePoint
+
+class Parked(_Durability, frozen=True):
+    """PARKED, the answer to PARK."""
 
 
 class Committed(msgspec.Struct, frozen=True):
-    """COMMITTED, the answer to END: where the replica stands now."""
+    """COMMITTED, the answer to END: the replica's state now."""
 
     welcome: Welcome
 
 
-class Parked(msgspec.Struct, frozen=True):
-    """PARKED, the answer to PARK: what is durable of the transfer that was put off."""
-
-    point: ResumePoint
-
-
 class Ping(msgspec.Struct, frozen=True):
-    token: int
+    token: Number
 
 
 class Pong(msgspec.Struct, frozen=True):
-    token: int
+    token: Number
 
 
 class WireData(NamedTuple):
@@ -160,83 +167,48 @@ class WireData(NamedTuple):
 
 
 Frame = (
-    Greeting
-    | Accept
-    | Refuse
-    | Begin
-    | Resume
-    | WireData
-    | Checkpoint
-    | Progress
-    | End
-    | Committed
-    | Park
-    | Parked
-    | Flush
-    | StreamMark
-    | Durable
-    | Ping
-    | Pong
-    | Fault
+    Greeting | Accept | Refuse | Begin | Resume | WireData | Checkpoint | Progress | End | Committed
+    | Park | Parked | Flush | StreamMark | Durable | Ping | Pong | Fault
+)  # fmt: skip
+
+# Each type, the value that it carries, and its longest body, known before a byte of the body is kept. HELLO and BEGIN
+# hold as many volumes, bookmarks and gaps as their limits allow; the others are a few numbers or one message.
+_FORMATS: Final[tuple[tuple[FrameType, type[Frame], int], ...]] = (
+    (FrameType.HELLO, Greeting, 64 << 10),
+    (FrameType.WELCOME, Accept, 64 << 10),  # 256 intervals that could become finer take 20 KiB
+    (FrameType.REFUSE, Refuse, 16 << 10),
+    (FrameType.BEGIN, Begin, 4 << 20),
+    (FrameType.RESUME, Resume, 4 << 10),
+    (FrameType.DATA, WireData, DATA_PREFIX.size + MAX_PAYLOAD_BYTES + MAX_GROWTH_BYTES),
+    (FrameType.CHECKPOINT, Checkpoint, 4 << 10),
+    (FrameType.PROGRESS, Progress, 4 << 10),
+    (FrameType.END, End, 1 << 10),
+    (FrameType.COMMITTED, Committed, 1 << 10),
+    (FrameType.PING, Ping, 64),
+    (FrameType.PONG, Pong, 64),
+    (FrameType.FAULT, Fault, 16 << 10),
+    (FrameType.PARK, Park, 4 << 10),
+    (FrameType.PARKED, Parked, 4 << 10),
+    (FrameType.FLUSH, Flush, 256),
+    (FrameType.MARK, StreamMark, 1 << 10),
+    (FrameType.DURABLE, Durable, 256),
 )
-
-KINDS: Final[dict[type, FrameType]] = {
-    Greeting: FrameType.HELLO,
-    Accept: FrameType.WELCOME,
-    Refuse: FrameType.REFUSE,
-    Begin: FrameType.BEGIN,
-    Resume: FrameType.RESUME,
-    WireData: FrameType.DATA,
-    Checkpoint: FrameType.CHECKPOINT,
-    Progress: FrameType.PROGRESS,
-    End: FrameType.END,
-    Committed: FrameType.COMMITTED,
-    Ping: FrameType.PING,
-    Pong: FrameType.PONG,
-    Fault: FrameType.FAULT,
-    Park: FrameType.PARK,
-    Parked: FrameType.PARKED,
-    Flush: FrameType.FLUSH,
-    StreamMark: FrameType.MARK,
-    Durable: FrameType.DURABLE,
-}
-
-# Longest body of each type. HELLO and BEGIN hold as many volumes, bookmarks and gaps as `checks` allows; the
-# others are a few numbers or one message. Known before a byte of the body is kept.
-MAX_BODY_BYTES: Final[dict[FrameType, int]] = {
-    FrameType.HELLO: 64 << 10,
-    FrameType.WELCOME: 64 << 10,  # 256 intervals that could become finer take 20 KiB
-    FrameType.PARK: 4 << 10,
-    FrameType.PARKED: 4 << 10,
-    FrameType.REFUSE: 16 << 10,
-    FrameType.BEGIN: 4 << 20,
-    FrameType.RESUME: 4 << 10,
-    FrameType.DATA: DATA_PREFIX.size + MAX_PAYLOAD_BYTES + MAX_GROWTH_BYTES,
-    FrameType.CHECKPOINT: 4 << 10,
-    FrameType.PROGRESS: 4 << 10,
-    FrameType.END: 1 << 10,
-    FrameType.COMMITTED: 1 << 10,
-    FrameType.PING: 64,
-    FrameType.PONG: 64,
-    FrameType.FAULT: 16 << 10,
-    FrameType.FLUSH: 256,
-    FrameType.MARK: 1 << 10,
-    FrameType.DURABLE: 256,
-}
+TYPE_OF: Final[dict[type, FrameType]] = {body: frame_type for frame_type, body, _ in _FORMATS}
+MAX_BODY_BYTES: Final = {frame_type: limit for frame_type, _, limit in _FORMATS}
 
 
 class _GreetingBody(msgspec.Struct, frozen=True):
-    """HELLO as it is read: versions first, what is of a version stays unread until one is chosen."""
+    """HELLO as it is read: what depends on the version stays undecoded until one is chosen."""
 
-    versions: tuple[int, ...]
+    versions: Versions
     hello: msgspec.Raw
     window_bytes: int = MIN_WINDOW_BYTES
 
 
 _DECODERS: Final[dict[FrameType, msgspec.msgpack.Decoder[Frame]]] = {
-    frame_type: msgspec.msgpack.Decoder(body_class)
-    for body_class, frame_type in KINDS.items()
-    if body_class not in (WireData, Greeting)
+    frame_type: msgspec.msgpack.Decoder(body)
+    for frame_type, body, _ in _FORMATS
+    if body not in (WireData, Greeting)
 }
 _GREETING_DECODER: Final = msgspec.msgpack.Decoder(_GreetingBody)
 _HELLO_DECODER: Final = msgspec.msgpack.Decoder(Hello)
@@ -254,7 +226,7 @@ def encode(frame: Frame) -> list[Buffer]:
     Raises:
         ValueError: the frame breaks a limit.
     """
-    frame_type = KINDS[type(frame)]
+    frame_type = TYPE_OF[type(frame)]
     if isinstance(frame, WireData):
         _check_data(frame)
         prefix = DATA_PREFIX.pack(frame.section, b"\0\0\0", frame.raw_length, frame.offset)
@@ -262,16 +234,25 @@ def encode(frame: Frame) -> list[Buffer]:
         hasher = xxhash.xxh3_64(start + prefix)
         hasher.update(frame.payload)
         return [start + hasher.intdigest().to_bytes(8, "little") + prefix, frame.payload]
-    checks.check(frame)
-    body = _ENCODER.encode(frame)
-    if len(body) > MAX_BODY_BYTES[frame_type]:
-        raise ValueError(f"{frame_type.name} of {len(body)} bytes, limit {MAX_BODY_BYTES[frame_type]}")
+    try:
+        body = _ENCODER.encode(frame)
+    except OverflowError as error:
+        raise ValueError(str(error)) from None
+    _check_length(frame_type, len(body))
+    _decode_body(frame_type, body)
     start = _start(frame_type, 0, len(body))
     return [start + xxhash.xxh3_64_intdigest(start + body).to_bytes(8, "little") + body]
 
 
 def _start(frame_type: FrameType, flags: int, length: int) -> bytes:
     return struct.pack("<IBBH", length, frame_type, flags, 0)
+
+
+def _check_length(frame_type: FrameType, length: int) -> None:
+    if length > MAX_BODY_BYTES[frame_type]:
+        raise ValueError(f"{frame_type.name} of {length} bytes, limit {MAX_BODY_BYTES[frame_type]}")
+    if frame_type is FrameType.DATA and length < DATA_PREFIX.size:
+        raise ValueError(f"DATA of {length} bytes is too short")
 
 
 def read_header(header: Buffer) -> tuple[FrameType, int]:
@@ -290,10 +271,7 @@ def read_header(header: Buffer) -> tuple[FrameType, int]:
         raise ValueError(f"unknown frame type {type_number}") from None
     if reserved or flags > (max(Encoding) if frame_type is FrameType.DATA else 0):
         raise ValueError(f"{frame_type.name} with unknown flags {flags}, {reserved}")
-    if length > MAX_BODY_BYTES[frame_type]:
-        raise ValueError(f"{frame_type.name} of {length} bytes, limit {MAX_BODY_BYTES[frame_type]}")
-    if frame_type is FrameType.DATA and length < DATA_PREFIX.size:
-        raise ValueError(f"DATA of {length} bytes is too short")
+    _check_length(frame_type, length)
     return frame_type, length
 
 
@@ -307,32 +285,48 @@ def decode(frame: bytearray) -> Frame:
     """
     _, type_number, flags, _, checksum = HEADER.unpack_from(frame)
     view = memoryview(frame).toreadonly()
+    body = view[HEADER.size :]
     hasher = xxhash.xxh3_64(view[:8])
-    hasher.update(view[HEADER.size :])
+    hasher.update(body)
     if hasher.intdigest() != checksum:
         raise ValueError(f"{FrameType(type_number).name} with a wrong checksum")
-    body = view[HEADER.size :]
-    if type_number == FrameType.DATA:
-        section, zeros, raw_length, offset = DATA_PREFIX.unpack_from(body)
-        if zeros != b"\0\0\0":
-            raise ValueError("DATA with reserved bytes that aren't zero")
-        data = WireData(Section(section), offset, raw_length, Encoding(flags), body[DATA_PREFIX.size :])
-        _check_data(data)
-        return data
-    decoded: Frame
-    if type_number == FrameType.HELLO:
-        decoded = _decode_greeting(body)
-    else:
-        decoded = _DECODERS[FrameType(type_number)].decode(body)
-    checks.check(decoded)
-    return decoded
+    if type_number != FrameType.DATA:
+        return _decode_body(FrameType(type_number), body)
+    section, zeros, raw_length, offset = DATA_PREFIX.unpack_from(body)
+    if zeros != b"\0\0\0":
+        raise ValueError("DATA with reserved bytes that aren't zero")
+    data = WireData(Section(section), offset, raw_length, Encoding(flags), body[DATA_PREFIX.size :])
+    _check_data(data)
+    return data
 
 
-def _decode_greeting(body: memoryview) -> Greeting:
+def _decode_body(frame_type: FrameType, body: Buffer) -> Frame:
+    """Decodes the body of a control frame, and checks what the types of its fields can't say.
+
+    Raises:
+        ValueError: as `decode`.
+    """
+    frame = _decode_greeting(body) if frame_type is FrameType.HELLO else _DECODERS[frame_type].decode(body)
+    match frame:
+        case Greeting(window_bytes=window_bytes) | Accept(window_bytes=window_bytes):
+            try:
+                check_window(window_bytes)
+            except ValueError as error:
+                raise ValueError(f"window of {window_bytes} bytes: {error}") from None
+        case Begin(manifest=manifest):
+            if manifest.to_seq < manifest.from_seq or manifest.to_time_ns < manifest.from_time_ns:
+                raise ValueError("manifest goes back")
+    return frame
+
+
+def _decode_greeting(body: Buffer) -> Greeting:
     greeting = _GREETING_DECODER.decode(body)
     if common_version(greeting.versions) is None:
         return Greeting(greeting.versions, None)
-    return Greeting(greeting.versions, _HELLO_DECODER.decode(greeting.hello), greeting.window_bytes)
+    hello = _HELLO_DECODER.decode(greeting.hello)
+    if problem := identity_problem(hello.group, hello.history, hello.volumes):
+        raise ValueError(problem)
+    return Greeting(greeting.versions, hello, greeting.window_bytes)
 
 
 def _check_data(data: WireData) -> None:
@@ -346,5 +340,5 @@ def _check_data(data: WireData) -> None:
         raise ValueError(f"raw DATA of {length} bytes says {data.raw_length}")
     if data.encoding is Encoding.COLUMNS and data.section not in ROWS:
         raise ValueError(f"DATA of {data.section.name} in columns")
-    if not 0 <= data.offset <= checks.MAX_NUMBER - data.raw_length:
+    if not 0 <= data.offset <= MAX_NUMBER - data.raw_length:
         raise ValueError(f"DATA at offset {data.offset}")

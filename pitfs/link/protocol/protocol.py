@@ -1,26 +1,6 @@
 """The replication protocol as a state machine without I/O: bytes in, frames out, and back.
 
-    state       frame       from        next        meaning
-    GREETING    HELLO       sender      ASKED       who I am
-    ASKED       WELCOME     receiver    READY       where the replica stands
-                REFUSE      receiver    CLOSED
-    READY       BEGIN       sender      BEGINNING   a transfer
-    BEGINNING   RESUME      receiver    TRANSFER    what is durable of it already
-    TRANSFER    DATA        sender      TRANSFER
-                CHECKPOINT  sender      TRANSFER    make it durable
-                PROGRESS    receiver    TRANSFER    it is; one for each CHECKPOINT
-                END         sender      ENDING
-                PARK        sender      PARKING     make it durable; something else goes first
-    ENDING      PROGRESS    receiver    ENDING
-                COMMITTED   receiver    READY       only after all PROGRESS
-    PARKING     PROGRESS    receiver    PARKING
-                PARKED      receiver    READY       only after all PROGRESS
-
-PING and PONG may go either way after HELLO; FAULT from the receiver after WELCOME closes. The table is of the
-conversation, so both roles walk through the same one.
-
-Beside it the stream of the open interval's writes goes, whatever the state, from WELCOME on: DATA of WRITES, its DATA
-of WRITE_BLOCKS, then FLUSH; or MARK. DURABLE of the receiver answers each FLUSH and MARK, in order.
+`LinkState` draws the conversation, `_TRANSITIONS` is it as a table. Both roles walk through the same table.
 """
 
 from __future__ import annotations
@@ -32,8 +12,8 @@ from typing import Final
 from pitfs.errors import LocalProtocolError, RemoteProtocolError
 from pitfs.link.protocol.frames import (
     HEADER,
-    KINDS,
     PREFACE,
+    TYPE_OF,
     VERSIONS,
     Accept,
     Buffer,
@@ -41,6 +21,7 @@ from pitfs.link.protocol.frames import (
     Frame,
     FrameType,
     Greeting,
+    Parked,
     Progress,
     Resume,
     WireData,
@@ -48,7 +29,7 @@ from pitfs.link.protocol.frames import (
     encode,
     read_header,
 )
-from pitfs.model.transfer import TRANSFER_SECTIONS, Durable, Flush, StreamMark
+from pitfs.model.transfer import TRANSFER_SECTIONS, Checkpoint, Durable, Flush, StreamMark
 
 
 class Role(enum.Enum):
@@ -57,6 +38,22 @@ class Role(enum.Enum):
 
 
 class LinkState(enum.Enum):
+    """The state of the conversation.
+
+        GREETING --HELLO--> ASKED --WELCOME-->  READY  --BEGIN--> BEGINNING --RESUME--> TRANSFER
+                              |                  ^  ^                                    |    |
+                            REFUSE               |  +--COMMITTED-- ENDING  <----END------+    |
+                              v                  +-----PARKED----- PARKING <----PARK----------+
+                            CLOSED <--FAULT-- any state after ASKED
+
+    A transfer's DATA and CHECKPOINTs go in TRANSFER. A PROGRESS answers each CHECKPOINT, in TRANSFER, ENDING or
+    PARKING; COMMITTED and PARKED come after all PROGRESS.
+
+    The writes of the open interval stream beside this, in any state after ASKED: DATA of WRITES, its DATA of
+    WRITE_BLOCKS, then FLUSH; or MARK. A DURABLE answers each FLUSH and MARK, in order. PING and PONG may go either way
+    in any state after GREETING.
+    """
+
     GREETING = enum.auto()
     ASKED = enum.auto()
     READY = enum.auto()
@@ -67,71 +64,39 @@ class LinkState(enum.Enum):
     CLOSED = enum.auto()
 
 
-_ALIVE: Final = (FrameType.PING, FrameType.PONG)
-_TABLE: Final[dict[LinkState, dict[FrameType, LinkState]]] = {
-    LinkState.GREETING: {FrameType.HELLO: LinkState.ASKED},
-    LinkState.ASKED: {FrameType.WELCOME: LinkState.READY, FrameType.REFUSE: LinkState.CLOSED},
-    LinkState.READY: {FrameType.BEGIN: LinkState.BEGINNING, FrameType.FAULT: LinkState.CLOSED},
-    LinkState.BEGINNING: {FrameType.RESUME: LinkState.TRANSFER, FrameType.FAULT: LinkState.CLOSED},
-    LinkState.TRANSFER: {
-        FrameType.DATA: LinkState.TRANSFER,
-        FrameType.CHECKPOINT: LinkState.TRANSFER,
-        FrameType.PROGRESS: LinkState.TRANSFER,
-        FrameType.END: LinkState.ENDING,
-        FrameType.PARK: LinkState.PARKING,
-        FrameType.FAULT: LinkState.CLOSED,
-    },
-    LinkState.ENDING: {
-        FrameType.PROGRESS: LinkState.ENDING,
-        FrameType.COMMITTED: LinkState.READY,
-        FrameType.FAULT: LinkState.CLOSED,
-    },
-    LinkState.PARKING: {
-        FrameType.PROGRESS: LinkState.PARKING,
-        FrameType.PARKED: LinkState.READY,
-        FrameType.FAULT: LinkState.CLOSED,
-    },
-    LinkState.CLOSED: {},
-}
-_STREAM: Final = (FrameType.DATA, FrameType.FLUSH, FrameType.MARK, FrameType.DURABLE)
-for _state, _moves in _TABLE.items():
-    if _state not in (LinkState.GREETING, LinkState.CLOSED):
-        _moves.update(dict.fromkeys(_ALIVE, _state))
-    if _state not in (LinkState.GREETING, LinkState.ASKED, LinkState.CLOSED):
-        _moves.update(dict.fromkeys(_STREAM, _state))
+_S, _F = LinkState, FrameType
+_STREAM: Final = (_F.DATA, _F.FLUSH, _F.MARK, _F.DURABLE)
 
+
+def _session(state: LinkState, own: dict[FrameType, LinkState]) -> dict[FrameType, LinkState]:
+    """The transitions of a state after ASKED: its own ones, and what may come in all of these."""
+    common = dict.fromkeys((_F.PING, _F.PONG, *_STREAM), state)
+    return common | {_F.FAULT: _S.CLOSED} | own
+
+
+_TRANSITIONS: Final[dict[LinkState, dict[FrameType, LinkState]]] = {
+    _S.GREETING: {_F.HELLO: _S.ASKED},
+    _S.ASKED: {_F.WELCOME: _S.READY, _F.REFUSE: _S.CLOSED, _F.PING: _S.ASKED, _F.PONG: _S.ASKED},
+    _S.READY: _session(_S.READY, {_F.BEGIN: _S.BEGINNING}),
+    _S.BEGINNING: _session(_S.BEGINNING, {_F.RESUME: _S.TRANSFER}),
+    _S.TRANSFER: _session(
+        _S.TRANSFER,
+        {_F.CHECKPOINT: _S.TRANSFER, _F.PROGRESS: _S.TRANSFER, _F.END: _S.ENDING, _F.PARK: _S.PARKING},
+    ),
+    _S.ENDING: _session(_S.ENDING, {_F.PROGRESS: _S.ENDING, _F.COMMITTED: _S.READY}),
+    _S.PARKING: _session(_S.PARKING, {_F.PROGRESS: _S.PARKING, _F.PARKED: _S.READY}),
+    _S.CLOSED: {},
+}
+_OF_SENDER: Final = frozenset({_F.HELLO, _F.BEGIN, _F.DATA, _F.CHECKPOINT, _F.END, _F.PARK, _F.FLUSH, _F.MARK})
+_OF_BOTH: Final = frozenset({_F.PING, _F.PONG})
 _MAY_SEND: Final = {
-    Role.SENDER: frozenset(
-        {
-            FrameType.HELLO,
-            FrameType.BEGIN,
-            FrameType.DATA,
-            FrameType.CHECKPOINT,
-            FrameType.END,
-            FrameType.PARK,
-            FrameType.FLUSH,
-            FrameType.MARK,
-            *_ALIVE,
-        }
-    ),
-    Role.RECEIVER: frozenset(
-        {
-            FrameType.WELCOME,
-            FrameType.REFUSE,
-            FrameType.RESUME,
-            FrameType.PROGRESS,
-            FrameType.COMMITTED,
-            FrameType.PARKED,
-            FrameType.FAULT,
-            FrameType.DURABLE,
-            *_ALIVE,
-        }
-    ),
+    Role.SENDER: _OF_SENDER | _OF_BOTH,
+    Role.RECEIVER: frozenset(FrameType) - _OF_SENDER,
 }
 _OTHER: Final = {Role.SENDER: Role.RECEIVER, Role.RECEIVER: Role.SENDER}
 
-# What else answers on a port, by its first bytes.
-_STRANGERS: Final = (
+# What else may be at the other end, by its first bytes.
+_OTHER_PROTOCOLS: Final = (
     (b"\x16\x03", "it speaks TLS and this side doesn't: give both sides certificates, or neither"),
     (b"\x15\x03", "it speaks TLS and this side doesn't: give both sides certificates, or neither"),
     (b"HTTP/", "it is a web server"),
@@ -146,7 +111,7 @@ class LinkProtocol:
 
     Attributes:
         role: which side this is.
-        state: where the conversation stands, as this side sees it.
+        state: of the conversation, as this side sees it.
     """
 
     def __init__(self, role: Role) -> None:
@@ -160,8 +125,8 @@ class LinkProtocol:
         self._window_bytes = 0  # that HELLO offers
         self._checkpoints = 0  # CHECKPOINTs without their PROGRESS
         self._flushes = 0  # FLUSHes and MARKs without their DURABLE
-        self._streamed_seq = self._durable_seq = self._known_mark = 0
-        self._ends = [0, 0, 0, 0, 0]  # furthest byte of each section that a PROGRESS may name
+        self._streamed_seq = self._durable_seq = self._last_mark = 0
+        self._sent = [0, 0, 0, 0, 0]  # furthest byte of each section that a PROGRESS may name
         self._durable = (0, 0, 0, 0, 0)
 
     def start(self) -> list[Buffer]:
@@ -179,16 +144,15 @@ class LinkProtocol:
         Raises:
             LocalProtocolError: this frame may not be sent now, or breaks a limit.
         """
-        frame_type = KINDS[type(frame)]
-        next_state = _TABLE[self.state].get(frame_type)
+        frame_type = TYPE_OF[type(frame)]
+        next_state = _TRANSITIONS[self.state].get(frame_type)
         if next_state is None or frame_type not in _MAY_SEND[self.role]:
             raise LocalProtocolError(f"{self.role.value} sends {frame_type.name} in state {self.state.name}")
         try:
             buffers = encode(frame)
         except ValueError as error:
             raise LocalProtocolError(f"{frame_type.name}: {error}") from error
-        problem = self._follow(frame_type, frame)
-        if problem:
+        if problem := self._account(frame):
             raise LocalProtocolError(problem)
         self.state = next_state
         return self.start() + buffers
@@ -220,7 +184,7 @@ class LinkProtocol:
                 yield self._read_frame(whole)
 
     def receive_eof(self) -> None:
-        """Tells that the peer will send no more.
+        """The peer will send no more.
 
         Raises:
             RemoteProtocolError: it stopped in the middle of a frame.
@@ -231,9 +195,9 @@ class LinkProtocol:
     def _check_preface(self) -> None:
         start = bytes(self._frame)
         if not PREFACE.startswith(start):
-            words = next((words for sign, words in _STRANGERS if start.startswith(sign)), "")
-            if not words and any(sign.startswith(start) for sign, _ in _STRANGERS):
-                return  # a byte more or two tell which stranger
+            words = next((words for first, words in _OTHER_PROTOCOLS if start.startswith(first)), "")
+            if not words and any(first.startswith(start) for first, _ in _OTHER_PROTOCOLS):
+                return  # the next bytes will say which one
             raise self._error("the peer isn't pitfs" + (f": {words}" if words else ""))
         if start == PREFACE:
             self._expect_preface = False
@@ -244,7 +208,7 @@ class LinkProtocol:
             frame_type, length = read_header(self._frame)
         except ValueError as error:
             raise self._error(str(error)) from None
-        if frame_type not in _MAY_SEND[_OTHER[self.role]] or frame_type not in _TABLE[self.state]:
+        if frame_type not in _MAY_SEND[_OTHER[self.role]] or frame_type not in _TRANSITIONS[self.state]:
             raise self._error(f"{frame_type.name} may not come in state {self.state.name}")
         self._wanted = HEADER.size + length
 
@@ -253,54 +217,59 @@ class LinkProtocol:
             frame = decode(whole)
         except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors too
             raise self._error(f"{type(error).__name__}: {error}") from None
-        frame_type = KINDS[type(frame)]
-        problem = self._follow(frame_type, frame)
-        if problem:
+        if problem := self._account(frame):
             raise self._error(problem)
-        self.state = _TABLE[self.state][frame_type]
+        self.state = _TRANSITIONS[self.state][TYPE_OF[type(frame)]]
         return frame
 
-    def _follow(self, frame_type: FrameType, frame: Frame) -> str | None:
-        """Checks what the table can't say, for both directions; returns the problem if there is one."""
-        if isinstance(frame, Accept | Committed | StreamMark):
-            mark = frame.mark if isinstance(frame, StreamMark) else frame.welcome.mark
-            self._known_mark = max(self._known_mark, mark)
+    def _account(self, frame: Frame) -> str | None:
+        """Compares a frame, sent or received, with those before it; returns the problem if there is one.
+
+        The transitions say which type may come in which state. Numbers must agree, too: an answer needs its question,
+        and the receiver can't have more than was sent.
+        """
         match frame:
-            case Accept(version=version) if version not in VERSIONS:
-                return f"WELCOME names version {version}, spoken are {VERSIONS}"
-            case Greeting(window_bytes=window_bytes):
-                self._window_bytes = window_bytes
-            case Accept(window_bytes=window_bytes) if window_bytes > self._window_bytes:
-                return f"WELCOME with a window of {window_bytes} bytes, HELLO offers {self._window_bytes}"
+            case Greeting():
+                self._window_bytes = frame.window_bytes
+            case Accept():
+                if frame.version not in VERSIONS:
+                    return f"WELCOME names version {frame.version}, spoken are {VERSIONS}"
+                if frame.window_bytes > self._window_bytes:
+                    return f"WELCOME with a window of {frame.window_bytes} bytes, HELLO offers {self._window_bytes}"
+                self._last_mark = frame.welcome.mark
             case Resume(point=point):
-                self._ends, self._durable, self._checkpoints = list(point.lengths), point.lengths, 0
+                self._sent, self._durable, self._checkpoints = list(point.lengths), point.lengths, 0
             case WireData(section=section) if section in TRANSFER_SECTIONS:
                 if self.state is not LinkState.TRANSFER:
                     return f"DATA of {section.name} may not come in state {self.state.name}"
-                index = section - 1
-                self._ends[index] = max(self._ends[index], frame.offset + frame.raw_length)
+                self._sent[section - 1] = max(self._sent[section - 1], frame.offset + frame.raw_length)
+            case Checkpoint():
+                self._checkpoints += 1
             case Progress(point=point):
                 if not self._checkpoints:
                     return "PROGRESS without a CHECKPOINT"
-                bounds = zip(self._durable, point.lengths, self._ends, strict=True)
+                bounds = zip(self._durable, point.lengths, self._sent, strict=True)
                 if self.role is Role.SENDER and any(not low <= at <= high for low, at, high in bounds):
-                    return f"PROGRESS to {point.lengths}, sent {tuple(self._ends)}, before {self._durable}"
+                    return f"PROGRESS to {point.lengths}, sent {tuple(self._sent)}, before {self._durable}"
                 self._checkpoints -= 1
                 self._durable = point.lengths
-            case _ if frame_type is FrameType.CHECKPOINT:
-                self._checkpoints += 1
-            case Flush(seq=seq) | StreamMark(seq=seq):
-                self._flushes, self._streamed_seq = self._flushes + 1, seq
+            case Committed() | Parked():
+                if self._checkpoints:
+                    return f"{TYPE_OF[type(frame)].name} with {self._checkpoints} CHECKPOINTs unanswered"
+                if isinstance(frame, Committed):
+                    self._last_mark = max(self._last_mark, frame.welcome.mark)
+            case Flush() | StreamMark():
+                self._flushes, self._streamed_seq = self._flushes + 1, frame.seq
+                if isinstance(frame, StreamMark):
+                    self._last_mark = max(self._last_mark, frame.mark)
             case Durable(seq=seq):
                 if not self._flushes:
                     return "DURABLE without a FLUSH or MARK"
                 if self.role is Role.SENDER and not self._durable_seq <= seq <= self._streamed_seq:
                     return f"DURABLE to seq {seq}, streamed {self._streamed_seq}, before {self._durable_seq}"
-                if self.role is Role.SENDER and frame.mark > self._known_mark:
-                    return f"DURABLE to mark {frame.mark}, the last one streamed is {self._known_mark}"
+                if self.role is Role.SENDER and frame.mark > self._last_mark:
+                    return f"DURABLE to mark {frame.mark}, the last one streamed is {self._last_mark}"
                 self._flushes, self._durable_seq = self._flushes - 1, seq
-            case _ if frame_type in (FrameType.COMMITTED, FrameType.PARKED) and self._checkpoints:
-                return f"{frame_type.name} with {self._checkpoints} CHECKPOINTs unanswered"
         return None
 
     def _error(self, problem: str) -> RemoteProtocolError:

@@ -1,4 +1,4 @@
-"""What a session's thread does: payloads decoded, batches put together, the ingest fed; and the answers."""
+"""What a session's thread does: it decodes payloads, joins batches, feeds the ingest and makes the answers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ from pitfs.model.transfer import (
 
 
 class IngestProtocol(Protocol):
-    """What takes the transfers of one session; called from threads, one call at a time."""
+    """What takes the transfers and the stream of one session; called from threads, one call at a time.
+
+    `publish` is called where nothing has come for a while: it makes readable what was streamed last.
+    """
 
     def welcome(self) -> Welcome: ...
     def begin(self, manifest: Manifest) -> ResumePoint: ...
@@ -50,25 +53,26 @@ class Applier:
     """
 
     def __init__(self, ingest: IngestProtocol, window_bytes: int) -> None:
-        self._ingest = ingest
+        self.ingest = ingest
         self._decoder = PayloadDecoder(window_bytes)
         self._joiner = BatchJoiner()
 
     def apply(self, batch: Sequence[Frame]) -> list[Frame]:
-        """Decodes and ingests frames, of which all but the last are data or FLUSH; the replies. Raises PitfsError.
+        """Decodes and ingests frames, of which all but the last are DATA or FLUSH; returns the replies.
 
-        FLUSHes that came together are made durable together, once, and answered each (group commit).
+        Batches whose FLUSHes came together become durable with one fsync, and each FLUSH gets its answer (group
+        commit). Raises PitfsError.
         """
         flushes: list[Flush] = []
         for frame in batch:
             match frame:
                 case WireData(section=section):
-                    take = self._ingest.data if section in TRANSFER_SECTIONS else self._joiner.take
+                    take = self.ingest.data if section in TRANSFER_SECTIONS else self._joiner.take
                     take(self._decoder.decode(frame))
                 case Flush():
                     writes = self._joiner.finish(frame)
                     if writes is not None:
-                        self._ingest.write(writes)
+                        self.ingest.write(writes)
                     flushes.append(frame)
                 case _:
                     return [*self._flush(flushes), self._answer(frame)]
@@ -77,10 +81,10 @@ class Applier:
     def _flush(self, flushes: Sequence[Flush]) -> list[Frame]:
         if not flushes:
             return []
-        return [self._ingest.flush(flushes[-1].protected_through_ns)] * len(flushes)
+        return [self.ingest.flush(flushes[-1].protected_through_ns)] * len(flushes)
 
     def _answer(self, frame: Frame) -> Frame:
-        ingest = self._ingest
+        ingest = self.ingest
         match frame:
             case StreamMark():
                 if self._joiner.is_open:
@@ -96,11 +100,3 @@ class Applier:
                 return Committed(ingest.end(frame))
             case _:
                 raise AssertionError(f"the protocol let {frame} through")
-
-    def publish(self) -> None:
-        """Nothing has come for a while: what was streamed last is made readable all the same."""
-        self._ingest.publish()
-
-    def close(self) -> None:
-        """Closes the ingest."""
-        self._ingest.close()

@@ -11,15 +11,16 @@ from typing import Final, NoReturn
 import trio
 
 from pitfs.errors import LinkError, LinkRefusedError, UsageError
-from pitfs.link.protocol.window import DEFAULT_WINDOW_BYTES
 from pitfs.link.sessions import failures
 from pitfs.link.sessions.applier import IngestProtocol
 from pitfs.link.sessions.receiver import Limits, serve
 from pitfs.link.sessions.sender import QUEUE_BYTES, SenderSession
 from pitfs.link.transport.rate import TokenBucket
-from pitfs.link.transport.streams import PlainStream, Timeouts, TlsStream, address_text
-from pitfs.link.transport.tls import LinkContext, is_loopback
+from pitfs.link.transport.streams import PlainStream, Timeouts, TlsStream
+from pitfs.link.transport.tls import LinkContext
+from pitfs.model.endpoint import format_endpoint, is_loopback
 from pitfs.model.transfer import Hello
+from pitfs.model.window import DEFAULT_WINDOW_BYTES
 
 __all__ = ["IngestProtocol", "Limits", "SenderSession", "Timeouts", "connect", "serve"]
 
@@ -58,7 +59,7 @@ async def connect(
         PositionMismatchError, CapacityError: the replica says so.
         UsageError: no TLS, and the address isn't loopback.
     """
-    peer = address_text(host, port)
+    peer = format_endpoint(host, port)
     with trio.move_on_after(timeouts.connect_s) as scope:
         stream = await _open(host, port, peer, tls)
     if scope.cancelled_caught:
@@ -82,9 +83,9 @@ async def connect(
 
 
 def _segment_share(stream: PlainStream) -> float:
-    """What of the bytes in packets as large as this connection's are the connection's own.
+    """The share of payload in a full packet of this connection.
 
-    Where packets have 1,500 bytes some 4.5 % are headers: a link would carry that much more than was allowed.
+    Of packets of 1,500 bytes some 4.5 % are headers. The configured rate includes them, so the bucket gets less.
     """
     connection = stream.inner.socket
     segment_bytes = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)
@@ -94,7 +95,7 @@ def _segment_share(stream: PlainStream) -> float:
 def _raise_single(group: BaseExceptionGroup[BaseException]) -> NoReturn:
     """Raises the one error in a nursery's group that isn't a Cancelled, else the group.
 
-    The tasks of a session never raise, so what comes in a group is what the caller's own block raised.
+    The tasks of a session never raise, so a group holds what the caller's own block raised.
     """
     leaves: list[BaseException] = []
     waiting: list[BaseException] = [group]
@@ -113,33 +114,26 @@ async def _open(host: str, port: int, peer: str, tls: LinkContext | None) -> Pla
     try:
         inner = await trio.open_tcp_stream(host, port)
     except (OSError, UnicodeError) as error:
-        cause = error.__cause__ if isinstance(error.__cause__, BaseException) else error
-        raise LinkError(f"{peer}: {failures.in_words(cause)}") from None
+        raise LinkError(f"{peer}: {failures.describe_os_error(error)}") from None
     try:
         if tls is None:
             address = str(inner.socket.getpeername()[0])
             if not is_loopback(address):
-                raise UsageError(
-                    f"{peer}: insecure is for loopback only and {address} isn't; give certificates"
-                )
+                raise UsageError(f"{peer}: insecure is for loopback only and {address} isn't; give certificates")
             return PlainStream(inner)
         stream = TlsStream(inner, tls, host.partition("%")[0])
         await stream.do_handshake()
         return stream
-    except ssl.SSLError as error:
+    except BaseException as error:
         await trio.aclose_forcefully(inner)
-        raise failures.tls_error(peer, error, tls) from None
-    except EOFError:
-        await trio.aclose_forcefully(inner)
-        raise LinkError(
-            f"{peer}: it closed the connection in the TLS handshake; does it speak TLS?"
-        ) from None
-    except (trio.BrokenResourceError, OSError) as error:
-        await trio.aclose_forcefully(inner)
-        raise LinkError(f"{peer}: in the TLS handshake: {failures.in_words(error)}") from None
-    except ValueError as error:  # a host name that can't stand in a certificate
-        await trio.aclose_forcefully(inner)
-        raise LinkRefusedError(f"{peer}: {error}") from None
-    except BaseException:
-        await trio.aclose_forcefully(inner)
+        match error:
+            case ssl.SSLError():
+                raise failures.tls_error(peer, error, tls) from None
+            case EOFError():
+                words = "it closed the connection in the TLS handshake; does it speak TLS?"
+                raise LinkError(f"{peer}: {words}") from None
+            case trio.BrokenResourceError() | OSError():
+                raise LinkError(f"{peer}: in the TLS handshake: {failures.describe_os_error(error)}") from None
+            case ValueError():  # a host name that can't stand in a certificate
+                raise LinkRefusedError(f"{peer}: {error}") from None
         raise

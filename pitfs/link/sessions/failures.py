@@ -1,4 +1,4 @@
-"""Failures across the wire: errors to (code, message, retryable) and back; the system's errors in words."""
+"""Errors across the wire: to (code, message, retryable) and back; the errors of the system and of TLS in words."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from pitfs.errors import (
     StoreError,
     UsageError,
 )
-from pitfs.link.protocol.checks import MAX_MESSAGE_LENGTH
-from pitfs.link.protocol.frames import Fault, Refuse
+from pitfs.link.protocol.frames import MAX_MESSAGE_LENGTH, Fault, Refuse
 from pitfs.link.transport.tls import LinkContext
 
 SHUTDOWN: Final = "shutdown"
@@ -33,21 +32,22 @@ NOT_GRANTED: Final = "not-granted"
 INTERNAL: Final = "internal"
 STORAGE: Final = "storage"
 
-# Most specific first: the first class that fits gives the code.
-_CODES: Final[tuple[tuple[type[PitfsError], str], ...]] = (
-    (CapacityError, "capacity"),
-    (PositionMismatchError, "position"),
-    (CorruptionError, "corruption"),
-    (RemoteProtocolError, "protocol"),
-    (StoreError, "store"),
-    (UsageError, "usage"),
-    (PitfsError, "failed"),
+# An error here, its code, and the error that it becomes at the sender; None: LinkError if a retry may help, else
+# LinkRefusedError. Most specific first: the first class that fits gives the code.
+_CODES: Final[tuple[tuple[type[PitfsError], str, type[PitfsError] | None], ...]] = (
+    (CapacityError, "capacity", CapacityError),
+    (PositionMismatchError, "position", PositionMismatchError),
+    (CorruptionError, "corruption", None),
+    (RemoteProtocolError, "protocol", None),
+    (StoreError, "store", None),
+    (UsageError, "usage", None),
+    (PitfsError, "failed", None),
 )
 _NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class Told(PitfsError):
-    """What one side tells the other with a code of its own."""
+class PeerError(PitfsError):
+    """An error of a session with a code of its own."""
 
     def __init__(self, code: str, message: str, *, retryable: bool) -> None:
         super().__init__(message)
@@ -56,45 +56,36 @@ class Told(PitfsError):
 
 
 def describe(error: Exception) -> tuple[str, str, bool]:
-    """Code, message and retryable of an error that the peer shall know.
+    """Code, message and retryable of an error, for the peer.
 
     Mistakes of ours come as `internal`, without their text, which may say more than a peer should know.
     """
-    match error:
-        case Told():
-            code, message, retryable = error.code, str(error), error.retryable
-        case PitfsError():
-            code = next(code for kind, code in _CODES if isinstance(error, kind))
-            message, retryable = str(error), error.retryable
-        case OSError(errno=number) if number in _NO_ROOM:
-            code, message, retryable = "capacity", f"{error.filename or 'the store'}: {error.strerror}", True
-        case OSError():
-            code, message, retryable = STORAGE, f"{error.filename or 'the store'}: {error.strerror}", True
-        case _:
-            code, message, retryable = INTERNAL, "a mistake in pitfs there; its log has the details", True
-    return code, message[:MAX_MESSAGE_LENGTH], retryable
+    if isinstance(error, OSError):
+        message = f"{error.filename or 'the store'}: {error.strerror}"
+        no_room = error.errno in _NO_ROOM
+        error = CapacityError(message) if no_room else PeerError(STORAGE, message, retryable=True)
+    if not isinstance(error, PitfsError):
+        return INTERNAL, "a mistake in pitfs there; its log has the details", True
+    if isinstance(error, PeerError):
+        code = error.code
+    else:
+        code = next(code for kind, code, _ in _CODES if isinstance(error, kind))
+    return code, str(error)[:MAX_MESSAGE_LENGTH], error.retryable
 
 
-def error_from(peer: str, answer: Refuse | Fault) -> PitfsError:
-    """The error for what a receiver told us; its text is made fit for a terminal and a log."""
-    words = "".join(character if character.isprintable() else "?" for character in answer.message)
-    message = f"{peer}: {words}"
-    match answer.code:
-        case "capacity":
-            return CapacityError(message)
-        case "position":
-            return PositionMismatchError(message)
-        case _ if answer.retryable:
-            return LinkError(message)
-        case _:
-            return LinkRefusedError(message)
+def error_from(answer: Refuse | Fault) -> PitfsError:
+    """The error that a receiver reports; its text is made fit for a terminal and a log."""
+    message = "".join(character if character.isprintable() else "?" for character in answer.message)
+    otherwise = LinkError if answer.retryable else LinkRefusedError
+    raised = next((raised for _, code, raised in _CODES if code == answer.code), None)
+    return (raised or otherwise)(message)
 
 
-def in_words(error: BaseException) -> str:
+def describe_os_error(error: BaseException) -> str:
     """An error of the system, of a socket or of a group of attempts, in a few words."""
     match error:
         case BaseExceptionGroup():
-            return in_words(error.exceptions[0])
+            return describe_os_error(error.exceptions[0])
         case socket.gaierror():
             return f"the name can't be resolved ({error.strerror})"
         case ConnectionRefusedError():
@@ -104,9 +95,9 @@ def in_words(error: BaseException) -> str:
         case OSError(errno=number) if number:
             return os.strerror(number)
         case trio.BrokenResourceError() | trio.ClosedResourceError():
-            return in_words(error.__cause__) if error.__cause__ else "the connection broke"
-        case OSError() if isinstance(error.__cause__, BaseException):
-            return in_words(error.__cause__)
+            return describe_os_error(error.__cause__) if error.__cause__ else "the connection broke"
+        case OSError() | UnicodeError() if error.__cause__ is not None:
+            return describe_os_error(error.__cause__)
         case _:
             return str(error) or type(error).__name__
 

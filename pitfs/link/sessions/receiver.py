@@ -1,8 +1,8 @@
 """The replica's end of the link: one session for each connection, many groups at once.
 
-    socket --read--> _incoming (bounded) --batches--> thread: decode, ingest --> _outgoing --write--> socket
+    socket --read--> _incoming (bounded) --batches--> thread: decode, ingest --> outgoing --write--> socket
 
-Reading goes on while a thread writes; a hop to a thread costs 150 to 300 µs, so it takes all that waits.
+Reading goes on while a thread writes. A hop to a thread costs 150 to 300 µs, so each takes all frames that wait.
 """
 
 from __future__ import annotations
@@ -26,25 +26,26 @@ from pitfs.link.protocol.frames import (
     Fault,
     Frame,
     Greeting,
-    Ping,
-    Pong,
     Refuse,
     WireData,
     common_version,
 )
 from pitfs.link.protocol.protocol import LinkProtocol, LinkState, Role
-from pitfs.link.protocol.window import DEFAULT_WINDOW_BYTES, WindowPool
 from pitfs.link.sessions import failures
 from pitfs.link.sessions.applier import Applier, IngestProtocol
-from pitfs.link.sessions.failures import Told
-from pitfs.link.transport.streams import FrameQueue, PlainStream, TlsStream, peer_name, send_buffers
+from pitfs.link.sessions.connection import Connection
+from pitfs.link.sessions.failures import PeerError
+from pitfs.link.sessions.frame_queue import FrameQueue
+from pitfs.link.sessions.window_pool import WindowPool
+from pitfs.link.transport.streams import LINK_ERRORS, PlainStream, TlsStream, peer_name
 from pitfs.link.transport.tls import LinkContext, is_granted, names_of
 from pitfs.model.transfer import Durable, Flush, Hello, Welcome
+from pitfs.model.window import DEFAULT_WINDOW_BYTES
 
 log = logging.getLogger(__name__)
 
 FRAME_COST_BYTES: Final = 256  # what an empty frame counts for in a queue
-IDLE_S: Final = 0.5  # a stream is quiet for longer only where its link is: what came last is made readable then
+IDLE_S: Final = 0.5  # if nothing comes for longer, the link is slow: what was streamed last is made readable
 REPLIES_BYTES: Final = 256 << 10  # replies that may wait: 1,000, far more than a window has checkpoints
 
 T = TypeVar("T")
@@ -57,14 +58,14 @@ class Limits:
     """What peers may take of this host.
 
     Attributes:
-        handshaking: connections that haven't greeted yet; the oldest gives way, so that idle ones can't shut
+        handshaking: connections that haven't sent HELLO yet. The oldest gives way, so that idle ones can't shut
             out a sender. Each holds some 300 KiB: 20 MiB.
-        sessions: greeted ones; more are told to come again. Each holds a thread and twice the queue.
+        sessions: connections that have; more are refused for now. Each holds a thread and twice the queue.
         queue_bytes: between socket and ingest: enough to overlap them, and for batches.
         window_bytes: the largest window of the codec; see `WindowPool` for what all may have together.
         handshake_s: from the connection to its HELLO.
         ping_s, dead_s: as Timeouts of the sender.
-        goodbye_s: to tell a peer why its session ends.
+        goodbye_s: to send a peer the reason why its session ends.
     """
 
     handshaking: int = 64
@@ -86,15 +87,15 @@ async def serve(
     read_grants: ReadGrants | None = None,
     check_sender: CheckSender = lambda _: None,
 ) -> None:
-    """Serves sessions until cancelled; then each finishes the call under way and tells its peer.
+    """Serves sessions until cancelled. Then each finishes the call under way and sends its peer a FAULT.
 
     Args:
         open_ingest: opens (or makes) the group's store; called in a thread, may raise any PitfsError.
         tls: of `server_context`; None for loopback only.
-        read_grants: called in a thread for each session, so that a change takes effect: of each group, whose
-            certificates (`identities_of`) may write it. None: whatever the certificates themselves say.
-        check_sender: called in a thread before the group's session is ended for this sender's; raises PitfsError
-            for one that the store wouldn't take.
+        read_grants: gives, by group, whose certificates (`identities_of`) may write it. Called in a thread for each
+            session, so that a change takes effect. None: the certificates themselves say it (`is_granted`).
+        check_sender: raises PitfsError for a sender that the store wouldn't take. Called in a thread before an older
+            session of the group is ended for this one.
     """
     receiver = _Receiver(open_ingest, tls, limits, read_grants, check_sender)
     async with trio.open_nursery() as nursery:
@@ -124,17 +125,19 @@ class _Receiver:
         """One connection, from TLS handshake to close; raises nothing but Cancelled."""
         peer = peer_name(inner)
         try:
-            greeted = await self._greet(inner, peer)
-            if greeted is not None:
-                await self._run(*greeted)
+            if (greeted := await self._greet(inner, peer)) is not None:
+                connection, greeting, peer = greeted
+                self._sessions += 1
+                try:
+                    await _Session(self, connection, peer).run(greeting)
+                finally:
+                    self._sessions -= 1
         except Exception:
             log.exception("%s: session ended by a mistake in pitfs", peer)
         finally:
             await trio.aclose_forcefully(inner)
 
-    async def _greet(
-        self, inner: trio.SocketStream, peer: str
-    ) -> tuple[PlainStream, LinkProtocol, Greeting, str] | None:
+    async def _greet(self, inner: trio.SocketStream, peer: str) -> tuple[Connection, Greeting, str] | None:
         """TLS, preface and HELLO, within time and number; None if there is no session."""
         with trio.move_on_after(self.limits.handshake_s) as scope:
             self._handshaking[scope] = None
@@ -146,10 +149,10 @@ class _Receiver:
             except ssl.SSLError as error:
                 log.warning("refused %s", failures.tls_error(peer, error, self.tls))
                 await stream.linger()
-            except RemoteProtocolError as error:
+            except LinkError as error:
                 log.warning("refused %s: %s", peer, error)
                 await stream.linger()
-            except (trio.BrokenResourceError, trio.ClosedResourceError, EOFError, OSError):
+            except (EOFError, *LINK_ERRORS):
                 log.info("%s: it left before it said HELLO", peer)
             finally:
                 del self._handshaking[scope]
@@ -157,52 +160,43 @@ class _Receiver:
             log.warning("%s: it said no HELLO within %g s, or others came", peer, self.limits.handshake_s)
         return None
 
-    async def _read_greeting(
-        self, stream: PlainStream, peer: str
-    ) -> tuple[PlainStream, LinkProtocol, Greeting, str]:
-        identity = ""
+    async def _read_greeting(self, stream: PlainStream, peer: str) -> tuple[Connection, Greeting, str]:
         if isinstance(stream, TlsStream):
             await stream.do_handshake()
-            identity = names_of(stream.peer_certificate())
-        protocol = LinkProtocol(Role.RECEIVER)
-        # Said first, so that a peer that expects TLS or something else sees what we are.
-        await send_buffers(stream, protocol.start(), None, lambda _: None)
-        while True:
-            data = await stream.receive_some()
-            if not data:
-                raise EOFError
-            for frame in protocol.receive(data):
-                if isinstance(frame, Greeting):
-                    return stream, protocol, frame, f"{peer} ({identity})" if identity else peer
-
-    async def _run(self, stream: PlainStream, protocol: LinkProtocol, greeting: Greeting, peer: str) -> None:
-        session = _Session(self, stream, protocol, peer)
-        self._sessions += 1
-        try:
-            await session.run(greeting)
-        finally:
-            self._sessions -= 1
+            if name := names_of(stream.peer_certificate()):
+                peer = f"{peer} ({name})"
+        connection = Connection(
+            stream,
+            LinkProtocol(Role.RECEIVER),
+            queue_bytes=REPLIES_BYTES,
+            ping_s=self.limits.ping_s,
+            dead_s=self.limits.dead_s,
+        )
+        # First, so that a peer that expects TLS or something else sees what this side speaks.
+        await connection.send_preface()
+        while (frames := await connection.receive()) is not None:
+            if greetings := [frame for frame in frames if isinstance(frame, Greeting)]:
+                return connection, greetings[0], peer
+        raise EOFError
 
     async def check(self, greeting: Greeting, stream: PlainStream) -> Hello:
         """Whether this peer may have a session.
 
         Raises:
-            Told: no common version, a certificate for other groups, or too many sessions.
+            PeerError: no common version, a certificate for other groups, or too many sessions.
         """
         if greeting.hello is None:
             theirs = ", ".join(map(str, greeting.versions))
             ours = ", ".join(map(str, VERSIONS))
-            words = (
-                f"this replica speaks versions {ours} of the protocol and the sender {theirs}: upgrade one"
-            )
-            raise Told(failures.VERSION, words, retryable=False)
+            words = f"this replica speaks versions {ours} of the protocol and the sender {theirs}: upgrade one"
+            raise PeerError(failures.VERSION, words, retryable=False)
         group = greeting.hello.group
         if isinstance(stream, TlsStream) and not is_granted(stream.peer_certificate(), group):
-            raise Told(failures.NOT_GRANTED, f"the certificate doesn't grant group {group}", retryable=False)
+            raise PeerError(failures.NOT_GRANTED, f"the certificate doesn't grant group {group}", retryable=False)
         if self._read_grants is not None:
             await self._check_grants(self._read_grants, group, stream)
         if self._sessions > self.limits.sessions:
-            raise Told(failures.BUSY, f"{self.limits.sessions} sessions already", retryable=True)
+            raise PeerError(failures.BUSY, f"it has {self.limits.sessions} sessions already", retryable=True)
         return greeting.hello
 
     async def _check_grants(self, read_grants: ReadGrants, group: str, stream: PlainStream) -> None:
@@ -210,20 +204,20 @@ class _Receiver:
         try:
             granted = (await trio.to_thread.run_sync(read_grants, limiter=self.threads)).get(group, frozenset())
         except PitfsError as error:
-            log.error("nobody gets in: %s", error)
+            log.error("no sender is admitted: %s", error)
             words = "the replica can't read who may write which group: see its log"
-            raise Told(failures.NOT_GRANTED, words, retryable=True) from error
+            raise PeerError(failures.NOT_GRANTED, words, retryable=True) from error
         if not identities & granted:
             words = f"the replica's grants don't let this certificate write group {group}"
-            raise Told(failures.NOT_GRANTED, words, retryable=False)
+            raise PeerError(failures.NOT_GRANTED, words, retryable=False)
 
     async def take_over(self, group: str, epoch: int, session: _Session) -> None:
-        """Makes this the group's session; an older one is ended first.
+        """Makes this the group's session, and ends an older one first.
 
-        Its peer is most likely the other end of a half-open connection of the same sender, or of one before it.
+        The older one's peer most likely is the same sender, whose connection broke without our knowing.
 
         Raises:
-            Told: the sender there began later than this one.
+            PeerError: the sender there began later than this one.
         """
         session.epoch = epoch
         while (older := self._live.get(group)) is not None:
@@ -232,36 +226,31 @@ class _Receiver:
                     f"another production host, {older.peer}, sends group {group} with a copy of this one's state "
                     "and was started later: stop the one that shouldn't"
                 )
-                raise Told(failures.SUPERSEDED, words, retryable=True)
-            older.stop(
-                Told(failures.SUPERSEDED, f"a connection from {session.peer} took over", retryable=True)
-            )
+                raise PeerError(failures.SUPERSEDED, words, retryable=True)
+            words = f"a connection from {session.peer} took over"
+            older.stop(PeerError(failures.SUPERSEDED, words, retryable=True))
             await older.released.wait()
-        self._live[group] = session  # no await since the look: two can't both find it free
+        self._live[group] = session  # no await since the check: two sessions can't both find it free
 
     def release(self, session: _Session) -> None:
-        for group, live in list(self._live.items()):
-            if live is session:
-                del self._live[group]
+        """Frees the session's group for the next one."""
+        self._live = {group: live for group, live in self._live.items() if live is not session}
 
 
 class _Session:
     """One greeted connection."""
 
-    def __init__(self, receiver: _Receiver, stream: PlainStream, protocol: LinkProtocol, peer: str) -> None:
+    def __init__(self, receiver: _Receiver, connection: Connection, peer: str) -> None:
         self.peer = peer
         self.released = trio.Event()  # set once the ingest is closed
         self.epoch = 0  # of its sender
-        self._receiver, self._stream, self._protocol = receiver, stream, protocol
-        self._limits = receiver.limits
-        self._incoming: FrameQueue[Frame] = FrameQueue(self._limits.queue_bytes)
-        self._outgoing: FrameQueue[Frame] = FrameQueue(REPLIES_BYTES)
+        self._receiver, self._connection = receiver, connection
+        self._incoming: FrameQueue[Frame] = FrameQueue(receiver.limits.queue_bytes)
         self._window_bytes = 0  # taken from the receiver's pool
-        self._applier: Applier | None = None
+        self._applier: Applier | None = None  # until the store is open
         self._scope = trio.CancelScope()
         self._reason: Exception | None = None  # why it ends; None: the peer left in order
         self._stopping = False
-        self._mid_frame = False  # a frame was sent in part: nothing can follow
         self._began = False
 
     async def run(self, greeting: Greeting) -> None:
@@ -271,13 +260,12 @@ class _Session:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._guard, self._read_all)
                     nursery.start_soon(self._guard, self._write_all)
-                    nursery.start_soon(self._guard, self._beat)
+                    nursery.start_soon(self._guard, self._connection.send_heartbeats)
                     await self._guard(lambda: self._work(greeting))
                     self._scope.cancel()
         except BaseException:  # cancelled from outside: the receiver stops
-            self.stop(
-                Told(failures.SHUTDOWN, "the receiver stops; the transfer can be resumed", retryable=True)
-            )
+            words = "the receiver stops; the transfer can be resumed"
+            self.stop(PeerError(failures.SHUTDOWN, words, retryable=True))
             raise
         finally:
             with trio.CancelScope(shield=True):
@@ -289,7 +277,7 @@ class _Session:
                 await self._say_goodbye()
 
     def stop(self, reason: Exception | None) -> None:
-        """Ends the session; the first reason stands."""
+        """Ends the session; the first reason counts."""
         if not self._stopping:
             self._stopping, self._reason = True, reason
         self._scope.cancel()
@@ -303,8 +291,8 @@ class _Session:
             self.stop(error)
 
     async def _work(self, greeting: Greeting) -> None:
-        """Opens the store, then feeds it what comes, until the peer has left and all is fed."""
-        hello = await self._receiver.check(greeting, self._stream)
+        """Opens the store, then ingests what comes, until the peer has left and all is ingested."""
+        hello = await self._receiver.check(greeting, self._connection.stream)
         await self._in_thread(lambda: self._receiver.check_sender(hello))
         await self._receiver.take_over(hello.group, hello.epoch, self)
         self._window_bytes = self._receiver.windows.take(greeting.window_bytes)
@@ -321,7 +309,7 @@ class _Session:
                 batch = await self._incoming.take(lambda frame: not isinstance(frame, WireData | Flush))
             if scope.cancelled_caught:
                 streams = False
-                await self._in_thread(applier.publish)
+                await self._in_thread(applier.ingest.publish)
                 continue
             if not batch:
                 return
@@ -344,83 +332,52 @@ class _Session:
             raise
 
     def _reply(self, frame: Frame) -> None:
-        """Queues a reply. Each answers a frame that was taken from the bounded queue, so no limit is needed
-        but that of a peer that sends and never reads."""
-        if not self._outgoing.put_nowait(frame, FRAME_COST_BYTES):
+        """Queues a reply; the limit is for a peer that sends and never reads."""
+        if not self._connection.outgoing.put_nowait(frame, FRAME_COST_BYTES):
             raise LinkError("it doesn't read the answers to what it sends")
 
     async def _read_all(self) -> None:
         """Reads until the peer leaves; what came before is still ingested then."""
         try:
-            while True:
-                with trio.move_on_after(self._limits.dead_s) as scope:
-                    data = await self._stream.receive_some()
-                if scope.cancelled_caught:
-                    raise LinkError(f"nothing heard from it for {self._limits.dead_s:g} s")
-                if not data:
-                    break
-                for frame in self._protocol.receive(data):
-                    await self._take_in(frame)
-            if self._protocol.state not in (LinkState.ASKED, LinkState.READY):
+            while (frames := await self._connection.receive()) is not None:
+                for frame in frames:
+                    size_bytes = frame.raw_length if isinstance(frame, WireData) else 0
+                    await self._incoming.put(frame, size_bytes + FRAME_COST_BYTES)
+            if self._connection.state not in (LinkState.ASKED, LinkState.READY):
                 self._reason = LinkError("the connection ended within a transfer, which can be resumed")
-        except (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError, ConnectionError) as error:
-            self._reason = LinkError(failures.in_words(error))
+        except LINK_ERRORS as error:
+            self._reason = LinkError(failures.describe_os_error(error))
         self._incoming.close()
-
-    async def _take_in(self, frame: Frame) -> None:
-        match frame:
-            case Ping(token=token):
-                self._outgoing.put_control(Pong(token))
-            case Pong():
-                pass
-            case WireData(raw_length=raw_length):
-                await self._incoming.put(frame, raw_length + FRAME_COST_BYTES)
-            case _:
-                await self._incoming.put(frame, FRAME_COST_BYTES)
 
     async def _write_all(self) -> None:
         try:
-            while batch := await self._outgoing.take():
-                buffers = [buffer for frame in batch for buffer in self._protocol.send(frame)]
-                self._mid_frame = True
-                await send_buffers(self._stream, buffers, None, lambda _: None)
-                self._mid_frame = False
-        except (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError, ConnectionError):
-            self._outgoing.ignore()  # reading tells why; what came is still ingested
-
-    async def _beat(self) -> None:
-        token = 0
-        while True:
-            await trio.sleep(self._limits.ping_s)
-            token += 1
-            self._outgoing.put_control(Ping(token))
+            await self._connection.write_all()
+        except LINK_ERRORS:
+            # The reader will learn why; what came is still ingested, and its answers are dropped.
+            self._connection.outgoing.close(discard=True)
 
     async def _close_ingest(self) -> None:
         if self._applier is None:
             return
         try:
-            await self._in_thread(self._applier.close)
+            await self._in_thread(self._applier.ingest.close)
         except Exception as error:
             log.error("%s: closing the store: %s", self.peer, error)
 
     async def _say_goodbye(self) -> None:
-        """Tells the peer why, as far as it still listens, and writes the log's line."""
-        reason = self._reason
+        """Sends the peer the reason why the session ends, if it still reads, and writes the line in the log."""
+        reason, connection = self._reason, self._connection
+        level = logging.INFO if reason is None else logging.WARNING
         what = "session ended" if self._began else "refused"
-        log.log(
-            logging.INFO if reason is None else logging.WARNING,
-            "%s: %s: %s",
-            self.peer,
-            what,
-            reason or "done",
-        )
-        with trio.move_on_after(self._limits.goodbye_s):
-            with suppress(trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError, ConnectionError):
-                answer = Refuse if self._protocol.state is LinkState.ASKED else Fault
-                if reason is not None and not self._mid_frame and self._protocol.state is not LinkState.CLOSED:
+        log.log(level, "%s: %s: %s", self.peer, what, reason or "done")
+        with trio.move_on_after(self._receiver.limits.goodbye_s):
+            with suppress(*LINK_ERRORS):
+                if reason is not None and not connection.is_mid_frame and connection.state is not LinkState.CLOSED:
                     code, message, retryable = failures.describe(reason)
-                    if answer is Refuse and isinstance(reason, RemoteProtocolError):
-                        retryable = False  # the same HELLO will be as wrong the next time
-                    buffers = self._protocol.send(answer(code, message, retryable))
-                    await send_buffers(self._stream, buffers, None, lambda _: None)
-            await self._stream.linger()
+                    answer: Refuse | Fault = Fault(code, message, retryable)
+                    if connection.state is LinkState.ASKED:
+                        # After a RemoteProtocolError the same HELLO would be as wrong the next time.
+                        again = retryable and not isinstance(reason, RemoteProtocolError)
+                        answer = Refuse(code, message, again)
+                    await connection.send([answer])
+            await connection.stream.linger()

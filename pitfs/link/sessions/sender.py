@@ -1,10 +1,9 @@
-"""The sender's end of the link: connects, greets, and carries transfers.
+"""The sender's end of the link: greets, and carries transfers and the stream.
 
-    caller --send--> _pending --encode (thread if much)--> _outgoing --write (rate)--> socket
-                                                                  read <-- socket --> replies, PROGRESS
+    caller --send--> _pending --encode (thread if much)--> outgoing --write (rate)--> socket
+                                                                read <-- socket --> replies, PROGRESS
 
-Every failure is stored once and raised to whoever waits or comes next: the tasks behind it never
-raise.
+Every failure is stored once and raised to whoever waits or comes next: the tasks behind a session never raise.
 """
 
 from __future__ import annotations
@@ -12,11 +11,11 @@ from __future__ import annotations
 import ssl
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import Final, TypeVar, cast
+from typing import Final
 
 import trio
 
-from pitfs.errors import LinkError, LocalProtocolError, PitfsError, RemoteProtocolError
+from pitfs.errors import LinkError, LocalProtocolError, PitfsError
 from pitfs.link.codec.adaptive import AdaptiveCompression
 from pitfs.link.codec.payloads import PayloadEncoder
 from pitfs.link.protocol.batches import BatchCutter
@@ -28,18 +27,17 @@ from pitfs.link.protocol.frames import (
     Frame,
     Greeting,
     Parked,
-    Ping,
-    Pong,
     Progress,
     Refuse,
     Resume,
     WireData,
 )
 from pitfs.link.protocol.protocol import LinkProtocol, Role
-from pitfs.link.protocol.window import DEFAULT_WINDOW_BYTES
 from pitfs.link.sessions import failures
+from pitfs.link.sessions.connection import Connection
+from pitfs.link.sessions.frame_queue import FrameQueue
 from pitfs.link.transport.rate import TokenBucket
-from pitfs.link.transport.streams import FrameQueue, PlainStream, Timeouts, delivery_bytes_per_s, send_buffers
+from pitfs.link.transport.streams import LINK_ERRORS, PlainStream, Timeouts, delivery_bytes_per_s
 from pitfs.link.transport.tls import LinkContext
 from pitfs.model.transfer import (
     Begin,
@@ -53,34 +51,34 @@ from pitfs.model.transfer import (
     Park,
     ResumePoint,
     StreamMark,
-    TransferFrame,
     Welcome,
     Writes,
 )
+from pitfs.model.window import DEFAULT_WINDOW_BYTES
 
 # Sent without PROGRESS: two checkpoints, so that one is on its way while the other becomes durable.
 WINDOW_BYTES: Final = 32 << 20
 QUEUE_BYTES: Final = 4 << 20  # before and after encoding: enough to batch, little to hold
 THREAD_BYTES: Final = 64 << 10  # compressing less costs less than the hop to a thread (150 to 300 µs)
 FRAME_COST_BYTES: Final = 64  # what an empty frame counts for in a queue
-VERDICT_S: Final = 2.0  # after a failed write: time to read why the peer closed
-
-ReplyType = TypeVar("ReplyType", Accept, Resume, Committed, Parked)
+FAULT_WAIT_S: Final = 2.0  # after a failed write: time to read the FAULT that says why the peer closed
 
 
 class SenderSession:
     """A session with a replica; made by `connect`, used by one task at a time.
 
-    After an error, or after cancelling begin, send or finish, only leaving the context is left to do.
+    After an error, or after begin, send or finish was cancelled, the caller can only leave the context.
+    Every method raises what ended the session: LinkError, LinkRefusedError, PositionMismatchError or CapacityError;
+    and LocalProtocolError where a transfer is under way and shouldn't be, or the other way round.
 
     Attributes:
         peer: HOST:PORT, for messages.
-        welcome: where the replica stood at the start of the session, then after the last `finish`.
-        durable: how far the present transfer is durable on the replica.
+        welcome: the replica's state at the start of the session, then after the last `finish`.
+        durable: how far the last transfer begun is durable on the replica.
         on_progress: called (in the event loop) with each PROGRESS; must not block or raise.
         on_durable: the same with each DURABLE.
-        wire_bytes: sent on the connection so far (frames; without the overhead of TLS, TCP and IP).
-        payload_bytes: of Data sent so far, before compression.
+        connection: what it sends on.
+        compression: whether payloads are compressed now.
         window_bytes: of the codec: what was offered, then what was agreed on.
         failure: why the session is over, None while it lives.
     """
@@ -100,38 +98,53 @@ class SenderSession:
         self.durable = ResumePoint()
         self.on_progress: Callable[[ResumePoint], None] | None = None
         self.on_durable: Callable[[Durable], None] | None = None
-        self.wire_bytes = 0
-        self.payload_bytes = 0
-        self.failure: Exception | None = None
-        self._stream, self._tls, self._bucket, self._timeouts = stream, tls, bucket, timeouts
-        self._protocol = LinkProtocol(Role.SENDER)
+        self.connection = Connection(
+            stream,
+            LinkProtocol(Role.SENDER),
+            queue_bytes=queue_bytes,
+            ping_s=timeouts.ping_s,
+            dead_s=timeouts.dead_s,
+            bucket=bucket,
+        )
+        self.compression = AdaptiveCompression(None if bucket is None else bucket.rate_bytes_per_s)
         self.window_bytes = window_bytes
+        self.failure: Exception | None = None
+        self._tls = tls
         self._encoder = PayloadEncoder(window_bytes)  # until WELCOME says of which window
-        self._effort = AdaptiveCompression(None if bucket is None else bucket.rate_bytes_per_s)
         self._pending: FrameQueue[Frame | Data] = FrameQueue(queue_bytes)
-        self._outgoing: FrameQueue[Frame] = FrameQueue(queue_bytes)
-        self._changed = trio.lowlevel.ParkingLot()  # a reply, PROGRESS or failure came
-        self._reply: Accept | Resume | Committed | Parked | None = None
+        self._changed = trio.lowlevel.ParkingLot()  # an answer, PROGRESS, DURABLE or failure came
         self._accepted = False
+        self._answered = False  # what `_ask` asked
         self._transferring = False
         self._given_bytes = 0  # payload that the caller gave
         self._progressed_bytes = 0  # of these, made durable
-        self._marks: deque[int] = deque()  # _given_bytes at each CHECKPOINT without PROGRESS
+        self._checkpoints: deque[int] = deque()  # _given_bytes at each CHECKPOINT without PROGRESS
         self._cutter = BatchCutter()
         self._unflushed: deque[int] = deque()  # bytes of each batch without DURABLE
 
-    async def begin(self, manifest: Manifest) -> ResumePoint:
-        """Begins a transfer; returns from where the replica wants it.
+    @property
+    def wire_bytes(self) -> int:
+        """Sent on the connection so far (frames; without the overhead of TLS, TCP and IP)."""
+        return self.connection.wire_bytes
 
-        Raises:
-            PitfsError: LinkError, LinkRefusedError, PositionMismatchError or CapacityError.
-        """
-        self._raise_failure()
-        if self._transferring:
-            raise LocalProtocolError("begin within a transfer")
-        reply = await self._ask(Begin(manifest), Resume)
+    @property
+    def payload_bytes(self) -> int:
+        """Of Data sent so far, before compression."""
+        return self.connection.payload_bytes
+
+    async def start(self, nursery: trio.Nursery, hello: Hello) -> None:
+        """Starts the tasks in the nursery and greets; for `connect`."""
+        for task in (self._encode_all, self._write_all, self._read_all):
+            nursery.start_soon(self._guard, task)
+        await self._ask(Greeting(VERSIONS, hello, self.window_bytes))
+        nursery.start_soon(self._guard, self.connection.send_heartbeats)
+
+    async def begin(self, manifest: Manifest) -> ResumePoint:
+        """Begins a transfer; returns from where the replica wants it."""
+        self._check(transferring=False)
+        await self._ask(Begin(manifest))
         self._transferring = True
-        return reply.point
+        return self.durable
 
     async def send(self, frame: Data | Checkpoint) -> None:
         """Hands over one frame; waits for room in the window and at the rate.
@@ -139,60 +152,37 @@ class SenderSession:
         The payload must not change afterwards: it isn't copied.
 
         Raises:
-            PitfsError: as `begin`.
             LocalProtocolError: no transfer, or a window without a Checkpoint.
         """
-        self._raise_failure()
-        if not self._transferring:
-            raise LocalProtocolError("send without a transfer")
+        self._check(transferring=True)
         if isinstance(frame, Checkpoint):
-            self._marks.append(self._given_bytes)
-            await self._put(frame, FRAME_COST_BYTES)
+            self._checkpoints.append(self._given_bytes)
+            await self._put(frame)
             return
         length = len(frame.payload)
-        last_mark = self._marks[-1] if self._marks else self._progressed_bytes
-        if self._given_bytes + length - last_mark > WINDOW_BYTES:
+        last_checkpoint = self._checkpoints[-1] if self._checkpoints else self._progressed_bytes
+        if self._given_bytes + length - last_checkpoint > WINDOW_BYTES:
             raise LocalProtocolError(f"{WINDOW_BYTES} bytes without a Checkpoint")
         while self._given_bytes + length - self._progressed_bytes > WINDOW_BYTES:
             await self._wait()
         self._given_bytes += length
-        await self._put(frame, length + FRAME_COST_BYTES)
+        await self._put(frame)
 
     async def finish(self, end: End) -> Welcome:
-        """Ends the transfer; returns where the replica stands once it is committed there.
-
-        Raises:
-            PitfsError: as `begin`.
-        """
-        self._raise_failure()
-        if not self._transferring:
-            raise LocalProtocolError("finish without a transfer")
-        reply = await self._ask(end, Committed)
-        self._over()
-        self.welcome = reply.welcome
-        return reply.welcome
+        """Ends the transfer; returns the replica's state once it is committed there."""
+        await self._leave_transfer(end)
+        return self.welcome
 
     async def park(self) -> ResumePoint:
-        """Puts the transfer off, to be begun again later; returns what is durable of it.
-
-        Raises:
-            PitfsError: as `begin`.
-        """
-        self._raise_failure()
-        if not self._transferring:
-            raise LocalProtocolError("park without a transfer")
-        reply = await self._ask(Park(), Parked)
-        self._over()
-        return reply.point
+        """Puts the transfer off, to be begun again later; returns what is durable of it."""
+        await self._leave_transfer(Park())
+        return self.durable
 
     async def stream(self, writes: Writes | None, flush: Flush, window_bytes: int = WINDOW_BYTES) -> None:
         """Hands over a batch of streamed writes, within a transfer or not; the answer comes by `on_durable`.
 
         Waits until with it at most `window_bytes` are without an answer, or it is alone. Its contents must not change
         afterwards.
-
-        Raises:
-            PitfsError: as `begin`.
         """
         size = len(writes.contents) + writes.rows.nbytes if writes is not None else 0
         while size and self._unflushed and sum(self._unflushed) + size > window_bytes:
@@ -201,39 +191,44 @@ class SenderSession:
         self._unflushed.append(size)
         if writes is not None:
             for data in self._cutter.cut(writes):
-                await self._put(data, len(data.payload) + FRAME_COST_BYTES)
-        await self._put(flush, FRAME_COST_BYTES)
+                await self._put(data)
+        await self._put(flush)
 
     async def stream_mark(self, mark: StreamMark) -> None:
-        """Ends the open interval behind what was streamed; the answer comes by `on_durable`. Raises as `begin`."""
+        """Ends the open interval behind what was streamed; the answer comes by `on_durable`."""
         self._raise_failure()
         self._unflushed.append(0)
-        await self._put(mark, FRAME_COST_BYTES)
+        await self._put(mark)
 
     async def wait_durable(self) -> None:
-        """Returns when all that was streamed has been answered. Raises as `begin`."""
+        """Returns when all that was streamed has been answered."""
         while self._unflushed:
             await self._wait()
         self._raise_failure()
 
-    def _over(self) -> None:
+    def _check(self, *, transferring: bool) -> None:
+        self._raise_failure()
+        if self._transferring is not transferring:
+            raise LocalProtocolError("a transfer is under way" if self._transferring else "no transfer is under way")
+
+    async def _leave_transfer(self, frame: End | Park) -> None:
+        self._check(transferring=True)
+        await self._ask(frame)
         self._transferring = False
-        self._marks.clear()
+        self._checkpoints.clear()
         self._progressed_bytes = self._given_bytes
 
-    async def _ask(self, frame: Greeting | TransferFrame, reply_type: type[ReplyType]) -> ReplyType:
-        self._reply = None
-        await self._put(frame, FRAME_COST_BYTES)
-        while self._reply is None:
+    async def _ask(self, frame: Greeting | Begin | End | Park) -> None:
+        """Sends a frame and waits until `_take` has stored its answer; the protocol lets no other one through."""
+        self._answered = False
+        await self._put(frame)
+        while not self._answered:
             await self._wait()
-        reply = self._reply
-        if not isinstance(reply, reply_type):
-            raise AssertionError(f"the protocol let {reply} answer {frame}")
-        return reply
 
-    async def _put(self, frame: Frame | Data, size_bytes: int) -> None:
+    async def _put(self, frame: Frame | Data) -> None:
+        size_bytes = len(frame.payload) if isinstance(frame, Data) else 0
         try:
-            await self._pending.put(frame, size_bytes)
+            await self._pending.put(frame, size_bytes + FRAME_COST_BYTES)
         except trio.ClosedResourceError:
             self._raise_failure()
             raise
@@ -248,141 +243,111 @@ class SenderSession:
             raise self.failure
 
     def _fail(self, error: Exception) -> None:
-        """Ends the session: whoever waits in it gets this error, the first one."""
+        """Ends the session: whoever waits in it gets this error, the first one; it names the peer."""
         if self.failure is None:
+            match error:
+                case ssl.SSLError():
+                    error = failures.tls_error(self.peer, error, self._tls)
+                case OSError() | trio.BrokenResourceError() | trio.ClosedResourceError():
+                    error = LinkError(f"{self.peer}: {failures.describe_os_error(error)}")
+                case PitfsError():
+                    error = type(error)(f"{self.peer}: {error}")
             self.failure = error
         self._pending.close(discard=True)
-        self._outgoing.close(discard=True)
+        self.connection.outgoing.close(discard=True)
         self._changed.unpark_all()
 
     # The four tasks behind a session.
+
+    async def _guard(self, task: Callable[[], Awaitable[None]]) -> None:
+        """Runs a task; what it raises, also a mistake of ours, ends the session and is raised to the caller."""
+        try:
+            await task()
+        except Exception as error:
+            self._fail(error)
 
     async def _encode_all(self) -> None:
         """Compresses what pays, many frames for each hop to a thread."""
         begun_s = trio.current_time()
         while batch := await self._pending.take():
             taken_s = trio.current_time()
-            compresses = self._effort.compresses
-            pairs = [
-                (frame, compresses and isinstance(frame, Data) and self._encoder.wants(frame)) for frame in batch
+            choices = [
+                isinstance(frame, Data) and self.compression.compresses and self._encoder.wants(frame)
+                for frame in batch
             ]
-            work_bytes = sum(len(cast(Data, frame).payload) for frame, wants in pairs if wants)
-            if work_bytes >= THREAD_BYTES:
-                frames = await trio.to_thread.run_sync(self._encode, pairs)
+            lengths = [len(frame.payload) if isinstance(frame, Data) else 0 for frame in batch]
+            if sum(length for length, wanted in zip(lengths, choices, strict=True) if wanted) >= THREAD_BYTES:
+                frames = await trio.to_thread.run_sync(self._encode, batch, choices)
             else:
-                frames = self._encode(pairs)
+                frames = self._encode(batch, choices)
             encoded_s = trio.current_time()
             for encoded in frames:
                 size_bytes = len(encoded.payload) if isinstance(encoded, WireData) else 0
-                try:
-                    await self._outgoing.put(encoded, size_bytes + FRAME_COST_BYTES)
-                except trio.ClosedResourceError:
-                    return
+                await self.connection.outgoing.put(encoded, size_bytes + FRAME_COST_BYTES)
             now_s = trio.current_time()
-            self._effort.observe(
-                sum(len(frame.payload) for frame in batch if isinstance(frame, Data)),
+            self.compression.observe(
+                sum(lengths),
                 idle_s=taken_s - begun_s,
                 encode_s=encoded_s - taken_s,
                 room_s=now_s - encoded_s,
-                link_bytes_per_s=delivery_bytes_per_s(self._stream.inner),
+                link_bytes_per_s=delivery_bytes_per_s(self.connection.stream.inner),
             )
             begun_s = now_s
 
-    def _encode(self, pairs: list[tuple[Frame | Data, bool]]) -> list[Frame]:
+    def _encode(self, batch: list[Frame | Data], choices: list[bool]) -> list[Frame]:
         return [
-            self._encoder.encode(frame, wants) if isinstance(frame, Data) else frame for frame, wants in pairs
+            self._encoder.encode(frame, choice) if isinstance(frame, Data) else frame
+            for frame, choice in zip(batch, choices, strict=True)
         ]
 
     async def _write_all(self) -> None:
         try:
-            while batch := await self._outgoing.take():
-                buffers = []
-                for frame in batch:
-                    buffers += self._protocol.send(frame)
-                    if isinstance(frame, WireData):
-                        self.payload_bytes += frame.raw_length
-                await send_buffers(self._stream, buffers, self._bucket, self._count)
-        except LocalProtocolError as error:
-            self._fail(error)
-        except (trio.BrokenResourceError, trio.ClosedResourceError, ssl.SSLError, OSError) as error:
-            # The peer may have closed because of something that it told us: let the reader find it.
-            with trio.move_on_after(VERDICT_S):
+            await self.connection.write_all()
+        except LINK_ERRORS:
+            # The peer may have closed after it sent a FAULT: let the reader find that.
+            with trio.move_on_after(FAULT_WAIT_S):
                 while self.failure is None:
                     await self._changed.park()
-            self._fail(LinkError(f"{self.peer}: {failures.in_words(error)}"))
-
-    def _count(self, sent_bytes: int) -> None:
-        self.wire_bytes += sent_bytes
+            raise
 
     async def _read_all(self) -> None:
         try:
             while self.failure is None:
-                with trio.move_on_after(self._timeouts.dead_s) as scope:
-                    data = await self._stream.receive_some()
-                if scope.cancelled_caught:
-                    raise LinkError(f"{self.peer}: nothing heard from it for {self._timeouts.dead_s:g} s")
-                if not data:
-                    self._protocol.receive_eof()
-                    raise LinkError(f"{self.peer}: it closed the connection{self._closed_hint()}")
-                for frame in self._protocol.receive(data):
-                    self._follow(frame)
-        except RemoteProtocolError as error:
-            self._fail(RemoteProtocolError(f"{self.peer}: {error}"))
-        except ssl.SSLError as error:
-            self._fail(failures.tls_error(self.peer, error, self._tls))
-        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
-            self._fail(LinkError(f"{self.peer}: {failures.in_words(error)}"))
-        except PitfsError as error:
+                frames = await self.connection.receive()
+                if frames is None:
+                    self.connection.check_end()
+                    raise LinkError(f"it closed the connection{self._closed_hint()}")
+                for frame in frames:
+                    self._take(frame)
+                    self._changed.unpark_all()
+        except Exception as error:
             self._fail(error)
-        await self._stream.aclose()  # so that the peer needn't wait for the caller to notice
+        await self.connection.stream.aclose()  # so that the peer needn't wait for the caller to notice
 
     def _closed_hint(self) -> str:
         if self._accepted:
             return ""
         return " without an answer" + ("" if self._tls else "; does it want TLS?")
 
-    def _follow(self, frame: Frame) -> None:
+    def _take(self, frame: Frame) -> None:
+        """Stores what a frame of the replica says. Raises the error that it reports."""
         match frame:
-            case Accept() | Resume() | Committed() | Parked():
-                if isinstance(frame, Accept):
-                    self.welcome, self._accepted = frame.welcome, True
-                    self.window_bytes = frame.window_bytes
-                    self._encoder = PayloadEncoder(frame.window_bytes)
-                if isinstance(frame, Resume):
-                    self.durable = frame.point
-                self._reply = frame
-            case Progress(point=point):
-                self.durable = point
-                self._progressed_bytes = self._marks.popleft()
+            case Accept():
+                self.welcome, self.window_bytes = frame.welcome, frame.window_bytes
+                self._encoder = PayloadEncoder(frame.window_bytes)
+                self._accepted = self._answered = True
+            case Resume() | Parked():
+                self.durable, self._answered = frame.point, True
+            case Committed():
+                self.welcome, self._answered = frame.welcome, True
+            case Progress():
+                self.durable = frame.point
+                self._progressed_bytes = self._checkpoints.popleft()
                 if self.on_progress is not None:
-                    self.on_progress(point)
+                    self.on_progress(frame.point)
             case Durable():
                 self._unflushed.popleft()
                 if self.on_durable is not None:
                     self.on_durable(frame)
-            case Ping(token=token):
-                self._outgoing.put_control(Pong(token))
             case Refuse() | Fault():
-                raise failures.error_from(self.peer, frame)
-        self._changed.unpark_all()
-
-    async def _beat(self) -> None:
-        token = 0
-        while self.failure is None:
-            await trio.sleep(self._timeouts.ping_s)
-            if self._accepted:
-                token += 1
-                self._outgoing.put_control(Ping(token))
-
-    async def _guard(self, task: Callable[[], Awaitable[None]]) -> None:
-        """Runs a task; a mistake of ours in it ends the session with that error, for the caller to raise."""
-        try:
-            await task()
-        except Exception as error:
-            self._fail(error)
-
-    async def start(self, nursery: trio.Nursery, hello: Hello) -> None:
-        """Starts the tasks in the nursery and greets; for `connect`."""
-        for task in (self._encode_all, self._write_all, self._read_all, self._beat):
-            nursery.start_soon(self._guard, task)
-        await self._ask(Greeting(VERSIONS, hello, self.window_bytes), Accept)
+                raise failures.error_from(frame)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Final
 
-ROUNDING_BYTES: Final = 1e-3  # what floating point may be short of a token that was waited for
+ROUNDING_BYTES: Final = 1e-3  # by which floating point may miss the tokens that a caller waited for
 
 
 class TokenBucket:
     """Lets `rate_bytes_per_s` through, with bursts of at most `burst_bytes`.
 
-    In any interval of t seconds at most rate × t + burst bytes go through: tokens are taken when the bytes
-    really go, so a caller that woke late can't send late what it waited for and the next at its time. It gets
-    the whole rate all the same if it asks for less than a burst at once: the rest of the bucket fills
-    meanwhile, and what was slept too long, up to that rest, isn't lost.
+    In any t seconds at most rate × t + burst bytes go through. Tokens are taken when the bytes really go: a caller
+    that woke late can't send what it waited for late and the next part on time. If it asks for less than a burst at
+    once it gets the whole rate all the same, since the rest of the bucket fills while it sleeps too long.
     """
 
     def __init__(self, rate_bytes_per_s: float, burst_bytes: int, now_s: float) -> None:
@@ -31,7 +30,7 @@ class TokenBucket:
             now_s: monotonic seconds; going back counts as standing still.
 
         Returns:
-            0 if they were taken; else nothing was taken, and it is worth asking again after so many seconds.
+            0 if they were taken; else nothing was taken, and there are enough tokens after so many seconds.
         """
         if not 0 <= count_bytes <= self.burst_bytes:
             raise ValueError(f"{count_bytes} bytes at once, burst is {self.burst_bytes}")

@@ -1,31 +1,28 @@
-"""What sender and receiver share in moving bytes: plain and TLS streams, bounded queues, paced writing."""
+"""Streams of bytes over TCP, plain and with TLS."""
 
 from __future__ import annotations
 
 import socket
 import ssl
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final
 
 import trio
 
 from pitfs.link.protocol.frames import Buffer
-from pitfs.link.transport.rate import TokenBucket
 from pitfs.link.transport.tls import identities_of
+from pitfs.model.endpoint import format_endpoint
 
-RECEIVE_BYTES: Final = (
-    256 << 10
-)  # one call: large enough that the loop doesn't dominate, small against frames
+RECEIVE_BYTES: Final = 256 << 10  # one call: large enough that the loop doesn't dominate, small against frames
 TLS_RECORD_BYTES: Final = 16 << 10
 JOIN_BYTES: Final = 32 << 10  # buffers up to this are joined: cheaper to copy than to send alone
 DELIVERY_RATE_AT: Final = 160  # tcpi_delivery_rate, u64, in struct tcp_info (linux/tcp.h)
-MAX_CONTROLS: Final = 16  # control frames that may wait beyond a queue's limit; more are dropped (PING, PONG)
 
-T = TypeVar("T")
+# What a connection that broke, or that we closed, raises from a stream.
+LINK_ERRORS: Final = (trio.BrokenResourceError, trio.ClosedResourceError, OSError)  # an SSLError is an OSError
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +58,11 @@ class PlainStream:
         await self.inner.send_all(data)
 
     async def linger(self) -> None:
-        """Ends our direction and reads the other to its end.
+        """Ends our direction and reads the other to its end; the caller limits the time.
 
-        Closing with unread bytes would reset the connection, and the peer might lose our last words. The
-        caller limits the time.
+        Closing with unread bytes would reset the connection, and the peer might lose the last frame.
         """
-        with suppress(trio.BrokenResourceError, trio.ClosedResourceError, OSError):
+        with suppress(*LINK_ERRORS):
             self.inner.socket.shutdown(socket.SHUT_WR)
             while await self.inner.receive_some(RECEIVE_BYTES):
                 pass
@@ -76,11 +72,10 @@ class PlainStream:
 
 
 class TlsStream(PlainStream):
-    """TLS over a TCP connection.
+    """TLS over a TCP connection; at most one task receives and one sends.
 
-    Not trio.SSLStream, for two reasons: that never sends the alert when a handshake fails, so the peer
-    wouldn't learn why; and it gives 16 KiB for each pass through the loop. At most one
-    task receives and one sends.
+    It replaces trio.SSLStream for two reasons. That one never sends the alert when a handshake fails, so the peer
+    doesn't learn why. And it returns at most 16 KiB for each pass through the event loop.
     """
 
     def __init__(
@@ -88,13 +83,9 @@ class TlsStream(PlainStream):
     ) -> None:
         super().__init__(inner)
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = context.wrap_bio(
-            self._incoming,
-            self._outgoing,
-            server_side=server_hostname is None,
-            server_hostname=server_hostname,
-        )
-        self._sending = trio.Lock()  # what the BIO gives must reach the socket in that order
+        is_server = server_hostname is None
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, is_server, server_hostname)
+        self._sending = trio.Lock()  # bytes must reach the socket in the order in which they leave the BIO
         self._buffer = bytearray(RECEIVE_BYTES + TLS_RECORD_BYTES)
         self._ended = False  # the peer sent close_notify
 
@@ -129,12 +120,12 @@ class TlsStream(PlainStream):
         return identities_of(self.peer_certificate(), self._tls.getpeercert(binary_form=True) or b"")
 
     async def receive_some(self) -> Buffer:
-        """As PlainStream; an end without close_notify counts as an end: the protocol knows if all is there.
+        """As PlainStream. An end without close_notify is an end, too: the protocol knows whether all has come.
 
         Raises:
             ssl.SSLError: an alert of the peer, or bytes that aren't TLS.
         """
-        # What comes behind close_notify isn't received: nothing would ever take it out of the BIO again.
+        # Nothing is received behind close_notify, since nothing would take it out of the BIO again.
         while not self._ended:
             view = memoryview(self._buffer)
             filled = 0
@@ -168,7 +159,7 @@ class TlsStream(PlainStream):
                 await self.inner.send_all(self._outgoing.read())
 
     async def linger(self) -> None:
-        with suppress(ssl.SSLError, ValueError, trio.BrokenResourceError, trio.ClosedResourceError):
+        with suppress(ValueError, *LINK_ERRORS):
             with suppress(ssl.SSLWantReadError):
                 self._tls.unwrap()  # only makes our close_notify
             await self._flush()
@@ -181,7 +172,7 @@ class TlsStream(PlainStream):
 
 
 def delivery_bytes_per_s(stream: trio.SocketStream) -> int:
-    """How fast the kernel saw bytes arrive at the peer lately, at most; 0: not known."""
+    """The kernel's latest estimate of the delivery rate (it may be too high); 0: not known."""
     try:
         info = stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, DELIVERY_RATE_AT + 8)
     except OSError:
@@ -195,95 +186,11 @@ def peer_name(stream: trio.SocketStream) -> str:
         host, port, *_ = stream.socket.getpeername()
     except OSError:
         return "a peer that is gone"
-    return address_text(host, port)
-
-
-def address_text(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-class FrameQueue(Generic[T]):
-    """A queue bounded by bytes between tasks; one consumer, which takes all that waits.
-
-    While a batch is being worked on the queue may fill again, so twice the limit is held at most, and
-    one item.
-    """
-
-    def __init__(self, limit_bytes: int) -> None:
-        self.limit_bytes = limit_bytes
-        self._items: deque[tuple[T, int]] = deque()
-        self._bytes = 0
-        self._controls = 0
-        self._closed = False
-        self._ignoring = False
-        self._changed = trio.lowlevel.ParkingLot()
-
-    async def put(self, item: T, size_bytes: int) -> None:
-        """Waits for room, then appends.
-
-        Raises:
-            trio.ClosedResourceError: the queue is closed.
-        """
-        while self._bytes and self._bytes + size_bytes > self.limit_bytes and not self._closed:
-            await self._changed.park()
-        if self._closed:
-            raise trio.ClosedResourceError
-        self._append(item, size_bytes)
-
-    def put_nowait(self, item: T, size_bytes: int) -> bool:
-        """Appends if there is room; False if there is none. Without effect on a queue that ignores."""
-        if self._ignoring:
-            return True
-        if self._closed or (self._bytes and self._bytes + size_bytes > self.limit_bytes):
-            return False
-        self._append(item, size_bytes)
-        return True
-
-    def put_control(self, item: T) -> None:
-        """Appends at once, or drops the item if too many such wait or the queue is closed."""
-        if self._controls < MAX_CONTROLS and not self._closed:
-            self._controls += 1
-            self._append(item, 0)
-
-    def _append(self, item: T, size_bytes: int) -> None:
-        self._items.append((item, size_bytes))
-        self._bytes += size_bytes
-        self._changed.unpark_all()
-
-    async def take(self, is_last: Callable[[T], bool] | None = None) -> list[T]:
-        """Waits until something is there and takes all of it, or up to and with the first item that is last.
-
-        Returns:
-            the items; none if the queue is closed and empty.
-        """
-        while not self._items and not self._closed:
-            await self._changed.park()
-        batch: list[T] = []
-        while self._items:
-            item, size_bytes = self._items.popleft()
-            self._bytes -= size_bytes
-            self._controls -= not size_bytes
-            batch.append(item)
-            if is_last and is_last(item):
-                break
-        self._changed.unpark_all()
-        return batch
-
-    def close(self, *, discard: bool = False) -> None:
-        """Nothing more comes in; what is in can still be taken unless it is discarded."""
-        self._closed = True
-        if discard:
-            self._items.clear()
-        self._changed.unpark_all()
-
-    def ignore(self) -> None:
-        """Discards what is in, and what comes by `put_nowait` and `put_control` from now on."""
-        self._ignoring = True
-        self.close(discard=True)
+    return format_endpoint(host, port)
 
 
 def joined(buffers: Iterable[Buffer]) -> Iterator[Buffer]:
-    """Joins neighbouring small buffers, passes on large ones as they are."""
+    """Joins neighbouring small buffers; large ones are passed on as they are."""
     small: list[Buffer] = []
     small_bytes = 0
     for buffer in buffers:
@@ -297,25 +204,3 @@ def joined(buffers: Iterable[Buffer]) -> Iterator[Buffer]:
             small_bytes += len(buffer)
     if small:
         yield b"".join(small)
-
-
-async def send_buffers(
-    stream: PlainStream,
-    buffers: Iterable[Buffer],
-    bucket: TokenBucket | None,
-    on_sent: Callable[[int], None],
-) -> None:
-    """Sends buffers in order, held to the rate of the bucket; calls `on_sent` with bytes as they go."""
-    for buffer in joined(buffers):
-        step = (
-            len(buffer) if bucket is None else bucket.burst_bytes // 2
-        )  # the other half fills while it sleeps
-        view = memoryview(buffer)
-        while len(view):
-            part = view[:step]
-            view = view[step:]
-            if bucket is not None:
-                while delay_s := bucket.take(len(part), trio.current_time()):
-                    await trio.sleep(delay_s)
-            await stream.send_all(part)
-            on_sent(len(part))

@@ -1,16 +1,16 @@
-"""TLS for both sides: contexts from PEM files, and who may go without."""
+"""TLS for both sides: contexts from PEM files, names in certificates, and which links may do without TLS."""
 
 from __future__ import annotations
 
 import hashlib
-import ipaddress
 import os
 import socket
 import ssl
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Final
 
 from pitfs.errors import UsageError
+from pitfs.model.endpoint import is_loopback
 
 GRANT_PREFIX: Final = "pitfs:group:"  # URI in a certificate's subjectAltName that grants a group
 
@@ -99,22 +99,14 @@ def require_loopback(host: str) -> None:
     try:
         found = socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
-        raise UsageError(
-            f"{host}: the name can't be resolved ({getattr(error, 'strerror', error)})"
-        ) from None
+        problem = getattr(error, "strerror", error)
+        raise UsageError(f"{host}: the name can't be resolved ({problem})") from None
     for *_, address in found:
         if not is_loopback(str(address[0])):
             raise UsageError(
                 f"{host or 'all interfaces'}: insecure is for loopback only and {address[0]} isn't;"
                 " give certificate, key and authority"
             )
-
-
-def is_loopback(address: str) -> bool:
-    """Whether an IP address (scope allowed) is loopback, also when mapped into IPv6."""
-    parsed = ipaddress.ip_address(address.partition("%")[0])
-    mapped = parsed.ipv4_mapped if isinstance(parsed, ipaddress.IPv6Address) else None
-    return (mapped or parsed).is_loopback
 
 
 def names_of(certificate: Mapping[str, Any]) -> str:
@@ -139,11 +131,6 @@ def is_granted(certificate: Mapping[str, Any], group: str) -> bool:
     A certificate whose subjectAltName has URIs `pitfs:group:NAME` may send those groups and no other; one
     without any may send all, which is what an authority made for one pair of hosts wants.
     """
-    granted = set(_granted(certificate.get("subjectAltName", ())))
-    return not granted or group in granted
-
-
-def _granted(names: Iterable[tuple[str, str]]) -> Iterable[str]:
-    for kind, value in names:
-        if kind == "URI" and value.startswith(GRANT_PREFIX):
-            yield value[len(GRANT_PREFIX) :]
+    names = certificate.get("subjectAltName", ())
+    granted = [value for kind, value in names if kind == "URI" and value.startswith(GRANT_PREFIX)]
+    return not granted or GRANT_PREFIX + group in granted

@@ -89,9 +89,9 @@ def _write_map(
         writer = MapWriter(fd, staged.snapshot_id, store.volumes, before, store.nodes.load)
         for volume, rows in chain.from_iterable(map(by_volume, staged.diff.verified())):
             pointers, checksums = np.zeros((2, len(rows)), "<u8")
-            stored = rows["source"] == Source.FOURTH
+            stored = rows["source"] == Source.SNAPSHOT
             pointers[stored], checksums[stored] = own.of(rows["volume"][stored])
-            shared = rows["source"] == Source.SHARED_FOURTH
+            shared = rows["source"] == Source.SHARED_SNAPSHOT
             if shared.any():
                 pointers[shared] = rows["unit"][shared] + np.uint64(first)
                 checksums[shared] = read_checksums(

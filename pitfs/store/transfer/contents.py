@@ -74,7 +74,7 @@ class SharedContents(StagedArray):
         """
         block_sizes = self._store.block_sizes
         for rows in self._staged.journal.rows():
-            shared = rows[rows["source"] >= Source.SHARED_FOURTH]
+            shared = rows[rows["source"] >= Source.SHARED_SNAPSHOT]
             places = shared["source"], shared["unit"] * UNIT_BYTES, block_sizes[shared["volume"]]
             found = map(self._checksum, *(column.tolist() for column in places))
             checksums = np.fromiter(found, CHECKSUM, len(shared))
@@ -85,7 +85,7 @@ class SharedContents(StagedArray):
     def _checksum(self, source: int, at: int, size: int) -> int:
         """Of the block at that byte of DIFF_BLOCKS, or of JOURNAL_BLOCKS."""
         base_bytes, fd_of = self._staged.manifest.base_bytes, self._store.objects.fd_of
-        if source == Source.SHARED_FOURTH:
+        if source == Source.SHARED_SNAPSHOT:
             fd: int = fd_of(ObjectKind.SNAPSHOT_BLOCKS, self._staged.snapshot_id)
         elif at + size <= base_bytes:
             fd = fd_of(ObjectKind.JOURNAL_BLOCKS, self._staged.snapshot_id)

@@ -29,7 +29,7 @@ from pitfs.store.transfer.writable_store import WritableStore
 
 RUN_BATCH_ROWS: Final = 1 << 12  # of each run at a time: with as many as there may be some 20 MiB
 _SHARED: Final = (
-    (Source.SHARED_FOURTH, ObjectKind.SNAPSHOT_BLOCKS), (Source.SHARED_JOURNAL, ObjectKind.JOURNAL_BLOCKS),
+    (Source.SHARED_SNAPSHOT, ObjectKind.SNAPSHOT_BLOCKS), (Source.SHARED_JOURNAL, ObjectKind.JOURNAL_BLOCKS),
 )  # fmt: skip
 
 
@@ -114,10 +114,10 @@ class LayersBuilder:
                 of_kind = rows["source"] == source
                 start = np.uint64(contents_pointer(kind, staged.snapshot_id))
                 found["pointer"][of_kind] = rows["unit"][of_kind] + start
-            sharing = np.flatnonzero(rows["source"] >= Source.SHARED_FOURTH)
+            sharing = np.flatnonzero(rows["source"] >= Source.SHARED_SNAPSHOT)
             found["checksum"][sharing] = shared.part(shared_before, len(sharing))
             shared_before += len(sharing)
-            self._look_up(found, np.flatnonzero(rows["source"] == Source.FOURTH))
+            self._look_up(found, np.flatnonzero(rows["source"] == Source.SNAPSHOT))
             yield found
 
     def _look_up(self, found: Rows, places: I64Array) -> None:

@@ -68,7 +68,7 @@ class _BlockRowsCheck:
         Returns:
             numbers of the rows that don't come after the one before them.
         """
-        volume, shared = rows["volume"], rows["source"] >= Source.SHARED_FOURTH
+        volume, shared = rows["volume"], rows["source"] >= Source.SHARED_SNAPSHOT
         if (volume >= len(self._block_counts)).any():
             raise refuse(self._name, f"volume {int(volume.max())} of {len(self._block_counts)}")
         if (rows["block"] >= self._block_counts[volume]).any():
@@ -97,15 +97,15 @@ class _BlockRowsCheck:
             raise refuse(self._name, f"more than the {self._limit} rows announced")
         self.blocks += int((rows["source"] == self.own).sum())
         self.units += int(self._units(rows).sum())
-        self.shared += int((rows["source"] >= Source.SHARED_FOURTH).sum())
+        self.shared += int((rows["source"] >= Source.SHARED_SNAPSHOT).sum())
 
 
 class DiffCheck(_BlockRowsCheck):
     """DIFF: strictly ascending by (volume, block)."""
 
     def __init__(self, volumes: Sequence[VolumeInfo], manifest: Manifest) -> None:
-        sources = Source.ZERO, Source.FOURTH, Source.SHARED_FOURTH
-        super().__init__("diff", Source.FOURTH, sources, ("volume", "block"), volumes, manifest.diff_count)
+        sources = Source.ZERO, Source.SNAPSHOT, Source.SHARED_SNAPSHOT
+        super().__init__("diff", Source.SNAPSHOT, sources, ("volume", "block"), volumes, manifest.diff_count)
 
     def take(self, rows: Rows) -> None:
         """Checks the next rows. Raises RemoteProtocolError: they are invalid."""
@@ -113,7 +113,7 @@ class DiffCheck(_BlockRowsCheck):
             raise refuse("diff", "rows that don't strictly ascend by volume and block")
         come = self.units + np.cumsum(self._units(rows), dtype="<u8")
         ends = rows["unit"] + self._block_units[rows["volume"]]
-        if (ends > come)[rows["source"] == Source.SHARED_FOURTH].any():
+        if (ends > come)[rows["source"] == Source.SHARED_SNAPSHOT].any():
             raise refuse("diff", "a row shares a content that no row before it brings")
         self._add(rows)
 

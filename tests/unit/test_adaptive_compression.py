@@ -17,18 +17,18 @@ LOOPBACK = 2000e6
 
 
 class Pipe:
-    """Gives an Effort batches as they would be timed: caller, compressor and link work at the same time."""
+    """Shows batches to an AdaptiveCompression; caller, compressor and link work at the same time."""
 
     def __init__(
         self,
-        effort: AdaptiveCompression,
+        compression: AdaptiveCompression,
         *,
         link: float,
         ratio: float = 0.5,
         caller: float = 1e10,
         seen: float | None = None,
     ) -> None:
-        self.effort, self.link, self.ratio, self.caller = effort, link, ratio, caller
+        self.compression, self.link, self.ratio, self.caller = compression, link, ratio, caller
         self.seen = seen  # of the link, by the kernel; None: what it is
         self.raw_bytes = self.bytes = 0
         self._waiting_bytes = 0.0  # behind the encoder
@@ -37,7 +37,7 @@ class Pipe:
         """What was compressed, batch by batch."""
         choices = []
         for _ in range(0, megabytes * 10**6, BATCH_BYTES):
-            compresses = self.effort.compresses
+            compresses = self.compression.compresses
             choices.append(compresses)
             self.bytes += BATCH_BYTES
             self.raw_bytes += 0 if compresses else BATCH_BYTES
@@ -47,7 +47,7 @@ class Pipe:
             self._waiting_bytes = max(self._waiting_bytes - self.link * (idle_s + encode_s), 0)
             room_s = max(self._waiting_bytes - BUFFERS_BYTES, 0) / self.link
             self._waiting_bytes -= room_s * self.link
-            self.effort.observe(
+            self.compression.observe(
                 BATCH_BYTES,
                 idle_s=idle_s,
                 encode_s=encode_s,
@@ -124,7 +124,7 @@ def test_when_less_is_to_be_sent_than_the_compressor_takes_it_comes_back() -> No
 
 
 def test_frames_without_payload_change_nothing() -> None:
-    effort = AdaptiveCompression()
+    compression = AdaptiveCompression()
     for _ in range(1000):
-        effort.observe(0, idle_s=0.0, encode_s=1.0, room_s=0.0, link_bytes_per_s=LOOPBACK)
-    assert effort.compresses
+        compression.observe(0, idle_s=0.0, encode_s=1.0, room_s=0.0, link_bytes_per_s=LOOPBACK)
+    assert compression.compresses

@@ -8,7 +8,7 @@ import pytest
 
 from pitfs.errors import CorruptionError
 from pitfs.model.group import MAX_VOLUMES
-from pitfs.splitter.progress import SLOT_BYTES, BackingState, Progress, ProgressFile
+from pitfs.splitter.state import SLOT_BYTES, BackingState, Progress, ProgressFile
 
 LARGE = 2**63 - 1
 
@@ -19,7 +19,7 @@ def progress(generation: int) -> Progress:
         generation=generation,
         clean=False,
         boot_id="0" * 36,
-        passing="/" + "p" * 4094 + ": a write failed: Input/output error",
+        bypass_cause="/" + "p" * 4094 + ": a write failed: Input/output error",
         checkpoint_segment=LARGE,
         checkpoint_lsn=LARGE,
         seq=LARGE,

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from pitfs.model.transfer import TransferKind
-from tests.helpers.passing import Passing
+from tests.helpers.bypass import Bypassing
 
 STEPS = 40
 
 
-def race(parts: Passing) -> None:
+def race(parts: Bypassing) -> None:
     """Writes around a read of a running copy; now and then the journal fills, or has room again."""
     random = parts.pipeline.random
     parts.scatter(int(random.integers(3)))
@@ -20,14 +20,14 @@ def race(parts: Passing) -> None:
         parts.full = not parts.full
 
 
-async def step(parts: Passing, saved: list[Path]) -> None:
+async def step(parts: Bypassing, saved: list[Path]) -> None:
     """One thing that happens."""
     random = parts.pipeline.random
     match int(random.integers(12)):
         case 0 | 1 | 2:
             parts.scatter(int(random.integers(1, 8)))
         case 3:
-            if not parts.splitter.standing.bypass_cause:
+            if not parts.splitter.state.bypass_cause:
                 parts.mark()
         case 4:
             parts.overflow(int(random.integers(1, 6)))
@@ -57,7 +57,7 @@ async def test_no_order_of_full_journals_stops_and_copies_leads_astray(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     monkeypatch.setattr("pitfs.replication.full_sync.STRETCH_BYTES", 65536)
-    parts = Passing(tmp_path, monkeypatch, seed)
+    parts = Bypassing(tmp_path, monkeypatch, seed)
     await parts.locate()
     if seed % 2:
         await parts.ship_all()
@@ -74,7 +74,7 @@ async def test_these_orders_have_copies_of_both_kinds(tmp_path: Path, monkeypatc
     kinds: list[TransferKind] = []
     for seed in range(8):
         with monkeypatch.context() as patch:
-            parts = Passing(tmp_path / str(seed), patch, seed)
+            parts = Bypassing(tmp_path / str(seed), patch, seed)
             await parts.locate()
             await parts.ship_all()
             saved: list[Path] = []

@@ -11,10 +11,11 @@ from xxhash import xxh3_64_intdigest
 from pitfs.errors import CorruptionError
 from pitfs.journal.reader import JournalReader
 from pitfs.journal.stream_reader import StreamChunk, next_chunk
-from pitfs.journal.writer import Location, journal_path
+from pitfs.journal.writer import Location
 from pitfs.model.record import block_checksums
 from pitfs.model.transfer import StreamMark
 from pitfs.splitter.startup import journal_directory
+from pitfs.storage.segment import segment_path
 from tests.helpers.pipeline import Pipeline
 
 SIZES, BLOCK_SIZES = [70_000, 33_000], [4096, 512]
@@ -67,8 +68,9 @@ def test_pieces_of_any_size_are_the_writes_in_order_up_to_each_mark(tmp_path: Pa
             for _ in range(int(random.integers(0, 6))):
                 pipeline.random_write()
             if random.random() < 0.3:
-                marked = pipeline.splitter.mark("name" if random.random() < 0.2 else None)
-                marks.append((marked.mark, marked.seq, marked.position_time_ns, marked.time_ns))
+                pipeline.splitter.mark("name" if random.random() < 0.2 else None)
+                state = pipeline.splitter.state
+                marks.append((state.mark, state.seq, state.position_time_ns, state.time_ns))
             if random.random() < 0.6:
                 limit = int(random.choice([1, 5000, 100_000]))
                 while (piece := stream.next(limit)) is not None:
@@ -107,7 +109,7 @@ def test_a_flipped_bit_in_the_journal_is_not_streamed(tmp_path: Path) -> None:
         reader.next(pipeline.splitter.journal.tail)
         pipeline.write(0, 0, pipeline.random.bytes(4096))
         tail = pipeline.splitter.journal.tail
-        path = Path(journal_path(journal_directory(pipeline.state), tail.segment))
+        path = Path(segment_path(journal_directory(pipeline.state), tail.segment))
         data = bytearray(path.read_bytes())
         data[tail.offset - 1] ^= 1
         path.write_bytes(data)

@@ -1,4 +1,4 @@
-"""The change bitmap by itself: its limit, its pieces in the journal, what it takes."""
+"""The change bitmap by itself: its limit, its parts in the journal, what it takes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pitfs.errors import CorruptionError
 from pitfs.journal.writer import segment_bytes_for
 from pitfs.model.bitmap import CONTAINER_BYTES, bitmap_bytes
 from pitfs.model.record import MAX_MESSAGE_BYTES, CopyStart, Record, RecordKind
-from pitfs.splitter.change_bitmap import ChangeBitmap, Pieces, changes_limit_bytes, pieces
+from pitfs.splitter.change_bitmap import BitmapAssembler, ChangeBitmap, bitmap_limit_bytes, split_bitmaps
 
 
 def changes(limit_bytes: int = 1 << 20, volumes: int = 1) -> ChangeBitmap:
@@ -60,23 +60,23 @@ def test_beyond_the_limit_it_says_so_and_runs_are_no_reason() -> None:
 
 def test_what_may_be_remembered_fits_into_a_segment_of_any_journal() -> None:
     for capacity in (16 << 20, 100 << 20, 1 << 30, 1 << 40):
-        assert 4 * changes_limit_bytes(capacity) <= segment_bytes_for(capacity)
-    assert changes_limit_bytes(1 << 30) == 16 << 20
+        assert 4 * bitmap_limit_bytes(capacity) <= segment_bytes_for(capacity)
+    assert bitmap_limit_bytes(1 << 30) == 16 << 20
 
 
 def test_in_pieces_and_put_together_it_is_the_same() -> None:
     bitmaps = [strewn(150_000), BitMap64(), BitMap64([3])]
     encoded = [bitmap.serialize() for bitmap in bitmaps]
-    found = list(pieces(encoded))
+    found = list(split_bitmaps(encoded))
     assert len(found) == 2 + len(encoded[0]) // MAX_MESSAGE_BYTES + 1 > 4
     assert all(len(body) <= MAX_MESSAGE_BYTES for _, _, body in found)
     start = CopyStart(1, 0, 0, "", tuple(len(each) for each in encoded))
-    together, without_one = Pieces(start), Pieces(start)
+    together, without_one = BitmapAssembler(start), BitmapAssembler(start)
     for number, (volume, _, body) in enumerate(found):
-        together.take(record(volume, body))
-        together.take(record(volume, body, RecordKind.WRITE))
+        together.add(record(volume, body))
+        together.add(record(volume, body, RecordKind.WRITE))
         if number != 1:
-            without_one.take(record(volume, body))
+            without_one.add(record(volume, body))
     assert together.bitmaps("here") == bitmaps
     with pytest.raises(CorruptionError, match="here: damaged at byte 0: the list of changed blocks"):
         without_one.bitmaps("here")

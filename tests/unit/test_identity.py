@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pitfs.splitter.progress import Epoch, next_epoch
+from pitfs.splitter.identity import Epoch, next_epoch
 
 
 def test_it_grows_by_the_clock_and_without_it(tmp_path: Path) -> None:

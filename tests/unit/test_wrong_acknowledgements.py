@@ -31,7 +31,7 @@ async def test_an_interval_that_is_acknowledged_as_another_is_not(
     await parts.ship()
     parts.write()
     parts.mark()
-    known = parts.shipper.standing.committed
+    known = parts.shipper.status.committed
     finish = Here.finish
 
     async def finish_with_another(session: Here, end: End) -> Welcome:
@@ -42,8 +42,8 @@ async def test_an_interval_that_is_acknowledged_as_another_is_not(
     words = r"^here: it acknowledges mark \d+ at seq \d+, mark 2 at seq 1 was sent"
     with pytest.raises(RemoteProtocolError, match=words):
         await parts.ship()
-    assert parts.shipper.standing.committed == known
-    assert parts.pipeline.splitter.standing.mark == 2
+    assert parts.shipper.status.committed == known
+    assert parts.pipeline.splitter.state.mark == 2
 
 
 def peers() -> tuple[LinkProtocol, LinkProtocol]:

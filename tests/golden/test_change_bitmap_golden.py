@@ -9,7 +9,7 @@ from pyroaring import BitMap64
 from xxhash import xxh3_64_intdigest
 
 from pitfs.model.record import CopyStart, RecordKind
-from pitfs.splitter.change_bitmap import FILE, ChangeBitmap, keep_changes, kept_changes, pieces
+from pitfs.splitter.change_bitmap import FILE, ChangeBitmap, load_bitmap, save_bitmap, split_bitmaps
 
 CHANGES_FILE = bytes.fromhex(
     "83a6666f726d617401a4626173659207cd04d2a76269746d61707392c4380200000000000000000000003a3000000100"
@@ -26,10 +26,10 @@ def changes() -> ChangeBitmap:
 
 
 def test_the_file_is_these_bytes(tmp_path: Path) -> None:
-    checksum = keep_changes(str(tmp_path), changes())
+    checksum = save_bitmap(str(tmp_path), changes())
     content = (tmp_path / FILE).read_bytes()
     assert content == CHANGES_FILE and checksum == xxh3_64_intdigest(content)
-    kept = kept_changes(str(tmp_path), checksum, 2, 1 << 20)
+    kept = load_bitmap(str(tmp_path), checksum, 2, 1 << 20)
     assert kept is not None and (kept.base, kept.bitmaps) == ((7, 1234), changes().bitmaps)
 
 
@@ -37,5 +37,5 @@ def test_a_copy_of_changes_begins_with_these_bytes() -> None:
     encoded = [bitmap.serialize() for bitmap in changes().bitmaps]
     start = CopyStart(3, 7, 1234, "full", tuple(len(each) for each in encoded))
     assert msgspec.msgpack.encode(start) == COPY_START
-    assert list(pieces(encoded)) == [(0, 0, encoded[0]), (1, 0, encoded[1])]
+    assert list(split_bitmaps(encoded)) == [(0, 0, encoded[0]), (1, 0, encoded[1])]
     assert int(RecordKind.COPY_BLOCKS) == 7

@@ -13,11 +13,12 @@ from pitfs.errors import CapacityError, LinkError
 from pitfs.journal.reader import Copy
 from pitfs.model.record import RecordKind
 from pitfs.model.transfer import TransferKind
+from pitfs.replication.control import ShipperControl
 from pitfs.splitter import change_bitmap as changes
 from pitfs.splitter import splitter
 from pitfs.store.ingest import Ingest
 from pitfs.store.store import Store
-from tests.helpers.passing import Passing
+from tests.helpers.bypass import Bypassing
 from tests.helpers.shipper import VOLUME_BYTES
 
 BLOCK = 4096
@@ -25,12 +26,12 @@ BLOCK = 4096
 
 @pytest.fixture
 def parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    made = Passing(tmp_path, monkeypatch)
+    made = Bypassing(tmp_path, monkeypatch)
     yield made
     made.close()
 
 
-async def begin(parts: Passing) -> None:
+async def begin(parts: Bypassing) -> None:
     """The first copy, and an interval."""
     await parts.locate()
     parts.scatter(5)
@@ -39,14 +40,14 @@ async def begin(parts: Passing) -> None:
     del parts.session.kinds[:], parts.session.rows[:], parts.session.contents_bytes[:]
 
 
-def copies(parts: Passing) -> list[TransferKind]:
+def copies(parts: Bypassing) -> list[TransferKind]:
     return [kind for kind in parts.session.kinds if kind in (TransferKind.FULL, TransferKind.CHANGES)]
 
 
-async def test_only_what_changed_is_copied_and_the_gap_has_cause_and_bounds(parts: Passing) -> None:
+async def test_only_what_changed_is_copied_and_the_gap_has_cause_and_bounds(parts: Bypassing) -> None:
     await begin(parts)
     parts.scatter(3)  # journalled, not shipped: it goes first
-    last = parts.splitter.standing.seq, parts.splitter.standing.position_time_ns
+    last = parts.splitter.state.seq, parts.splitter.state.position_time_ns
     parts.full = True
     parts.put(10 * BLOCK, b"1" * BLOCK)
     parts.put(20 * BLOCK + 5, b"2" * BLOCK)  # two blocks
@@ -64,32 +65,32 @@ async def test_only_what_changed_is_copied_and_the_gap_has_cause_and_bounds(part
 
 
 async def test_status_says_what_changed_and_that_it_is_being_copied(
-    parts: Passing, caplog: pytest.LogCaptureFixture
+    parts: Bypassing, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     await begin(parts)
     parts.full = True
     parts.put(0, b"1" * BLOCK * 3)
     await parts.ship_all()
-    status = await parts.shipper.status(0)
+    status = await ShipperControl(parts.shipper, parts.pipeline.state, "g").status(0)
     assert "the journal is full" in status["passing"]
     assert (status["changed_bytes"], status["copying"], status["copying_bytes"]) == (3 * BLOCK, False, None)
     assert parts.room()
     parts.put(100_000, b"2" * BLOCK)
-    status = await parts.shipper.status(0)
+    status = await ShipperControl(parts.shipper, parts.pipeline.state, "g").status(0)
     assert status["passing"] is None
     assert (status["changed_bytes"], status["copying"], status["copying_bytes"]) == (None, True, 3 * BLOCK)
     await parts.settle()
-    status = await parts.shipper.status(0)
+    status = await ShipperControl(parts.shipper, parts.pipeline.state, "g").status(0)
     assert (status["changed_bytes"], status["copying"], status["copying_bytes"]) == (None, False, None)
     assert "copy of the 12288 bytes that changed follows" in caplog.text
 
 
-async def test_a_stop_in_order_while_writes_pass_keeps_what_changed(parts: Passing) -> None:
+async def test_a_stop_in_order_during_a_bypass_keeps_what_changed(parts: Bypassing) -> None:
     await begin(parts)
     parts.overflow()
     parts.restart(clean=True)
-    assert parts.splitter.standing.bypass_cause and parts.splitter.standing.change_bitmap is not None
+    assert parts.splitter.state.bypass_cause and parts.splitter.state.change_bitmap is not None
     assert not os.path.exists(os.path.join(parts.pipeline.state, changes.FILE)), "it counts once"
     parts.full = True
     parts.scatter(3)
@@ -98,17 +99,17 @@ async def test_a_stop_in_order_while_writes_pass_keeps_what_changed(parts: Passi
     assert copies(parts) == [TransferKind.CHANGES]
 
 
-async def test_after_a_kill_while_writes_pass_everything_is_copied(parts: Passing) -> None:
+async def test_after_a_kill_during_a_bypass_everything_is_copied(parts: Bypassing) -> None:
     await begin(parts)
     parts.overflow()
     parts.restart(clean=False)
-    assert parts.splitter.standing.bypass_cause and parts.splitter.standing.change_bitmap is None
+    assert parts.splitter.state.bypass_cause and parts.splitter.state.change_bitmap is None
     await parts.settle()
     parts.check()
     assert copies(parts) == [TransferKind.FULL]
 
 
-async def test_a_kill_after_a_stop_in_order_leaves_nothing_to_be_believed(parts: Passing) -> None:
+async def test_a_kill_after_a_stop_in_order_leaves_nothing_to_be_believed(parts: Bypassing) -> None:
     """The bitmap lacks what passed between the two."""
     await begin(parts)
     parts.overflow()
@@ -123,36 +124,36 @@ async def test_a_kill_after_a_stop_in_order_leaves_nothing_to_be_believed(parts:
     parts.scatter(3)
     path.write_bytes(saved)  # as if its removal had been lost
     parts.restart(clean=False)
-    assert parts.splitter.standing.change_bitmap is None
+    assert parts.splitter.state.change_bitmap is None
     await parts.settle()
     parts.check()
     assert copies(parts) == [TransferKind.FULL]
 
 
-def changed_by_others(parts: Passing, path: Path) -> None:
+def changed_by_others(parts: Bypassing, path: Path) -> None:
     with open(parts.pipeline.backings[0], "r+b") as file:
         file.write(b"somebody else")
     parts.pipeline.states[-1][0] = b"somebody else" + parts.now[13:]
 
 
-def one_bit(parts: Passing, path: Path) -> None:
+def one_bit(parts: Bypassing, path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
-def of_another_stop(parts: Passing, path: Path) -> None:
+def of_another_stop(parts: Bypassing, path: Path) -> None:
     kept = changes.ChangeBitmap((1, 2), [changes.BitMap64([7])], 1 << 20)
-    changes.keep_changes(parts.pipeline.state, kept)
+    changes.save_bitmap(parts.pipeline.state, kept)
 
 
-def gone(parts: Passing, path: Path) -> None:
+def gone(parts: Bypassing, path: Path) -> None:
     path.unlink()
 
 
 @pytest.mark.parametrize("harm", [changed_by_others, one_bit, of_another_stop, gone])
 async def test_a_bitmap_that_does_not_belong_to_what_is_there_is_never_used(
-    parts: Passing, harm: Callable[[Passing, Path], None]
+    parts: Bypassing, harm: Callable[[Bypassing, Path], None]
 ) -> None:
     await begin(parts)
     parts.overflow()
@@ -161,14 +162,14 @@ async def test_a_bitmap_that_does_not_belong_to_what_is_there_is_never_used(
     harm(parts, Path(parts.pipeline.state, changes.FILE))
     parts.pipeline.start()
     parts.service._splitter = parts.splitter
-    assert parts.splitter.standing.bypass_cause and parts.splitter.standing.change_bitmap is None
+    assert parts.splitter.state.bypass_cause and parts.splitter.state.change_bitmap is None
     await parts.settle()
     parts.check()
     assert copies(parts) == [TransferKind.FULL]
 
 
 async def test_a_bitmap_that_cannot_be_kept_does_not_hinder_the_stop(
-    parts: Passing, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    parts: Bypassing, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     await begin(parts)
     parts.overflow()
@@ -177,15 +178,15 @@ async def test_a_bitmap_that_cannot_be_kept_does_not_hinder_the_stop(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(splitter, "keep_changes", full)
+        patch.setattr(splitter, "save_bitmap", full)
         parts.restart(clean=True)
-    assert parts.splitter.standing.change_bitmap is None
-    assert "can't be kept: No space left on device; a complete copy follows" in caplog.text
+    assert parts.splitter.state.change_bitmap is None
+    assert "can't be saved: No space left on device; a complete copy follows" in caplog.text
 
 
 @pytest.mark.parametrize("killed", [False, True])
-async def test_writes_that_pass_again_during_the_copy_are_copied_with_all_before(
-    parts: Passing, killed: bool
+async def test_a_second_bypass_during_the_copy_is_copied_with_all_before(
+    parts: Bypassing, killed: bool
 ) -> None:
     """The union: the first bitmap, what was journalled beside its copy, and what passed then."""
     await begin(parts)
@@ -206,7 +207,7 @@ async def test_writes_that_pass_again_during_the_copy_are_copied_with_all_before
     store.close()
 
 
-async def test_writes_that_pass_in_the_middle_of_the_copy(parts: Passing, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_bypass_in_the_middle_of_the_copy(parts: Bypassing, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pitfs.replication.full_sync.STRETCH_BYTES", 4 * BLOCK)
     await begin(parts)
     parts.overflow(10)
@@ -222,13 +223,13 @@ async def test_writes_that_pass_in_the_middle_of_the_copy(parts: Passing, monkey
     parts.during = during
     await parts.ship_all()
     parts.during = lambda: None
-    assert parts.splitter.standing.bypass_cause
+    assert parts.splitter.state.bypass_cause
     await parts.settle()
     parts.check()
     assert copies(parts) == [TransferKind.CHANGES, TransferKind.CHANGES]
 
 
-async def test_a_kill_during_the_copy_goes_on_with_it(parts: Passing) -> None:
+async def test_a_kill_during_the_copy_goes_on_with_it(parts: Bypassing) -> None:
     await begin(parts)
     parts.overflow()
     assert parts.room()
@@ -239,7 +240,7 @@ async def test_a_kill_during_the_copy_goes_on_with_it(parts: Passing) -> None:
         parts.restart(clean=clean)
         assert parts.splitter.volumes[0].copying == copying
         assert parts.splitter.volumes[0].preserved == preserved
-        assert parts.splitter.standing.copy is not None and not parts.splitter.standing.bypass_cause
+        assert parts.splitter.state.copy is not None and not parts.splitter.state.bypass_cause
     await parts.settle()
     parts.check()
     assert copies(parts) == [TransferKind.CHANGES]
@@ -249,7 +250,7 @@ class Killed(BaseException):
     """The process ends here."""
 
 
-def killed_at(parts: Passing, patch: pytest.MonkeyPatch, point: str) -> None:
+def killed_at(parts: Bypassing, patch: pytest.MonkeyPatch, point: str) -> None:
     """The next time it comes to that point, just before it."""
     journal, progress = parts.splitter.journal, parts.splitter._progress
     append, written = journal.append, progress.write
@@ -284,7 +285,7 @@ def killed_at(parts: Passing, patch: pytest.MonkeyPatch, point: str) -> None:
     ],
 )  # fmt: skip
 async def test_a_kill_while_journalling_begins_again(
-    parts: Passing, monkeypatch: pytest.MonkeyPatch, point: str, kind: TransferKind
+    parts: Bypassing, monkeypatch: pytest.MonkeyPatch, point: str, kind: TransferKind
 ) -> None:
     await begin(parts)
     parts.overflow()
@@ -293,7 +294,7 @@ async def test_a_kill_while_journalling_begins_again(
         with pytest.raises(Killed):
             parts.room()
     parts.restart(clean=False)
-    assert bool(parts.splitter.standing.bypass_cause) == (kind is TransferKind.FULL)
+    assert bool(parts.splitter.state.bypass_cause) == (kind is TransferKind.FULL)
     parts.scatter(4)
     await parts.connect_anew()
     await parts.settle()
@@ -303,7 +304,7 @@ async def test_a_kill_while_journalling_begins_again(
 
 @pytest.mark.parametrize(("point", "kind"), [("progress", TransferKind.FULL), ("after progress", TransferKind.CHANGES)])
 async def test_a_kill_during_a_stop_in_order(
-    parts: Passing, monkeypatch: pytest.MonkeyPatch, point: str, kind: TransferKind
+    parts: Bypassing, monkeypatch: pytest.MonkeyPatch, point: str, kind: TransferKind
 ) -> None:
     await begin(parts)
     parts.overflow()
@@ -317,28 +318,28 @@ async def test_a_kill_during_a_stop_in_order(
     assert os.path.exists(os.path.join(parts.pipeline.state, changes.FILE))
     parts.pipeline.start()
     parts.service._splitter = parts.splitter
-    assert (parts.splitter.standing.change_bitmap is None) == (kind is TransferKind.FULL)
+    assert (parts.splitter.state.change_bitmap is None) == (kind is TransferKind.FULL)
     await parts.settle()
     parts.check()
     assert copies(parts) == [kind]
 
 
-async def test_after_power_loss_during_the_copy_everything_is_copied(parts: Passing) -> None:
+async def test_after_power_loss_during_the_copy_everything_is_copied(parts: Bypassing) -> None:
     await begin(parts)
     parts.overflow()
     parts.splitter._boot_id = "the boot before"
     assert parts.room()
     parts.scatter(3)
     parts.restart(clean=False)
-    assert parts.splitter.standing.copy.is_complete
-    assert "power was lost" in parts.splitter.standing.copy.cause
+    assert parts.splitter.state.copy.is_complete
+    assert "power was lost" in parts.splitter.state.copy.cause
     await parts.connect_anew()
     await parts.settle()
     parts.check()
     assert copies(parts) == [TransferKind.FULL]
 
 
-async def test_before_images_are_kept_of_what_is_copied_alone(parts: Passing) -> None:
+async def test_before_images_are_kept_of_what_is_copied_alone(parts: Bypassing) -> None:
     await begin(parts)
     parts.full = True
     parts.put(5 * BLOCK, b"1" * BLOCK)
@@ -349,16 +350,16 @@ async def test_before_images_are_kept_of_what_is_copied_alone(parts: Passing) ->
     parts.check()
 
 
-async def test_a_complete_copy_that_is_given_up_is_followed_by_a_complete_one(parts: Passing) -> None:
+async def test_a_complete_copy_that_is_given_up_is_followed_by_a_complete_one(parts: Bypassing) -> None:
     await begin(parts)
-    await parts.request("rescan", cause="to try it")
+    await parts.client.rescan("to try it")
     parts.overflow()
     await parts.settle()
     parts.check()
     assert copies(parts) == [TransferKind.FULL]
 
 
-async def test_a_replica_that_stands_elsewhere_gets_a_complete_copy(parts: Passing) -> None:
+async def test_a_replica_that_stands_elsewhere_gets_a_complete_copy(parts: Bypassing) -> None:
     await begin(parts)
     saved = parts.save_replica()
     parts.scatter(3)
@@ -375,10 +376,10 @@ async def test_a_replica_that_stands_elsewhere_gets_a_complete_copy(parts: Passi
     await parts.settle()
     parts.check()
     assert copies(parts) == [TransferKind.FULL]
-    assert "hasn't the state that the changed blocks build on" in parts.shipper.standing.lost[2]
+    assert "hasn't the state that the changed blocks build on" in parts.shipper.status.lost.cause
 
 
-async def test_a_replica_with_nothing_gets_a_complete_copy(parts: Passing, tmp_path: Path) -> None:
+async def test_a_replica_with_nothing_gets_a_complete_copy(parts: Bypassing, tmp_path: Path) -> None:
     await begin(parts)
     parts.overflow()
     assert parts.room()
@@ -394,17 +395,17 @@ async def test_a_replica_with_nothing_gets_a_complete_copy(parts: Passing, tmp_p
     assert copies(parts) == [TransferKind.FULL]
 
 
-async def test_the_word_of_a_commit_that_is_lost_is_made_good(parts: Passing) -> None:
+async def test_the_word_of_a_commit_that_is_lost_is_made_good(parts: Bypassing) -> None:
     """The splitter believes that the copy runs, and passes writes again: these don't build on what came before it."""
     await begin(parts)
     parts.overflow()
     assert parts.room()
-    parts.pipeline.reader.seek(parts.splitter.standing.copy_location, (0, 0))
+    parts.pipeline.reader.seek(parts.splitter.state.copy_location, (0, 0))
     (copy,) = parts.pipeline.items()
     assert isinstance(copy, Copy)
     await parts.ship_all()
-    parts.splitter.standing.copy = copy.start  # as if it hadn't heard of it
-    parts.splitter.standing.change_bitmap = changes.ChangeBitmap(
+    parts.splitter.state.copy = copy.start  # as if it hadn't heard of it
+    parts.splitter.state.change_bitmap = changes.ChangeBitmap(
         (copy.start.from_seq, copy.start.from_time_ns), [changes.BitMap64()], 1 << 20
     )
     parts.overflow()
@@ -414,25 +415,25 @@ async def test_the_word_of_a_commit_that_is_lost_is_made_good(parts: Passing) ->
 
 
 async def test_beyond_the_limit_everything_is_copied(
-    parts: Passing, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    parts: Bypassing, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(changes, "UNMEASURED", 1)
-    monkeypatch.setattr(splitter, "changes_limit_bytes", lambda _: 80)
+    monkeypatch.setattr(splitter, "bitmap_limit_bytes", lambda _: 80)
     await begin(parts)
     parts.full = True
     parts.put(0, b"1")
-    assert parts.splitter.standing.change_bitmap is not None
+    assert parts.splitter.state.change_bitmap is not None
     for block in range(0, 40, 2):
         parts.put(block * BLOCK, b"1")
-    assert parts.splitter.standing.change_bitmap is None
-    assert caplog.text.count("what changes can't be remembered any more") == 1
+    assert parts.splitter.state.change_bitmap is None
+    assert caplog.text.count("the change bitmap takes too much memory") == 1
     await parts.settle()
     parts.check()
     assert copies(parts) == [TransferKind.FULL]
 
 
 async def test_tries_to_go_on_that_fail_lose_nothing_of_what_changed(
-    parts: Passing, monkeypatch: pytest.MonkeyPatch
+    parts: Bypassing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await begin(parts)
     parts.overflow()
@@ -444,7 +445,7 @@ async def test_tries_to_go_on_that_fail_lose_nothing_of_what_changed(
                 patch.setattr(parts.splitter._progress, "write", _refuse)
             parts.splitter.journal.release(parts.splitter.releasable_segment)
             parts.full = refused == "Kind.COPY_START"
-            assert not parts.splitter.resume_journal("full")
+            assert not parts.splitter.resume_journal()
         parts.overflow()
         await parts.ship_all()
     await parts.settle()
@@ -457,7 +458,7 @@ def _refuse(*_: object) -> None:
 
 
 async def test_a_write_that_the_backing_refuses_is_read_again(
-    parts: Passing, monkeypatch: pytest.MonkeyPatch
+    parts: Bypassing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The journal has it, the backing volume a part of it."""
     await begin(parts)
@@ -475,16 +476,16 @@ async def test_a_write_that_the_backing_refuses_is_read_again(
         with pytest.raises(OSError, match="No space left"):
             parts.splitter.write(0, 50_000, b"x" * 20_000)
     parts.pipeline.states.append([before[:50_000] + b"x" * 1000 + before[51_000:]])
-    assert parts.splitter.standing.bypass_cause
-    parts.at[parts.splitter.standing.seq] = before[:50_000] + b"x" * 20_000 + before[70_000:]
+    assert parts.splitter.state.bypass_cause
+    parts.at[parts.splitter.state.seq] = before[:50_000] + b"x" * 20_000 + before[70_000:]
     await parts.settle()
     parts.check()
     assert copies(parts) == [TransferKind.CHANGES]
 
 
-async def test_a_journal_that_is_really_full_is_mended_so(parts: Passing) -> None:
+async def test_a_journal_that_is_really_full_is_mended_so(parts: Bypassing) -> None:
     await begin(parts)
-    while not parts.splitter.standing.bypass_cause:
+    while not parts.splitter.state.bypass_cause:
         parts.put(int(parts.pipeline.random.integers(VOLUME_BYTES - 100_000)), os.urandom(100_000))
     parts.scatter(4)
     assert not parts.room(), "there is none yet"
@@ -493,7 +494,7 @@ async def test_a_journal_that_is_really_full_is_mended_so(parts: Passing) -> Non
     assert copies(parts) == [TransferKind.CHANGES]
 
 
-async def test_a_start_while_writes_pass_gives_back_what_the_replica_has(parts: Passing) -> None:
+async def test_a_start_during_a_bypass_gives_back_what_the_replica_has(parts: Bypassing) -> None:
     """Nothing is left to be shipped, so nothing else would say that there is room."""
     await begin(parts)
     while parts.splitter.journal.tail.segment < 3:
@@ -512,8 +513,8 @@ async def test_a_start_while_writes_pass_gives_back_what_the_replica_has(parts: 
 # -- before writes pass ---------------------------------------------------------------------------------
 
 
-async def test_what_is_wanted_for_backfill_gives_way_before_writes_pass(
-    parts: Passing, caplog: pytest.LogCaptureFixture
+async def test_what_is_wanted_for_backfill_gives_way_before_a_bypass(
+    parts: Bypassing, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     await begin(parts)
@@ -522,11 +523,11 @@ async def test_what_is_wanted_for_backfill_gives_way_before_writes_pass(
         parts.write(100_000)
     parts.mark()
     await parts.ship(layers=False)
-    assert parts.shipper._backfill.waiting and parts.splitter.releasable_segment == 1
+    assert parts.shipper.backfill.waiting and parts.splitter.releasable_segment == 1
     first = journal.used_bytes
     while journal.tail.segment < 6:  # of four that there may be; no checkpoint is written meanwhile
         parts.write(100_000)
-        assert not parts.splitter.standing.bypass_cause
+        assert not parts.splitter.state.bypass_cause
     assert first <= journal.used_bytes <= journal.capacity_bytes
     assert "given up that were kept for backfill" in caplog.text
     parts.mark()
@@ -534,7 +535,7 @@ async def test_what_is_wanted_for_backfill_gives_way_before_writes_pass(
     parts.check()
 
 
-async def test_what_only_a_redo_needs_gives_way_before_writes_pass(parts: Passing) -> None:
+async def test_what_only_a_redo_needs_gives_way_before_a_bypass(parts: Bypassing) -> None:
     """Everything was shipped; segments are needed until the next checkpoint alone, and it comes at once."""
     await begin(parts)
     journal = parts.splitter.journal
@@ -545,13 +546,13 @@ async def test_what_only_a_redo_needs_gives_way_before_writes_pass(parts: Passin
     recovery = parts.splitter.recovery_segment
     while journal.tail.segment < 6:
         parts.write(100_000)
-        assert not parts.splitter.standing.bypass_cause
+        assert not parts.splitter.state.bypass_cause
     assert parts.splitter.recovery_segment > recovery
 
 
-def test_a_full_journal_without_anything_to_give_up_is_full(parts: Passing) -> None:
+def test_a_full_journal_without_anything_to_give_up_is_full(parts: Bypassing) -> None:
     parts.splitter._block_when_full = True
     with pytest.raises(CapacityError, match="capacity"):
         while True:
             parts.write(100_000)
-    assert not parts.splitter.standing.bypass_cause
+    assert not parts.splitter.state.bypass_cause

@@ -11,7 +11,8 @@ from pitfs.journal.writer import Location
 from pitfs.model.difference import Columns
 from pitfs.model.ladder import LAST_LAYER, NO_LAYER
 from pitfs.model.transfer import VolumeInfo
-from pitfs.replication import shipment
+from pitfs.replication.interval import pick_layers, prepare
+from pitfs.replication.manifests import layers_manifest
 from pitfs.replication.shipper import MAX_INTERVAL_ROWS
 
 ROWS = 200_000
@@ -26,6 +27,9 @@ class Source:
     def read(self, rows: np.ndarray) -> bytearray:
         return bytearray(np.repeat(self._words[rows], 64).tobytes())
 
+    def close(self) -> None:
+        """Nothing is open."""
+
 
 def test_an_interval_is_closed_early_before_its_difference_takes_more_than_160_mib() -> None:
     random = np.random.default_rng(1)
@@ -39,8 +43,8 @@ def test_an_interval_is_closed_early_before_its_difference_takes_more_than_160_m
     tracemalloc.start()
     try:
         volumes = (VolumeInfo("root", ROWS * 512, 512),)
-        prepared = shipment.prepare(interval, volumes, Source(words), True)  # type: ignore[arg-type]
-        shipment.layers_manifest(shipment.pick_layers(prepared, NO_LAYER, LAST_LAYER, 0), "")
+        prepared = prepare(interval, volumes, Source(words), True)
+        layers_manifest(pick_layers(prepared, NO_LAYER, LAST_LAYER, 0), "")
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -5,18 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import trio
 
 from pitfs.errors import CapacityError, LinkError
 from pitfs.journal.reader import Copy, Interval
-from pitfs.link.sessions.sender import SenderSession
 from pitfs.model.record import RecordKind
 from pitfs.model.transfer import DIFF_ENTRY, Checkpoint, Data, Section, TransferKind
-from pitfs.replication import cursor as following
-from pitfs.replication import shipper as shipping
+from pitfs.replication import cursor, full_sync
 from pitfs.splitter import splitter as splitter_module
 from pitfs.splitter.service import SplitterService
 from pitfs.splitter.sync_gate import SyncGate
@@ -24,7 +22,7 @@ from pitfs.store.store import Store
 from tests.helpers.shipper import MARGIN_S, VOLUME_BYTES, Here, Parts
 from tests.helpers.stores import read_image
 
-PASSING_S = 0.1
+BYPASS_S = 0.1
 _IN_THE_RESERVE = (RecordKind.MARK, RecordKind.COPY_PROGRESS)
 
 
@@ -51,7 +49,7 @@ class Session(Here):
         await super().send(frame)
 
 
-class Passing(Parts):
+class Bypassing(Parts):
     """`at[seq]`: the naive model, the volume's bytes at each position that there was.
 
     `full`: writes can't be journalled.
@@ -63,18 +61,17 @@ class Passing(Parts):
         self.full = False
         self.during: Callable[[], None] = lambda: None
         self.session = Session(self.pipeline.ingest)
-        self.at = {self.splitter.standing.seq: self.now}
-        monkeypatch.setattr(following, "POLL_S", 0.001)
+        self.at = {self.splitter.state.seq: self.now}
+        monkeypatch.setattr(cursor, "POLL_S", 0.001)
         begin = splitter_module.begin_copy
 
         def begin_copy(*arguments: Any) -> None:
             begin(*arguments)
-            self.at[self.splitter.standing.seq] = self.now
+            self.at[self.splitter.state.seq] = self.now
 
         monkeypatch.setattr(splitter_module, "begin_copy", begin_copy)
-        copying = shipping.copying
         for name in ("_read", "_read_picked"):
-            monkeypatch.setattr(copying, name, self._around(getattr(copying, name)))
+            monkeypatch.setattr(full_sync, name, self._around(getattr(full_sync, name)))
         self._limit()
 
     def _around(self, read: Callable[..., bytearray]) -> Callable[..., bytearray]:
@@ -106,10 +103,10 @@ class Passing(Parts):
 
     def put(self, offset: int, data: bytes) -> None:
         """Writes, and remembers the state where it has a position of its own."""
-        before = self.splitter.standing.seq
+        before = self.splitter.state.seq
         self.pipeline.write(0, offset, data)
-        if self.splitter.standing.seq > before:
-            self.at[self.splitter.standing.seq] = self.now
+        if self.splitter.state.seq > before:
+            self.at[self.splitter.state.seq] = self.now
 
     def scatter(self, count: int = 1) -> None:
         """Small writes anywhere, some of zeros."""
@@ -125,16 +122,16 @@ class Passing(Parts):
         """Writes of which none is journalled."""
         self.full = True
         self.scatter(count)
-        assert self.splitter.standing.bypass_cause
+        assert self.splitter.state.bypass_cause
 
     def room(self) -> bool:
         """What is shipped is given back, and writes are journalled again, if there is room for that."""
         self.full = False
         splitter = self.splitter
-        if not splitter.standing.bypass_cause:
+        if not splitter.state.bypass_cause:
             return True
         splitter.journal.release(splitter.releasable_segment)
-        return bool(splitter.resume_journal(splitter.standing.bypass_cause))
+        return bool(splitter.resume_journal())
 
     def restart(self, clean: bool) -> None:
         """The splitter's process ends, in order or by a kill, and comes again."""
@@ -151,37 +148,36 @@ class Passing(Parts):
         kinds = self.session.kinds, self.session.rows, self.session.contents_bytes
         self.session = Session(self.pipeline.ingest)
         self.session.kinds, self.session.rows, self.session.contents_bytes = kinds
-        self.shipper.standing.arrived(self.session.welcome, None)
         await self.locate()
 
     async def ship_all(self) -> None:
         """All that there is, as `Shipper.run` does."""
-        session = cast(SenderSession, self.session)
+        session = self.session
         while True:
             try:
                 item: Interval | Copy | None = None
-                with trio.move_on_after(PASSING_S if self.splitter.standing.bypass_cause else MARGIN_S) as waiting:
-                    item = await self.shipper._following.next_item(session, wait=False)
+                with trio.move_on_after(BYPASS_S if self.splitter.state.bypass_cause else MARGIN_S) as waiting:
+                    item = await self.shipper.cursor.next_item(session, wait=False)
                 if waiting.cancelled_caught:  # it waits for a copy
-                    assert self.splitter.standing.bypass_cause
+                    assert self.splitter.state.bypass_cause
                     await self.connect_anew()
                     return
                 if isinstance(item, Copy):
-                    await self.shipper._ship_copy(session, item)
+                    await self.shipper.ship_copy(session, item)
                 elif isinstance(item, Interval):
-                    await self.shipper._ship_interval(session, item)
+                    await self.shipper.ship_interval(session, item)
                     await self.ship_layers()
                 else:
                     return
             except (LinkError, CapacityError):
                 self.full = False  # or a copy could never begin
                 await self.connect_anew()
-                session = cast(SenderSession, self.session)
+                session = self.session
 
     async def settle(self) -> None:
         """Everything is on the replica."""
         await self.ship_all()
-        if self.splitter.standing.bypass_cause:
+        if self.splitter.state.bypass_cause:
             self.splitter.checkpoint(self.splitter.snapshot_progress())
             assert self.room()
         self.mark()
