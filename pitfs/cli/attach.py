@@ -8,8 +8,8 @@ import os
 import sys
 from typing import Any, Final
 
-from pitfs.cli.common.output import print_json
-from pitfs.cli.common.parser import add_json, add_store, add_time, add_volume
+from pitfs.cli.common.output import print_json, state_row, warn
+from pitfs.cli.common.parser import add_image, add_json
 from pitfs.errors import PitfsError, UsageError
 from pitfs.fuse.attach import attachments
 from pitfs.fuse.attach.attachments import ScratchOptions, signals_deferred
@@ -42,9 +42,7 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_store(parser, nargs="?")
-    add_time(parser, nargs="?")
-    add_volume(parser, nargs="?")
+    add_image(parser, nargs="?")
     parser.add_argument(
         "--scratch", action="store_true", help="writable: what is written goes beside the store and is thrown away"
     )
@@ -76,9 +74,7 @@ def _attach(args: argparse.Namespace) -> int:
     from pitfs.store.store import Store
     from pitfs.view.tree import image_name
 
-    scratch = None
-    if args.scratch or args.scratch_dir is not None or args.scratch_size is not None:
-        scratch = _scratch(args.scratch_dir, args.scratch_size)
+    scratch = _scratch(args)
     with contextlib.closing(Store.open(args.store)) as store:
         resolution, _ = resolve(store, args.time, args.tz)
         info = store.volumes[volume_index(store, args.volume)]
@@ -86,7 +82,7 @@ def _attach(args: argparse.Namespace) -> int:
     path = os.path.realpath(args.store)
     image = f"{format_instant(resolution.time_ns)}/{image_name(info)}"
     with attachments.attach_lock(), contextlib.ExitStack() as undo:
-        undo.callback(_undo_mount)
+        undo.callback(signals_deferred()(attachments.unmount_unused))
         with signals_deferred():
             mountpoint = attachments.find_mount(path, image) if scratch is None else None
             if mountpoint is None:
@@ -96,13 +92,13 @@ def _attach(args: argparse.Namespace) -> int:
         sector_size = args.sector_size or _sector_size(image_path)
         with signals_deferred():
             device = loop_devices.attach(image_path, read_only=scratch is None, sector_size=sector_size)
-            undo.callback(_detach, device)
+            undo.callback(signals_deferred()(_detach), device)
         missing = loop_devices.wait_for_partitions(device)
         made = next((each for each in image_loops() if each.loop.device == device), None)
         if made is None:
             raise PitfsError(f"{device}: another process has detached it: try again")
         attached = _describe(made) | {
-            "seq": resolution.seq,
+            **state_row(resolution),
             "size_bytes": info.size_bytes,
             "sector_size": sector_size,
             "direct_io": loop_devices.has_direct_io(device),
@@ -119,7 +115,10 @@ def _attach(args: argparse.Namespace) -> int:
     return 0
 
 
-def _scratch(directory: str | None, size: str | None) -> ScratchOptions:
+def _scratch(args: argparse.Namespace) -> ScratchOptions | None:
+    directory, size = args.scratch_dir, args.scratch_size
+    if not args.scratch and directory is None and size is None:
+        return None
     for value in (directory, size):
         if value is not None and "," in value:
             raise UsageError(f"{value}: holds a comma, which mount options can't: choose another")
@@ -135,15 +134,9 @@ def _sector_size(image: str) -> int:
 
 
 def _detach(device: str) -> None:
-    with signals_deferred():
-        loop = loop_devices.loop_of(device)
-        if loop is not None:
-            loop_devices.detach(loop)
-
-
-def _undo_mount() -> None:
-    with signals_deferred():
-        attachments.unmount_unused()
+    loop = loop_devices.loop_of(device)
+    if loop is not None:
+        loop_devices.detach(loop)
 
 
 def _filesystems(device: str) -> list[dict[str, str]]:
@@ -156,26 +149,22 @@ def _warn(attached: dict[str, Any], missing: list[str]) -> None:
     device, sector_size = attached["device"], attached["sector_size"]
     rest = attached["size_bytes"] % sector_size
     if rest:
-        _say(
+        warn(
             f"{device}: the volume's last {rest} bytes are missing: they don't fill a sector of {sector_size} bytes; "
             f"the image has them: {attached['image']}"
         )
     if missing:
-        _say(f"{device}: no nodes for {', '.join(missing)}: nothing makes them in this /dev (a container?)")
+        warn(f"{device}: no nodes for {', '.join(missing)}: nothing makes them in this /dev (a container?)")
     if not attached["direct_io"]:
-        _say(f"{device}: without direct I/O: what is read is cached twice")
+        warn(f"{device}: without direct I/O: what is read is cached twice")
 
 
 def _hint(attached: dict[str, Any]) -> None:
     for found in attached["filesystems"]:
         kind = found["type"]
         options = WRITABLE.get(kind) if attached["scratch"] else READ_ONLY.get(kind, "ro")
-        _say(f"{kind}; to look into it: mount {f'-o {options} ' if options else ''}{found['device']} DIR")
-    _say(f"{attached['volume']} at {attached['instant']}; to end it: pitfs detach {attached['device']}")
-
-
-def _say(text: str) -> None:
-    print(f"pitfs: {text}", file=sys.stderr)
+        warn(f"{kind}; to look into it: mount {f'-o {options} ' if options else ''}{found['device']} DIR")
+    warn(f"{attached['volume']} at {attached['instant']}; to end it: pitfs detach {attached['device']}")
 
 
 def _describe(image: ImageLoop) -> dict[str, Any]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from typing import Final
 
+from pitfs.cli.common.output import warn
 from pitfs.errors import PitfsError, UsageError
-from pitfs.fuse.attach.attachments import attach_lock, is_made_by_attach, signals_deferred, unmount_unused
+from pitfs.fuse.attach.attachments import attach_lock, signals_deferred, unmount_unused
 from pitfs.fuse.attach.images import image_of
 from pitfs.fuse.kernel.loop_devices import detach, device_named, loop_of
 from pitfs.fuse.kernel.mountinfo import mounts
@@ -43,8 +43,8 @@ def run(args: argparse.Namespace) -> int:
         detach(loop)
         with signals_deferred():
             busy = unmount_unused()
-    if image.mount is not None and is_made_by_attach(image.mount) and image.mount.mountpoint in busy:
+    if image.mount is not None and image.mount.mountpoint in busy:
         mountpoint = image.mount.mountpoint
         users = ", ".join(map(str, processes_below(mountpoint))) or "somebody"
-        print(f"pitfs: {device} is detached; {mountpoint} stays mounted while {users} uses it", file=sys.stderr)
+        warn(f"{device} is detached; {mountpoint} stays mounted while {users} uses it")
     return 0

@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 from pitfs.cli.common.output import write_json
@@ -54,24 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-class _Counter:
-    """Counts ranges on their way to the output."""
-
-    def __init__(self, ranges: Iterable[tuple[int, int]], advance: Callable[[int], None]) -> None:
-        self._ranges = ranges
-        self._advance = advance
-        self.count = self.changed_bytes = 0
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        position = 0
-        for start, end in self._ranges:
-            self._advance(end - position)
-            position = end
-            self.count += 1
-            self.changed_bytes += end - start
-            yield start, end
-
-
 def run(args: argparse.Namespace) -> int:
     from pitfs.cli.common.pins import open_pinned, pin
     from pitfs.cli.common.progress import progress
@@ -85,30 +67,38 @@ def run(args: argparse.Namespace) -> int:
         leaves = difference.leaves()
         if args.bitmap:
             leaves = stack.enter_context(_bitmap(args.bitmap, difference, leaves))
-        advance: Callable[[int], None] = lambda count: None  # noqa: E731 — the lines show how far it is
+        reached: Callable[[int], None] = lambda done_bytes: None  # noqa: E731 — the lines show how far it is
         if not sys.stdout.isatty():
-            advance = stack.enter_context(progress(f"diff of {args.volume}", difference.size_bytes))
-        ranges = _Counter(difference.ranges(leaves), advance)
+            reached = stack.enter_context(progress(f"diff of {args.volume}", difference.size_bytes))
+        count = changed_bytes = 0
+
+        def counted() -> Iterator[tuple[int, int]]:
+            nonlocal count, changed_bytes
+            for first, last in difference.ranges(leaves):
+                reached(last)
+                count += 1
+                changed_bytes += last - first
+                yield first, last
 
         def document() -> Iterator[tuple[str, Any]]:
             yield from (("from", start), ("to", end), ("from_seq", one.seq), ("to_seq", other.seq))
             yield from (("volume", args.volume), ("block_size", difference.block_size))
             yield "size_bytes", difference.size_bytes
-            yield "ranges", ({"offset": first, "size": last - first} for first, last in ranges)
-            yield "changed_bytes", ranges.changed_bytes
+            yield "ranges", ({"offset": first, "size": last - first} for first, last in counted())
+            yield "changed_bytes", changed_bytes
 
         if args.json:
             write_json(document())
         elif args.bitmap:
-            for _ in ranges:
+            for _ in counted():
                 pass
         else:
             if sys.stdout.isatty():
                 print("offset size")
-            sys.stdout.writelines(f"{first} {last - first}\n" for first, last in ranges)
+            sys.stdout.writelines(f"{first} {last - first}\n" for first, last in counted())
     print(
-        f"{args.volume}: {ranges.changed_bytes} of {difference.size_bytes} bytes differ, in {ranges.count} "
-        f"range{'s' if ranges.count != 1 else ''}, between {start} and {end}",
+        f"{args.volume}: {changed_bytes} of {difference.size_bytes} bytes differ, in {count} "
+        f"range{'s' if count != 1 else ''}, between {start} and {end}",
         file=sys.stderr,
     )
     return 0

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Final
 
-from pitfs.cli.common.output import print_json
-from pitfs.cli.common.parser import add_json, add_store, add_time, add_volume
-from pitfs.model.position import format_instant
+from pitfs.cli.common.output import print_json, state_row
+from pitfs.cli.common.parser import add_image, add_json
 
 DESCRIPTION: Final = "Prints the xxh3_128 of a volume's whole image, as `xxhsum -H2` does for a copy of it."
 EXAMPLES: Final = """\
@@ -17,9 +16,7 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_store(parser)
-    add_time(parser)
-    add_volume(parser)
+    add_image(parser)
     add_json(parser, "digest, instant, seq, volume, size_bytes")
 
 
@@ -35,16 +32,8 @@ def run(args: argparse.Namespace) -> int:
         view = PointInTimeView(store, resolution, volume_index(store, args.volume))
         digest = image_digest(view, progress, f"digest of {args.volume}")
     if args.json:
-        print_json(
-            {
-                "digest": digest,
-                "algorithm": "xxh3_128",
-                "instant": format_instant(resolution.time_ns),
-                "seq": resolution.seq,
-                "volume": args.volume,
-                "size_bytes": view.size_bytes,
-            }
-        )
+        of_image = {**state_row(resolution), "volume": args.volume, "size_bytes": view.size_bytes}
+        print_json({"digest": digest, "algorithm": "xxh3_128", **of_image})
     else:
         print(digest)
     return 0

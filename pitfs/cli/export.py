@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Final
 
-from pitfs.cli.common.parser import add_store, add_time, add_volume
+from pitfs.cli.common.parser import add_image
 from pitfs.model.position import format_instant
 
 DESCRIPTION: Final = (
@@ -22,21 +22,17 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_store(parser)
-    add_time(parser)
-    add_volume(parser)
+    add_image(parser)
     parser.add_argument("file", metavar="FILE", help="file to make, or block device to overwrite")
     parser.add_argument("--verify", action="store_true", help="read FILE again and compare its digest")
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--force", action="store_true", help="replace FILE if it exists")
     existing.add_argument(
-        "--from",
-        dest="from_time",
-        metavar="TIME1",
+        "--from", dest="from_time", metavar="TIME1",
         help="FILE holds the image at TIME1, an earlier or later one: write only what differs. What is there is "
         "checked first; with --verify the whole of FILE is compared afterwards. If it is interrupted, FILE is no "
         "image until the same command has been run again",
-    )
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
-from pitfs.cli.common.output import granularity_text, span_row, span_text, write_json
+from pitfs.cli.common.output import granularity_text, span_row, span_text, state_row, write_json
 from pitfs.cli.common.parser import add_json, add_store, add_zone
 from pitfs.cli.common.times import parse_zone, resolve
 from pitfs.errors import UsageError
 from pitfs.model.position import AtSeq, NotATimeError, format_instant, parse_time
 
 if TYPE_CHECKING:
-    from pitfs.model.transfer import Bookmark, Gap
-    from pitfs.store.catalog.records import Interval, Snapshot
+    from pitfs.model.transfer import Gap
+    from pitfs.store.catalog.records import Interval
     from pitfs.store.store import Store
 
 Row = dict[str, Any]
-Members = Iterator[tuple[str, Any]]  # of a JSON document
 
 DESCRIPTION: Final = (
     "Lists what a store can give: snapshots, intervals with their granularity, "
@@ -50,10 +50,12 @@ def run(args: argparse.Namespace) -> int:
         if from_ns is not None and to_ns is not None and from_ns >= to_ns:
             raise UsageError(f"--from {args.from_time} isn't before --to {args.to_time}: nothing lies between")
         through = format_instant(store.protected_through_ns()) if store.latest() is not None else None
+        lists = _lists(store, from_ns, to_ns)
         if args.json:
-            write_json(_document(store, through, from_ns, to_ns))
+            head: list[tuple[str, Any]] = [("group", store.group), ("protected_through", through)]
+            write_json(itertools.chain(head, lists))
         else:
-            _print(store, through, from_ns, to_ns)
+            _print(store, through, lists)
     return 0
 
 
@@ -66,14 +68,6 @@ def _bound(store: Store, text: str | None, zone_name: str) -> int | None:
     except NotATimeError:
         return resolve(store, text, zone_name)[0].time_ns  # latest, or a bookmark
     return store.at_seq(wanted.seq).time_ns if isinstance(wanted, AtSeq) else wanted.time_ns
-
-
-def _instant_row(state: Snapshot | Bookmark) -> Row:
-    return {"instant": format_instant(state.time_ns), "seq": state.seq}
-
-
-def _bookmark_row(bookmark: Bookmark) -> Row:
-    return {"name": bookmark.name, **_instant_row(bookmark)}
 
 
 def _gap_row(gap: Gap | Interval) -> Row:
@@ -95,30 +89,20 @@ def _lists(store: Store, from_ns: int | None, to_ns: int | None) -> Iterator[tup
             last_id = interval.end_snapshot_id
             yield _interval_row(interval)
 
-    def bookmarks() -> Iterator[Row]:
-        for bookmark in store.bookmarks():
-            if (from_ns is None or bookmark.time_ns >= from_ns) and (to_ns is None or bookmark.time_ns < to_ns):
-                yield _bookmark_row(bookmark)
-
-    yield "snapshots", map(_instant_row, store.snapshots(from_ns, to_ns))
+    bookmarks = itertools.takewhile(lambda each: to_ns is None or each.time_ns < to_ns, store.bookmarks(from_ns))
+    yield "snapshots", map(state_row, store.snapshots(from_ns, to_ns))
     yield "intervals", closed()
     yield "open_intervals", (_interval_row(each) for each in open_intervals if each.end_snapshot_id > last_id)
-    yield "bookmarks", bookmarks()
+    yield "bookmarks", ({"name": each.name, **state_row(each)} for each in bookmarks)
     yield "gaps", map(_gap_row, store.gaps(from_ns, to_ns))
 
 
-def _document(store: Store, through: str | None, from_ns: int | None, to_ns: int | None) -> Members:
-    yield "group", store.group
-    yield "protected_through", through
-    yield from _lists(store, from_ns, to_ns)
-
-
-def _print(store: Store, through: str | None, from_ns: int | None, to_ns: int | None) -> None:
+def _print(store: Store, through: str | None, lists: Iterable[tuple[str, Iterator[Row]]]) -> None:
     print(f"group              {store.group}")
     print(f"protected through  {through or 'nothing has arrived yet'}")
     for volume in store.volumes:
         print(f"volume             {volume.name}  {volume.size_bytes} bytes, blocks of {volume.block_size}")
-    for name, rows in _lists(store, from_ns, to_ns):
+    for name, rows in lists:
         for number, row in enumerate(rows):
             if number == 0:
                 print(f"\n{name.replace('_', ' ')}")

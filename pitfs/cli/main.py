@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, Final, Protocol
 
 from pitfs import __version__
-from pitfs.cli.common.parser import Parser, parse
+from pitfs.cli.common.parser import Parser
 from pitfs.errors import PitfsError
 from pitfs.supervision.report import fill_standard_descriptors, report
 
@@ -57,15 +57,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold any bytes
         name = next((argument for argument in arguments if not argument.startswith("-")), None)
         parser, commands = build_parser([name] if name in COMMANDS else [])
-        args = parse(parser, arguments)
-        if isinstance(args, int):
-            code = args
-        else:
-            verbose = bool(args.verbose)
-            _set_up_logging(args.verbose)
-            code = commands[args.command].run(args)
-        if sys.stdout is not None:
-            sys.stdout.flush()  # here, where a full disk or a closed pipe can still be reported
+        args = parser.parse_args(arguments)
+        verbose = bool(args.verbose)
+        _set_up_logging(args.verbose)
+        code = commands[args.command].run(args)
+        sys.stdout.flush()  # here, where a full disk or a closed pipe can still be reported
         return code
     except BaseException as error:
         return report(error, verbose=verbose)

@@ -91,15 +91,8 @@ def _mount(args: argparse.Namespace) -> int:
     level = logging.INFO if args.verbose else logging.WARNING
     logging.basicConfig(level=level, format="mount.pitfs: %(levelname)s: %(message)s")
     bound_heap()  # a heap for each thread that reads took 15 MiB of a worker
-    request = parse_options(
-        ",".join(args.options),
-        store=args.store,
-        mountpoint=args.mountpoint,
-        foreground=args.foreground,
-        sloppy=args.sloppy,
-        verbose=args.verbose,
-    )
-    return mount_store(request)
+    given = {name: getattr(args, name) for name in ("store", "mountpoint", "foreground", "verbose")}
+    return mount_store(parse_options(",".join(args.options), sloppy=args.sloppy, **given))
 
 
 def _parser() -> Parser:

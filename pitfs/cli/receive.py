@@ -7,7 +7,7 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from pitfs.cli.common.parser import add_tls_files, given_tls_files, tls_context
+from pitfs.cli.common.parser import add_tls_files, server_tls
 from pitfs.errors import PitfsError, UsageError
 
 if TYPE_CHECKING:
@@ -35,12 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--grants", metavar="FILE", help="TOML file: whose certificates may write which groups; read at each connection"
     )
     parser.add_argument(
-        "--window",
-        metavar="SIZE",
-        default="32MiB",
+        "--window", metavar="SIZE", default="32MiB",
         help="largest window of the compression for a connection, 1MiB to 128MiB (default %(default)s): "
         "memory; many connections get less",
-    )
+    )  # fmt: skip
     parser.add_argument("--insecure", action="store_true", help="no TLS; loopback addresses only")
 
 
@@ -60,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise UsageError(f"--window {error}") from None
     host, port = parse_address(args.listen)
-    tls = _context(args, host)
+    tls = server_tls(args, args.insecure, host)
     read_grants = None
     if args.grants is not None:
         if tls is None:
@@ -71,18 +69,6 @@ def run(args: argparse.Namespace) -> int:
     set_up_daemon_logging(args.verbose)
     trio.run(run_until_signal, partial(_receive, root, host, port, tls, read_grants, window_bytes))
     return 0
-
-
-def _context(args: argparse.Namespace, host: str) -> LinkContext | None:
-    from pitfs.link.transport.tls import require_loopback
-
-    if not args.insecure:
-        return tls_context(args, "--insecure on loopback")
-    given = given_tls_files(args)
-    if given:
-        raise UsageError(f"--insecure and {given[0]} exclude each other")
-    require_loopback(host)
-    return None
 
 
 def _make_root(path: str) -> str:

@@ -6,11 +6,10 @@ import argparse
 import contextlib
 from typing import Final
 
-from pitfs.cli.common.output import print_json
+from pitfs.cli.common.output import print_json, state_row
 from pitfs.cli.common.parser import add_json, add_store, add_time
 from pitfs.cli.common.times import resolve
 from pitfs.errors import NoSuchInstantError
-from pitfs.model.position import format_instant
 
 DESCRIPTION: Final = "Prints the canonical instant of the newest reachable state not after TIME."
 EXAMPLES: Final = """\
@@ -32,22 +31,15 @@ def run(args: argparse.Namespace) -> int:
 
     with contextlib.closing(Store.open(args.store)) as store:
         resolution, exact = resolve(store, args.time, args.tz, warn=not args.strict)
-    instant = format_instant(resolution.time_ns)
+    row = state_row(resolution)
     if args.strict and not exact:
         raise NoSuchInstantError(
             f"{args.store}: the state at exactly {args.time!r} can't be given; the newest before it is "
-            f"{instant}: use that, or leave --strict out"
+            f"{row['instant']}: use that, or leave --strict out"
         )
     if args.json:
-        print_json(
-            {
-                "instant": instant,
-                "seq": resolution.seq,
-                "kind": resolution.kind,
-                "granularity_ns": resolution.granularity_ns,
-                "exact": exact,
-            }
-        )
+        row |= {"kind": resolution.kind, "granularity_ns": resolution.granularity_ns, "exact": exact}
+        print_json(row)
     else:
-        print(instant)
+        print(row["instant"])
     return 0

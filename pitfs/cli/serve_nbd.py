@@ -8,7 +8,7 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from pitfs.cli.common.parser import add_store, add_tls_files, given_tls_files, tls_context
+from pitfs.cli.common.parser import add_store, add_tls_files, server_tls
 
 if TYPE_CHECKING:
     import trio
@@ -55,17 +55,12 @@ def run(args: argparse.Namespace) -> int:
     import trio
 
     from pitfs.cli.common.pins import open_pinned
-    from pitfs.link.transport.tls import require_loopback
     from pitfs.supervision.listening import parse_address
     from pitfs.supervision.processes import set_up_daemon_logging
     from pitfs.supervision.service import run_until_signal
 
     address = parse_address(args.listen) if args.listen is not None else None
-    tls = None
-    if given_tls_files(args):
-        tls = tls_context(args, "none, on loopback or a unix socket")
-    elif address is not None:
-        require_loopback(address[0])
+    tls = server_tls(args, None, address[0] if address is not None else None)
     set_up_daemon_logging(args.verbose)
     with open_pinned(args.store, f"serve-nbd {args.listen or os.path.realpath(args.unix)}") as (store, pins):
         trio.run(run_until_signal, partial(_serve, store, pins, address, args.unix, tls))

@@ -29,7 +29,10 @@ def run(args: argparse.Namespace) -> int:
     if os.path.isdir(args.target):
         status = _replica(args.target)
     elif os.path.exists(args.target):
-        status = _production(args.target)
+        from pitfs.cli.common.shipper import ask_shipper
+        from pitfs.replication.requests import ReadStatus
+
+        status = ask_shipper(args.target, ReadStatus())
     else:
         raise UsageError(f"{args.target}: no such file or directory: give a configuration or a store")
     if args.json:
@@ -37,13 +40,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(status)
     return 0
-
-
-def _production(path: str) -> dict[str, Any]:
-    from pitfs.cli.common.shipper import ask_shipper
-    from pitfs.replication.requests import ReadStatus
-
-    return ask_shipper(path, ReadStatus())
 
 
 def _replica(path: str) -> dict[str, Any]:

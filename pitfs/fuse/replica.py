@@ -87,13 +87,19 @@ class Replica(pyfuse3.Operations):
 
     Args:
         workers: processes that serve the mount; they share the limits of caches and threads.
+
+    Attributes:
+        history: which history the store has, 32 hex digits.
+        refusal: errno of requests that would change the tree.
     """
 
     supports_dot_lookup = False
+    refusal = errno.EROFS
     pins: Pins | None = None  # that keep what open images show
 
     def __init__(self, store: Store, tree: Tree, ownership: Ownership, workers: int = 1) -> None:
         super().__init__()
+        self.history = store.history
         self._store = store
         self._tree = tree
         self._ownership = ownership
@@ -115,11 +121,6 @@ class Replica(pyfuse3.Operations):
         self._root: pyfuse3.EntryAttributes | None = None
         self._root_until = 0.0
         self._tree_limiter = trio.CapacityLimiter(1)  # the tree isn't made for several threads
-
-    @property
-    def history(self) -> str:
-        """Which history the store has, 32 hex digits."""
-        return self._store.history
 
     def close(self) -> None:
         """To be called when no handler is under way any more."""
@@ -299,7 +300,7 @@ class Replica(pyfuse3.Operations):
     # -------------------------------------------------------------- requests that would write
 
     async def _refuse(self, *args: object) -> Never:
-        raise pyfuse3.FUSEError(errno.EROFS)
+        raise pyfuse3.FUSEError(self.refusal)
 
     # The mount is read-only, so the kernel refuses first, unless root remounts it.
     setattr = mknod = mkdir = unlink = rmdir = symlink = rename = _refuse  # type: ignore[assignment]

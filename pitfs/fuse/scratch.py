@@ -11,7 +11,7 @@ import errno
 import logging
 import os
 import time
-from typing import TYPE_CHECKING, Final, Never
+from typing import TYPE_CHECKING, Final
 
 import pyfuse3
 import trio
@@ -42,6 +42,8 @@ FULL_LOG_S: Final = 60.0  # between two lines in the log about a full scratch
 
 class ScratchReplica(Replica):
     """pyfuse3 handlers over one store and its scratch."""
+
+    refusal = errno.EPERM  # images can be written, the tree itself stays as it is
 
     def __init__(self, store: Store, tree: Tree, ownership: Ownership, scratch: ScratchDirectory) -> None:
         super().__init__(store, tree, ownership)
@@ -128,10 +130,8 @@ class ScratchReplica(Replica):
             return time.monotonic_ns() - start_ns
 
         try:
-            if self._average_ns < INLINE_WRITE_NS:
-                took_ns = timed()
-            else:
-                took_ns = await in_thread(timed, limiter=self._limiter)
+            is_quick = self._average_ns < INLINE_WRITE_NS
+            took_ns = timed() if is_quick else await in_thread(timed, limiter=self._limiter)
         except BaseException:
             view.overlay.not_stored(write)
             raise
@@ -171,11 +171,10 @@ class ScratchReplica(Replica):
             begun = overlay.begin_sync()
             try:
                 await in_thread(overlay.sync, begun, limiter=self._limiter)
-            except CapacityError as error:
+            except BaseException as error:
                 overlay.unsynced(begun)
-                raise self._write_failed(error) from error
-            except BaseException:
-                overlay.unsynced(begun)
+                if isinstance(error, CapacityError):
+                    raise self._write_failed(error) from error
                 raise
 
     def _overlay(self, inode: int) -> Overlay | None:
@@ -188,9 +187,8 @@ class ScratchReplica(Replica):
         attributes = super()._attributes(entry)
         if entry.type is EntryType.FILE:
             overlay = self._overlay(entry.inode)
-            mtime_ns = overlay.mtime_ns if overlay is not None else None
-            if mtime_ns is not None:  # the kernel asks again after each write
-                attributes.st_mtime_ns = attributes.st_ctime_ns = mtime_ns
+            if overlay is not None and (mtime_ns := overlay.mtime_ns) is not None:
+                attributes.st_mtime_ns = attributes.st_ctime_ns = mtime_ns  # the kernel asks again after each write
         return attributes
 
     @handler
@@ -220,11 +218,3 @@ class ScratchReplica(Replica):
         free = await in_thread(self._scratch.free_bytes, limiter=self._limiter)
         answer.f_bfree = answer.f_bavail = free // answer.f_frsize
         return answer
-
-    # -------------------------------------------------------------- the tree itself stays as it is
-
-    async def _refuse_change(self, *args: object) -> Never:
-        raise pyfuse3.FUSEError(errno.EPERM)
-
-    mknod = mkdir = unlink = rmdir = symlink = rename = _refuse_change
-    link = create = setxattr = removexattr = _refuse_change

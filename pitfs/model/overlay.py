@@ -40,6 +40,7 @@ from pyroaring import BitMap64
 from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CorruptionError, StoreVersionError
+from pitfs.model.transfer import VolumeInfo
 
 MAGIC: Final = b"PITFSOVL"
 VERSION: Final = 1
@@ -60,39 +61,32 @@ Runs = npt.NDArray[np.uint64]  # shape (n, 2): first block, block count
 
 @dataclass(frozen=True, slots=True)
 class OverlayHeader:
-    """The image below an overlay. `history` is 16 bytes, `volume` a name."""
+    """The image below an overlay. `history` is 16 bytes."""
 
     history: bytes
     seq: int
-    volume: str
-    size_bytes: int
-    block_size: int
-
-    @property
-    def block_count(self) -> int:
-        return -(-self.size_bytes // self.block_size)
+    volume: VolumeInfo
 
     def encode(self) -> bytes:
         """The 128 bytes at the beginning of the log."""
-        head = HEADER.pack(
-            MAGIC, VERSION, self.block_size, self.size_bytes, self.seq, self.history, self.volume.encode()
-        )
+        of_volume = self.volume.block_size, self.volume.size_bytes
+        head = HEADER.pack(MAGIC, VERSION, *of_volume, self.seq, self.history, self.volume.name.encode())
         return (head + CHECKSUM.pack(xxh3_64_intdigest(head))).ljust(HEADER_BYTES, b"\0")
 
     @classmethod
     def decode(cls, data: bytes, what: str) -> OverlayHeader:
         """Raises CorruptionError, or StoreVersionError where a newer pitfs wrote it."""
         head = data[: HEADER.size]
-        if len(data) < HEADER_BYTES or CHECKSUM.unpack_from(data, HEADER.size) != (xxh3_64_intdigest(head),):
+        is_whole = len(data) >= HEADER_BYTES and data.startswith(MAGIC)
+        if not is_whole or CHECKSUM.unpack_from(data, HEADER.size) != (xxh3_64_intdigest(head),):
             raise CorruptionError(what, 0, "no header of an overlay")
-        magic, version, block_size, size_bytes, seq, history, volume = HEADER.unpack(head)
-        if magic != MAGIC:
-            raise CorruptionError(what, 0, "no header of an overlay")
+        _, version, block_size, size_bytes, seq, history, volume = HEADER.unpack(head)
         if version != VERSION:
             raise StoreVersionError(
                 f"{what}: overlay of format {version}, this pitfs knows {VERSION}: use a newer pitfs"
             )
-        return cls(history, seq, volume.rstrip(b"\0").decode("ascii", "replace"), size_bytes, block_size)
+        name = volume.rstrip(b"\0").decode("ascii", "replace")
+        return cls(history, seq, VolumeInfo(name, size_bytes, block_size))
 
     @property
     def seed(self) -> int:
@@ -102,10 +96,8 @@ class OverlayHeader:
 
 def runs_of(blocks: BitMap64) -> Runs:
     """The blocks as runs, ascending, coalesced; shape (n, 2)."""
-    numbers = np.frombuffer(blocks.to_array(), np.uint64) if blocks else np.empty(0, np.uint64)
-    if not len(numbers):
-        return np.empty((0, 2), np.uint64)
-    begins = np.concatenate(([0], np.flatnonzero(np.diff(numbers) != 1) + 1))
+    numbers = np.array(blocks.to_array(), np.uint64)
+    begins = np.flatnonzero(np.diff(numbers, prepend=numbers[:1]) != 1)  # the first one too: 0 isn't 1
     lengths = np.diff(begins, append=len(numbers)).astype(np.uint64)
     return np.column_stack((numbers[begins], lengths))
 

@@ -23,6 +23,7 @@ from pitfs.nbd.negotiation import Close, ListExports, LookUpExport, NbdState, Se
 from pitfs.nbd.protocol import Buffer, Event, NbdProtocol, Request
 from pitfs.nbd.stream import SocketStream, TlsStream, WrappedStream
 from pitfs.nbd.wire import HOLE_AND_ZERO, Command, CommandFlag
+from pitfs.view.ranges import cut
 from pitfs.view.view import PointInTimeView, ReadBuffer
 
 MAX_REQUESTS: Final = 16  # under way for one connection: what a disk likes to have queued
@@ -136,8 +137,8 @@ class Connection:
                 case ListExports():
                     listed = await self._shared.query(self._shared.exports.listed)
                     await self._send(self._protocol.answer_list(listed))
-                case LookUpExport(name, opens):
-                    await self._answer_lookup(name, opens)
+                case LookUpExport():
+                    await self._answer_lookup(event.name, event.opens)
                     if self._opened is not None:
                         return self._opened
                 case StartTls(data):
@@ -217,43 +218,39 @@ class Connection:
 
     async def _perform(self, request: Request, done: int) -> None:
         """Answers a request; of a read `done` bytes have been sent."""
-        is_large = request.size > SMALL_BYTES
-        if is_large:
-            await self._large.acquire()
-        buffer = self._shared.acquire_buffer()
-        try:
-            await self._answer(request, done, buffer)
-        except (OSError, trio.BrokenResourceError, _UnfinishedError) as error:
-            self._break(error)
-        finally:
-            self._shared.release_buffer(buffer)
-            if is_large:
-                self._large.release()
-            self._slots.release()
+        async with self._large if request.size > SMALL_BYTES else contextlib.nullcontext():
+            buffer = self._shared.acquire_buffer()
+            try:
+                await self._answer(request, done, buffer)
+            except (OSError, trio.BrokenResourceError) as error:
+                self._break(error)
+            finally:
+                self._shared.release_buffer(buffer)
+                self._slots.release()
 
     async def _answer(self, request: Request, done: int, buffer: ReadBuffer) -> None:
+        end = request.offset + request.size
         try:
             if request.command == Command.BLOCK_STATUS:
-                await self._send_block_status(request)
+                limit = 1 if request.flags & CommandFlag.REQ_ONE else MAX_EXTENTS
+                query = partial(_extents, self._view, request.offset, end, limit)
+                extents = await trio.to_thread.run_sync(query, limiter=self._shared.readers)
+                await self._send(self._protocol.extents(request, extents))
             elif request.command == Command.CACHE:
                 await self._read_all(request, buffer)
                 await self._send(self._protocol.finished(request))
-            elif self._protocol.is_divisible(request):
-                offset, size = request.offset + done, request.size - done
-                if not await self._send_pieces(request, offset, size, PIECE_BYTES, buffer):
-                    await self._send(self._protocol.finished(request))
-            else:
+            elif not self._protocol.is_divisible(request):
                 await self._send_whole(request, buffer)
-        except _UnfinishedError:
-            raise
+            elif not await self._send_pieces(request, request.offset + done, end, PIECE_BYTES, buffer):
+                await self._send(self._protocol.finished(request))
         except PitfsError as error:
             log.error("%s: %s", self._peer, error)
             await self._send(self._protocol.failed(request.cookie, errno.EIO, NO_DATA))
 
     async def _send_pieces(
-        self, request: Request, offset: int, size: int, step: int, buffer: ReadBuffer
+        self, request: Request, offset: int, end: int, step: int, buffer: ReadBuffer
     ) -> bool:
-        """Sends a range of a read as one chunk for each `step` bytes, of data or an error.
+        """Sends [offset, end) of a read as one chunk for each `step` bytes, of data or an error.
 
         A damaged piece is sent block by block, so that only the damaged blocks of it are errors.
 
@@ -261,18 +258,18 @@ class Connection:
             whether the last chunk has data: then it was the reply's last.
         """
         has_end = False
-        for start, length in _cut(offset, size, step):
+        for start, stop in cut(offset, end, step):
             try:
-                data = await self._read(start, length, buffer)
+                data = await self._read(start, stop - start, buffer)
             except PitfsError as error:
                 if isinstance(error, CorruptionError) and step > self._view.block_size:
-                    has_end = await self._send_pieces(request, start, length, self._view.block_size, buffer)
+                    has_end = await self._send_pieces(request, start, stop, self._view.block_size, buffer)
                     continue
                 log.error("%s: %s", self._peer, error)
-                await self._send(self._protocol.failed_at(request, errno.EIO, NO_DATA, start))
+                await self._send(self._protocol.failed(request.cookie, errno.EIO, NO_DATA, start))
                 has_end = False
             else:
-                await self._send(self._protocol.data_header(request, start, length), data)
+                await self._send(self._protocol.data_header(request, start, stop - start), data)
                 has_end = True
         return has_end
 
@@ -283,30 +280,24 @@ class Connection:
         """
         data = await self._read_all(request, buffer)
         header = self._protocol.data_header(request, request.offset, request.size)
-        pieces = list(_cut(request.offset, request.size, PIECE_BYTES))
-        if len(pieces) == 1:
+        if len(data) == request.size:
             await self._send(header, data)
             return
         async with self._sending:
-            for piece in pieces:
+            for start, stop in cut(request.offset, request.offset + request.size, PIECE_BYTES):
                 try:
-                    data = await self._read(*piece, buffer)
-                except PitfsError as error:
-                    raise _UnfinishedError(f"in the middle of a reply: {error}") from error
+                    data = await self._read(start, stop - start, buffer)
+                except PitfsError as error:  # only the end of the connection can show it to the client
+                    self._break(PitfsError(f"in the middle of a reply: {error}"))
+                    return
                 await self._stream.send(header, data)
                 header = b""
-
-    async def _send_block_status(self, request: Request) -> None:
-        limit = 1 if request.flags & CommandFlag.REQ_ONE else MAX_EXTENTS
-        query = partial(_extents, self._view, request.offset, request.offset + request.size, limit)
-        extents = await trio.to_thread.run_sync(query, limiter=self._shared.readers)
-        await self._send(self._protocol.extents(request, extents))
 
     async def _read_all(self, request: Request, buffer: ReadBuffer) -> Buffer:
         """Reads all pieces of a request: they are verified and in memory then. Returns the last one."""
         data: Buffer = b""
-        for piece in _cut(request.offset, request.size, PIECE_BYTES):
-            data = await self._read(*piece, buffer)
+        for start, stop in cut(request.offset, request.offset + request.size, PIECE_BYTES):
+            data = await self._read(start, stop - start, buffer)
         return data
 
     async def _read(self, offset: int, size: int, buffer: ReadBuffer) -> memoryview:
@@ -316,19 +307,6 @@ class Connection:
             return await trio.to_thread.run_sync(read, offset, size, buffer, limiter=limiter)
         await self._yield_if_due(size)
         return data
-
-
-class _UnfinishedError(PitfsError):
-    """A reply ends early, which only the end of the connection can show to the client."""
-
-
-def _cut(offset: int, size: int, step: int) -> Iterator[tuple[int, int]]:
-    """(offset, size) of the parts of a range that begin at multiples of `step`."""
-    end = offset + size
-    while offset < end:
-        part = min(step - offset % step, end - offset)
-        yield offset, part
-        offset += part
 
 
 def _extents(view: PointInTimeView, start: int, end: int, limit: int) -> list[tuple[int, int]]:

@@ -22,7 +22,7 @@ from pitfs.view.view import PointInTimeView, TableCache
 
 if TYPE_CHECKING:
     from pitfs.store.pins.pins import Pins
-    from pitfs.store.store import Resolution, Store
+    from pitfs.store.store import Store
 
 MAX_LISTED_SNAPSHOTS: Final = 100  # the newest; a client may ask about each that is listed
 MAX_VIEWS: Final = 256  # with resolved tables at hand, shared by connections to one instant; some 300 bytes each
@@ -45,13 +45,8 @@ class Exports:
         self._store = store
         self._tree = tree
         self._pins = pins
-        tables = TableCache()
-
-        @functools.lru_cache(MAX_VIEWS)
-        def view_of(resolution: Resolution, volume: int) -> PointInTimeView:
-            return PointInTimeView(store, resolution, volume, tables)
-
-        self._view_of = view_of
+        view_of = functools.partial(PointInTimeView, store, tables=TableCache())
+        self._view_of = functools.lru_cache(MAX_VIEWS)(view_of)
 
     def find(self, name: str, *, opens: bool) -> Export:
         """The export that a name leads to now.
@@ -68,9 +63,7 @@ class Exports:
         if not path:
             raise NoSuchExportError(f"no export {name!r}: say a time and a volume, as in {LATEST}/{names[0]}")
         try:
-            instant = ROOT_INODE
-            for part in path.split("/"):
-                instant = self._child(instant, part)
+            instant = functools.reduce(self._child, path.split("/"), ROOT_INODE)
             resolution = self._tree.resolution_of(instant)
         except NoEntryError:
             resolution = None

@@ -18,7 +18,6 @@ _EXPORT_FLAGS: Final = (
     ExportFlag.HAS_FLAGS | ExportFlag.READ_ONLY | ExportFlag.CAN_MULTI_CONN | ExportFlag.SEND_CACHE
 )
 _WITHOUT_DATA: Final = (Option.ABORT, Option.LIST, Option.STARTTLS, Option.STRUCTURED_REPLY)
-_OPENING: Final = (Option.EXPORT_NAME, Option.GO)
 
 
 class NbdState(enum.Enum):
@@ -87,10 +86,20 @@ class ListExports:
 
 @dataclass(frozen=True, slots=True)
 class LookUpExport:
-    """The client wants an export by name: `answer_export`. With `opens` that opens it."""
+    """The client wants an export by name: `answer_export`.
+
+    Attributes:
+        option: what the client wants it for.
+        selects: of an option about metadata contexts: whether base:allocation is among those that it names.
+    """
 
     name: str
-    opens: bool
+    option: int
+    selects: bool = False
+
+    @property
+    def opens(self) -> bool:
+        return self.option in (Option.EXPORT_NAME, Option.GO)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,15 +119,6 @@ class Close:
 Answer = Send | ListExports | LookUpExport | StartTls | Close
 
 
-@dataclass(frozen=True, slots=True)
-class _Lookup:
-    """An option that waits for the caller's answer."""
-
-    option: int
-    name: str = ""
-    selects: bool = False  # of the metadata contexts: whether base:allocation is among those that it names
-
-
 class Negotiation:
     """The server's side of it, for one connection.
 
@@ -134,7 +134,7 @@ class Negotiation:
         self.has_status = False
         self._no_zeroes = False
         self._offers_tls, self._has_tls = offers_tls, False
-        self._lookup = _Lookup(0)  # in LOOKUP: the option under way
+        self._lookup = LookUpExport("", 0)  # in LOOKUP: what is under way
         self._context_of: str | None = None  # name of the export that base:allocation was selected for
 
     def move(self, here: NbdState, there: NbdState) -> None:
@@ -174,8 +174,13 @@ class Negotiation:
             case Option.ABORT:
                 self.move(NbdState.OPTIONS, NbdState.CLOSED)
                 return Close(option_reply(option, Reply.ACK))
+            case Option.STARTTLS if self._has_tls:
+                return _invalid(option, "TLS is there already")
+            case Option.STARTTLS if not self._offers_tls:
+                return Send(option_reply(option, Reply.ERR_POLICY, b"this server has no certificate"))
             case Option.STARTTLS:
-                return self._start_tls()
+                self.move(NbdState.OPTIONS, NbdState.TLS_HANDSHAKE)
+                return StartTls(option_reply(option, Reply.ACK))
             case Option.STRUCTURED_REPLY:
                 self.structured = True
                 return Send(option_reply(option, Reply.ACK))
@@ -186,25 +191,17 @@ class Negotiation:
                 name = wire.text(data)
                 if name is None:
                     raise RemoteProtocolError("EXPORT_NAME with an invalid name")
-                return self._look_up(_Lookup(option, name))
+                return self._look_up(LookUpExport(name, option))
             case Option.INFO | Option.GO:
                 name, rest = wire.counted_text(data)
                 # Behind the name come the numbers of what the client wants to know, u16 each. It gets
                 # everything.
                 if name is None or len(rest) < 2 or len(rest) != 2 + 2 * wire.U16.unpack_from(rest)[0]:
                     return _invalid(option, "malformed")
-                return self._look_up(_Lookup(option, name))
+                return self._look_up(LookUpExport(name, option))
             case Option.LIST_META_CONTEXT | Option.SET_META_CONTEXT:
                 return self._look_up_contexts(option, data)
         return Send(option_reply(option, Reply.ERR_UNSUP, b"this server doesn't know that option"))
-
-    def _start_tls(self) -> Send | StartTls:
-        if self._has_tls:
-            return _invalid(Option.STARTTLS, "TLS is there already")
-        if not self._offers_tls:
-            return Send(option_reply(Option.STARTTLS, Reply.ERR_POLICY, b"this server has no certificate"))
-        self.move(NbdState.OPTIONS, NbdState.TLS_HANDSHAKE)
-        return StartTls(option_reply(Option.STARTTLS, Reply.ACK))
 
     def _look_up_contexts(self, option: int, data: memoryview) -> Send | LookUpExport:
         lists = option == Option.LIST_META_CONTEXT
@@ -224,12 +221,12 @@ class Negotiation:
             selects = selects or query == wire.CONTEXT or (lists and query == "base:")
         if rest:
             return _invalid(option, "malformed")
-        return self._look_up(_Lookup(option, name, selects))
+        return self._look_up(LookUpExport(name, option, selects))
 
-    def _look_up(self, lookup: _Lookup) -> LookUpExport:
+    def _look_up(self, lookup: LookUpExport) -> LookUpExport:
         self.move(NbdState.OPTIONS, NbdState.LOOKUP)
         self._lookup = lookup
-        return LookUpExport(lookup.name, lookup.option in _OPENING)
+        return lookup
 
     def answer_list(self, exports: Iterable[tuple[str, str]]) -> bytes:
         """The reply to ListExports: names and descriptions."""
@@ -243,19 +240,17 @@ class Negotiation:
     def answer_export(self, export: ExportInfo | None, problem: str = "") -> bytes:
         """The reply to LookUpExport: the export, or None and why there is none."""
         option, name, selects = self._lookup.option, self._lookup.name, self._lookup.selects
-        if option in _OPENING and export is not None:
-            self.move(NbdState.LOOKUP, NbdState.TRANSMISSION)
-        else:
-            refuses = option == Option.EXPORT_NAME
-            self.move(NbdState.LOOKUP, NbdState.CLOSED if refuses else NbdState.OPTIONS)
-        if option == Option.SET_META_CONTEXT:
-            self._context_of = name if export is not None and selects else None
+        if export is None and option == Option.EXPORT_NAME:
+            self.move(NbdState.LOOKUP, NbdState.CLOSED)
+            return b""
+        opened = export is not None and self._lookup.opens
+        self.move(NbdState.LOOKUP, NbdState.TRANSMISSION if opened else NbdState.OPTIONS)
         if export is None:
-            if option == Option.EXPORT_NAME:
-                return b""
             return option_reply(option, Reply.ERR_UNKNOWN, problem.encode()[: wire.MAX_NAME_BYTES])
         if option in (Option.LIST_META_CONTEXT, Option.SET_META_CONTEXT):
-            number = wire.CONTEXT_ID if option == Option.SET_META_CONTEXT else 0
+            number = 0
+            if option == Option.SET_META_CONTEXT:
+                number, self._context_of = wire.CONTEXT_ID, name if selects else None
             context = wire.U32.pack(number) + wire.CONTEXT.encode()
             selected = option_reply(option, Reply.META_CONTEXT, context) if selects else b""
             return selected + option_reply(option, Reply.ACK)

@@ -10,6 +10,8 @@ name, 32 MiB for a read or for the payload of a write, which is skipped, not kep
 from __future__ import annotations
 
 import errno
+import itertools
+import struct
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
@@ -48,7 +50,7 @@ class NbdProtocol(Negotiation):
     def __init__(self, *, offers_tls: bool) -> None:
         super().__init__(offers_tls=offers_tls)
         self._part = bytearray()  # what came of the unit under way; at most one unit
-        self._wanted = wire.CLIENT_FLAGS.size  # bytes that the unit needs before it can be looked at
+        self._wanted = wire.U32.size  # the flags: bytes that the unit needs before it can be looked at
         self._skip = 0  # bytes of a write's payload that are still to come
         self._refused_cookie = 0  # of that write
         self._size_bytes = 0
@@ -87,7 +89,7 @@ class NbdProtocol(Negotiation):
             if self.state is NbdState.TRANSMISSION:
                 event = self._read_request(unit)
             elif self.state is NbdState.GREETING:
-                self.answer_flags(*wire.CLIENT_FLAGS.unpack(unit))
+                self.answer_flags(*wire.U32.unpack(unit))
                 self._wanted, event = wire.OPTION.size, None
             else:
                 event = self._read_option(unit)
@@ -176,21 +178,25 @@ class NbdProtocol(Negotiation):
         flags = wire.DONE if offset + size == request.offset + request.size else 0
         return DATA_CHUNK.pack(CHUNK_MAGIC, flags, ChunkType.OFFSET_DATA, request.cookie, 8 + size, offset)
 
-    def failed(self, cookie: int, error: int, message: str) -> bytes:
-        """The whole reply to a request that failed."""
-        if self.structured:
-            return wire.error_chunk(wire.DONE, cookie, error, message, None)
-        return wire.SIMPLE.pack(wire.SIMPLE_MAGIC, error, cookie)
+    def failed(self, cookie: int, error: int, message: str, offset: int | None = None) -> bytes:
+        """The whole reply to a request that failed.
 
-    def failed_at(self, request: Request, error: int, message: str, offset: int) -> bytes:
-        """A chunk of a divisible read: there are no data from `offset` on. It is never the last chunk."""
-        assert self.structured
-        return wire.error_chunk(0, request.cookie, error, message, offset)
+        With an offset it is a chunk of a divisible read, and never the last: there are no data from there on.
+        """
+        if not self.structured:
+            return wire.SIMPLE.pack(wire.SIMPLE_MAGIC, error, cookie)
+        data = message.encode()[: wire.MAX_NAME_BYTES]
+        payload = wire.ERROR.pack(error, len(data)) + data
+        if offset is None:
+            return wire.chunk(wire.DONE, ChunkType.ERROR, cookie, payload)
+        return wire.chunk(0, ChunkType.ERROR_OFFSET, cookie, payload + wire.U64.pack(offset))
 
     def extents(self, request: Request, extents: Sequence[tuple[int, int]]) -> bytes:
         """The whole reply to BLOCK_STATUS: (bytes, flags) from the request's offset on, at least one."""
         assert extents and self.structured
-        return wire.status_chunk(request.cookie, extents)
+        numbers = (wire.CONTEXT_ID, *itertools.chain.from_iterable(extents))
+        payload = struct.pack(f">{len(numbers)}I", *numbers)
+        return wire.chunk(wire.DONE, ChunkType.BLOCK_STATUS, request.cookie, payload)
 
     def finished(self, request: Request) -> bytes:
         """The last chunk of a reply whose other chunks, if any, have been sent."""

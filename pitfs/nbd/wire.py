@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Sequence
 from typing import Final
 
 GREETING_MAGIC: Final = b"NBDMAGIC"
@@ -25,7 +24,6 @@ REQUEST_MAGIC: Final = 0x25609513
 SIMPLE_MAGIC: Final = 0x67446698
 CHUNK_MAGIC: Final = 0x668E33EF
 
-CLIENT_FLAGS: Final = struct.Struct(">I")
 OPTION: Final = struct.Struct(">8sII")
 OPTION_REPLY: Final = struct.Struct(">QIII")
 REQUEST: Final = struct.Struct(">IHHQQI")
@@ -151,18 +149,3 @@ def infos(size_bytes: int, flags: ExportFlag, block_size: int, name: str, descri
 
 def chunk(flags: int, kind: ChunkType, cookie: int, payload: bytes = b"") -> bytes:
     return CHUNK.pack(CHUNK_MAGIC, flags, kind, cookie, len(payload)) + payload
-
-
-def error_chunk(flags: int, cookie: int, error: int, message: str, offset: int | None) -> bytes:
-    data = message.encode()[:MAX_NAME_BYTES]
-    payload = ERROR.pack(error, len(data)) + data
-    if offset is None:
-        return chunk(flags, ChunkType.ERROR, cookie, payload)
-    return chunk(flags, ChunkType.ERROR_OFFSET, cookie, payload + U64.pack(offset))
-
-
-def status_chunk(cookie: int, extents: Sequence[tuple[int, int]]) -> bytes:
-    """Extents as (bytes, flags), from the request's offset on."""
-    flat = [number for extent in extents for number in extent]
-    payload = struct.pack(f">I{len(flat)}I", CONTEXT_ID, *flat)
-    return chunk(DONE, ChunkType.BLOCK_STATUS, cookie, payload)

@@ -43,19 +43,15 @@ def export(view: PointInTimeView, path: str, *, replace: bool, verify: bool, pro
         CorruptionError: an object of the store, or the copy, is damaged.
     """
     with disk_errors(path, "write it to another place"):
-        try:
-            mode = os.stat(path).st_mode
-        except FileNotFoundError:
-            mode = stat.S_IFREG
-        else:
-            if stat.S_ISREG(mode) and not replace:
+        if os.path.isfile(path):
+            if not replace:
                 raise UsageError(f"{path}: exists: give another name, or --force to replace it")
-            if stat.S_ISREG(mode) and written_by_others(path):
+            if written_by_others(path):
                 raise UsageError(
                     f"{path}: in use: the program that writes it (see fuser -v {path}) would write the old file: "
                     "stop it first"
                 )
-        if stat.S_ISREG(mode):
+        if os.path.isfile(path) or not os.path.exists(path):
             _export_to_file(view, path, verify, progress)
             return
         with open_target(path) as (fd, size_bytes):
@@ -157,7 +153,7 @@ def _write(view: PointInTimeView, fd: int, path: str, progress: Progress, *, spa
     state = xxh3_128()
     zeros = memoryview(bytes(READ_BYTES))
     written = flushed = 0
-    with progress("export", view.size_bytes) as advance:
+    with progress("export", view.size_bytes) as reached:
         for start, end, is_data in _pieces(view, cut_holes=verify or not sparse):
             if is_data or verify or not sparse:
                 data = view.read(start, end - start, buffer) if is_data else zeros[: end - start]
@@ -169,7 +165,7 @@ def _write(view: PointInTimeView, fd: int, path: str, progress: Progress, *, spa
             if written - flushed >= WRITEBACK_BYTES:
                 os.posix_fadvise(fd, 0, start, os.POSIX_FADV_DONTNEED)  # writes dirty pages, drops clean ones
                 flushed = written
-            advance(end - start)
+            reached(end)
     os.fsync(fd)
     if verify:
         verify_copy(fd, path, view.size_bytes, state.hexdigest(), progress)

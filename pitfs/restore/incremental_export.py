@@ -45,10 +45,10 @@ from pitfs.view.view import ReadBuffer
 
 MAGIC: Final = b"PITFSUPD"
 VERSION: Final = 1
-MARKER: Final = struct.Struct("<8sQ16s64sqqqq")
-_CHECKSUM: Final = struct.Struct("<Q")
+MARKER: Final = struct.Struct("<8sQ16s64sqqqq376x")
+CHECKSUM: Final = struct.Struct("<Q")
 MARKER_BYTES: Final = 512
-assert MARKER.size == 128
+assert MARKER.size + CHECKSUM.size == MARKER_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,19 +65,16 @@ class Marker:
         start, end = self.from_position, self.to_position
         positions = start.seq, start.time_ns, end.seq, end.time_ns
         body = MARKER.pack(MAGIC, VERSION, self.history, self.volume.encode(), *positions)
-        body = body.ljust(MARKER_BYTES - _CHECKSUM.size, b"\0")
-        return body + _CHECKSUM.pack(xxh3_64_intdigest(body))
+        return body + CHECKSUM.pack(xxh3_64_intdigest(body))
 
     @classmethod
     def decode(cls, data: bytes) -> Marker | None:
         """None if the data are no marker."""
-        body = data[: MARKER_BYTES - _CHECKSUM.size]
-        if len(data) < MARKER_BYTES or not data.startswith(MAGIC):
+        body = data[: MARKER.size]
+        if len(data) < MARKER_BYTES or CHECKSUM.unpack_from(data, MARKER.size)[0] != xxh3_64_intdigest(body):
             return None
-        if _CHECKSUM.unpack_from(data, len(body))[0] != xxh3_64_intdigest(body):
-            return None
-        _, version, history, volume, *positions = MARKER.unpack_from(data)
-        if version != VERSION:
+        magic, version, history, volume, *positions = MARKER.unpack(body)
+        if (magic, version) != (MAGIC, VERSION):
             return None
         name = volume.rstrip(b"\0").decode("utf-8", "replace")
         return cls(history, name, Position(*positions[:2]), Position(*positions[2:]))
@@ -105,11 +102,8 @@ def incremental_export(
     positions = (Position(state.seq, state.time_ns) for state in (from_state, to_state))
     marker = Marker(bytes.fromhex(store.history), info.name, *positions)
     with disk_errors(path, "mend that, and run it again: it goes on"):
-        try:
-            os.stat(path)
-        except FileNotFoundError:
-            problem = "not there: --from needs an earlier export; leave it out for a new one"
-            raise UsageError(f"{path}: {problem}") from None
+        if not os.path.exists(path):
+            raise UsageError(f"{path}: not there: --from needs an earlier export; leave it out for a new one")
         with open_target(path) as (fd, size_bytes):
             is_file = stat.S_ISREG(os.fstat(fd).st_mode)
             if size_bytes < info.size_bytes or (is_file and size_bytes != info.size_bytes):
@@ -170,13 +164,10 @@ def _check_target(difference: Difference, fd: int, path: str, resumed: bool, pro
 
 
 def _with_progress(difference: Difference, progress: Progress, title: str) -> Iterator[DifferingLeaf]:
-    with progress(title, difference.size_bytes) as advance:
-        position = 0
+    with progress(title, difference.size_bytes) as reached:
         for leaf in difference.leaves():
             yield leaf
-            end = min((leaf.first + len(leaf.differs)) * difference.block_size, difference.size_bytes)
-            advance(end - position)
-            position = end
+            reached(min((leaf.first + len(leaf.differs)) * difference.block_size, difference.size_bytes))
 
 
 def _other_image(path: str, offset: int) -> PitfsError:

@@ -111,7 +111,7 @@ def read_exactly(fd: int, size: int, offset: int, what: str) -> bytes:
         CorruptionError: the file ends before that.
         OSError: the disk refuses.
     """
-    data = os.pread(fd, size, offset)
+    data = b""
     while len(data) < size:
         more = os.pread(fd, size - len(data), offset + len(data))
         if not more:

@@ -41,7 +41,7 @@ class OverlayLog:
         with closed_on_error(self._fd):
             if OverlayHeader.decode(os.pread(self._fd, overlay.HEADER_BYTES, 0), path) != header:
                 raise CorruptionError(path, 0, "the log of another image, or of another store's")
-            self._end = self._replay(header.block_count)
+            self._end = self._replay(header.volume.block_count)
             reserve(self._fd, self._end, RESERVE_BYTES)
 
     def append(self, blocks: BitMap64) -> None:

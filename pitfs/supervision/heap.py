@@ -22,7 +22,6 @@ def bound_heap() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        for parameter, value in (
-            (M_MMAP_THRESHOLD, HEAP_BLOCK_BYTES), (M_TRIM_THRESHOLD, HEAP_KEPT_BYTES), (M_ARENA_MAX, 1)
-        ):  # fmt: skip
-            mallopt(parameter, value)
+        mallopt(M_MMAP_THRESHOLD, HEAP_BLOCK_BYTES)
+        mallopt(M_TRIM_THRESHOLD, HEAP_KEPT_BYTES)
+        mallopt(M_ARENA_MAX, 1)

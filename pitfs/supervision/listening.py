@@ -64,8 +64,7 @@ def listen_unix(path: str) -> Iterator[trio.SocketListener]:
     """
     if len(os.fsencode(path)) > MAX_UNIX_BYTES:
         raise UsageError(f"{path}: the path of a unix socket has at most {MAX_UNIX_BYTES} bytes")
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as listener:
         try:
             with open_fd(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY) as directory:
                 fcntl.flock(directory, fcntl.LOCK_EX)  # two processes that find the same old socket take turns

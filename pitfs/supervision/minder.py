@@ -69,13 +69,7 @@ class Minder:
         process = await trio.lowlevel.open_process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._processes[part] = process
         assert process.stdout is not None
-        line = b""
-        while not line.endswith(b"\n"):
-            data = await process.stdout.receive_some(64)
-            if not data:
-                return False
-            line += data
-        return True
+        return bool(await process.stdout.receive_some())  # it prints nothing else
 
     async def _mind(self, part: Part) -> None:
         pause = RESTART_S

@@ -65,8 +65,7 @@ def link_context(config: Config) -> LinkContext | None:
     if tls.insecure:
         require_loopback(config.replication.host)
         return None
-    if tls.certificate is None or tls.key is None or tls.authority is None:
-        raise UsageError(f"{config.path}: [tls]: certificate, key and authority are needed")
+    assert tls.certificate and tls.key and tls.authority  # as a `TlsConfig` says
     return client_context(tls.certificate, tls.key, tls.authority)
 
 

@@ -37,6 +37,8 @@ def report(error: BaseException, *, verbose: bool = False, program: str = "pitfs
     if isinstance(first, BrokenPipeError):
         _abandon_stdout()
         return EXIT_BROKEN_PIPE
+    if isinstance(first, SystemExit):  # argparse has printed help or an error
+        return first.code if isinstance(first.code, int) else EXIT_FAILED
     if isinstance(first, KeyboardInterrupt):
         return EXIT_INTERRUPTED
     code = EXIT_FAILED
@@ -47,12 +49,14 @@ def report(error: BaseException, *, verbose: bool = False, program: str = "pitfs
         message = ": ".join([*paths, first.strerror or str(first) or type(first).__name__])
         _abandon_stdout()  # its buffer may hold what could not be written
     else:
-        if verbose:
-            import traceback  # 4 ms that only this case pays
+        import traceback  # 4 ms that only this case pays
 
+        if verbose:
             traceback.print_exception(error, file=sys.stderr)
+        frame = traceback.extract_tb(first.__traceback__ or error.__traceback__)[-1]  # what was caught has one
+        place = "/".join(f"{frame.filename}:{frame.lineno}".split("/")[-2:])  # the rest differs between machines
         hint = "the traceback stands above" if verbose else "run it with -v for the traceback"
-        message = f"{type(first).__name__} in {_place(first, error)}: {first}: this is a bug in pitfs; {hint}"
+        message = f"{type(first).__name__} in {place}: {first}: this is a bug in pitfs; {hint}"
     print(one_line(f"{program}: {message}"), file=sys.stderr)
     return code
 
@@ -73,17 +77,6 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
 def _rank(error: BaseException) -> int:
     kinds = PitfsError, OSError, KeyboardInterrupt
     return next((rank for rank, kind in enumerate(kinds, 1) if isinstance(error, kind)), 0)
-
-
-def _place(error: BaseException, group: BaseException) -> str:
-    """File and line where the error (else its group) was raised, without what differs between machines."""
-    trace = error.__traceback__ or group.__traceback__
-    if trace is None:
-        return "an unknown place"
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    directory, name = os.path.split(trace.tb_frame.f_code.co_filename)
-    return f"{os.path.basename(directory)}/{name}:{trace.tb_lineno}"
 
 
 def _abandon_stdout() -> None:

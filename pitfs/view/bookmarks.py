@@ -30,10 +30,6 @@ MAX_RUN: Final = 64  # numbers in a row that are taken; among a million names in
 MAX_PAGE: Final = 4096  # bookmarks of one second held at once, some 300 bytes each
 
 
-def name_hash(name: str) -> int:
-    return xxh3_64_intdigest(name.encode()) & HASH_MASK
-
-
 def bookmarks_behind(store: Store, cookie: int) -> Iterator[tuple[Bookmark, int]]:
     """(bookmark, its cookie), ascending by cookie, from the first that is larger than `cookie` on (0: all)."""
     while True:
@@ -42,7 +38,7 @@ def bookmarks_behind(store: Store, cookie: int) -> Iterator[tuple[Bookmark, int]
         for second, group in itertools.groupby(bookmarks, lambda each: each.time_ns // SECOND_NS):
             # A number depends on the names before it only through a run of taken numbers.
             low = number - MAX_RUN if second == from_second else 0
-            hashed = ((name_hash(each.name), each.name, each) for each in group)
+            hashed = ((xxh3_64_intdigest(each.name.encode()) & HASH_MASK, each.name, each) for each in group)
             page = heapq.nsmallest(MAX_PAGE, (each for each in hashed if each[0] >= low))
             this = base = second << NUMBER_BITS
             for place, _, bookmark in page:

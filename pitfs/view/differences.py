@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +21,8 @@ from xxhash import xxh3_64_intdigest
 from pitfs.model.blockmap import FANOUT, U64Array
 from pitfs.store.store import Resolution, Store
 from pitfs.view.ranges import cut, joined, runs
-from pitfs.view.view import PointInTimeView, ReadBuffer, TableCache
+from pitfs.view.view import MAX_REQUEST_BYTES, PointInTimeView, ReadBuffer, TableCache
 
-READ_BYTES: Final = 1 << 20
 BoolArray = npt.NDArray[np.bool_]
 
 
@@ -73,7 +71,7 @@ class Difference:
             CorruptionError: block map, journal, or a block that had to be read, is damaged.
             PitfsError: the disk refuses.
         """
-        buffers = ReadBuffer(READ_BYTES), ReadBuffer(READ_BYTES)
+        buffers = ReadBuffer(), ReadBuffer()
         index = self._store.next_difference(*self._states, self._volume, 0)
         while index is not None:
             tables = [self._store.leaf(state, self._volume, index) for state in self._states]
@@ -93,15 +91,11 @@ class Difference:
     def _read_and_compare(self, first: int, count: int, buffers: tuple[ReadBuffer, ReadBuffer]) -> BoolArray:
         """Whether each of the blocks differs, by their bytes."""
         differs = np.ones(count, np.bool_)
-        for start, end in cut(0, count, READ_BYTES // self.block_size):
+        for start, end in cut(0, count, MAX_REQUEST_BYTES // self.block_size):
             offset, size = (first + start) * self.block_size, (end - start) * self.block_size
-            one, other = (view.read(offset, size, buffer) for view, buffer in zip(self.views, buffers, strict=True))
-            if one == other:
-                differs[start:end] = False
-                continue
-            for block in range(end - start):
-                place = slice(block * self.block_size, (block + 1) * self.block_size)
-                differs[start + block] = one[place] != other[place]
+            both = (view.read(offset, size, buffer) for view, buffer in zip(self.views, buffers, strict=True))
+            one, other = (np.frombuffer(data, np.uint8) for data in both)
+            differs[start:end] = np.logical_or.reduceat(one != other, np.arange(0, len(one), self.block_size))
         return differs
 
 

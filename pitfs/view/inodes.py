@@ -12,11 +12,13 @@ import enum
 from dataclasses import dataclass
 from typing import Final
 
+from pitfs.model import group
 from pitfs.model.position import DAY_NS, MINUTE_NS, format_instant
 
 SEQ_BITS: Final = 46  # 70,000,000,000,000 writes: 22 years of 100,000 a second
 MAX_SEQ: Final = (1 << SEQ_BITS) - 1
 MAX_VOLUMES: Final = 1 << 10
+assert group.MAX_VOLUMES <= MAX_VOLUMES
 KIND_SHIFT: Final = 56
 INSTANT_BYTES: Final = len(format_instant(0))  # of the name of an instant
 

@@ -47,36 +47,34 @@ class OverlayView:
 
     def try_read_cached(self, offset: int, size: int, buffer: ReadBuffer) -> memoryview | None:
         """As `PointInTimeView.try_read_cached`; also PitfsError where a sync of the overlay has failed."""
-        shift, end = self._shift, offset + size
-        if end > self.size_bytes:
-            end = self.size_bytes
-        first, last = offset >> shift, ((end - 1) >> shift) + 1
-        if last - first == 1:
-            if first not in self._blocks:
-                return self._below_cached(offset, size, buffer)
-        elif last <= first or not (count := self._blocks.range_cardinality(first, last)):
+        block = offset >> self._shift
+        if block not in self._blocks and (offset + size - 1) >> self._shift == block:  # random reads: at once
             return self._below_cached(offset, size, buffer)
-        elif count < last - first:
-            return self._mixed(offset, end, buffer, _NOWAIT) if self._can_nowait else None
-        if not self._can_nowait:
-            return None
-        target = buffer.memory[: end - offset]
-        return target if self._fill(target, offset, _NOWAIT) else None
+        return self._read(offset, size, buffer, _NOWAIT)
 
     def read(self, offset: int, size: int, buffer: ReadBuffer) -> memoryview:
         """As `PointInTimeView.read`; also PitfsError where a sync of the overlay has failed, and OSError."""
+        data = self._read(offset, size, buffer, 0)
+        assert data is not None
+        return data
+
+    def _read(self, offset: int, size: int, buffer: ReadBuffer, flags: int) -> memoryview | None:
+        """None if it would wait and flags forbid it."""
         end = min(offset + size, self.size_bytes)
         first, last = offset >> self._shift, ((end - 1) >> self._shift) + 1
-        count = self._blocks.range_cardinality(first, last) if offset < end else 0
+        count = 0
+        if last - first > 1:
+            count = self._blocks.range_cardinality(first, last)
+        elif offset < end:  # the common case, for which counting would take several times as long
+            count = int(first in self._blocks)
         if not count:
-            return self._below.read(offset, size, buffer)
+            return (self._below_cached if flags else self._below.read)(offset, size, buffer)
+        if flags and not self._can_nowait:
+            return None
         if count < last - first:
-            data = self._mixed(offset, end, buffer, 0)
-            assert data is not None
-            return data
+            return self._mixed(offset, end, buffer, flags)
         target = buffer.memory[: end - offset]
-        self._fill(target, offset, 0)
-        return target
+        return target if self._fill(target, offset, flags) else None
 
     def _fill(self, target: memoryview, offset: int, flags: int) -> bool:
         """Fills it from the overlay; False if it would wait and flags forbid it."""
@@ -194,11 +192,7 @@ class OverlayView:
         """How many bytes must be copied up before and behind a range: of blocks that it covers in part and that
         aren't in the overlay."""
         shift = self._shift
-        first, last_block = offset >> shift, (end - 1) >> shift
-        head = offset - (first << shift)
-        if head and first in self._blocks:
-            head = 0
-        tail = min((last_block + 1) << shift, self.size_bytes) - end
-        if tail and last_block in self._blocks:
-            tail = 0
+        first, last = offset >> shift, (end - 1) >> shift
+        head = 0 if first in self._blocks else offset - (first << shift)
+        tail = 0 if last in self._blocks else min((last + 1) << shift, self.size_bytes) - end
         return head, tail

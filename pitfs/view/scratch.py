@@ -85,16 +85,16 @@ class ScratchDirectory:
         """
         if len(self._overlays) >= MAX_OVERLAYS:
             raise CapacityError(f"{MAX_OVERLAYS} images are written already, the limit of a mount")
-        header = self._header(seq, volume)
+        header = OverlayHeader(self._history, seq, self._volumes[volume])
         if not self.keep:
             with tempfile.TemporaryFile(prefix=PREFIX, dir=self.directory) as file:
                 overlay = self._overlay(header, os.dup(file.fileno()), None)
-            os.ftruncate(overlay.fd, header.size_bytes)
+            os.ftruncate(overlay.fd, header.volume.size_bytes)
         else:
             base = self._base(header)
             flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
             with closed_on_error(os.open(base + ".data", flags, 0o600)) as fd:
-                os.ftruncate(fd, header.size_bytes)
+                os.ftruncate(fd, header.volume.size_bytes)
                 os.fsync(fd)
                 durable_replace(base + ".index", header.encode())  # makes the data's directory entry durable, too
                 overlay = self._overlay(header, fd, OverlayLog(base + ".index", header))
@@ -123,16 +123,12 @@ class ScratchDirectory:
 
     # -------------------------------------------------------------- inside
 
-    def _header(self, seq: int, volume: int) -> OverlayHeader:
-        info = self._volumes[volume]
-        return OverlayHeader(self._history, seq, info.name, info.size_bytes, info.block_size)
-
     def _base(self, header: OverlayHeader) -> str:
-        return os.path.join(self.directory, f"{header.history.hex()}.{header.seq}.{header.volume}")
+        return os.path.join(self.directory, f"{header.history.hex()}.{header.seq}.{header.volume.name}")
 
     def _overlay(self, header: OverlayHeader, fd: int, log: OverlayLog | None) -> Overlay:
-        name = f"{self.directory}: {header.volume} at seq {header.seq}"
-        return Overlay(fd, name, header.block_size, self.room, log)
+        name = f"{self.directory}: {header.volume.name} at seq {header.seq}"
+        return Overlay(fd, name, header.volume.block_size, self.room, log)
 
     def _tidy(self) -> None:
         """Removes leftovers of dead mounts; with `keep`, opens what is kept."""
@@ -144,9 +140,8 @@ class ScratchDirectory:
             elif match is None or not self.keep:
                 continue
             elif bytes.fromhex(match[1]) != self._history:
-                raise UsageError(
-                    f"{self.directory}: scratch: {name} is of another store: give each store a directory of its own"
-                )
+                problem = f"{name} is of another store: give each store a directory of its own"
+                raise _unusable(self.directory, problem)
             else:
                 kept.setdefault((int(match[2]), match[3]), set()).add(match[4])
         for (seq, name), kinds in sorted(kept.items()):
@@ -155,24 +150,23 @@ class ScratchDirectory:
     def _open_kept(self, seq: int, name: str, kinds: set[str]) -> None:
         volume = next((index for index, info in enumerate(self._volumes) if info.name == name), None)
         if volume is None:
-            problem = f"has a volume {name}, the store hasn't: it is another store's"
-            raise UsageError(f"{self.directory}: scratch: {problem}")
-        header = self._header(seq, volume)
+            raise _unusable(self.directory, f"has a volume {name}, the store hasn't: it is another store's")
+        header = OverlayHeader(self._history, seq, self._volumes[volume])
         base = self._base(header)
         if "index" not in kinds:
             for kind in kinds:
                 os.unlink(f"{base}.{kind}")
             return
         if len(self._overlays) >= MAX_OVERLAYS:
-            raise UsageError(
-                f"{self.directory}: scratch: has more than {MAX_OVERLAYS} overlays: remove those that aren't needed"
-            )
+            problem = f"has more than {MAX_OVERLAYS} overlays: remove those that aren't needed"
+            raise _unusable(self.directory, problem)
         if "index.tmp" in kinds:
             os.unlink(f"{base}.index.tmp")
         try:
             with closed_on_error(os.open(f"{base}.data", os.O_RDWR | os.O_CLOEXEC)) as fd:
-                if os.fstat(fd).st_size != header.size_bytes:
-                    raise CorruptionError(f"{base}.data", 0, f"isn't of the volume's {header.size_bytes} bytes")
+                if os.fstat(fd).st_size != header.volume.size_bytes:
+                    problem = f"isn't of the volume's {header.volume.size_bytes} bytes"
+                    raise CorruptionError(f"{base}.data", 0, problem)
                 self._overlays[seq, volume] = self._overlay(header, fd, OverlayLog(f"{base}.index", header))
         except FileNotFoundError:
             raise PitfsError(f"{base}.data: missing, but {base}.index is there: {_REMOVE}") from None
@@ -185,21 +179,22 @@ def _lock(directory: str, sleep: Callable[[float], None]) -> int:
     try:
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        raise UsageError(f"{directory}: scratch: {error.strerror}: give an existing directory") from None
-    waited_s = 0.0
+        raise _unusable(directory, f"{error.strerror}: give an existing directory") from None
     with closed_on_error(fd):
-        while True:
+        for _ in range(1 + round(LOCK_WAIT_S / LOCK_POLL_S)):
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if waited_s >= LOCK_WAIT_S:
-                    problem = "another mount uses it: give each mount a directory of its own"
-                    raise UsageError(f"{directory}: scratch: {problem}") from None
                 sleep(LOCK_POLL_S)
-                waited_s += LOCK_POLL_S
             except OSError as error:
-                raise UsageError(f"{directory}: scratch: can't be locked: {error.strerror}") from None
+                raise _unusable(directory, f"can't be locked: {error.strerror}") from None
+        else:
+            raise _unusable(directory, "another mount uses it: give each mount a directory of its own")
         if not os.access(directory, os.W_OK | os.X_OK):
-            raise UsageError(f"{directory}: scratch: can't be written")
+            raise _unusable(directory, "can't be written")
     return fd
+
+
+def _unusable(directory: str, problem: str) -> UsageError:
+    return UsageError(f"{directory}: scratch: {problem}")

@@ -16,7 +16,7 @@ import itertools
 from collections.abc import Callable
 from typing import Final
 
-from pitfs.errors import NoSuchInstantError, StoreError
+from pitfs.errors import NoSuchInstantError
 from pitfs.model.position import NotATimeError, format_instant, parse_instant
 from pitfs.model.transfer import VolumeInfo
 from pitfs.store.store import Resolution, Store
@@ -52,10 +52,6 @@ class Tree:
     def __init__(
         self, store: Store, clock_ns: Callable[[], int], zone: datetime.tzinfo = datetime.UTC, strict: bool = False
     ) -> None:
-        if len(store.volumes) > inodes.MAX_VOLUMES:
-            raise StoreError(
-                f"{store.path}: {len(store.volumes)} volumes, a mount shows {inodes.MAX_VOLUMES}: use `pitfs export`"
-            )
         self._store = store
         self._clock_ns = clock_ns
         self._zone = zone
@@ -75,10 +71,7 @@ class Tree:
         """
         if len(name) > MAX_NAME_BYTES:
             raise NoEntryError
-        try:
-            text = name.decode("utf-8")
-        except UnicodeDecodeError:
-            raise NoEntryError from None
+        text = name.decode("utf-8", "replace")  # what it puts in is in no name
         if parent == inodes.ROOT_INODE:
             return self._lookup_root(text)
         if parent == inodes.BOOKMARKS_INODE:
@@ -244,10 +237,15 @@ class Tree:
             return self._list_root(cookie)
         kind, _, number = unpack_inode(inode)
         if kind is InodeKind.INSTANT:
-            return self._list_images(self.resolution(number), cookie)
+            state = self.resolution(number)
+            images = itertools.islice(self._volumes.items(), cookie, None)
+            return ((name, self._image(state, index), index + 1) for name, index in images)
         first = max(cookie - _FIRST_COOKIE, 0)
         if inode == inodes.BOOKMARKS_INODE:
-            found = self._list_bookmarks(first)
+            found: Listing = (
+                (bookmark.name, inodes.link_entry(bookmark.seq, bookmark.time_ns, 1), following)
+                for bookmark, following in bookmarks_behind(self._store, first)
+            )
         elif inode == inodes.TIMES_INODE:
             found = self._times.days(first)
         elif kind is InodeKind.DAY:
@@ -265,11 +263,3 @@ class Tree:
         for snapshot in self._store.snapshots(max(cookie - _FIRST_COOKIE + 1, 0)):
             entry = inodes.instant_entry(snapshot.seq, snapshot.time_ns)
             yield format_instant(snapshot.time_ns), entry, snapshot.time_ns + _FIRST_COOKIE
-
-    def _list_images(self, resolution: Resolution, cookie: int) -> Listing:
-        for index, volume in itertools.islice(enumerate(self._store.volumes), cookie, None):
-            yield image_name(volume), self._image(resolution, index), index + 1
-
-    def _list_bookmarks(self, cookie: int) -> Listing:
-        for bookmark, following in bookmarks_behind(self._store, cookie):
-            yield bookmark.name, inodes.link_entry(bookmark.seq, bookmark.time_ns, 1), following

@@ -28,7 +28,7 @@ class Disk:
 
     def __init__(self, directory: Path, store: FakeImageStore) -> None:
         info = store.volumes[0]
-        self.header = OverlayHeader(b"h" * 16, 7, info.name, info.size_bytes, info.block_size)
+        self.header = OverlayHeader(b"h" * 16, 7, info)
         self.data, self.index = directory / "data", directory / "index"
         self.data.write_bytes(b"")
         os.truncate(self.data, info.size_bytes)
@@ -98,7 +98,7 @@ class Disk:
             logged.close()
         self.open()
         found = self.read(0, len(self.content))
-        for number in range(self.header.block_count):
+        for number in range(self.header.volume.block_count):
             now = found[number * self.block_size :][: self.block_size]
             assert now in self.durable.get(number, {self.block(number)})
         self.content[:] = found

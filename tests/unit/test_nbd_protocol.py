@@ -98,7 +98,7 @@ def test_the_bytes_of_replies() -> None:
     assert protocol.data_header(read, 8192, 4096) == bytes.fromhex(
         f"668e33ef 0001 0001 {cookie} 00001008" + offset.format(8192)
     )
-    assert protocol.failed_at(read, 5, "no", 8192) == bytes.fromhex(
+    assert protocol.failed(read.cookie, 5, "no", 8192) == bytes.fromhex(
         f"668e33ef 0000 8002 {cookie} 00000010 00000005 0002 6e6f" + offset.format(8192)
     )
     assert protocol.finished(read) == bytes.fromhex(f"668e33ef 0001 0000 {cookie} 00000000")

@@ -24,6 +24,7 @@ from pitfs.model.overlay import (
     runs_of,
     runs_within,
 )
+from pitfs.model.transfer import VolumeInfo
 from pitfs.storage.overlay_log import OverlayLog
 from pitfs.view import overlay as overlay_module
 from pitfs.view.overlay import Overlay, Room
@@ -33,7 +34,7 @@ from tests.helpers.fake_store import FakeImageStore
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "overlay-log.hex"
 SIZE = 1_000_001
-HEADER = OverlayHeader(bytes(range(16)), 7, "root", SIZE, 4096)
+HEADER = OverlayHeader(bytes(range(16)), 7, VolumeInfo("root", SIZE, 4096))
 
 
 @pytest.fixture
@@ -103,10 +104,10 @@ def test_a_bad_record_before_a_good_one_is_damage(log: Path, offset: int) -> Non
 def test_another_images_log_is_refused_and_so_is_a_record_of_one(log: Path, tmp_path: Path) -> None:
     append(log, [5])
     for other in (
-        OverlayHeader(bytes(16), 7, "root", SIZE, 4096),
-        OverlayHeader(HEADER.history, 8, "root", SIZE, 4096),
-        OverlayHeader(HEADER.history, 7, "data", SIZE, 4096),
-        OverlayHeader(HEADER.history, 7, "root", SIZE, 512),
+        OverlayHeader(bytes(16), 7, VolumeInfo("root", SIZE, 4096)),
+        OverlayHeader(HEADER.history, 8, VolumeInfo("root", SIZE, 4096)),
+        OverlayHeader(HEADER.history, 7, VolumeInfo("data", SIZE, 4096)),
+        OverlayHeader(HEADER.history, 7, VolumeInfo("root", SIZE, 512)),
     ):
         with pytest.raises(CorruptionError, match="another image"):
             blocks_in(log, other)

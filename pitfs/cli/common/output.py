@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -10,12 +9,19 @@ from typing import TYPE_CHECKING, Any
 from pitfs.model.position import format_instant
 
 if TYPE_CHECKING:
-    from pitfs.model.transfer import Gap
-    from pitfs.store.catalog.records import Interval
+    from pitfs.model.transfer import Bookmark, Gap
+    from pitfs.store.catalog.records import Interval, Resolution, Snapshot
 
 
 def print_json(document: object, indent: int | None = 2) -> None:
+    import json  # 3 ms that mount.pitfs, which only warns, doesn't pay
+
     print(json.dumps(document, indent=indent))
+
+
+def warn(text: str) -> None:
+    """A line on standard error, for the user of a command."""
+    print(f"pitfs: {text}", file=sys.stderr)
 
 
 def write_json(members: Iterable[tuple[str, Any]]) -> None:
@@ -38,6 +44,11 @@ def write_json(members: Iterable[tuple[str, Any]]) -> None:
     write("}\n")
 
 
+def state_row(state: Snapshot | Bookmark | Resolution) -> dict[str, Any]:
+    """Its instant and seq."""
+    return {"instant": format_instant(state.time_ns), "seq": state.seq}
+
+
 def span_row(span: Gap | Interval) -> dict[str, Any]:
     """Its bounds and cause."""
     return {"from": format_instant(span.from_time_ns), "to": format_instant(span.to_time_ns), "cause": span.cause}
@@ -53,7 +64,5 @@ def granularity_text(granularity_ns: int | None) -> str:
         return "snapshots only"
     if granularity_ns == 0:
         return "every write"
-    for unit_ns, unit in ((10**9, "s"), (10**6, "ms"), (10**3, "µs")):
-        if granularity_ns % unit_ns == 0:
-            return f"every {granularity_ns // unit_ns} {unit}"
-    return f"every {granularity_ns} ns"
+    unit_ns, unit = (10**9, "s") if granularity_ns >= 10**9 else (10**6, "ms")  # a rung is whole in one of them
+    return f"every {granularity_ns // unit_ns} {unit}"

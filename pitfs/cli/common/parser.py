@@ -23,17 +23,16 @@ TIME_HELP: Final = (
 class Parser(argparse.ArgumentParser):
     """argparse with errors of one line, help that keeps its line breaks, and no abbreviated options."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
-        kwargs.setdefault("allow_abbrev", False)
-        super().__init__(*args, **kwargs)
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> Never:
         self.exit(EXIT_USAGE, f"{one_line(f'{self.prog}: {message}')}; see {self.prog} --help\n")
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        if file is sys.stdout and file is not None:
+        if file is sys.stdout:
             file.write(message)  # argparse swallows errors: help into a full disk would look complete
+            file.flush()
         else:
             super()._print_message(message, file)
 
@@ -47,26 +46,24 @@ class Parser(argparse.ArgumentParser):
         super()._check_value(action, value)
 
 
-def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace | int:
-    """The arguments; an exit code where argparse has printed help or an error."""
-    try:
-        return parser.parse_args(argv)
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else EXIT_USAGE
-
-
 def run_helper(parser: Parser, run: Callable[[argparse.Namespace], int], argv: Sequence[str] | None) -> int:
     """Runs a helper of mount(8) or umount(8); returns its exit code."""
     fill_standard_descriptors()
     try:
-        args = parse(parser, argv)
-        return args if isinstance(args, int) else run(args)
+        return run(parser.parse_args(argv))
     except BaseException as error:
         return report(error, program=parser.prog)
 
 
 def add_store(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
     parser.add_argument("store", metavar="STORE", nargs=nargs, help="directory of the store")
+
+
+def add_image(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    """STORE, TIME and VOLUME, all of them with `nargs`."""
+    add_store(parser, nargs)
+    add_time(parser, nargs)
+    add_volume(parser, nargs)
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
@@ -98,23 +95,27 @@ def add_tls_files(parser: argparse.ArgumentParser, peers: str) -> None:
         parser.add_argument(f"--{option}", metavar="FILE", help=f"PEM file of {meaning}")
 
 
-def given_tls_files(args: argparse.Namespace) -> list[str]:
-    """Those of these options that were given."""
-    return [f"--{option}" for option in TLS_OPTIONS if getattr(args, option) is not None]
-
-
-def tls_context(args: argparse.Namespace, otherwise: str) -> LinkContext:
-    """The context of all three files.
+def server_tls(args: argparse.Namespace, insecure: bool | None, host: str | None) -> LinkContext | None:
+    """The context of all three files; None without TLS.
 
     Args:
-        otherwise: what the user may do instead, for the error.
+        insecure: whether the user wants no TLS; None where there is no option for it: wanted if no file is given.
+        host: where it listens, None at a unix socket, which needs no TLS.
 
     Raises:
-        UsageError: a file is missing or invalid.
+        UsageError: a file is missing or invalid, or there is no TLS beyond loopback.
     """
-    from pitfs.link.transport.tls import server_context
+    from pitfs.link.transport.tls import require_loopback, server_context
 
-    missing = ", ".join(f"--{option}" for option in TLS_OPTIONS if getattr(args, option) is None)
+    given = [option for option in TLS_OPTIONS if getattr(args, option) is not None]
+    if insecure and given:
+        raise UsageError(f"--insecure and --{given[0]} exclude each other")
+    if insecure or (insecure is None and not given):
+        if host is not None:
+            require_loopback(host)
+        return None
+    missing = ", ".join(f"--{option}" for option in TLS_OPTIONS if option not in given)
     if missing:
+        otherwise = "none, on loopback or a unix socket" if insecure is None else "--insecure on loopback"
         raise UsageError(f"{missing} missing: give all three files, or {otherwise}")
     return server_context(args.certificate, args.key, args.authority)

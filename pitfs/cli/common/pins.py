@@ -50,22 +50,18 @@ def pin_rows(store: str) -> list[dict[str, Any]]:
 def _row(reader: PinnedInstants) -> dict[str, Any]:
     from pitfs.fuse.attach.images import image_loops
 
-    devices = []
-    if reader.what.startswith(MOUNT):
-        devices = [
-            {"device": image.loop.device, "instant": image.instant, "volume": image.volume}
-            for image in image_loops()
-            if image.mount is not None and image.mount.mountpoint == reader.what.removeprefix(MOUNT)
-        ]
+    devices = [
+        {"device": image.loop.device, "instant": image.instant, "volume": image.volume}
+        for image in (image_loops() if reader.what.startswith(MOUNT) else ())
+        if image.mount is not None and image.mount.mountpoint == reader.what.removeprefix(MOUNT)
+    ]
     unlisted = reader.unlisted and {
         "count": reader.unlisted.count,
         "from": reader.unlisted.least.instant,
         "to": reader.unlisted.greatest.instant,
     }
-    return {
-        "pid": reader.pid,
-        "what": reader.what,
-        "since": format_instant(reader.since_ns),
+    who = {"pid": reader.pid, "what": reader.what, "since": format_instant(reader.since_ns)}
+    return who | {
         "instants": [position.instant for position in reader.instants],
         "unlisted": unlisted,
         "devices": devices,

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def progress(title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Gives a function that is called with each number of bytes done."""
+    """Gives a function that is called with the bytes done so far."""
     if not sys.stderr.isatty():
-        yield lambda count: None
+        yield lambda done_bytes: None
         return
     from rich import progress as bars
     from rich.console import Console
@@ -22,4 +22,4 @@ def progress(title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
     )  # fmt: skip
     with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=total_bytes)
-        yield lambda count: bar.advance(task, count)
+        yield lambda done_bytes: bar.update(task, completed=done_bytes)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import datetime
-import sys
 import time
 import zoneinfo
 from typing import TYPE_CHECKING
 
+from pitfs.cli.common.output import span_row, span_text, warn
 from pitfs.errors import NoSuchInstantError, UsageError
 from pitfs.model.position import NotATimeError, format_instant
 
@@ -73,11 +73,8 @@ def _warn_of_gap(store: Store, text: str, resolution: Resolution) -> None:
     """Prints a line about the gap that the time lies in: the state may be much older than the time."""
     for gap in store.gaps(resolution.time_ns, resolution.time_ns + 1):
         if gap.from_time_ns == resolution.time_ns:
-            bounds = f"{format_instant(gap.from_time_ns)} -> {format_instant(gap.to_time_ns)}"
-            print(
-                f"pitfs: {text} lies in the gap {bounds} ({gap.cause}): this is the last state before it",
-                file=sys.stderr,
-            )
+            bounds = span_text(span_row(gap))
+            warn(f"{text} lies in the gap {bounds} ({gap.cause}): this is the last state before it")
 
 
 def _reachable(store: Store) -> str:

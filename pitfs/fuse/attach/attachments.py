@@ -18,7 +18,6 @@ import fcntl
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +28,7 @@ from pitfs.errors import PitfsError, UsageError
 from pitfs.fuse.attach.images import image_loops
 from pitfs.fuse.kernel.loop_devices import polls
 from pitfs.fuse.kernel.mountinfo import MountInfo, is_dead, mounts
-from pitfs.fuse.kernel.processes import processes_below
+from pitfs.fuse.kernel.processes import process_ids, processes_below, run
 from pitfs.fuse.mount.request import FSTYPE, source_name
 
 RUN: Final = "/run/pitfs"
@@ -97,17 +96,14 @@ def find_mount(store: str, image: str) -> str | None:
 
     A mount that attach has made is preferred. None if there is no such mount.
     """
-    wanted = source_name(store)
-    there = [mount for mount in mounts() if (mount.type, mount.source) == (FSTYPE, wanted)]
+    wanted = FSTYPE, source_name(store), True, True
+    there = [each for each in mounts() if (each.type, each.source, each.read_only, each.whole) == wanted]
     for mount in sorted(there, key=is_made_by_attach, reverse=True):
-        if not mount.read_only or not mount.whole:
-            continue
         try:
-            fd = os.open(f"{mount.mountpoint}/{image}", os.O_RDONLY | os.O_CLOEXEC)
+            with open(f"{mount.mountpoint}/{image}", "rb", buffering=0) as file:
+                device = os.fstat(file.fileno()).st_dev
         except OSError:  # dead, hidden by another mount, or of another store that was at this path before
             continue
-        device = os.fstat(fd).st_dev
-        os.close(fd)
         if f"{os.major(device)}:{os.minor(device)}" == mount.device:
             return mount.mountpoint
     return None
@@ -128,10 +124,7 @@ def make_mount(store: str, group: str, scratch: ScratchOptions | None) -> str:
             directory = _scratch_of(mountpoint)
             os.mkdir(directory, 0o700)
         command += ["-o", f"scratch={directory}" + (f",scratch_size={scratch.size}" if scratch.size else "")]
-    done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False,
-        text=True, errors="surrogateescape", start_new_session=True,
-    )  # fmt: skip
+    done = run(command)
     message = done.stderr.strip().replace("mount.pitfs: ", "")
     if done.returncode:
         failure = PitfsError(message or f"{store}: mount.pitfs ended with {done.returncode}")
@@ -171,10 +164,7 @@ def _unmount(mountpoint: str) -> bool:
         if not any(mount.mountpoint == mountpoint for mount in mounts()):
             break
         lazily = ["--lazy"] if is_dead(mountpoint) else []
-        done = subprocess.run(
-            ["umount", "--internal-only", *lazily, "--", mountpoint],
-            capture_output=True, text=True, check=False, start_new_session=True,
-        )  # fmt: skip
+        done = run(["umount", "--internal-only", *lazily, "--", mountpoint])
         # The kernel closes a detached device's file a little later; until then the mount is busy.
         if done.returncode and processes_below(mountpoint):
             return False
@@ -189,11 +179,10 @@ def _unmount(mountpoint: str) -> bool:
 def _daemons(mountpoint: str) -> list[int]:
     """Processes that serve the mount: no other command has the name of a mountpoint made by attach."""
     found = []
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            with contextlib.suppress(OSError), open(f"/proc/{name}/cmdline", "rb") as file:
-                if os.fsencode(mountpoint) in file.read().split(b"\0"):
-                    found.append(int(name))
+    for pid in process_ids():
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
+            if os.fsencode(mountpoint) in file.read().split(b"\0"):
+                found.append(pid)
     return found
 
 

@@ -9,16 +9,13 @@ more: the path then begins at the root of the mount, /INSTANT/VOLUME.img.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final
 
 from pitfs.fuse.kernel.loop_devices import LoopDevice, loop_devices
 from pitfs.fuse.kernel.mountinfo import MountInfo, mounts
 from pitfs.fuse.mount.request import FSTYPE
-
-_DETACHED: Final = re.compile(r"/([0-9]{4}(?:-[0-9]{2}){2}T(?:[0-9]{2}-){2}[0-9]{2}\.[0-9]{9}Z)/([^/]+)\.img")
+from pitfs.model.position import parse_instant
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +43,13 @@ def image_of(loop: LoopDevice, mounted: Iterable[MountInfo]) -> ImageLoop | None
     """The image that the device is over; None if it is over something else. `mounted`: topmost last."""
     around = [each for each in mounted if loop.backing.startswith(each.mountpoint.rstrip("/") + "/")]
     mount = max(reversed(around), key=lambda each: len(each.mountpoint), default=None)
-    if mount is not None and mount.type == FSTYPE:
-        parts = loop.backing[len(mount.mountpoint) :].strip("/").split("/")
-        if mount.whole and len(parts) == 2:
-            return ImageLoop(loop, mount, parts[0], parts[1].removesuffix(".img"))
+    if mount is None or mount.type != FSTYPE:
+        mount = None
+    elif not mount.whole:
         return None
-    match = _DETACHED.fullmatch(loop.backing)
-    if match is None or os.path.lexists(loop.backing):
-        return None
-    return ImageLoop(loop, None, match[1], match[2])
+    match loop.backing[len(mount.mountpoint) if mount is not None else 0 :].split("/"):
+        case "", instant, name if parse_instant(instant) is not None and name.endswith(".img"):
+            # Only a file with such a name is asked for, since another dead mount's could hang.
+            if mount is not None or not os.path.lexists(loop.backing):
+                return ImageLoop(loop, mount, instant, name.removesuffix(".img"))
+    return None

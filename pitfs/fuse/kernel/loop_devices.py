@@ -7,15 +7,14 @@ import errno
 import fcntl
 import os
 import re
-import subprocess
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
 from pitfs.errors import PitfsError, UsageError
 from pitfs.fuse.kernel.mountinfo import mounts
-from pitfs.fuse.kernel.processes import FileUser, processes_opening
+from pitfs.fuse.kernel.processes import processes_opening, run
 
 LOOP_CLR_FD: Final = 0x4C01  # linux/loop.h
 SECTOR_BYTES: Final = 512  # the kernel's unit of sizes, whatever the device's sectors are
@@ -54,10 +53,9 @@ def _numbered(directory: str, prefix: str) -> list[str]:
 
 def loop_of(device: str) -> LoopDevice | None:
     """The loop device /dev/loopN; None if it isn't in use."""
-    directory = f"/sys/block/{os.path.basename(device)}"
     try:
-        backing = _read(f"{directory}/loop/backing_file").removesuffix(_DELETED)
-        return LoopDevice(device, backing, _read(f"{directory}/ro") == "1")
+        backing = _attribute(device, "loop/backing_file").removesuffix(_DELETED)
+        return LoopDevice(device, backing, _attribute(device, "ro") == "1")
     except OSError:  # detached meanwhile
         return None
 
@@ -67,10 +65,8 @@ def sector_size_for(head: bytes) -> int:
 
     A GPT counts in sectors of the disk that it was written on; nothing else needs more than 512 bytes.
     """
-    for size in (SECTOR_BYTES, MAX_SECTOR_BYTES):
-        if head[size : size + 8] == b"EFI PART":
-            return size
-    return SECTOR_BYTES
+    sizes = (SECTOR_BYTES, MAX_SECTOR_BYTES)
+    return next((size for size in sizes if head[size : size + 8] == b"EFI PART"), SECTOR_BYTES)
 
 
 # ------------------------------------------------------------------ attaching
@@ -83,7 +79,7 @@ def attach(path: str, *, read_only: bool, sector_size: int) -> str:
         PitfsError: there is no free one, or the kernel refuses.
     """
     command = ["losetup", "--find", "--show", "--direct-io=on", "--partscan", f"--sector-size={sector_size}"]
-    done = _run([*command, *(["--read-only"] if read_only else []), "--", path])
+    done = run([*command, *(["--read-only"] if read_only else []), "--", path])
     if done.returncode:
         lines = done.stderr.strip().splitlines()[-1:] or [f"losetup ended with {done.returncode}"]
         hint = ": see what holds the others: losetup --list" if "unused" in lines[0] else ""
@@ -103,7 +99,7 @@ def wait_for_partitions(device: str) -> list[str]:
     """Waits for the nodes of a new device's partitions; returns those that don't appear."""
     if not partitions(device):
         # The kernel may have no parser for this kind of partition table. It fails if there is no table.
-        _run(["partx", "--add", "--", device])
+        run(["partx", "--add", "--", device])
     missing: list[str] = []
     for _ in polls(NODES_S):
         missing = [path for path in partitions(device) if not os.path.exists(path)]
@@ -113,12 +109,12 @@ def wait_for_partitions(device: str) -> list[str]:
 
 
 def has_direct_io(device: str) -> bool:
-    return _read(f"/sys/block/{os.path.basename(device)}/loop/dio") == "1"
+    return _attribute(device, "loop/dio") == "1"
 
 
 def filesystem_on(device: str) -> str:
     """The type of the filesystem on a device or partition as blkid says it, empty if there is none."""
-    done = _run(["blkid", "--probe", "--usages", "filesystem", "--output", "value", "--match-tag", "TYPE", device])
+    done = run(["blkid", "--probe", "--usages", "filesystem", "--output", "value", "--match-tag", "TYPE", device])
     return done.stdout.strip()
 
 
@@ -131,7 +127,7 @@ def mountpoints_of(loop: LoopDevice) -> list[str]:
     devices = set()
     for path in paths:
         with contextlib.suppress(OSError):
-            devices.add(_read(f"/sys/class/block/{os.path.basename(path)}/dev"))
+            devices.add(_attribute(path, "dev"))
     return [mount.mountpoint for mount in mounts() if mount.device in devices or mount.source in paths]
 
 
@@ -148,9 +144,9 @@ def kernel_holders(device: str) -> list[str]:
     return found
 
 
-def _openers(device: str) -> list[FileUser]:
+def _openers(device: str) -> list[str]:
     """Other processes that have the device or one of its partitions open."""
-    return processes_opening([device, *partitions(device)])
+    return list(map(str, processes_opening([device, *partitions(device)])))
 
 
 # ------------------------------------------------------------------ detaching
@@ -173,7 +169,7 @@ def detach(loop: LoopDevice) -> None:
     for _ in polls(RELEASE_S):
         if loop_of(loop.device) != loop:
             return
-    openers = _joined(_openers(loop.device)) or "the process that has it open"
+    openers = ", ".join(_openers(loop.device)) or "the process that has it open"
     raise PitfsError(f"{loop.device}: goes when it is closed by {openers}")
 
 
@@ -201,11 +197,11 @@ def _clear_backing(device: str) -> bool:
 def _why_busy(loop: LoopDevice) -> str:
     """Who uses the device for more than a moment, and what to do; empty if nobody is found."""
     if places := mountpoints_of(loop):
-        return f"mounted on {_joined(places)}: unmount first: umount {' '.join(places)}"
+        return f"mounted on {', '.join(places)}: unmount first: umount {' '.join(places)}"
     if holders := kernel_holders(loop.device):
-        return f"in use by {_joined(holders)}: remove that first"
+        return f"in use by {', '.join(holders)}: remove that first"
     if openers := _openers(loop.device):
-        return f"opened by {_joined(openers)}: end that first"
+        return f"opened by {', '.join(openers)}: end that first"
     return ""
 
 
@@ -232,21 +228,8 @@ def polls(timeout_s: float) -> Iterator[None]:
         yield
 
 
-def _joined(parts: Iterable[object]) -> str:
-    return ", ".join(map(str, parts))
-
-
-def _read(path: str) -> str:
+def _attribute(device: str, name: str) -> str:
+    """What sysfs says of a block device or partition."""
+    path = f"/sys/class/block/{os.path.basename(device)}/{name}"
     with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
         return file.read().removesuffix("\n")
-
-
-def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Runs a command in a session of its own: Ctrl-C is for the caller, who undoes what was done."""
-    try:
-        return subprocess.run(
-            command, capture_output=True, text=True, errors="surrogateescape", check=False, start_new_session=True,
-            stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-    except FileNotFoundError:
-        raise PitfsError(f"{command[0]}: not found: install util-linux and mount") from None

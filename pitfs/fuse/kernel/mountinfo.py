@@ -6,12 +6,12 @@ import errno
 import logging
 import os
 import re
-import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
 from pitfs.errors import PitfsError
+from pitfs.fuse.kernel.processes import run
 
 DEAD_ERRNOS: Final = (errno.ENOTCONN, errno.ECONNABORTED)  # of a FUSE mount whose daemon is gone
 
@@ -63,10 +63,15 @@ def parse(lines: Iterable[str]) -> Iterator[MountInfo]:
         yield MountInfo(_unescape(mountpoint), device, type_, _unescape(source), read_only, root == "/")
 
 
+def in_real_directory(path: str) -> str:
+    """`path` without links in its parent's path: the last part may be a dead mount, which mustn't be asked."""
+    parent, name = os.path.split(os.path.abspath(path))
+    return os.path.join(os.path.realpath(parent), name)
+
+
 def mounted_at(path: str) -> MountInfo | None:
     """The topmost mount exactly at `path`, None if there is none."""
-    parent, name = os.path.split(os.path.abspath(path))
-    wanted = os.path.join(os.path.realpath(parent), name)
+    wanted = in_real_directory(path)
     return next((mount for mount in reversed(list(mounts())) if mount.mountpoint == wanted), None)
 
 
@@ -86,12 +91,8 @@ def clear_dead_mount(path: str, type_: str, source: str) -> bool:
         PitfsError: umount refuses.
     """
     cleared = False
-    while (
-        (mount := mounted_at(path)) is not None
-        and (mount.type, mount.source) == (type_, source)
-        and is_dead(path)
-    ):
-        done = subprocess.run(["umount", "-l", "--", path], capture_output=True, text=True, check=False)
+    while (mount := mounted_at(path)) and (mount.type, mount.source) == (type_, source) and is_dead(path):
+        done = run(["umount", "-l", "--", path])
         if done.returncode:
             raise PitfsError(f"{path}: {done.stderr.strip()}: clear the dead mount with: umount -l {path}")
         log.info("%s: cleared the mount that a killed pitfs left there", path)

@@ -1,11 +1,17 @@
-"""Which processes use a file, by the links under /proc: the file itself may be on a dead mount."""
+"""Other processes: running a command, and which ones use a file.
+
+The links under /proc say what a process uses, since the file itself may be on a dead mount.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+
+from pitfs.errors import PitfsError
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +31,22 @@ class FileUser:
         return f"process {self.pid} {self.name}"
 
 
+def run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Runs a command in a session of its own: Ctrl-C is for the caller, who undoes what was done."""
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, errors="surrogateescape", check=False, start_new_session=True,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    except FileNotFoundError:
+        raise PitfsError(f"{command[0]}: not found: install util-linux and mount") from None
+
+
+def process_ids() -> list[int]:
+    """All processes that there are now, also those of other users."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
 def processes_opening(paths: Sequence[str]) -> list[FileUser]:
     """Other processes that have one of these files open; each once."""
     wanted = frozenset(paths)
@@ -39,16 +61,14 @@ def processes_below(directory: str) -> list[FileUser]:
 
 def _file_users(matches: Callable[[str], bool], mapped: bool) -> list[FileUser]:
     found = []
-    for name in os.listdir("/proc"):
-        if not name.isdigit() or int(name) == os.getpid():
-            continue
+    for pid in sorted({*process_ids()} - {os.getpid()}):
         with contextlib.suppress(OSError):  # ended meanwhile, or another user's
-            for how, path in _files_used(f"/proc/{name}", mapped):
+            for how, path in _files_used(f"/proc/{pid}", mapped):
                 if matches(path):
-                    with open(f"/proc/{name}/comm", encoding="utf-8", errors="replace") as file:
-                        found.append(FileUser(int(name), file.read().strip(), path, how))
+                    with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+                        found.append(FileUser(pid, file.read().strip(), path, how))
                     break
-    return sorted(found, key=lambda user: user.pid)
+    return found
 
 
 def _files_used(process: str, mapped: bool) -> Iterator[tuple[str, str]]:

@@ -25,22 +25,15 @@ import logging.handlers
 import os
 import signal
 import stat
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from pitfs.errors import PitfsError, UsageError
-from pitfs.fuse.kernel.mountinfo import DEAD_ERRNOS, clear_dead_mount, escaped, mounted_at
+from pitfs.fuse.kernel.mountinfo import DEAD_ERRNOS, clear_dead_mount, escaped, in_real_directory, mounted_at
+from pitfs.fuse.kernel.processes import run
+from pitfs.fuse.mount import workers
 from pitfs.fuse.mount.request import FSTYPE, SUBTYPE, MountRequest, source_name
-from pitfs.fuse.mount.workers import (
-    READY,
-    WorkerSupervisor,
-    decode_failure,
-    encode_failure,
-    end_of_process,
-    fuse_descriptor,
-)
 
 if TYPE_CHECKING:
     import pyfuse3
@@ -59,13 +52,10 @@ def mount_store(request: MountRequest) -> int:
     Raises:
         PitfsError: the mount fails; with the reason.
     """
-    # Links are resolved in the parent's path only: the mountpoint itself may be a dead mount.
-    parent, name = os.path.split(os.path.abspath(request.mountpoint))
-    mountpoint = os.path.join(os.path.realpath(parent), name)
-    request = dataclasses.replace(request, store=os.path.realpath(request.store), mountpoint=mountpoint)
-    request = dataclasses.replace(request, mountpoint=_prepare_mountpoint(request))
-    if request.scratch is not None:
-        request = dataclasses.replace(request, scratch=_check_scratch(request.scratch, request))
+    store = os.path.realpath(request.store)
+    mountpoint = _prepare_mountpoint(in_real_directory(request.mountpoint), store)
+    scratch = None if request.scratch is None else _check_scratch(request.scratch, store, mountpoint)
+    request = dataclasses.replace(request, store=store, mountpoint=mountpoint, scratch=scratch)
     reader, writer = os.pipe()
     pid = os.fork()
     if (pid == 0) == request.foreground:
@@ -86,20 +76,19 @@ def mount_store(request: MountRequest) -> int:
 # ------------------------------------------------------------------ the mountpoint
 
 
-def _prepare_mountpoint(request: MountRequest) -> str:
+def _prepare_mountpoint(mountpoint: str, store: str) -> str:
     """Makes sure that the store can be mounted there; returns the mountpoint without symbolic links."""
-    mountpoint, source = request.mountpoint, source_name(request.store)
+    source = source_name(store)
     if clear_dead_mount(mountpoint, FSTYPE, source):
         print(f"mount.pitfs: {mountpoint}: cleared a dead mount of this store", file=sys.stderr)
     try:
         found = os.stat(mountpoint)
     except OSError as error:
         if error.errno in DEAD_ERRNOS:
-            dead = mounted_at(mountpoint)
             reason = "on a dead filesystem (its daemon is gone): umount that first"
-            if dead is not None:
-                reason = f"a dead mount of {dead.source} ({dead.type}) is there: clear it with: umount -l"
-                reason += f" {mountpoint}"
+            if dead := mounted_at(mountpoint):
+                what = f"a dead mount of {dead.source} ({dead.type})"
+                reason = f"{what} is there: clear it with: umount -l {mountpoint}"
             raise PitfsError(f"{mountpoint}: {reason}") from None
         if error.errno == errno.ENOENT:
             raise UsageError(f"{mountpoint}: no such directory: make it first (mkdir)") from None
@@ -113,25 +102,23 @@ def _prepare_mountpoint(request: MountRequest) -> str:
         raise PitfsError(
             f"{mountpoint}: {what} already mounted there: end it with umount, or choose another directory"
         )
-    if _contains(mountpoint, request.store):
-        raise UsageError(
-            f"{mountpoint}: the store {request.store} lies inside and would be hidden: choose another place"
-        )
-    if _contains(request.store, mountpoint):
-        raise UsageError(f"{mountpoint}: lies inside the store {request.store}: choose a directory outside")
+    if _contains(mountpoint, store):
+        raise UsageError(f"{mountpoint}: the store {store} lies inside and would be hidden: choose another place")
+    if _contains(store, mountpoint):
+        raise UsageError(f"{mountpoint}: lies inside the store {store}: choose a directory outside")
     return mountpoint
 
 
-def _check_scratch(scratch: str, request: MountRequest) -> str:
+def _check_scratch(scratch: str, store: str, mountpoint: str) -> str:
     """Makes sure that overlays can be kept there; returns the directory without symbolic links."""
     if not os.path.isdir(scratch):
         raise UsageError(f"{scratch}: scratch: no such directory: make it first (mkdir)")
     scratch = os.path.realpath(scratch)
-    if _contains(request.store, scratch):
-        raise UsageError(f"{scratch}: scratch: lies inside the store {request.store}: choose a directory outside")
-    if _contains(scratch, request.store):
-        raise UsageError(f"{scratch}: scratch: the store {request.store} lies inside: choose a directory of its own")
-    if _contains(request.mountpoint, scratch):
+    if _contains(store, scratch):
+        raise UsageError(f"{scratch}: scratch: lies inside the store {store}: choose a directory outside")
+    if _contains(scratch, store):
+        raise UsageError(f"{scratch}: scratch: the store {store} lies inside: choose a directory of its own")
+    if _contains(mountpoint, scratch):
         raise UsageError(f"{scratch}: scratch: lies inside the mountpoint and would be hidden: choose another place")
     return scratch
 
@@ -153,7 +140,7 @@ def _observe(reader: int, mountpoint: str, daemon: int | None) -> int:
                 os.kill(daemon, signal.SIGTERM)
                 os.waitpid(daemon, 0)
             raise
-    if message == READY:
+    if message == workers.READY:
         try:
             device = os.stat(mountpoint).st_dev
         except OSError as error:
@@ -164,8 +151,8 @@ def _observe(reader: int, mountpoint: str, daemon: int | None) -> int:
             _register_umount_helper(mountpoint)
             return 0
     elif message:
-        raise decode_failure(message)
-    how = f" {end_of_process(os.waitpid(daemon, 0)[1])}" if daemon is not None else ""
+        raise workers.decode_failure(message)
+    how = f" {workers.end_of_process(os.waitpid(daemon, 0)[1])}" if daemon is not None else ""
     raise PitfsError(
         f"{mountpoint}: the daemon ended{how} before the mount answered: the system's log may say why"
     )
@@ -194,7 +181,7 @@ def _register_umount_helper(mountpoint: str) -> None:
         pass
     command = ["mount", "--fake", "--internal-only", "--no-canonicalize", "-t", FSTYPE]
     command += ["-o", UMOUNT_OPTION, "--", mount.source, mountpoint]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    done = run(command)
     if done.returncode:  # for a busy mount umount(8) then says only that it is busy
         log.info("%s: %s", mountpoint, done.stderr.strip())
 
@@ -211,19 +198,19 @@ def _run_daemon(request: MountRequest, writer: int) -> NoReturn:
         _serve(request, writer)
         code = 0
     except BaseException as error:
-        message = encode_failure(error)
-        code = decode_failure(message).exit_code
+        message = workers.encode_failure(error)
+        code = workers.decode_failure(message).exit_code
         try:
             os.write(writer, message)
         except OSError:  # the mount has answered before, and the observer is gone
-            log.error("%s", decode_failure(message))
+            log.error("%s", workers.decode_failure(message))
     finally:
         os._exit(code)
 
 
 def _serve(request: MountRequest, writer: int) -> None:
     """Mounts, starts the workers, writes READY to the observer, and supervises the workers until the end."""
-    supervisor = WorkerSupervisor(request, writer)
+    supervisor = workers.WorkerSupervisor(request, writer)
     finish_probe = supervisor.start_probe()
     import pyfuse3  # while another process opens the store, which takes about as long
 
@@ -235,7 +222,7 @@ def _serve(request: MountRequest, writer: int) -> None:
         operations = DeferredOperations()
         _fuse_init(operations, request)
         try:
-            with killpriv_flag_added(fuse_descriptor()) if request.scratch else contextlib.nullcontext():
+            with killpriv_flag_added(workers.fuse_descriptor()) if request.scratch else contextlib.nullcontext():
                 operations.answer_init()
             if not request.foreground:
                 _detach_from_caller(request.verbose)

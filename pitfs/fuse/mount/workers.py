@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import fcntl
 import logging
 import os
@@ -36,7 +35,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Final
 
 from pitfs.errors import PitfsError
 from pitfs.fuse.mount.request import MountRequest
@@ -105,27 +104,17 @@ def open_operations(request: MountRequest) -> Replica:
     from pitfs.store.store import Store
     from pitfs.view.tree import Tree
 
-    with contextlib.ExitStack() as undo:
-        store = Store.open(request.store)
-        undo.callback(store.close)
-        tree = Tree(store, time.time_ns, request.zone, request.strict)
-        ownership = Ownership(request.uid, request.gid, request.mode)
-        if request.scratch is None:
-            operations = Replica(store, tree, ownership, request.workers)
-        else:
-            from pitfs.fuse.scratch import ScratchReplica
-            from pitfs.view.scratch import ScratchDirectory
+    store = Store.open(request.store)  # the process ends if what follows fails, and the store with it
+    tree = Tree(store, time.time_ns, request.zone, request.strict)
+    ownership = Ownership(request.uid, request.gid, request.mode)
+    if request.scratch is None:
+        return Replica(store, tree, ownership, request.workers)
 
-            scratch = ScratchDirectory(request.scratch, store, request.scratch_size_bytes, request.scratch_keep)
-            operations = ScratchReplica(store, tree, ownership, scratch)
-        undo.pop_all()
-    return operations
+    from pitfs.fuse.scratch import ScratchReplica
+    from pitfs.view.scratch import ScratchDirectory
 
-
-@dataclasses.dataclass(slots=True)
-class _Worker:
-    is_ready: bool = False
-    has_failed: bool = False  # with a message why
+    scratch = ScratchDirectory(request.scratch, store, request.scratch_size_bytes, request.scratch_keep)
+    return ScratchReplica(store, tree, ownership, scratch)
 
 
 class WorkerSupervisor:
@@ -138,10 +127,11 @@ class WorkerSupervisor:
     def __init__(self, request: MountRequest, writer: int) -> None:
         self._request = request
         self._writer = writer
-        self._workers: dict[int, _Worker] = {}  # by pid
+        self._workers: dict[int, bool] = {}  # by pid: whether it is ready
         self._operations: DeferredOperations | None = None
         self._descriptor = -1
         self._history = b""  # of the store as it was before it was mounted
+        self._pins_label = f"mount {request.mountpoint}"
         self._pins: tuple[str, int] | None = None  # their file, and the descriptor that keeps it locked
         self._is_ending = False
         self._last_start_s = 0.0
@@ -174,10 +164,6 @@ class WorkerSupervisor:
 
         return finish
 
-    @property
-    def _pins_label(self) -> str:
-        return f"mount {self._request.mountpoint}"
-
     def close(self) -> None:
         """Ends the pins of the mount."""
         if self._pins is not None:
@@ -194,7 +180,7 @@ class WorkerSupervisor:
         signal.set_wakeup_fd(self._waker, warn_on_full_buffer=False)  # no signal is lost between two polls
         try:
             self._start_missing()
-            while not self._is_ending and not all(worker.is_ready for worker in self._workers.values()):
+            while not self._is_ending and not all(self._workers.values()):
                 self._wait(None)
             os.write(self._writer, READY)
             os.close(self._writer)
@@ -217,18 +203,16 @@ class WorkerSupervisor:
                 message = self._inbox.recv(_MAX_MESSAGE_BYTES, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return
-            pid, _, text = message.partition(b" ")
-            worker = self._workers[int(pid)]
+            number, _, text = message.partition(b" ")
+            pid = int(number)
             if text == READY:
-                worker.is_ready = True
+                self._workers[pid] = True
                 continue
-            worker.has_failed = True
-            if not self._any_ready():
+            if not any(self._workers.values()):
                 raise decode_failure(text)
             log.error("starting a worker failed: %s", decode_failure(text))
-
-    def _any_ready(self) -> bool:
-        return any(worker.is_ready for worker in self._workers.values())
+            if not self._workers[pid]:
+                del self._workers[pid]  # it ends at once, and all is said
 
     def _reap(self) -> None:
         """Takes note of all workers that have ended."""
@@ -241,24 +225,23 @@ class WorkerSupervisor:
             try:
                 self._receive()  # its last message
             finally:
-                worker = self._workers.pop(pid, None)
-            if worker is not None and not self._is_ending:  # None: the observer of a mount in the foreground
-                self._on_end(pid, worker, end_of_process(status))
+                was_ready = self._workers.pop(pid, None)
+            # None: the start failed, or it is the observer of a mount in the foreground.
+            if was_ready is not None and not self._is_ending:
+                self._on_end(pid, was_ready, end_of_process(status))
 
-    def _on_end(self, pid: int, worker: _Worker, how: str) -> None:
+    def _on_end(self, pid: int, was_ready: bool, how: str) -> None:
         """A worker has ended: so does the mount, or another worker takes its place."""
         if self._is_unmounted():
             self._is_ending = True
             return
-        if worker.is_ready and self._request.scratch is not None:
+        if was_ready and self._request.scratch is not None:
             # Another one would show images without what the kernel and its users have written to them.
             raise PitfsError(
                 f"{self._request.mountpoint}: the process that had what was written to images ended {how}: "
                 f"the mount ends with it; what was fsynced to a kept scratch is there when it is mounted anew"
             )
-        if worker.has_failed:
-            return
-        if not worker.is_ready and not self._any_ready():
+        if not was_ready and not any(self._workers.values()):
             raise PitfsError(f"{self._request.mountpoint}: a worker ended {how} before it served")
         log.error("worker %d ended %s: the requests it had taken fail, another takes its place", pid, how)
 
@@ -269,7 +252,7 @@ class WorkerSupervisor:
         if missing and pause_s > 0:
             return pause_s
         for _ in range(missing):
-            self._workers[self._fork(self._work)] = _Worker()
+            self._workers[self._fork(self._work)] = False
             self._last_start_s = time.monotonic()
         return None
 
@@ -292,17 +275,12 @@ class WorkerSupervisor:
             select.select([self._wakeup], [], [], RESEND_S)
             self._reap()
 
-    # -------------------------------------------------------------- in the children
-
     def _fork(self, work: Callable[[], None]) -> int:
+        """The pid of a child that does `work` and exits. It never returns: the stack below is the supervisor's."""
         supervisor = os.getpid()
         pid = os.fork()
-        if not pid:
-            self._run_child(supervisor, work)
-        return pid
-
-    def _run_child(self, supervisor: int, work: Callable[[], None]) -> NoReturn:
-        """A child's process from fork to exit. Never returns: the stack below is the supervisor's."""
+        if pid:
+            return pid
         code = 1
         try:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -322,6 +300,8 @@ class WorkerSupervisor:
                 self._send(encode_failure(error))
         finally:
             os._exit(code)
+
+    # -------------------------------------------------------------- in the children
 
     def _send(self, message: bytes, *descriptors: int) -> None:
         socket.send_fds(self._outbox, [b"%d %s" % (os.getpid(), message)], descriptors)
