@@ -68,10 +68,7 @@ def decode_node(data: bytes) -> Node:
 
 def tree_depth(block_count: int) -> int:
     """Levels of nodes for a volume of that many blocks, at least 1 (leaves only)."""
-    depth = 1
-    while block_count > 1 << (FANOUT_BITS * depth):
-        depth += 1
-    return depth
+    return max(1, -(-(block_count - 1).bit_length() // FANOUT_BITS))
 
 
 def _entry(node: Node, slot: int) -> MapEntry:

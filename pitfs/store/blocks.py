@@ -8,44 +8,37 @@ the two there is a whole open interval where one has been closed and its snapsho
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final, Protocol
+from functools import lru_cache
+from typing import Final
 
 from pitfs.errors import CorruptionError
 from pitfs.model.blockmap import BlockMap, U64Array
 from pitfs.model.transfer import VolumeInfo
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.records import OpenInterval, Resolution
-from pitfs.store.index.block_maps import NodeReader, block_maps
-from pitfs.store.index.journals import Journals
-from pitfs.store.objects.cache import Cache
+from pitfs.store.index.maps import block_maps, node_loader
+from pitfs.store.index.reader import JournalIndex, Journals, chunk_cache
 from pitfs.store.objects.pool import ObjectPool, again_if_replaced
-from pitfs.store.open_interval.reader import OpenIntervals
+from pitfs.store.open_interval.reader import OpenIntervals, WrittenBlocks
 
 MAX_CACHED_MAPS: Final = 256  # snapshots whose roots are kept
-
-
-class WrittenBlocks(Protocol):
-    """What this needs of an interval, whether it has a difference journal or is still open."""
-
-    def overlay(self, seq: int, volume: int, leaf_index: int, pointers: U64Array, checksums: U64Array) -> None: ...
-
-    def next_leaf(self, volume: int, first: int, after_seq: int, through_seq: int) -> int | None: ...
 
 
 class Blocks:
     """Look-ups of blocks, by leaves of the block map: 512 blocks each.
 
     Methods raise CorruptionError where a block map or a journal isn't what was written.
+
+    Attributes:
+        journals, open_intervals: of the store; they share a cache of chunks.
     """
 
-    def __init__(
-        self, catalog: Catalog, objects: ObjectPool, volumes: Sequence[VolumeInfo], journals: Journals,
-        open_intervals: OpenIntervals,
-    ) -> None:  # fmt: skip
-        self._catalog, self._volumes = catalog, volumes
-        self._journals, self._open_intervals = journals, open_intervals
-        self._nodes = NodeReader(objects)
-        self._maps: Cache[int, list[BlockMap]] = Cache(MAX_CACHED_MAPS)
+    def __init__(self, catalog: Catalog, objects: ObjectPool, volumes: Sequence[VolumeInfo]) -> None:
+        self._catalog, self._volumes, chunks = catalog, volumes, chunk_cache()
+        self.journals = Journals(catalog, objects, chunks)
+        self.open_intervals = OpenIntervals(catalog, objects, chunks)
+        self._load_node = node_loader(objects)
+        self._maps_of = lru_cache(MAX_CACHED_MAPS)(self._read_maps)
 
     @again_if_replaced
     def leaf(self, resolution: Resolution, volume: int, leaf_index: int) -> tuple[U64Array, U64Array]:
@@ -54,7 +47,7 @@ class Blocks:
         Returns:
             pointers uint64[512] (0: zeros) and checksums uint64[512], the caller's own.
         """
-        now = self._open_intervals.now()  # first: open intervals become intervals, not the reverse
+        now = self.open_intervals.now()  # first: open intervals become intervals, not the reverse
         base, over = _layers(now, resolution)
         pointers, checksums = self._maps_of(base)[volume].leaf(leaf_index).copy()
         for end_snapshot_id, seq in reversed(over.items()):
@@ -67,7 +60,7 @@ class Blocks:
 
         Takes no longer where there is nothing for TiB: whoever walks an image asks this, not each leaf.
         """
-        now = self._open_intervals.now()
+        now = self.open_intervals.now()
         base, over = _layers(now, resolution)
         found = [self._written(now, end).next_leaf(volume, first, -1, seq) for end, seq in over.items()]
         return _earliest(self._maps_of(base)[volume].next_leaf(first), *found)
@@ -81,7 +74,7 @@ class Blocks:
         the volume's size nor the history between the two counts. Of an interval that lies over both bases only the
         writes between the two states count; of one that lies over one base, all writes up to the state.
         """
-        now = self._open_intervals.now()
+        now = self.open_intervals.now()
         (base, over), (other_base, other_over) = _layers(now, one), _layers(now, other)
         found = []
         for end_snapshot_id in over.keys() | other_over.keys():
@@ -93,20 +86,17 @@ class Blocks:
             found.append(maps[0].next_difference(maps[1], first))
         return _earliest(*found)
 
-    def _written(self, now: Sequence[OpenInterval], end_snapshot_id: int) -> WrittenBlocks:
+    def _written(self, now: Sequence[OpenInterval], end_snapshot_id: int) -> JournalIndex | WrittenBlocks:
         """What was written in the interval that ends at a snapshot."""
         interval = _ending_at(now, end_snapshot_id)
-        return self._journals.ending_at(end_snapshot_id) if interval is None else self._open_intervals.written(interval)
+        return self.journals.ending_at(end_snapshot_id) if interval is None else self.open_intervals.written(interval)
 
-    def _maps_of(self, snapshot_id: int) -> list[BlockMap]:
-        def read() -> list[BlockMap]:
-            roots = self._catalog.roots(snapshot_id)
-            if len(roots) != len(self._volumes):
-                what = f"snapshot {snapshot_id} doesn't have a root for each volume"
-                raise CorruptionError(self._catalog.path, 0, what)
-            return block_maps(self._nodes, roots, self._volumes)
-
-        return self._maps.get(snapshot_id, read)
+    def _read_maps(self, snapshot_id: int) -> list[BlockMap]:
+        roots = self._catalog.roots(snapshot_id)
+        if len(roots) != len(self._volumes):
+            what = f"snapshot {snapshot_id} doesn't have a root for each volume"
+            raise CorruptionError(self._catalog.path, 0, what)
+        return block_maps(self._load_node, roots, self._volumes)
 
 
 def _layers(now: Sequence[OpenInterval], resolution: Resolution) -> tuple[int, dict[int, int]]:

@@ -22,28 +22,15 @@ from typing import Final
 import msgspec
 
 from pitfs.errors import CapacityError, CorruptionError, RemoteProtocolError
+from pitfs.model import transfer as wire
 from pitfs.model.group import identity_problem
-from pitfs.model.transfer import (
-    WAITS,
-    CoarseInterval,
-    Data,
-    Durable,
-    End,
-    Hello,
-    Manifest,
-    ResumePoint,
-    StreamMark,
-    TransferKind,
-    Welcome,
-    Writes,
-)
 from pitfs.storage.files import fsync_directory, storage_error
 from pitfs.store.catalog.catalog import Catalog
-from pitfs.store.index.block_maps import NodeReader
-from pitfs.store.objects.format import CATALOG, MAX_SNAPSHOT_ID, OBJECTS, STAGING, STORE_JSON
+from pitfs.store.index.maps import node_loader
+from pitfs.store.objects.format import CATALOG, MAX_SNAPSHOT_ID, OBJECTS, STAGING, STORE_JSON, ObjectName
 from pitfs.store.objects.pool import ObjectPool
 from pitfs.store.open_interval.stream import Stream
-from pitfs.store.opening import check_epoch, check_place, check_same_group, make_store_json, take_lock
+from pitfs.store.opening import check_epoch, check_place, check_sender, make_store_json, take_lock
 from pitfs.store.transfer.commit import commit
 from pitfs.store.transfer.position import check_follows, interval_of, journal_bytes
 from pitfs.store.transfer.recovery import StagingArea
@@ -72,7 +59,7 @@ class Ingest:
         CapacityError, PitfsError: the disk is full, or refuses. These two also from every method.
     """
 
-    def __init__(self, root: str, hello: Hello, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, root: str, hello: wire.Hello, clock: Callable[[], float] = time.monotonic) -> None:
         problem = identity_problem(hello.group, hello.history, hello.volumes)
         if problem:
             raise RemoteProtocolError(f"the sender's hello: {problem}")
@@ -80,13 +67,13 @@ class Ingest:
         self.hello = hello
         self._staged: StagedTransfer | None = None
         with ExitStack() as closing, self._errors("opening"):
-            self._store, self._area = self._open(closing)
+            self._store, self._area = self._open(root, closing)
             self.stream = Stream(self._store, self._area, hello, clock)
             closing.callback(self.stream.close)
             self.stream.recover()
             self._closing = closing.pop_all()  # what is open: closed last opened first
 
-    def _open(self, closing: ExitStack) -> tuple[WritableStore, StagingArea]:
+    def _open(self, root: str, closing: ExitStack) -> tuple[WritableStore, StagingArea]:
         """Opens what there is, makes what there isn't, and settles what was cut off."""
         check_place(self.path)
         os.makedirs(self.path, 0o700, exist_ok=True)
@@ -94,7 +81,7 @@ class Ingest:
         objects_path, staging = os.path.join(self.path, OBJECTS), os.path.join(self.path, STAGING)
         for directory in (objects_path, staging):
             os.makedirs(directory, 0o700, exist_ok=True)
-        check_same_group(self.path, self.hello)
+        check_sender(root, self.hello)
         known = os.path.exists(os.path.join(self.path, STORE_JSON))
         catalog = Catalog(os.path.join(self.path, CATALOG), "write" if known else "make")
         closing.callback(catalog.close)
@@ -103,37 +90,36 @@ class Ingest:
         fsync_directory(os.path.dirname(self.path) or ".")  # each time: a kill may have come before it
         check_epoch(self.path, catalog, self.hello)
         area = StagingArea(staging, objects_path, catalog)
-        area.recover(os.listdir(objects_path))
+        area.recover(filter(None, map(ObjectName.of_file, os.listdir(objects_path))))
         area.clear_outdated()
         history = bytes.fromhex(self.hello.history)
         objects = ObjectPool(objects_path, history)
         closing.callback(objects.close)
-        return WritableStore(catalog, objects, NodeReader(objects), history, self.hello.volumes), area
+        return WritableStore(catalog, objects, node_loader(objects), history, self.hello.volumes), area
 
     # The life of a transfer
 
-    def welcome(self) -> Welcome:
+    def welcome(self) -> wire.Welcome:
         """How far the store has come, and which intervals could become finer."""
         catalog, coarse = self._store.catalog, []
         for interval in catalog.coarse_intervals(MAX_COARSE):
-            positions = interval.from_seq, interval.from_time_ns, interval.to_seq, interval.to_time_ns
-            waits = interval.cause.endswith(WAITS)
+            waits = interval.cause.endswith(wire.WAITS)
             size_bytes = journal_bytes(catalog, interval)
-            coarse.append(CoarseInterval(*positions, interval.granularity_ns, size_bytes, waits))
+            coarse.append(wire.CoarseInterval(*interval.bounds, interval.granularity_ns, size_bytes, waits))
         return msgspec.structs.replace(self._position(), coarse=tuple(coarse))
 
-    def _position(self) -> Welcome:
+    def _position(self) -> wire.Welcome:
         """How far the store has come."""
         catalog = self._store.catalog
         with catalog.one_moment():  # a closing may be committed meanwhile
             end, last = self.stream.durable_end, catalog.last_snapshot()
             mark, mark_seq, protected_ns = map(catalog.meta, ("mark", "mark_seq", "protected_through_ns"))
         if last is None:
-            return Welcome(mark, 0, 0, protected_ns)
+            return wire.Welcome(mark, 0, 0, protected_ns)
         # Also where what was streamed has a snapshot of its own: it lies behind the mark all the same.
-        return Welcome(mark, last.seq, last.time_ns, protected_ns, (), *(end if end[0] > mark_seq else (0, 0)))
+        return wire.Welcome(mark, last.seq, last.time_ns, protected_ns, (), *(end if end[0] > mark_seq else (0, 0)))
 
-    def begin(self, manifest: Manifest) -> ResumePoint:
+    def begin(self, manifest: wire.Manifest) -> wire.ResumePoint:
         """Begins a transfer, or goes on with the staged one where that is the same.
 
         Raises:
@@ -145,7 +131,7 @@ class Ingest:
         check_manifest(manifest, self.hello.volumes)
         with self._errors("beginning a transfer"):
             base = None
-            if manifest.kind is TransferKind.LAYERS:
+            if manifest.kind is wire.TransferKind.LAYERS:
                 base = interval_of(catalog, manifest)
             else:
                 self.stream.wait_for_closing()
@@ -166,7 +152,7 @@ class Ingest:
                 self._staged = StagedTransfer.create(directory, manifest, snapshot_id, self._store)
         return self._staged.resume_point
 
-    def _resume(self, manifest: Manifest, snapshot_id: int, directory: str) -> StagedTransfer | None:
+    def _resume(self, manifest: wire.Manifest, snapshot_id: int, directory: str) -> StagedTransfer | None:
         """The staged transfer, if it is this one and whole up to its checkpoint."""
         try:
             return StagedTransfer.resume(directory, manifest, snapshot_id, self._store)
@@ -174,7 +160,7 @@ class Ingest:
             log.warning("%s: the staged transfer of mark %d begins anew: %s", self.path, manifest.mark, error)
             return None
 
-    def data(self, frame: Data) -> None:
+    def data(self, frame: wire.Data) -> None:
         """Takes the next bytes of a section; bytes that are there already are passed over.
 
         Raises:
@@ -184,18 +170,18 @@ class Ingest:
         with self._transfer("writing") as staged:
             staged.write(frame)
 
-    def checkpoint(self, cursor: tuple[int, ...]) -> ResumePoint:
+    def checkpoint(self, cursor: tuple[int, ...]) -> wire.ResumePoint:
         """Makes what has come durable."""
         with self._transfer("making it durable") as staged:
             return staged.checkpoint(tuple(cursor))
 
-    def park(self, cursor: tuple[int, ...]) -> ResumePoint:
+    def park(self, cursor: tuple[int, ...]) -> wire.ResumePoint:
         """Puts the transfer off: what came is durable, and it can be begun again when another has been."""
         point = self.checkpoint(cursor)
         self._close_staged()
         return point
 
-    def end(self, end: End) -> Welcome:
+    def end(self, end: wire.End) -> wire.Welcome:
         """Commits the transfer; when it returns the transfer survives power loss.
 
         Raises:
@@ -218,24 +204,24 @@ class Ingest:
 
     # The stream
 
-    def write(self, writes: Writes) -> None:
+    def write(self, writes: wire.Writes) -> None:
         """Takes the next streamed writes, whole.
 
         Raises:
             PositionMismatchError: they don't lead on from where the store ends.
             RemoteProtocolError: they are invalid, or a transfer to the next mark is under way.
         """
-        if self._staged is not None and self._staged.manifest.kind is not TransferKind.LAYERS:
+        if self._staged is not None and self._staged.manifest.kind is not wire.TransferKind.LAYERS:
             raise RemoteProtocolError(f"{self.path}: writes are streamed while a transfer is under way that has them")
         with self._errors("writing"):
             self.stream.write(writes)
 
-    def flush(self, protected_through_ns: int) -> Durable:
+    def flush(self, protected_through_ns: int) -> wire.Durable:
         """Makes what was streamed durable, and readable some times a second; every write up to that time is in."""
         with self._errors("making it durable"):
             return self.stream.flush(protected_through_ns)
 
-    def mark(self, mark: StreamMark) -> Durable:
+    def mark(self, mark: wire.StreamMark) -> wire.Durable:
         """Closes the open interval; the snapshot is made while the stream goes on (`Durable.mark` tells when).
 
         Raises:

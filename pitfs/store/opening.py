@@ -6,6 +6,7 @@ store.json is written last when a store is made, and never changed.
 from __future__ import annotations
 
 import fcntl
+import glob
 import os
 import socket
 from typing import Final
@@ -15,10 +16,10 @@ import msgspec
 from pitfs.errors import PositionMismatchError, StoreError, StoreVersionError
 from pitfs.model.group import identity_problem
 from pitfs.model.transfer import Hello, VolumeInfo
-from pitfs.storage.files import durable_replace, fsync_directory, storage_error
+from pitfs.storage.files import closed_on_error, durable_replace, fsync_directory, storage_error
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.objects.format import CATALOG, LOCK, OBJECTS, PINS, STAGING, STORE_JSON, VERSION
-from pitfs.store.pins.directory import HOLDERS, convert_directory
+from pitfs.store.pins.pins import HOLDERS, convert_directory
 
 FORMAT: Final = "pitfs-store"
 
@@ -75,12 +76,7 @@ def read_store_info(path: str) -> StoreInfo:
 
 def _stores_in(path: str) -> str:
     """A hint where the user named the root instead of a store in it."""
-    try:
-        names = sorted(
-            entry.name for entry in os.scandir(path) if os.path.exists(os.path.join(entry.path, STORE_JSON))
-        )
-    except OSError:
-        return ""
+    names = sorted(map(os.path.dirname, glob.glob(f"*/{STORE_JSON}", root_dir=path)))
     return f"; there are stores in it: {', '.join(names[:5])}" if names else ""
 
 
@@ -115,8 +111,7 @@ def take_lock(store: str) -> int:
         StoreError: another process holds the lock.
     """
     path = os.path.join(store, LOCK)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
+    with closed_on_error(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)) as fd:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -128,25 +123,18 @@ def take_lock(store: str) -> int:
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         convert_directory(store)
-    except BaseException:
-        os.close(fd)
-        raise
     return fd
 
 
 def check_sender(root: str, hello: Hello) -> None:
-    """Whether the store of its group takes this sender, as far as that shows without writing the store.
+    """Refuses a sender of another history, or of other volumes, than the store of its group has.
 
-    Asked before the session that is there is ended for the sender: one that will be refused mustn't disturb it.
+    Asked before the session that is there is ended for the sender, too: one that will be refused mustn't disturb it.
 
     Raises:
         PositionMismatchError, StoreError, PitfsError: as opening the store would.
     """
-    check_same_group(os.path.join(root, hello.group), hello)
-
-
-def check_same_group(path: str, hello: Hello) -> None:
-    """Refuses a sender of another history, or of other volumes."""
+    path = os.path.join(root, hello.group)
     if not os.path.exists(os.path.join(path, STORE_JSON)):
         return
     info = read_store_info(path)

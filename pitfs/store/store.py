@@ -15,11 +15,9 @@ from pitfs.model.position import Position
 from pitfs.store.blocks import Blocks
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.records import Interval, Resolution, Snapshot
-from pitfs.store.index.journals import Journals
-from pitfs.store.index.reader import JournalIndex, chunk_cache
+from pitfs.store.index.reader import JournalIndex
 from pitfs.store.objects.format import CATALOG, OBJECTS
 from pitfs.store.objects.pool import ObjectPool, again_if_replaced, reading_limit
-from pitfs.store.open_interval.reader import OpenIntervals
 from pitfs.store.opening import read_store_info
 
 __all__ = ["Resolution", "Store"]
@@ -44,10 +42,8 @@ class Store:
         self._catalog = catalog = Catalog(os.path.join(path, CATALOG))
         history = bytes.fromhex(info.history)
         self.objects = ObjectPool(os.path.join(path, OBJECTS), history, reading_limit())
-        chunks = chunk_cache()
-        self._journals = Journals(catalog, self.objects, chunks)
-        self._open_intervals = OpenIntervals(catalog, self.objects, chunks)
-        blocks = Blocks(catalog, self.objects, info.volumes, self._journals, self._open_intervals)
+        blocks = Blocks(catalog, self.objects, info.volumes)
+        self._journals, self._open_intervals = blocks.journals, blocks.open_intervals
         # Where blocks are: see `Blocks`.
         self.leaf, self.next_leaf, self.next_difference = blocks.leaf, blocks.next_leaf, blocks.next_difference
         # What the catalog answers as it is: see `Catalog`.
@@ -124,7 +120,7 @@ class Store:
         else:
             journal = self._journals.of(interval)
             position = journal.position_at_time(time_ns)
-            found = _within(journal.interval, position)
+            found = journal.interval.at(position)
             is_known = _is_known(position, time_ns, journal)
         resolution = found or self._of_snapshot(snapshot)
         if resolution.time_ns == time_ns:
@@ -157,7 +153,7 @@ class Store:
         found = None
         if interval.granularity_ns is not None:
             journal = self._journals.of(interval)
-            found = _within(journal.interval, journal.position_at_seq(seq))
+            found = journal.interval.at(journal.position_at_seq(seq))
         return found or self._of_snapshot(snapshot)
 
     def _interval_behind(self, snapshot: Snapshot) -> Interval | None:
@@ -226,15 +222,6 @@ class Store:
         interval = self._catalog.interval_to(snapshot.id)
         granularity_ns = interval.granularity_ns if interval else None
         return Resolution(snapshot.seq, snapshot.time_ns, granularity_ns, snapshot.id, None)
-
-
-def _within(interval: Interval, position: Position | None) -> Resolution | None:
-    """The state at a position of an interval."""
-    if position is None:
-        return None
-    return Resolution(
-        position.seq, position.time_ns, interval.granularity_ns, interval.base_snapshot_id, interval.end_snapshot_id
-    )
 
 
 def _is_known(position: Position | None, time_ns: int, journal: JournalIndex) -> bool:

@@ -327,7 +327,7 @@ class PointInTimeView:
         return storage_error(error, self._object(pointer), f"reading at byte {position}")
 
     def _object(self, pointer: int) -> str:
-        name = objects.object_file(*objects.contents_kind(pointer >> UNIT_BITS))
+        name = objects.ObjectName.of_number(pointer >> UNIT_BITS).file
         return os.path.join(self._store.path, objects.OBJECTS, name)
 
     def _corruption(self, block: int, pointer: int) -> CorruptionError:

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from pitfs.model.transfer import VolumeInfo
-from pitfs.store.index.block_maps import NodeReader
+from pitfs.store import blocks
 from pitfs.store.ingest import Ingest
+from pitfs.store.objects.pool import ObjectPool
 from pitfs.store.store import Store
 from pitfs.view.differences import Difference, bitmap
 from tests.helpers.histories import unsynced
@@ -88,15 +89,20 @@ def test_what_two_instants_share_is_not_read(tmp_path: Path, monkeypatch: pytest
             ingest.publish()
         else:
             ingest_transfer(ingest, history.close_interval())
-    store = Store.open(ingest.path)
     loads: list[int] = []
-    real = NodeReader.load
+    node_loader = blocks.node_loader
 
-    def load(self: NodeReader, pointer: int, checksum: int) -> Any:
-        loads.append(pointer)
-        return real(self, pointer, checksum)
+    def noting(objects: ObjectPool) -> Any:
+        real = node_loader(objects)
 
-    monkeypatch.setattr(NodeReader, "load", load)
+        def load(pointer: int, checksum: int) -> Any:
+            loads.append(pointer)
+            return real(pointer, checksum)
+
+        return load
+
+    monkeypatch.setattr(blocks, "node_loader", noting)
+    store = Store.open(ingest.path)
     read = []
     for one, other in ((11, 12), (1, 2), (2, 1), (5, 5), (1, 12)):
         before = len(loads)

@@ -42,10 +42,10 @@ class Counted:
             self.rows += len(found)
             return found
 
-        def read(pool: ObjectPool, kind: Any, snapshot: int, size: int, *more: Any) -> bytes:
+        def read(pool: ObjectPool, name: Any, size: int, *more: Any) -> bytes:
             self.reads += 1
             self.read_bytes += size
-            return verified(pool, kind, snapshot, size, *more)
+            return verified(pool, name, size, *more)
 
         with monkeypatch.context() as patched:
             patched.setattr(Database, "rows", ask)

@@ -16,7 +16,7 @@ import pytest
 from pitfs.errors import CapacityError, CorruptionError, PitfsError, StoreError
 from pitfs.model.transfer import Begin, End, TransferKind, VolumeInfo
 from pitfs.store.catalog.catalog import Catalog
-from pitfs.store.catalog.records import Commit, LayersCommit
+from pitfs.store.catalog.records import Commit
 from pitfs.store.ingest import Ingest
 from pitfs.store.objects.format import CATALOG, STORE_JSON
 from pitfs.store.store import Store
@@ -308,9 +308,9 @@ def test_each_file_is_durable_before_its_name_and_both_before_the_commit(
         events.append(("commit", ""))
         commit(catalog, added)
 
-    def note_commit_layers(catalog: Catalog, added: LayersCommit) -> None:
+    def note_commit_layers(catalog: Catalog, *added: Any) -> None:
         events.append(("commit", ""))
-        commit_layers(catalog, added)
+        commit_layers(catalog, *added)
 
     monkeypatch.setattr(
         os, "fsync", lambda fd: events.append(("fsync", os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))))

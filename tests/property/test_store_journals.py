@@ -13,11 +13,10 @@ from pitfs.errors import CorruptionError
 from pitfs.model.position import Position
 from pitfs.model.transfer import POSITION
 from pitfs.store.catalog.records import Interval
-from pitfs.store.index import writer as journals
-from pitfs.store.index.format import INDEX_ROW
+from pitfs.store.index import format as journals
+from pitfs.store.index.format import INDEX_ROW, IndexWriter
 from pitfs.store.index.reader import JournalIndex, chunk_cache
-from pitfs.store.index.writer import IndexWriter
-from pitfs.store.objects.format import ObjectHeader, ObjectKind, ObjectRecord, object_file
+from pitfs.store.objects.format import ObjectHeader, ObjectKind, ObjectName, ObjectRecord
 from pitfs.store.objects.pool import ObjectPool
 
 HISTORY = bytes(16)
@@ -27,7 +26,7 @@ FROM_SEQ = 100
 def write_index(
     directory: Path, rows: dict[int, np.ndarray], times_ns: np.ndarray, random: np.random.Generator
 ) -> tuple[ObjectPool, JournalIndex]:
-    name = object_file(ObjectKind.JOURNAL_INDEX, 2)
+    name = ObjectName(ObjectKind.JOURNAL_INDEX, 2).file
     fd = os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     writer = IndexWriter(fd)
     for volume, table in rows.items():
@@ -133,7 +132,7 @@ def test_a_damaged_chunk_or_sparse_index_is_noticed(tmp_path: Path) -> None:
     random = np.random.default_rng(1)
     rows, times_ns = random_rows(random, 300, 40), np.arange(1, 301, dtype="<i8")
     pool, index = write_index(tmp_path, {0: rows}, times_ns, random)
-    path = tmp_path / object_file(ObjectKind.JOURNAL_INDEX, 2)
+    path = tmp_path / ObjectName(ObjectKind.JOURNAL_INDEX, 2).file
     good = path.read_bytes()
     for offset in (4096, 5000, 4096 + 300 * 32 - 1):
         path.write_bytes(good[:offset] + bytes([good[offset] ^ 4]) + good[offset + 1 :])

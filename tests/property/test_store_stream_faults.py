@@ -17,7 +17,7 @@ from pitfs.model.transfer import Durable, VolumeInfo
 from pitfs.store.catalog import database
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.ingest import Ingest
-from pitfs.store.objects.format import ObjectKind, object_file
+from pitfs.store.objects.format import ObjectKind, ObjectName
 from pitfs.store.open_interval import writer as writer_module
 from pitfs.store.open_interval.closing import Closing
 from pitfs.store.open_interval.stream import Stream
@@ -32,7 +32,7 @@ COMMITS = ("commit", "put_open_interval", "protect_through", "drop_open_interval
 
 
 def wal_file(open_interval_id: int) -> str:
-    return object_file(ObjectKind.JOURNAL_BLOCKS, open_interval_id)
+    return ObjectName(ObjectKind.JOURNAL_BLOCKS, open_interval_id).file
 
 
 class Killed(BaseException):

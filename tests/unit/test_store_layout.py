@@ -14,17 +14,13 @@ from pitfs.model.blockmap import EMPTY, MapBuilder, MapEntry, decode_node, new_n
 from pitfs.model.group import identity_problem
 from pitfs.model.transfer import POSITION, VolumeInfo
 from pitfs.store.catalog.database import Database
-from pitfs.store.index.format import INDEX_ROW
-from pitfs.store.index.writer import IndexWriter
+from pitfs.store.index.format import INDEX_ROW, IndexWriter
 from pitfs.store.objects.format import (
     HEADER_BYTES,
     ObjectHeader,
     ObjectKind,
-    contents_kind,
-    contents_object,
+    ObjectName,
     data_offset,
-    is_object_file,
-    object_file,
     pointer,
     pointer_object,
     pointer_unit,
@@ -99,25 +95,27 @@ def test_a_header_of_a_newer_version_or_another_form_says_so() -> None:
 
 def test_pointers_lead_to_objects_and_back() -> None:
     for kind in (ObjectKind.SNAPSHOT_BLOCKS, ObjectKind.JOURNAL_BLOCKS):
-        number = contents_object(77, kind)
+        number = ObjectName(kind, 77).number
         value = pointer(number, (1 << 36) - 1)
         assert value < 1 << 64
         assert (pointer_object(value), pointer_unit(value)) == (number, (1 << 36) - 1)
-        assert contents_kind(number) == (kind, 77)
+        assert ObjectName.of_number(number) == ObjectName(kind, 77)
+        assert ObjectName(kind, 77).pointer(8) == pointer(number, 8)
     assert data_offset(0) == 4096
     assert data_offset(8) == 8192
 
 
 def test_object_files_are_told_from_others() -> None:
-    assert object_file(ObjectKind.MAP, 10) == "snapshot-000000000000000a.map"
-    assert all(is_object_file(object_file(kind, 5)) for kind in ObjectKind)
+    assert ObjectName(ObjectKind.MAP, 10).file == "snapshot-000000000000000a.map"
+    names = [*(ObjectName(kind, 5) for kind in ObjectKind), ObjectName(ObjectKind.JOURNAL_INDEX, 5, 0)]
+    assert [ObjectName.of_file(name.file) for name in names] == names
     for name in (
         "snapshot-5.map",
         "journal-0000000000000005.map",
         "lost+found",
         "snapshot-0000000000000005.map.tmp",
     ):
-        assert not is_object_file(name)
+        assert ObjectName.of_file(name) is None
 
 
 @pytest.mark.parametrize(

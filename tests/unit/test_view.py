@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pitfs.errors import CorruptionError, PitfsError
-from pitfs.store.objects.format import ObjectHeader, ObjectKind, object_file
+from pitfs.store.objects.format import ObjectHeader, ObjectKind, ObjectName
 from pitfs.store.objects.pool import ObjectPool
 from pitfs.view import view as view_module
 from pitfs.view.view import PointInTimeView, ReadBuffer, TableCache
@@ -103,7 +103,7 @@ def make_pool(path: Path, count: int, limit: int) -> ObjectPool:
     """A pool of `count` objects; byte 4096 of each is its number's."""
     for number in range(count):
         header = ObjectHeader(ObjectKind.SNAPSHOT_BLOCKS, b"h" * 16, number)
-        (path / object_file(header.kind, number)).write_bytes(header.encode() + bytes([number]))
+        (path / ObjectName(header.kind, number).file).write_bytes(header.encode() + bytes([number]))
     return ObjectPool(str(path), b"h" * 16, limit)
 
 
@@ -137,7 +137,7 @@ def test_an_object_that_opens_slowly_keeps_no_other_waiting(
     real, opening, go_on = os.open, threading.Event(), threading.Event()
 
     def slow(path: str, *more: Any) -> int:
-        if path.endswith(object_file(ObjectKind.SNAPSHOT_BLOCKS, 0)) and not opening.is_set():
+        if path.endswith(ObjectName(ObjectKind.SNAPSHOT_BLOCKS, 0).file) and not opening.is_set():
             opening.set()
             assert go_on.wait(60)
         return real(path, *more)

@@ -20,7 +20,7 @@ from pitfs.errors import CorruptionError
 from pitfs.model.blockmap import MapEntry
 from pitfs.model.transfer import Bookmark, Gap
 from pitfs.store.catalog.database import FIRST_PAGE_ROWS, PAGE_ROWS, REMEDY, Database
-from pitfs.store.catalog.records import Commit, Interval, LayersCommit, OpenInterval, Snapshot, SortedRun
+from pitfs.store.catalog.records import Commit, Interval, OpenInterval, Snapshot, SortedRun
 from pitfs.store.objects.format import ObjectRecord
 
 T = TypeVar("T")
@@ -237,17 +237,23 @@ class Catalog(Database):
             if commit.open_interval_id is not None:
                 self._delete_open_interval(commit.open_interval_id)
 
-    def commit_layers(self, commit: LayersCommit) -> None:
-        """Makes an interval finer, or nothing; durable when it returns."""
+    def commit_layers(
+        self, interval: Interval, objects: Sequence[ObjectRecord], replaced: str, minutes: Mapping[int, int]
+    ) -> None:
+        """Makes an interval finer, or nothing; durable when it returns.
+
+        Args:
+            interval: as it is then.
+            objects: new ones, and those that have grown. replaced: name of the index whose place they take, or "".
+        """
         with self.changes():
-            if commit.replaced is not None:
-                self.delete("objects", "name", commit.replaced)
-            for record in commit.objects:
-                self.delete("objects", "name", record.name)
+            for name in (replaced, *(record.name for record in objects)):
+                self.delete("objects", "name", name)
+            for record in objects:
                 self.put("objects", astuple(record))
-            self.delete("intervals", "snapshot", commit.base.end_snapshot_id)
-            self.put("intervals", astuple(commit.interval))
-            self._put_minutes(commit.minutes)
+            self.delete("intervals", "snapshot", interval.end_snapshot_id)
+            self.put("intervals", astuple(interval))
+            self._put_minutes(minutes)
 
     def fence(self, epoch: int, instance: int) -> None:
         """From here on senders of an earlier epoch, or of the same and another instance, are refused."""

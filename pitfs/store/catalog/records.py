@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
 
 from pitfs.model.blockmap import MapEntry
 from pitfs.model.ladder import layer_of
+from pitfs.model.position import Position
 from pitfs.model.transfer import Manifest
-from pitfs.store.objects.format import ObjectRecord
+from pitfs.store.objects.format import ObjectKind, ObjectName, ObjectRecord
+
+_SECOND_NS: Final = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +52,22 @@ class Interval:
     journal_rows: int
 
     @property
+    def bounds(self) -> tuple[int, int, int, int]:
+        """Positions of its base and end snapshots."""
+        return self.from_seq, self.from_time_ns, self.to_seq, self.to_time_ns
+
+    @property
     def layer(self) -> int:
         """The last layer of the ladder that its difference journal has; NO_LAYER without one."""
         return layer_of(self.granularity_ns)
+
+    def at(self, position: Position | None) -> Resolution | None:
+        """The state at a position in it."""
+        if position is None:
+            return None
+        return Resolution(
+            position.seq, position.time_ns, self.granularity_ns, self.base_snapshot_id, self.end_snapshot_id
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,22 +86,6 @@ class Commit:
     objects: Sequence[ObjectRecord] = ()
     minutes: Mapping[int, int] = field(default_factory=dict)
     open_interval_id: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class LayersCommit:
-    """What layers make of a committed interval.
-
-    Attributes:
-        base, interval: as it was and as it is then.
-        objects: new ones, and those that have grown. replaced: name of the index that they take the place of.
-    """
-
-    base: Interval
-    interval: Interval
-    objects: Sequence[ObjectRecord]
-    replaced: str | None
-    minutes: Mapping[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +138,10 @@ class OpenInterval:
     runs: tuple[SortedRun, ...] = ()
 
     @property
+    def wal(self) -> ObjectName:
+        return ObjectName(ObjectKind.JOURNAL_BLOCKS, self.id)
+
+    @property
     def interval(self) -> Interval:
         """As it is listed."""
         return Interval(
@@ -166,3 +174,9 @@ class Resolution:
     def kind(self) -> str:
         """As users see it."""
         return "snapshot" if self.end_snapshot_id is None else "intermediary"
+
+
+def add_seconds(minutes: dict[int, int], times_ns: npt.NDArray[np.int64]) -> None:
+    """Marks the seconds of these times: bits of the seconds of each minute since the epoch, first second lowest."""
+    for second in np.unique(times_ns // _SECOND_NS).tolist():
+        minutes[second // 60] = minutes.get(second // 60, 0) | 1 << second % 60

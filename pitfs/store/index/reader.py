@@ -7,25 +7,63 @@ however long the journal is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Final, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from pitfs.model.blockmap import FANOUT, FANOUT_BITS, I64Array, U64Array
-from pitfs.model.ladder import LAST_LAYER
 from pitfs.model.position import Position
 from pitfs.model.transfer import POSITION
+from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.records import Interval
 from pitfs.store.index.format import INDEX_ROW, POSITIONS_VOLUME, SPARSE_INDEX, Chunk
-from pitfs.store.objects.cache import Cache
-from pitfs.store.objects.format import HEADER_BYTES, ObjectKind, ObjectRecord
-from pitfs.store.objects.pool import ObjectPool
+from pitfs.store.objects.format import HEADER_BYTES, ObjectKind, ObjectName, ObjectRecord
+from pitfs.store.objects.pool import MissingObjectError, ObjectPool
 
 MAX_CACHED_CHUNKS: Final = 64  # 4 MiB: an interval of 100,000 rows; a leaf of a longer one has 3 or 4
+MAX_CACHED_INDEX_BYTES: Final = 4 << 20  # of sparse indexes: 40 bytes for 2048 entries, 300 KB for 10**7
+_OVERHEAD_BYTES: Final = 1024
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+Index = TypeVar("Index", bound="RowIndex")
+
+
+class Cache(Generic[K, V]):
+    """Keeps what was used last, for any number of threads, up to `limit` (in whatever `weight` counts, else values).
+
+    The lock isn't held while a value is made: two threads may make the same one, which is harmless for values
+    that don't change.
+    """
+
+    def __init__(self, limit: int, weight: Callable[[V], int] = lambda value: 1) -> None:
+        self.limit = limit
+        self._weight = weight
+        self._total = 0
+        self._values: OrderedDict[K, V] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: K, make: Callable[[], V]) -> V:
+        """The value of `key`, made if it isn't there; what `make` raises goes to the caller."""
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+                return self._values[key]
+        value = make()
+        with self._lock:
+            if key not in self._values:
+                self._values[key] = value
+                self._total += self._weight(value)
+            while self._total > self.limit and len(self._values) > 1:
+                self._total -= self._weight(self._values.popitem(last=False)[1])
+        return value
+
 
 ChunkCache = Cache[tuple[tuple[int, int, int], int], Chunk]  # by (snapshot id, layer, offset), number of the chunk
 
@@ -35,16 +73,9 @@ def chunk_cache(limit: int = MAX_CACHED_CHUNKS) -> ChunkCache:
     return Cache(limit)
 
 
-@dataclass(frozen=True, slots=True)
-class SparseIndexPlace:
-    """Where rows are: the object (`layer` of an index), and the sparse index in it, at byte `offset`."""
-
-    kind: ObjectKind
-    snapshot_id: int
-    offset: int
-    size_bytes: int
-    checksum: int
-    layer: int = LAST_LAYER
+def index_cache() -> Cache[tuple[int, int], Index]:
+    """A cache of indexes, by the size of their sparse indexes."""
+    return Cache(MAX_CACHED_INDEX_BYTES, lambda index: index.sparse_index_bytes + _OVERHEAD_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +95,20 @@ class RowIndex:
 
     Args:
         objects: of the store.
-        place: where they are.
+        name: of the object that has them.
+        offset, size_bytes, checksum: of the sparse index in it.
         chunks: shared by all of a store.
 
     Raises:
         CorruptionError: the sparse index isn't what was written; from the methods: a chunk isn't.
     """
 
-    def __init__(self, objects: ObjectPool, place: SparseIndexPlace, chunks: ChunkCache) -> None:
-        self._objects, self._place, self._chunks = objects, place, chunks
-        self._key = place.snapshot_id, place.layer, place.offset
-        data = self._read(place.size_bytes, place.offset, place.checksum) if place.size_bytes else b""
+    def __init__(
+        self, objects: ObjectPool, name: ObjectName, offset: int, size_bytes: int, checksum: int, chunks: ChunkCache
+    ) -> None:
+        self._objects, self._name, self._chunks = objects, name, chunks
+        self._key = name.snapshot_id, name.layer, offset
+        data = objects.read_verified(name, size_bytes, offset, checksum) if size_bytes else b""
         self._sparse_index = np.frombuffer(data, SPARSE_INDEX)
         self.sparse_index_bytes = len(data)
         volumes = self._sparse_index["volume"]
@@ -85,10 +119,6 @@ class RowIndex:
             columns = (np.ascontiguousarray(self._sparse_index[name][numbers]) for name in ("first", "first_seq"))
             self._of_volume[volume] = _VolumeChunks(numbers, *columns)
         self._positions = self._of_volume.pop(POSITIONS_VOLUME, _NO_CHUNKS)
-
-    def _read(self, size: int, offset: int, checksum: int) -> bytes:
-        place = self._place
-        return self._objects.read_verified(place.kind, place.snapshot_id, size, offset, checksum, place.layer)
 
     # Rows
 
@@ -200,7 +230,8 @@ class RowIndex:
     def _read_chunk(self, number: int) -> Chunk:
         row = self._sparse_index[number]
         count, columns = int(row["rows"]), 2 if int(row["volume"]) == POSITIONS_VOLUME else 4
-        data = self._read(count * columns * 8, int(row["offset"]), int(row["checksum"]))
+        size, offset, checksum = count * columns * 8, int(row["offset"]), int(row["checksum"])
+        data = self._objects.read_verified(self._name, size, offset, checksum)
         return np.frombuffer(data, "<u8").reshape(columns, count)
 
 
@@ -214,11 +245,9 @@ class JournalIndex(RowIndex):
 
     def __init__(self, objects: ObjectPool, interval: Interval, record: ObjectRecord, chunks: ChunkCache) -> None:
         self.interval = interval
-        place = SparseIndexPlace(
-            ObjectKind.JOURNAL_INDEX, interval.end_snapshot_id,
-            HEADER_BYTES + record.data_bytes, record.footer_bytes, record.footer_checksum, interval.layer,
-        )  # fmt: skip
-        super().__init__(objects, place, chunks)
+        name = ObjectName(ObjectKind.JOURNAL_INDEX, interval.end_snapshot_id, interval.layer)
+        footer = HEADER_BYTES + record.data_bytes, record.footer_bytes, record.footer_checksum
+        super().__init__(objects, name, *footer, chunks)
 
     def next_time(self, time_ns: int) -> int:
         """Time of the first position after `time_ns`, the interval's end if there is none."""
@@ -230,6 +259,42 @@ class JournalIndex(RowIndex):
             if behind < len(times_ns):
                 return int(times_ns[behind])
         return int(firsts[place]) if place < len(firsts) else self.interval.to_time_ns
+
+
+class Journals:
+    """The difference journals of a store's intervals, each opened when it is needed and kept for a while.
+
+    `chunks` is shared by all of them. Methods raise CorruptionError where one isn't what was written.
+    """
+
+    def __init__(self, catalog: Catalog, objects: ObjectPool, chunks: ChunkCache) -> None:
+        self._catalog, self._objects, self._chunks = catalog, objects, chunks
+        self._cache: Cache[tuple[int, int], JournalIndex] = index_cache()
+
+    def ending_at(self, snapshot_id: int) -> JournalIndex:
+        """That of the interval which ends at a snapshot."""
+        interval = self._catalog.interval_to(snapshot_id)
+        if interval is None:
+            raise MissingObjectError(self._catalog.path, 0, f"interval {snapshot_id} is missing")
+        return self.of(interval)
+
+    def of(self, interval: Interval) -> JournalIndex:
+        """The interval's, or the finer one that took its place: that has the same states, and more."""
+        while True:
+            try:
+                return self._cache.get((interval.end_snapshot_id, interval.layer), partial(self._open, interval))
+            except MissingObjectError:
+                now = self._catalog.interval_to(interval.end_snapshot_id)
+                if now is None or now.layer <= interval.layer:
+                    raise
+                interval = now
+
+    def _open(self, interval: Interval) -> JournalIndex:
+        name = ObjectName(ObjectKind.JOURNAL_INDEX, interval.end_snapshot_id, interval.layer)
+        record = self._catalog.object(name.file)
+        if record is None:
+            raise MissingObjectError(self._catalog.path, 0, f"it lists an interval but not {name.file}")
+        return JournalIndex(self._objects, interval, record, self._chunks)
 
 
 def _first_chunk(chunks: _VolumeChunks, block: int) -> int:

@@ -42,7 +42,7 @@ import enum
 import re
 import struct
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
@@ -70,12 +70,6 @@ OBJECTS: Final = "objects"
 STAGING: Final = "staging"
 PINS: Final = "pins"
 
-_OBJECT_NAME: Final = re.compile(
-    r"snapshot-[0-9a-f]{16}\.(?:map|blocks)|journal-(?P<blocks>[0-9a-f]{16})\.blocks"
-    r"|journal-(?P<index>[0-9a-f]{16})-(?P<layer>[0-9])\.index"
-)
-
-
 class ObjectKind(enum.IntEnum):
     MAP = 1
     SNAPSHOT_BLOCKS = 2
@@ -83,52 +77,53 @@ class ObjectKind(enum.IntEnum):
     JOURNAL_BLOCKS = 4
 
 
-_NAMES: Final = {
+_FILES: Final = {
     ObjectKind.MAP: "snapshot-{:016x}.map",
     ObjectKind.SNAPSHOT_BLOCKS: "snapshot-{:016x}.blocks",
     ObjectKind.JOURNAL_INDEX: "journal-{:016x}-{}.index",
     ObjectKind.JOURNAL_BLOCKS: "journal-{:016x}.blocks",
 }
+_NUMBERS: Final = re.compile(r"[a-z]+-(?P<snapshot_id>[0-9a-f]{16})(?:-(?P<layer>[0-9]))?\.[a-z]+")
 
 
-def object_file(kind: ObjectKind, snapshot_id: int, layer: int = LAST_LAYER) -> str:
-    """File name of an object in objects/; `layer`: of an index."""
-    return _NAMES[kind].format(snapshot_id, layer)
+class ObjectName(NamedTuple):
+    """Which object it is. `snapshot_id`: or the id of an open interval, of its log. `layer`: of an index."""
 
+    kind: ObjectKind
+    snapshot_id: int
+    layer: int = LAST_LAYER
 
-def is_object_file(name: str) -> bool:
-    return _OBJECT_NAME.fullmatch(name) is not None
+    @property
+    def file(self) -> str:
+        """Its file's name in objects/."""
+        return _FILES[self.kind].format(self.snapshot_id, self.layer)
 
+    @classmethod
+    def of_file(cls, file: str) -> ObjectName | None:
+        """The object with that file name; None where it is none's."""
+        if not (found := _NUMBERS.fullmatch(file)):
+            return None
+        numbers = int(found["snapshot_id"], 16), int(found["layer"] or LAST_LAYER)
+        return next((name for kind in ObjectKind if (name := cls(kind, *numbers)).file == file), None)
 
-def index_of(name: str) -> tuple[int, int] | None:
-    """(snapshot id, layer) where that is the name of a journal's index."""
-    found = _OBJECT_NAME.fullmatch(name)
-    return (int(found["index"], 16), int(found["layer"])) if found and found["index"] else None
+    @classmethod
+    def of_number(cls, number: int) -> ObjectName:
+        """The contents object with that number."""
+        return cls(ObjectKind.JOURNAL_BLOCKS if number & 1 else ObjectKind.SNAPSHOT_BLOCKS, number >> 1)
 
+    @property
+    def number(self) -> int:
+        """Of a contents object, as pointers have it."""
+        return 2 * self.snapshot_id + (self.kind is ObjectKind.JOURNAL_BLOCKS)
 
-def journal_blocks_of(name: str) -> int | None:
-    """Snapshot id, or id of an open interval, where that is the name of a journal's contents."""
-    found = _OBJECT_NAME.fullmatch(name)
-    return int(found["blocks"], 16) if found and found["blocks"] else None
-
-
-def contents_object(snapshot_id: int, kind: ObjectKind) -> int:
-    """Number of a contents object, as pointers have it."""
-    return 2 * snapshot_id + (kind is ObjectKind.JOURNAL_BLOCKS)
-
-
-def contents_kind(number: int) -> tuple[ObjectKind, int]:
-    """(kind, snapshot id) of the contents object with that number."""
-    return (ObjectKind.JOURNAL_BLOCKS if number & 1 else ObjectKind.SNAPSHOT_BLOCKS), number >> 1
+    def pointer(self, unit: int = 0) -> int:
+        """To contents in it."""
+        return pointer(self.number, unit)
 
 
 def pointer(number: int, unit: int) -> int:
     """Pointer to `unit` of the contents object `number`, or node `unit` of the map of snapshot `number`."""
     return number << UNIT_BITS | unit
-
-
-def contents_pointer(kind: ObjectKind, snapshot_id: int, unit: int = 0) -> int:
-    return pointer(contents_object(snapshot_id, kind), unit)
 
 
 def pointer_object(value: int) -> int:
@@ -179,7 +174,7 @@ class ObjectHeader:
         (checksum,) = _CHECKSUM.unpack_from(data, HEADER.size)
         if magic != MAGIC or checksum != xxh3_64_intdigest(data[: HEADER.size]):
             raise CorruptionError(what, 0, "no header of a pitfs object")
-        if version != VERSION or form != 0 or kind not in _NAMES:
+        if version != VERSION or form != 0 or kind not in _FILES:
             raise StoreVersionError(
                 f"{what}: object of version {version}, form {form}, kind {kind}; this pitfs knows version "
                 f"{VERSION}, form 0: use the pitfs that wrote it, or a newer one"
@@ -195,5 +190,5 @@ class ObjectRecord:
     kind: int
     snapshot_id: int
     data_bytes: int
-    footer_bytes: int
-    footer_checksum: int
+    footer_bytes: int = 0
+    footer_checksum: int = 0

@@ -15,16 +15,8 @@ from typing import Final, ParamSpec, TypeVar
 from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CorruptionError
-from pitfs.model.ladder import LAST_LAYER
 from pitfs.storage.files import read_exactly, storage_error
-from pitfs.store.objects.format import (
-    HEADER_BYTES,
-    ObjectHeader,
-    ObjectKind,
-    contents_kind,
-    contents_object,
-    object_file,
-)
+from pitfs.store.objects.format import HEADER_BYTES, ObjectHeader, ObjectKind, ObjectName
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -79,11 +71,8 @@ class Descriptor(int):
         os.close(self)
 
 
-_Key = int | tuple[ObjectKind, int, int]
-
-
-def _key(kind: ObjectKind, snapshot_id: int, layer: int) -> _Key:
-    return contents_object(snapshot_id, kind) if kind in _CONTENTS else (kind, snapshot_id, layer)
+def _key(name: ObjectName) -> int | ObjectName:
+    return name.number if name.kind in _CONTENTS else name
 
 
 class ObjectPool:
@@ -99,9 +88,9 @@ class ObjectPool:
         self.directory = directory
         self._history = history
         self._limit = limit
-        # Contents objects by their number, others by what they are. Look-ups by number take no lock, since every read
+        # Contents objects by their number, others by their name. Look-ups by number take no lock, since every read
         # makes one. They don't count as a use: at worst an object is opened once more.
-        self._open: OrderedDict[_Key, Descriptor] = OrderedDict()
+        self._open: OrderedDict[int | ObjectName, Descriptor] = OrderedDict()
         self._lock = threading.Lock()
         # Descriptor of the contents object with that number (of a pointer) if it is open: never waits.
         self.opened: Callable[[int], Descriptor | None] = self._open.get
@@ -114,42 +103,39 @@ class ObjectPool:
             PitfsError: the disk refuses.
         """
         fd = self.opened(object_number)
-        return fd if fd is not None else self.fd_of(*contents_kind(object_number))
+        return fd if fd is not None else self.fd_of(ObjectName.of_number(object_number))
 
-    def fd_of(self, kind: ObjectKind, snapshot_id: int, layer: int = LAST_LAYER) -> Descriptor:
-        """As `fd`, for an object of any kind; `layer`: of an index."""
-        key = _key(kind, snapshot_id, layer)
+    def fd_of(self, name: ObjectName) -> Descriptor:
+        """As `fd`, for an object of any kind."""
+        key = _key(name)
         with self._lock:
             fd = self._open.get(key)
             if fd is not None:
                 self._open.move_to_end(key)
                 return fd
-        fd = self._open_checked(kind, snapshot_id, layer)  # without the lock: one slow object delays no other
+        fd = self._open_checked(name)  # without the lock: one slow object delays no other
         with self._lock:
             fd = self._open.setdefault(key, fd)  # another thread may have been faster
             if len(self._open) > self._limit:
                 self._open.popitem(last=False)
         return fd
 
-    def forget(self, kind: ObjectKind, snapshot_id: int) -> None:
+    def forget(self, name: ObjectName) -> None:
         """Lets go of an object that was removed: its room is free when the last one who reads it is done."""
         with self._lock:
-            self._open.pop(_key(kind, snapshot_id, LAST_LAYER), None)
+            self._open.pop(_key(name), None)
 
-    def path_of(self, kind: ObjectKind, snapshot_id: int, layer: int = LAST_LAYER) -> str:
-        return os.path.join(self.directory, object_file(kind, snapshot_id, layer))
+    def path_of(self, name: ObjectName) -> str:
+        return os.path.join(self.directory, name.file)
 
-    def read_verified(
-        self, kind: ObjectKind, snapshot_id: int, size: int, offset: int, checksum: int, layer: int = LAST_LAYER
-    ) -> bytes:
+    def read_verified(self, name: ObjectName, size: int, offset: int, checksum: int) -> bytes:
         """Bytes of an object whose xxh3_64 is `checksum`.
 
         Raises:
             CorruptionError: they aren't those.
             PitfsError: the disk refuses.
         """
-        path = self.path_of(kind, snapshot_id, layer)
-        fd = self.fd_of(kind, snapshot_id, layer)
+        path, fd = self.path_of(name), self.fd_of(name)
         try:
             data = read_exactly(fd, size, offset, path)
         except OSError as error:
@@ -162,8 +148,8 @@ class ObjectPool:
         with self._lock:
             self._open.clear()
 
-    def _open_checked(self, kind: ObjectKind, snapshot_id: int, layer: int) -> Descriptor:
-        path = self.path_of(kind, snapshot_id, layer)
+    def _open_checked(self, name: ObjectName) -> Descriptor:
+        path = self.path_of(name)
         try:
             fd = Descriptor(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         except OSError as error:
@@ -174,6 +160,6 @@ class ObjectPool:
             header = ObjectHeader.decode(read_exactly(fd, HEADER_BYTES, 0, path), path)
         except OSError as error:
             raise storage_error(error, path, "reading") from error
-        if (header.kind, header.snapshot_id, header.history) != (kind, snapshot_id, self._history):
+        if (header.kind, header.snapshot_id, header.history) != (name.kind, name.snapshot_id, self._history):
             raise CorruptionError(path, 0, "it is another object than its name says")
         return fd

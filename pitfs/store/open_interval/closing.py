@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 import os
-import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Final
@@ -29,17 +29,16 @@ import numpy.typing as npt
 from pitfs.errors import CorruptionError
 from pitfs.model.blockmap import U64Array
 from pitfs.model.transfer import UNIT_BYTES, Bookmark, Manifest, TransferKind
-from pitfs.storage.files import storage_error, write_all
+from pitfs.storage.files import open_fd, storage_error, write_all
 from pitfs.store.catalog.records import Commit, OpenInterval, Snapshot
-from pitfs.store.index.map_writer import FLUSH_BYTES, MapWriter
+from pitfs.store.index.format import IndexWriter
+from pitfs.store.index.maps import FLUSH_BYTES, MapWriter
 from pitfs.store.index.merge import BY_BLOCK, Rows, by_volume, merged
 from pitfs.store.index.reader import chunk_cache
-from pitfs.store.index.writer import IndexWriter
-from pitfs.store.objects.format import HEADER_BYTES, UNIT_MASK, ObjectKind, ObjectRecord, contents_pointer
-from pitfs.store.objects.publishing import new_object
+from pitfs.store.objects.format import HEADER_BYTES, UNIT_MASK, ObjectKind, ObjectName, ObjectRecord
 from pitfs.store.open_interval.sorted_runs import open_run
 from pitfs.store.transfer.recovery import StagingArea
-from pitfs.store.transfer.writable_store import WritableStore
+from pitfs.store.transfer.writable_store import WritableStore, new_object
 
 CAUSE: Final = "streamed"
 
@@ -60,13 +59,11 @@ class _Contents:
     """A contents object that is filled from the WAL, through a bounded buffer.
 
     Args:
-        fd, kind, snapshot_id: of the object. wal_fd, wal_path: of the WAL.
+        fd, name: of the object. wal_fd, wal_path: of the WAL.
     """
 
-    def __init__(self, fd: int, kind: ObjectKind, snapshot_id: int, wal_fd: int, wal_path: str) -> None:
-        self._fd, self._kind, self._snapshot_id = fd, kind, snapshot_id
-        self._wal_fd, self._wal_path = wal_fd, wal_path
-        self._first = contents_pointer(kind, snapshot_id)
+    def __init__(self, fd: int, name: ObjectName, wal_fd: int, wal_path: str) -> None:
+        self._fd, self._name, self._wal_fd, self._wal_path = fd, name, wal_fd, wal_path
         self._units = 0
         self._buffer = memoryview(bytearray(FLUSH_BYTES))
         self._used = self._written = 0
@@ -82,7 +79,7 @@ class _Contents:
         run_ends = [0, *ends[np.array(cuts[1:]) - 1].tolist()]
         for start, (low, high) in zip(starts, itertools.pairwise(run_ends), strict=True):
             self._copy(HEADER_BYTES + start * UNIT_BYTES, (high - low) * UNIT_BYTES)
-        found: U64Array = np.uint64(self._first + self._units) + ends - units
+        found: U64Array = np.uint64(self._name.pointer(self._units)) + ends - units
         self._units += int(ends[-1])
         return found
 
@@ -102,9 +99,7 @@ class _Contents:
     def finish(self, store: WritableStore) -> list[ObjectRecord]:
         """The object, durable; none if nothing is in it."""
         self._flush()
-        if not self._units:
-            return []
-        return [store.complete(self._fd, self._kind, self._snapshot_id, self._units * UNIT_BYTES)]
+        return [store.complete(self._fd, self._name, self._units * UNIT_BYTES)] if self._units else []
 
 
 class Closing:
@@ -117,29 +112,22 @@ class Closing:
 
     def __init__(self, record: OpenInterval, store: WritableStore, area: StagingArea) -> None:
         self.record, self._store, self._area = record, store, area
-        self._wal_path = store.objects.path_of(ObjectKind.JOURNAL_BLOCKS, record.id)
+        self._wal_path = store.objects.path_of(record.wal)
         self._units = (store.block_sizes // UNIT_BYTES).astype("<u8")
-        self._thread = threading.Thread(target=self._run_in_thread, name=f"closing {record.mark}")
-        self._error: BaseException | None = None
+        self._running: Future[None] = Future()
 
     def start(self) -> None:
-        self._thread.start()
+        thread = ThreadPoolExecutor(1, f"closing {self.record.mark}")
+        self._running = thread.submit(self.run)
+        thread.shutdown(wait=False)
 
     @property
     def is_done(self) -> bool:
-        return not self._thread.is_alive()
+        return self._running.done()
 
     def join(self) -> None:
         """Waits until it is done, and raises what `run` raised there."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-
-    def _run_in_thread(self) -> None:
-        try:
-            self.run()
-        except BaseException as error:
-            self._error = error
+        self._running.result()
 
     def run(self) -> None:
         """Makes the objects, commits, and removes the WAL.
@@ -153,7 +141,7 @@ class Closing:
             commit = self._build(directory)
             self._store.publish(directory, commit.objects)
             self._store.catalog.commit(commit)
-            self._store.objects.forget(ObjectKind.JOURNAL_BLOCKS, self.record.id)
+            self._store.objects.forget(self.record.wal)
             with suppress(FileNotFoundError):
                 os.unlink(self._wal_path)
             self._area.clear(directory)
@@ -164,29 +152,29 @@ class Closing:
         """Makes the objects in that directory, each complete and durable."""
         record, store, snapshot_id = self.record, self._store, self.record.end_snapshot_id
         with ExitStack() as files:
-            wal_fd = os.open(self._wal_path, os.O_RDONLY | os.O_CLOEXEC)
-            files.callback(os.close, wal_fd)
-            fds = {kind: files.enter_context(new_object(directory, kind, snapshot_id)) for kind in ObjectKind}
-            snapshot, journal = (
-                _Contents(fds[kind], kind, snapshot_id, wal_fd, self._wal_path)
-                for kind in (ObjectKind.SNAPSHOT_BLOCKS, ObjectKind.JOURNAL_BLOCKS)
-            )
+            wal_fd = files.enter_context(open_fd(self._wal_path, os.O_RDONLY))
+            names = [ObjectName(kind, snapshot_id) for kind in ObjectKind]
+            fds = [files.enter_context(new_object(directory, name)) for name in names]
+            map_fd, snapshot_fd, index_fd, journal_fd = fds
+            map_name, snapshot_name, index_name, journal_name = names
+            snapshot = _Contents(snapshot_fd, snapshot_name, wal_fd, self._wal_path)
+            journal = _Contents(journal_fd, journal_name, wal_fd, self._wal_path)
             roots_before = store.catalog.roots(record.base_snapshot_id)
-            maps = MapWriter(fds[ObjectKind.MAP], snapshot_id, store.volumes, roots_before, store.nodes.load)
-            writer = IndexWriter(fds[ObjectKind.JOURNAL_INDEX])
+            maps = MapWriter(map_fd, snapshot_id, store.volumes, roots_before, store.load_node)
+            writer = IndexWriter(index_fd)
             block_count, row_count = self._write_rows(maps, writer, snapshot, journal)
             objects = [*snapshot.finish(store), *journal.finish(store)]
-            index = ObjectKind.JOURNAL_INDEX
-            objects.append(store.complete(fds[index], index, snapshot_id, *writer.finish()))
+            objects.append(store.complete(index_fd, index_name, *writer.finish()))
             manifest = streamed_manifest(
                 record.mark, (record.from_seq, record.from_time_ns), (record.to_seq, record.to_time_ns),
                 record.protected_through_ns, record.bookmark, record.first_time_ns, block_count, row_count,
                 f"tail-{record.id:016x}",
             )  # fmt: skip
-            roots, map_record = maps.finish(manifest, store.history)
+            roots, lengths = maps.finish(manifest)
+            objects.insert(0, store.complete(map_fd, map_name, *lengths))
         interval = replace(record.interval, cause=CAUSE, journal_rows=row_count)
         made = Snapshot(snapshot_id, record.to_seq, record.to_time_ns, record.mark)
-        return Commit(manifest, made, roots, interval, [map_record, *objects], open_interval_id=record.id)
+        return Commit(manifest, made, roots, interval, objects, open_interval_id=record.id)
 
     def _write_rows(
         self, maps: MapWriter, writer: IndexWriter, snapshot: _Contents, journal: _Contents

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Final
 
 from pitfs.model.blockmap import U64Array
 from pitfs.model.position import Position
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.records import OpenInterval, Resolution, SortedRun
-from pitfs.store.index.reader import ChunkCache, RowIndex
-from pitfs.store.objects.cache import Cache
-from pitfs.store.objects.format import ObjectKind
+from pitfs.store.index.reader import Cache, ChunkCache, RowIndex, index_cache
+from pitfs.store.objects.format import ObjectKind, ObjectName
 from pitfs.store.objects.pool import ObjectPool
 from pitfs.store.open_interval.sorted_runs import open_run
-
-MAX_CACHED_BYTES: Final = 4 << 20  # of sparse indexes of runs: 40 bytes for 2048 rows, and for each run
-_OVERHEAD_BYTES: Final = 1024
 
 
 class WrittenBlocks:
@@ -51,9 +46,7 @@ class OpenIntervals:
     def __init__(self, catalog: Catalog, objects: ObjectPool, chunks: ChunkCache) -> None:
         self._catalog, self._objects, self._chunks = catalog, objects, chunks
         self._known: tuple[int, tuple[OpenInterval, ...]] = -1, ()
-        self._indexes: Cache[tuple[int, int], RowIndex] = Cache(
-            MAX_CACHED_BYTES, lambda index: index.sparse_index_bytes + _OVERHEAD_BYTES
-        )
+        self._indexes: Cache[tuple[int, int], RowIndex] = index_cache()
 
     def now(self) -> tuple[OpenInterval, ...]:
         """All that there are, oldest first."""
@@ -63,7 +56,7 @@ class OpenIntervals:
             return before
         now = self._catalog.open_intervals()
         for gone in {each.id for each in before} - {each.id for each in now}:
-            self._objects.forget(ObjectKind.JOURNAL_BLOCKS, gone)  # else its WAL would take room for ever
+            self._objects.forget(ObjectName(ObjectKind.JOURNAL_BLOCKS, gone))  # else its WAL would take room for ever
         self._known = version, now
         return now
 
@@ -71,7 +64,7 @@ class OpenIntervals:
         """The newest state, if it is after the snapshot at `after_seq`."""
         for each in reversed(now):
             if each.runs and each.to_seq > after_seq:
-                return _resolution(each, Position(each.to_seq, each.to_time_ns))
+                return each.interval.at(Position(each.to_seq, each.to_time_ns))
         return None
 
     def at_seq(self, now: Sequence[OpenInterval], after_seq: int, seq: int) -> Resolution | None:
@@ -79,7 +72,7 @@ class OpenIntervals:
         for each in reversed(now):
             if each.from_seq >= after_seq and each.from_seq < seq <= each.to_seq:
                 run = [run for run in each.runs if run.first_seq <= seq][-1]
-                return _resolution(each, self._index(run).position_at_seq(seq))
+                return each.interval.at(self._index(run).position_at_seq(seq))
         return None
 
     def at_time(self, now: Sequence[OpenInterval], after_seq: int, time_ns: int) -> Resolution | None:
@@ -87,7 +80,7 @@ class OpenIntervals:
         for each in reversed(now):
             runs = [run for run in each.runs if run.first_time_ns <= time_ns]
             if each.from_seq >= after_seq and runs:
-                return _resolution(each, self._index(runs[-1]).position_at_time(time_ns))
+                return each.interval.at(self._index(runs[-1]).position_at_time(time_ns))
         return None
 
     def written(self, interval: OpenInterval) -> WrittenBlocks:
@@ -97,11 +90,3 @@ class OpenIntervals:
         return self._indexes.get(
             (run.open_interval_id, run.sparse_index_offset), lambda: open_run(self._objects, run, self._chunks)
         )
-
-
-def _resolution(interval: OpenInterval, position: Position | None) -> Resolution | None:
-    if position is None:
-        return None
-    return Resolution(
-        position.seq, position.time_ns, 0, interval.base_snapshot_id, interval.end_snapshot_id
-    )

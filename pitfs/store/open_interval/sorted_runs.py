@@ -20,10 +20,10 @@ from typing import Final
 import numpy as np
 
 from pitfs.store.catalog.records import SortedRun
+from pitfs.store.index.format import IndexWriter
 from pitfs.store.index.merge import Rows
-from pitfs.store.index.reader import ChunkCache, RowIndex, SparseIndexPlace
-from pitfs.store.index.writer import IndexWriter
-from pitfs.store.objects.format import ObjectKind
+from pitfs.store.index.reader import ChunkCache, RowIndex
+from pitfs.store.objects.format import ObjectKind, ObjectName
 from pitfs.store.objects.pool import ObjectPool
 from pitfs.store.open_interval.wal import WriteAheadLog
 
@@ -34,11 +34,9 @@ _VOLUME_SHIFT: Final = 46  # a volume has at most 2**36 blocks
 
 def open_run(objects: ObjectPool, run: SortedRun, chunks: ChunkCache) -> RowIndex:
     """The run's rows and positions. Raises as RowIndex."""
-    place = SparseIndexPlace(
-        ObjectKind.JOURNAL_BLOCKS, run.open_interval_id, run.sparse_index_offset, run.sparse_index_bytes,
-        run.sparse_index_checksum,
-    )  # fmt: skip
-    return RowIndex(objects, place, chunks)
+    name = ObjectName(ObjectKind.JOURNAL_BLOCKS, run.open_interval_id)
+    sparse_index = run.sparse_index_offset, run.sparse_index_bytes, run.sparse_index_checksum
+    return RowIndex(objects, name, *sparse_index, chunks)
 
 
 def add_run(

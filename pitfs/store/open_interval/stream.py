@@ -24,9 +24,9 @@ from typing import Final
 from pitfs.errors import CapacityError, PitfsError, RemoteProtocolError
 from pitfs.model.group import NAME_RULE, is_name
 from pitfs.model.transfer import Durable, Hello, StreamMark, Writes
-from pitfs.storage.files import fsync_directory
+from pitfs.storage.files import closed_on_error, fsync_directory
 from pitfs.store.catalog.records import Commit, OpenInterval
-from pitfs.store.objects.format import MAX_SNAPSHOT_ID, ObjectKind
+from pitfs.store.objects.format import MAX_SNAPSHOT_ID, ObjectKind, ObjectName
 from pitfs.store.open_interval.closing import Closing, streamed_manifest
 from pitfs.store.open_interval.wal import WriteAheadLog
 from pitfs.store.open_interval.writer import MAX_PENDING_ROWS, OpenIntervalWriter
@@ -68,7 +68,7 @@ class Stream:
             self._open = OpenIntervalWriter.recover(record, self._store)
             if self._open is None:
                 with suppress(FileNotFoundError):
-                    os.unlink(self._store.objects.path_of(ObjectKind.JOURNAL_BLOCKS, record.id))
+                    os.unlink(self._store.objects.path_of(record.wal))
                     fsync_directory(self._store.objects.directory)
                 self._catalog.drop_open_interval(record.id)
             else:
@@ -224,15 +224,12 @@ class Stream:
         for each in (number, number + 1):
             self._area.recover_transfer(each)
         self._area.clear(self._area.path)  # a transfer that was to follow `end`
-        path = self._store.objects.path_of(ObjectKind.JOURNAL_BLOCKS, number)
+        path = self._store.objects.path_of(ObjectName(ObjectKind.JOURNAL_BLOCKS, number))
         wal = WriteAheadLog.create(path, number, self._store.history)
-        try:
+        with closed_on_error(wal.fd):
             fsync_directory(self._store.objects.directory)
             record = OpenInterval(number, number + 1, base, seq, time_ns, seq, time_ns, None, wal.end)
             catalog.put_open_interval(record, {}, 0, durable=True)
-        except BaseException:
-            wal.close()
-            raise
         self._open = OpenIntervalWriter(record, wal, self._store)
         return self._open
 

@@ -46,7 +46,7 @@ from xxhash import xxh3_64_intdigest
 from pitfs.errors import CapacityError, CorruptionError
 from pitfs.model.blockmap import I64Array, U64Array
 from pitfs.model.transfer import MAX_BATCH_ROWS, UNIT_BYTES, WRITE
-from pitfs.storage.files import read_exactly, write_all
+from pitfs.storage.files import closed_on_error, read_exactly, write_all
 from pitfs.store.index.merge import Rows
 from pitfs.store.objects.format import HEADER_BYTES, MAX_UNITS, ObjectHeader, ObjectKind
 from pitfs.store.transfer.sections import checksums_of
@@ -135,13 +135,9 @@ class WriteAheadLog:
     @classmethod
     def create(cls, path: str, open_interval_id: int, history: bytes) -> WriteAheadLog:
         """A new one with nothing in it, durable but for its directory entry. Raises OSError."""
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        try:
+        with closed_on_error(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)) as fd:
             write_all(fd, ObjectHeader(ObjectKind.JOURNAL_BLOCKS, history, open_interval_id).encode(), 0)
             os.fsync(fd)
-        except BaseException:
-            os.close(fd)
-            raise
         return cls(path, open_interval_id, fd, HEADER_BYTES, HEADER_BYTES)
 
     def append_writes(self, batch: Batch, body: memoryview) -> int:
@@ -209,7 +205,7 @@ class WalReader:
             raise CorruptionError(self._path, self._size, "the log is shorter than what was acknowledged")
         while (head := self._head(self.end)) is not None and head.end <= self._size:
             if head.kind is RecordKind.WRITES:
-                if not self._is_whole(head, head.batch, block_sizes):
+                if not self._is_whole(head, block_sizes):
                     break
                 yield head
             self.end = head.end
@@ -238,8 +234,9 @@ class WalReader:
         zeros = np.unpackbits(bits, count=block_count, bitorder="little").astype(np.bool_)
         return Head(RecordKind(kind), offset, body, body_bytes, durable, Batch(first_seq, rows, checksums, zeros))
 
-    def _is_whole(self, head: Head, batch: Batch, block_sizes: I64Array) -> bool:
+    def _is_whole(self, head: Head, block_sizes: I64Array) -> bool:
         """Whether its contents are what was written."""
+        batch = head.batch
         sizes = np.repeat(block_sizes[batch.rows["volume"]], batch.rows["block_count"])[~batch.zeros]
         if int(sizes.sum()) != head.body_bytes:
             return False

@@ -12,9 +12,8 @@ from typing import Final
 import numpy as np
 
 from pitfs.errors import CorruptionError
-from pitfs.storage.files import read_exactly, write_all
-from pitfs.store.catalog.minutes import add_seconds
-from pitfs.store.catalog.records import OpenInterval
+from pitfs.storage.files import closed_on_error, read_exactly, write_all
+from pitfs.store.catalog.records import OpenInterval, add_seconds
 from pitfs.store.index.merge import Rows
 from pitfs.store.index.reader import chunk_cache
 from pitfs.store.objects.format import HEADER_BYTES, ObjectHeader, ObjectKind
@@ -112,7 +111,7 @@ class OpenIntervalWriter:
             CorruptionError: what was acknowledged isn't there.
             OSError: the disk refuses.
         """
-        path = store.objects.path_of(ObjectKind.JOURNAL_BLOCKS, record.id)
+        path = store.objects.path_of(record.wal)
         try:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -123,14 +122,11 @@ class OpenIntervalWriter:
                 ) from None  # fmt: skip
             return None
         recovered = cls(record, WriteAheadLog(path, record.id, fd, record.wal_end, record.wal_end), store)
-        try:
+        with closed_on_error(fd):
             header = ObjectHeader.decode(read_exactly(fd, HEADER_BYTES, 0, path), path)
             if (header.kind, header.snapshot_id) != (ObjectKind.JOURNAL_BLOCKS, record.id):
                 raise CorruptionError(path, 0, "it is another object than its name says")
             recovered._read_again()
-        except BaseException:
-            recovered.close()
-            raise
         if recovered.end[0] == record.from_seq:
             recovered.close()
             return None

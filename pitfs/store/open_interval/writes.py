@@ -13,7 +13,7 @@ from pitfs.model.blockmap import I64Array, U64Array
 from pitfs.model.transfer import MAX_BATCH_BYTES, MAX_BATCH_ROWS, POSITION, UNIT_BYTES, VolumeInfo, Writes
 from pitfs.store.index.format import INDEX_ROW
 from pitfs.store.index.merge import Rows
-from pitfs.store.objects.format import HEADER_BYTES, MAX_SEQ, ObjectKind, contents_pointer
+from pitfs.store.objects.format import HEADER_BYTES, MAX_SEQ, ObjectKind, ObjectName
 from pitfs.store.open_interval.wal import Batch
 from pitfs.store.transfer.position import mismatch
 from pitfs.store.transfer.sections import checksums_of
@@ -118,7 +118,7 @@ def spread(batch: Batch, block_sizes: I64Array, open_interval_id: int, start: in
     found["block"] = np.repeat(rows["block"].astype("<i8") - firsts, counts) + np.arange(len(found))
     found["seq"] = np.repeat(np.arange(first_seq, first_seq + len(rows)), counts)
     units = np.where(batch.zeros, 0, block_sizes[found["volume"]] // UNIT_BYTES).astype("<u8")
-    first = contents_pointer(ObjectKind.JOURNAL_BLOCKS, open_interval_id, (start - HEADER_BYTES) // UNIT_BYTES)
+    first = ObjectName(ObjectKind.JOURNAL_BLOCKS, open_interval_id).pointer((start - HEADER_BYTES) // UNIT_BYTES)
     pointers = np.uint64(first) + np.cumsum(units, dtype="<u8") - units
     pointers[batch.zeros] = 0
     found["pointer"], found["checksum"] = pointers, batch.checksums

@@ -33,19 +33,20 @@ import logging
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from types import TracebackType
-from typing import Protocol, Self
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from typing import Final, Protocol
 
 from pitfs.errors import CorruptionError, NoSuchInstantError
 from pitfs.model.position import Position, format_instant
-from pitfs.storage.files import storage_error
+from pitfs.storage.files import fsync_directory, storage_error
 from pitfs.store.catalog.records import Resolution
 from pitfs.store.objects.format import PINS
-from pitfs.store.pins.directory import LOCK, locked, open_directory
 from pitfs.store.pins.pin_file import PinFile, PinnedInstants
 
 log = logging.getLogger(__name__)
+
+_LOCK: Final = "lock"
+HOLDERS: Final = "holders"  # what the directory was called first
 
 
 class Resolver(Protocol):
@@ -56,7 +57,7 @@ class Resolver(Protocol):
     def at_seq(self, seq: int) -> Resolution: ...
 
 
-class Pins:
+class Pins(AbstractContextManager["Pins"]):
     """The pins of this process, and of those that it forks.
 
     Made after the fork that goes to the background and before workers are forked (those before any thread pins): they
@@ -95,12 +96,7 @@ class Pins:
         """Path and descriptor of its file; None where the store isn't writable."""
         return (os.path.join(self._path, self._name), self._fd) if self._fd >= 0 else None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -151,16 +147,9 @@ class Pins:
         with locked(directory):  # nobody may take the file for a dead process's before it is flocked
             _read_all(directory)
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            fd = os.open(self._name, flags, 0o600, dir_fd=directory)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX)
-                PinFile(fd, self._name).make(self._owner, self.what)
-            except BaseException:
-                os.close(fd)
-                with suppress(OSError):
-                    os.unlink(self._name, dir_fd=directory)
-                raise
-            self._fd = fd
+            self._fd = os.open(self._name, flags, 0o600, dir_fd=directory)
+            fcntl.flock(self._fd, fcntl.LOCK_EX)
+            PinFile(self._fd, self._name).make(self._owner, self.what)
 
     def _change(self, change: Callable[[PinFile], None], wait: bool) -> bool:
         if self._fd < 0 or self._directory is None:
@@ -217,7 +206,7 @@ def list_pins(store: str) -> list[PinnedInstants]:
 def _read_all(directory: int) -> list[PinnedInstants]:
     """Reads the files of the living and removes those of the dead; under the lock."""
     found = []
-    for name in sorted(set(os.listdir(directory)) - {LOCK}):
+    for name in sorted(set(os.listdir(directory)) - {_LOCK}):
         try:
             fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory)
         except FileNotFoundError:  # closing takes no lock
@@ -232,3 +221,58 @@ def _read_all(directory: int) -> list[PinnedInstants]:
         finally:
             os.close(fd)
     return found
+
+
+def open_directory(store: str, make: bool) -> int | None:
+    """A descriptor of pins/; None where there isn't one and none is to be made.
+
+    A store that no writer has opened since the directory got its name has HOLDERS in its place. Its readers use that:
+    two directories would be two locks, and a pin in one wouldn't be seen by who looks into the other.
+    """
+    for name in (PINS, HOLDERS, PINS):  # once more: it may have been renamed between the first two
+        with suppress(FileNotFoundError):
+            return os.open(os.path.join(store, name), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    if not make:
+        return None
+    with suppress(FileExistsError):
+        os.mkdir(os.path.join(store, PINS), 0o700)
+    return open_directory(store, make=False)
+
+
+def convert_directory(store: str) -> None:
+    """Gives the directory of an older store its name of today; only for the store's one writer.
+
+    Who pins in it goes on: files and the lock are reached by a descriptor of the directory, which a rename leaves
+    alone.
+    """
+    before, now = os.path.join(store, HOLDERS), os.path.join(store, PINS)
+    if os.path.isdir(before) and not os.path.exists(now):
+        os.rename(before, now)
+        fsync_directory(store)
+
+
+@contextmanager
+def locked(directory: int, wait: bool = True) -> Iterator[bool]:
+    """Holds pins/lock, an flock, until the block ends; gives False where another has it and this one isn't to wait.
+
+    The file is opened anew each time, since an flock is of what was opened: threads and forked workers that share a
+    descriptor would share the lock as well, not compete for it. Closing gives the lock back.
+    """
+    fd, is_held = _open_lock(directory), False
+    try:
+        with suppress(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            is_held = True
+        yield is_held
+    finally:
+        os.close(fd)
+
+
+def _open_lock(directory: int) -> int:
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        return os.open(_LOCK, flags | os.O_CREAT, 0o600, dir_fd=directory)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES):
+            raise
+        return os.open(_LOCK, flags, dir_fd=directory)

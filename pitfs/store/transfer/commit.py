@@ -18,21 +18,17 @@ import numpy as np
 from pitfs.model.blockmap import EMPTY, MapEntry
 from pitfs.model.ladder import layer_of
 from pitfs.model.transfer import Source, TransferKind
-from pitfs.storage.files import write_all
-from pitfs.store.catalog.minutes import add_seconds
-from pitfs.store.catalog.records import Commit, Interval, LayersCommit, Snapshot
-from pitfs.store.index.block_maps import block_maps
-from pitfs.store.index.journals import Journals
-from pitfs.store.index.map_writer import MapWriter
+from pitfs.storage.files import open_fd, write_all
+from pitfs.store.catalog.records import Commit, Interval, Snapshot, add_seconds
+from pitfs.store.index.maps import MapWriter, block_maps
 from pitfs.store.index.merge import by_volume
-from pitfs.store.index.reader import chunk_cache
-from pitfs.store.objects.format import HEADER_BYTES, ObjectKind, ObjectRecord, contents_pointer, object_file
-from pitfs.store.objects.publishing import new_object
+from pitfs.store.index.reader import Journals, chunk_cache
+from pitfs.store.objects.format import HEADER_BYTES, ObjectKind, ObjectName, ObjectRecord
 from pitfs.store.transfer.contents import OwnContents, read_checksums
 from pitfs.store.transfer.layers import LayersBuilder
 from pitfs.store.transfer.position import interval_of
 from pitfs.store.transfer.staging import StagedTransfer
-from pitfs.store.transfer.writable_store import WritableStore
+from pitfs.store.transfer.writable_store import WritableStore, new_object
 
 COPY_BYTES: Final = 1 << 20
 
@@ -66,8 +62,8 @@ def _commit_snapshot(staged: StagedTransfer, store: WritableStore) -> None:
     roots, record = _write_map(staged, store, before)
     objects = [record]
     if staged.diff_blocks.length:
-        contents, kind = staged.diff_blocks, ObjectKind.SNAPSHOT_BLOCKS
-        objects.append(store.complete(contents.fd, kind, staged.snapshot_id, contents.length))
+        name = ObjectName(ObjectKind.SNAPSHOT_BLOCKS, staged.snapshot_id)
+        objects.append(store.complete(staged.diff_blocks.fd, name, staged.diff_blocks.length))
     store.publish(staged.directory, objects)
     snapshot = Snapshot(staged.snapshot_id, m.to_seq, m.to_time_ns, m.mark)
     interval = None
@@ -83,10 +79,11 @@ def _write_map(
     staged: StagedTransfer, store: WritableStore, before: list[MapEntry]
 ) -> tuple[tuple[MapEntry, ...], ObjectRecord]:
     """Makes the block maps of the snapshot from those before and the rows of the diff."""
-    first = contents_pointer(ObjectKind.SNAPSHOT_BLOCKS, staged.snapshot_id)
+    first = ObjectName(ObjectKind.SNAPSHOT_BLOCKS, staged.snapshot_id).pointer()
+    name = ObjectName(ObjectKind.MAP, staged.snapshot_id)
     own = OwnContents(staged.diff_blocks, store, first)
-    with new_object(staged.directory, ObjectKind.MAP, staged.snapshot_id) as fd:
-        writer = MapWriter(fd, staged.snapshot_id, store.volumes, before, store.nodes.load)
+    with new_object(staged.directory, name) as fd:
+        writer = MapWriter(fd, staged.snapshot_id, store.volumes, before, store.load_node)
         for volume, rows in chain.from_iterable(map(by_volume, staged.diff.verified())):
             pointers, checksums = np.zeros((2, len(rows)), "<u8")
             stored = rows["source"] == Source.SNAPSHOT
@@ -100,46 +97,45 @@ def _write_map(
                 staged.diff_blocks.take_shared(checksums[shared])
             writer.update(volume, rows["block"].astype("<i8"), pointers, checksums)
         staged.diff_blocks.check_taken()
-        return writer.finish(staged.manifest, store.history)
+        roots, lengths = writer.finish(staged.manifest)
+        return roots, store.complete(fd, name, *lengths)
 
 
 def _commit_layers(staged: StagedTransfer, store: WritableStore) -> None:
     m = staged.manifest
     base = interval_of(store.catalog, m)
     if m.granularity_ns == m.base_granularity_ns:
-        store.catalog.commit_layers(LayersCommit(base, replace(base, cause=m.cause), (), None, {}))
+        store.catalog.commit_layers(replace(base, cause=m.cause), (), "", {})
         return
-    replaced, before = None, None
+    replaced, before = "", None
     if base.granularity_ns is not None:
-        replaced = object_file(ObjectKind.JOURNAL_INDEX, base.end_snapshot_id, base.layer)
+        replaced = ObjectName(ObjectKind.JOURNAL_INDEX, base.end_snapshot_id, base.layer).file
         before = Journals(store.catalog, store.objects, chunk_cache()).of(base)
-    end_maps = block_maps(store.nodes, store.catalog.roots(base.end_snapshot_id), store.volumes)
+    end_maps = block_maps(store.load_node, store.catalog.roots(base.end_snapshot_id), store.volumes)
     builder = LayersBuilder(staged, store, before, end_maps)
     index, row_count, minutes = builder.build(layer_of(m.granularity_ns))
     objects = (*_add_contents(staged, store), index)
     store.publish(staged.directory, (index,))
     interval = replace(base, granularity_ns=m.granularity_ns, cause=m.cause, journal_rows=row_count)
-    store.catalog.commit_layers(LayersCommit(base, interval, objects, replaced, minutes))
-    if replaced is not None:
+    store.catalog.commit_layers(interval, objects, replaced, minutes)
+    if replaced:
         with suppress(FileNotFoundError):
             os.unlink(os.path.join(store.objects.directory, replaced))
 
 
 def _add_contents(staged: StagedTransfer, store: WritableStore) -> tuple[ObjectRecord, ...]:
     """Puts the layers' contents behind those that the journal has: what is committed of it stays as it is."""
-    kind, base_bytes, length = ObjectKind.JOURNAL_BLOCKS, staged.manifest.base_bytes, staged.journal_blocks.length
+    name = ObjectName(ObjectKind.JOURNAL_BLOCKS, staged.snapshot_id)
+    base_bytes, length = staged.manifest.base_bytes, staged.journal_blocks.length
     if not length:
         return ()
     length_then = base_bytes + length
     if not base_bytes:
-        record = store.complete(staged.journal_blocks.fd, kind, staged.snapshot_id, length_then)
+        record = store.complete(staged.journal_blocks.fd, name, length_then)
         store.publish(staged.directory, (record,))
         return (record,)
-    fd = os.open(store.objects.path_of(kind, staged.snapshot_id), os.O_RDWR | os.O_CLOEXEC)
-    try:
+    with open_fd(store.objects.path_of(name), os.O_RDWR) as fd:
         for at in range(0, length, COPY_BYTES):
             data = staged.journal_blocks.read(min(COPY_BYTES, length - at), at)
             write_all(fd, data, HEADER_BYTES + base_bytes + at)
-        return (store.complete(fd, kind, staged.snapshot_id, length_then),)
-    finally:
-        os.close(fd)
+        return (store.complete(fd, name, length_then),)

@@ -21,7 +21,7 @@ from xxhash import xxh3_64_intdigest
 
 from pitfs.model.blockmap import U64Array
 from pitfs.model.transfer import UNIT_BYTES, Source
-from pitfs.store.objects.format import HEADER_BYTES, ObjectKind, data_offset
+from pitfs.store.objects.format import HEADER_BYTES, ObjectKind, ObjectName, data_offset
 from pitfs.store.transfer.sections import CHECKSUM, StagedArray, StagedContents
 from pitfs.store.transfer.staging import StagedTransfer
 from pitfs.store.transfer.validation import refuse
@@ -86,9 +86,9 @@ class SharedContents(StagedArray):
         """Of the block at that byte of DIFF_BLOCKS, or of JOURNAL_BLOCKS."""
         base_bytes, fd_of = self._staged.manifest.base_bytes, self._store.objects.fd_of
         if source == Source.SHARED_SNAPSHOT:
-            fd: int = fd_of(ObjectKind.SNAPSHOT_BLOCKS, self._staged.snapshot_id)
+            fd: int = fd_of(ObjectName(ObjectKind.SNAPSHOT_BLOCKS, self._staged.snapshot_id))
         elif at + size <= base_bytes:
-            fd = fd_of(ObjectKind.JOURNAL_BLOCKS, self._staged.snapshot_id)
+            fd = fd_of(ObjectName(ObjectKind.JOURNAL_BLOCKS, self._staged.snapshot_id))
         else:
             fd, at = self._staged.journal_blocks.fd, at - base_bytes
         data = os.pread(fd, size, HEADER_BYTES + at) if at >= 0 else b""  # else: half in what came, half before it

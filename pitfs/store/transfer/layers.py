@@ -15,17 +15,15 @@ import numpy as np
 
 from pitfs.model.blockmap import FANOUT, FANOUT_BITS, BlockMap, I64Array
 from pitfs.model.transfer import UNIT_BYTES, Source
-from pitfs.store.catalog.minutes import add_seconds
-from pitfs.store.index.format import INDEX_ROW
+from pitfs.store.catalog.records import add_seconds
+from pitfs.store.index.format import INDEX_ROW, IndexWriter
 from pitfs.store.index.merge import BY_BLOCK, Rows, merged
 from pitfs.store.index.reader import JournalIndex
-from pitfs.store.index.writer import IndexWriter
-from pitfs.store.objects.format import UNIT_BITS, ObjectKind, ObjectRecord, contents_object, contents_pointer
-from pitfs.store.objects.publishing import new_object
+from pitfs.store.objects.format import UNIT_BITS, ObjectKind, ObjectName, ObjectRecord
 from pitfs.store.transfer.contents import OwnContents, SharedContents
 from pitfs.store.transfer.staging import StagedTransfer
 from pitfs.store.transfer.validation import PositionsInOrder, Run, refuse
-from pitfs.store.transfer.writable_store import WritableStore
+from pitfs.store.transfer.writable_store import WritableStore, new_object
 
 RUN_BATCH_ROWS: Final = 1 << 12  # of each run at a time: with as many as there may be some 20 MiB
 _SHARED: Final = (
@@ -59,18 +57,19 @@ class LayersBuilder:
             CorruptionError: what is staged, the index before, or the block map is damaged.
             OSError: the disk refuses.
         """
-        staged, kind = self._staged, ObjectKind.JOURNAL_INDEX
+        staged = self._staged
+        name = ObjectName(ObjectKind.JOURNAL_INDEX, staged.snapshot_id, layer)
         for section in (staged.positions, staged.journal, staged.journal_blocks.checksums):
             section.verify()
         with (
             closing(SharedContents(staged, self._store)) as shared,
-            new_object(staged.directory, kind, staged.snapshot_id, layer) as fd,
+            new_object(staged.directory, name) as fd,
         ):
             shared.find()
             writer = IndexWriter(fd)
             row_count = self._add_rows(writer, shared)
             minutes = self._add_positions(writer)
-            index = self._store.complete(fd, kind, staged.snapshot_id, *writer.finish(), layer=layer)
+            index = self._store.complete(fd, name, *writer.finish())
             return index, row_count, minutes
 
     def _add_rows(self, writer: IndexWriter, shared: SharedContents) -> int:
@@ -102,7 +101,7 @@ class LayersBuilder:
         """A run's rows, before number `end`, as the index has them."""
         staged, shared_before = self._staged, run.shared
         base_units = staged.manifest.base_bytes // UNIT_BYTES
-        first = contents_pointer(ObjectKind.JOURNAL_BLOCKS, staged.snapshot_id, base_units + run.unit)
+        first = ObjectName(ObjectKind.JOURNAL_BLOCKS, staged.snapshot_id).pointer(base_units + run.unit)
         own = OwnContents(staged.journal_blocks, self._store, first, run.block)
         for rows in staged.journal.rows(run.row, end, RUN_BATCH_ROWS):
             found = np.zeros(len(rows), INDEX_ROW)
@@ -112,7 +111,7 @@ class LayersBuilder:
             found["pointer"][mine], found["checksum"][mine] = own.of(rows["volume"][mine])
             for source, kind in _SHARED:
                 of_kind = rows["source"] == source
-                start = np.uint64(contents_pointer(kind, staged.snapshot_id))
+                start = np.uint64(ObjectName(kind, staged.snapshot_id).pointer())
                 found["pointer"][of_kind] = rows["unit"][of_kind] + start
             sharing = np.flatnonzero(rows["source"] >= Source.SHARED_SNAPSHOT)
             found["checksum"][sharing] = shared.part(shared_before, len(sharing))
@@ -131,6 +130,6 @@ class LayersBuilder:
             pointers, checksums = self._end_maps[int(first["volume"])].leaf(int(first["block"]) >> FANOUT_BITS)
             index = found["block"][part] & (FANOUT - 1)
             found["pointer"][part], found["checksum"][part] = pointers[index], checksums[index]
-        ours = contents_object(self._staged.snapshot_id, ObjectKind.SNAPSHOT_BLOCKS)
+        ours = ObjectName(ObjectKind.SNAPSHOT_BLOCKS, self._staged.snapshot_id).number
         if (found["pointer"][places] >> np.uint64(UNIT_BITS) != ours).any():
             raise refuse("journal", "a row leads to the snapshot's content of a block that the interval didn't write")

@@ -6,7 +6,7 @@ from pitfs.errors import PositionMismatchError
 from pitfs.model.transfer import Manifest, TransferKind
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.records import Interval
-from pitfs.store.objects.format import ObjectKind, object_file
+from pitfs.store.objects.format import ObjectKind, ObjectName
 
 
 def mismatch(path: str, problem: str, lasts: str = "") -> PositionMismatchError:
@@ -49,10 +49,7 @@ def interval_of(catalog: Catalog, manifest: Manifest) -> Interval:
     m = manifest
     snapshot = catalog.snapshot_at_seq(m.to_seq)
     interval = catalog.interval_to(snapshot.id) if snapshot else None
-    if interval is None or (
-        (interval.from_seq, interval.from_time_ns, interval.to_seq, interval.to_time_ns)
-        != (m.from_seq, m.from_time_ns, m.to_seq, m.to_time_ns)
-    ):
+    if interval is None or interval.bounds != (m.from_seq, m.from_time_ns, m.to_seq, m.to_time_ns):
         raise mismatch(
             catalog.path,
             f"production sends layers of the interval from seq {m.from_seq} to {m.to_seq}, which the store doesn't "
@@ -70,5 +67,5 @@ def interval_of(catalog: Catalog, manifest: Manifest) -> Interval:
 
 def journal_bytes(catalog: Catalog, interval: Interval) -> int:
     """How many bytes of JOURNAL_BLOCKS the interval has."""
-    blocks = catalog.object(object_file(ObjectKind.JOURNAL_BLOCKS, interval.end_snapshot_id))
+    blocks = catalog.object(ObjectName(ObjectKind.JOURNAL_BLOCKS, interval.end_snapshot_id).file)
     return blocks.data_bytes if blocks else 0

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Final
 
 from pitfs.errors import PositionMismatchError, StoreError
-from pitfs.model.ladder import RUNGS_NS, layer_of
+from pitfs.model.ladder import LAST_LAYER, layer_of
 from pitfs.storage.files import fsync_directory
 from pitfs.store.catalog.catalog import Catalog
-from pitfs.store.objects.format import (
-    CATALOG,
-    HEADER_BYTES,
-    ObjectKind,
-    index_of,
-    is_object_file,
-    journal_blocks_of,
-    object_file,
-)
+from pitfs.store.objects.format import CATALOG, HEADER_BYTES, ObjectKind, ObjectName
 from pitfs.store.transfer.position import interval_of
 from pitfs.store.transfer.staging import read_progress
 
@@ -40,8 +32,8 @@ class StagingArea:
     def __init__(self, path: str, objects: str, catalog: Catalog) -> None:
         self.path, self._objects, self._catalog = path, objects, catalog
 
-    def recover(self, names: Sequence[str]) -> None:
-        """Deals with files of these names in objects/ that the catalog doesn't know: their commit didn't come about.
+    def recover(self, names: Iterable[ObjectName]) -> None:
+        """Deals with files of these objects in objects/ that the catalog doesn't know: their commit didn't come about.
 
         | file                                           | what becomes of it                                  |
         |------------------------------------------------|-----------------------------------------------------|
@@ -57,17 +49,16 @@ class StagingArea:
             StoreError: there are others; then nothing was touched.
         """
         open_intervals = self._catalog.open_intervals()
-        wals = {object_file(ObjectKind.JOURNAL_BLOCKS, interval.id) for interval in open_intervals}
+        of_file = {name.file: name for name in names if name not in {interval.wal for interval in open_intervals}}
         closing = {
-            object_file(kind, interval.end_snapshot_id)
+            ObjectName(kind, interval.end_snapshot_id)
             for interval in open_intervals if interval.mark for kind in ObjectKind
         }  # fmt: skip
-        unknown = self._catalog.unknown_objects([name for name in names if is_object_file(name)])
-        paths = {name: os.path.join(self._objects, name) for name in unknown if name not in wals}
-        back = {
-            path: None if name in closing else self._place_in_staging(name)
-            for name, path in paths.items() if os.path.exists(path)
-        }  # fmt: skip
+        back: dict[str, str | None] = {}
+        for name in map(of_file.__getitem__, self._catalog.unknown_objects(list(of_file))):
+            path = os.path.join(self._objects, name.file)
+            if os.path.exists(path):
+                back[path] = None if name in closing else self._place_in_staging(name)
         if back:
             self._catalog.write_over()
         for path, staged in back.items():
@@ -80,50 +71,46 @@ class StagingArea:
 
     def recover_transfer(self, snapshot_id: int) -> None:
         """As `recover`, for what a transfer to that snapshot, or of its layers, may have left."""
-        indexes = [object_file(ObjectKind.JOURNAL_INDEX, snapshot_id, layer) for layer in range(len(RUNGS_NS))]
-        others = [object_file(kind, snapshot_id) for kind in ObjectKind if kind is not ObjectKind.JOURNAL_INDEX]
-        self.recover([*others, *indexes])
+        indexes = [ObjectName(ObjectKind.JOURNAL_INDEX, snapshot_id, layer) for layer in range(LAST_LAYER)]
+        self.recover([*(ObjectName(kind, snapshot_id) for kind in ObjectKind), *indexes])
 
-    def _place_in_staging(self, name: str) -> str | None:
+    def _place_in_staging(self, name: ObjectName) -> str | None:
         """Where contents of a staged transfer go back to; None for what is to be removed.
 
         Raises:
             StoreError: it is neither.
         """
-        index = index_of(name)
-        if index is not None:
-            interval = self._catalog.interval_to(index[0])
-            if interval is not None and interval.layer > index[1]:
+        if name.kind is ObjectKind.JOURNAL_INDEX:
+            interval = self._catalog.interval_to(name.snapshot_id)
+            if interval is not None and interval.layer > name.layer:
                 return None
-        if self._is_outdated_wal(name):
+        if name.kind is ObjectKind.JOURNAL_BLOCKS and self._is_outdated_wal(name):
             return None
         progress = read_progress(self.path)
         if progress is not None and progress.snapshot_id == self._catalog.next_snapshot_id():
-            if name == object_file(ObjectKind.MAP, progress.snapshot_id):
+            if name == ObjectName(ObjectKind.MAP, progress.snapshot_id):
                 return None
-            if name == object_file(ObjectKind.SNAPSHOT_BLOCKS, progress.snapshot_id):
-                return os.path.join(self.path, name)
+            if name == ObjectName(ObjectKind.SNAPSHOT_BLOCKS, progress.snapshot_id):
+                return os.path.join(self.path, name.file)
         for directory in self._layers_directories():
             progress = read_progress(directory)
             if progress is not None:
                 layer = layer_of(progress.manifest.granularity_ns)
-                if name == object_file(ObjectKind.JOURNAL_INDEX, progress.snapshot_id, layer):
+                if name == ObjectName(ObjectKind.JOURNAL_INDEX, progress.snapshot_id, layer):
                     return None
-                if name == object_file(ObjectKind.JOURNAL_BLOCKS, progress.snapshot_id):
-                    return os.path.join(directory, name)
+                if name == ObjectName(ObjectKind.JOURNAL_BLOCKS, progress.snapshot_id):
+                    return os.path.join(directory, name.file)
         raise StoreError(
-            f"{os.path.join(self._objects, name)}: the catalog doesn't have it: {CATALOG} is older than the objects, "
-            "or damaged: put the newest copy of it back, or move the store away (what it has stays readable) and a "
-            "new one is made"
+            f"{os.path.join(self._objects, name.file)}: the catalog doesn't have it: {CATALOG} is older than the "
+            "objects, or damaged: put the newest copy of it back, or move the store away (what it has stays readable) "
+            "and a new one is made"
         )
 
-    def _is_outdated_wal(self, name: str) -> bool:
+    def _is_outdated_wal(self, name: ObjectName) -> bool:
         """Whether it is the WAL of an open interval that became a snapshot, or of one that didn't begin."""
-        number, catalog = journal_blocks_of(name), self._catalog
-        if number is None:
-            return False
+        number, catalog = name.snapshot_id, self._catalog
         if number == catalog.next_snapshot_id():  # the catalog has an open interval before its WAL has a write
-            return os.path.getsize(os.path.join(self._objects, name)) <= HEADER_BYTES
+            return os.path.getsize(os.path.join(self._objects, name.file)) <= HEADER_BYTES
         # Only a WAL has a number that no snapshot has while a snapshot has the next one.
         return catalog.snapshot(number) is None and catalog.snapshot(number + 1) is not None
 

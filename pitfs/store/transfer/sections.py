@@ -19,10 +19,11 @@ import xxhash
 from pitfs.errors import CorruptionError
 from pitfs.model.blockmap import I64Array, U64Array
 from pitfs.model.record import block_checksums
-from pitfs.model.transfer import UNIT_BYTES
-from pitfs.storage.files import read_exactly, write_all
-from pitfs.store.objects.format import HEADER_BYTES
+from pitfs.model.transfer import ROWS, UNIT_BYTES, Section
+from pitfs.storage.files import closed_on_error, read_exactly, write_all
+from pitfs.store.objects.format import HEADER_BYTES, ObjectName
 from pitfs.store.transfer.validation import BlockCheck, RowCheck, refuse
+from pitfs.store.transfer.writable_store import WritableStore
 
 BATCH_ROWS: Final = 1 << 15  # rows in memory at a time when they are read again: about 1 MiB
 CHECKSUM: Final = np.dtype("<u8")
@@ -37,14 +38,10 @@ class StagedFile:
 
     def __init__(self, path: str, length: int, start: int = 0) -> None:
         self.path, self.length, self._start, self._synced = path, length, start, length
-        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
+        with closed_on_error(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)) as self.fd:
             if length and os.fstat(self.fd).st_size < start + length:
                 raise CorruptionError(path, start + length, "the staged file is shorter than was acknowledged")
             os.ftruncate(self.fd, start + length)
-        except BaseException:
-            os.close(self.fd)
-            raise
 
     def append(self, data: memoryview) -> None:
         write_all(self.fd, data, self._start + self.length)
@@ -113,14 +110,14 @@ class StagedRows(StagedArray):
     """A section of rows.
 
     Args:
-        name: of the section, for errors.
+        directory: where it is staged.
         length: bytes to go on from; `replay` checks the rows in them again.
         check: what the rows must fulfil.
     """
 
-    def __init__(self, name: str, path: str, dtype: npt.DTypeLike, length: int, check: RowCheck) -> None:
-        super().__init__(path, dtype, length)
-        self._name, self._check = name, check
+    def __init__(self, directory: str, section: Section, length: int, check: RowCheck) -> None:
+        super().__init__(os.path.join(directory, f"{section.name.lower()}.rows"), ROWS[section], length)
+        self.section, self._check = section, check
 
     def replay(self) -> None:
         for rows in self.rows():
@@ -130,39 +127,37 @@ class StagedRows(StagedArray):
     def take(self, payload: memoryview) -> None:
         """Checks whole rows and appends them. Raises RemoteProtocolError, OSError."""
         if len(payload) % self._dtype.itemsize:
-            raise refuse(self._name, "a frame that isn't whole rows")
+            raise refuse(self.section.name, "a frame that isn't whole rows")
         self._check.take(np.frombuffer(payload, self._dtype))
         self.append(payload)
 
     def finish(self, announced: int | None) -> None:
         """Raises RemoteProtocolError where not as many rows came as were announced."""
         if announced is not None and self._check.count != announced:
-            raise refuse(self._name.lower(), f"{self._check.count} rows, {announced} announced")
+            raise refuse(self.section.name.lower(), f"{self._check.count} rows, {announced} announced")
 
 
 class StagedContents(StagedFile):
     """A section of contents: whole blocks, in the order of the rows that bring one of their own.
 
     Args:
+        name: of the object that it becomes.
         length, count: bytes and blocks to go on from.
         rows: the section that names the contents; check: its check.
-        block_sizes: by volume.
 
     Attributes:
         checksums: of the blocks that have come.
     """
 
     def __init__(
-        self, name: str, path: str, checksum_path: str, length: int, count: int, rows: StagedRows,
-        check: BlockCheck, block_sizes: I64Array,
-    ) -> None:  # fmt: skip
-        self._name, self._rows, self._check, self._block_sizes = name, rows, check, block_sizes
-        self.checksums = StagedArray(checksum_path, CHECKSUM, count * CHECKSUM.itemsize)
-        try:
-            super().__init__(path, length, HEADER_BYTES)
-        except BaseException:
-            self.checksums.close()
-            raise
+        self, name: ObjectName, length: int, count: int, rows: StagedRows, check: BlockCheck, store: WritableStore
+    ) -> None:
+        self._rows, self._check, self._block_sizes = rows, check, store.block_sizes
+        self._name, directory = f"{rows.section.name}_BLOCKS", os.path.dirname(rows.path)
+        path = os.path.join(directory, f"{rows.section.name.lower()}.checksums")
+        self.checksums = StagedArray(path, CHECKSUM, count * CHECKSUM.itemsize)
+        with closed_on_error(self.checksums.fd):
+            super().__init__(os.path.join(directory, name.file), length, HEADER_BYTES)
         self._row = 0  # the first whose content has no place in `_sizes` yet
         self._sizes = np.zeros(0, "<i8")  # of the blocks that come next, as far as rows were looked at
         self._found, self._taken = self.checksums.digest, 0  # digests of checksums: as found, as the splitter took them

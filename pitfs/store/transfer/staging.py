@@ -20,35 +20,23 @@ How it resumes:
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from typing import Final
 
 import msgspec
 import xxhash
 
 from pitfs.errors import CorruptionError, PositionMismatchError, RemoteProtocolError
-from pitfs.model.transfer import (
-    DIFF_ENTRY,
-    JOURNAL_ENTRY,
-    MAX_PAYLOAD_BYTES,
-    POSITION,
-    TRANSFER_SECTIONS,
-    Data,
-    End,
-    Manifest,
-    ResumePoint,
-    Section,
-    TransferKind,
-)
+from pitfs.model import transfer as wire
 from pitfs.storage.files import durable_replace
-from pitfs.store.objects.format import ObjectKind, object_file
+from pitfs.store.objects.format import ObjectKind, ObjectName
 from pitfs.store.transfer.sections import StagedContents, StagedRows
 from pitfs.store.transfer.validation import DiffCheck, JournalCheck, PositionsCheck, refuse
 from pitfs.store.transfer.writable_store import WritableStore
 
 PROGRESS: Final = "progress.json"
 MAX_PROGRESS_BYTES: Final = 16 << 20
-_OF_LAYERS: Final = frozenset({Section.POSITIONS, Section.JOURNAL, Section.JOURNAL_BLOCKS})
+_OF_LAYERS: Final = frozenset({wire.Section.POSITIONS, wire.Section.JOURNAL, wire.Section.JOURNAL_BLOCKS})
 Five = tuple[int, int, int, int, int]
 
 
@@ -60,7 +48,7 @@ class Progress(msgspec.Struct, frozen=True):
         digests: xxh3_64 of DIFF, POSITIONS, JOURNAL and of the checksums of both contents, up to there.
     """
 
-    manifest: Manifest
+    manifest: wire.Manifest
     snapshot_id: int = msgspec.field(name="snapshot")
     lengths: Five = (0, 0, 0, 0, 0)
     cursor: tuple[int, ...] = ()
@@ -103,27 +91,26 @@ class StagedTransfer:
     def __init__(self, directory: str, progress: Progress, store: WritableStore) -> None:
         self.directory, self.manifest, self.snapshot_id = directory, progress.manifest, progress.snapshot_id
         self._progress = progress
-        block_sizes, lengths, blocks = store.block_sizes, progress.lengths, progress.blocks
+        lengths, blocks = progress.lengths, progress.blocks
         diff, journal = DiffCheck(store.volumes, self.manifest), JournalCheck(store.volumes, self.manifest)
         self.runs = journal.runs
-        paths = [os.path.join(directory, name) for name in _file_names(self.snapshot_id)]
         with ExitStack() as opened:
-            self.diff = opened.enter_context(closing(StagedRows("DIFF", paths[0], DIFF_ENTRY, lengths[0], diff)))
-            diff_blocks = StagedContents(
-                "DIFF_BLOCKS", paths[1], paths[2], lengths[1], blocks[0], self.diff, diff, block_sizes
-            )
-            self.diff_blocks = opened.enter_context(closing(diff_blocks))
-            positions = StagedRows("POSITIONS", paths[3], POSITION, lengths[2], PositionsCheck(self.manifest))
-            self.positions = opened.enter_context(closing(positions))
-            self.journal = opened.enter_context(
-                closing(StagedRows("JOURNAL", paths[4], JOURNAL_ENTRY, lengths[3], journal))
-            )
-            journal_blocks = StagedContents(
-                "JOURNAL_BLOCKS", paths[5], paths[6], lengths[4], blocks[1], self.journal, journal, block_sizes
-            )
-            self.journal_blocks = opened.enter_context(closing(journal_blocks))
+            self.diff = StagedRows(directory, wire.Section.DIFF, lengths[0], diff)
+            opened.callback(self.diff.close)
+            name = ObjectName(ObjectKind.SNAPSHOT_BLOCKS, self.snapshot_id)
+            self.diff_blocks = StagedContents(name, lengths[1], blocks[0], self.diff, diff, store)
+            opened.callback(self.diff_blocks.close)
+            self.positions = StagedRows(directory, wire.Section.POSITIONS, lengths[2], PositionsCheck(self.manifest))
+            opened.callback(self.positions.close)
+            self.journal = StagedRows(directory, wire.Section.JOURNAL, lengths[3], journal)
+            opened.callback(self.journal.close)
+            name = ObjectName(ObjectKind.JOURNAL_BLOCKS, self.snapshot_id)
+            self.journal_blocks = StagedContents(name, lengths[4], blocks[1], self.journal, journal, store)
+            opened.callback(self.journal_blocks.close)
             sections = self.diff, self.diff_blocks, self.positions, self.journal, self.journal_blocks
-            self._sections = dict[Section, StagedRows | StagedContents](zip(TRANSFER_SECTIONS, sections, strict=True))
+            self._sections: dict[wire.Section, StagedRows | StagedContents] = dict(
+                zip(wire.TRANSFER_SECTIONS, sections, strict=True)
+            )
             for section in self._sections.values():
                 section.replay()
             if any(lengths) and self._digests() != progress.digests:
@@ -131,19 +118,18 @@ class StagedTransfer:
             self._opened = opened.pop_all()
 
     @classmethod
-    def create(cls, directory: str, manifest: Manifest, snapshot_id: int, store: WritableStore) -> StagedTransfer:
+    def create(cls, directory: str, manifest: wire.Manifest, snapshot_id: int, store: WritableStore) -> StagedTransfer:
         """A new one, in a directory that has none."""
         staged = cls(directory, Progress(manifest, snapshot_id), store)
-        try:
+        with ExitStack() as failed:
+            failed.callback(staged.close)
             staged._save(staged._progress)
-        except BaseException:
-            staged.close()
-            raise
+            failed.pop_all()
         return staged
 
     @classmethod
     def resume(
-        cls, directory: str, manifest: Manifest, snapshot_id: int, store: WritableStore
+        cls, directory: str, manifest: wire.Manifest, snapshot_id: int, store: WritableStore
     ) -> StagedTransfer | None:
         """The one that is staged there, up to its checkpoint; None if it is another one, or there is none.
 
@@ -161,15 +147,15 @@ class StagedTransfer:
     @property
     def lengths(self) -> Five:
         """Bytes of each section that have come."""
-        one, two, three, four, five = (self._sections[section].length for section in TRANSFER_SECTIONS)
-        return one, two, three, four, five
+        lengths: Five = msgspec.convert([section.length for section in self._sections.values()], Five)
+        return lengths
 
     @property
-    def resume_point(self) -> ResumePoint:
+    def resume_point(self) -> wire.ResumePoint:
         """What is durable."""
-        return ResumePoint(self._progress.lengths, self._progress.cursor)
+        return wire.ResumePoint(self._progress.lengths, self._progress.cursor)
 
-    def write(self, frame: Data) -> None:
+    def write(self, frame: wire.Data) -> None:
         """Takes the next bytes of a section; those that it already has are passed over.
 
         Raises:
@@ -178,8 +164,8 @@ class StagedTransfer:
             OSError: the disk refuses.
         """
         section = self._sections[frame.section]
-        if len(frame.payload) > MAX_PAYLOAD_BYTES:
-            problem = f"{len(frame.payload)} bytes in one frame, at most {MAX_PAYLOAD_BYTES} may come"
+        if len(frame.payload) > wire.MAX_PAYLOAD_BYTES:
+            problem = f"{len(frame.payload)} bytes in one frame, at most {wire.MAX_PAYLOAD_BYTES} may come"
             raise refuse(frame.section.name, problem)
         if frame.offset > section.length:
             raise PositionMismatchError(
@@ -189,11 +175,11 @@ class StagedTransfer:
         payload = memoryview(frame.payload).cast("B")[section.length - frame.offset :]
         if not payload:
             return
-        if (frame.section in _OF_LAYERS) != (self.manifest.kind is TransferKind.LAYERS):
+        if (frame.section in _OF_LAYERS) != (self.manifest.kind is wire.TransferKind.LAYERS):
             raise refuse(frame.section.name, "it isn't part of such a transfer")
         section.take(payload)
 
-    def checkpoint(self, cursor: tuple[int, ...]) -> ResumePoint:
+    def checkpoint(self, cursor: tuple[int, ...]) -> wire.ResumePoint:
         """Makes all that has come durable, and remembers the cursor with it. Raises OSError."""
         for section in self._sections.values():
             section.sync()  # before the progress that counts on it
@@ -204,14 +190,14 @@ class StagedTransfer:
     def keep(self) -> None:
         """Makes durable what came since the checkpoint, unless its sender goes on at a cursor. Raises OSError."""
         p = self._progress
-        if self.manifest.kind is not TransferKind.FULL and not p.cursor and self.lengths != p.lengths:
+        if self.manifest.kind is not wire.TransferKind.FULL and not p.cursor and self.lengths != p.lengths:
             self.checkpoint(())
 
     def _digests(self) -> Five:
         rows, contents = (self.diff, self.positions, self.journal), (self.diff_blocks, self.journal_blocks)
-        digests = (array.digest.intdigest() for array in (*rows, *(each.checksums for each in contents)))
-        one, two, three, four, five = digests
-        return one, two, three, four, five
+        arrays = *rows, *(each.checksums for each in contents)
+        digests: Five = msgspec.convert([array.digest.intdigest() for array in arrays], Five)
+        return digests
 
     def _save(self, progress: Progress) -> None:
         document = msgspec.json.encode(progress)
@@ -219,7 +205,7 @@ class StagedTransfer:
         durable_replace(os.path.join(self.directory, PROGRESS), document + b"\n" + digest)
         self._progress = progress
 
-    def finish(self, end: End) -> None:
+    def finish(self, end: wire.End) -> None:
         """Checks that all is there, and is what the splitter took in. Raises RemoteProtocolError: it isn't."""
         m = self.manifest
         if end.lengths != self.lengths:
@@ -235,10 +221,3 @@ class StagedTransfer:
 
     def close(self) -> None:
         self._opened.close()
-
-
-def _file_names(snapshot_id: int) -> tuple[str, ...]:
-    """Names in the directory of a transfer, of its sections in order; behind that of contents that of checksums."""
-    diff_blocks = object_file(ObjectKind.SNAPSHOT_BLOCKS, snapshot_id), "diff.checksums"
-    journal_blocks = object_file(ObjectKind.JOURNAL_BLOCKS, snapshot_id), "journal.checksums"
-    return "diff.rows", *diff_blocks, "positions.rows", "journal.rows", *journal_blocks

@@ -1,28 +1,55 @@
-"""Writes the block maps of a snapshot: nodes one behind the other, then what the catalog knows of it."""
+"""Block maps of snapshots as objects: nodes one behind the other, then what the catalog knows of the snapshot.
+
+Nodes are read as they are needed, verified, and kept in a bounded cache.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Final
 
 import msgspec
 from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CapacityError
-from pitfs.model.blockmap import NODE_BYTES, I64Array, LoadNode, MapBuilder, MapEntry, Node, U64Array
+from pitfs.model import blockmap
+from pitfs.model.blockmap import NODE_BYTES, BlockMap, I64Array, LoadNode, MapEntry, Node, U64Array
 from pitfs.model.transfer import Manifest, VolumeInfo
 from pitfs.storage.files import write_all
 from pitfs.store.objects.format import (
     HEADER_BYTES,
     MAX_UNITS,
-    ObjectHeader,
     ObjectKind,
-    ObjectRecord,
+    ObjectName,
     pointer,
+    pointer_object,
+    pointer_unit,
 )
-from pitfs.store.objects.publishing import complete
+from pitfs.store.objects.pool import ObjectPool
 
+MAX_CACHED_NODES: Final = 512  # 4 MiB: the maps of 1 GiB at 4 KiB blocks, or the inner nodes of 500
 FLUSH_BYTES: Final = 1 << 20
+
+
+def node_loader(objects: ObjectPool) -> LoadNode:
+    """Reads nodes of all maps of a store, by their pointer: snapshots share nodes, so they share the cache.
+
+    A node is read-only. CorruptionError is raised where it isn't what the pointer was made for.
+    """
+
+    @lru_cache(MAX_CACHED_NODES)
+    def load(pointer: int, checksum: int) -> Node:
+        name = ObjectName(ObjectKind.MAP, pointer_object(pointer))
+        offset = HEADER_BYTES + pointer_unit(pointer) * NODE_BYTES
+        return blockmap.decode_node(objects.read_verified(name, NODE_BYTES, offset, checksum))
+
+    return load
+
+
+def block_maps(load_node: LoadNode, roots: Sequence[MapEntry], volumes: Sequence[VolumeInfo]) -> list[BlockMap]:
+    """The maps of a snapshot's volumes, one for each root."""
+    return [BlockMap(root, volume.block_count, load_node) for root, volume in zip(roots, volumes, strict=True)]
 
 
 class MapFooter(msgspec.Struct, frozen=True):
@@ -50,29 +77,28 @@ class MapWriter:
         self._buffer = bytearray()
         self._roots = list(roots_before)
         self._volume = -1
-        self._builder: MapBuilder | None = None
+        self._builder: blockmap.MapBuilder | None = None
 
     def update(self, volume: int, blocks: I64Array, pointers: U64Array, checksums: U64Array) -> None:
         """Sets entries of a volume's blocks; (volume, block) strictly ascend over all calls."""
         if volume != self._volume:
             self._end_volume()
             self._volume = volume
-            self._builder = MapBuilder(
+            self._builder = blockmap.MapBuilder(
                 self._volumes[volume].block_count, self._roots[volume], self._load_node, self._emit
             )
         assert self._builder is not None
         self._builder.update(blocks, pointers, checksums)
 
-    def finish(self, manifest: Manifest, history: bytes) -> tuple[tuple[MapEntry, ...], ObjectRecord]:
-        """Writes what is left and makes the object durable; returns the roots, and the object."""
+    def finish(self, manifest: Manifest) -> tuple[tuple[MapEntry, ...], tuple[int, int, int]]:
+        """Writes what is left, and the footer; the roots, and (data_bytes, footer_bytes, footer_checksum)."""
         self._end_volume()
         self._flush()
         roots = tuple(self._roots)
         footer = msgspec.json.encode(MapFooter(manifest, tuple((root.pointer, root.checksum) for root in roots)))
         data_bytes = self._count * NODE_BYTES
         write_all(self._fd, footer, HEADER_BYTES + data_bytes)
-        lengths = data_bytes, len(footer), xxh3_64_intdigest(footer)
-        return roots, complete(self._fd, ObjectHeader(ObjectKind.MAP, history, self._snapshot_id, *lengths))
+        return roots, (data_bytes, len(footer), xxh3_64_intdigest(footer))
 
     def _end_volume(self) -> None:
         if self._builder is not None:
