@@ -1,4 +1,7 @@
-"""The splitter's mount: one writable file for each volume. Translates requests and errors, nothing else."""
+"""The splitter's mount: one writable file for each volume. Translates requests and errors, nothing else.
+
+Mounting it is here as well: the mountpoint before, and the loop devices over its files behind.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +11,23 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 import pyfuse3
 import trio
 
-from pitfs.errors import CapacityError
+from pitfs.errors import CapacityError, UsageError
 from pitfs.fuse.handlers import failed, in_thread
+from pitfs.fuse.kernel.loop_devices import LoopDevice, loop_devices
+from pitfs.fuse.kernel.mountinfo import clear_dead_mount, is_dead, mounted_at
 from pitfs.splitter.group_commit import GroupCommit
+from pitfs.splitter.service import SplitterService
 from pitfs.splitter.splitter import Splitter
 from pitfs.splitter.volume import NotCachedError
 
 log = logging.getLogger(__name__)
 
+FILE_SYSTEM: Final = "pitfs-splitter"
 FIRST_INODE: Final = pyfuse3.ROOT_INODE + 1  # of volume 0; a handle is the inode
 ATTRIBUTES_S: Final = 300.0  # nothing but this mount changes a volume
 EDGE_BYTES: Final = 64 << 10  # the largest block: at most that much around a write is read
@@ -33,25 +39,17 @@ class SplitterOperations(pyfuse3.Operations):
     Args:
         splitter: what writes and reads go to.
         group_commit: what fsync goes to.
-        wait_for_room: waits until the journal may have room again (on_full = "block"); False: it won't.
-        written: waits until a write may be answered (mode sync); False: it will never be.
+        service: what writes wait for: room in the journal (on_full = "block"), or the replica (mode sync).
     """
 
     supports_dot_lookup = False
     enable_writeback_cache = False  # it would merge writes, and seq and time would be wrong
 
-    def __init__(
-        self,
-        splitter: Splitter,
-        group_commit: GroupCommit,
-        wait_for_room: Callable[[], Awaitable[bool]],
-        written: Callable[[], Awaitable[bool]],
-    ) -> None:
+    def __init__(self, splitter: Splitter, group_commit: GroupCommit, service: SplitterService) -> None:
         super().__init__()
         self._splitter = splitter
         self._group_commit = group_commit
-        self._wait_for_room = wait_for_room
-        self._written = written
+        self._service = service
         self._names = [os.fsencode(volume.name) for volume in splitter.volumes]
         self._sizes = [volume.size_bytes for volume in splitter.volumes]
         self._started_ns = time.time_ns()
@@ -80,13 +78,13 @@ class SplitterOperations(pyfuse3.Operations):
                 if not self._waiting:
                     log.warning("%s; writes wait for it", error)
                 self._waiting = True
-                if not await self._wait_for_room():
+                if not await self._service.wait_for_room():
                     raise pyfuse3.FUSEError(errno.EIO) from error
             except OSError as error:
                 raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
             except Exception as error:
                 raise failed("write", error) from None
-        if not await self._written():
+        if not await self._service.written():
             raise pyfuse3.FUSEError(errno.EIO)
         return len(buf)
 
@@ -97,7 +95,7 @@ class SplitterOperations(pyfuse3.Operations):
             except NotCachedError:
                 return await self._read_from_disk(fh, off, size)
         except OSError as error:
-            log.error("%s: read at %d: %s", self._splitter.volumes[fh - FIRST_INODE].backing.path, off, error)
+            log.error("%s: read at %d: %s", self._splitter.volumes[fh - FIRST_INODE].path, off, error)
             raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
         except Exception as error:
             raise failed("read", error) from None
@@ -178,3 +176,46 @@ class SplitterOperations(pyfuse3.Operations):
         result.f_files = len(self._sizes)
         result.f_namemax = 64
         return result
+
+
+def prepare_mountpoint(mountpoint: str, group: str) -> None:
+    """Makes the mountpoint if it is missing, and clears the dead mount of a killed splitter of this group.
+
+    Raises:
+        UsageError: it isn't a directory, or something else is mounted on it.
+    """
+    clear_dead_mount(mountpoint, f"fuse.{FILE_SYSTEM}", _source(group))
+    if is_dead(mountpoint):
+        dead = mounted_at(mountpoint)
+        what = f"a dead mount of {dead.source} is there" if dead else "lies on a mount whose program is gone"
+        raise UsageError(f"{mountpoint}: mountpoint: {what}: clear it with 'umount -l {mountpoint}'")
+    try:
+        os.makedirs(mountpoint, exist_ok=True)
+    except FileExistsError:
+        problem = "not a directory: give one, or a path to make one at"
+        raise UsageError(f"{mountpoint}: mountpoint: {problem}") from None
+    except OSError as error:
+        raise UsageError(f"{mountpoint}: mountpoint: can't be made: {os.strerror(error.errno or 0)}") from error
+    present = mounted_at(mountpoint)
+    if present is not None:
+        raise UsageError(
+            f"{mountpoint}: mountpoint: busy: {present.source} is mounted there: unmount it first (umount {mountpoint})"
+        )
+
+
+def mount_splitter(operations: pyfuse3.Operations, mountpoint: str, group: str) -> None:
+    """Mounts; requests are answered once `pyfuse3.main` runs. Raises UsageError: the kernel refuses."""
+    try:
+        pyfuse3.init(operations, mountpoint, {f"fsname={_source(group)}", f"subtype={FILE_SYSTEM}"})
+    except (RuntimeError, OSError) as error:
+        problem = f"can't be mounted: {error}: is /dev/fuse there, and are you root?"
+        raise UsageError(f"{mountpoint}: {problem}") from error
+
+
+def _source(group: str) -> str:
+    return f"{FILE_SYSTEM}:{group}"
+
+
+def attached_loops(mountpoint: str) -> list[LoopDevice]:
+    """The loop devices over files of the mount."""
+    return [loop for loop in loop_devices() if os.path.dirname(loop.backing) == mountpoint]

@@ -1,15 +1,17 @@
 """The local journal's reading side: the shipper reads the splitter's records, interval by interval.
 
 Memory holds the columns of one interval, some 40 bytes for each block written. Contents stay in the segments until
-they are sent.
+they are sent: `BlockSource` reads them.
 """
 
 from __future__ import annotations
 
+import os
 import struct
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -19,6 +21,7 @@ from pitfs.errors import CorruptionError
 from pitfs.journal.writer import Location
 from pitfs.model.difference import Columns, Rows
 from pitfs.model.record import CopyStart, Mark, Record, RecordKind
+from pitfs.storage.files import fsync_directory, open_fd, storage_error
 from pitfs.storage.segment import DATA_OFFSET, SegmentReader, list_segments, segment_error, segment_path
 
 _LONG: Final = ("block", "seq", "time_ns", "segment", "contents")
@@ -84,20 +87,6 @@ class SeenMark:
     begins_anew: bool
 
 
-@dataclass(slots=True)
-class _Pending:
-    """Columns of the open interval, growing."""
-
-    writes: bytearray = field(default_factory=bytearray)
-    checksums: bytearray = field(default_factory=bytearray)
-
-    def add(self, record: Record, location: Location) -> None:
-        contents = location.offset + record.contents_offset
-        place = record.block, record.seq, record.time_ns, location.segment, contents
-        self.writes += _PACK_WRITE(*place, record.block_count, record.volume)
-        self.checksums += record.covered
-
-
 class JournalReader:
     """Reads the journal from a place on, while the splitter appends and recycles.
 
@@ -113,11 +102,10 @@ class JournalReader:
 
     def __init__(self, directory: str, block_sizes: list[int]) -> None:
         self.directory = directory
-        self._block_sizes = np.array(block_sizes, dtype=np.int64)
+        self.block_sizes = block_sizes
         self._reader: SegmentReader | None = None
-        self.location = self.start = Location(0, 0)
-        self.position = (0, 0)
-        self._pending = _Pending()
+        self.location = Location(0, 0)
+        self._begin_interval((0, 0))
         self.seen: deque[SeenMark] = deque(maxlen=MAX_SEEN)
 
     def close(self) -> None:
@@ -128,8 +116,8 @@ class JournalReader:
     def seek(self, location: Location, position: tuple[int, int]) -> None:
         """Goes on at `location`, behind the snapshot at `position` (seq, time_ns)."""
         self.close()
-        self.location = self.start = location
-        self.position, self._pending = position, _Pending()
+        self.location = location
+        self._begin_interval(position)
 
     def restart(self) -> None:
         """Goes back to where the open interval begins."""
@@ -160,7 +148,7 @@ class JournalReader:
                 self.seen.append(SeenMark(message.mark, position, self.location, begins_anew))
                 found = message.mark == mark and not write_seq
             if found:
-                self.position, self.start = position, self.location
+                self._begin_interval(position)
                 return True
         return False
 
@@ -172,13 +160,16 @@ class JournalReader:
         """
         for location, record in self.records(until):
             if record.kind is RecordKind.WRITE:
-                self._pending.add(record, location)
+                contents = location.offset + record.contents_offset
+                place = record.block, record.seq, record.time_ns, location.segment, contents
+                self._writes += _PACK_WRITE(*place, record.block_count, record.volume)
+                self._checksums += record.covered
                 continue
             message = record.message
             if isinstance(message, Mark):
                 return self._close(location, record, message)
             if isinstance(message, CopyStart):
-                self._begin(record.seq, record.time_ns)
+                self._begin_interval((record.seq, record.time_ns))
                 return Copy(message, record.seq, record.time_ns, location)
         return None
 
@@ -191,8 +182,10 @@ class JournalReader:
         """
         try:
             while self.location < until:
-                reader = self._open(self.location.segment)
-                number = reader.header.number
+                if self._reader is None or self._reader.header.number != self.location.segment:
+                    self.close()
+                    self._reader = SegmentReader(segment_path(self.directory, self.location.segment))
+                reader, number = self._reader, self._reader.header.number
                 end = until.offset if number == until.segment else None
                 here = self.location
                 for offset, record in reader.heads(here.offset, end):
@@ -210,19 +203,14 @@ class JournalReader:
             path = segment_path(self.directory, self.location.segment)
             raise segment_error(error, path, self.location.offset) from error
 
-    def _open(self, number: int) -> SegmentReader:
-        if self._reader is None or self._reader.header.number != number:
-            self.close()
-            self._reader = SegmentReader(segment_path(self.directory, number))
-        return self._reader
-
-    def _begin(self, seq: int, time_ns: int) -> None:
-        """The next interval begins here, at that position."""
-        self._pending, self.position, self.start = _Pending(), (seq, time_ns), self.location
+    def _begin_interval(self, position: tuple[int, int]) -> None:
+        """The open interval begins at `location`, behind the snapshot at `position` (seq, time_ns)."""
+        self.position, self.start = position, self.location
+        self._writes, self._checksums = bytearray(), bytearray()  # its columns, growing
 
     def _close(self, location: Location, record: Record, message: Mark) -> Interval:
         """The interval that the MARK at `location` closes. Raises CorruptionError where writes of it are missing."""
-        writes = np.frombuffer(bytes(self._pending.writes), dtype=_WRITE)
+        writes = np.frombuffer(bytes(self._writes), dtype=_WRITE)
         counts = writes["block_count"].astype(np.int64)
         starts = np.cumsum(counts) - counts
         within = np.arange(int(counts.sum()), dtype=np.int64) - np.repeat(starts, counts)
@@ -231,7 +219,7 @@ class JournalReader:
             volume.astype(np.uint16),
             np.repeat(writes["block"], counts) + within,
             np.repeat(writes["seq"], counts),
-            np.frombuffer(bytes(self._pending.checksums), dtype="<u8"),
+            np.frombuffer(bytes(self._checksums), dtype="<u8"),
         )
         interval = Interval(
             mark=message.mark,
@@ -243,7 +231,7 @@ class JournalReader:
             to_time_ns=message.position_time_ns,
             columns=columns,
             segment=np.repeat(writes["segment"], counts),
-            offset=np.repeat(writes["contents"], counts) + within * self._block_sizes[volume],
+            offset=np.repeat(writes["contents"], counts) + within * np.array(self.block_sizes, dtype=np.int64)[volume],
             times=writes["time_ns"].copy(),
             start=self.start,
             end=self.location,
@@ -252,7 +240,7 @@ class JournalReader:
             positions = f"seq {interval.from_seq} and {interval.to_seq} in segment {location.segment:016x}"
             problem = f"{len(interval.times)} writes between {positions}"
             raise CorruptionError(self.directory, location.offset, problem)
-        self._begin(interval.to_seq, interval.to_time_ns)
+        self._begin_interval((interval.to_seq, interval.to_time_ns))
         return interval
 
 
@@ -271,3 +259,87 @@ def after(interval: Interval, position: tuple[int, int]) -> Interval:
         offset=interval.offset[kept],
         times=interval.times[position[0] - interval.from_seq :],
     )
+
+
+class BlockSource:
+    """Reads the contents of an interval's rows. Keeps at most OPEN_SEGMENTS files open.
+
+    Args:
+        interval: whose rows are read.
+        block_sizes: of the volumes, bytes.
+    """
+
+    OPEN_SEGMENTS: Final = 64
+
+    def __init__(self, directory: str, interval: Interval, block_sizes: list[int]) -> None:
+        self._directory = directory
+        self._interval = interval
+        self._block_sizes = np.array(block_sizes, dtype=np.int64)
+        self._fds: dict[int, int] = {}
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+
+    def _fd(self, number: int) -> int:
+        fd = self._fds.get(number)
+        if fd is None:
+            if len(self._fds) >= self.OPEN_SEGMENTS:
+                os.close(self._fds.pop(next(iter(self._fds))))
+            path = segment_path(self._directory, number)
+            fd = self._fds[number] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return fd
+
+    def read(self, rows: Rows) -> bytearray:
+        """The rows' blocks in their order, not verified. Blocks that are adjacent in a segment take one read.
+
+        Raises:
+            CorruptionError: a segment is missing, too short, or unreadable there.
+            PitfsError: this process lacks memory, descriptors or rights to read it.
+        """
+        sizes = self._block_sizes[self._interval.columns.volume[rows]]
+        segment, offset = self._interval.segment[rows], self._interval.offset[rows]
+        adjacent = (segment[1:] == segment[:-1]) & (offset[1:] == offset[:-1] + sizes[:-1])
+        begins = np.concatenate(([0], np.flatnonzero(~adjacent) + 1, [len(rows)]))
+        ends = np.concatenate(([0], np.cumsum(sizes)))
+        buffer = bytearray(int(ends[-1]))
+        view = memoryview(buffer)
+        places = ends[begins].tolist()
+        firsts = begins[:-1]
+        for number, at, start, end in zip(
+            segment[firsts].tolist(), offset[firsts].tolist(), places[:-1], places[1:], strict=True
+        ):
+            path = segment_path(self._directory, number)
+            try:
+                done = os.preadv(self._fd(number), [view[start:end]], at)
+            except OSError as error:
+                raise segment_error(error, path, at) from error
+            if done != end - start:
+                raise CorruptionError(path, at, "the file ends inside a record")
+        return buffer
+
+
+class Durability:
+    """Makes the journal durable before it is shipped, whatever the splitter has synced.
+
+    The replica must never be ahead of what a power loss leaves here: nothing could follow its last mark then.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._named = 0  # the names of the segments up to this one are durable
+
+    def make(self, first_segment: int, last_segment: int) -> None:
+        """Syncs these segments, both inclusive, as far as they exist. Blocks. Raises PitfsError if the disk refuses."""
+        try:
+            for number in range(first_segment, last_segment + 1):
+                path = segment_path(self._directory, number)
+                # Where it was given back meanwhile, its reader will notice.
+                with suppress(FileNotFoundError), open_fd(path, os.O_RDWR) as fd:
+                    os.fdatasync(fd)
+            if last_segment > self._named:
+                fsync_directory(self._directory)
+                self._named = last_segment
+        except OSError as error:
+            raise storage_error(error, self._directory, "making the journal durable") from error

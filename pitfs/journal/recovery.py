@@ -22,6 +22,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from contextlib import closing
 
 from pitfs.errors import CorruptionError
 from pitfs.journal.writer import JournalTail, Location
@@ -55,42 +56,36 @@ def replay(
         expected = numbers[index - 1] + 1 if index else first_segment or number
         if number != expected:
             raise CorruptionError(path, 0, f"segment {expected:016x} is missing before it")
-        reader = _open_next(path, tail, history)
-        if reader is None:
-            assert tail is not None
+        written = _was_written(path, number, tail, history)
+        if tail is not None and not written:
             _cut(directory, numbers[index:], tail, durable_lsn, "the next segment was never written")
             return tail
-        try:
+        with closing(SegmentReader(path)) as reader:
             tail, problem = _replay_segment(reader, visit)
             if problem is not None:
                 known = max(durable_lsn, _known_durable(reader, tail.location.offset))
                 _cut(directory, numbers[index + 1 :], tail, known, problem)
                 return tail
-        finally:
-            reader.close()
     return tail
 
 
-def _open_next(path: str, before: JournalTail | None, history: bytes) -> SegmentReader | None:
-    """The segment that follows; None if it was never written: the file is blank, or is that of its former use.
+def _was_written(path: str, number: int, before: JournalTail | None, history: bytes) -> bool:
+    """Whether the segment follows; False if it was never written: the file is blank, or is that of its former use.
 
     Raises:
         CorruptionError: a header is damaged, or the first segment isn't the one of its name.
     """
     if before is not None and is_blank(path):
-        return None
-    reader = SegmentReader(path)
-    if reader.header.history != history:
-        reader.close()
+        return False
+    with closing(SegmentReader(path)) as reader:
+        header = reader.header
+    if header.history != history:
         raise CorruptionError(path, 0, "a segment of another group's journal")
-    # `before.next_lsn` is the SEAL's.
-    follows = before is None or reader.header.first_lsn == before.next_lsn + 1
-    if reader.is_as_named and follows:
-        return reader
-    reader.close()
-    if before is None:
-        raise CorruptionError(path, 0, f"holds segment {reader.header.number:016x}: the disk lost a rename")
-    return None
+    if before is not None:  # `before.next_lsn` is the SEAL's
+        return header.number == number and header.first_lsn == before.next_lsn + 1
+    if header.number != number:
+        raise CorruptionError(path, 0, f"holds segment {header.number:016x}: the disk lost a rename")
+    return True
 
 
 def _replay_segment(reader: SegmentReader, visit: Visit) -> tuple[JournalTail, str | None]:
@@ -122,12 +117,9 @@ def _cut(directory: str, numbers: list[int], tail: JournalTail, durable_lsn: int
         path = segment_path(directory, number)
         if is_blank(path):
             continue
-        reader = SegmentReader(path)
-        try:
-            if reader.is_as_named:
+        with closing(SegmentReader(path)) as reader:
+            if reader.header.number == number:  # else the disk lost a rename: it is of the file's former use
                 durable_lsn = max(durable_lsn, _known_durable(reader, DATA_OFFSET - 1))
-        finally:
-            reader.close()
     where = segment_path(directory, tail.location.segment)
     if durable_lsn >= tail.next_lsn:
         what = f"record {tail.next_lsn} had been durable and can't be read ({problem})"

@@ -15,7 +15,7 @@ from xxhash import xxh3_64_intdigest
 from pitfs.errors import CorruptionError
 from pitfs.journal.reader import JournalReader
 from pitfs.journal.writer import Location
-from pitfs.model.record import CopyStart, Mark, Record, RecordKind, block_checksums
+from pitfs.model.record import CopyStart, Mark, Record, RecordKind, packed_checksums
 from pitfs.model.transfer import MAX_BATCH_ROWS, WRITE, StreamMark, Writes
 from pitfs.storage.files import open_fd, read_exactly
 from pitfs.storage.segment import segment_error, segment_path
@@ -42,14 +42,13 @@ class StreamChunk:
     segment: int
 
 
-def next_chunk(reader: JournalReader, until: Location, limit_bytes: int, block_sizes: list[int]) -> StreamChunk | None:
+def next_chunk(reader: JournalReader, until: Location, limit_bytes: int) -> StreamChunk | None:
     """The next writes, about `limit_bytes` of contents at most, and the mark behind them; None if there is nothing.
 
     Blocks.
 
     Args:
         reader: moved on, but not past a COPY_START, which is for the one who ships the copy.
-        block_sizes: of the volumes, bytes.
 
     Raises:
         CorruptionError: the journal is damaged.
@@ -80,7 +79,7 @@ def next_chunk(reader: JournalReader, until: Location, limit_bytes: int, block_s
     writes, position = None, reader.position
     if records:
         last = records[-1][1]
-        writes, position = _writes(reader.directory, records, block_sizes), (last.seq, last.time_ns)
+        writes, position = _writes(reader, records), (last.seq, last.time_ns)
         if writes.first_seq != reader.position[0] + 1 or last.seq != reader.position[0] + len(writes.rows):
             problem = f"writes {writes.first_seq} to {last.seq} follow write {reader.position[0]}"
             raise CorruptionError(segment_path(reader.directory, start.segment), start.offset, problem)
@@ -88,21 +87,21 @@ def next_chunk(reader: JournalReader, until: Location, limit_bytes: int, block_s
     return StreamChunk(writes, mark, copy is not None, position, last_segment)
 
 
-def _writes(directory: str, records: list[tuple[Location, Record]], block_sizes: list[int]) -> Writes:
+def _writes(reader: JournalReader, records: list[tuple[Location, Record]]) -> Writes:
     rows = np.zeros(len(records), WRITE)
     rows["time_ns"] = [record.time_ns for _, record in records]
     rows["block"] = [record.block for _, record in records]
     rows["block_count"] = [record.block_count for _, record in records]
     rows["volume"] = [record.volume for _, record in records]
     digest = xxh3_64_intdigest(b"".join([record.covered for _, record in records]))
-    return Writes(records[0][1].seq, rows, _contents(directory, records, block_sizes), digest)
+    return Writes(records[0][1].seq, rows, _contents(reader, records), digest)
 
 
-def _contents(directory: str, records: list[tuple[Location, Record]], block_sizes: list[int]) -> bytearray:
+def _contents(reader: JournalReader, records: list[tuple[Location, Record]]) -> bytearray:
     """The records' contents, verified. The records of a segment are adjacent, and take one read."""
     contents = bytearray()
     for segment, group in itertools.groupby(records, lambda each: each[0].segment):
-        here, path = list(group), segment_path(directory, segment)
+        here, path = list(group), segment_path(reader.directory, segment)
         start, end = here[0][0].offset, here[-1][0].offset + here[-1][1].size_bytes
         try:
             with open_fd(path, os.O_RDONLY) as fd:
@@ -112,7 +111,7 @@ def _contents(directory: str, records: list[tuple[Location, Record]], block_size
         for location, record in here:
             at = location.offset - start
             content = data[at + record.contents_offset : at + record.size_bytes]
-            if tuple(block_checksums(content, block_sizes[record.volume])) != record.checksums:
+            if packed_checksums(content, reader.block_sizes[record.volume]) != record.covered:
                 problem = "a block doesn't match the checksum taken when it was written"
                 raise CorruptionError(path, location.offset, problem)
             contents += content

@@ -16,8 +16,10 @@ import threading
 from dataclasses import dataclass
 from typing import Final
 
+import msgspec
+
 from pitfs.errors import CapacityError
-from pitfs.model.record import HEADER_BYTES, RecordKind, encode_head
+from pitfs.model.record import HEADER_BYTES, Message, RecordKind, encode_head
 from pitfs.storage.files import closed_on_error, fsync_directory, open_fd, storage_error, write_all
 from pitfs.storage.segment import DATA_OFFSET, SegmentHeader, list_segments, segment_path
 
@@ -167,9 +169,10 @@ class Journal:
         self._offset = end
         self.appended_bytes += size
 
-    def append_message(self, kind: int, seq: int, time_ns: int, body: bytes) -> Location:
-        """Appends a record without blocks, and returns its place. As `append`."""
-        self.append(kind, 0, 0, 0, seq, time_ns, body)
+    def append_message(self, message: Message, seq: int, time_ns: int) -> Location:
+        """Appends the record of a message, and returns its place. As `append`."""
+        body = msgspec.msgpack.encode(message)
+        self.append(message.kind, 0, 0, 0, seq, time_ns, body)
         return Location(self._segment.number, self._offset - HEADER_BYTES - len(body))
 
     def _write_ahead(self, end: int) -> None:

@@ -33,7 +33,7 @@ from __future__ import annotations
 import enum
 import struct
 from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar, Final
 
 import msgspec
 from xxhash import xxh3_64_intdigest
@@ -71,6 +71,7 @@ class Mark(msgspec.Struct, frozen=True):
     bookmark: the position's name, if it was given one.
     """
 
+    kind: ClassVar = RecordKind.MARK
     mark: int
     position_time_ns: int
     bookmark: str | None = None
@@ -84,6 +85,7 @@ class CopyStart(msgspec.Struct, frozen=True):
         (from_seq, from_time_ns), and these are the sizes of the volumes' encoded bitmaps in COPY_BLOCKS.
     """
 
+    kind: ClassVar = RecordKind.COPY_START
     mark: int
     from_seq: int
     from_time_ns: int
@@ -101,17 +103,14 @@ class CopyProgress(msgspec.Struct, frozen=True):
     The copy is complete when `volume` is the number of volumes.
     """
 
+    kind: ClassVar = RecordKind.COPY_PROGRESS
     mark: int
     volume: int
     block: int
 
 
 Message = Mark | CopyStart | CopyProgress
-_MESSAGES: Final[dict[RecordKind, msgspec.msgpack.Decoder[Message]]] = {
-    RecordKind.MARK: msgspec.msgpack.Decoder(Mark),
-    RecordKind.COPY_START: msgspec.msgpack.Decoder(CopyStart),
-    RecordKind.COPY_PROGRESS: msgspec.msgpack.Decoder(CopyProgress),
-}
+_MESSAGES: Final = {each.kind: msgspec.msgpack.Decoder[Message](each) for each in (Mark, CopyStart, CopyProgress)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +190,14 @@ def decode_head(data: bytes | memoryview, offset: int, seed: int, what: str, pos
         )
     sizes = HEADER_BYTES + covered_size, HEADER_BYTES + body_size
     return Record(RecordKind(kind), volume, block, block_count, seq, time_ns, lsn, durable_lsn, covered, *sizes)
+
+
+def packed_checksums(contents: bytes | bytearray | memoryview, block_size: int) -> bytes:
+    """xxh3_64 of each block of `contents`, as a record's body has them."""
+    if len(contents) == block_size:
+        return CHECKSUM.pack(xxh3_64_intdigest(contents))
+    checksums = block_checksums(contents, block_size)
+    return struct.pack(f"<{len(checksums)}Q", *checksums)
 
 
 def block_checksums(contents: bytes | bytearray | memoryview, block_size: int) -> list[int]:

@@ -11,8 +11,7 @@ from typing import Final
 import trio
 
 from pitfs.errors import CorruptionError
-from pitfs.journal.block_source import BlockSource
-from pitfs.journal.reader import Interval, JournalReader, SeenMark, after
+from pitfs.journal.reader import BlockSource, Interval, JournalReader, SeenMark, after
 from pitfs.journal.writer import Location
 from pitfs.model.ladder import LAST_LAYER, NO_LAYER, layer_of
 from pitfs.model.schedule import Step, Waiting, layers_left

@@ -17,8 +17,7 @@ from pitfs.model.transfer import Hello, Welcome
 from pitfs.replication.phases import Phase
 from pitfs.replication.ports import Session, ShipperSettings
 from pitfs.replication.status import ReplicationStatus
-from pitfs.splitter.client import SplitterClient
-from pitfs.splitter.messages import SplitterStatus
+from pitfs.splitter.messages import SplitterClient, SplitterStatus
 from pitfs.storage.segment import list_segments
 
 log = logging.getLogger(__name__)

@@ -46,7 +46,7 @@ from pitfs.replication.ports import Session, ShipperSettings
 from pitfs.replication.sending import Sender
 from pitfs.replication.status import LostMarks
 from pitfs.splitter.change_bitmap import BitmapAssembler
-from pitfs.splitter.client import SplitterClient
+from pitfs.splitter.messages import SplitterClient
 from pitfs.storage.segment import segment_path
 
 log = logging.getLogger(__name__)

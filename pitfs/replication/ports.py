@@ -1,4 +1,4 @@
-"""What the shipper is given: settings, and a session of the link. (Of the splitter it has a `splitter.client`.)"""
+"""What the shipper is given: settings, and a session of the link. (Of the splitter it has a `SplitterClient`.)"""
 
 from __future__ import annotations
 

@@ -9,9 +9,7 @@ from typing import Final
 import trio
 
 from pitfs.errors import CorruptionError, LinkError, PitfsError
-from pitfs.journal.block_source import BlockSource
-from pitfs.journal.durability import Durability
-from pitfs.journal.reader import Copy, Interval
+from pitfs.journal.reader import BlockSource, Copy, Durability, Interval
 from pitfs.journal.writer import Location, segment_bytes_for
 from pitfs.model.schedule import (
     EVERY_WRITE,
@@ -34,8 +32,7 @@ from pitfs.replication.ports import Connect, Session, ShipperSettings
 from pitfs.replication.sending import Sender, check_committed
 from pitfs.replication.status import ReplicationStatus
 from pitfs.replication.stream import POLL_S, AckReporter, Stream
-from pitfs.splitter.client import SplitterClient
-from pitfs.splitter.messages import SplitterStatus
+from pitfs.splitter.messages import SplitterClient, SplitterStatus
 from pitfs.storage.files import storage_error
 
 log = logging.getLogger(__name__)
@@ -84,9 +81,7 @@ class Shipper:
         self._durability = Durability(directory)
         self.full_sync = FullSync(settings, hello, splitter, self.cursor, sender)
         reader = self.cursor.reader
-        self.stream = Stream(
-            reader, self._volumes, splitter, sender, self._durability, self.release, self._stream_durable
-        )
+        self.stream = Stream(reader, splitter, sender, self._durability, self.release, self._stream_durable)
         self.acks = AckReporter(splitter)
 
     def close(self) -> None:

@@ -10,16 +10,14 @@ from typing import Final
 
 import trio
 
-from pitfs.journal.durability import Durability
-from pitfs.journal.reader import JournalReader
+from pitfs.journal.reader import Durability, JournalReader
 from pitfs.journal.stream_reader import NOTHING_DIGEST, StreamChunk, next_chunk
 from pitfs.journal.writer import Location
 from pitfs.model.record import MAX_BODY_BYTES
-from pitfs.model.transfer import MAX_BATCH_BYTES, Durable, Flush, VolumeInfo, Welcome, Writes
+from pitfs.model.transfer import MAX_BATCH_BYTES, Durable, Flush, Welcome, Writes
 from pitfs.replication.ports import Session
 from pitfs.replication.sending import Sender
-from pitfs.splitter.client import SplitterClient
-from pitfs.splitter.messages import Replicated
+from pitfs.splitter.messages import Replicated, SplitterClient
 
 POLL_S: Final = 0.15  # how often the journal is read: with the replica's 0.25 s until readable, well below 1 s
 PULSE_S: Final = 0.25  # how often the replica hears that time passed where nothing is written
@@ -58,7 +56,6 @@ class Stream:
     def __init__(
         self,
         reader: JournalReader,
-        volumes: tuple[VolumeInfo, ...],
         splitter: SplitterClient,
         sender: Sender,
         durability: Durability,
@@ -67,7 +64,6 @@ class Stream:
     ) -> None:
         self._reader, self._splitter, self._sender, self._durability = reader, splitter, sender, durability
         self._release_segment, self._on_durable = release, on_durable
-        self._block_sizes = [volume.block_size for volume in volumes]
         self.position = (0, 0)
         self.mark = self.durable_seq = self._durable_mark = self._journalled_seq = 0
         self.journalled_lsn, self.pumped_at = 0, 0.0
@@ -139,9 +135,7 @@ class Stream:
             segments = self._reader.location.segment, tail.segment
             await trio.to_thread.run_sync(self._durability.make, *segments)
         while True:
-            chunk = await trio.to_thread.run_sync(
-                next_chunk, self._reader, tail, self._batch_bytes, self._block_sizes
-            )
+            chunk = await trio.to_thread.run_sync(next_chunk, self._reader, tail, self._batch_bytes)
             if chunk is None:
                 self._saturated_at = None
                 break

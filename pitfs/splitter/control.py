@@ -78,14 +78,8 @@ class Connection:
     @classmethod
     async def open(cls, directory: str, name: str) -> Connection:
         """Connects to a socket in `directory`. Raises OSError where nobody listens."""
-        sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            with _short_path(directory, name) as path:
-                await sock.connect(path)
-        except BaseException:
-            sock.close()
-            raise
-        return cls(trio.SocketStream(sock))
+        with _short_path(directory, name) as path:
+            return cls(await trio.open_unix_socket(path))
 
     async def request(self, request: msgspec.Struct, reply_type: type[Reply]) -> Reply:
         """Sends a request and returns its reply. Where the caller is cancelled, the request may be done or not.

@@ -10,12 +10,8 @@ Each function here runs between two writes, without an await: so a COPY_START an
 
 from __future__ import annotations
 
-import struct
-
-import msgspec
-
 from pitfs.journal.writer import Journal
-from pitfs.model.record import CopyProgress, CopyStart, Mark, RecordKind, block_checksums
+from pitfs.model.record import CopyProgress, CopyStart, Mark, RecordKind, packed_checksums
 from pitfs.splitter.change_bitmap import ChangeBitmap, split_bitmaps
 from pitfs.splitter.state import SplitterState
 from pitfs.splitter.volume import Volume
@@ -39,12 +35,12 @@ def begin_copy(
     if state.mark:
         gap_from = changes.base if changes else (seq, state.position_time_ns)
         mark = Mark(state.mark + 1, state.position_time_ns)
-        journal.append_message(RecordKind.MARK, seq, state.time_ns, msgspec.msgpack.encode(mark))
+        journal.append_message(mark, seq, state.time_ns)
         state.mark, seq = mark.mark, seq + 1
     bitmaps = [bitmap.copy() for bitmap in changes.bitmaps] if changes else []
     encoded = [bitmap.serialize() for bitmap in bitmaps]
     copy = CopyStart(state.mark + 1, *gap_from, cause, tuple(len(each) for each in encoded))
-    location = journal.append_message(RecordKind.COPY_START, seq, time_ns, msgspec.msgpack.encode(copy))
+    location = journal.append_message(copy, seq, time_ns)
     state.seq, state.time_ns, state.position_time_ns, state.mark = seq, time_ns, time_ns, copy.mark
     for index, offset, part in split_bitmaps(encoded):
         journal.append(RecordKind.COPY_BLOCKS, index, offset, 0, seq, time_ns, part)
@@ -69,7 +65,7 @@ def preserve(
             length += 1
         size = length * volume.block_size
         image = volume.read(todo[0] * volume.block_size, size, may_wait).ljust(size, b"\0")
-        covered = struct.pack(f"<{length}Q", *block_checksums(image, volume.block_size))
+        covered = packed_checksums(image, volume.block_size)
         if not any(image[:64]) and not image.strip(b"\0"):
             image = b""  # zeros, as before the first write to a sparse volume, take no contents
         position = state.seq, state.time_ns

@@ -8,7 +8,7 @@ import os
 from pyroaring import BitMap64
 
 from pitfs.errors import CorruptionError, UsageError
-from pitfs.journal.durability import Durability
+from pitfs.journal.reader import Durability
 from pitfs.journal.recovery import replay
 from pitfs.journal.writer import JournalTail, Location
 from pitfs.model.record import CopyProgress, CopyStart, Mark, Record, RecordKind
@@ -45,7 +45,14 @@ def recover(
     state = SplitterState(progress.seq, progress.position_time_ns, progress.time_ns, progress.mark)
     found = _Replay(state, volumes, progress.checkpoint_lsn, limit_bytes)
     if progress.bypass_cause:
-        return state, _recover_bypass(directory, history, progress, found)
+        # Nothing is redone, as the backing volumes are ahead of the journal. An attempt to end the bypass may have left
+        # marks: they are taken in, so that no number is given twice.
+        try:
+            tail = replay(directory, progress.checkpoint_segment, found.advance, history)
+        except CorruptionError as error:
+            log.warning("%s; a complete copy follows anyway", error)
+            return state, None
+        return state, tail if tail is not None and tail.next_lsn > progress.checkpoint_lsn else None
     tail = replay(directory, progress.recovery_segment, found.redo, history, progress.checkpoint_lsn)
     if tail is None or tail.next_lsn <= progress.checkpoint_lsn:
         raise UsageError(
@@ -58,19 +65,6 @@ def recover(
     numbers = list_segments(directory)
     Durability(directory).make(numbers[0], numbers[-1])
     return state, tail
-
-
-def _recover_bypass(directory: str, history: bytes, progress: Progress, found: _Replay) -> JournalTail | None:
-    """Takes in the marks that an attempt to end the bypass may have left, so that no number is given twice.
-
-    Nothing is redone, as the backing volumes are ahead of the journal. Returns None where the journal is damaged.
-    """
-    try:
-        tail = replay(directory, progress.checkpoint_segment, found.advance, history)
-    except CorruptionError as error:
-        log.warning("%s; a complete copy follows anyway", error)
-        return None
-    return tail if tail is not None and tail.next_lsn > progress.checkpoint_lsn else None
 
 
 class _Replay:
@@ -92,7 +86,14 @@ class _Replay:
         """Takes in a record. Raises CorruptionError where a write's contents are bad."""
         message = record.message
         if record.kind is RecordKind.WRITE:
-            self._redo_write(reader, offset, record)
+            if record.lsn > self._checkpoint_lsn:
+                volume, contents = self._volumes[record.volume], reader.verified_contents(offset, record)
+                start = record.block * volume.block_size
+                write_all(volume.fd, contents[: volume.size_bytes - start], start)
+                self.redone += 1
+            changes = self._state.change_bitmap
+            if changes is not None and not changes.mark(record.volume, record.block, record.block_count):
+                self._state.change_bitmap = None
         elif record.kind is RecordKind.BEFORE_IMAGE:
             preserved = self._volumes[record.volume].preserved
             preserved.add_range(record.block, record.block + record.block_count)
@@ -116,16 +117,6 @@ class _Replay:
         state.time_ns = max(state.time_ns, record.time_ns)
         if not isinstance(message, Mark):
             state.seq, state.position_time_ns = record.seq, record.time_ns
-
-    def _redo_write(self, reader: SegmentReader, offset: int, record: Record) -> None:
-        if record.lsn > self._checkpoint_lsn:
-            volume, contents = self._volumes[record.volume], reader.verified_contents(offset, record)
-            start = record.block * volume.block_size
-            write_all(volume.backing.fd, contents[: volume.size_bytes - start], start)
-            self.redone += 1
-        changes = self._state.change_bitmap
-        if changes is not None and not changes.mark(record.volume, record.block, record.block_count):
-            self._state.change_bitmap = None
 
     def _begin_copy(self, start: CopyStart, location: Location) -> None:
         state = self._state

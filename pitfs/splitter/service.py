@@ -10,19 +10,9 @@ from typing import Final
 import trio
 
 from pitfs.errors import CapacityError, PitfsError
+from pitfs.splitter import messages
 from pitfs.splitter.change_bitmap import marked_bytes
-from pitfs.splitter.messages import (
-    Copied,
-    ReadStatus,
-    Release,
-    Replicated,
-    Rescan,
-    RunningCopy,
-    SetMark,
-    SplitterRequest,
-    SplitterStatus,
-    WaitForWrites,
-)
+from pitfs.splitter.messages import SplitterRequest, SplitterStatus
 from pitfs.splitter.splitter import Splitter
 from pitfs.splitter.sync_gate import SyncGate
 from pitfs.storage.files import storage_error
@@ -48,20 +38,15 @@ class SplitterService:
         self._splitter = splitter
         self._gate = gate
         self._waiting_for_writes = trio.lowlevel.ParkingLot()
-        self._room = trio.Event()
+        self._waiting_for_room = trio.lowlevel.ParkingLot()
         self._stopping = False
-        self._waiting_for_room = 0
         self._clock_warned = False
         self._checkpoint_at, self._checkpoint_segment, self._checkpoint_lsn = -math.inf, 0, -1  # the last one
 
     async def wait_for_room(self) -> bool:
         """Returns when the journal may have room; False: it will have none, the splitter stops."""
         if not self._stopping:
-            self._waiting_for_room += 1
-            try:
-                await self._room.wait()
-            finally:
-                self._waiting_for_room -= 1
+            await self._waiting_for_room.park()
         return not self._stopping
 
     async def written(self) -> bool:
@@ -76,7 +61,7 @@ class SplitterService:
     def stop(self) -> None:
         """Releases the writes that wait: they are never answered, and the end must not wait for them."""
         self._stopping = True
-        self._room.set()
+        self._waiting_for_room.unpark_all()
         self._gate.stop()
 
     async def run(self) -> None:
@@ -91,9 +76,8 @@ class SplitterService:
                 await step()
             except (OSError, PitfsError) as error:
                 if isinstance(error, OSError):
-                    log.error("%s", storage_error(error, self._splitter.journal.directory, "keeping the journal"))
-                else:
-                    log.error("%s", error)
+                    error = storage_error(error, self._splitter.journal.directory, "keeping the journal")
+                log.error("%s", error)
                 await trio.sleep(RETRY_S)
             await trio.sleep(KEEP_INTERVAL_S)
 
@@ -127,8 +111,7 @@ class SplitterService:
             self._checkpoint_at = trio.current_time()
         await trio.to_thread.run_sync(journal.release, splitter.releasable_segment)
         if journal.used_bytes < journal.capacity_bytes:
-            self._room.set()
-            self._room = trio.Event()
+            self._waiting_for_room.unpark_all()
         if splitter.state.bypass_cause:
             # Only with room for a segment: the rest of the current one would be full again at once.
             has_room = await trio.to_thread.run_sync(journal.prepare_spare)
@@ -140,21 +123,19 @@ class SplitterService:
         splitter = self._splitter
         try:
             match request:
-                case ReadStatus():
-                    pass
-                case SetMark(bookmark):
+                case messages.SetMark(bookmark):
                     splitter.mark(bookmark)
-                case Copied(progress):
+                case messages.Copied(progress):
                     splitter.copied(progress)
-                case Release(segment, wanted):
+                case messages.Release(segment, wanted):
                     splitter.release(segment, wanted)
-                case Rescan(cause):
+                case messages.Rescan(cause):
                     if splitter.state.bypass_cause:
                         raise CapacityError(f"{splitter.state.bypass_cause}: a copy begins once that is mended")
                     splitter.start_copy(cause)
-                case Replicated(seq, in_step, cause):
+                case messages.Replicated(seq, in_step, cause):
                     self._gate.replicated(seq, in_step, cause)
-                case WaitForWrites(lsn):
+                case messages.WaitForWrites(lsn):
                     await self._wait_for_writes(lsn)
         except OSError as error:
             what = f"request {type(request).__name__}"
@@ -173,7 +154,7 @@ class SplitterService:
         if state.copy is not None:
             copying = [volume.copying for volume in volumes if volume.copying is not None]
             changed_bytes = marked_bytes(copying, volumes) if copying else None
-            copy = RunningCopy(state.copy.mark, state.copy_location, changed_bytes)
+            copy = messages.RunningCopy(state.copy.mark, state.copy_location, changed_bytes)
         return SplitterStatus(
             tail=journal.tail,
             lsn=journal.lsn,
@@ -185,7 +166,7 @@ class SplitterService:
             capacity_bytes=journal.capacity_bytes,
             bypass_cause=state.bypass_cause,
             changed_bytes=None if changes is None else marked_bytes(changes.bitmaps, volumes),
-            waiting_count=self._waiting_for_room + self._gate.waiting_count,
+            waiting_count=len(self._waiting_for_room) + self._gate.waiting_count,
             copy=copy,
             sync=self._gate.text,
         )

@@ -17,25 +17,20 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import struct
 from collections.abc import Callable
-from typing import Final
 
-import msgspec
 from pyroaring import BitMap64
-from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CapacityError, PitfsError
 from pitfs.journal.writer import Journal
-from pitfs.model.record import CopyProgress, Mark, RecordKind, block_checksums
+from pitfs.model.record import CopyProgress, Mark, RecordKind, packed_checksums
 from pitfs.splitter.change_bitmap import ChangeBitmap, bitmap_limit_bytes, marked_bytes, save_bitmap
 from pitfs.splitter.copy_before_write import begin_copy, note_copied, preserve
 from pitfs.splitter.state import BackingState, Progress, ProgressFile, SplitterState
 from pitfs.splitter.volume import Volume
+from pitfs.storage.files import write_all
 
 log = logging.getLogger(__name__)
-
-_PACK_ONE: Final = struct.Struct("<Q").pack
 
 
 class Splitter:
@@ -95,27 +90,25 @@ class Splitter:
         if offset % block_size or len(data) % block_size:
             contents = self._fill(volume, offset, data, may_wait)
         count = len(contents) // block_size
-        if count == 1:
-            covered = _PACK_ONE(xxh3_64_intdigest(contents))
-        else:
-            covered = struct.pack(f"<{count}Q", *block_checksums(contents, block_size))
+        covered = packed_checksums(contents, block_size)
         now = self._clock_ns()
         if now <= state.time_ns:
             now = state.time_ns + 1
         try:
-            try:
-                if state.copy is not None:
-                    preserve(self.journal, state, index, volume, first, count, may_wait)
-                self.journal.append(RecordKind.WRITE, index, first, count, state.seq + 1, now, covered, contents)
-            except CapacityError:
-                if not self._make_room():
-                    raise
-                if state.copy is not None:
-                    preserve(self.journal, state, index, volume, first, count, may_wait)
-                self.journal.append(RecordKind.WRITE, index, first, count, state.seq + 1, now, covered, contents)
+            while True:
+                try:
+                    if state.copy is not None:
+                        preserve(self.journal, state, index, volume, first, count, may_wait)
+                    self.journal.append(RecordKind.WRITE, index, first, count, state.seq + 1, now, covered, contents)
+                    break
+                except CapacityError:
+                    if not self._make_room():
+                        raise
         except (PitfsError, OSError) as error:
             if self._block_when_full and isinstance(error, CapacityError):
-                self._close_full_interval()
+                if self._full_at_seq != state.seq:  # once: the open interval must be shipped before there is room
+                    self._full_at_seq = state.seq
+                    self._try_mark()
                 raise
             self._begin_bypass(f"the local journal can't be written: {error}")
         else:
@@ -132,20 +125,19 @@ class Splitter:
             NotCachedError: it must come from the disk, and `may_wait` is false.
             OSError: the backing volume refuses.
         """
-        volume = self.volumes[index]
-        return volume.read(offset, max(0, min(size, volume.size_bytes - offset)), may_wait)
+        return self.volumes[index].read(offset, size, may_wait)
 
     def _write_backing(self, index: int, offset: int, data: bytes) -> None:
         volume = self.volumes[index]
         try:
-            done = os.pwrite(volume.backing.fd, data, offset)
-            while done < len(data):
-                done += os.pwrite(volume.backing.fd, data[done:], offset + done)
+            if os.pwrite(volume.fd, data, offset) != len(data):
+                # A short write means a full disk or a failing one: writing on says which.
+                write_all(volume.fd, data, offset)
         except OSError as error:
             # The journal has the write, and the volume may have part of it: these blocks must be read again.
             try:
                 if not self.state.bypass_cause:
-                    self._begin_bypass(f"{volume.backing.path}: a write failed: {os.strerror(error.errno or 0)}")
+                    self._begin_bypass(f"{volume.path}: a write failed: {os.strerror(error.errno or 0)}")
             finally:
                 self._note_change(index, offset, len(data))
             raise
@@ -170,13 +162,8 @@ class Splitter:
         after = volume.read(end, tail, may_wait).ljust(tail, b"\0") if tail else b""
         return b"".join((before, data, after))
 
-    def _close_full_interval(self) -> None:
-        """Closes the open interval of a full journal, once: it must be shipped before there is room again."""
-        if self.state.seq != self._full_at_seq:
-            self._full_at_seq = self.state.seq
-            self._try_mark()
-
     def _try_mark(self) -> None:
+        """Closes the open interval, so that it can be shipped and give room."""
         try:
             self.mark()
         except (PitfsError, OSError) as error:
@@ -188,7 +175,7 @@ class Splitter:
         """From here on writes bypass the journal. Raises OSError where that can't be made durable."""
         log.error("%s: writes go on, but no instant after this can be given until it is mended", cause)
         state = self.state
-        self._try_mark()  # what is journalled can go to the replica, and give room
+        self._try_mark()
         if state.copy is None:
             base = state.seq, state.position_time_ns
             limit_bytes = bitmap_limit_bytes(self.journal.capacity_bytes)
@@ -241,7 +228,7 @@ class Splitter:
             raise CapacityError(f"{state.bypass_cause}: no snapshot can be taken until that is mended")
         time_ns = max(self._clock_ns(), state.time_ns + 1)
         message = Mark(state.mark + 1, state.position_time_ns, bookmark)
-        self.journal.append_message(RecordKind.MARK, state.seq, time_ns, msgspec.msgpack.encode(message))
+        self.journal.append_message(message, state.seq, time_ns)
         state.mark, state.time_ns = message.mark, time_ns
 
     def copied(self, progress: CopyProgress) -> None:
@@ -250,8 +237,7 @@ class Splitter:
         if state.copy is None or progress.mark != state.copy.mark:
             return
         try:
-            body = msgspec.msgpack.encode(progress)
-            self.journal.append_message(RecordKind.COPY_PROGRESS, state.seq, state.time_ns, body)
+            self.journal.append_message(progress, state.seq, state.time_ns)
         except CapacityError:
             # Only the last record may be missing: the replica's mark says the same. The records before it are how
             # the shipper notices that the replica lost a part.
@@ -282,9 +268,9 @@ class Splitter:
             raise self._backing_failed
         for volume in self.volumes:
             try:
-                os.fdatasync(volume.backing.fd)
+                os.fdatasync(volume.fd)
             except OSError as error:
-                self._backing_failed = OSError(error.errno, error.strerror, volume.backing.path)
+                self._backing_failed = OSError(error.errno, error.strerror, volume.path)
                 raise self._backing_failed from error
 
     def sync(self) -> None:
@@ -321,7 +307,7 @@ class Splitter:
             time_ns=state.time_ns,
             mark=state.mark,
             copy_segment=state.copy_location.segment if state.copy else 0,
-            backings=tuple(BackingState(v.size_bytes, v.backing.mtime_ns) for v in self.volumes),
+            backings=tuple(BackingState(v.size_bytes, v.mtime_ns) for v in self.volumes),
             change_bitmap_checksum=change_bitmap_checksum,
         )
 
@@ -385,12 +371,12 @@ class Splitter:
     def close(self) -> None:
         """Makes everything durable, with a checkpoint that is marked clean, and closes the files. Raises OSError."""
         for volume in self.volumes:
-            os.fsync(volume.backing.fd)  # the modification times as well, which the checkpoint has
+            os.fsync(volume.fd)  # the modification times as well, which the checkpoint has
         self.checkpoint(self.snapshot_progress(clean=True, change_bitmap_checksum=self._save_bitmap()))
         self.journal.close()
         self._progress.close()
         for volume in self.volumes:
-            volume.backing.close()
+            volume.close()
 
     def _save_bitmap(self) -> int:
         """Saves the change bitmap of a bypass for the next start. Returns its checksum, 0 where nothing is saved."""

@@ -17,7 +17,7 @@ from pitfs.splitter.identity import open_group
 from pitfs.splitter.recovery import recover
 from pitfs.splitter.splitter import Splitter
 from pitfs.splitter.state import Progress, ProgressFile, boot_id
-from pitfs.splitter.volume import Volume, open_backing
+from pitfs.splitter.volume import Volume, open_volume
 from pitfs.storage.files import FULL_ERRNOS, fsync_directory, storage_error
 from pitfs.storage.segment import list_segments
 
@@ -72,24 +72,29 @@ def open_splitter(
         CorruptionError: the journal is damaged.
         PitfsError: a disk refuses.
     """
-    volumes = [Volume(spec.name, open_backing(spec.backing), spec.block_size) for spec in specs]
+    volumes = [open_volume(spec.name, spec.backing, spec.block_size) for spec in specs]
     infos = tuple(VolumeInfo(volume.name, volume.size_bytes, volume.block_size) for volume in volumes)
     history = bytes.fromhex(open_group(state, group, infos).history)
     directory = journal_directory(state)
     progress_file = ProgressFile(state, begins=not list_segments(directory))
     progress = progress_file.read()
-    boot = boot_id()
-    mtimes_ns = [volume.backing.mtime_ns for volume in volumes]  # before redo changes them
+    boot, limit_bytes = boot_id(), bitmap_limit_bytes(capacity_bytes)
+    mtimes_ns = [volume.mtime_ns for volume in volumes]  # before redo changes them
     generation, next_lsn = (progress.generation, progress.checkpoint_lsn + 1) if progress else (0, 1)
     try:
-        recovered, tail = recover(directory, history, volumes, progress, bitmap_limit_bytes(capacity_bytes))
+        recovered, tail = recover(directory, history, volumes, progress, limit_bytes)
         journal = Journal(directory, history, capacity_bytes, tail, next_lsn)
         splitter = Splitter(
             volumes, journal, recovered, progress_file, generation, clock_ns, boot, block_when_full
         )
         cause = _copy_cause(progress, boot, volumes, mtimes_ns, recovered.time_ns)
         if progress is not None and progress.bypass_cause:
-            _go_on_with_bypass(splitter, state, progress, cause is None)
+            # Until there is room for a copy, writes go on bypassing the journal: production doesn't wait for it.
+            recovered.bypass_cause, checksum = progress.bypass_cause, progress.change_bitmap_checksum
+            if progress.clean and checksum and cause is None:  # nobody else wrote: the bitmap is all that changed
+                recovered.change_bitmap = load_bitmap(state, checksum, len(volumes), limit_bytes)
+            splitter.checkpoint(splitter.snapshot_progress())
+            remove_bitmap(state)
         elif cause is not None:
             if cause:
                 log.warning("%s: a complete copy follows, instants until now stay as they are", cause)
@@ -99,21 +104,6 @@ def open_splitter(
     except OSError as error:
         raise storage_error(error, error.filename or directory, "starting the splitter") from error
     return splitter
-
-
-def _go_on_with_bypass(splitter: Splitter, state: str, progress: Progress, backings_kept: bool) -> None:
-    """Writes bypassed the journal, and do so until there is room for a copy: production doesn't wait for it.
-
-    Args:
-        backings_kept: nobody else wrote to the backing volumes. Only then is the change bitmap all that changed.
-    """
-    recovered, limit_bytes = splitter.state, bitmap_limit_bytes(splitter.journal.capacity_bytes)
-    recovered.bypass_cause = progress.bypass_cause
-    checksum = progress.change_bitmap_checksum
-    if progress.clean and checksum and backings_kept:
-        recovered.change_bitmap = load_bitmap(state, checksum, len(splitter.volumes), limit_bytes)
-    splitter.checkpoint(splitter.snapshot_progress())
-    remove_bitmap(state)
 
 
 def _copy_cause(
@@ -138,5 +128,5 @@ def _copy_cause(
         changed = [mtime_ns != before.mtime_ns for mtime_ns, before in pairs]
     for volume, by_others in zip(volumes, changed, strict=True):
         if by_others:
-            return f"{volume.backing.path}: was changed while pitfs wasn't running"
+            return f"{volume.path}: was changed while pitfs wasn't running"
     return None

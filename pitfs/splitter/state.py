@@ -22,9 +22,9 @@ from pitfs.model.record import CopyStart
 from pitfs.splitter.change_bitmap import ChangeBitmap
 from pitfs.storage.files import fsync_directory, write_all
 
+NOWHERE: Final = Location(0, 0)
 SLOT_BYTES: Final = 16384  # a group's 256 volumes take 40 bytes each; the cause of a bypass names a path
 _SLOT: Final = struct.Struct("<IQ")
-NOWHERE: Final = Location(0, 0)
 
 
 @dataclass(slots=True)

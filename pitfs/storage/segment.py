@@ -32,7 +32,7 @@ from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CorruptionError, PitfsError, StoreVersionError
 from pitfs.model import record as records
-from pitfs.model.record import HEADER_BYTES, Record, RecordKind, block_checksums, decode_head
+from pitfs.model.record import HEADER_BYTES, Record, RecordKind, decode_head, packed_checksums
 from pitfs.storage.files import closed_on_error, read_exactly, storage_error
 
 HEADER: Final = struct.Struct("<8sIIQQQQ16s")
@@ -138,14 +138,9 @@ class SegmentReader:
         data = read_exactly(self.fd, size, offset + record.contents_offset, self.path)
         if not record.block_count or len(data) % record.block_count:
             raise CorruptionError(self.path, offset, "contents that aren't whole blocks")
-        if tuple(block_checksums(data, len(data) // record.block_count)) != record.checksums:
+        if packed_checksums(data, len(data) // record.block_count) != record.covered:
             raise CorruptionError(self.path, offset, "a block doesn't match its checksum")
         return data
-
-    @property
-    def is_as_named(self) -> bool:
-        """Whether the file has the name of the segment in it. It hasn't where the disk lost a rename."""
-        return segment_number(os.path.basename(self.path)) == self.header.number
 
     def records_after(self, offset: int) -> Iterator[Record]:
         """Every good record behind a bad one at `offset`, wherever it stands: to tell a torn end from damage."""

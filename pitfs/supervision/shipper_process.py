@@ -25,8 +25,8 @@ from pitfs.replication.ports import ShipperSettings
 from pitfs.replication.requests import REQUESTS
 from pitfs.replication.shipper import Shipper
 from pitfs.splitter import control
-from pitfs.splitter.client import SplitterClient
 from pitfs.splitter.identity import next_epoch, read_group
+from pitfs.splitter.messages import SplitterClient
 from pitfs.splitter.startup import journal_directory
 from pitfs.supervision.heap import bound_heap
 from pitfs.supervision.processes import (

@@ -19,8 +19,7 @@ import trio
 from pitfs.config.production import Config
 from pitfs.errors import PitfsError
 from pitfs.fuse.kernel.io_flusher import set_io_flusher
-from pitfs.fuse.splitter import SplitterOperations
-from pitfs.fuse.splitter_mount import attached_loops, mount_splitter, prepare_mountpoint
+from pitfs.fuse.splitter import SplitterOperations, attached_loops, mount_splitter, prepare_mountpoint
 from pitfs.splitter import control, messages
 from pitfs.splitter.group_commit import GroupCommit
 from pitfs.splitter.service import SplitterService
@@ -71,7 +70,7 @@ def serve(config: Config) -> int:
     copying = splitter.state.copy is not None
     gate = SyncGate(replication.mode == "sync", replication.on_disconnect == "block", copying)
     service = SplitterService(splitter, gate)
-    operations = SplitterOperations(splitter, GroupCommit(splitter), service.wait_for_room, service.written)
+    operations = SplitterOperations(splitter, GroupCommit(splitter), service)
     # A stop from here on waits until the mount can be unmounted in order; `told_to_stop` unblocks it.
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
     mount_splitter(operations, mountpoint, config.group.name)

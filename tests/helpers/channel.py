@@ -7,8 +7,7 @@ from typing import TypeVar
 
 import msgspec
 
-from pitfs.splitter.client import SplitterClient
-from pitfs.splitter.messages import REQUESTS
+from pitfs.splitter.messages import REQUESTS, SplitterClient
 from pitfs.splitter.service import SplitterService
 
 Reply = TypeVar("Reply")

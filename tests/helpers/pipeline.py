@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pitfs.journal.block_source import BlockSource
-from pitfs.journal.reader import Copy, Interval, JournalReader
+from pitfs.journal.reader import BlockSource, Copy, Interval, JournalReader
 from pitfs.journal.writer import Location
 from pitfs.model.ladder import NO_LAYER
 from pitfs.model.record import CopyProgress
@@ -89,7 +88,7 @@ class Pipeline:
         self.splitter.journal.close()
         self.splitter._progress.close()
         for volume in self.splitter.volumes:
-            volume.backing.close()
+            volume.close()
 
     def write(self, volume: int, offset: int, data: bytes) -> None:
         self.splitter.write(volume, offset, data)
@@ -143,7 +142,7 @@ class Pipeline:
         self.splitter.copied(CopyProgress(copy.start.mark, len(self.sizes), 0))
 
     def copy_frames(self, copy: Copy, resume: ResumePoint) -> Iterator[TransferFrame]:
-        fds = [volume.backing.fd for volume in self.splitter.volumes]
+        fds = [volume.fd for volume in self.splitter.volumes]
         return copy_frames(
             journal_directory(self.state),
             self.volumes,

@@ -35,7 +35,7 @@ class Stream:
 
     def next(self, limit_bytes: int) -> StreamChunk | None:
         tail = self.pipeline.splitter.journal.tail
-        piece = next_chunk(self.reader, tail, limit_bytes, BLOCK_SIZES)
+        piece = next_chunk(self.reader, tail, limit_bytes)
         if piece is not None and piece.writes is not None:
             self.apply(piece)
         return piece
@@ -92,7 +92,7 @@ def test_the_digest_is_of_the_checksums_taken_at_the_splitter(tmp_path: Path) ->
         reader.seek(Location(1, 4096), (0, 0))
         reader.next(pipeline.splitter.journal.tail)
         pipeline.write(0, 4096, pipeline.random.bytes(12_288))
-        piece = next_chunk(reader, pipeline.splitter.journal.tail, 1 << 20, [4096])
+        piece = next_chunk(reader, pipeline.splitter.journal.tail, 1 << 20)
         assert piece is not None and piece.writes is not None
         checksums = np.array(block_checksums(piece.writes.contents, 4096), "<u8")
         assert piece.writes.digest == xxh3_64_intdigest(checksums.tobytes())
@@ -114,7 +114,7 @@ def test_a_flipped_bit_in_the_journal_is_not_streamed(tmp_path: Path) -> None:
         data[tail.offset - 1] ^= 1
         path.write_bytes(data)
         with pytest.raises(CorruptionError, match="a block doesn't match the checksum"):
-            next_chunk(reader, tail, 1 << 20, [4096])
+            next_chunk(reader, tail, 1 << 20)
         reader.close()
     finally:
         pipeline.close()

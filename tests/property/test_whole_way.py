@@ -107,7 +107,7 @@ def test_after_a_kill_everything_goes_on(tmp_path: Path, seed: int) -> None:
         pipeline.write(0, 1000, random.bytes(9000))
         with open(pipeline.backings[0], "r+b") as file:
             file.write(before)
-        assert volume.backing.path
+        assert volume.path
         pipeline.crash()
         pipeline.start()
         assert [path.read_bytes() for path in pipeline.backings] == pipeline.states[-1]

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pitfs.journal.block_source import BlockSource
-from pitfs.journal.reader import Interval
+from pitfs.journal.reader import BlockSource, Interval
 from pitfs.model.ladder import LAST_LAYER, NO_LAYER, RUNGS_NS
 from pitfs.model.transfer import End
 from pitfs.replication.interval import diff_frames, layers_frames, pick_layers, prepare

@@ -312,7 +312,7 @@ async def test_a_kill_during_a_stop_in_order(
         killed_at(parts, patch, point)
         with pytest.raises(Killed):
             parts.splitter.close()
-    for file in (parts.splitter.journal, parts.splitter._progress, parts.splitter.volumes[0].backing):
+    for file in (parts.splitter.journal, parts.splitter._progress, parts.splitter.volumes[0]):
         file.close()
     os.close(parts.pipeline.lock)
     assert os.path.exists(os.path.join(parts.pipeline.state, changes.FILE))
@@ -462,7 +462,7 @@ async def test_a_write_that_the_backing_refuses_is_read_again(
 ) -> None:
     """The journal has it, the backing volume a part of it."""
     await begin(parts)
-    real, backing = os.pwrite, parts.splitter.volumes[0].backing.fd
+    real, backing = os.pwrite, parts.splitter.volumes[0].fd
     before = parts.now
 
     def pwrite(fd: int, data: bytes, offset: int) -> int:

@@ -17,9 +17,8 @@ from trio.testing import wait_all_tasks_blocked
 from pitfs.errors import EXIT_FAILED, PitfsError
 from pitfs.replication.control import BOOKMARKS_FILE, ShipperControl
 from pitfs.replication.requests import SetBookmark
-from pitfs.splitter.client import SplitterClient
 from pitfs.splitter.control import MAX_CONNECTIONS, Connection, ControlError, Handler, serve
-from pitfs.splitter.messages import REQUESTS, RunningCopy, SplitterStatus
+from pitfs.splitter.messages import REQUESTS, RunningCopy, SplitterClient, SplitterStatus
 from tests.helpers.shipper import Parts
 
 NAME = "s.sock"

@@ -18,8 +18,7 @@ from common import Setting
 from report import Measure, at_most, figure, note, plain
 from traces import KINDS, Trace, recorded
 
-from pitfs.journal.block_source import BlockSource
-from pitfs.journal.reader import JournalReader
+from pitfs.journal.reader import BlockSource, JournalReader
 from pitfs.journal.stream_reader import next_chunk
 from pitfs.link.codec.payloads import PayloadEncoder
 from pitfs.link.protocol.batches import BatchCutter
@@ -112,7 +111,7 @@ def streamed(trace: Trace) -> Iterator[Sent]:
     first, last = trace.intervals[0], trace.intervals[-1]
     reader.seek(first.start, (first.from_seq, first.from_time_ns))
     with contextlib.closing(reader):
-        while (piece := next_chunk(reader, last.end, BATCH_BYTES, trace.block_sizes)) is not None:
+        while (piece := next_chunk(reader, last.end, BATCH_BYTES)) is not None:
             if piece.writes is not None:
                 yield from cutter.cut(piece.writes)
                 seq, time_ns = piece.position

@@ -28,9 +28,8 @@ from pitfs.journal.reader import Interval, JournalReader
 from pitfs.journal.writer import Location
 from pitfs.model.record import CopyProgress
 from pitfs.model.transfer import VolumeInfo
-from pitfs.splitter.client import SplitterClient
 from pitfs.splitter.identity import read_group
-from pitfs.splitter.messages import SplitterStatus
+from pitfs.splitter.messages import SplitterClient, SplitterStatus
 from pitfs.splitter.startup import journal_directory
 from pitfs.supervision.minder import SPLITTER
 from tests.helpers import postgresql
