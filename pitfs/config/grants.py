@@ -22,11 +22,10 @@ def load_grants(path: str) -> dict[str, frozenset[str]]:
     top = parse_table(read_text(path), path)
     top.only(("groups",))
     groups = top.table("groups")
-    grants = {}
-    for name in groups.values:
-        groups.check_name(name, name)
-        grants[name] = frozenset(_identity(groups, name, text) for text in groups.texts(name))
-    return grants
+    return {
+        groups.checked_name(name, name): frozenset(_identity(groups, name, text) for text in groups.texts(name))
+        for name in groups.values
+    }
 
 
 def _identity(groups: Table, name: str, text: str) -> str:

@@ -91,25 +91,23 @@ def parse_config(text: str, path: str) -> Config:
     """As load_config, from the text; `path` is for messages."""
     top = parse_table(text, path)
     top.only(("group", "volumes", "splitter", "replication", "journal", "tls"))
-    replication = _read_replication(top.table("replication"))
+    replication = _read_replication(top)
+    group = top.table("group", ("name", "state"))
+    name = group.checked_name("name", group.text("name"))
+    splitter = top.table("splitter", ("mountpoint",))
+    journal = top.table("journal", ("capacity", "on_full"), optional=True)
+    capacity = journal.quantity("capacity", CAPACITY, 10 << 30)
     config = Config(
         path=path,
-        group=_read_group(top.table("group")),
+        group=GroupConfig(name, group.absolute_path("state")),
         volumes=_read_volumes(top.table("volumes")),
-        splitter=_read_splitter(top.table("splitter")),
+        splitter=SplitterConfig(splitter.absolute_path("mountpoint")),
         replication=replication,
-        journal=_read_journal(top.table("journal", optional=True)),
-        tls=_read_tls(top.table("tls"), replication.host),
+        journal=JournalConfig(capacity, journal.choice("on_full", ("degrade", "block"), "degrade")),
+        tls=_read_tls(top, replication.host),
     )
     _check_places(top, config)
     return config
-
-
-def _read_group(table: Table) -> GroupConfig:
-    table.only(("name", "state"))
-    name = table.text("name")
-    table.check_name("name", name)
-    return GroupConfig(name, table.absolute_path("state"))
 
 
 def _read_volumes(tables: Table) -> tuple[VolumeConfig, ...]:
@@ -119,25 +117,18 @@ def _read_volumes(tables: Table) -> tuple[VolumeConfig, ...]:
         tables.fail("", f"has {len(tables.values)} volumes; a group has at most {MAX_VOLUMES}")
     volumes = []
     for name in tables.values:
-        tables.check_name(name, name)
-        table = tables.table(name)
-        table.only(("backing", "block_size"))
-        block_size = table.integer("block_size", 4096)
+        tables.checked_name(name, name)
+        table = tables.table(name, ("backing", "block_size"))
+        block_size = table.get("block_size", int, 4096)
         if block_size not in BLOCK_SIZES:
-            table.fail(
-                "block_size", f"{block_size} isn't a power of two from {BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]}"
-            )
+            words = f"{block_size} isn't a power of two from {BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]}"
+            table.fail("block_size", words)
         volumes.append(VolumeConfig(name, table.absolute_path("backing"), block_size))
     return tuple(volumes)
 
 
-def _read_splitter(table: Table) -> SplitterConfig:
-    table.only(("mountpoint",))
-    return SplitterConfig(table.absolute_path("mountpoint"))
-
-
-def _read_replication(table: Table) -> ReplicationConfig:
-    table.only(("replica", "mode", "interval", "rate", "on_disconnect", "window"))
+def _read_replication(top: Table) -> ReplicationConfig:
+    table = top.table("replication", ("replica", "mode", "interval", "rate", "on_disconnect", "window"))
     try:
         host, port = parse_endpoint(table.text("replica"))
     except ValueError as error:
@@ -152,28 +143,19 @@ def _read_replication(table: Table) -> ReplicationConfig:
     return ReplicationConfig(host, port, mode, interval_ns, rate, on_disconnect, window)
 
 
-def _read_journal(table: Table) -> JournalConfig:
-    table.only(("capacity", "on_full"))
-    capacity = table.quantity("capacity", CAPACITY, 10 << 30)
-    return JournalConfig(capacity, table.choice("on_full", ("degrade", "block"), "degrade"))
-
-
-def _read_tls(table: Table, host: str) -> TlsConfig:
+def _read_tls(top: Table, host: str) -> TlsConfig:
     files = ("certificate", "key", "authority")
-    table.only((*files, "insecure"))
-    insecure = table.boolean("insecure", False)
-    if insecure:
-        if given := [name for name in files if name in table.values]:
-            table.fail(
-                "insecure", f"contradicts {given[0]}: give the three PEM files, or insecure = true alone"
-            )
+    table = top.table("tls", (*files, "insecure"))
+    given = [name for name in files if name in table.values]
+    if table.get("insecure", bool, False):
+        if given:
+            words = f"contradicts {given[0]}: give the three PEM files, or insecure = true alone"
+            table.fail("insecure", words)
         if not is_loopback(host):
-            table.fail(
-                "insecure",
-                f"only for a replica on loopback, not '{host}': give certificate, key and authority",
-            )
+            words = f"only for a replica on loopback, not '{host}': give certificate, key and authority"
+            table.fail("insecure", words)
         return TlsConfig(insecure=True)
-    if not any(name in table.values for name in files):
+    if not given:
         table.fail("", "needs certificate, key and authority (or insecure = true for a replica on loopback)")
     certificate, key, authority = map(table.absolute_path, files)
     return TlsConfig(certificate, key, authority)
@@ -193,9 +175,8 @@ def _check_places(top: Table, config: Config) -> None:
     places.append((top.table("group"), "state", config.group.state))
     for table, key, path in places:
         if os.path.commonpath((mountpoint, os.path.normpath(path))) == mountpoint:
-            table.fail(
-                key, f"lies under splitter.mountpoint {config.splitter.mountpoint}, which the mount hides"
-            )
+            words = f"lies under splitter.mountpoint {config.splitter.mountpoint}, which the mount hides"
+            table.fail(key, words)
 
 
 def _identities(path: str) -> Iterable[object]:

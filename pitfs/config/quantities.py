@@ -73,8 +73,8 @@ class Quantity:
     def _parse_text(self, text: str) -> int:
         match = _NUMBER.fullmatch(text.removesuffix("/s") if self.per_second else text)
         if match is None or match[2] not in self.units:
-            shown = repr(text if len(text) <= 80 else text[:77] + "…")
-            raise ValueError(f"{shown} isn't a number with one of {', '.join(self.units)}, as {self.example}")
+            words = f"isn't a number with one of {', '.join(self.units)}, as {self.example}"
+            raise ValueError(f"{shorten(text)} {words}")
         return int(Fraction(match[1]) * self.units[match[2]])
 
 
@@ -99,6 +99,11 @@ CAPACITY: Final = Quantity(
 )
 WINDOW: Final = Quantity(_SIZES, '"32MiB"', check=check_window, without_unit=True)
 SIZE: Final = Quantity(_SIZES, '"10GiB"', without_unit=True)
+
+
+def shorten(value: str) -> str:
+    """A value as it is shown in a message."""
+    return repr(value if len(value) <= 80 else value[:77] + "…")
 
 
 def parse_size(text: str) -> int:

@@ -6,14 +6,16 @@ import difflib
 import re
 import tomllib
 from collections.abc import Mapping
-from typing import Any, Final, Never
+from typing import Any, Final, Never, TypeVar
 
-from pitfs.config.quantities import Quantity
+from pitfs.config.quantities import Quantity, shorten
 from pitfs.errors import ConfigError
 from pitfs.model.group import NAME_RULE, is_name
 
-_KINDS: Final = {str: "text in quotes", int: "an integer", bool: "true or false"}
+_KINDS: Final = {str: "text in quotes", int: "an integer", bool: "true or false", dict: "a table"}
 MAX_FILE_BYTES: Final = 1 << 20  # a configuration is a page; more is the wrong file
+
+T = TypeVar("T")
 
 
 def read_text(path: str) -> str:
@@ -65,11 +67,12 @@ class TomlSource:
         prefix = ""
         for number, line in enumerate(self._text.split("\n"), 1):
             if header := re.match(r"\s*\[([^\[\]]+)\]", line):
-                prefix = _dotted(header[1])
-                lines.setdefault(prefix, number)
-            elif (pair := re.match(r"\s*([A-Za-z0-9_.\"' -]+?)\s*=", line)) is not None:
-                name = _dotted(pair[1])
-                lines.setdefault(f"{prefix}.{name}" if prefix else name, number)
+                name = prefix = _dotted(header[1])
+            elif pair := re.match(r"\s*([A-Za-z0-9_.\"' -]+?)\s*=", line):
+                name = _dotted(f"{prefix}.{pair[1]}" if prefix else pair[1])
+            else:
+                continue
+            lines.setdefault(name, number)
         for length in range(len(keys), 0, -1):
             if (found := lines.get(".".join(keys[:length]))) is not None:
                 return found
@@ -89,7 +92,7 @@ class Table:
     def fail(self, key: str, problem: str) -> Never:
         keys = (*self._keys, key) if key else self._keys
         line = self._source.line(keys)
-        name = ".".join(_printable(part) for part in keys)
+        name = ".".join(part if is_name(part) else shorten(part) for part in keys)
         where = ", ".join(part for part in (f"line {line}" if line else "", name) if part)
         raise ConfigError(self._source.path, where, problem)
 
@@ -101,26 +104,25 @@ class Table:
             hint = f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(known)}"
             self.fail(key, f"unknown {'table' if isinstance(value, dict) else 'key'}; {hint}")
 
-    def table(self, key: str, *, optional: bool = False) -> Table:
+    def table(self, key: str, known: tuple[str, ...] | None = None, *, optional: bool = False) -> Table:
+        """The table within; `known`: its keys, None where a user chooses them."""
         if key not in self.values and not optional:
             self.fail("", f"the table [{'.'.join((*self._keys, key))}] is missing")
-        value = self.values.get(key, {})
-        if not isinstance(value, dict):
-            self.fail(key, f"must be a table, not {_kind(value)}")
-        return Table(self._source, (*self._keys, key), value)
+        table = Table(self._source, (*self._keys, key), self.get(key, dict, {}))
+        if known is not None:
+            table.only(known)
+        return table
 
-    def _get(self, key: str, kind: type, default: Any = None) -> Any:
-        if key not in self.values:
-            if default is None:
-                self.fail(key, "is missing")
-            return default
-        value = self.values[key]
+    def get(self, key: str, kind: type[T], default: T | None = None) -> T:
+        value = self.values.get(key, default)
+        if value is None:  # TOML has no null
+            self.fail(key, "is missing")
         if type(value) is not kind:  # bool is an int to Python, not to TOML
-            self.fail(key, f"must be {_KINDS[kind]}, not {_kind(value)}")
+            self.fail(key, f"must be {_KINDS[kind]}, not {_KINDS.get(type(value), f'a {type(value).__name__}')}")
         return value
 
     def text(self, key: str, default: str | None = None) -> str:
-        value: str = self._get(key, str, default)
+        value = self.get(key, str, default)
         if not value or not value.isprintable():
             self.fail(key, "is empty" if not value else "has characters that can't be printed")
         return value
@@ -132,31 +134,26 @@ class Table:
             self.fail(key, 'must be a list of texts in quotes, as in ["one", "two"]')
         return values
 
-    def integer(self, key: str, default: int) -> int:
-        return int(self._get(key, int, default))
-
-    def boolean(self, key: str, default: bool) -> bool:
-        return bool(self._get(key, bool, default))
-
     def choice(self, key: str, choices: tuple[str, ...], default: str) -> str:
         value = self.text(key, default)
         if value not in choices:
             close = difflib.get_close_matches(value[:64], choices, 1)
             hint = f"did you mean '{close[0]}'?" if close else f"it is one of {', '.join(choices)}"
-            self.fail(key, f"{_short(value)} isn't known; {hint}")
+            self.fail(key, f"{shorten(value)} isn't known; {hint}")
         return value
 
     def absolute_path(self, key: str) -> str:
         value = self.text(key)
         if not value.startswith("/"):
-            self.fail(key, f"{_short(value)} must be an absolute path, beginning with /")
+            self.fail(key, f"{shorten(value)} must be an absolute path, beginning with /")
         if len(value.encode()) >= 4096:
             self.fail(key, "is longer than a path can be")
         return value
 
-    def check_name(self, key: str, name: str) -> None:
+    def checked_name(self, key: str, name: str) -> str:
         if not is_name(name):
-            self.fail(key, f"{_short(name)} isn't a valid name: {NAME_RULE}")
+            self.fail(key, f"{shorten(name)} isn't a valid name: {NAME_RULE}")
+        return name
 
     def quantity(self, key: str, quantity: Quantity, default: int | None = None) -> int:
         if key not in self.values and default is not None:
@@ -168,17 +165,3 @@ class Table:
             return quantity.parse(value if type(value) is int else self.text(key))
         except ValueError as error:
             self.fail(key, str(error))
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, dict):
-        return "a table"
-    return _KINDS.get(type(value), f"a {type(value).__name__}")
-
-
-def _printable(key: str) -> str:
-    return key if is_name(key) else _short(key)
-
-
-def _short(value: str) -> str:
-    return repr(value if len(value) <= 80 else value[:77] + "…")

@@ -23,6 +23,8 @@ Int64s = npt.NDArray[np.int64]
 UInt64s = npt.NDArray[np.uint64]
 Mask = npt.NDArray[np.bool_]
 Rows = npt.NDArray[np.int64]  # indices of rows
+# Which rows of the first array have the bytes of those of the second, of the same length; or are all zeros, if None.
+Comparison = Callable[[Rows, Rows | None], Mask]
 RUN_BYTES: Final = 8 << 20  # well within the codec's window
 
 
@@ -137,19 +139,6 @@ class DifferenceJournal:
         return JournalPart(entries[order], picked[own], picked[order[shared[order]]], sizes[own])
 
 
-@dataclass(frozen=True, slots=True)
-class Contents:
-    """How to look at the rows' bytes; each takes equal-length arrays of rows and gives a mask.
-
-    Attributes:
-        same: whether the rows of the first array have the bytes of those of the second.
-        zero: whether the rows are all zeros.
-    """
-
-    same: Callable[[Rows, Rows], Mask]
-    zero: Callable[[Rows], Mask]
-
-
 def _by_block(columns: Columns) -> tuple[Rows, Mask]:
     """The rows ascending by (volume, block, seq), and which of these the next one overwrites."""
     order = np.lexsort((columns.seq, columns.block, columns.volume))
@@ -159,17 +148,17 @@ def _by_block(columns: Columns) -> tuple[Rows, Mask]:
     return order, followed
 
 
-def _zero_rows(columns: Columns, zero_checksums: UInt64s, contents: Contents) -> Mask:
+def _zero_rows(columns: Columns, zero_checksums: UInt64s, same: Comparison) -> Mask:
     """Which rows are all zeros: the checksum proposes, the bytes decide."""
     mask: Mask = columns.checksum == zero_checksums[columns.volume]
     rows = np.flatnonzero(mask)
     if len(rows):
-        mask[rows] = contents.zero(rows)
+        mask[rows] = same(rows, None)
     return mask
 
 
 def snapshot_diff(
-    columns: Columns, block_sizes: Int64s, zero_checksums: UInt64s, contents: Contents
+    columns: Columns, block_sizes: Int64s, zero_checksums: UInt64s, same: Comparison
 ) -> SnapshotDiff:
     """The last content of each block that the interval's writes touched.
 
@@ -179,10 +168,13 @@ def snapshot_diff(
     order, followed = _by_block(columns)
     rows = order[~followed]
     picked = Columns(columns.volume[rows], columns.block[rows], columns.seq[rows], columns.checksum[rows])
-    looks = Contents(lambda a, b: contents.same(rows[a], rows[b]), lambda a: contents.zero(rows[a]))
-    zero = _zero_rows(picked, zero_checksums, looks)
+
+    def same_picked(a: Rows, b: Rows | None) -> Mask:
+        return same(rows[a], None if b is None else rows[b])
+
+    zero = _zero_rows(picked, zero_checksums, same_picked)
     everything = np.arange(len(rows))
-    carrier = _carriers(picked, zero, np.zeros(len(rows), dtype=np.bool_), everything, block_sizes, looks)
+    carrier = _carriers(picked, zero, np.zeros(len(rows), dtype=np.bool_), everything, block_sizes, same_picked)
     shared = carrier != everything
     own = np.flatnonzero(~shared & ~zero)
     units = np.zeros(len(rows), dtype=np.uint64)
@@ -204,7 +196,7 @@ def difference_journal(
     diff: SnapshotDiff,
     block_sizes: Int64s,
     zero_checksums: UInt64s,
-    contents: Contents,
+    same: Comparison,
 ) -> DifferenceJournal:
     """Figure 9: metadata for every write, data only for contents that are nowhere else; in layers.
 
@@ -218,10 +210,10 @@ def difference_journal(
     layer[order] = layers_of(times_ns[order], followed, to_time_ns)
     place = np.empty(count, dtype=np.int64)  # of each row by layer, then by seq
     place[np.argsort(layer, kind="stable")] = np.arange(count)
-    zero = _zero_rows(columns, zero_checksums, contents)
+    zero = _zero_rows(columns, zero_checksums, same)
     in_diff = np.zeros(count, dtype=np.bool_)
     in_diff[diff.rows[diff.entries["source"] != int(Source.ZERO)]] = True
-    content = _carriers(columns, zero, in_diff, place, block_sizes, contents)
+    content = _carriers(columns, zero, in_diff, place, block_sizes, same)
     unit = np.zeros(count, dtype=np.uint64)
     unit[diff.rows] = diff.units
     source = np.where(in_diff[content], int(Source.SHARED_SNAPSHOT), int(Source.JOURNAL)).astype(np.uint16)
@@ -236,7 +228,7 @@ def difference_journal(
 
 
 def _carriers(
-    columns: Columns, zero: Mask, in_diff: Mask, place: Int64s, block_sizes: Int64s, contents: Contents
+    columns: Columns, zero: Mask, in_diff: Mask, place: Int64s, block_sizes: Int64s, same: Comparison
 ) -> Rows:
     """For each row the one that carries its content: of the diff, else the first by `place`; or itself.
 
@@ -255,6 +247,6 @@ def _carriers(
     proposed[order] = leader
     rows = np.flatnonzero((proposed != carrier) & ~zero & ~in_diff & ~zero[proposed])
     if len(rows):
-        equal = contents.same(rows, proposed[rows])
+        equal = same(rows, proposed[rows])
         carrier[rows[equal]] = proposed[rows[equal]]
     return carrier

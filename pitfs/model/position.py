@@ -82,10 +82,6 @@ class AtSeq:
 
 # ------------------------------------------------------------------ canonical instants
 
-_CANONICAL = re.compile(
-    r"([0-9]{4})-([0-9]{2})-([0-9]{2})T([0-9]{2})-([0-9]{2})-([0-9]{2})\.([0-9]{9})Z", re.ASCII
-)
-
 
 @functools.lru_cache(maxsize=64)  # listings walk day by day
 def format_day(day: int) -> str:
@@ -104,18 +100,16 @@ def format_instant(time_ns: int) -> str:
 
 def parse_instant(text: str) -> int | None:
     """The time (ns) of a canonical instant; None if the text isn't exactly one."""
-    match = _CANONICAL.fullmatch(text)
-    if match is None:
-        return None
-    year, month, day, hour, minute, second, nanoseconds = map(int, match.groups())
-    if hour > 23 or minute > 59 or second > 59:
-        return None
     try:
-        days = datetime.date(year, month, day).toordinal() - _EPOCH_ORDINAL
+        moment = datetime.datetime.fromisoformat(text[:11] + text[11:19].replace("-", ":"))
+        since = moment.replace(tzinfo=None) - _EPOCH
+        time_ns = (since.days * DAY_SECONDS + since.seconds) * SECOND_NS + int(text[20:29])
     except ValueError:
         return None
-    time_ns = (days * DAY_SECONDS + hour * 3600 + minute * 60 + second) * SECOND_NS + nanoseconds
-    return time_ns if _MIN_TIME_NS <= time_ns <= _MAX_TIME_NS else None
+    if not _MIN_TIME_NS <= time_ns <= _MAX_TIME_NS:
+        return None
+    # Python reads more forms than this one: then the canonical instant is another text.
+    return time_ns if format_instant(time_ns) == text else None
 
 
 # ------------------------------------------------------------------ whatever a user types
@@ -141,7 +135,7 @@ _CALENDAR = tuple(
         _DATE,
     )
 )
-_EPOCH_SECONDS = re.compile(r"@(-?)([0-9]+)(?:\.([0-9]+))?", re.ASCII)
+_EPOCH_SECONDS = re.compile(r"@(-?[0-9]+)(?:\.([0-9]+))?", re.ASCII)
 _SEQUENCE = re.compile(r"seq-([0-9]+)", re.ASCII)
 _AGO = re.compile(r"((?:[0-9]+[wdhms])+)-ago", re.ASCII)
 _AGO_PART = re.compile(r"([0-9]+)([wdhms])", re.ASCII)
@@ -162,7 +156,9 @@ def parse_time(text: str, *, now_ns: int, zone: datetime.tzinfo = datetime.UTC) 
     if match := _SEQUENCE.fullmatch(text):
         return AtSeq(min(int(match[1]), MAX_SEQ))
     if match := _EPOCH_SECONDS.fullmatch(text):
-        return AtTime(_clamp(_epoch_ns(match[1], match[2], match[3])))
+        digits = (match[2] or "").ljust(9, "0")
+        # The division cuts downwards: a rest below a nanosecond makes a negative time earlier.
+        return AtTime(_clamp(int(match[1] + digits) // 10 ** (len(digits) - 9)))
     if match := _AGO.fullmatch(text):
         seconds = sum(int(count) * _SECONDS_OF_UNIT[unit] for count, unit in _AGO_PART.findall(match[1]))
         return AtTime(_clamp(now_ns - seconds * SECOND_NS))
@@ -178,23 +174,10 @@ def _clamp(time_ns: int) -> int:
     return max(_MIN_TIME_NS, min(time_ns, _MAX_TIME_NS))
 
 
-def _fraction_ns(digits: str | None) -> int:
-    return int(digits[:9].ljust(9, "0")) if digits else 0
-
-
-def _epoch_ns(sign: str, seconds: str, fraction: str | None) -> int:
-    magnitude_ns = int(seconds) * SECOND_NS + _fraction_ns(fraction)
-    if not sign:
-        return magnitude_ns
-    # Cut downwards: a rest below a nanosecond makes a negative time earlier.
-    rest = bool(fraction and fraction[9:].strip("0"))
-    return -magnitude_ns - rest
-
-
 def _calendar_ns(part: dict[str, str | None], zone: datetime.tzinfo) -> int | None:
     """Time of the matched parts; None if they are no date, time of day or offset."""
     hour, minute, second = (int(part.get(name) or 0) for name in ("hour", "minute", "second"))
-    fraction_ns = _fraction_ns(part.get("fraction"))
+    fraction_ns = int((part.get("fraction") or "")[:9].ljust(9, "0"))
     if hour == 24:
         if minute or second or fraction_ns:
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 from collections.abc import Awaitable, Callable, Sequence
@@ -9,16 +10,17 @@ from dataclasses import dataclass
 from typing import Final
 
 import trio
+from msgspec.structs import replace
 
 from pitfs.errors import CorruptionError
 from pitfs.journal.reader import BlockSource, Interval, JournalReader, SeenMark, after
 from pitfs.journal.writer import Location
-from pitfs.model.ladder import LAST_LAYER, NO_LAYER, layer_of
+from pitfs.model.ladder import LAST_LAYER, granularity_of, layer_of
 from pitfs.model.schedule import Step, Waiting, layers_left
-from pitfs.model.transfer import End, Manifest, VolumeInfo, Welcome
+from pitfs.model.transfer import CoarseInterval, End, Manifest, Welcome
 from pitfs.replication.interval import PreparedInterval, layers_frames, pick_layers, prepare
 from pitfs.replication.manifests import cause_manifest, layers_manifest, waits_cause
-from pitfs.replication.ports import Session
+from pitfs.replication.ports import Session, ShipperSettings
 from pitfs.replication.sending import Sender
 from pitfs.storage.segment import list_segments
 
@@ -32,47 +34,43 @@ ERASED: Final = "the local journal needed the room before the link was idle long
 class _Journal:
     """One difference journal: where its interval is in the local journal, and what the replica has of it.
 
-    Positions are (seq, time_ns).
-
     Attributes:
-        start, start_position: where the interval begins there.
-        base: where it begins for the replica: behind `start_position` if a stream had got further.
-        end: where it ends.
-        layer: the last one that the replica has. base_bytes: of JOURNAL_BLOCKS that it has.
+        start: where the interval begins there; start_position: (seq, time_ns) of that.
+        coarse: the interval on the replica, where it begins later if a stream had got further.
         rung_bytes, parked: as in Waiting.
     """
 
     mark: int
     start: Location
     start_position: tuple[int, int]
-    base: tuple[int, int]
-    end: tuple[int, int]
-    layer: int = NO_LAYER
-    base_bytes: int = 0
+    coarse: CoarseInterval
     rung_bytes: tuple[int | None, ...] | None = None
     parked: int | None = None
 
-    def final_manifest(self, cause: str) -> Manifest:
-        """It stays as it is on the replica."""
-        return cause_manifest(self.mark, self.base, self.end, self.layer, self.base_bytes, cause)
+    @property
+    def layer(self) -> int:
+        """The last one that the replica has."""
+        return layer_of(self.coarse.granularity_ns)
+
+
+def _bounds(of: Interval | CoarseInterval) -> tuple[int, int, int, int]:
+    return of.from_seq, of.from_time_ns, of.to_seq, of.to_time_ns
 
 
 class Backfill:
     """The journals that wait, and the one that was built last, of which alone layers can be sent.
 
-        add      an interval's diff has arrived: its journal waits, and is built already
+        prepare  builds an interval, for its diff
+        add      that diff has arrived: the journal waits, and is built already
         restore  a session begins: what waits is what the replica lacks and the local journal still has
         build    reads the interval of a journal again, for the sizes and contents of its layers
         ship     sends layers of the built one; the replica has it whole: it waits no more
         give_up  the local journal has the interval no more: the replica gets the cause why it stays as coarse as it is
-
-    Args:
-        directory: of the local journal.
     """
 
-    def __init__(self, directory: str, volumes: tuple[VolumeInfo, ...], sender: Sender) -> None:
-        self._directory, self._volumes, self._sender = directory, volumes, sender
-        self._block_sizes = [volume.block_size for volume in volumes]
+    def __init__(self, settings: ShipperSettings, sender: Sender) -> None:
+        self._directory, self._sender = settings.journal_directory, sender
+        self._volumes, self._block_sizes = settings.hello.volumes, settings.block_sizes
         self._journals: dict[int, _Journal] = {}  # by mark, oldest first
         self._built: PreparedInterval | None = None
         self._lost: list[Manifest] = []  # to be sent for journals that the replica believes will still come
@@ -86,18 +84,14 @@ class Backfill:
     # -- what waits --------------------------------------------------------------------------------------
 
     def add(self, prepared: PreparedInterval) -> None:
-        """Of an interval whose diff has arrived; takes it over."""
-        self.close()
+        """Of the interval prepared last: its diff has arrived."""
         interval = prepared.interval
         if prepared.journal is None:
-            prepared.source.close()
+            self.close()
             return
-        end = interval.to_seq, interval.to_time_ns
-        base = interval.from_seq, interval.from_time_ns
-        self._journals[interval.mark] = _Journal(
-            interval.mark, interval.start, base, base, end, rung_bytes=prepared.rung_bytes
-        )
-        self._built = prepared
+        bounds, mark = _bounds(interval), interval.mark
+        coarse = CoarseInterval(*bounds, None, 0)
+        self._journals[mark] = _Journal(mark, interval.start, bounds[:2], coarse, prepared.rung_bytes)
         self._bound()
 
     def restore(self, welcome: Welcome, marks: Sequence[SeenMark]) -> None:
@@ -115,26 +109,21 @@ class Backfill:
             found = lacks.get(end.position)
             if found is None or end.begins_anew or not start.position[0] <= found.from_seq < end.position[0]:
                 continue
-            base = found.from_seq, found.from_time_ns
+            del lacks[end.position]
             journal = known.get(end.mark)
-            if journal is None or (journal.base, journal.end) != (base, end.position):
-                journal = _Journal(end.mark, start.location, start.position, base, end.position)
-            layer = layer_of(found.granularity_ns)
-            if journal.layer != layer:
+            if journal is None or _bounds(journal.coarse) != _bounds(found):
+                journal = _Journal(end.mark, start.location, start.position, found)
+            if journal.coarse.granularity_ns != found.granularity_ns:
                 journal.parked = None
-            journal.layer, journal.base_bytes = layer, found.journal_bytes
+            journal.coarse = found
             self._journals[end.mark] = journal
+        lost = [each for each in lacks.values() if each.awaits_backfill]
+        self._lost = [cause_manifest(welcome.mark, each, ERASED) for each in lost]
         self._bound()
-        here = {journal.end for journal in self._journals.values()}
-        self._lost = [
-            cause_manifest(welcome.mark, (each.from_seq, each.from_time_ns), end, layer_of(each.granularity_ns),
-                           each.journal_bytes, ERASED)
-            for end, each in lacks.items() if each.awaits_backfill and end not in here
-        ]  # fmt: skip
 
     def _bound(self) -> None:
         for mark in sorted(self._journals)[:-MAX_WAITING]:
-            self._lost.append(self._journals.pop(mark).final_manifest(ERASED))
+            self._lost.append(cause_manifest(mark, self._journals.pop(mark).coarse, ERASED))
 
     @property
     def waiting(self) -> list[Waiting]:
@@ -150,34 +139,35 @@ class Backfill:
 
     # -- building and sending ----------------------------------------------------------------------------
 
+    async def prepare(self, interval: Interval, wants_journal: bool) -> PreparedInterval:
+        """Builds the difference of an interval, as `interval.prepare`. It is valid until the next one is built."""
+        self.close()
+        source = BlockSource(self._directory, interval, self._block_sizes)
+        with contextlib.ExitStack() as opened:
+            opened.callback(source.close)
+            self._built = await trio.to_thread.run_sync(prepare, interval, self._volumes, source, wants_journal)
+            opened.pop_all()
+        return self._built
+
     async def build(self, mark: int, until: Location) -> None:
         """Reads a journal's interval again unless that was the last one, to know its layers.
 
-        Raises:
-            CorruptionError: the local journal is damaged, or has it no more.
+        Raises CorruptionError where the local journal is damaged, or has it no more.
         """
-        journal = self._journals[mark]
-        if self._built is None or self._built.interval.mark != mark:
+        journal, built = self._journals[mark], self._built
+        if built is None or (built.interval.mark, _bounds(built.interval)) != (mark, _bounds(journal.coarse)):
             self.close()
-            self._built = await trio.to_thread.run_sync(self._read, journal, until)
-        journal.rung_bytes = self._built.rung_bytes
+            built = await self.prepare(await trio.to_thread.run_sync(self._read, journal, until), True)
+        journal.rung_bytes = built.rung_bytes
 
-    def _read(self, journal: _Journal, until: Location) -> PreparedInterval:
-        reader = JournalReader(self._directory, self._block_sizes)
-        try:
+    def _read(self, journal: _Journal, until: Location) -> Interval:
+        with contextlib.closing(JournalReader(self._directory, self._block_sizes)) as reader:
             reader.seek(journal.start, journal.start_position)
             interval = reader.next(until)
-        finally:
-            reader.close()
-        if not isinstance(interval, Interval) or (interval.to_seq, interval.to_time_ns) != journal.end:
+        from_seq, from_time_ns, *end = _bounds(journal.coarse)
+        if not isinstance(interval, Interval) or [interval.to_seq, interval.to_time_ns] != end:
             raise CorruptionError(self._directory, 0, f"another interval is where mark {journal.mark} was")
-        interval = after(interval, journal.base)
-        source = BlockSource(self._directory, interval, self._block_sizes)
-        try:
-            return prepare(interval, self._volumes, source, True)
-        except BaseException:
-            source.close()
-            raise
+        return after(interval, (from_seq, from_time_ns))
 
     async def ship(self, session: Session, step: Step, interrupted: Callable[[], Awaitable[bool]]) -> None:
         """Sends the layers of a step, unless they are interrupted: then they are parked.
@@ -190,7 +180,7 @@ class Backfill:
         assert built is not None and built.interval.mark == step.mark
         left = layers_left(layer, built.rung_bytes)
         cause = waits_cause(left[-1][1]) if left else ""
-        picked = await trio.to_thread.run_sync(pick_layers, built, journal.layer, layer, journal.base_bytes)
+        picked = await trio.to_thread.run_sync(pick_layers, built, journal.layer, layer, journal.coarse.journal_bytes)
         resume = await self._sender.begin(session, layers_manifest(picked, cause))
         journal.parked = layer  # until it has arrived: on another connection this very transfer is resumed
         frames = layers_frames(picked, resume, self._sender.bandwidth.payload_bytes)
@@ -202,7 +192,10 @@ class Backfill:
             if error is not session.failure:  # ours: the session can be used for something else
                 await session.park()
             raise
-        journal.parked, journal.layer, journal.base_bytes = None, layer, picked.end_bytes
+        journal.parked = None
+        journal.coarse = replace(
+            journal.coarse, granularity_ns=granularity_of(layer), journal_bytes=picked.end_bytes
+        )
         self._sender.status.last_decision = step.decision
         self._sender.status.got_through()
         if layer == LAST_LAYER:
@@ -213,7 +206,7 @@ class Backfill:
         journal = self._drop(mark)
         numbers = await trio.to_thread.run_sync(list_segments, self._directory)
         erased = numbers and journal.start.segment < numbers[0]
-        await self._send_cause(session, journal.final_manifest(ERASED if erased else str(error)))
+        await self._send_cause(session, cause_manifest(mark, journal.coarse, ERASED if erased else str(error)))
 
     async def report_lost(self, session: Session) -> None:
         """Journals that the replica believes will still come, but the local journal has them no more."""
@@ -223,7 +216,7 @@ class Backfill:
     async def _send_cause(self, session: Session, manifest: Manifest) -> None:
         log.info("the interval up to seq %d stays at its granularity: %s", manifest.to_seq, manifest.cause)
         await session.begin(manifest)
-        await self._sender.send(session, iter([End((0, 0, 0, 0, 0))]))
+        await session.finish(End((0, 0, 0, 0, 0)))
 
     def _drop(self, mark: int) -> _Journal:
         if self._built is not None and self._built.interval.mark == mark:

@@ -7,19 +7,13 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
+import msgspec
 import trio
 
 from pitfs.errors import PitfsError, UsageError
 from pitfs.model.position import format_instant
+from pitfs.replication import requests
 from pitfs.replication.phases import Phase
-from pitfs.replication.requests import (
-    BookmarkSet,
-    ReadStatus,
-    SetBookmark,
-    ShipperRequest,
-    SnapshotTaken,
-    TakeSnapshot,
-)
 from pitfs.replication.shipper import Shipper
 from pitfs.replication.status import InGapError
 from pitfs.splitter.messages import SplitterStatus
@@ -42,7 +36,7 @@ class Bookmarks:
         self._mark = mark
         self._naming = trio.Lock()
 
-    async def give(self, name: str) -> BookmarkSet:
+    async def give(self, name: str) -> requests.BookmarkSet:
         """Names the position of the last write. Raises PitfsError."""
         async with self._naming:  # of two that give the same name at the same time the second is refused
             known = self._read()
@@ -58,7 +52,7 @@ class Bookmarks:
                 except PitfsError:
                     await self._write(known)
                     raise
-        return BookmarkSet(name, format_instant(splitter.position_time_ns), splitter.seq)
+        return requests.BookmarkSet(name, format_instant(splitter.position_time_ns), splitter.seq)
 
     def _read(self) -> set[str]:
         """Raises PitfsError where the file can't be read, or isn't a list of names."""
@@ -94,17 +88,17 @@ class ShipperControl:
         self._shipper, self._group = shipper, group
         self._bookmarks = Bookmarks(state, shipper.mark)
 
-    async def handle(self, request: ShipperRequest) -> SnapshotTaken | BookmarkSet | dict[str, Any]:
+    async def handle(self, request: requests.ShipperRequest) -> msgspec.Struct | dict[str, Any]:
         """Answers one request. Raises PitfsError."""
         match request:
-            case ReadStatus():
+            case requests.ReadStatus():
                 return await self.status(time.time_ns())
-            case TakeSnapshot():
+            case requests.TakeSnapshot():
                 return await self._snapshot()
-            case SetBookmark(name):
+            case requests.SetBookmark(name):
                 return await self._bookmarks.give(name)
 
-    async def _snapshot(self) -> SnapshotTaken:
+    async def _snapshot(self) -> requests.SnapshotTaken:
         splitter = await self._shipper.mark()
         instant = format_instant(splitter.position_time_ns)
         try:
@@ -119,7 +113,7 @@ class ShipperControl:
                 f"{self._group}: the snapshot {instant} is set but not on the replica yet: {error}; "
                 "it is sent as soon as the replica can be reached"
             ) from error
-        return SnapshotTaken(instant, splitter.seq, splitter.mark)
+        return requests.SnapshotTaken(instant, splitter.seq, splitter.mark)
 
     async def status(self, now_ns: int) -> dict[str, Any]:
         """The keys of INTERFACE: status --json, and more."""

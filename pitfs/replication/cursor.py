@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NoReturn
 
 import trio
 
@@ -13,25 +12,17 @@ from pitfs.errors import CorruptionError, LinkError, PositionMismatchError
 from pitfs.journal.reader import Copy, Interval, JournalReader
 from pitfs.journal.writer import Location
 from pitfs.model.record import CopyProgress
-from pitfs.model.transfer import Hello, Welcome
+from pitfs.model.transfer import Welcome
 from pitfs.replication.phases import Phase
 from pitfs.replication.ports import Session, ShipperSettings
 from pitfs.replication.status import ReplicationStatus
-from pitfs.splitter.messages import SplitterClient, SplitterStatus
+from pitfs.splitter.messages import SplitterClient
 from pitfs.storage.segment import list_segments
 
 log = logging.getLogger(__name__)
 
 POLL_S: Final = 0.5  # how often the journal is followed between marks, to spread the work of reading it
 OLD_COPY: Final = "this state directory is an old copy: put the current one back, or begin a new group"
-
-
-@dataclass(frozen=True, slots=True)
-class DamagedInterval:
-    """An interval whose contents are damaged in the journal: it is passed over for a copy, not tried again."""
-
-    mark: int
-    cause: str
 
 
 class JournalCursor:
@@ -43,28 +34,25 @@ class JournalCursor:
     Attributes:
         reader: where what comes next begins.
         wake: set when there may be something new; made anew for each wait.
-        damaged: the last interval that was found damaged.
     """
 
     def __init__(
         self,
         settings: ShipperSettings,
-        hello: Hello,
         splitter: SplitterClient,
         status: ReplicationStatus,
         release: Callable[[int], Awaitable[None]],
     ) -> None:
-        self._directory, self._hello = settings.journal_directory, hello
+        self._directory, self._hello = settings.journal_directory, settings.hello
         self._splitter, self._status, self._release = splitter, status, release
-        self.reader = JournalReader(self._directory, [volume.block_size for volume in hello.volumes])
+        self.reader = JournalReader(self._directory, settings.block_sizes)
         self.wake = trio.Event()
-        self.damaged: DamagedInterval | None = None
+        self._damaged_mark, self._damage = 0, ""  # of the last interval whose contents were found damaged
 
     async def locate(self, welcome: Welcome) -> None:
         """Puts the reader behind what the replica has; where the journal has that no more, a complete copy begins.
 
-        Raises:
-            PositionMismatchError: the replica has what this host never had.
+        Raises PositionMismatchError where the replica has what this host never had.
         """
         splitter = await self._splitter.status()
         group = self._hello.group
@@ -77,11 +65,8 @@ class JournalCursor:
         if splitter.copy is not None and welcome.mark >= splitter.copy.mark:
             # It was committed, and the acknowledgement was lost.
             await self._splitter.copied(CopyProgress(splitter.copy.mark, len(self._hello.volumes), 0))
-        if welcome.mark == 0:
-            await self._locate_first_copy(splitter)
-            return
         try:
-            found = await self._seek(welcome, splitter.tail)
+            found = welcome.mark > 0 and await self._seek(welcome, splitter.tail)
         except CorruptionError as error:
             await self.rescan(str(error))
             return
@@ -90,6 +75,8 @@ class JournalCursor:
             await self.rescan(
                 f"the replica stands behind mark {welcome.mark}, at seq {seq}, which the local journal has no more"
             )
+            if welcome.mark == 0:  # it begins with the copy that is under way, or comes now
+                self._status.located(self.reader.location)
         elif self.reader.position != welcome.end:
             raise PositionMismatchError(
                 f"the replica has mark {welcome.mark} of group {group!r} and seq {seq}, this host "
@@ -99,15 +86,6 @@ class JournalCursor:
         else:
             self._status.located(self.reader.location)
             self._status.enter(Phase.WAITING)
-
-    async def _locate_first_copy(self, splitter: SplitterStatus) -> None:
-        """For a replica that has nothing: it begins with the copy that is under way."""
-        if splitter.copy is not None:
-            self._await_copy(splitter.copy.location)
-        elif not await self._await_bypass_end(splitter):
-            await self.rescan("the replica stands behind mark 0, at seq 0, which the local journal has no more")
-            return
-        self._status.located(self.reader.location)
 
     async def _seek(self, welcome: Welcome, tail: Location) -> bool:
         """As `JournalReader.seek_mark`, while the splitter may recycle segments. Raises CorruptionError."""
@@ -122,24 +100,8 @@ class JournalCursor:
                 if numbers[:1] == (await trio.to_thread.run_sync(list_segments, self._directory))[:1]:
                     raise
 
-    def _await_copy(self, location: Location) -> None:
-        """What comes next is the COPY_START at that location, or behind it."""
-        self.reader.seek(location, (0, 0))
-        self._status.enter(Phase.AWAITING_COPY)
-
-    async def _await_bypass_end(self, splitter: SplitterStatus) -> bool:
-        """Gives the journal's room back while writes bypass it: a copy begins then, and nothing before is usable.
-
-        False where writes are journalled.
-        """
-        if not splitter.bypass_cause:
-            return False
-        await self._release(splitter.tail.segment)
-        self._await_copy(splitter.tail)
-        return True
-
     async def rescan(self, cause: str, read_from: Location | None = None) -> None:
-        """Has a complete copy begun, with a gap before it, unless one is under way.
+        """Has a complete copy begun, with a gap before it, unless one is under way; it is what comes next.
 
         Args:
             read_from: where reading began that led to this.
@@ -150,21 +112,35 @@ class JournalCursor:
         splitter = await self._splitter.status()
         if splitter.copy is not None and read_from == splitter.copy.location:
             await self.abandon(cause)  # going there once more would lead back here, for ever
-        if splitter.copy is None:
-            if await self._await_bypass_end(splitter):
-                return
-            splitter = await self._splitter.rescan(cause)
-            log.error("%s: a complete copy follows", cause)
-        assert splitter.copy is not None
-        self._await_copy(splitter.copy.location)
+        if splitter.copy is None and splitter.bypass_cause:
+            # A copy begins at its end, and nothing before is usable: the journal's room is given back.
+            location = splitter.tail
+            await self._release(location.segment)
+        else:
+            if splitter.copy is None:
+                splitter = await self._splitter.rescan(cause)
+                log.error("%s: a complete copy follows", cause)
+            assert splitter.copy is not None
+            location = splitter.copy.location
+        self.reader.seek(location, (0, 0))
+        self._status.enter(Phase.AWAITING_COPY)
 
-    async def abandon(self, cause: str) -> None:
+    async def abandon(self, cause: str) -> NoReturn:
         """Begins a copy anew where the journal or the replica has an unusable part of it. Raises LinkError."""
         splitter = await self._splitter.status()
         if splitter.copy is not None or not splitter.bypass_cause:
             log.error("%s: a complete copy follows", cause)
             await self._splitter.rescan(cause)
         raise LinkError(f"{cause}: connecting anew for a complete copy")
+
+    async def give_up(self, interval: Interval, error: CorruptionError) -> NoReturn:
+        """Has a complete copy begun for an interval whose contents are damaged. Raises LinkError.
+
+        On the next connection the replica wants this one again: then it is passed over for the copy, not tried again.
+        """
+        self._damaged_mark, self._damage = interval.mark, str(error)
+        await self.rescan(self._damage)
+        raise LinkError(f"{error}: connecting anew for a complete copy") from error
 
     async def next_item(self, session: Session, wait: bool = True) -> Interval | Copy | None:
         """Follows the journal until the next mark or copy; None where there is none yet and it shan't wait.
@@ -194,9 +170,12 @@ class JournalCursor:
                     return item
             elif isinstance(item, Interval):
                 if is_given_up or self._status.phase is Phase.AWAITING_COPY:
-                    await self._pass_over(item)
-                elif self.damaged is not None and item.mark == self.damaged.mark:
-                    await self.rescan(self.damaged.cause)
+                    # It can't be applied: only its room is wanted, for the copy that follows.
+                    if item.bookmark is not None:
+                        log.error("bookmark %r lies in the gap: the replica won't have it", item.bookmark)
+                    await self._release(item.end.segment)
+                elif item.mark == self._damaged_mark:
+                    await self.rescan(self._damage)
                 else:
                     return item
             elif is_given_up and not splitter.bypass_cause and splitter.copy is None:
@@ -211,9 +190,3 @@ class JournalCursor:
                     return None
                 with trio.move_on_after(POLL_S):
                     await wake.wait()
-
-    async def _pass_over(self, interval: Interval) -> None:
-        """It can't be applied: only its room is wanted, for the copy that follows."""
-        if interval.bookmark is not None:
-            log.error("bookmark %r lies in the gap: the replica won't have it", interval.bookmark)
-        await self._release(interval.end.segment)

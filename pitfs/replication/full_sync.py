@@ -10,11 +10,14 @@ journal holds by then replace what was read: if a block has none, its write hadn
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import logging
+import operator
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import numpy as np
@@ -26,27 +29,17 @@ from xxhash import xxh3_64_intdigest
 from pitfs.errors import CorruptionError, LinkError, PositionMismatchError
 from pitfs.journal.reader import Copy, JournalReader
 from pitfs.journal.writer import Location
-from pitfs.model.record import CopyProgress, CopyStart, Record, RecordKind
-from pitfs.model.transfer import (
-    DIFF_ENTRY,
-    MAX_PAYLOAD_BYTES,
-    Checkpoint,
-    Data,
-    End,
-    Hello,
-    ResumePoint,
-    Section,
-    Source,
-    TransferFrame,
-    VolumeInfo,
-)
+from pitfs.model import transfer
+from pitfs.model.record import CopyProgress, Record, RecordKind
+from pitfs.model.transfer import ResumePoint, Section, VolumeInfo
 from pitfs.replication.cursor import JournalCursor
-from pitfs.replication.manifests import copy_manifest, leads_on
+from pitfs.replication.manifests import copy_manifest
+from pitfs.replication.phases import Phase
 from pitfs.replication.ports import Session, ShipperSettings
 from pitfs.replication.sending import Sender
-from pitfs.replication.status import LostMarks
 from pitfs.splitter.change_bitmap import BitmapAssembler
 from pitfs.splitter.messages import SplitterClient
+from pitfs.storage.files import open_fd
 from pitfs.storage.segment import segment_path
 
 log = logging.getLogger(__name__)
@@ -62,15 +55,9 @@ class FullSync:
     """Sends copies, each from its COPY_START in the journal, and tells the splitter how far the replica has them."""
 
     def __init__(
-        self,
-        settings: ShipperSettings,
-        hello: Hello,
-        splitter: SplitterClient,
-        cursor: JournalCursor,
-        sender: Sender,
+        self, settings: ShipperSettings, splitter: SplitterClient, cursor: JournalCursor, sender: Sender
     ) -> None:
-        self._directory, self._backings, self._hello = settings.journal_directory, settings.backings, hello
-        self._splitter, self._cursor, self._sender = splitter, cursor, sender
+        self._settings, self._splitter, self._cursor, self._sender = settings, splitter, cursor, sender
 
     async def ship(self, session: Session, copy: Copy) -> None:
         """Sends a copy, or the rest of it.
@@ -81,19 +68,21 @@ class FullSync:
             OSError: a backing volume can't be read.
         """
         status, mark, before = self._sender.status, copy.start.mark, session.welcome.mark
-        if not leads_on(copy, session.welcome):
+        status.enter(Phase.FULL_SYNC)
+        # A copy of changes builds on one state alone.
+        builds_on = copy.start.from_seq, copy.start.from_time_ns
+        if not (copy.start.is_complete or (before > 0 and session.welcome.end == builds_on)):
             await self._cursor.abandon("the replica hasn't the state that the changed blocks build on")
-        resume = await self._sender.begin(session, copy_manifest(copy, self._hello.history, session.welcome))
+        resume = await self._sender.begin(session, copy_manifest(copy, self._settings.hello.history, session.welcome))
         # Now, not when the commit is acknowledged: that may be lost, and the marks before are so in any case.
-        status.lost = LostMarks(before, mark, copy.start.cause)
+        status.lost_marks, status.lost_cause = range(before + 1, mark), copy.start.cause
         behind = f" behind {resume.lengths[1]} bytes" if resume.cursor else ""
         log.info("%s begins, mark %d%s", copy.what, mark, behind)
-        fds = [os.open(backing, os.O_RDONLY | os.O_CLOEXEC) for backing in self._backings]
 
         def tail() -> Location:
             splitter = trio.from_thread.run(self._splitter.status)
             if splitter.copy is None or splitter.copy.mark != mark:
-                raise LinkError("the copy under way was given up: writes passed unjournalled meanwhile")
+                raise LinkError("the copy under way was given up: writes bypassed the journal meanwhile")
             return splitter.tail
 
         async def on_durable(point: ResumePoint) -> None:
@@ -101,20 +90,20 @@ class FullSync:
                 await self._splitter.copied(CopyProgress(mark, *point.cursor))
 
         try:
-            frames = copy_frames(self._directory, self._hello.volumes, fds, copy.location, mark, resume, tail)
-            await self._sender.send(session, frames, on_durable=on_durable)
+            with contextlib.ExitStack() as stack:
+                fds = [stack.enter_context(open_fd(backing, os.O_RDONLY)) for backing in self._settings.backings]
+                directory, volumes = self._settings.journal_directory, self._settings.hello.volumes
+                frames = copy_frames(directory, volumes, fds, copy, resume, tail)
+                await self._sender.send(session, frames, on_durable=on_durable)
         except (CorruptionError, PositionMismatchError) as error:
             # Only what is seen here has everything copied again: damage, or a replica that resumes before what it
             # had acknowledged. After an error that the replica reports, the next session's resume point suffices.
             if error is session.failure:
                 raise
             await self._cursor.abandon(str(error))
-        finally:
-            for fd in fds:
-                os.close(fd)
-        await self._splitter.copied(CopyProgress(mark, len(self._backings), 0))
+        await self._splitter.copied(CopyProgress(mark, len(self._settings.backings), 0))
         status.acknowledged(session.welcome, copy.location)
-        status.first_pass_done(mark)
+        status.enter(Phase.WAITING)
         log.info("%s committed, mark %d", copy.what, mark)
 
 
@@ -124,16 +113,14 @@ class _BeforeImages:
     Kept by stretch of the volume, so that each stretch finds its own at once; offset 0 means zeros.
     """
 
-    def __init__(self, directory: str, volumes: tuple[VolumeInfo, ...], start: Location, mark: int) -> None:
+    def __init__(self, directory: str, volumes: tuple[VolumeInfo, ...], copy: Copy) -> None:
         self._reader = JournalReader(directory, [volume.block_size for volume in volumes])
-        self._reader.seek(start, (0, 0))
-        self._directory = directory
-        self._volumes = volumes
-        self._mark = mark
+        self._reader.seek(copy.location, (0, 0))
+        self._directory, self._volumes = directory, volumes
         self._stretches: dict[tuple[int, int], bytearray] = {}
         self._done = (0, 0)  # stretches before this one are copied
-        self._copy_blocks: BitmapAssembler | None = None
-        self.progress = CopyProgress(mark, 0, 0)
+        self._copy_blocks = None if copy.start.is_complete else BitmapAssembler(copy.start)
+        self.progress = CopyProgress(copy.start.mark, 0, 0)
 
     def close(self) -> None:
         self._reader.close()
@@ -144,19 +131,17 @@ class _BeforeImages:
             message = record.message
             if record.kind is RecordKind.BEFORE_IMAGE:
                 self._add(location, record)
-            elif isinstance(message, CopyStart):
-                self._copy_blocks = None if message.is_complete else BitmapAssembler(message)
-            elif isinstance(message, CopyProgress) and message.mark == self._mark:
+            elif isinstance(message, CopyProgress) and message.mark == self.progress.mark:
                 self.progress = message
             elif self._copy_blocks is not None:
                 self._copy_blocks.add(record)
 
-    def wanted(self) -> list[BitMap64 | None]:
+    def wanted(self) -> Sequence[BitMap64 | None]:
         """Of each volume the blocks that are copied, None for all; call it once. Raises CorruptionError."""
         if self._copy_blocks is None:
             return [None] * len(self._volumes)
         wanted, self._copy_blocks = self._copy_blocks.bitmaps(self._directory), None
-        return list(wanted)
+        return wanted
 
     def _add(self, location: Location, record: Record) -> None:
         size = self._volumes[record.volume].block_size
@@ -178,8 +163,7 @@ class _BeforeImages:
     def apply(self, volume: int, stretch: int, first: int, buffer: bytearray) -> None:
         """Puts the before-images of a stretch over what was read; `buffer` begins with block `first`.
 
-        Raises:
-            CorruptionError: one of them isn't what was preserved.
+        Raises CorruptionError where one of them isn't what was preserved.
         """
         found = self._stretches.get((volume, stretch))
         if found is None:
@@ -189,35 +173,30 @@ class _BeforeImages:
         rows = rows[rows["block"] >= first]
         blocks = np.frombuffer(buffer, dtype=np.uint64).reshape(-1, block_size // 8)
         blocks[rows["block"][rows["offset"] == 0] - first] = 0
-        fds: dict[int, int] = {}
-        try:
-            for block, segment, offset, checksum in rows[rows["offset"] != 0].tolist():
-                path = segment_path(self._directory, segment)
-                if segment not in fds:
-                    fds[segment] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                image = os.pread(fds[segment], block_size, offset)
-                if len(image) != block_size or xxh3_64_intdigest(image) != checksum:
-                    raise CorruptionError(path, offset, "a before-image doesn't match its checksum")
-                at = (block - first) * block_size
-                buffer[at : at + block_size] = image
-        finally:
-            for fd in fds.values():
-                os.close(fd)
+        filled = rows[rows["offset"] != 0].tolist()
+        for segment, group in itertools.groupby(filled, operator.itemgetter(1)):  # in the order of the journal
+            path = segment_path(self._directory, segment)
+            with open_fd(path, os.O_RDONLY) as fd:
+                for block, _, offset, checksum in group:
+                    image = os.pread(fd, block_size, offset)
+                    if len(image) != block_size or xxh3_64_intdigest(image) != checksum:
+                        raise CorruptionError(path, offset, "a before-image doesn't match its checksum")
+                    at = (block - first) * block_size
+                    buffer[at : at + block_size] = image
 
 
 def copy_frames(
     directory: str,
     volumes: tuple[VolumeInfo, ...],
     backing_fds: list[int],
-    start: Location,
-    mark: int,
+    copy: Copy,
     resume: ResumePoint,
     tail: Callable[[], Location],
-) -> Iterator[TransferFrame]:
+) -> Iterator[transfer.TransferFrame]:
     """The frames of a copy behind what the replica durably has.
 
     Args:
-        directory: of the journal; start: of the COPY_START number `mark` in it.
+        directory: of the journal.
         backing_fds: of the backing volumes, for reading.
         tail: where the journal's tail is now; blocks.
 
@@ -226,8 +205,7 @@ def copy_frames(
         PositionMismatchError: the replica has less of the copy than it had acknowledged.
         OSError: a backing volume can't be read.
     """
-    images = _BeforeImages(directory, volumes, start, mark)
-    try:
+    with contextlib.closing(_BeforeImages(directory, volumes, copy)) as images:
         images.follow(tail())
         at_volume, at_block = (resume.cursor[0], resume.cursor[1]) if len(resume.cursor) == 2 else (0, 0)
         if (images.progress.volume, images.progress.block) > (at_volume, at_block):
@@ -241,14 +219,16 @@ def copy_frames(
             while (first := _next_block(volume, block, fd, blocks)) is not None:
                 stretch = first * volume.block_size // STRETCH_BYTES
                 end = min(volume.block_count, (stretch + 1) * STRETCH_BYTES // volume.block_size)
-                picked = None if blocks is None else _between(blocks, first, end)
+                picked = None
+                if blocks is not None:
+                    picked = np.array((blocks & BitMap64(range(first, end))).to_array(), dtype=np.int64)
                 buffer = _read(volume, first, end, fd) if picked is None else _read_picked(volume, picked, fd)
                 images.follow(tail())  # after reading: a write that began meanwhile has left its before-image
                 images.apply(index, stretch, first, buffer)
                 for entries, payload in _portions(volume, index, first, buffer, picked):
-                    yield Data(Section.DIFF, rows_bytes, entries.tobytes())
+                    yield transfer.Data(Section.DIFF, rows_bytes, entries.tobytes())
                     if payload:
-                        yield Data(Section.DIFF_BLOCKS, contents_bytes, payload)
+                        yield transfer.Data(Section.DIFF_BLOCKS, contents_bytes, payload)
                     rows_bytes, contents_bytes = rows_bytes + entries.nbytes, contents_bytes + len(payload)
                     sent += entries.nbytes + len(payload)
                 images.done(index, stretch)
@@ -256,26 +236,22 @@ def copy_frames(
                 block = end
                 if sent >= CHECKPOINT_BYTES or read >= CHECKPOINT_READ_BYTES:
                     sent = read = 0
-                    yield Checkpoint((index, block))
-        yield End((rows_bytes, contents_bytes, 0, 0, 0))
-    finally:
-        images.close()
+                    yield transfer.Checkpoint((index, block))
+        yield transfer.End((rows_bytes, contents_bytes, 0, 0, 0))
 
 
-def _seek(fd: int, offset: int, whence: int, on_device: int) -> int | None:
-    """Where the next data (SEEK_DATA) or the next hole (SEEK_HOLE) of a backing is, None where there is none.
+def _seek(fd: int, offset: int, whence: int) -> int | None:
+    """Where the next data (SEEK_DATA) or hole (SEEK_HOLE) of a backing is, None where there is none.
 
-    What is a hole now was one at the copy's position: the splitter fills holes, and nobody makes them.
-
-    Args:
-        on_device: the answer for a block device: everything is data there.
+    On a block device everything is data. What is a hole now was one at the copy's position: the splitter fills holes,
+    and nobody makes them.
     """
     try:
         return os.lseek(fd, offset, whence)
     except OSError as error:
         if error.errno not in (errno.ENXIO, errno.EINVAL):
             raise
-        return on_device if error.errno == errno.EINVAL else None
+        return offset if error.errno == errno.EINVAL and whence == os.SEEK_DATA else None
 
 
 def _next_block(volume: VolumeInfo, block: int, fd: int, wanted: BitMap64 | None) -> int | None:
@@ -285,15 +261,8 @@ def _next_block(volume: VolumeInfo, block: int, fd: int, wanted: BitMap64 | None
     if wanted is not None:
         return wanted.next_set_bit(block) if len(wanted) and block <= wanted.max() else None
     start = block * volume.block_size
-    offset = _seek(fd, start, os.SEEK_DATA, on_device=start)
+    offset = _seek(fd, start, os.SEEK_DATA)
     return None if offset is None else offset // volume.block_size
-
-
-def _between(blocks: BitMap64, first: int, end: int) -> npt.NDArray[np.int64]:
-    """Those of the blocks in [first, end), ascending."""
-    stretch = BitMap64()
-    stretch.add_range(first, end)
-    return np.array((blocks & stretch).to_array(), dtype=np.int64)
 
 
 def _read_picked(volume: VolumeInfo, picked: npt.NDArray[np.int64], fd: int) -> bytearray:
@@ -312,12 +281,12 @@ def _read(volume: VolumeInfo, first: int, end: int, fd: int) -> bytearray:
     view = memoryview(buffer)
     start = first * volume.block_size
     stop = min(end * volume.block_size, volume.size_bytes)
-    offset = _seek(fd, start, os.SEEK_DATA, on_device=start)
+    offset = _seek(fd, start, os.SEEK_DATA)
     while offset is not None and offset < stop:
-        hole = min(stop, _seek(fd, offset, os.SEEK_HOLE, on_device=stop) or stop)
+        hole = min(stop, _seek(fd, offset, os.SEEK_HOLE) or stop)
         if os.preadv(fd, [view[offset - start : hole - start]], offset) != hole - offset:
             raise CorruptionError(f"backing of volume {volume.name}", offset, "it ends before its size")
-        offset = _seek(fd, hole, os.SEEK_DATA, on_device=hole) if hole < stop else None
+        offset = _seek(fd, hole, os.SEEK_DATA) if hole < stop else None
     return buffer
 
 
@@ -332,11 +301,11 @@ def _portions(
     size = volume.block_size
     blocks = np.frombuffer(buffer, dtype=np.uint64).reshape(-1, size // 8)
     places = np.flatnonzero(blocks.any(axis=1)) if picked is None else picked - first
-    step = MAX_PAYLOAD_BYTES // size
+    step = transfer.MAX_PAYLOAD_BYTES // size
     for start in range(0, len(places), step):
         contents = blocks[places[start : start + step]]
         filled = contents.any(axis=1)
-        entries = np.zeros(len(contents), dtype=DIFF_ENTRY)
+        entries = np.zeros(len(contents), dtype=transfer.DIFF_ENTRY)
         entries["block"], entries["volume"] = first + places[start : start + step], index
-        entries["source"] = np.where(filled, int(Source.SNAPSHOT), int(Source.ZERO))
+        entries["source"] = np.where(filled, int(transfer.Source.SNAPSHOT), int(transfer.Source.ZERO))
         yield entries, contents[filled].tobytes()

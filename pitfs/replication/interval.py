@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -16,31 +17,10 @@ from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CorruptionError
 from pitfs.journal.reader import Interval
-from pitfs.model.difference import (
-    Contents,
-    DifferenceJournal,
-    JournalPart,
-    Mask,
-    Rows,
-    SnapshotDiff,
-    difference_journal,
-    snapshot_diff,
-)
+from pitfs.model import difference, transfer
+from pitfs.model.difference import Rows
 from pitfs.model.ladder import RUNGS_NS, Layers, layers_of_positions
-from pitfs.model.record import block_checksums
-from pitfs.model.transfer import (
-    JOURNAL_ENTRY,
-    MAX_CHECKPOINT_BYTES,
-    MAX_PAYLOAD_BYTES,
-    POSITION,
-    Checkpoint,
-    Data,
-    End,
-    ResumePoint,
-    Section,
-    TransferFrame,
-    VolumeInfo,
-)
+from pitfs.model.transfer import Data, ResumePoint, Section, VolumeInfo
 
 COMPARE_BYTES: Final = 4 << 20  # blocks compared at once: bounds what is held
 
@@ -66,8 +46,8 @@ class PreparedInterval:
     interval: Interval
     source: RowContents
     block_sizes: npt.NDArray[np.int64]
-    diff: SnapshotDiff
-    journal: DifferenceJournal | None
+    diff: difference.SnapshotDiff
+    journal: difference.DifferenceJournal | None
     positions: npt.NDArray[np.void]
     position_layers: Layers
     rung_bytes: tuple[int | None, ...]
@@ -86,47 +66,37 @@ class PreparedInterval:
 def prepare(
     interval: Interval, volumes: tuple[VolumeInfo, ...], source: RowContents, wants_journal: bool
 ) -> PreparedInterval:
-    """Builds the difference of an interval.
+    """Builds the difference of an interval. Raises CorruptionError where the local journal is damaged.
 
     Args:
         wants_journal: False where the mode never sends one: then none is built.
-
-    Raises:
-        CorruptionError: the local journal is damaged.
     """
     block_sizes = np.array([volume.block_size for volume in volumes], dtype=np.int64)
     zeros = np.array([xxh3_64_intdigest(bytes(volume.block_size)) for volume in volumes], dtype=np.uint64)
-    contents = _contents(source, interval.columns.volume, block_sizes)
-    diff = snapshot_diff(interval.columns, block_sizes, zeros, contents)
+    same = _comparison(source, interval.columns.volume, block_sizes)
+    diff = difference.snapshot_diff(interval.columns, block_sizes, zeros, same)
     if not wants_journal or not len(interval.times):
-        nothing = np.zeros(0, dtype=POSITION), np.zeros(0, dtype=np.uint8)
+        nothing = np.zeros(0, dtype=transfer.POSITION), np.zeros(0, dtype=np.uint8)
         return PreparedInterval(interval, source, block_sizes, diff, None, *nothing, (None,) * len(RUNGS_NS))
     times_ns = interval.times[interval.columns.seq - interval.from_seq - 1]
-    journal = difference_journal(
-        interval.columns, times_ns, interval.to_time_ns, diff, block_sizes, zeros, contents
+    journal = difference.difference_journal(
+        interval.columns, times_ns, interval.to_time_ns, diff, block_sizes, zeros, same
     )
-    positions = np.empty(len(interval.times), dtype=POSITION)
+    positions = np.empty(len(interval.times), dtype=transfer.POSITION)
     positions["seq"] = np.arange(interval.from_seq + 1, interval.to_seq + 1)
     positions["time_ns"] = interval.times
     position_layers = layers_of_positions(interval.times, interval.to_time_ns)
-    rung_bytes = _bytes_of_rungs(journal, position_layers)
+    counts = np.cumsum(np.bincount(position_layers, minlength=len(RUNGS_NS)))
+    sizes = counts * positions.itemsize + journal.counts * transfer.JOURNAL_ENTRY.itemsize + journal.data_bytes
+    by_rung = zip(counts.tolist(), sizes.tolist(), strict=True)
+    rung_bytes = tuple(size if count else None for count, size in by_rung)
     return PreparedInterval(interval, source, block_sizes, diff, journal, positions, position_layers, rung_bytes)
 
 
-def _bytes_of_rungs(journal: DifferenceJournal, position_layers: Layers) -> tuple[int | None, ...]:
-    """What the difference journal takes on each rung; None where there is no position on it."""
-    positions = np.cumsum(np.bincount(position_layers, minlength=len(RUNGS_NS)))
-    sizes = positions * POSITION.itemsize + journal.counts * JOURNAL_ENTRY.itemsize + journal.data_bytes
-    return tuple(
-        int(size) if reached else None
-        for size, reached in zip(sizes.tolist(), positions.tolist(), strict=True)
-    )
-
-
-def _contents(
+def _comparison(
     source: RowContents, volume: npt.NDArray[np.uint16], block_sizes: npt.NDArray[np.int64]
-) -> Contents:
-    """Looks at rows in `source`, no more than COMPARE_BYTES at once."""
+) -> difference.Comparison:
+    """Compares rows of `source`, no more than COMPARE_BYTES at once."""
 
     def stretches(rows: Rows) -> Iterator[tuple[slice, int]]:
         """Stretches of rows of one block size, within the limit of what is held."""
@@ -142,19 +112,14 @@ def _contents(
     def blocks(rows: Rows, size: int) -> npt.NDArray[np.uint64]:
         return np.frombuffer(source.read(rows), dtype=np.uint64).reshape(len(rows), size // 8)
 
-    def same(a: Rows, b: Rows) -> Mask:
+    def same(a: Rows, b: Rows | None) -> difference.Mask:
         mask = np.zeros(len(a), dtype=np.bool_)
         for stretch, size in stretches(a):
-            mask[stretch] = (blocks(a[stretch], size) == blocks(b[stretch], size)).all(axis=1)
+            expected = 0 if b is None else blocks(b[stretch], size)
+            mask[stretch] = (blocks(a[stretch], size) == expected).all(axis=1)
         return mask
 
-    def zero(rows: Rows) -> Mask:
-        mask = np.zeros(len(rows), dtype=np.bool_)
-        for stretch, size in stretches(rows):
-            mask[stretch] = ~blocks(rows[stretch], size).any(axis=1)
-        return mask
-
-    return Contents(same, zero)
+    return same
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +135,7 @@ class PickedLayers:
     base: int
     layer: int
     base_bytes: int
-    part: JournalPart
+    part: difference.JournalPart
     positions: npt.NDArray[np.void]
 
     @property
@@ -189,8 +154,8 @@ def pick_layers(prepared: PreparedInterval, base: int, layer: int, base_bytes: i
 
 
 def diff_frames(
-    prepared: PreparedInterval, resume: ResumePoint, payload_bytes: int = MAX_PAYLOAD_BYTES
-) -> Iterator[TransferFrame]:
+    prepared: PreparedInterval, resume: ResumePoint, payload_bytes: int = transfer.MAX_PAYLOAD_BYTES
+) -> Iterator[transfer.TransferFrame]:
     """The frames of a snapshot diff behind what the replica durably has.
 
     Args:
@@ -205,12 +170,12 @@ def diff_frames(
         _blocks(Section.DIFF_BLOCKS, diff.data_rows, prepared, resume, payload_bytes),
     )
     checksums = _checksums(interval, diff.data_rows, diff.shared_rows), _checksums(interval)
-    yield End((diff.entries.nbytes, diff.size_bytes, 0, 0, 0), checksums)
+    yield transfer.End((diff.entries.nbytes, diff.size_bytes, 0, 0, 0), checksums)
 
 
 def layers_frames(
-    picked: PickedLayers, resume: ResumePoint, payload_bytes: int = MAX_PAYLOAD_BYTES
-) -> Iterator[TransferFrame]:
+    picked: PickedLayers, resume: ResumePoint, payload_bytes: int = transfer.MAX_PAYLOAD_BYTES
+) -> Iterator[transfer.TransferFrame]:
     """The frames of layers; as `diff_frames`."""
     interval, part, positions = picked.prepared.interval, picked.part, picked.positions
     yield from _with_checkpoints(
@@ -219,7 +184,7 @@ def layers_frames(
         _blocks(Section.JOURNAL_BLOCKS, part.data_rows, picked.prepared, resume, payload_bytes),
     )
     lengths = 0, 0, positions.nbytes, part.entries.nbytes, int(part.data_sizes.sum())
-    yield End(lengths, (_checksums(interval), _checksums(interval, part.data_rows, part.shared_rows)))
+    yield transfer.End(lengths, (_checksums(interval), _checksums(interval, part.data_rows, part.shared_rows)))
 
 
 def _checksums(interval: Interval, *rows: Rows) -> int:
@@ -227,15 +192,14 @@ def _checksums(interval: Interval, *rows: Rows) -> int:
     return xxh3_64_intdigest(b"".join(interval.columns.checksum[each].astype("<u8").tobytes() for each in rows))
 
 
-def _with_checkpoints(*parts: Iterator[Data]) -> Iterator[TransferFrame]:
+def _with_checkpoints(*parts: Iterator[Data]) -> Iterator[transfer.TransferFrame]:
     unacknowledged = 0
-    for part in parts:
-        for data in part:
-            unacknowledged += len(data.payload)
-            yield data
-            if unacknowledged >= MAX_CHECKPOINT_BYTES:
-                unacknowledged = 0
-                yield Checkpoint(())
+    for data in itertools.chain(*parts):
+        unacknowledged += len(data.payload)
+        yield data
+        if unacknowledged >= transfer.MAX_CHECKPOINT_BYTES:
+            unacknowledged = 0
+            yield transfer.Checkpoint(())
 
 
 def _rows(
@@ -243,7 +207,7 @@ def _rows(
 ) -> Iterator[Data]:
     """Rows as they are, in frames of whole ones."""
     step = payload_bytes // rows.itemsize * rows.itemsize
-    view = rows.view(np.uint8).data if len(rows) else memoryview(b"")
+    view = rows.view(np.uint8).data
     for start in range(resume.lengths[section - 1], len(view), step):
         yield Data(section, start, view[start : start + step])
 
@@ -251,7 +215,7 @@ def _rows(
 def _blocks(
     section: Section, rows: Rows, prepared: PreparedInterval, resume: ResumePoint, payload_bytes: int
 ) -> Iterator[Data]:
-    """The rows' blocks, verified, in frames of whole blocks."""
+    """The rows' blocks in frames of whole blocks, each compared with the checksum taken at the splitter."""
     columns = prepared.interval.columns
     sizes, checksums = prepared.block_sizes[columns.volume[rows]], columns.checksum[rows]
     ends = np.cumsum(sizes)
@@ -260,21 +224,10 @@ def _blocks(
         offset = int(ends[start] - sizes[start])
         stop = max(start + 1, int(np.searchsorted(ends, offset + payload_bytes, side="right")))
         payload = prepared.source.read(rows[start:stop])
-        _verify(payload, sizes[start:stop], checksums[start:stop])
+        view = memoryview(payload)
+        bounds = itertools.pairwise([0, *(ends[start:stop] - offset).tolist()])
+        if [xxh3_64_intdigest(view[at:end]) for at, end in bounds] != checksums[start:stop].tolist():
+            problem = "a block doesn't match the checksum taken when it was written"
+            raise CorruptionError("local journal", 0, problem)
         yield Data(section, offset, payload)
         start = stop
-
-
-def _verify(payload: bytearray, sizes: npt.NDArray[np.int64], checksums: npt.NDArray[np.uint64]) -> None:
-    """Every block is compared with the checksum taken at the splitter before it goes out."""
-    if int(sizes[0]) * len(sizes) == len(payload) and (sizes == sizes[0]).all():
-        found = block_checksums(payload, int(sizes[0]))
-    else:
-        view, at, found = memoryview(payload), 0, []
-        for size in sizes.tolist():
-            found.append(xxh3_64_intdigest(view[at : at + size]))
-            at += size
-    if found != checksums.tolist():
-        raise CorruptionError(
-            "local journal", 0, "a block doesn't match the checksum taken when it was written"
-        )

@@ -9,25 +9,30 @@ import numpy.typing as npt
 from xxhash import xxh3_128
 
 from pitfs.journal.reader import Copy, Interval
+from pitfs.model import transfer
 from pitfs.model.ladder import granularity_of
 from pitfs.model.schedule import megabytes
-from pitfs.model.transfer import WAITS, Bookmark, Gap, Manifest, TransferKind, Welcome
+from pitfs.model.transfer import Manifest, TransferKind
 from pitfs.replication.interval import PickedLayers, PreparedInterval
 
 FORMAT: Final = 4  # of the sections' rows and order; part of the identity
-MAX_CAUSE_LENGTH: Final = 1000  # characters: what the link's manifest takes; errors with long paths have more
 
 
 def waits_cause(size_bytes: int) -> str:
     """The cause of an interval whose difference journal hasn't come as a whole, but will."""
-    return f"{megabytes(size_bytes)} MB of its difference journal wait {WAITS}"
+    return f"{megabytes(size_bytes)} MB of its difference journal wait {transfer.WAITS}"
+
+
+def _bounded(cause: str) -> str:
+    """A cause as a manifest takes it: that of an error with long paths has more characters."""
+    return cause if len(cause) <= transfer.MAX_TEXT_LENGTH else cause[: transfer.MAX_TEXT_LENGTH - 1] + "…"
 
 
 def _manifest(
-    mark: int, kind: TransferKind, base: tuple[int, int], end: tuple[int, int], **more: Any
+    mark: int, kind: TransferKind, base: tuple[int, int], end: tuple[int, int], cause: str, **more: Any
 ) -> Manifest:
     """Of a transfer between two positions (seq, time_ns) that has no rows and no journal, unless `more` says so."""
-    plain = {
+    plain: dict[str, Any] = {
         "first_time_ns": None,
         "protected_through_ns": end[1],
         "granularity_ns": None,
@@ -35,41 +40,25 @@ def _manifest(
         "journal_count": 0,
         "position_count": 0,
     }
-    return Manifest(
-        mark=mark,
-        kind=kind,
-        from_seq=base[0],
-        from_time_ns=base[1],
-        to_seq=end[0],
-        to_time_ns=end[1],
-        **(plain | more),
-    )
+    return Manifest(mark, kind, *base, *end, cause=_bounded(cause), **(plain | more))
 
 
-def _of_interval(interval: Interval, kind: TransferKind, **more: Any) -> Manifest:
-    return _manifest(
-        interval.mark,
-        kind,
-        (interval.from_seq, interval.from_time_ns),
-        (interval.to_seq, interval.to_time_ns),
-        first_time_ns=int(interval.times[0]) if len(interval.times) else None,
-        protected_through_ns=interval.mark_time_ns,
-        **more,
-    )
+def _of_interval(interval: Interval, kind: TransferKind, cause: str, **more: Any) -> Manifest:
+    base, end = (interval.from_seq, interval.from_time_ns), (interval.to_seq, interval.to_time_ns)
+    more["first_time_ns"] = int(interval.times[0]) if len(interval.times) else None
+    return _manifest(interval.mark, kind, base, end, cause, protected_through_ns=interval.mark_time_ns, **more)
 
 
 def diff_manifest(prepared: PreparedInterval, cause: str) -> Manifest:
     """The manifest of an interval's snapshot diff; `cause`: why it has no more, as far as that is known."""
-    interval, entries = prepared.interval, prepared.diff.entries
-    bookmarks: tuple[Bookmark, ...] = ()
-    if interval.bookmark is not None:
-        bookmarks = (Bookmark(interval.bookmark, interval.to_seq, interval.to_time_ns),)
+    interval, entries, name = prepared.interval, prepared.diff.entries, prepared.interval.bookmark
+    bookmarks = () if name is None else (transfer.Bookmark(name, interval.to_seq, interval.to_time_ns),)
     return _of_interval(
         interval,
         TransferKind.INTERVAL,
+        cause,
         diff_count=len(entries),
         identity=_identity(f"diff {interval.mark}", entries),
-        cause=cause,
         bookmarks=bookmarks,
     )
 
@@ -84,64 +73,49 @@ def layers_manifest(picked: PickedLayers, cause: str) -> Manifest:
     return _of_interval(
         interval,
         TransferKind.LAYERS,
+        cause,
         granularity_ns=granularity_of(layer),
         base_granularity_ns=granularity_of(base),
         base_bytes=picked.base_bytes,
         journal_count=len(picked.part.entries),
         position_count=len(picked.positions),
         identity=_identity(f"layers {interval.mark} {base} {layer}", picked.part.entries, picked.positions),
-        cause=cause,
     )
 
 
-def cause_manifest(
-    mark: int, base: tuple[int, int], end: tuple[int, int], layer: int, base_bytes: int, cause: str
-) -> Manifest:
-    """The manifest that says why an interval stays at the granularity that it has; nothing comes with it.
-
-    Args:
-        layer, base_bytes: the last layer, and what of JOURNAL_BLOCKS, that the replica has.
-    """
-    granularity_ns = granularity_of(layer)
+def cause_manifest(mark: int, coarse: transfer.CoarseInterval, cause: str) -> Manifest:
+    """The manifest that says why an interval stays as coarse as the replica has it; nothing comes with it."""
     return _manifest(
         mark,
         TransferKind.LAYERS,
-        base,
-        end,
-        granularity_ns=granularity_ns,
-        base_granularity_ns=granularity_ns,
-        base_bytes=base_bytes,
+        (coarse.from_seq, coarse.from_time_ns),
+        (coarse.to_seq, coarse.to_time_ns),
+        cause,
+        granularity_ns=coarse.granularity_ns,
+        base_granularity_ns=coarse.granularity_ns,
+        base_bytes=coarse.journal_bytes,
         identity=_identity(f"cause {mark}"),
-        cause=cause,
     )
 
 
-def leads_on(copy: Copy, welcome: Welcome) -> bool:
-    """Whether the replica, which is at that position, can take the copy: one of changes builds on one state alone."""
-    start = copy.start
-    return start.is_complete or (welcome.mark > 0 and welcome.end == (start.from_seq, start.from_time_ns))
-
-
-def copy_manifest(copy: Copy, history: str, welcome: Welcome) -> Manifest:
+def copy_manifest(copy: Copy, history: str, welcome: transfer.Welcome) -> Manifest:
     """The manifest of a copy.
 
     Args:
         welcome: the replica's position: what lies between that and the copy is a gap.
     """
-    start = copy.start
-    cause = start.cause
-    if len(cause) > MAX_CAUSE_LENGTH:
-        cause = cause[: MAX_CAUSE_LENGTH - 1] + "…"
-    before = welcome.end if welcome.mark else (copy.seq, copy.time_ns)
-    gaps = (Gap(*before, copy.seq, copy.time_ns, cause),) if welcome.mark else ()
+    start, end, cause = copy.start, (copy.seq, copy.time_ns), _bounded(copy.start.cause)
+    before = welcome.end if welcome.mark else end
+    gaps = (transfer.Gap(*before, *end, cause),) if welcome.mark else ()
+    kind = TransferKind.FULL if start.is_complete else TransferKind.CHANGES
     return _manifest(
         start.mark,
-        TransferKind.FULL if start.is_complete else TransferKind.CHANGES,
+        kind,
         before,
-        (copy.seq, copy.time_ns),
+        end,
+        cause or "the first full copy",
         diff_count=None,
-        identity=f"{FORMAT} {history} {'full' if start.is_complete else 'changes'} {start.mark}",
-        cause=cause or "the first full copy",
+        identity=f"{FORMAT} {history} {kind.name.lower()} {start.mark}",
         gaps=gaps,
     )
 
@@ -149,6 +123,5 @@ def copy_manifest(copy: Copy, history: str, welcome: Welcome) -> Manifest:
 def _identity(what: str, *columns: npt.NDArray[np.void]) -> str:
     identity = xxh3_128(f"{FORMAT} {what}".encode())
     for column in columns:
-        if len(column):
-            identity.update(column.view(np.uint8).data)
+        identity.update(column.view(np.uint8).data)
     return identity.hexdigest()

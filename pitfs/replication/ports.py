@@ -7,18 +7,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from pitfs.model.transfer import (
-    Checkpoint,
-    Data,
-    Durable,
-    End,
-    Flush,
-    Manifest,
-    ResumePoint,
-    StreamMark,
-    Welcome,
-    Writes,
-)
+from pitfs.model import transfer
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +15,7 @@ class ShipperSettings:
     """What the shipper of a group is started with.
 
     Attributes:
+        hello: who we are.
         peer: HOST:PORT of the replica, for messages.
         journal_directory, capacity_bytes: of the local journal.
         backings: of each volume, in the order of Hello.volumes.
@@ -33,6 +23,7 @@ class ShipperSettings:
         rate_bytes_per_s: cap on what goes out, None for none.
     """
 
+    hello: transfer.Hello
     peer: str
     journal_directory: str
     capacity_bytes: int
@@ -40,6 +31,10 @@ class ShipperSettings:
     mode: str
     interval_ns: int
     rate_bytes_per_s: int | None
+
+    @property
+    def block_sizes(self) -> list[int]:
+        return [volume.block_size for volume in self.hello.volumes]
 
     @property
     def interval_s(self) -> float:
@@ -50,22 +45,22 @@ class Session(Protocol):
     """A session with the replica; see `link.sessions.sender.SenderSession`, which also says what each call raises."""
 
     peer: str
-    welcome: Welcome
-    durable: ResumePoint
+    welcome: transfer.Welcome
+    durable: transfer.ResumePoint
     failure: Exception | None
-    on_progress: Callable[[ResumePoint], None] | None
-    on_durable: Callable[[Durable], None] | None
+    on_progress: Callable[[transfer.ResumePoint], None] | None
+    on_durable: Callable[[transfer.Durable], None] | None
 
     @property
     def wire_bytes(self) -> int: ...
     @property
     def payload_bytes(self) -> int: ...
-    async def begin(self, manifest: Manifest) -> ResumePoint: ...
-    async def send(self, frame: Data | Checkpoint) -> None: ...
-    async def finish(self, end: End) -> Welcome: ...
-    async def park(self) -> ResumePoint: ...
-    async def stream(self, writes: Writes | None, flush: Flush, window_bytes: int) -> None: ...
-    async def stream_mark(self, mark: StreamMark) -> None: ...
+    async def begin(self, manifest: transfer.Manifest) -> transfer.ResumePoint: ...
+    async def send(self, frame: transfer.Data | transfer.Checkpoint) -> None: ...
+    async def finish(self, end: transfer.End) -> transfer.Welcome: ...
+    async def park(self) -> transfer.ResumePoint: ...
+    async def stream(self, writes: transfer.Writes | None, flush: transfer.Flush, window_bytes: int) -> None: ...
+    async def stream_mark(self, mark: transfer.StreamMark) -> None: ...
     async def wait_durable(self) -> None: ...
 
 

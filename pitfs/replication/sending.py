@@ -8,7 +8,6 @@ from typing import Final
 
 import trio
 
-from pitfs.errors import RemoteProtocolError
 from pitfs.model.transfer import Checkpoint, Data, End, Manifest, ResumePoint, TransferFrame
 from pitfs.replication.bandwidth import Bandwidth
 from pitfs.replication.ports import Session
@@ -68,27 +67,13 @@ class Sender:
         return True
 
 
-def check_committed(session: Session, mark: int, position: tuple[int, int]) -> None:
-    """Whether the replica acknowledged what was sent: what it has is released here.
-
-    Raises:
-        RemoteProtocolError: it names something else.
-    """
-    said = session.welcome
-    if (said.mark, said.seq, said.time_ns) != (mark, *position):
-        raise RemoteProtocolError(
-            f"{session.peer}: it acknowledges mark {said.mark} at seq {said.seq}, mark {mark} at seq {position[0]} was "
-            "sent: is that a replica of pitfs?"
-        )
-
-
 def _pull(frames: Iterator[TransferFrame], batch_bytes: int) -> list[TransferFrame]:
-    """Some frames, made in a thread; the last list of a transfer ends with End."""
+    """Some frames, made in a thread; the last one of a transfer is an End."""
     batch: list[TransferFrame] = []
     size = 0
     for frame in frames:
         batch.append(frame)
         size += len(frame.payload) if isinstance(frame, Data) else 0
-        if size >= batch_bytes or isinstance(frame, End):
+        if size >= batch_bytes:
             break
     return batch

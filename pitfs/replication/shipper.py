@@ -8,28 +8,19 @@ from typing import Final
 
 import trio
 
-from pitfs.errors import CorruptionError, LinkError, PitfsError
-from pitfs.journal.reader import BlockSource, Copy, Durability, Interval
+from pitfs.errors import CorruptionError, PitfsError, RemoteProtocolError
+from pitfs.journal.reader import Copy, Durability, Interval
 from pitfs.journal.writer import Location, segment_bytes_for
-from pitfs.model.schedule import (
-    EVERY_WRITE,
-    Decision,
-    ShippingMode,
-    StepKind,
-    behind_limit_s,
-    choose_shipping_mode,
-    next_step,
-)
-from pitfs.model.transfer import Hello
+from pitfs.model import schedule
 from pitfs.replication.backfill import Backfill
 from pitfs.replication.bandwidth import Bandwidth
-from pitfs.replication.cursor import DamagedInterval, JournalCursor
+from pitfs.replication.cursor import JournalCursor
 from pitfs.replication.full_sync import FullSync
-from pitfs.replication.interval import PreparedInterval, diff_frames, prepare
+from pitfs.replication.interval import PreparedInterval, diff_frames
 from pitfs.replication.manifests import diff_manifest, waits_cause
 from pitfs.replication.phases import Phase
 from pitfs.replication.ports import Connect, Session, ShipperSettings
-from pitfs.replication.sending import Sender, check_committed
+from pitfs.replication.sending import Sender
 from pitfs.replication.status import ReplicationStatus
 from pitfs.replication.stream import POLL_S, AckReporter, Stream
 from pitfs.splitter.messages import SplitterClient, SplitterStatus
@@ -46,7 +37,6 @@ class Shipper:
     """Ships a group. What it is doing is `status.phase`; see `phases.Phase` for the whole.
 
     Args:
-        hello: who we are.
         splitter, waiting_splitter: two clients; the second one waits for writes.
         connect: opens a session with the replica.
 
@@ -61,28 +51,24 @@ class Shipper:
     def __init__(
         self,
         settings: ShipperSettings,
-        hello: Hello,
         splitter: SplitterClient,
         waiting_splitter: SplitterClient,
         connect: Connect,
     ) -> None:
         self.settings, self.splitter, self._waiting_splitter = settings, splitter, waiting_splitter
-        self._hello, self._volumes, self._connect = hello, hello.volumes, connect
-        self.needed_segment = 0
+        self._connect, self.needed_segment = connect, 0
         self.last_marked: SplitterStatus | None = None
         self._early: set[int] = set()  # marks to be shipped that `close_large` set; as few as fit into the journal
         self.fitted = True
         self.status = ReplicationStatus(settings.peer)
         self.bandwidth = Bandwidth(settings.rate_bytes_per_s)
         self._sender = sender = Sender(self.status, self.bandwidth)
-        directory = settings.journal_directory
-        self.cursor = JournalCursor(settings, hello, splitter, self.status, self.release)
-        self.backfill = Backfill(directory, self._volumes, sender)
-        self._durability = Durability(directory)
-        self.full_sync = FullSync(settings, hello, splitter, self.cursor, sender)
-        reader = self.cursor.reader
-        self.stream = Stream(reader, splitter, sender, self._durability, self.release, self._stream_durable)
-        self.acks = AckReporter(splitter)
+        self.cursor = JournalCursor(settings, splitter, self.status, self.release)
+        self.backfill = Backfill(settings, sender)
+        self._durability = durability = Durability(settings.journal_directory)
+        self.full_sync = FullSync(settings, splitter, self.cursor, sender)
+        self.acks = AckReporter(splitter, is_sync=settings.mode == "sync")
+        self.stream = Stream(self.cursor.reader, splitter, sender, durability, self.acks, self.release)
 
     def close(self) -> None:
         """Closes files. A shipper that was killed instead leaves nothing behind either."""
@@ -124,13 +110,13 @@ class Shipper:
         shipper was down can't be split any more: a mark is only ever set at the journal's end.
         """
         splitter = await self.splitter.status()
-        smallest = min(volume.block_size for volume in self._volumes)
         if self.last_marked is None or splitter.mark != self.last_marked.mark:
             self.last_marked = splitter
             self.cursor.wake.set()
             return
         # In time to be sent, and its room released, while the next one fills the rest.
-        limit_bytes = min(MAX_INTERVAL_ROWS * smallest, self.settings.capacity_bytes // MAX_INTERVAL_PART)
+        rows_bytes = MAX_INTERVAL_ROWS * min(self.settings.block_sizes)
+        limit_bytes = min(rows_bytes, self.settings.capacity_bytes // MAX_INTERVAL_PART)
         if self.bytes_between(self.last_marked.tail, splitter.tail) > limit_bytes:
             self._early.add((await self.mark()).mark)
 
@@ -149,7 +135,7 @@ class Shipper:
             except PitfsError as error:
                 self.status.link_failed(error)
             except OSError as error:  # where no complete copy would help: it reads the same
-                where = error.filename or f"{self._hello.group}: a backing volume or the journal"
+                where = error.filename or f"{self.settings.hello.group}: a backing volume or the journal"
                 self.status.link_failed(storage_error(error, where, "reading"))
             await self.status.back_off()
 
@@ -164,7 +150,7 @@ class Shipper:
                     await self.step(session)
             finally:
                 self.stream.end()
-                self._out_of_step("the link to the replica is down")
+                self.stream.out_of_step("the link to the replica is down")
 
     async def locate(self, session: Session) -> None:
         """Finds the replica's place in the journal, and what it lacks of intervals that it has."""
@@ -184,24 +170,23 @@ class Shipper:
             tail = (await self.splitter.status()).tail
             if self._choose_mode(self.bytes_between(self.cursor.reader.start, tail)).streams:
                 log.info("streaming behind mark %d: %s", session.welcome.mark, self.status.mode.reason)
-                self.begin_stream(session)
+                self.stream.begin(session)
         if self.status.phase is Phase.STREAMING:
             await self._step_stream(session)
             return
         item = await self.cursor.next_item(session, wait=not self.backfill.waiting)
         if isinstance(item, Copy):
-            await self.ship_copy(session, item)
+            await self.full_sync.ship(session, item)
         elif isinstance(item, Interval):
             await self.ship_interval(session, item)
         else:
             await self.ship_layers(session)
 
-    def _choose_mode(self, backlog_bytes: int) -> ShippingMode:
-        streaming = self.status.phase is Phase.STREAMING
-        self.status.mode = choose_shipping_mode(
+    def _choose_mode(self, backlog_bytes: int) -> schedule.ShippingMode:
+        self.status.mode = schedule.choose_shipping_mode(
             mode=self.settings.mode,
-            streaming=streaming,
-            behind_s=self.stream.behind_s() if streaming else 0.0,
+            streaming=self.status.phase is Phase.STREAMING,
+            behind_s=self.stream.behind_s(),
             backlog_bytes=backlog_bytes,
             interval_s=self.settings.interval_s,
             rate_bytes_per_s=self.bandwidth.rate,
@@ -210,11 +195,6 @@ class Shipper:
         return self.status.mode
 
     # -- the stream --------------------------------------------------------------------------------------
-
-    def begin_stream(self, session: Session) -> None:
-        """Streams from where the cursor is."""
-        self.status.enter(Phase.STREAMING)
-        self.stream.begin(session)
 
     async def _step_stream(self, session: Session) -> None:
         """Streams once; then sends layers of a journal that waits, or waits for writes."""
@@ -233,7 +213,7 @@ class Shipper:
     async def _pump_stream(self, session: Session) -> bool:
         """Streams once; True where the stream ended: the replica was too far behind, or a copy has to come."""
         dynamic = self.settings.mode == "dynamic"
-        limit_s = behind_limit_s(self.settings.interval_s) if dynamic else math.inf
+        limit_s = schedule.behind_limit_s(self.settings.interval_s) if dynamic else math.inf
         damage, copy_follows = None, False
         try:
             copy_follows = await self.stream.pump(limit_s)
@@ -245,7 +225,7 @@ class Shipper:
             return False
         cause = "a copy goes first" if copy_follows else str(damage or self.status.mode.reason)
         log.info("no longer streaming: %s", cause)
-        self._out_of_step(cause)
+        self.stream.out_of_step(cause)
         self.fitted = damage is not None or copy_follows
         await self.stream.finish()
         if damage is not None:
@@ -253,14 +233,6 @@ class Shipper:
         else:
             self.status.enter(Phase.AWAITING_COPY if copy_follows else Phase.WAITING)
         return True
-
-    def _stream_durable(self) -> None:
-        if self.settings.mode == "sync":
-            self.acks.report(self.stream.durable_seq, self.acks.in_step or self.stream.caught_up)
-
-    def _out_of_step(self, cause: str) -> None:
-        if self.settings.mode == "sync":
-            self.acks.report(self.stream.durable_seq, False, cause)
 
     async def _interrupts_layers(self, session: Session) -> bool:
         """Between two frames of layers: whether something else goes first. What was written is streamed at once."""
@@ -272,45 +244,33 @@ class Shipper:
 
     # -- transfers ---------------------------------------------------------------------------------------
 
-    async def ship_copy(self, session: Session, copy: Copy) -> None:
-        """A copy from the backing volumes, complete or of what changed."""
-        self.status.enter(Phase.FULL_SYNC)
-        await self.full_sync.ship(session, copy)
-        self.status.enter(Phase.WAITING)
-
     async def ship_interval(self, session: Session, interval: Interval) -> None:
         """The interval's snapshot diff; its difference journal waits then."""
         self.status.enter(Phase.SHIPPING_INTERVAL)
-        directory, wants_journal = self.settings.journal_directory, self.settings.mode != "snapshot"
+        wants_journal = self.settings.mode != "snapshot"
         segments = interval.start.segment, interval.end.segment
         await trio.to_thread.run_sync(self._durability.make, *segments)
-        self.backfill.close()
-        source = BlockSource(directory, interval, [volume.block_size for volume in self._volumes])
         try:
-            prepared = await trio.to_thread.run_sync(prepare, interval, self._volumes, source, wants_journal)
-            fitted, decision = self._fits(prepared), Decision(None, waits_cause(prepared.journal_bytes))
+            prepared = await self.backfill.prepare(interval, wants_journal)
+            fitted, decision = self._fits(prepared), schedule.Decision(None, waits_cause(prepared.journal_bytes))
             if not wants_journal:
-                decision = Decision(None, "mode is snapshot")
+                decision = schedule.Decision(None, "mode is snapshot")
             elif prepared.journal is None:
-                decision = Decision(EVERY_WRITE, "nothing was written")
+                decision = schedule.Decision(schedule.EVERY_WRITE, "nothing was written")
             resume = await self._sender.begin(session, diff_manifest(prepared, decision.reason))
             await self._sender.send(session, diff_frames(prepared, resume, self.bandwidth.payload_bytes))
-            check_committed(session, interval.mark, (interval.to_seq, interval.to_time_ns))
+            said, sent = session.welcome, (interval.mark, interval.to_seq, interval.to_time_ns)
+            if (said.mark, said.seq, said.time_ns) != sent:  # what it has is released here
+                raise RemoteProtocolError(
+                    f"{session.peer}: it acknowledges mark {said.mark} at seq {said.seq}, mark {sent[0]} at seq "
+                    f"{sent[1]} was sent: is that a replica of pitfs?"
+                )
         except CorruptionError as error:
-            source.close()
-            # On the next connection the replica wants this one again: then it's passed over for the copy.
-            self.cursor.damaged = DamagedInterval(interval.mark, str(error))
-            await self.cursor.rescan(str(error))
-            raise LinkError(f"{error}: connecting anew for a complete copy") from error
-        except BaseException:
-            source.close()
-            raise
+            await self.cursor.give_up(interval, error)
         self.fitted, self.status.last_decision = fitted, decision
         self.backfill.add(prepared)
         await self.release(interval.end.segment)
-        self.status.acknowledged(session.welcome, interval.end)
-        if prepared.journal is None:
-            self.status.first_pass_done(interval.mark)
+        self.status.acknowledged(session.welcome, interval.end, layers_follow=prepared.journal is not None)
         self._early = {mark for mark in self._early if mark > interval.mark}
         self.status.enter(Phase.WAITING)
         log.debug("interval committed, mark %d, %d writes", interval.mark, len(interval.times))
@@ -328,12 +288,12 @@ class Shipper:
     async def ship_layers(self, session: Session) -> None:
         """What goes next of the journals that wait, by figure 7's decision; a diff that is due interrupts it."""
         streaming = self.status.phase is Phase.STREAMING
-        step = next_step(
+        step = schedule.next_step(
             diff_due=self.cursor.wake.is_set() and not streaming,
             waiting=self.backfill.waiting,
             room_bytes=self.bandwidth.room_bytes(),
         )
-        if step.kind in (StepKind.DIFF, StepKind.WAIT):
+        if step.kind in (schedule.StepKind.DIFF, schedule.StepKind.WAIT):
             return
         log.debug("next: %s", step)
         phase = self.status.phase
@@ -343,7 +303,7 @@ class Shipper:
             self.status.first_pass_done(step.mark)
         try:
             await self.backfill.build(step.mark, (await self.splitter.status()).tail)
-            if step.kind is StepKind.LAYERS:
+            if step.kind is schedule.StepKind.LAYERS:
                 await self.backfill.ship(session, step, lambda: self._interrupts_layers(session))
                 self.status.first_pass_done(step.mark)
         except CorruptionError as error:

@@ -24,15 +24,6 @@ class InGapError(PitfsError):
     """A mark lies in a gap: the replica got a complete copy of a later state instead."""
 
 
-@dataclass(frozen=True, slots=True)
-class LostMarks:
-    """Marks that lie in a gap: those between two, exclusive, and why."""
-
-    after: int = 0
-    before: int = 0
-    cause: str = ""
-
-
 @dataclass(slots=True)
 class Outage:
     """Nothing has got through yet, or not since a connection failed. It ends when something does.
@@ -63,9 +54,8 @@ class ReplicationStatus:
         committed: the replica's last acknowledgement, None before the first.
         committed_location: where the journal goes on behind it.
         outage: None while something gets through.
-        failures: how often a connection failed.
         first_pass_mark: of the intervals up to this mark the replica has what the link had room for; more may follow.
-        lost: the marks in the last gap.
+        lost_marks: those in the last gap; lost_cause: why it came to be.
         last_decision: what was sent of the last interval, and why no more.
         mode: how writes go, and why so.
         changed: set at the next change of these, and made anew.
@@ -76,9 +66,9 @@ class ReplicationStatus:
     committed: Welcome | None = None
     committed_location: Location | None = None
     outage: Outage | None = field(default_factory=Outage)
-    failures: int = 0
     first_pass_mark: int = 0
-    lost: LostMarks = LostMarks()
+    lost_marks: range = range(0)
+    lost_cause: str = ""
     last_decision: Decision | None = None
     mode: ShippingMode = UNDECIDED
     changed: trio.Event = field(default_factory=trio.Event)
@@ -99,15 +89,12 @@ class ReplicationStatus:
 
     def link_failed(self, error: PitfsError) -> None:
         """A connection failed; the log has each new cause once."""
-        before, self.outage = self.outage, Outage(error, trio.current_time())
-        if before is not None:
-            self.outage.attempts = before.attempts + 1
-            if before.error is not None:
-                self.outage.since_s = before.since_s
-        if before is None or str(before.error) != str(error):
+        before = self.outage or Outage(attempts=-1)
+        since_s = trio.current_time() if before.error is None else before.since_s
+        self.outage = Outage(error, since_s, before.attempts + 1)
+        if str(before.error) != str(error):
             level = logging.INFO if error.retryable else logging.ERROR
             log.log(level, "not replicating: %s; writes go on and are journalled", error)
-        self.failures += 1
         self.enter(Phase.DISCONNECTED)
         self._change()
 
@@ -142,11 +129,11 @@ class ReplicationStatus:
         if self.committed_location is None:
             self.committed_location = location
 
-    def acknowledged(self, welcome: Welcome, location: Location) -> None:
+    def acknowledged(self, welcome: Welcome, location: Location, layers_follow: bool = False) -> None:
         """The replica has what was sent; the journal goes on at `location` behind it."""
         self.got_through()
         self.committed, self.committed_location = welcome, location
-        self._change()
+        self.first_pass_done(0 if layers_follow else welcome.mark)
 
     def first_pass_done(self, mark: int) -> None:
         """Of the intervals up to this mark the replica has what the link had room for."""
@@ -172,7 +159,7 @@ class ReplicationStatus:
             InGapError: it never will: a complete copy of a later state went instead.
             PitfsError: nothing got through for `grace_s`, or can't until somebody changes something.
         """
-        begun, failures = trio.current_time(), self.failures
+        begun, outage = trio.current_time(), self.outage
         self._hurry.set()
         while self.committed is None or self.committed.mark < mark:
             changed, error = self.changed, self.link_error
@@ -182,12 +169,12 @@ class ReplicationStatus:
             error = error or LinkError(f"{self.peer}: no answer yet")
             down_since = self.outage.since_s if self.outage is not None else begun
             left = max(begun, down_since) + grace_s - trio.current_time()
-            if left <= 0 or (not error.retryable and self.failures > failures):
+            if left <= 0 or (not error.retryable and self.outage is not outage):
                 raise PitfsError(str(error)) from error
             with trio.move_on_after(left):
                 await changed.wait()
-        if self.lost.after < mark < self.lost.before:
-            raise InGapError(self.lost.cause)
+        if mark in self.lost_marks:
+            raise InGapError(self.lost_cause)
         # Its difference journal follows at once. Whoever waits for a snapshot goes on to look at what lies before it.
         while (
             self.first_pass_mark < mark == self.committed.mark

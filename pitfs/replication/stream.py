@@ -15,6 +15,7 @@ from pitfs.journal.stream_reader import NOTHING_DIGEST, StreamChunk, next_chunk
 from pitfs.journal.writer import Location
 from pitfs.model.record import MAX_BODY_BYTES
 from pitfs.model.transfer import MAX_BATCH_BYTES, Durable, Flush, Welcome, Writes
+from pitfs.replication.phases import Phase
 from pitfs.replication.ports import Session
 from pitfs.replication.sending import Sender
 from pitfs.splitter.messages import Replicated, SplitterClient
@@ -44,8 +45,8 @@ class Stream:
     """The stream of one group; of one connection from `begin` on, in phase STREAMING.
 
     Args:
+        acks: hears what the replica has.
         release: called with the segment before which nothing is needed for shipping any more.
-        on_durable: called when the replica has more, or knows that it has all.
 
     Attributes:
         position: (seq, time_ns) of the last write streamed; mark: the last mark.
@@ -59,11 +60,11 @@ class Stream:
         splitter: SplitterClient,
         sender: Sender,
         durability: Durability,
+        acks: AckReporter,
         release: Callable[[int], Awaitable[None]],
-        on_durable: Callable[[], None],
     ) -> None:
         self._reader, self._splitter, self._sender, self._durability = reader, splitter, sender, durability
-        self._release_segment, self._on_durable = release, on_durable
+        self._acks, self._release_segment = acks, release
         self.position = (0, 0)
         self.mark = self.durable_seq = self._durable_mark = self._journalled_seq = 0
         self.journalled_lsn, self.pumped_at = 0, 0.0
@@ -78,6 +79,7 @@ class Stream:
 
     def begin(self, session: Session) -> None:
         """From where the reader is, behind the session's mark: what it has of the open interval is read once more."""
+        self._sender.status.enter(Phase.STREAMING)
         self._reader.restart()
         self.mark = self._durable_mark = session.welcome.mark
         self.position = self._reader.position
@@ -106,10 +108,9 @@ class Stream:
         """Lets go of the session, which holds the memory of its codec."""
         self._session = None
 
-    @property
-    def caught_up(self) -> bool:
-        """Whether the replica had durably what was in the journal at the last `pump`."""
-        return self.durable_seq >= self._journalled_seq
+    def out_of_step(self, cause: str) -> None:
+        """Mode sync: writes can't rely on the replica until it has what the journal has."""
+        self._acks.report(self.durable_seq, False, cause)
 
     def behind_s(self) -> float:
         """For how long the replica has lacked the oldest write that it lacks."""
@@ -130,12 +131,18 @@ class Stream:
         self.pumped_at = trio.current_time()
         splitter = await self._splitter.status()
         tail, self.journalled_lsn = splitter.tail, splitter.lsn
-        self._sample(splitter.seq)
+        self._journalled_seq = splitter.seq
+        newest = self._samples[-1][0] if self._samples else -SAMPLE_S
+        is_due = self.pumped_at - newest >= SAMPLE_S and len(self._samples) < MAX_SAMPLES
+        if splitter.seq > self.durable_seq and is_due:
+            self._samples.append((self.pumped_at, splitter.seq))
         if self._reader.location < tail:  # for all of them at once
             segments = self._reader.location.segment, tail.segment
             await trio.to_thread.run_sync(self._durability.make, *segments)
         while True:
-            chunk = await trio.to_thread.run_sync(next_chunk, self._reader, tail, self._batch_bytes)
+            # What a batch may have, but for the write with which it gets there.
+            batch_bytes = min(MAX_BATCH_BYTES - MAX_BODY_BYTES, self._window_bytes // 2)
+            chunk = await trio.to_thread.run_sync(next_chunk, self._reader, tail, batch_bytes)
             if chunk is None:
                 self._saturated_at = None
                 break
@@ -167,11 +174,6 @@ class Stream:
         ahead_s = AHEAD_S + (self._least_answer_s if self._least_answer_s < math.inf else 0.0)
         return int(min(max(rate * ahead_s, MIN_WINDOW_BYTES), MAX_WINDOW_BYTES))
 
-    @property
-    def _batch_bytes(self) -> int:
-        """What a batch may have, but for the write with which it gets there."""
-        return min(MAX_BATCH_BYTES - MAX_BODY_BYTES, self._window_bytes // 2)
-
     async def _send(self, chunk: StreamChunk, now_ns: int | None) -> None:
         assert self._session is not None
         self._segment = chunk.segment
@@ -196,58 +198,43 @@ class Stream:
     def _await_answer(self, size_bytes: int) -> None:
         self._unanswered.append(_Sent(self._reader.location, self._segment, size_bytes, trio.current_time()))
 
-    def _sample(self, seq: int) -> None:
-        now = trio.current_time()
-        self._journalled_seq = seq
-        newest = self._samples[-1][0] if self._samples else -SAMPLE_S
-        if seq > self.durable_seq and now - newest >= SAMPLE_S and len(self._samples) < MAX_SAMPLES:
-            self._samples.append((now, seq))
-
     def _answered(self, durable: Durable) -> None:
         sent = self._unanswered.popleft()
         self.durable_seq = durable.seq
         self._least_answer_s = min(self._least_answer_s, trio.current_time() - sent.at_s)
         self._needed_segment, self._durable_mark = sent.segment, durable.mark
-        status = self._sender.status
         welcome = Welcome(durable.mark, durable.seq, durable.time_ns, durable.protected_through_ns)
-        status.acknowledged(welcome, sent.location)
-        status.first_pass_done(durable.mark)
-        self._measure(sent.size_bytes)
-        self._on_durable()
-
-    def _measure(self, size_bytes: int) -> None:
-        """The link's rate, where it is the link that holds things up."""
-        if self._saturated_at is None:
-            return
-        self._answered_bytes += size_bytes
-        elapsed = trio.current_time() - self._saturated_at
-        if elapsed >= MEASURE_S and self._answered_bytes >= MEASURE_BYTES:
-            self._sender.bandwidth.rates.append(self._answered_bytes / elapsed)
-            self._saturated_at, self._answered_bytes = trio.current_time(), 0
+        self._sender.status.acknowledged(welcome, sent.location)
+        if self._saturated_at is not None:  # it is the link that holds things up: its rate is measured
+            self._answered_bytes += sent.size_bytes
+            elapsed = trio.current_time() - self._saturated_at
+            if elapsed >= MEASURE_S and self._answered_bytes >= MEASURE_BYTES:
+                self._sender.bandwidth.rates.append(self._answered_bytes / elapsed)
+                self._saturated_at, self._answered_bytes = trio.current_time(), 0
+        self._acks.reached(self.durable_seq, self.durable_seq >= self._journalled_seq)  # as of the last `pump`
 
 
 class AckReporter:
-    """Reports to the splitter what the replica durably has (mode sync): writes wait for it."""
+    """Reports to the splitter what the replica durably has: in mode sync, where writes wait for it."""
 
-    def __init__(self, splitter: SplitterClient) -> None:
-        self._splitter = splitter
+    def __init__(self, splitter: SplitterClient, is_sync: bool) -> None:
+        self._splitter, self._is_sync = splitter, is_sync
         self._last = Replicated(0, False, "")
         self._changed = trio.Event()
 
-    @property
-    def in_step(self) -> bool:
-        """Whether writes can rely on the replica, as was reported last."""
-        return self._last.in_step
+    def reached(self, seq: int, has_all: bool) -> None:
+        """The replica has the writes up to `seq`; once it had all that were journalled, writes can rely on it."""
+        self.report(seq, self._last.in_step or has_all)
 
     def report(self, seq: int, in_step: bool, cause: str = "") -> None:
         """Replaces what hasn't been sent yet."""
-        self._last = Replicated(seq, in_step, cause)
-        self._changed.set()
+        if self._is_sync:
+            self._last = Replicated(seq, in_step, cause)
+            self._changed.set()
 
     async def run(self) -> None:
         """Sends reports, for ever. Raises trio.BrokenResourceError when the splitter has ended."""
         while True:
             await self._changed.wait()
             self._changed = trio.Event()
-            last = self._last
-            await self._splitter.replicated(last.seq, last.in_step, last.cause)
+            await self._splitter.replicated(self._last.seq, self._last.in_step, self._last.cause)

@@ -40,10 +40,11 @@ from pitfs.supervision.processes import (
 NICENESS: Final = 10  # production first: the splitter, and what writes through it, go before
 
 
-def shipper_settings(config: Config) -> ShipperSettings:
+def shipper_settings(config: Config, hello: Hello) -> ShipperSettings:
     """What replication needs of a configuration."""
     replication = config.replication
     return ShipperSettings(
+        hello=hello,
         peer=format_endpoint(replication.host, replication.port),
         journal_directory=journal_directory(config.group.state),
         capacity_bytes=config.journal.capacity_bytes,
@@ -73,7 +74,7 @@ async def _main(config: Config, hello: Hello, tls: LinkContext | None) -> None:
             window_bytes=replication.window_bytes,
         )
 
-    shipper = Shipper(shipper_settings(config), hello, splitter, waiting_splitter, connect_replica)
+    shipper = Shipper(shipper_settings(config, hello), splitter, waiting_splitter, connect_replica)
     handler = ShipperControl(shipper, state, config.group.name)
     try:
         async with trio.open_nursery() as nursery:

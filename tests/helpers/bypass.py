@@ -163,7 +163,7 @@ class Bypassing(Parts):
                     await self.connect_anew()
                     return
                 if isinstance(item, Copy):
-                    await self.shipper.ship_copy(session, item)
+                    await self.shipper.full_sync.ship(session, item)
                 elif isinstance(item, Interval):
                     await self.shipper.ship_interval(session, item)
                     await self.ship_layers()

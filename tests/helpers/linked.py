@@ -17,8 +17,7 @@ import trio
 
 from pitfs.link.sessions.connect import SenderSession, Timeouts, connect, serve
 from pitfs.link.sessions.receiver import Limits
-from pitfs.model.schedule import ShippingMode
-from pitfs.replication import shipper as shipping
+from pitfs.model import schedule
 from pitfs.replication import status, stream
 from pitfs.replication.bandwidth import Bandwidth
 from pitfs.replication.shipper import Shipper
@@ -47,7 +46,7 @@ class Linked:
         client = client_of(lambda: self.service)
         # The rate is never reached, and makes the room for layers known: none, so that each goes for itself.
         settings = settings_of(pipeline, rate_bytes_per_s=RATE_BYTES_PER_S)
-        self.shipper = Shipper(settings, pipeline.hello, client, client, self._connect)
+        self.shipper = Shipper(settings, client, client, self._connect)
         self.sessions: list[SenderSession] = []
 
     @asynccontextmanager
@@ -122,7 +121,7 @@ async def linked(
     """
     monkeypatch.setattr(status, "BACKOFF_S", (0.001,))
     monkeypatch.setattr(Bandwidth, "payload_bytes", FRAME_BYTES)
-    monkeypatch.setattr(shipping, "choose_shipping_mode", lambda **_: ShippingMode(streams, "for the test"))
+    monkeypatch.setattr(schedule, "choose_shipping_mode", lambda **_: schedule.ShippingMode(streams, "for the test"))
     for name in ("MIN_WINDOW_BYTES", "MAX_WINDOW_BYTES"):
         monkeypatch.setattr(stream, name, 2 * FRAME_BYTES)
     pipeline.ingest.close()  # the receiver opens the store

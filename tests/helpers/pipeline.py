@@ -147,8 +147,7 @@ class Pipeline:
             journal_directory(self.state),
             self.volumes,
             fds,
-            copy.location,
-            copy.start.mark,
+            copy,
             resume,
             lambda: self.splitter.journal.tail,
         )

@@ -41,6 +41,7 @@ MARGIN_S = 30.0
 
 def settings_of(pipeline: Pipeline, mode: str = "dynamic", rate_bytes_per_s: int | None = None) -> ShipperSettings:
     return ShipperSettings(
+        hello=pipeline.hello,
         peer="here",
         journal_directory=journal_directory(pipeline.state),
         capacity_bytes=pipeline.capacity_bytes,
@@ -110,7 +111,7 @@ class Parts:
         self.shipper = self._new_shipper()
 
     def _new_shipper(self) -> Shipper:
-        return Shipper(self._settings, self.pipeline.hello, self.client, self.client, self._connect)
+        return Shipper(self._settings, self.client, self.client, self._connect)
 
     @asynccontextmanager
     async def _connect(self, queue_bytes: int) -> AsyncIterator[Here]:
@@ -150,7 +151,7 @@ class Parts:
         """The next item, to its end; the layers of all journals that wait as well."""
         item, session = await self.next(), self.session
         if isinstance(item, Copy):
-            await self.shipper.ship_copy(session, item)
+            await self.shipper.full_sync.ship(session, item)
         else:
             await self.shipper.ship_interval(session, item)
             while layers and self.shipper.backfill.waiting and not self.shipper.cursor.wake.is_set():
@@ -184,7 +185,7 @@ class Parts:
             store.close()
 
     def fill(self) -> None:
-        """Writes until they pass, and one more."""
+        """Writes until they bypass the journal, and one more."""
         while not self.pipeline.splitter.state.bypass_cause:
             self.write(100_000)
         self.write(100_000)

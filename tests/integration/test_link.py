@@ -332,7 +332,7 @@ async def test_idle_connections_do_not_shut_out_a_sender() -> None:
 
 
 async def test_a_peer_that_never_greets_is_ended() -> None:
-    async with replica(Opener(), limits=Limits(handshake_s=0.1)) as port:
+    async with replica(Opener(), limits=Limits(timeouts=Timeouts(connect_s=0.1))) as port:
         stream = await trio.open_tcp_stream("127.0.0.1", port)
         with trio.fail_after(5):
             assert await stream.receive_some() == PREFACE
@@ -362,8 +362,8 @@ async def test_a_receiver_that_falls_silent_is_noticed_while_the_caller_waits() 
 async def test_pings_keep_an_idle_and_a_busy_session_alive() -> None:
     opener = Opener()
     opener.block = threading.Event()
-    limits, timeouts = Limits(ping_s=0.1, dead_s=1), Timeouts(ping_s=0.1, dead_s=1)
-    async with replica(opener, limits=limits) as port, link(port, timeouts=timeouts) as session:
+    timeouts = Timeouts(ping_s=0.1, dead_s=1)
+    async with replica(opener, limits=Limits(timeouts=timeouts)) as port, link(port, timeouts=timeouts) as session:
         await trio.sleep(1.2)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(ship, session, 30)
@@ -374,7 +374,7 @@ async def test_pings_keep_an_idle_and_a_busy_session_alive() -> None:
 async def test_a_sender_that_falls_silent_is_ended_by_the_receiver(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "pitfs")
     opener = Opener()
-    async with replica(opener, limits=Limits(ping_s=0.05, dead_s=0.2)) as port:
+    async with replica(opener, limits=Limits(timeouts=Timeouts(ping_s=0.05, dead_s=0.2))) as port:
         stream = await trio.open_tcp_stream("127.0.0.1", port)
         await stream.send_all(joined(LinkProtocol(Role.SENDER).send(Greeting((1,), HELLO))))
         with trio.fail_after(5):

@@ -163,7 +163,8 @@ async def test_a_half_open_connection_is_found_and_another_takes_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither side hears of its end; the replica would wait much longer than production."""
-    async with quiet_pair(tmp_path, monkeypatch, timeouts=QUICK, limits=Limits(dead_s=1000)) as both:
+    patient = Limits(timeouts=Timeouts(dead_s=1000))
+    async with quiet_pair(tmp_path, monkeypatch, timeouts=QUICK, limits=patient) as both:
         both.proxy.silence()
         both.write(5)
         both.mark()
@@ -191,8 +192,7 @@ async def test_a_link_slower_than_its_time_outs_is_not_taken_for_dead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each frame takes as long as a dead peer may be silent, and each byte waits a while on its way."""
-    slow = Limits(ping_s=QUICK.ping_s, dead_s=QUICK.dead_s)
-    async with quiet_pair(tmp_path, monkeypatch, timeouts=QUICK, limits=slow) as both:
+    async with quiet_pair(tmp_path, monkeypatch, timeouts=QUICK, limits=Limits(timeouts=QUICK)) as both:
         both.proxy.out_delay_s = both.proxy.back_delay_s = 0.1
         both.proxy.rate_bytes_per_s = FRAME_BYTES / QUICK.dead_s
         both.pipeline.write(0, 0, both.pipeline.random.bytes(5 * FRAME_BYTES))

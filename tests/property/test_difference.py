@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from xxhash import xxh3_64_intdigest
 
-from pitfs.model.difference import Columns, Contents, Rows, difference_journal, snapshot_diff
+from pitfs.model.difference import Columns, Rows, difference_journal, snapshot_diff
 from pitfs.model.ladder import LAST_LAYER, NO_LAYER, RUNGS_NS, layers_of_positions
 from pitfs.model.transfer import MAX_JOURNAL_RUNS, UNIT_BYTES, Source
 
@@ -28,16 +28,17 @@ def build(  # type: ignore[no-untyped-def]
     )
     compared: list[tuple[int, int]] = []
 
-    def same(a: Rows, b: Rows) -> np.ndarray:  # type: ignore[type-arg]
+    def same(a: Rows, b: Rows | None) -> np.ndarray:  # type: ignore[type-arg]
+        if b is None:
+            return np.array([not any(writes[i][2]) for i in a], dtype=np.bool_)
         compared.extend(zip(a.tolist(), b.tolist(), strict=True))
         return np.array([writes[i][2] == writes[j][2] for i, j in zip(a, b, strict=True)], dtype=np.bool_)
 
-    looks = Contents(same, lambda a: np.array([not any(writes[i][2]) for i in a], dtype=np.bool_))
     sizes = np.array(block_sizes, dtype=np.int64)
     zeros = np.array([checksum(bytes(size)) for size in block_sizes], dtype=np.uint64)
-    diff = snapshot_diff(columns, sizes, zeros, looks)
+    diff = snapshot_diff(columns, sizes, zeros, same)
     to_time_ns = int(times[-1]) if len(times) else 0
-    return diff, difference_journal(columns, times, to_time_ns, diff, sizes, zeros, looks), compared
+    return diff, difference_journal(columns, times, to_time_ns, diff, sizes, zeros, same), compared
 
 
 def stream(rows: Rows, writes: list[Write]) -> bytes:

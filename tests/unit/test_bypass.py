@@ -376,7 +376,7 @@ async def test_a_replica_that_stands_elsewhere_gets_a_complete_copy(parts: Bypas
     await parts.settle()
     parts.check()
     assert copies(parts) == [TransferKind.FULL]
-    assert "hasn't the state that the changed blocks build on" in parts.shipper.status.lost.cause
+    assert "hasn't the state that the changed blocks build on" in parts.shipper.status.lost_cause
 
 
 async def test_a_replica_with_nothing_gets_a_complete_copy(parts: Bypassing, tmp_path: Path) -> None:

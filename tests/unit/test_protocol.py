@@ -13,7 +13,6 @@ import xxhash
 from pitfs.errors import LocalProtocolError, RemoteProtocolError
 from pitfs.link.protocol.frames import (
     HEADER,
-    MAX_BODY_BYTES,
     MAX_GROWTH_BYTES,
     PREFACE,
     Accept,
@@ -174,7 +173,7 @@ def test_a_frame_that_is_too_long_is_refused_by_its_header_alone(frame_type: Fra
     for role in Role:
         for count in range(len(SESSION)):
             protocol = walked(role, count)
-            header = HEADER.pack(MAX_BODY_BYTES[frame_type] + 1, frame_type, 0, 0, 0)
+            header = HEADER.pack(frame_type.max_body_bytes + 1, frame_type, 0, 0, 0)
             assert "limit" in refused(protocol, header)
             assert not protocol._frame  # nothing is kept
 

@@ -36,7 +36,7 @@ async def test_each_new_cause_is_logged_once_and_the_first_failure_begins_the_ou
     assert [record.message.split(": ")[1] for record in caplog.records] == [
         "refused; writes go on and are journalled", "no route; writes go on and are journalled",
     ]  # fmt: skip
-    assert status.outage is not None and status.outage.since_s == pytest.approx(1.0) and status.failures == 3
+    assert status.outage is not None and status.outage.since_s == pytest.approx(1.0) and status.outage.attempts == 3
 
 
 async def test_the_wait_grows_until_something_gets_through(autojump_clock: trio.testing.MockClock) -> None:

@@ -47,7 +47,7 @@ async def test_a_journal_that_fills_during_the_first_copy_is_mended(parts: Parts
     parts.fill()
     assert isinstance(item, Copy)
     with pytest.raises(LinkError, match="given up"):
-        await parts.shipper.ship_copy(parts.session, item)
+        await parts.shipper.full_sync.ship(parts.session, item)
     await parts.locate()
     await recovers(parts)
 
@@ -65,7 +65,7 @@ async def test_what_rests_on_a_copy_that_was_given_up_is_never_sent(
     begun = parts.session.begun
     await recovers(parts)
     assert parts.session.begun == begun + 3, "one copy, one interval and its layers"
-    assert parts.shipper.status.lost.cause.startswith("the local journal can't be written")
+    assert parts.shipper.status.lost_cause.startswith("the local journal can't be written")
     assert "bookmark 'in-the-gap' lies in the gap" in caplog.text
 
 
@@ -108,7 +108,7 @@ async def test_a_journal_that_is_damaged_where_it_is_searched_leads_to_a_copy(pa
         file.write(b"\xff" * 64)
     await parts.locate()
     assert isinstance(await parts.ship(), Copy)
-    assert "segment-" in parts.shipper.status.lost.cause
+    assert "segment-" in parts.shipper.status.lost_cause
     parts.assert_replica_has_all()
 
 

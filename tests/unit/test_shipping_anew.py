@@ -77,7 +77,7 @@ async def test_a_replica_from_before_a_completed_copy_gets_another_one(parts: Pa
             "the journal still leads on from there, up to the copy"
         )
     await recovers(parts)
-    assert "a complete copy that it had acknowledged" in parts.shipper.status.lost.cause
+    assert "a complete copy that it had acknowledged" in parts.shipper.status.lost_cause
 
 
 # -- the word of a commit that is lost --------------------------------------------------------------------
@@ -115,7 +115,7 @@ async def test_a_bad_sector_under_a_record_leads_to_a_copy(
 ) -> None:
     unreadable(monkeypatch, await three_segments(parts), "pread", errno.EIO)
     await recovers(parts)
-    lost = parts.shipper.status.lost.cause
+    lost = parts.shipper.status.lost_cause
     assert "segment-" in lost and lost.endswith("damaged at byte 4096: it can't be read: Input/output error")
 
 
@@ -136,7 +136,7 @@ async def test_a_bad_sector_under_contents_leads_to_a_copy(
 async def test_a_segment_that_is_missing_leads_to_a_copy(parts: Parts) -> None:
     os.unlink(await three_segments(parts))
     await recovers(parts)
-    assert "No such file or directory" in parts.shipper.status.lost.cause
+    assert "No such file or directory" in parts.shipper.status.lost_cause
 
 
 @pytest.mark.parametrize("call", ["pread", "preadv"])
@@ -228,19 +228,18 @@ async def test_a_peers_word_alone_makes_nothing_be_copied_again(
 
 
 async def test_a_cause_of_any_length_can_be_sent(parts: Parts) -> None:
-    assert manifests.MAX_CAUSE_LENGTH == MAX_TEXT_LENGTH
     await parts.locate()
     await parts.ship()
-    for cause in ("x" * 4000, "x" * 1000):
+    for cause in ("x" * 4000, "x" * MAX_TEXT_LENGTH):
         await parts.client.rescan(cause)
         assert isinstance(await parts.ship(), Interval)
         item = await parts.next()
         assert isinstance(item, Copy)
         manifest = manifests.copy_manifest(item, parts.pipeline.hello.history, parts.session.welcome)
         encode(Begin(manifest))
-        assert len(manifest.cause) == 1000 and manifest.gaps[0].cause == manifest.cause
-        assert manifest.cause.endswith("…") == (len(cause) > 1000)
-        await parts.shipper.ship_copy(parts.session, item)
+        assert len(manifest.cause) == MAX_TEXT_LENGTH and manifest.gaps[0].cause == manifest.cause
+        assert manifest.cause.endswith("…") == (len(cause) > MAX_TEXT_LENGTH)
+        await parts.shipper.full_sync.ship(parts.session, item)
 
 
 # -- long intervals ---------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ async def stream(parts: Parts, count: int = 3, leave: bool = True) -> None:
     """Streams some writes, and leaves the stream in the middle of the interval."""
     shipper, session = parts.shipper, parts.session
     if shipper.status.phase is not Phase.STREAMING:
-        shipper.begin_stream(session)
+        shipper.stream.begin(session)
     for _ in range(count):
         parts.write()
     await shipper.stream.pump(60.0)
@@ -68,14 +68,14 @@ async def test_during_a_bypass_the_replica_isnt_told_that_it_has_all(
     await parts.ship()
     await stream(parts, leave=False)
     parts.fill()
-    passing_ns = parts.pipeline.splitter.state.time_ns
+    bypass_ns = parts.pipeline.splitter.state.time_ns
     shipper, flushed = parts.shipper, parts.session.flushed
     for _ in range(2):
         monkeypatch.setattr("pitfs.replication.stream.PULSE_S", 0.0)
         await shipper.stream.pump(60.0)
     assert flushed[-1].seq == parts.pipeline.splitter.state.seq
-    assert flushed[-1].protected_through_ns <= passing_ns
-    assert parts.pipeline.ingest.welcome().protected_through_ns <= passing_ns
+    assert flushed[-1].protected_through_ns <= bypass_ns
+    assert parts.pipeline.ingest.welcome().protected_through_ns <= bypass_ns
 
 
 async def test_what_is_streamed_gives_its_room_back_on_the_way(parts: Parts) -> None:
@@ -85,7 +85,7 @@ async def test_what_is_streamed_gives_its_room_back_on_the_way(parts: Parts) -> 
     shipper, splitter, session = parts.shipper, parts.pipeline.splitter, parts.session
     while splitter.journal.tail.segment < 3:
         parts.write(100_000)
-    shipper.begin_stream(session)
+    shipper.stream.begin(session)
     released, sent = [], session.stream
 
     async def stream_and_look(writes: Writes | None, flush: Flush, window_bytes: int = 0) -> None:
@@ -128,7 +128,7 @@ async def test_a_window_that_is_too_small_for_a_long_link_is_not_taken_for_its_r
     await parts.ship()
     shipper, session = parts.shipper, parts.session
     stream_ = shipper.stream
-    shipper.begin_stream(session)
+    shipper.stream.begin(session)
     real, windows = session.stream, []
 
     async def far(writes: Writes | None, flush: Flush, window_bytes: int = 0) -> None:

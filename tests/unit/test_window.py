@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pitfs.link.sessions.window_pool import SPARE_BYTES, WindowPool
+from pitfs.link.sessions.receiver import SPARE_BYTES, WindowPool
 from pitfs.model.window import check_window
 
 MIB = 1 << 20

@@ -41,6 +41,7 @@ SPARSE: Final = 0x40
 HOLES: Final = 0x80
 _FORMS: Final = frozenset({0, SPARSE, DELTA, DELTA | SPARSE, DELTA | NEXT, DELTA | NEXT | SPARSE, HOLES})
 VALUE: Final = np.dtype("<u8")
+_NAMES: Final = {section: tuple(row.names or ()) for section, row in ROWS.items()}
 SAMPLE_ROWS: Final = 2048  # that decide whether differences are shorter than the values
 
 Values = npt.NDArray[np.uint64]
@@ -55,11 +56,10 @@ class ColumnEncoder:
 
     def encode(self, section: Section, payload: Buffer) -> bytes:
         """Gives the columns of n > 0 whole rows: at most `max_columns_bytes`."""
-        row = ROWS[section]
-        rows = np.frombuffer(payload, row)
+        rows = np.frombuffer(payload, ROWS[section])
         before = self._before[section]
         descriptors, pieces = bytearray(), list[bytes]()
-        for index, name in enumerate(_names(row)):
+        for index, name in enumerate(_NAMES[section]):
             values = rows[name].astype(VALUE)  # of the signed ones the bits
             descriptor, column = _encode_column(values, before[index])
             before[index] = values[-1]
@@ -80,8 +80,7 @@ class ColumnDecoder:
         Raises:
             ValueError: it isn't the columns of that many rows.
         """
-        row = ROWS[section]
-        names = _names(row)
+        row, names = ROWS[section], _NAMES[section]
         count, rest = divmod(raw_length, row.itemsize)
         if rest or not count:
             raise ValueError(f"{raw_length} bytes aren't rows of {row.itemsize}")
@@ -104,16 +103,11 @@ class ColumnDecoder:
 
 def max_columns_bytes(section: Section, raw_length: int) -> int:
     """The most bytes that `raw_length` bytes of rows may take as columns."""
-    return raw_length + len(_names(ROWS[section]))
+    return raw_length + len(_NAMES[section])
 
 
 def _no_rows() -> dict[Section, Values]:
-    return {section: np.zeros(len(_names(row)), VALUE) for section, row in ROWS.items()}
-
-
-def _names(row: np.dtype[np.void]) -> tuple[str, ...]:
-    assert row.names is not None
-    return row.names
+    return {section: np.zeros(len(names), VALUE) for section, names in _NAMES.items()}
 
 
 def _encode_column(values: Values, before: np.uint64) -> tuple[int, list[bytes]]:

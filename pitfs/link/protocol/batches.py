@@ -16,16 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from pitfs.errors import RemoteProtocolError
-from pitfs.model.transfer import (
-    MAX_BATCH_BYTES,
-    MAX_BATCH_ROWS,
-    MAX_PAYLOAD_BYTES,
-    WRITE,
-    Data,
-    Flush,
-    Section,
-    Writes,
-)
+from pitfs.model import transfer
 
 
 class BatchCutter:
@@ -34,13 +25,13 @@ class BatchCutter:
     def __init__(self) -> None:
         self._contents_bytes = 0
 
-    def cut(self, writes: Writes) -> Iterator[Data]:
+    def cut(self, writes: transfer.Writes) -> Iterator[transfer.Data]:
         """The frames of a batch, without its Flush."""
-        yield Data(Section.WRITES, writes.first_seq, writes.rows.tobytes())
+        yield transfer.Data(transfer.Section.WRITES, writes.first_seq, writes.rows.tobytes())
         view = memoryview(writes.contents)
-        for start in range(0, len(view), MAX_PAYLOAD_BYTES):
-            part = view[start : start + MAX_PAYLOAD_BYTES]
-            yield Data(Section.WRITE_BLOCKS, self._contents_bytes, part)
+        for start in range(0, len(view), transfer.MAX_PAYLOAD_BYTES):
+            part = view[start : start + transfer.MAX_PAYLOAD_BYTES]
+            yield transfer.Data(transfer.Section.WRITE_BLOCKS, self._contents_bytes, part)
             self._contents_bytes += len(part)
 
 
@@ -53,28 +44,28 @@ class BatchJoiner:
         self._contents = bytearray()
         self._contents_bytes = 0  # that the connection has carried
 
-    def take(self, data: Data) -> None:
+    def take(self, data: transfer.Data) -> None:
         """Takes the next frame of a batch.
 
         Raises:
             RemoteProtocolError: it doesn't belong there, or the batch becomes too large.
         """
         payload = data.payload
-        if data.section is Section.WRITES:
-            if self._rows or len(payload) % WRITE.itemsize or not len(payload):
+        if data.section is transfer.Section.WRITES:
+            if self._rows or len(payload) % transfer.WRITE.itemsize or not len(payload):
                 raise RemoteProtocolError("WRITES within a batch, or not whole rows")
-            if len(payload) > MAX_BATCH_ROWS * WRITE.itemsize:
-                raise RemoteProtocolError(f"a batch of more than {MAX_BATCH_ROWS} writes")
+            if len(payload) > transfer.MAX_BATCH_ROWS * transfer.WRITE.itemsize:
+                raise RemoteProtocolError(f"a batch of more than {transfer.MAX_BATCH_ROWS} writes")
             self._first_seq, self._rows = data.offset, bytes(payload)
             return
         if not self._rows or data.offset != self._contents_bytes:
             raise RemoteProtocolError("WRITE_BLOCKS without their WRITES, or other than the next")
-        if len(self._contents) + len(payload) > MAX_BATCH_BYTES:
-            raise RemoteProtocolError(f"a batch of more than {MAX_BATCH_BYTES} bytes")
+        if len(self._contents) + len(payload) > transfer.MAX_BATCH_BYTES:
+            raise RemoteProtocolError(f"a batch of more than {transfer.MAX_BATCH_BYTES} bytes")
         self._contents += payload
         self._contents_bytes += len(payload)
 
-    def finish(self, flush: Flush) -> Writes | None:
+    def finish(self, flush: transfer.Flush) -> transfer.Writes | None:
         """The batch that this ends, None where it has no writes.
 
         Raises:
@@ -82,8 +73,8 @@ class BatchJoiner:
         """
         if not self._rows:
             return None
-        rows = np.frombuffer(self._rows, WRITE)
-        writes = Writes(self._first_seq, rows, self._contents, flush.digest)
+        rows = np.frombuffer(self._rows, transfer.WRITE)
+        writes = transfer.Writes(self._first_seq, rows, self._contents, flush.digest)
         last_seq = self._first_seq + len(rows) - 1
         if flush.seq != last_seq:
             raise RemoteProtocolError(f"FLUSH names seq {flush.seq}, the batch ends with {last_seq}")

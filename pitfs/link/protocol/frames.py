@@ -28,24 +28,8 @@ from typing import Annotated, Final, NamedTuple
 import msgspec
 import xxhash
 
+from pitfs.model import transfer
 from pitfs.model.group import identity_problem
-from pitfs.model.transfer import (
-    MAX_NUMBER,
-    MAX_PAYLOAD_BYTES,
-    ROWS,
-    Begin,
-    Checkpoint,
-    Durable,
-    End,
-    Flush,
-    Hello,
-    Number,
-    Park,
-    ResumePoint,
-    Section,
-    StreamMark,
-    Welcome,
-)
 from pitfs.model.window import MIN_WINDOW_BYTES, check_window
 
 PREFACE: Final = b"\x89pitfs\r\n"
@@ -57,28 +41,7 @@ DATA_PREFIX: Final = struct.Struct("<B3sIQ")
 assert len(PREFACE) == 8 and HEADER.size == 16 and DATA_PREFIX.size == 16
 
 Buffer = bytes | bytearray | memoryview
-Versions = Annotated[tuple[Number, ...], msgspec.Meta(min_length=1, max_length=64)]
-
-
-class FrameType(enum.IntEnum):
-    HELLO = 1
-    WELCOME = 2
-    REFUSE = 3
-    BEGIN = 4
-    RESUME = 5
-    DATA = 6
-    CHECKPOINT = 7
-    PROGRESS = 8
-    END = 9
-    COMMITTED = 10
-    PING = 11
-    PONG = 12
-    FAULT = 13
-    PARK = 14
-    PARKED = 15
-    FLUSH = 16
-    MARK = 17
-    DURABLE = 18
+Versions = Annotated[tuple[transfer.Number, ...], msgspec.Meta(min_length=1, max_length=64)]
 
 
 class Encoding(enum.IntEnum):
@@ -96,15 +59,15 @@ class Greeting(msgspec.Struct, frozen=True):
     """
 
     versions: Versions
-    hello: Hello | None
+    hello: transfer.Hello | None
     window_bytes: int = MIN_WINDOW_BYTES
 
 
 class Accept(msgspec.Struct, frozen=True):
     """WELCOME: the version chosen, the replica's state, and the window: that of HELLO or a smaller one."""
 
-    version: Number
-    welcome: Welcome
+    version: transfer.Number
+    welcome: transfer.Welcome
     window_bytes: int = MIN_WINDOW_BYTES
 
 
@@ -127,7 +90,7 @@ class Fault(_Refusal, frozen=True):
 class _Durability(msgspec.Struct, frozen=True):
     """What is durable of a transfer."""
 
-    point: ResumePoint
+    point: transfer.ResumePoint
 
 
 class Resume(_Durability, frozen=True):
@@ -145,21 +108,21 @@ class Parked(_Durability, frozen=True):
 class Committed(msgspec.Struct, frozen=True):
     """COMMITTED, the answer to END: the replica's state now."""
 
-    welcome: Welcome
+    welcome: transfer.Welcome
 
 
 class Ping(msgspec.Struct, frozen=True):
-    token: Number
+    token: transfer.Number
 
 
 class Pong(msgspec.Struct, frozen=True):
-    token: Number
+    token: transfer.Number
 
 
 class WireData(NamedTuple):
     """DATA as it stands on the wire; `raw_length` is the length of the payload once decoded."""
 
-    section: Section
+    section: transfer.Section
     offset: int
     raw_length: int
     encoding: Encoding
@@ -167,34 +130,50 @@ class WireData(NamedTuple):
 
 
 Frame = (
-    Greeting | Accept | Refuse | Begin | Resume | WireData | Checkpoint | Progress | End | Committed
-    | Park | Parked | Flush | StreamMark | Durable | Ping | Pong | Fault
+    Greeting | Accept | Refuse | Fault | Ping | Pong | WireData
+    | transfer.Begin | Resume | transfer.Checkpoint | Progress | transfer.End | Committed | transfer.Park | Parked
+    | transfer.Flush | transfer.StreamMark | transfer.Durable
 )  # fmt: skip
 
-# Each type, the value that it carries, and its longest body, known before a byte of the body is kept. HELLO and BEGIN
-# hold as many volumes, bookmarks and gaps as their limits allow; the others are a few numbers or one message.
-_FORMATS: Final[tuple[tuple[FrameType, type[Frame], int], ...]] = (
-    (FrameType.HELLO, Greeting, 64 << 10),
-    (FrameType.WELCOME, Accept, 64 << 10),  # 256 intervals that could become finer take 20 KiB
-    (FrameType.REFUSE, Refuse, 16 << 10),
-    (FrameType.BEGIN, Begin, 4 << 20),
-    (FrameType.RESUME, Resume, 4 << 10),
-    (FrameType.DATA, WireData, DATA_PREFIX.size + MAX_PAYLOAD_BYTES + MAX_GROWTH_BYTES),
-    (FrameType.CHECKPOINT, Checkpoint, 4 << 10),
-    (FrameType.PROGRESS, Progress, 4 << 10),
-    (FrameType.END, End, 1 << 10),
-    (FrameType.COMMITTED, Committed, 1 << 10),
-    (FrameType.PING, Ping, 64),
-    (FrameType.PONG, Pong, 64),
-    (FrameType.FAULT, Fault, 16 << 10),
-    (FrameType.PARK, Park, 4 << 10),
-    (FrameType.PARKED, Parked, 4 << 10),
-    (FrameType.FLUSH, Flush, 256),
-    (FrameType.MARK, StreamMark, 1 << 10),
-    (FrameType.DURABLE, Durable, 256),
-)
-TYPE_OF: Final[dict[type, FrameType]] = {body: frame_type for frame_type, body, _ in _FORMATS}
-MAX_BODY_BYTES: Final = {frame_type: limit for frame_type, _, limit in _FORMATS}
+
+class FrameType(enum.IntEnum):
+    """Each type: its number, the value that it carries, and its longest body, known before a byte of it is kept.
+
+    HELLO and BEGIN hold as many volumes, bookmarks and gaps as their limits allow; the others are a few numbers or one
+    message.
+    """
+
+    body: type[Frame]
+    max_body_bytes: int
+
+    def __new__(cls, number: int, body: type[Frame], max_body_bytes: int) -> FrameType:
+        member = int.__new__(cls, number)
+        member._value_ = number
+        member.body, member.max_body_bytes = body, max_body_bytes
+        return member
+
+    HELLO = 1, Greeting, 64 << 10
+    WELCOME = 2, Accept, 64 << 10  # 256 intervals that could become finer take 20 KiB
+    REFUSE = 3, Refuse, 16 << 10
+    BEGIN = 4, transfer.Begin, 4 << 20
+    RESUME = 5, Resume, 4 << 10
+    DATA = 6, WireData, DATA_PREFIX.size + transfer.MAX_PAYLOAD_BYTES + MAX_GROWTH_BYTES
+    CHECKPOINT = 7, transfer.Checkpoint, 4 << 10
+    PROGRESS = 8, Progress, 4 << 10
+    END = 9, transfer.End, 1 << 10
+    COMMITTED = 10, Committed, 1 << 10
+    PING = 11, Ping, 64
+    PONG = 12, Pong, 64
+    FAULT = 13, Fault, 16 << 10
+    PARK = 14, transfer.Park, 4 << 10
+    PARKED = 15, Parked, 4 << 10
+    FLUSH = 16, transfer.Flush, 256
+    MARK = 17, transfer.StreamMark, 1 << 10
+    DURABLE = 18, transfer.Durable, 256
+
+
+_TYPES: Final[dict[int, FrameType]] = {frame_type.value: frame_type for frame_type in FrameType}
+TYPE_OF: Final[dict[type, FrameType]] = {frame_type.body: frame_type for frame_type in FrameType}
 
 
 class _GreetingBody(msgspec.Struct, frozen=True):
@@ -206,12 +185,12 @@ class _GreetingBody(msgspec.Struct, frozen=True):
 
 
 _DECODERS: Final[dict[FrameType, msgspec.msgpack.Decoder[Frame]]] = {
-    frame_type: msgspec.msgpack.Decoder(body)
-    for frame_type, body, _ in _FORMATS
-    if body not in (WireData, Greeting)
+    frame_type: msgspec.msgpack.Decoder(frame_type.body)
+    for frame_type in FrameType
+    if frame_type not in (FrameType.HELLO, FrameType.DATA)
 }
 _GREETING_DECODER: Final = msgspec.msgpack.Decoder(_GreetingBody)
-_HELLO_DECODER: Final = msgspec.msgpack.Decoder(Hello)
+_HELLO_DECODER: Final = msgspec.msgpack.Decoder(transfer.Hello)
 _ENCODER: Final = msgspec.msgpack.Encoder()
 
 
@@ -230,27 +209,31 @@ def encode(frame: Frame) -> list[Buffer]:
     if isinstance(frame, WireData):
         _check_data(frame)
         prefix = DATA_PREFIX.pack(frame.section, b"\0\0\0", frame.raw_length, frame.offset)
-        start = _start(frame_type, frame.encoding, DATA_PREFIX.size + len(frame.payload))
-        hasher = xxhash.xxh3_64(start + prefix)
-        hasher.update(frame.payload)
-        return [start + hasher.intdigest().to_bytes(8, "little") + prefix, frame.payload]
+        return [_header(frame_type, frame.encoding, prefix, frame.payload) + prefix, frame.payload]
     try:
         body = _ENCODER.encode(frame)
     except OverflowError as error:
         raise ValueError(str(error)) from None
     _check_length(frame_type, len(body))
     _decode_body(frame_type, body)
-    start = _start(frame_type, 0, len(body))
-    return [start + xxhash.xxh3_64_intdigest(start + body).to_bytes(8, "little") + body]
+    return [_header(frame_type, 0, body) + body]
 
 
-def _start(frame_type: FrameType, flags: int, length: int) -> bytes:
-    return struct.pack("<IBBH", length, frame_type, flags, 0)
+def _header(frame_type: FrameType, flags: int, prefix: bytes, payload: Buffer = b"") -> bytes:
+    """The header of a body in two parts."""
+    start = struct.pack("<IBBH", len(prefix) + len(payload), frame_type, flags, 0)
+    return start + _checksum(start + prefix, payload).to_bytes(8, "little")
+
+
+def _checksum(start: Buffer, rest: Buffer) -> int:
+    hasher = xxhash.xxh3_64(start)
+    hasher.update(rest)
+    return hasher.intdigest()
 
 
 def _check_length(frame_type: FrameType, length: int) -> None:
-    if length > MAX_BODY_BYTES[frame_type]:
-        raise ValueError(f"{frame_type.name} of {length} bytes, limit {MAX_BODY_BYTES[frame_type]}")
+    if length > frame_type.max_body_bytes:
+        raise ValueError(f"{frame_type.name} of {length} bytes, limit {frame_type.max_body_bytes}")
     if frame_type is FrameType.DATA and length < DATA_PREFIX.size:
         raise ValueError(f"DATA of {length} bytes is too short")
 
@@ -265,10 +248,8 @@ def read_header(header: Buffer) -> tuple[FrameType, int]:
         ValueError: unknown type or flags, or the body is longer (or shorter) than this type may be.
     """
     length, type_number, flags, reserved, _ = HEADER.unpack_from(header)
-    try:
-        frame_type = FrameType(type_number)
-    except ValueError:
-        raise ValueError(f"unknown frame type {type_number}") from None
+    if (frame_type := _TYPES.get(type_number)) is None:
+        raise ValueError(f"unknown frame type {type_number}")
     if reserved or flags > (max(Encoding) if frame_type is FrameType.DATA else 0):
         raise ValueError(f"{frame_type.name} with unknown flags {flags}, {reserved}")
     _check_length(frame_type, length)
@@ -286,16 +267,14 @@ def decode(frame: bytearray) -> Frame:
     _, type_number, flags, _, checksum = HEADER.unpack_from(frame)
     view = memoryview(frame).toreadonly()
     body = view[HEADER.size :]
-    hasher = xxhash.xxh3_64(view[:8])
-    hasher.update(body)
-    if hasher.intdigest() != checksum:
-        raise ValueError(f"{FrameType(type_number).name} with a wrong checksum")
+    if _checksum(view[:8], body) != checksum:
+        raise ValueError(f"{_TYPES[type_number].name} with a wrong checksum")
     if type_number != FrameType.DATA:
-        return _decode_body(FrameType(type_number), body)
+        return _decode_body(_TYPES[type_number], body)
     section, zeros, raw_length, offset = DATA_PREFIX.unpack_from(body)
     if zeros != b"\0\0\0":
         raise ValueError("DATA with reserved bytes that aren't zero")
-    data = WireData(Section(section), offset, raw_length, Encoding(flags), body[DATA_PREFIX.size :])
+    data = WireData(transfer.Section(section), offset, raw_length, Encoding(flags), body[DATA_PREFIX.size :])
     _check_data(data)
     return data
 
@@ -313,7 +292,7 @@ def _decode_body(frame_type: FrameType, body: Buffer) -> Frame:
                 check_window(window_bytes)
             except ValueError as error:
                 raise ValueError(f"window of {window_bytes} bytes: {error}") from None
-        case Begin(manifest=manifest):
+        case transfer.Begin(manifest=manifest):
             if manifest.to_seq < manifest.from_seq or manifest.to_time_ns < manifest.from_time_ns:
                 raise ValueError("manifest goes back")
     return frame
@@ -334,11 +313,11 @@ def _check_data(data: WireData) -> None:
     if isinstance(data.payload, memoryview) and (data.payload.itemsize != 1 or not data.payload.c_contiguous):
         raise ValueError("DATA payload isn't a contiguous view of bytes")
     growth = 0 if data.encoding is Encoding.RAW else MAX_GROWTH_BYTES
-    if data.raw_length > MAX_PAYLOAD_BYTES or length > data.raw_length + growth:
-        raise ValueError(f"DATA of {length} bytes for {data.raw_length}, limit {MAX_PAYLOAD_BYTES}")
+    if data.raw_length > transfer.MAX_PAYLOAD_BYTES or length > data.raw_length + growth:
+        raise ValueError(f"DATA of {length} bytes for {data.raw_length}, limit {transfer.MAX_PAYLOAD_BYTES}")
     if data.encoding is Encoding.RAW and length != data.raw_length:
         raise ValueError(f"raw DATA of {length} bytes says {data.raw_length}")
-    if data.encoding is Encoding.COLUMNS and data.section not in ROWS:
+    if data.encoding is Encoding.COLUMNS and data.section not in transfer.ROWS:
         raise ValueError(f"DATA of {data.section.name} in columns")
-    if not 0 <= data.offset <= MAX_NUMBER - data.raw_length:
+    if not 0 <= data.offset <= transfer.MAX_NUMBER - data.raw_length:
         raise ValueError(f"DATA at offset {data.offset}")

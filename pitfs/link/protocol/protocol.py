@@ -10,25 +10,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from pitfs.errors import LocalProtocolError, RemoteProtocolError
-from pitfs.link.protocol.frames import (
-    HEADER,
-    PREFACE,
-    TYPE_OF,
-    VERSIONS,
-    Accept,
-    Buffer,
-    Committed,
-    Frame,
-    FrameType,
-    Greeting,
-    Parked,
-    Progress,
-    Resume,
-    WireData,
-    decode,
-    encode,
-    read_header,
-)
+from pitfs.link.protocol import frames
 from pitfs.model.transfer import TRANSFER_SECTIONS, Checkpoint, Durable, Flush, StreamMark
 
 
@@ -64,17 +46,16 @@ class LinkState(enum.Enum):
     CLOSED = enum.auto()
 
 
-_S, _F = LinkState, FrameType
-_STREAM: Final = (_F.DATA, _F.FLUSH, _F.MARK, _F.DURABLE)
+_S, _F = LinkState, frames.FrameType
 
 
-def _session(state: LinkState, own: dict[FrameType, LinkState]) -> dict[FrameType, LinkState]:
+def _session(state: LinkState, own: dict[frames.FrameType, LinkState]) -> dict[frames.FrameType, LinkState]:
     """The transitions of a state after ASKED: its own ones, and what may come in all of these."""
-    common = dict.fromkeys((_F.PING, _F.PONG, *_STREAM), state)
+    common = dict.fromkeys((_F.PING, _F.PONG, _F.DATA, _F.FLUSH, _F.MARK, _F.DURABLE), state)
     return common | {_F.FAULT: _S.CLOSED} | own
 
 
-_TRANSITIONS: Final[dict[LinkState, dict[FrameType, LinkState]]] = {
+_TRANSITIONS: Final[dict[LinkState, dict[frames.FrameType, LinkState]]] = {
     _S.GREETING: {_F.HELLO: _S.ASKED},
     _S.ASKED: {_F.WELCOME: _S.READY, _F.REFUSE: _S.CLOSED, _F.PING: _S.ASKED, _F.PONG: _S.ASKED},
     _S.READY: _session(_S.READY, {_F.BEGIN: _S.BEGINNING}),
@@ -88,10 +69,9 @@ _TRANSITIONS: Final[dict[LinkState, dict[FrameType, LinkState]]] = {
     _S.CLOSED: {},
 }
 _OF_SENDER: Final = frozenset({_F.HELLO, _F.BEGIN, _F.DATA, _F.CHECKPOINT, _F.END, _F.PARK, _F.FLUSH, _F.MARK})
-_OF_BOTH: Final = frozenset({_F.PING, _F.PONG})
 _MAY_SEND: Final = {
-    Role.SENDER: _OF_SENDER | _OF_BOTH,
-    Role.RECEIVER: frozenset(FrameType) - _OF_SENDER,
+    Role.SENDER: _OF_SENDER | {_F.PING, _F.PONG},
+    Role.RECEIVER: frozenset(frames.FrameType) - _OF_SENDER,
 }
 _OTHER: Final = {Role.SENDER: Role.RECEIVER, Role.RECEIVER: Role.SENDER}
 
@@ -117,10 +97,9 @@ class LinkProtocol:
     def __init__(self, role: Role) -> None:
         self.role = role
         self.state = LinkState.GREETING
-        self._prefaced = False
-        self._expect_preface = True
+        self._unsent: list[frames.Buffer] = [frames.PREFACE]
         self._frame = bytearray()  # what came of the preface or frame under way; at most one frame
-        self._wanted = len(PREFACE)  # bytes that `_frame` needs before it can be looked at
+        self._wanted = len(frames.PREFACE)  # bytes that `_frame` needs before it can be looked at
         self._failed = False
         self._window_bytes = 0  # that HELLO offers
         self._checkpoints = 0  # CHECKPOINTs without their PROGRESS
@@ -129,14 +108,12 @@ class LinkProtocol:
         self._sent = [0, 0, 0, 0, 0]  # furthest byte of each section that a PROGRESS may name
         self._durable = (0, 0, 0, 0, 0)
 
-    def start(self) -> list[Buffer]:
+    def start(self) -> list[frames.Buffer]:
         """The preface; to be sent before anything else (`send` does so where it wasn't)."""
-        if self._prefaced:
-            return []
-        self._prefaced = True
-        return [PREFACE]
+        unsent, self._unsent = self._unsent, []
+        return unsent
 
-    def send(self, frame: Frame) -> list[Buffer]:
+    def send(self, frame: frames.Frame) -> list[frames.Buffer]:
         """Turns a frame into buffers to be sent in this order.
 
         The payload of WireData is passed on without a copy: it must not change until it is sent.
@@ -144,12 +121,12 @@ class LinkProtocol:
         Raises:
             LocalProtocolError: this frame may not be sent now, or breaks a limit.
         """
-        frame_type = TYPE_OF[type(frame)]
+        frame_type = frames.TYPE_OF[type(frame)]
         next_state = _TRANSITIONS[self.state].get(frame_type)
         if next_state is None or frame_type not in _MAY_SEND[self.role]:
             raise LocalProtocolError(f"{self.role.value} sends {frame_type.name} in state {self.state.name}")
         try:
-            buffers = encode(frame)
+            buffers = frames.encode(frame)
         except ValueError as error:
             raise LocalProtocolError(f"{frame_type.name}: {error}") from error
         if problem := self._account(frame):
@@ -157,7 +134,7 @@ class LinkProtocol:
         self.state = next_state
         return self.start() + buffers
 
-    def receive(self, data: Buffer) -> Iterator[Frame]:
+    def receive(self, data: frames.Buffer) -> Iterator[frames.Frame]:
         """Takes bytes from the peer and yields the frames that are complete with them.
 
         The iterator has to be run to its end; frames before a bad one are yielded before the error.
@@ -172,15 +149,15 @@ class LinkProtocol:
             taken = view[: self._wanted - len(self._frame)]
             self._frame += taken
             view = view[len(taken) :]
-            if self._expect_preface:
+            if self._wanted == len(frames.PREFACE):  # no frame is that short
                 self._check_preface()
                 continue
             if len(self._frame) < self._wanted:
                 return
-            if self._wanted == HEADER.size:
+            if self._wanted == frames.HEADER.size:
                 self._read_header()  # raises _wanted if there is a body
             if len(self._frame) == self._wanted:
-                whole, self._frame, self._wanted = self._frame, bytearray(), HEADER.size
+                whole, self._frame, self._wanted = self._frame, bytearray(), frames.HEADER.size
                 yield self._read_frame(whole)
 
     def receive_eof(self) -> None:
@@ -194,58 +171,57 @@ class LinkProtocol:
 
     def _check_preface(self) -> None:
         start = bytes(self._frame)
-        if not PREFACE.startswith(start):
+        if not frames.PREFACE.startswith(start):
             words = next((words for first, words in _OTHER_PROTOCOLS if start.startswith(first)), "")
             if not words and any(first.startswith(start) for first, _ in _OTHER_PROTOCOLS):
                 return  # the next bytes will say which one
             raise self._error("the peer isn't pitfs" + (f": {words}" if words else ""))
-        if start == PREFACE:
-            self._expect_preface = False
-            self._frame, self._wanted = bytearray(), HEADER.size
+        if start == frames.PREFACE:
+            self._frame, self._wanted = bytearray(), frames.HEADER.size
 
     def _read_header(self) -> None:
         try:
-            frame_type, length = read_header(self._frame)
+            frame_type, length = frames.read_header(self._frame)
         except ValueError as error:
             raise self._error(str(error)) from None
         if frame_type not in _MAY_SEND[_OTHER[self.role]] or frame_type not in _TRANSITIONS[self.state]:
             raise self._error(f"{frame_type.name} may not come in state {self.state.name}")
-        self._wanted = HEADER.size + length
+        self._wanted = frames.HEADER.size + length
 
-    def _read_frame(self, whole: bytearray) -> Frame:
+    def _read_frame(self, whole: bytearray) -> frames.Frame:
         try:
-            frame = decode(whole)
+            frame = frames.decode(whole)
         except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors too
             raise self._error(f"{type(error).__name__}: {error}") from None
         if problem := self._account(frame):
             raise self._error(problem)
-        self.state = _TRANSITIONS[self.state][TYPE_OF[type(frame)]]
+        self.state = _TRANSITIONS[self.state][frames.TYPE_OF[type(frame)]]
         return frame
 
-    def _account(self, frame: Frame) -> str | None:
+    def _account(self, frame: frames.Frame) -> str | None:
         """Compares a frame, sent or received, with those before it; returns the problem if there is one.
 
         The transitions say which type may come in which state. Numbers must agree, too: an answer needs its question,
         and the receiver can't have more than was sent.
         """
         match frame:
-            case Greeting():
+            case frames.Greeting():
                 self._window_bytes = frame.window_bytes
-            case Accept():
-                if frame.version not in VERSIONS:
-                    return f"WELCOME names version {frame.version}, spoken are {VERSIONS}"
+            case frames.Accept():
+                if frame.version not in frames.VERSIONS:
+                    return f"WELCOME names version {frame.version}, spoken are {frames.VERSIONS}"
                 if frame.window_bytes > self._window_bytes:
                     return f"WELCOME with a window of {frame.window_bytes} bytes, HELLO offers {self._window_bytes}"
                 self._last_mark = frame.welcome.mark
-            case Resume(point=point):
+            case frames.Resume(point=point):
                 self._sent, self._durable, self._checkpoints = list(point.lengths), point.lengths, 0
-            case WireData(section=section) if section in TRANSFER_SECTIONS:
+            case frames.WireData(section=section) if section in TRANSFER_SECTIONS:
                 if self.state is not LinkState.TRANSFER:
                     return f"DATA of {section.name} may not come in state {self.state.name}"
                 self._sent[section - 1] = max(self._sent[section - 1], frame.offset + frame.raw_length)
             case Checkpoint():
                 self._checkpoints += 1
-            case Progress(point=point):
+            case frames.Progress(point=point):
                 if not self._checkpoints:
                     return "PROGRESS without a CHECKPOINT"
                 bounds = zip(self._durable, point.lengths, self._sent, strict=True)
@@ -253,10 +229,10 @@ class LinkProtocol:
                     return f"PROGRESS to {point.lengths}, sent {tuple(self._sent)}, before {self._durable}"
                 self._checkpoints -= 1
                 self._durable = point.lengths
-            case Committed() | Parked():
+            case frames.Committed() | frames.Parked():
                 if self._checkpoints:
-                    return f"{TYPE_OF[type(frame)].name} with {self._checkpoints} CHECKPOINTs unanswered"
-                if isinstance(frame, Committed):
+                    return f"{frames.TYPE_OF[type(frame)].name} with {self._checkpoints} CHECKPOINTs unanswered"
+                if isinstance(frame, frames.Committed):
                     self._last_mark = max(self._last_mark, frame.welcome.mark)
             case Flush() | StreamMark():
                 self._flushes, self._streamed_seq = self._flushes + 1, frame.seq

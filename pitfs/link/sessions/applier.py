@@ -9,21 +9,7 @@ from pitfs.errors import RemoteProtocolError
 from pitfs.link.codec.payloads import PayloadDecoder
 from pitfs.link.protocol.batches import BatchJoiner
 from pitfs.link.protocol.frames import Committed, Frame, Parked, Progress, Resume, WireData
-from pitfs.model.transfer import (
-    TRANSFER_SECTIONS,
-    Begin,
-    Checkpoint,
-    Data,
-    Durable,
-    End,
-    Flush,
-    Manifest,
-    Park,
-    ResumePoint,
-    StreamMark,
-    Welcome,
-    Writes,
-)
+from pitfs.model import transfer
 
 
 class IngestProtocol(Protocol):
@@ -32,15 +18,15 @@ class IngestProtocol(Protocol):
     `publish` is called where nothing has come for a while: it makes readable what was streamed last.
     """
 
-    def welcome(self) -> Welcome: ...
-    def begin(self, manifest: Manifest) -> ResumePoint: ...
-    def data(self, frame: Data) -> None: ...
-    def checkpoint(self, cursor: tuple[int, ...]) -> ResumePoint: ...
-    def park(self, cursor: tuple[int, ...]) -> ResumePoint: ...
-    def end(self, end: End) -> Welcome: ...
-    def write(self, writes: Writes) -> None: ...
-    def flush(self, protected_through_ns: int) -> Durable: ...
-    def mark(self, mark: StreamMark) -> Durable: ...
+    def welcome(self) -> transfer.Welcome: ...
+    def begin(self, manifest: transfer.Manifest) -> transfer.ResumePoint: ...
+    def data(self, frame: transfer.Data) -> None: ...
+    def checkpoint(self, cursor: tuple[int, ...]) -> transfer.ResumePoint: ...
+    def park(self, cursor: tuple[int, ...]) -> transfer.ResumePoint: ...
+    def end(self, end: transfer.End) -> transfer.Welcome: ...
+    def write(self, writes: transfer.Writes) -> None: ...
+    def flush(self, protected_through_ns: int) -> transfer.Durable: ...
+    def mark(self, mark: transfer.StreamMark) -> transfer.Durable: ...
     def publish(self) -> None: ...
     def close(self) -> None: ...
 
@@ -63,13 +49,13 @@ class Applier:
         Batches whose FLUSHes came together become durable with one fsync, and each FLUSH gets its answer (group
         commit). Raises PitfsError.
         """
-        flushes: list[Flush] = []
+        flushes: list[transfer.Flush] = []
         for frame in batch:
             match frame:
                 case WireData(section=section):
-                    take = self.ingest.data if section in TRANSFER_SECTIONS else self._joiner.take
+                    take = self.ingest.data if section in transfer.TRANSFER_SECTIONS else self._joiner.take
                     take(self._decoder.decode(frame))
-                case Flush():
+                case transfer.Flush():
                     writes = self._joiner.finish(frame)
                     if writes is not None:
                         self.ingest.write(writes)
@@ -78,7 +64,7 @@ class Applier:
                     return [*self._flush(flushes), self._answer(frame)]
         return self._flush(flushes)
 
-    def _flush(self, flushes: Sequence[Flush]) -> list[Frame]:
+    def _flush(self, flushes: Sequence[transfer.Flush]) -> list[Frame]:
         if not flushes:
             return []
         return [self.ingest.flush(flushes[-1].protected_through_ns)] * len(flushes)
@@ -86,17 +72,17 @@ class Applier:
     def _answer(self, frame: Frame) -> Frame:
         ingest = self.ingest
         match frame:
-            case StreamMark():
+            case transfer.StreamMark():
                 if self._joiner.is_open:
                     raise RemoteProtocolError("MARK within a batch")
                 return ingest.mark(frame)
-            case Begin(manifest=manifest):
+            case transfer.Begin(manifest=manifest):
                 return Resume(ingest.begin(manifest))
-            case Checkpoint(cursor=cursor):
+            case transfer.Checkpoint(cursor=cursor):
                 return Progress(ingest.checkpoint(cursor))
-            case Park(cursor=cursor):
+            case transfer.Park(cursor=cursor):
                 return Parked(ingest.park(cursor))
-            case End():
+            case transfer.End():
                 return Committed(ingest.end(frame))
             case _:
                 raise AssertionError(f"the protocol let {frame} through")

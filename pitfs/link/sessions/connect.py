@@ -6,7 +6,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Final, NoReturn
+from typing import Final
 
 import trio
 
@@ -77,7 +77,11 @@ async def connect(
         with trio.move_on_after(GOODBYE_S):
             await stream.linger()
     except BaseExceptionGroup as group:
-        _raise_single(group)
+        # The tasks of a session never raise, so the group holds what the caller's own block raised.
+        error: BaseException | None = group.split(trio.Cancelled)[1]
+        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+            error = error.exceptions[0]
+        raise error or group  # noqa: B904  (the error keeps its own cause)
     finally:
         await stream.aclose()
 
@@ -90,24 +94,6 @@ def _segment_share(stream: PlainStream) -> float:
     connection = stream.inner.socket
     segment_bytes = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG)
     return segment_bytes / (segment_bytes + HEADERS_BYTES[connection.family])
-
-
-def _raise_single(group: BaseExceptionGroup[BaseException]) -> NoReturn:
-    """Raises the one error in a nursery's group that isn't a Cancelled, else the group.
-
-    The tasks of a session never raise, so a group holds what the caller's own block raised.
-    """
-    leaves: list[BaseException] = []
-    waiting: list[BaseException] = [group]
-    while waiting:
-        error = waiting.pop()
-        if isinstance(error, BaseExceptionGroup):
-            waiting += error.exceptions
-        elif not isinstance(error, trio.Cancelled):
-            leaves.append(error)
-    if len(leaves) == 1:
-        raise leaves[0]
-    raise group
 
 
 async def _open(host: str, port: int, peer: str, tls: LinkContext | None) -> PlainStream:

@@ -8,17 +8,17 @@ import trio
 
 from pitfs.errors import LinkError
 from pitfs.link.protocol.frames import Buffer, Frame, Ping, Pong, WireData
-from pitfs.link.protocol.protocol import LinkProtocol, LinkState
+from pitfs.link.protocol.protocol import LinkProtocol
 from pitfs.link.sessions.frame_queue import FrameQueue
 from pitfs.link.transport.rate import TokenBucket
-from pitfs.link.transport.streams import PlainStream, joined
+from pitfs.link.transport.streams import PlainStream, Timeouts, joined
 
 
 class Connection:
     """A stream, its protocol object, and the frames that wait to be sent on it.
 
     Attributes:
-        state: of the conversation.
+        protocol: the conversation, and its state.
         outgoing: frames that wait; `write_all` sends them.
         wire_bytes: sent so far (frames; without the overhead of TLS, TCP and IP).
         payload_bytes: of the DATA sent so far, before compression.
@@ -29,22 +29,16 @@ class Connection:
         self,
         stream: PlainStream,
         protocol: LinkProtocol,
+        timeouts: Timeouts,
         *,
         queue_bytes: int,
-        ping_s: float,
-        dead_s: float,
         bucket: TokenBucket | None = None,
     ) -> None:
         self.stream = stream
         self.outgoing: FrameQueue[Frame] = FrameQueue(queue_bytes)
         self.wire_bytes = self.payload_bytes = 0
         self.is_mid_frame = False
-        self._protocol, self._bucket = protocol, bucket
-        self._ping_s, self._dead_s = ping_s, dead_s
-
-    @property
-    def state(self) -> LinkState:
-        return self._protocol.state
+        self.protocol, self._timeouts, self._bucket = protocol, timeouts, bucket
 
     async def receive(self) -> Iterator[Frame] | None:
         """Waits for bytes, and gives the frames that they complete, to be iterated over to the end.
@@ -59,18 +53,14 @@ class Connection:
             LinkError: nothing came for `dead_s`.
             LINK_ERRORS: the connection broke, or we closed it.
         """
-        with trio.move_on_after(self._dead_s) as scope:
+        with trio.move_on_after(self._timeouts.dead_s) as scope:
             data = await self.stream.receive_some()
         if scope.cancelled_caught:
-            raise LinkError(f"nothing heard from it for {self._dead_s:g} s")
+            raise LinkError(f"nothing heard from it for {self._timeouts.dead_s:g} s")
         return self._without_heartbeats(data) if data else None
 
-    def check_end(self) -> None:
-        """Raises RemoteProtocolError if the peer ended the connection in the middle of a frame."""
-        self._protocol.receive_eof()
-
     def _without_heartbeats(self, data: Buffer) -> Iterator[Frame]:
-        for frame in self._protocol.receive(data):
+        for frame in self.protocol.receive(data):
             if isinstance(frame, Ping):
                 self.outgoing.put_control(Pong(frame.token))
             elif not isinstance(frame, Pong):
@@ -87,20 +77,15 @@ class Connection:
             await self.send(batch)
 
     async def send(self, frames: Iterable[Frame]) -> None:
-        """Sends frames past the queue. Raises as `write_all`."""
-        buffers: list[Buffer] = []
+        """Sends frames past the queue, and the preface before the first ones (or before none), held to the rate.
+
+        Raises as `write_all`.
+        """
+        buffers = self.protocol.start()
         for frame in frames:
-            buffers += self._protocol.send(frame)
+            buffers += self.protocol.send(frame)
             if isinstance(frame, WireData):
                 self.payload_bytes += frame.raw_length
-        await self._send(buffers)
-
-    async def send_preface(self) -> None:
-        """Sends the preface before the first frame. Raises as `write_all`."""
-        await self._send(self._protocol.start())
-
-    async def _send(self, buffers: Iterable[Buffer]) -> None:
-        """Sends buffers in order, held to the rate of the bucket."""
         self.is_mid_frame = True
         for buffer in joined(buffers):
             # Half of a burst at once: the other half of the bucket fills while it sleeps.
@@ -119,6 +104,6 @@ class Connection:
         """Sends a PING each `ping_s`, so that the peer hears from this side while there is nothing to say."""
         token = 0
         while True:
-            await trio.sleep(self._ping_s)
+            await trio.sleep(self._timeouts.ping_s)
             token += 1
             self.outgoing.put_control(Ping(token))

@@ -10,17 +10,8 @@ from typing import Final
 
 import trio
 
-from pitfs.errors import (
-    CapacityError,
-    CorruptionError,
-    LinkError,
-    LinkRefusedError,
-    PitfsError,
-    PositionMismatchError,
-    RemoteProtocolError,
-    StoreError,
-    UsageError,
-)
+from pitfs import errors
+from pitfs.errors import CapacityError, LinkError, LinkRefusedError, PitfsError
 from pitfs.link.protocol.frames import MAX_MESSAGE_LENGTH, Fault, Refuse
 from pitfs.link.transport.tls import LinkContext
 
@@ -36,11 +27,11 @@ STORAGE: Final = "storage"
 # LinkRefusedError. Most specific first: the first class that fits gives the code.
 _CODES: Final[tuple[tuple[type[PitfsError], str, type[PitfsError] | None], ...]] = (
     (CapacityError, "capacity", CapacityError),
-    (PositionMismatchError, "position", PositionMismatchError),
-    (CorruptionError, "corruption", None),
-    (RemoteProtocolError, "protocol", None),
-    (StoreError, "store", None),
-    (UsageError, "usage", None),
+    (errors.PositionMismatchError, "position", errors.PositionMismatchError),
+    (errors.CorruptionError, "corruption", None),
+    (errors.RemoteProtocolError, "protocol", None),
+    (errors.StoreError, "store", None),
+    (errors.UsageError, "usage", None),
     (PitfsError, "failed", None),
 )
 _NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -116,6 +107,14 @@ _ALERTS: Final = {
     "INSUFFICIENT_SECURITY": "it refuses our ciphers",
     "HANDSHAKE_FAILURE": "it refused the TLS handshake: no certificate, or no cipher in common",
 }
+# OpenSSL's X509_V_ERR_… -> words about the other side's certificate; {reason} is OpenSSL's.
+_VERIFY_ERRORS: Final = {
+    9: "its certificate isn't valid yet (are both clocks right?)",
+    10: "its certificate has expired",
+    62: "its certificate is for another host ({reason})",
+    64: "its certificate is for another host ({reason})",  # another address
+}
+_NOT_SIGNED: Final = "its certificate isn't signed by the authority {authority} ({reason})"
 _NO_TLS: Final = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "PACKET_LENGTH_TOO_LONG", "UNEXPECTED_MESSAGE")
 
 
@@ -125,23 +124,15 @@ def tls_error(peer: str, error: ssl.SSLError, context: LinkContext | None) -> Li
     authority = context.authority_file if context else ""
     reason = error.reason or ""
     if isinstance(error, ssl.SSLCertVerificationError):
-        match error.verify_code:
-            case 10:  # X509_V_ERR_CERT_HAS_EXPIRED
-                words = "its certificate has expired"
-            case 9:  # X509_V_ERR_CERT_NOT_YET_VALID
-                words = "its certificate isn't valid yet (are both clocks right?)"
-            case 62 | 64:  # X509_V_ERR_HOSTNAME_MISMATCH, …IP_ADDRESS_MISMATCH
-                words = f"its certificate is for another host ({error.verify_message})"
-            case _:
-                words = f"its certificate isn't signed by the authority {authority} ({error.verify_message})"
-        return LinkRefusedError(f"{peer}: {words}")
+        words = _VERIFY_ERRORS.get(error.verify_code, _NOT_SIGNED)
+        return LinkRefusedError(f"{peer}: {words.format(authority=authority, reason=error.verify_message)}")
     if "PEER_DID_NOT_RETURN_A_CERTIFICATE" in reason:
         return LinkRefusedError(f"{peer}: it sent no certificate")
     if "ALERT" in reason:
         words = next((text for alert, text in _ALERTS.items() if reason.endswith(alert)), "")
         if words:
             return LinkRefusedError(f"{peer}: {words.format(ours=ours)}")
-    if reason in ("UNSUPPORTED_PROTOCOL", "VERSION_TOO_LOW", "TLSV1_ALERT_PROTOCOL_VERSION"):
+    if reason in ("UNSUPPORTED_PROTOCOL", "VERSION_TOO_LOW"):
         return LinkRefusedError(f"{peer}: {_ALERTS['PROTOCOL_VERSION']}")
     if reason in _NO_TLS:
         return LinkRefusedError(f"{peer}: it doesn't speak TLS: give both sides certificates, or neither")

@@ -33,11 +33,10 @@ class FrameQueue(Generic[T]):
         Raises:
             trio.ClosedResourceError: the queue is closed.
         """
-        while self._bytes and self._bytes + size_bytes > self.limit_bytes and not self._closed:
+        while not self.put_nowait(item, size_bytes):
             await self._changed.park()
         if self._closed:
             raise trio.ClosedResourceError
-        self._append(item, size_bytes)
 
     def put_nowait(self, item: T, size_bytes: int) -> bool:
         """Appends, or drops the item if the queue is closed; False if there is no room."""

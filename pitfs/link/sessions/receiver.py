@@ -12,40 +12,31 @@ import math
 import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, TypeVar
 
 import trio
 
 from pitfs.errors import LinkError, PitfsError, RemoteProtocolError
-from pitfs.link.protocol.frames import (
-    VERSIONS,
-    Accept,
-    Committed,
-    Fault,
-    Frame,
-    Greeting,
-    Refuse,
-    WireData,
-    common_version,
-)
+from pitfs.link.protocol import frames
 from pitfs.link.protocol.protocol import LinkProtocol, LinkState, Role
 from pitfs.link.sessions import failures
 from pitfs.link.sessions.applier import Applier, IngestProtocol
 from pitfs.link.sessions.connection import Connection
 from pitfs.link.sessions.failures import PeerError
 from pitfs.link.sessions.frame_queue import FrameQueue
-from pitfs.link.sessions.window_pool import WindowPool
-from pitfs.link.transport.streams import LINK_ERRORS, PlainStream, TlsStream, peer_name
+from pitfs.link.transport.streams import LINK_ERRORS, PlainStream, Timeouts, TlsStream, peer_name
 from pitfs.link.transport.tls import LinkContext, is_granted, names_of
 from pitfs.model.transfer import Durable, Flush, Hello, Welcome
-from pitfs.model.window import DEFAULT_WINDOW_BYTES
+from pitfs.model.window import DEFAULT_WINDOW_BYTES, MIN_WINDOW_BYTES, check_window
 
 log = logging.getLogger(__name__)
 
 FRAME_COST_BYTES: Final = 256  # what an empty frame counts for in a queue
 IDLE_S: Final = 0.5  # if nothing comes for longer, the link is slow: what was streamed last is made readable
+SPARE_BYTES: Final = 64 << 20  # for the windows beside one of full size
+SHARE: Final = 4  # a connection's window gets this part of what is left: others will come
 REPLIES_BYTES: Final = 256 << 10  # replies that may wait: 1,000, far more than a window has checkpoints
 
 T = TypeVar("T")
@@ -63,8 +54,7 @@ class Limits:
         sessions: connections that have; more are refused for now. Each holds a thread and twice the queue.
         queue_bytes: between socket and ingest: enough to overlap them, and for batches.
         window_bytes: the largest window of the codec; see `WindowPool` for what all may have together.
-        handshake_s: from the connection to its HELLO.
-        ping_s, dead_s: as Timeouts of the sender.
+        timeouts: as those of the sender; `connect_s`: from the connection to its HELLO.
         goodbye_s: to send a peer the reason why its session ends.
     """
 
@@ -72,10 +62,37 @@ class Limits:
     sessions: int = 64
     queue_bytes: int = 4 << 20
     window_bytes: int = DEFAULT_WINDOW_BYTES
-    handshake_s: float = 10.0
-    ping_s: float = 5.0
-    dead_s: float = 20.0
+    timeouts: Timeouts = field(default_factory=Timeouts)
     goodbye_s: float = 2.0
+
+
+class WindowPool:
+    """Shares out `limit_bytes` + SPARE_BYTES among the windows of one replica's connections.
+
+    A decoder holds as much memory as its window is large, so ten groups can't all have the largest window. As long
+    as the windows fit into `limit_bytes`, a connection gets what its sender offers. After that it gets at most a
+    fourth of what is left, rounded down to a power of two, and at least the smallest window. With a limit of 32 MiB
+    and senders that offer as much, the windows are 32, 16, 8, 8, 8, 4 … MiB. A window never changes while its
+    connection lives, since the decoder can't forget what the encoder may still refer to.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        check_window(limit_bytes)
+        self.limit_bytes = limit_bytes
+        self.taken_bytes = 0
+
+    def take(self, offered_bytes: int) -> int:
+        """Gives the window for one more connection, whose sender offers `offered_bytes`; to be given back."""
+        wanted = min(offered_bytes, self.limit_bytes)
+        if self.taken_bytes + wanted > self.limit_bytes:
+            share = max(self.limit_bytes + SPARE_BYTES - self.taken_bytes, 0) // SHARE
+            power = 1 << share.bit_length() >> 1
+            wanted = min(wanted, max(power, MIN_WINDOW_BYTES))
+        self.taken_bytes += wanted
+        return wanted
+
+    def give_back(self, window_bytes: int) -> None:
+        self.taken_bytes -= window_bytes
 
 
 async def serve(
@@ -102,21 +119,19 @@ async def serve(
         await trio.serve_listeners(receiver.handle, listeners, handler_nursery=nursery)
 
 
+@dataclass(eq=False)
 class _Receiver:
-    """All connections of one `serve`."""
+    """All connections of one `serve`, and its arguments."""
 
-    def __init__(
-        self,
-        open_ingest: Callable[[Hello], IngestProtocol],
-        tls: LinkContext | None,
-        limits: Limits,
-        read_grants: ReadGrants | None,
-        check_sender: CheckSender,
-    ) -> None:
-        self.check_sender = check_sender
-        self.open_ingest, self.tls, self.limits, self._read_grants = open_ingest, tls, limits, read_grants
-        self.threads = trio.CapacityLimiter(limits.sessions)
-        self.windows = WindowPool(limits.window_bytes)
+    open_ingest: Callable[[Hello], IngestProtocol]
+    tls: LinkContext | None
+    limits: Limits
+    read_grants: ReadGrants | None
+    check_sender: CheckSender
+
+    def __post_init__(self) -> None:
+        self.threads = trio.CapacityLimiter(self.limits.sessions)
+        self.windows = WindowPool(self.limits.window_bytes)
         self._handshaking: dict[trio.CancelScope, None] = {}  # oldest first
         self._sessions = 0
         self._live: dict[str, _Session] = {}  # by group
@@ -137,9 +152,9 @@ class _Receiver:
         finally:
             await trio.aclose_forcefully(inner)
 
-    async def _greet(self, inner: trio.SocketStream, peer: str) -> tuple[Connection, Greeting, str] | None:
+    async def _greet(self, inner: trio.SocketStream, peer: str) -> tuple[Connection, frames.Greeting, str] | None:
         """TLS, preface and HELLO, within time and number; None if there is no session."""
-        with trio.move_on_after(self.limits.handshake_s) as scope:
+        with trio.move_on_after(self.limits.timeouts.connect_s) as scope:
             self._handshaking[scope] = None
             if len(self._handshaking) > self.limits.handshaking:
                 next(iter(self._handshaking)).cancel()
@@ -157,29 +172,24 @@ class _Receiver:
             finally:
                 del self._handshaking[scope]
         if scope.cancelled_caught:
-            log.warning("%s: it said no HELLO within %g s, or others came", peer, self.limits.handshake_s)
+            log.warning("%s: it said no HELLO within %g s, or others came", peer, self.limits.timeouts.connect_s)
         return None
 
-    async def _read_greeting(self, stream: PlainStream, peer: str) -> tuple[Connection, Greeting, str]:
+    async def _read_greeting(self, stream: PlainStream, peer: str) -> tuple[Connection, frames.Greeting, str]:
         if isinstance(stream, TlsStream):
             await stream.do_handshake()
             if name := names_of(stream.peer_certificate()):
                 peer = f"{peer} ({name})"
-        connection = Connection(
-            stream,
-            LinkProtocol(Role.RECEIVER),
-            queue_bytes=REPLIES_BYTES,
-            ping_s=self.limits.ping_s,
-            dead_s=self.limits.dead_s,
-        )
-        # First, so that a peer that expects TLS or something else sees what this side speaks.
-        await connection.send_preface()
-        while (frames := await connection.receive()) is not None:
-            if greetings := [frame for frame in frames if isinstance(frame, Greeting)]:
+        protocol = LinkProtocol(Role.RECEIVER)
+        connection = Connection(stream, protocol, self.limits.timeouts, queue_bytes=REPLIES_BYTES)
+        # The preface first, so that a peer that expects TLS or something else sees what this side speaks.
+        await connection.send([])
+        while (received := await connection.receive()) is not None:
+            if greetings := [frame for frame in received if isinstance(frame, frames.Greeting)]:
                 return connection, greetings[0], peer
         raise EOFError
 
-    async def check(self, greeting: Greeting, stream: PlainStream) -> Hello:
+    async def check(self, greeting: frames.Greeting, stream: PlainStream) -> Hello:
         """Whether this peer may have a session.
 
         Raises:
@@ -187,14 +197,14 @@ class _Receiver:
         """
         if greeting.hello is None:
             theirs = ", ".join(map(str, greeting.versions))
-            ours = ", ".join(map(str, VERSIONS))
+            ours = ", ".join(map(str, frames.VERSIONS))
             words = f"this replica speaks versions {ours} of the protocol and the sender {theirs}: upgrade one"
             raise PeerError(failures.VERSION, words, retryable=False)
         group = greeting.hello.group
         if isinstance(stream, TlsStream) and not is_granted(stream.peer_certificate(), group):
             raise PeerError(failures.NOT_GRANTED, f"the certificate doesn't grant group {group}", retryable=False)
-        if self._read_grants is not None:
-            await self._check_grants(self._read_grants, group, stream)
+        if self.read_grants is not None:
+            await self._check_grants(self.read_grants, group, stream)
         if self._sessions > self.limits.sessions:
             raise PeerError(failures.BUSY, f"it has {self.limits.sessions} sessions already", retryable=True)
         return greeting.hello
@@ -245,7 +255,7 @@ class _Session:
         self.released = trio.Event()  # set once the ingest is closed
         self.epoch = 0  # of its sender
         self._receiver, self._connection = receiver, connection
-        self._incoming: FrameQueue[Frame] = FrameQueue(receiver.limits.queue_bytes)
+        self._incoming: FrameQueue[frames.Frame] = FrameQueue(receiver.limits.queue_bytes)
         self._window_bytes = 0  # taken from the receiver's pool
         self._applier: Applier | None = None  # until the store is open
         self._scope = trio.CancelScope()
@@ -253,7 +263,7 @@ class _Session:
         self._stopping = False
         self._began = False
 
-    async def run(self, greeting: Greeting) -> None:
+    async def run(self, greeting: frames.Greeting) -> None:
         """Serves the session to its end."""
         try:
             with self._scope:
@@ -290,7 +300,7 @@ class _Session:
                 log.exception("%s: a mistake in pitfs", self.peer)
             self.stop(error)
 
-    async def _work(self, greeting: Greeting) -> None:
+    async def _work(self, greeting: frames.Greeting) -> None:
         """Opens the store, then ingests what comes, until the peer has left and all is ingested."""
         hello = await self._receiver.check(greeting, self._connection.stream)
         await self._in_thread(lambda: self._receiver.check_sender(hello))
@@ -301,12 +311,12 @@ class _Session:
         self._began = True
         words = "%s: session began, group %s at mark %d, window %d MiB"
         log.info(words, self.peer, hello.group, welcome.mark, self._window_bytes >> 20)
-        version = common_version(greeting.versions) or VERSIONS[0]
-        self._reply(Accept(version, welcome, self._window_bytes))
+        version = frames.common_version(greeting.versions) or frames.VERSIONS[0]
+        self._reply(frames.Accept(version, welcome, self._window_bytes))
         streams = False
         while True:
             with trio.move_on_after(IDLE_S if streams else math.inf) as scope:
-                batch = await self._incoming.take(lambda frame: not isinstance(frame, WireData | Flush))
+                batch = await self._incoming.take(lambda frame: not isinstance(frame, frames.WireData | Flush))
             if scope.cancelled_caught:
                 streams = False
                 await self._in_thread(applier.ingest.publish)
@@ -314,7 +324,7 @@ class _Session:
             if not batch:
                 return
             for reply in await self._in_thread(partial(applier.apply, batch)):
-                if isinstance(reply, Committed):
+                if isinstance(reply, frames.Committed):
                     state = reply.welcome
                     log.debug("%s: group %s: mark %d committed, seq %d", self.peer, hello.group, state.mark, state.seq)
                 streams = streams or isinstance(reply, Durable)
@@ -331,7 +341,7 @@ class _Session:
             ingest.close()
             raise
 
-    def _reply(self, frame: Frame) -> None:
+    def _reply(self, frame: frames.Frame) -> None:
         """Queues a reply; the limit is for a peer that sends and never reads."""
         if not self._connection.outgoing.put_nowait(frame, FRAME_COST_BYTES):
             raise LinkError("it doesn't read the answers to what it sends")
@@ -339,11 +349,11 @@ class _Session:
     async def _read_all(self) -> None:
         """Reads until the peer leaves; what came before is still ingested then."""
         try:
-            while (frames := await self._connection.receive()) is not None:
-                for frame in frames:
-                    size_bytes = frame.raw_length if isinstance(frame, WireData) else 0
+            while (received := await self._connection.receive()) is not None:
+                for frame in received:
+                    size_bytes = frame.raw_length if isinstance(frame, frames.WireData) else 0
                     await self._incoming.put(frame, size_bytes + FRAME_COST_BYTES)
-            if self._connection.state not in (LinkState.ASKED, LinkState.READY):
+            if self._connection.protocol.state not in (LinkState.ASKED, LinkState.READY):
                 self._reason = LinkError("the connection ended within a transfer, which can be resumed")
         except LINK_ERRORS as error:
             self._reason = LinkError(failures.describe_os_error(error))
@@ -367,17 +377,18 @@ class _Session:
     async def _say_goodbye(self) -> None:
         """Sends the peer the reason why the session ends, if it still reads, and writes the line in the log."""
         reason, connection = self._reason, self._connection
+        state = connection.protocol.state
         level = logging.INFO if reason is None else logging.WARNING
         what = "session ended" if self._began else "refused"
         log.log(level, "%s: %s: %s", self.peer, what, reason or "done")
         with trio.move_on_after(self._receiver.limits.goodbye_s):
             with suppress(*LINK_ERRORS):
-                if reason is not None and not connection.is_mid_frame and connection.state is not LinkState.CLOSED:
+                if reason is not None and not connection.is_mid_frame and state is not LinkState.CLOSED:
                     code, message, retryable = failures.describe(reason)
-                    answer: Refuse | Fault = Fault(code, message, retryable)
-                    if connection.state is LinkState.ASKED:
+                    answer: frames.Refuse | frames.Fault = frames.Fault(code, message, retryable)
+                    if state is LinkState.ASKED:
                         # After a RemoteProtocolError the same HELLO would be as wrong the next time.
                         again = retryable and not isinstance(reason, RemoteProtocolError)
-                        answer = Refuse(code, message, again)
+                        answer = frames.Refuse(code, message, again)
                     await connection.send([answer])
             await connection.stream.linger()

@@ -18,42 +18,17 @@ import trio
 from pitfs.errors import LinkError, LocalProtocolError, PitfsError
 from pitfs.link.codec.adaptive import AdaptiveCompression
 from pitfs.link.codec.payloads import PayloadEncoder
+from pitfs.link.protocol import frames
 from pitfs.link.protocol.batches import BatchCutter
-from pitfs.link.protocol.frames import (
-    VERSIONS,
-    Accept,
-    Committed,
-    Fault,
-    Frame,
-    Greeting,
-    Parked,
-    Progress,
-    Refuse,
-    Resume,
-    WireData,
-)
-from pitfs.link.protocol.protocol import LinkProtocol, Role
+from pitfs.link.protocol.frames import VERSIONS
+from pitfs.link.protocol.protocol import LinkProtocol, LinkState, Role
 from pitfs.link.sessions import failures
 from pitfs.link.sessions.connection import Connection
 from pitfs.link.sessions.frame_queue import FrameQueue
 from pitfs.link.transport.rate import TokenBucket
 from pitfs.link.transport.streams import LINK_ERRORS, PlainStream, Timeouts, delivery_bytes_per_s
 from pitfs.link.transport.tls import LinkContext
-from pitfs.model.transfer import (
-    Begin,
-    Checkpoint,
-    Data,
-    Durable,
-    End,
-    Flush,
-    Hello,
-    Manifest,
-    Park,
-    ResumePoint,
-    StreamMark,
-    Welcome,
-    Writes,
-)
+from pitfs.model import transfer
 from pitfs.model.window import DEFAULT_WINDOW_BYTES
 
 # Sent without PROGRESS: two checkpoints, so that one is on its way while the other becomes durable.
@@ -94,28 +69,20 @@ class SenderSession:
         window_bytes: int = DEFAULT_WINDOW_BYTES,
     ) -> None:
         self.peer = peer
-        self.welcome = Welcome(0, 0, 0, 0)
-        self.durable = ResumePoint()
-        self.on_progress: Callable[[ResumePoint], None] | None = None
-        self.on_durable: Callable[[Durable], None] | None = None
-        self.connection = Connection(
-            stream,
-            LinkProtocol(Role.SENDER),
-            queue_bytes=queue_bytes,
-            ping_s=timeouts.ping_s,
-            dead_s=timeouts.dead_s,
-            bucket=bucket,
-        )
+        self.welcome = transfer.Welcome(0, 0, 0, 0)
+        self.durable = transfer.ResumePoint()
+        self.on_progress: Callable[[transfer.ResumePoint], None] | None = None
+        self.on_durable: Callable[[transfer.Durable], None] | None = None
+        self._protocol = LinkProtocol(Role.SENDER)
+        self.connection = Connection(stream, self._protocol, timeouts, queue_bytes=queue_bytes, bucket=bucket)
         self.compression = AdaptiveCompression(None if bucket is None else bucket.rate_bytes_per_s)
         self.window_bytes = window_bytes
         self.failure: Exception | None = None
         self._tls = tls
         self._encoder = PayloadEncoder(window_bytes)  # until WELCOME says of which window
-        self._pending: FrameQueue[Frame | Data] = FrameQueue(queue_bytes)
+        self._pending: FrameQueue[frames.Frame | transfer.Data] = FrameQueue(queue_bytes)
         self._changed = trio.lowlevel.ParkingLot()  # an answer, PROGRESS, DURABLE or failure came
-        self._accepted = False
         self._answered = False  # what `_ask` asked
-        self._transferring = False
         self._given_bytes = 0  # payload that the caller gave
         self._progressed_bytes = 0  # of these, made durable
         self._checkpoints: deque[int] = deque()  # _given_bytes at each CHECKPOINT without PROGRESS
@@ -132,21 +99,20 @@ class SenderSession:
         """Of Data sent so far, before compression."""
         return self.connection.payload_bytes
 
-    async def start(self, nursery: trio.Nursery, hello: Hello) -> None:
+    async def start(self, nursery: trio.Nursery, hello: transfer.Hello) -> None:
         """Starts the tasks in the nursery and greets; for `connect`."""
         for task in (self._encode_all, self._write_all, self._read_all):
             nursery.start_soon(self._guard, task)
-        await self._ask(Greeting(VERSIONS, hello, self.window_bytes))
+        await self._ask(frames.Greeting(VERSIONS, hello, self.window_bytes))
         nursery.start_soon(self._guard, self.connection.send_heartbeats)
 
-    async def begin(self, manifest: Manifest) -> ResumePoint:
+    async def begin(self, manifest: transfer.Manifest) -> transfer.ResumePoint:
         """Begins a transfer; returns from where the replica wants it."""
         self._check(transferring=False)
-        await self._ask(Begin(manifest))
-        self._transferring = True
+        await self._ask(transfer.Begin(manifest))
         return self.durable
 
-    async def send(self, frame: Data | Checkpoint) -> None:
+    async def send(self, frame: transfer.Data | transfer.Checkpoint) -> None:
         """Hands over one frame; waits for room in the window and at the rate.
 
         The payload must not change afterwards: it isn't copied.
@@ -155,7 +121,7 @@ class SenderSession:
             LocalProtocolError: no transfer, or a window without a Checkpoint.
         """
         self._check(transferring=True)
-        if isinstance(frame, Checkpoint):
+        if isinstance(frame, transfer.Checkpoint):
             self._checkpoints.append(self._given_bytes)
             await self._put(frame)
             return
@@ -168,17 +134,19 @@ class SenderSession:
         self._given_bytes += length
         await self._put(frame)
 
-    async def finish(self, end: End) -> Welcome:
+    async def finish(self, end: transfer.End) -> transfer.Welcome:
         """Ends the transfer; returns the replica's state once it is committed there."""
         await self._leave_transfer(end)
         return self.welcome
 
-    async def park(self) -> ResumePoint:
+    async def park(self) -> transfer.ResumePoint:
         """Puts the transfer off, to be begun again later; returns what is durable of it."""
-        await self._leave_transfer(Park())
+        await self._leave_transfer(transfer.Park())
         return self.durable
 
-    async def stream(self, writes: Writes | None, flush: Flush, window_bytes: int = WINDOW_BYTES) -> None:
+    async def stream(
+        self, writes: transfer.Writes | None, flush: transfer.Flush, window_bytes: int = WINDOW_BYTES
+    ) -> None:
         """Hands over a batch of streamed writes, within a transfer or not; the answer comes by `on_durable`.
 
         Waits until with it at most `window_bytes` are without an answer, or it is alone. Its contents must not change
@@ -194,7 +162,7 @@ class SenderSession:
                 await self._put(data)
         await self._put(flush)
 
-    async def stream_mark(self, mark: StreamMark) -> None:
+    async def stream_mark(self, mark: transfer.StreamMark) -> None:
         """Ends the open interval behind what was streamed; the answer comes by `on_durable`."""
         self._raise_failure()
         self._unflushed.append(0)
@@ -208,25 +176,24 @@ class SenderSession:
 
     def _check(self, *, transferring: bool) -> None:
         self._raise_failure()
-        if self._transferring is not transferring:
-            raise LocalProtocolError("a transfer is under way" if self._transferring else "no transfer is under way")
+        if (self._protocol.state is LinkState.TRANSFER) is not transferring:
+            raise LocalProtocolError("no transfer is under way" if transferring else "a transfer is under way")
 
-    async def _leave_transfer(self, frame: End | Park) -> None:
+    async def _leave_transfer(self, frame: transfer.End | transfer.Park) -> None:
         self._check(transferring=True)
         await self._ask(frame)
-        self._transferring = False
         self._checkpoints.clear()
         self._progressed_bytes = self._given_bytes
 
-    async def _ask(self, frame: Greeting | Begin | End | Park) -> None:
+    async def _ask(self, frame: frames.Greeting | transfer.Begin | transfer.End | transfer.Park) -> None:
         """Sends a frame and waits until `_take` has stored its answer; the protocol lets no other one through."""
         self._answered = False
         await self._put(frame)
         while not self._answered:
             await self._wait()
 
-    async def _put(self, frame: Frame | Data) -> None:
-        size_bytes = len(frame.payload) if isinstance(frame, Data) else 0
+    async def _put(self, frame: frames.Frame | transfer.Data) -> None:
+        size_bytes = len(frame.payload) if isinstance(frame, transfer.Data) else 0
         try:
             await self._pending.put(frame, size_bytes + FRAME_COST_BYTES)
         except trio.ClosedResourceError:
@@ -272,18 +239,18 @@ class SenderSession:
         while batch := await self._pending.take():
             taken_s = trio.current_time()
             choices = [
-                isinstance(frame, Data) and self.compression.compresses and self._encoder.wants(frame)
+                isinstance(frame, transfer.Data) and self.compression.compresses and self._encoder.wants(frame)
                 for frame in batch
             ]
-            lengths = [len(frame.payload) if isinstance(frame, Data) else 0 for frame in batch]
+            lengths = [len(frame.payload) if isinstance(frame, transfer.Data) else 0 for frame in batch]
             if sum(length for length, wanted in zip(lengths, choices, strict=True) if wanted) >= THREAD_BYTES:
-                frames = await trio.to_thread.run_sync(self._encode, batch, choices)
+                encoded = await trio.to_thread.run_sync(self._encode, batch, choices)
             else:
-                frames = self._encode(batch, choices)
+                encoded = self._encode(batch, choices)
             encoded_s = trio.current_time()
-            for encoded in frames:
-                size_bytes = len(encoded.payload) if isinstance(encoded, WireData) else 0
-                await self.connection.outgoing.put(encoded, size_bytes + FRAME_COST_BYTES)
+            for frame in encoded:
+                size_bytes = len(frame.payload) if isinstance(frame, frames.WireData) else 0
+                await self.connection.outgoing.put(frame, size_bytes + FRAME_COST_BYTES)
             now_s = trio.current_time()
             self.compression.observe(
                 sum(lengths),
@@ -294,9 +261,9 @@ class SenderSession:
             )
             begun_s = now_s
 
-    def _encode(self, batch: list[Frame | Data], choices: list[bool]) -> list[Frame]:
+    def _encode(self, batch: list[frames.Frame | transfer.Data], choices: list[bool]) -> list[frames.Frame]:
         return [
-            self._encoder.encode(frame, choice) if isinstance(frame, Data) else frame
+            self._encoder.encode(frame, choice) if isinstance(frame, transfer.Data) else frame
             for frame, choice in zip(batch, choices, strict=True)
         ]
 
@@ -313,41 +280,39 @@ class SenderSession:
     async def _read_all(self) -> None:
         try:
             while self.failure is None:
-                frames = await self.connection.receive()
-                if frames is None:
-                    self.connection.check_end()
-                    raise LinkError(f"it closed the connection{self._closed_hint()}")
-                for frame in frames:
+                received = await self.connection.receive()
+                if received is None:
+                    self._protocol.receive_eof()
+                    hint = ""
+                    if self._protocol.state in (LinkState.GREETING, LinkState.ASKED):
+                        hint = " without an answer" + ("" if self._tls else "; does it want TLS?")
+                    raise LinkError(f"it closed the connection{hint}")
+                for frame in received:
                     self._take(frame)
                     self._changed.unpark_all()
         except Exception as error:
             self._fail(error)
         await self.connection.stream.aclose()  # so that the peer needn't wait for the caller to notice
 
-    def _closed_hint(self) -> str:
-        if self._accepted:
-            return ""
-        return " without an answer" + ("" if self._tls else "; does it want TLS?")
-
-    def _take(self, frame: Frame) -> None:
+    def _take(self, frame: frames.Frame) -> None:
         """Stores what a frame of the replica says. Raises the error that it reports."""
         match frame:
-            case Accept():
+            case frames.Accept():
                 self.welcome, self.window_bytes = frame.welcome, frame.window_bytes
                 self._encoder = PayloadEncoder(frame.window_bytes)
-                self._accepted = self._answered = True
-            case Resume() | Parked():
+                self._answered = True
+            case frames.Resume() | frames.Parked():
                 self.durable, self._answered = frame.point, True
-            case Committed():
+            case frames.Committed():
                 self.welcome, self._answered = frame.welcome, True
-            case Progress():
+            case frames.Progress():
                 self.durable = frame.point
                 self._progressed_bytes = self._checkpoints.popleft()
                 if self.on_progress is not None:
                     self.on_progress(frame.point)
-            case Durable():
+            case transfer.Durable():
                 self._unflushed.popleft()
                 if self.on_durable is not None:
                     self.on_durable(frame)
-            case Refuse() | Fault():
+            case frames.Refuse() | frames.Fault():
                 raise failures.error_from(frame)

@@ -6,7 +6,7 @@ import hashlib
 import os
 import socket
 import ssl
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from pitfs.errors import UsageError
@@ -48,7 +48,12 @@ def server_context(certificate: str, key: str, authority: str) -> LinkContext:
 
 def _context(protocol: int, certificate: str, key: str, authority: str) -> LinkContext:
     for role, path in (("certificate", certificate), ("key", key), ("authority", authority)):
-        _check_file(role, path)
+        try:
+            with open(path, "rb") as file:
+                if b"-----BEGIN" not in file.read(1 << 20):
+                    raise UsageError(f"{path}: the {role} isn't a PEM file")
+        except OSError as error:
+            raise UsageError(f"{path}: can't read the {role}: {os.strerror(error.errno or 0)}") from None
     context = LinkContext(protocol)
     context.certificate_file, context.authority_file = certificate, authority
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -64,15 +69,6 @@ def _context(protocol: int, certificate: str, key: str, authority: str) -> LinkC
     except ssl.SSLError as error:
         raise _chain_error(certificate, key, error) from None
     return context
-
-
-def _check_file(role: str, path: str) -> None:
-    try:
-        with open(path, "rb") as file:
-            if b"-----BEGIN" not in file.read(1 << 20):
-                raise UsageError(f"{path}: the {role} isn't a PEM file")
-    except OSError as error:
-        raise UsageError(f"{path}: can't read the {role}: {os.strerror(error.errno or 0)}") from None
 
 
 def _chain_error(certificate: str, key: str, error: ssl.SSLError) -> UsageError:
@@ -111,18 +107,17 @@ def require_loopback(host: str) -> None:
 
 def names_of(certificate: Mapping[str, Any]) -> str:
     """The subject's common name or first alternative name, for the log."""
-    for part in certificate.get("subject", ()):
-        for key, value in part:
-            if key == "commonName":
-                return str(value)
-    return next((str(value) for _, value in certificate.get("subjectAltName", ())), "")
+    return next(_names(certificate), "")
 
 
 def identities_of(certificate: Mapping[str, Any], encoded: bytes) -> frozenset[str]:
     """What a grants file may call a certificate: its common and alternative names, and sha256:FINGERPRINT."""
-    common = (value for part in certificate.get("subject", ()) for key, value in part if key == "commonName")
-    others = (value for _, value in certificate.get("subjectAltName", ()))
-    return frozenset({*common, *others, f"sha256:{hashlib.sha256(encoded).hexdigest()}"})
+    return frozenset({*_names(certificate), f"sha256:{hashlib.sha256(encoded).hexdigest()}"})
+
+
+def _names(certificate: Mapping[str, Any]) -> Iterator[str]:
+    yield from (value for part in certificate.get("subject", ()) for key, value in part if key == "commonName")
+    yield from (value for _, value in certificate.get("subjectAltName", ()))
 
 
 def is_granted(certificate: Mapping[str, Any], group: str) -> bool:
