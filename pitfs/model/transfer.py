@@ -75,6 +75,14 @@ Lengths = tuple[Number, Number, Number, Number, Number]  # of the sections of a 
 Cursor = Annotated[tuple[Number, ...], msgspec.Meta(max_length=64)]
 
 
+def awaits_backfill(cause: str) -> bool:
+    """Whether more of an interval's difference journal is to come.
+
+    Manifests and catalogs have that as the ending of the interval's cause; it becomes a value here, and nowhere else.
+    """
+    return cause.endswith(WAITS)
+
+
 class Section(enum.IntEnum):
     DIFF = 1
     DIFF_BLOCKS = 2

@@ -103,9 +103,8 @@ class Ingest:
         """How far the store has come, and which intervals could become finer."""
         catalog, coarse = self._store.catalog, []
         for interval in catalog.coarse_intervals(MAX_COARSE):
-            waits = interval.cause.endswith(wire.WAITS)
-            size_bytes = journal_bytes(catalog, interval)
-            coarse.append(wire.CoarseInterval(*interval.bounds, interval.granularity_ns, size_bytes, waits))
+            state = interval.granularity_ns, journal_bytes(catalog, interval), wire.awaits_backfill(interval.cause)
+            coarse.append(wire.CoarseInterval(*interval.bounds, *state))
         return msgspec.structs.replace(self._position(), coarse=tuple(coarse))
 
     def _position(self) -> wire.Welcome:

@@ -33,7 +33,7 @@ async def trim_heap() -> None:
         await trio.to_thread.run_sync(malloc_trim, 0)
 
 
-async def told_to_stop() -> None:
+async def wait_for_stop() -> None:
     """Returns on SIGTERM or SIGINT, or when the minder is gone: a group must never have two splitters.
 
     Standard input is a pipe to which the minder never writes, so it becomes readable when the minder ends.

@@ -33,8 +33,8 @@ from pitfs.supervision.processes import (
     link_context,
     run_process,
     set_process_name,
-    told_to_stop,
     trim_heap,
+    wait_for_stop,
 )
 
 NICENESS: Final = 10  # production first: the splitter, and what writes through it, go before
@@ -78,7 +78,7 @@ async def _main(config: Config, hello: Hello, tls: LinkContext | None) -> None:
     handler = ShipperControl(shipper, state, config.group.name)
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_stop_when_told, nursery.cancel_scope)
+            nursery.start_soon(_stop_on_request, nursery.cancel_scope)
             await nursery.start(control.serve, state, control.SHIPPER_SOCKET, REQUESTS.decode, handler.handle)
             nursery.start_soon(shipper.tick)
             nursery.start_soon(shipper.watch)
@@ -90,8 +90,8 @@ async def _main(config: Config, hello: Hello, tls: LinkContext | None) -> None:
         raise PitfsError(f"{state}: the splitter ended") from None
 
 
-async def _stop_when_told(scope: trio.CancelScope) -> None:
-    await told_to_stop()
+async def _stop_on_request(scope: trio.CancelScope) -> None:
+    await wait_for_stop()
     scope.cancel()
 
 

@@ -25,7 +25,7 @@ from pitfs.splitter.group_commit import GroupCommit
 from pitfs.splitter.service import SplitterService
 from pitfs.splitter.startup import VolumeSpec, lock_state, open_splitter
 from pitfs.splitter.sync_gate import SyncGate
-from pitfs.supervision.processes import run_process, set_process_name, told_to_stop
+from pitfs.supervision.processes import run_process, set_process_name, wait_for_stop
 
 log = logging.getLogger(__name__)
 
@@ -35,14 +35,14 @@ async def _serve(service: SplitterService, state: str, mountpoint: str) -> None:
         nursery.start_soon(service.run)
         decode = messages.REQUESTS.decode
         await nursery.start(control.serve, state, control.SPLITTER_SOCKET, decode, service.handle)
-        nursery.start_soon(_stop_when_told, service, mountpoint)
+        nursery.start_soon(_stop_on_request, service, mountpoint)
         print("ready", flush=True)
         await pyfuse3.main()
         nursery.cancel_scope.cancel()
 
 
-async def _stop_when_told(service: SplitterService, mountpoint: str) -> None:
-    await told_to_stop()
+async def _stop_on_request(service: SplitterService, mountpoint: str) -> None:
+    await wait_for_stop()
     for loop in attached_loops(mountpoint):
         log.warning(
             "%s: %s is still attached to it: its users get I/O errors from now on, and what they haven't synced is "
@@ -71,7 +71,7 @@ def serve(config: Config) -> int:
     gate = SyncGate(replication.mode == "sync", replication.on_disconnect == "block", copying)
     service = SplitterService(splitter, gate)
     operations = SplitterOperations(splitter, GroupCommit(splitter), service)
-    # A stop from here on waits until the mount can be unmounted in order; `told_to_stop` unblocks it.
+    # A stop from here on waits until the mount can be unmounted in order; `wait_for_stop` unblocks it.
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
     mount_splitter(operations, mountpoint, config.group.name)
     gc.collect()
