@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import threading
 from collections.abc import Callable
 
 from pyroaring import BitMap64
@@ -62,6 +63,7 @@ class Splitter:
         self._bypass_durable = True  # whether a checkpoint has the bypass
         self._backing_failed: OSError | None = None  # of the fdatasync that failed
         self.recovery_segment = 0
+        self._checkpointing = threading.Lock()
 
     # -- the path of a write ---------------------------------------------------------------------------
 
@@ -322,10 +324,11 @@ class Splitter:
         self.sync_backings()
         if not progress.bypass_cause:
             self.journal.sync()  # no recovery is possible from a checkpoint behind the journal's durable end
-        self._progress.write(progress)
+        with self._checkpointing:  # the event loop and a thread: the one that ends last isn't always the later one
+            self._progress.write(progress)
+            self.recovery_segment = max(self.recovery_segment, progress.recovery_segment)
         if progress.bypass_cause:
             self._bypass_durable = True
-        self.recovery_segment = progress.recovery_segment
 
     # -- room in the journal -----------------------------------------------------------------------------
 

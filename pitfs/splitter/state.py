@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import struct
-import threading
 from dataclasses import dataclass
 from typing import Final
 
@@ -100,7 +99,7 @@ def boot_id() -> str:
 
 
 class ProgressFile:
-    """The `progress` file of a state directory. One process writes it at a time.
+    """The `progress` file of a state directory. One thread of one process writes it at a time.
 
     Args:
         begins: the journal has no segment yet; else a missing file is damage: taken for a new state directory, the
@@ -116,7 +115,6 @@ class ProgressFile:
             ways_out = "put it back, or move the state directory away to begin anew with a full copy"
             raise CorruptionError(self.path, 0, f"it is missing, and there is a journal: {ways_out}")
         self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        self._lock = threading.Lock()
         self._generation = 0
         size = os.fstat(self.fd).st_size
         if size < 2 * SLOT_BYTES:
@@ -147,12 +145,11 @@ class ProgressFile:
         """Makes `progress` durable in the slot of its generation, unless a later one is there. Raises OSError."""
         message = msgspec.msgpack.encode(progress)
         slot = _SLOT.pack(len(message), xxh3_64_intdigest(message)) + message
-        with self._lock:  # the event loop and the thread of a checkpoint may both write
-            if progress.generation < self._generation:
-                return
-            write_all(self.fd, slot.ljust(SLOT_BYTES, b"\0"), progress.generation % 2 * SLOT_BYTES)
-            os.fdatasync(self.fd)
-            self._generation = progress.generation
+        if progress.generation < self._generation:
+            return
+        write_all(self.fd, slot.ljust(SLOT_BYTES, b"\0"), progress.generation % 2 * SLOT_BYTES)
+        os.fdatasync(self.fd)
+        self._generation = progress.generation
 
     def close(self) -> None:
         os.close(self.fd)

@@ -59,6 +59,22 @@ def test_a_failed_fsync_of_the_backing_stops_checkpoints_until_a_redo(
     pipeline.close()
 
 
+def test_a_checkpoint_that_ends_after_a_later_one_takes_nothing_back(pipeline: Pipeline) -> None:
+    """One in a thread, while the event loop begins a bypass: no other follows, and room would never come again."""
+    splitter = pipeline.splitter
+    splitter.copied(CopyProgress(1, 1, 0))
+    pipeline.random_write()
+    earlier = splitter.snapshot_progress()
+    splitter.journal.begin_new_segment()
+    pipeline.random_write()
+    splitter.checkpoint(splitter.snapshot_progress())
+    later = splitter.recovery_segment
+    assert later > earlier.recovery_segment
+    splitter.checkpoint(earlier)
+    assert splitter.recovery_segment == later
+    pipeline.close()
+
+
 def test_a_write_of_a_bypass_is_answered_only_once_the_bypass_is_on_disk(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
