@@ -7,7 +7,7 @@ from typing import Final
 import msgspec
 
 
-class TakeSnapshot(msgspec.Struct, frozen=True, tag=True, tag_field="op"):
+class TakeSnapshot(msgspec.Struct, frozen=True, tag="snapshot", tag_field="op"):
     """Closes the interval at the last write, and waits until the replica has it. Answered by SnapshotTaken."""
 
 
@@ -19,7 +19,7 @@ class SnapshotTaken(msgspec.Struct, frozen=True):
     mark: int
 
 
-class SetBookmark(msgspec.Struct, frozen=True, tag=True, tag_field="op"):
+class SetBookmark(msgspec.Struct, frozen=True, tag="bookmark", tag_field="op"):
     """Names the position of the last write. Answered by BookmarkSet."""
 
     name: str
@@ -33,7 +33,7 @@ class BookmarkSet(msgspec.Struct, frozen=True):
     seq: int
 
 
-class ReadStatus(msgspec.Struct, frozen=True, tag=True, tag_field="op"):
+class ReadStatus(msgspec.Struct, frozen=True, tag="status", tag_field="op"):
     """Answered by what `pitfs status --json` prints."""
 
 

@@ -1,6 +1,6 @@
 """The control sockets of the production host: one JSON document per line, request and reply.
 
-A request is `{"op": NAME, …}`; a reply is `{"ok": {…}}` or `{"error": {"message", "exit_code", "retryable"}}`.
+A request is `{"op": NAME, …}`; a reply is `{"ok": {…}}` or `{"error": MESSAGE, "exit_code": N, "retryable": B}`.
 The processes that serve a socket say which requests they know (messages.py has the splitter's).
 A request is cancelled if its client closes the connection before the reply has left.
 The splitter serves `splitter.sock`, the shipper `control.sock`, both in the group's state directory.
@@ -37,26 +37,22 @@ Handler = Callable[[Request], Awaitable[Any]]
 _Answer = Callable[[bytes], Awaitable[Any]]  # decodes a line and handles it; returns what is encoded as the reply
 
 
-class _Failure(msgspec.Struct, frozen=True):
-    message: str
-    exit_code: int = EXIT_FAILED
-    retryable: bool = False
-
-
 class _Reply(msgspec.Struct, frozen=True, omit_defaults=True):
-    """`ok` unless there is an error."""
+    """`ok` unless there is an error, which the others are of."""
 
     ok: msgspec.Raw = msgspec.Raw()
-    error: _Failure | None = None
+    error: str | None = None
+    exit_code: int = EXIT_FAILED
+    retryable: bool = False
 
 
 class ControlError(PitfsError):
     """The other side answered a request with an error."""
 
-    def __init__(self, failure: _Failure) -> None:
-        super().__init__(failure.message)
-        self.exit_code = failure.exit_code
-        self.retryable = failure.retryable
+    def __init__(self, message: str, exit_code: int = EXIT_FAILED, retryable: bool = False) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+        self.retryable = retryable
 
 
 @contextlib.contextmanager
@@ -99,10 +95,15 @@ class Connection:
                 self._owed -= 1
                 if not self._owed:
                     break
-        reply = msgspec.json.decode(line, type=_Reply)
-        if reply.error is not None:
-            raise ControlError(reply.error)
-        return msgspec.json.decode(reply.ok, type=reply_type)
+        try:
+            reply = msgspec.json.decode(line, type=_Reply)
+            if reply.error is not None:
+                raise ControlError(reply.error, reply.exit_code, reply.retryable)
+            return msgspec.json.decode(reply.ok, type=reply_type)
+        except msgspec.DecodeError as error:
+            raise ControlError(
+                f"the running 'pitfs protect' answers otherwise than this version does ({error}): restart it"
+            ) from error
 
     async def _read_line(self) -> bytes | None:
         while (end := self._buffer.find(b"\n")) < 0:
@@ -149,15 +150,15 @@ async def _reply_line(line: bytes, answer: _Answer) -> bytes:
     try:
         reply = _Reply(msgspec.Raw(msgspec.json.encode(await answer(line))))
     except PitfsError as error:
-        reply = _Reply(error=_Failure(str(error), error.exit_code, error.retryable))
+        reply = _Reply(error=str(error), exit_code=error.exit_code, retryable=error.retryable)
     except msgspec.DecodeError as error:
-        reply = _Reply(error=_Failure(f"not a request: {error}"))
+        reply = _Reply(error=f"not a request: {error}")
     except (trio.BrokenResourceError, trio.ClosedResourceError):
-        reply = _Reply(error=_Failure("the splitter ended before it answered: see the log of 'pitfs protect'"))
+        reply = _Reply(error="the splitter ended before it answered: see the log of 'pitfs protect'")
     except Exception as error:
         log.exception("a bug in pitfs: request %.200r: please report it", line)
         problem = f"a bug in pitfs: {type(error).__name__}: {error}: see the log of 'pitfs protect'"
-        reply = _Reply(error=_Failure(problem))
+        reply = _Reply(error=problem)
     return msgspec.json.encode(reply) + b"\n"
 
 

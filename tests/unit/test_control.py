@@ -16,7 +16,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from pitfs.errors import EXIT_FAILED, PitfsError
 from pitfs.replication.control import BOOKMARKS_FILE, ShipperControl
-from pitfs.replication.requests import SetBookmark
+from pitfs.replication.requests import ReadStatus, SetBookmark, TakeSnapshot
 from pitfs.splitter.control import MAX_CONNECTIONS, Connection, ControlError, Handler, serve
 from pitfs.splitter.messages import REQUESTS, RunningCopy, SplitterClient, SplitterStatus
 from tests.helpers.shipper import Parts
@@ -184,6 +184,49 @@ async def test_what_is_no_request_of_the_splitter_is_refused_and_the_next_is_ans
         assert (status.mark, status.tail, status.bypass_cause) == (2, parts.pipeline.splitter.journal.tail, "")
         await connection.aclose()
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(
+    ("request_", "line"),
+    [
+        (ReadStatus(), b'{"op":"status"}'),
+        (TakeSnapshot(), b'{"op":"snapshot"}'),
+        (SetBookmark("noon"), b'{"op":"bookmark","name":"noon"}'),
+    ],
+)
+def test_commands_ask_a_protect_of_another_version_as_it_knows_it(request_: msgspec.Struct, line: bytes) -> None:
+    assert msgspec.json.encode(request_) == line
+
+
+@pytest.mark.parametrize(
+    ("reply", "words", "exit_code"),
+    [
+        (b'{"error": "no room", "exit_code": 2, "retryable": true}', "no room", 2),
+        (b'{"ok": {"other": 1}}', "restart it", 1),
+        (b'{"error": {"message": "no room"}}', "restart it", 1),
+    ],
+)
+async def test_the_reply_of_another_version_is_understood_or_said_to_be_one(
+    tmp_path: Path, reply: bytes, words: str, exit_code: int
+) -> None:
+    path = tmp_path / NAME
+    with trio.fail_after(MARGIN_S):
+        async with trio.open_nursery() as nursery:
+
+            async def answer(stream: trio.SocketStream) -> None:
+                await stream.receive_some()
+                await stream.send_all(reply + b"\n")
+
+            sock = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
+            await sock.bind(str(path))
+            sock.listen(1)
+            nursery.start_soon(trio.serve_listeners, answer, [trio.SocketListener(sock)])
+            connection = await connected(tmp_path)
+            with pytest.raises(ControlError, match=words) as caught:
+                await connection.request(Ask("x"), list[int])
+            assert caught.value.exit_code == exit_code
+            await connection.aclose()
+            nursery.cancel_scope.cancel()
 
 
 async def test_who_asks_is_told_that_the_splitter_ended(tmp_path: Path) -> None:

@@ -225,6 +225,19 @@ def test_the_first_writer_renames_the_directory_of_an_older_store_and_readers_go
     assert os.listdir(os.path.join(ingest.path, "pins")) == ["lock"]
 
 
+def test_pins_that_an_older_pitfs_keeps_beside_ours_are_found(tmp_path: Path) -> None:
+    Pins(str(tmp_path), "x").close()
+    os.rename(tmp_path / "pins", tmp_path / "holders")
+    with Pins(str(tmp_path), "older") as older:
+        older.pin(1, 100)
+        os.mkdir(tmp_path / "pins")
+        with Pins(str(tmp_path), "newer"):
+            assert {each.what for each in list_pins(str(tmp_path))} == {"older", "newer"}
+            with pins_locked(str(tmp_path)) as found:
+                assert len(found) == 2 and not older.pin(2, 200, wait=False)
+    assert list_pins(str(tmp_path)) == []
+
+
 @pytest.mark.parametrize("name", ["mkdir", "open", "pwrite"])
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
 def test_reading_goes_on_where_the_store_can_not_be_written(

@@ -192,6 +192,12 @@ def pins_locked(store: str, make: bool = True) -> Iterator[list[PinnedInstants]]
                 with suppress(FileNotFoundError):  # read-only, and nobody has ever pinned
                     stack.enter_context(locked(directory))
                     found = _read_all(directory)
+                with suppress(FileNotFoundError):  # an older pitfs has made its own beside pins/
+                    older = os.open(os.path.join(store, HOLDERS), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                    stack.callback(os.close, older)
+                    if not os.path.samestat(os.fstat(older), os.fstat(directory)):
+                        stack.enter_context(locked(older))
+                        found += _read_all(older)
         except OSError as error:
             raise storage_error(error, path, "looking who has pinned what") from error
         yield sorted(found, key=lambda each: (each.since_ns, each.pid))
