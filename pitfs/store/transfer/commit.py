@@ -18,7 +18,7 @@ import numpy as np
 from pitfs.model.blockmap import EMPTY, MapEntry
 from pitfs.model.ladder import layer_of
 from pitfs.model.transfer import Source, TransferKind
-from pitfs.storage.files import open_fd, write_all
+from pitfs.storage.files import fsync_directory, open_fd, write_all
 from pitfs.store.catalog.records import Commit, Interval, Snapshot, add_seconds
 from pitfs.store.index.maps import MapWriter, block_maps
 from pitfs.store.index.merge import by_volume
@@ -120,8 +120,10 @@ def _commit_layers(staged: StagedTransfer, store: WritableStore) -> None:
     interval = replace(base, granularity_ns=m.granularity_ns, cause=m.cause, journal_rows=row_count)
     store.catalog.commit_layers(interval, objects, replaced, minutes)
     if replaced:
+        path = os.path.join(store.objects.directory, store.layout.path_of(replaced))
         with suppress(FileNotFoundError):
-            os.unlink(os.path.join(store.objects.directory, store.layout.path_of(replaced)))
+            os.unlink(path)
+            fsync_directory(os.path.dirname(path))  # before staging forgets that there was one
 
 
 def _add_contents(staged: StagedTransfer, store: WritableStore) -> tuple[ObjectRecord, ...]:
