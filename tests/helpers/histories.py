@@ -404,10 +404,10 @@ class _Sections:
 
 def long_store(root: Path, intervals: int, recent: int = 4000) -> Path:
     """A store of a long history of one-second intervals: see tools/make-store."""
-    first = min(1000, max(0, intervals - recent))
+    first = recent // 4
     with LongHistory(root, VolumeInfo("root", 1 << 20, 4096)) as history:
         history.full_copy(128)
         history.seconds(first)
-        history.unchanged(max(0, intervals - recent - first))
-        history.seconds(min(recent, intervals))
+        history.unchanged(intervals - first - recent)
+        history.seconds(recent)
         return history.path
