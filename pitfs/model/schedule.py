@@ -17,6 +17,8 @@ from pitfs.model.ladder import NO_LAYER, RUNGS_NS, layer_of
 MIN_BEHIND_S: Final = 1.0  # a stream that is less behind than this keeps up
 MAX_BACKLOG_S: Final = 1.0  # of the link's rate: a stream that begins catches up within that
 UNKNOWN_BACKLOG_BYTES: Final = 16 << 20  # the same while the rate isn't known
+MAX_INTERVAL_ROWS: Final = 1 << 19  # blocks written: building the difference takes some 240 B of RAM for each
+MAX_INTERVAL_PART: Final = 4  # of the journal's capacity: the largest part that an interval may take
 EVERY_WRITE: Final = 0
 
 

@@ -12,6 +12,7 @@ from pitfs.errors import CorruptionError, PitfsError, RemoteProtocolError
 from pitfs.journal.reader import Copy, Durability, Interval
 from pitfs.journal.writer import Location, segment_bytes_for
 from pitfs.model import schedule
+from pitfs.model.schedule import MAX_INTERVAL_PART, MAX_INTERVAL_ROWS
 from pitfs.replication.backfill import Backfill
 from pitfs.replication.bandwidth import Bandwidth
 from pitfs.replication.cursor import JournalCursor
@@ -28,8 +29,6 @@ from pitfs.storage.files import storage_error
 
 log = logging.getLogger(__name__)
 
-MAX_INTERVAL_ROWS: Final = 1 << 19  # blocks written: building the difference takes some 240 B of RAM for each
-MAX_INTERVAL_PART: Final = 4  # of the journal's capacity: the largest part that an interval may take
 WATCH_S: Final = 2.0  # how often that is looked at: seldom for the splitter, often for what may be written
 
 

@@ -158,6 +158,11 @@ class Parts:
                 await self.shipper.ship_layers(session)
         return item
 
+    async def ship_marked(self) -> None:
+        """All intervals that are closed, without layers: a large one was closed in parts."""
+        while self.session.welcome.mark < self.pipeline.splitter.state.mark:
+            assert isinstance(await self.ship(layers=False), Interval)
+
     async def ship_layers(self, steps: int | None = None) -> None:
         """Layers of the journals that wait, as many steps; all of them if None."""
         while self.shipper.backfill.waiting and steps != 0:

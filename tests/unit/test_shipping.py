@@ -78,7 +78,8 @@ async def test_segments_recycled_under_the_search_are_searched_again(
     while splitter.journal.tail.segment < 3:
         parts.write(100_000)
     parts.mark()
-    await parts.ship()
+    await parts.ship_marked()
+    await parts.ship_layers()
     mark = parts.session.welcome.mark
     asked: list[str] = []
 
@@ -271,8 +272,9 @@ async def test_journals_are_kept_until_the_room_is_needed(parts: Parts) -> None:
         parts.write(100_000)
         if parts.pipeline.random.random() < 0.1:
             parts.mark()
-            await parts.ship(layers=False)
+            await parts.ship_marked()
     assert not splitter.state.bypass_cause
+    await parts.ship_marked()
     await parts.ship_layers()
     found = parts.granularities()
     assert found[0] is None and found[-1] == 0
