@@ -98,13 +98,13 @@ class Waiting:
     """A difference journal that isn't whole on the replica.
 
     Attributes:
-        mark: of the interval's end.
+        seq: of the last write of the interval.
         layer: the last one that the replica has.
         rung_bytes: of each rung what it takes with those before, None where it adds nothing; None: not built yet.
         parked: the layer up to which a transfer was parked, None if there is none.
     """
 
-    mark: int
+    seq: int
     layer: int
     rung_bytes: tuple[int | None, ...] | None
     parked: int | None = None
@@ -115,13 +115,13 @@ class Step:
     """What to do.
 
     Attributes:
-        mark: BUILD, LAYERS: of the journal.
+        seq: BUILD, LAYERS: of the journal.
         decision: LAYERS: what the replica has of the interval afterwards, and why no more.
         fits: whether it is expected to arrive before the next diff is due.
     """
 
     kind: StepKind
-    mark: int = 0
+    seq: int = 0
     decision: Decision = Decision(None, "")
     fits: bool = True
 
@@ -152,13 +152,13 @@ def next_step(*, diff_due: bool, waiting: Sequence[Waiting], room_bytes: float |
         return Step(StepKind.WAIT)
     newest = waiting[0]
     if newest.rung_bytes is None:
-        return Step(StepKind.BUILD, newest.mark)
+        return Step(StepKind.BUILD, newest.seq)
     left = layers_left(newest.layer, newest.rung_bytes)
     if not left:
-        raise ValueError(f"nothing is left of the journal to mark {newest.mark}")
+        raise ValueError(f"nothing is left of the journal to seq {newest.seq}")
 
     def layers(layer: int, reason: str, fits: bool = True) -> Step:
-        return Step(StepKind.LAYERS, newest.mark, Decision(RUNGS_NS[layer], reason), fits)
+        return Step(StepKind.LAYERS, newest.seq, Decision(RUNGS_NS[layer], reason), fits)
 
     if newest.parked is not None:
         return layers(newest.parked, "resumed: a snapshot diff interrupted it")

@@ -44,7 +44,7 @@ def recover(
         return SplitterState(), None
     state = SplitterState(
         progress.seq, progress.position_time_ns, progress.time_ns, progress.mark, progress.interval_blocks,
-        progress.interval_bytes,
+        progress.interval_bytes, given_up_seq=progress.given_up_seq,
     )  # fmt: skip
     found = _Replay(state, volumes, progress.checkpoint_lsn, limit_bytes)
     if progress.bypass_cause:

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pyroaring import BitMap64
 
 from pitfs.errors import CapacityError, PitfsError
+from pitfs.journal.search import last_seq_before
 from pitfs.journal.writer import Journal
 from pitfs.model.record import CopyProgress, Mark, RecordKind, packed_checksums
 from pitfs.model.schedule import MAX_INTERVAL_PART, MAX_INTERVAL_ROWS
@@ -318,6 +319,7 @@ class Splitter:
             mark=state.mark,
             interval_blocks=state.interval_blocks,
             interval_bytes=state.interval_bytes,
+            given_up_seq=state.given_up_seq,
             copy_segment=state.copy_location.segment if state.copy else 0,
             backings=tuple(BackingState(v.size_bytes, v.mtime_ns) for v in self.volumes),
             change_bitmap_checksum=change_bitmap_checksum,
@@ -369,13 +371,24 @@ class Splitter:
         state, released = self.state, self._released_segment
         return released if state.copy is None else min(released, state.copy_location.segment)
 
+    def give_back(self, first_needed_segment: int) -> None:
+        """Gives back segments before that one, and notes which writes were wanted for backfill. Blocks, in any thread.
+
+        Raises OSError, or PitfsError where the first segment that is left can't be read.
+        """
+        journal, state, before = self.journal, self.state, self.journal.first_segment
+        journal.release(first_needed_segment)
+        if max(before, self._wanted_segment) < journal.first_segment:
+            seq = last_seq_before(journal.directory, journal.first_segment, journal.tail)
+            state.given_up_seq = max(state.given_up_seq, min(seq, state.seq))
+
     def _make_room(self) -> bool:
         """Gives back at once what is only wanted, else what only a redo needs. False where there is nothing."""
         journal, before = self.journal, self.journal.used_bytes
-        journal.release(self._needed_segment)
+        self.give_back(self._needed_segment)
         if journal.used_bytes == before and self.recovery_segment < self._shipping_segment:
             self.checkpoint(self.snapshot_progress())  # a bypass would take one as well
-            journal.release(self._needed_segment)
+            self.give_back(self._needed_segment)
         given_back = before - journal.used_bytes
         if given_back and self._wanted_segment < self._needed_segment:
             log.info("%s: full: %d bytes given up that were kept for backfill", journal.directory, given_back)

@@ -1,4 +1,4 @@
-"""Kills under a load that the link can't follow: every interval comes back to every write, exact, and no cause is untrue.
+"""Kills under a load that the link can't follow: every interval comes back to every write, and no cause is untrue.
 
 Writes as fast as the machine takes them, an fsync, then SIGKILL for one of the programs, which starts again. The seed
 decides what is written and who is killed; the machine decides how far replication was then.
