@@ -11,6 +11,7 @@ import msgspec
 import trio
 
 from pitfs.errors import PitfsError, UsageError
+from pitfs.model.group import check_new_bookmark
 from pitfs.model.position import format_instant
 from pitfs.replication import requests
 from pitfs.replication.phases import Phase
@@ -38,6 +39,7 @@ class Bookmarks:
 
     async def give(self, name: str) -> requests.BookmarkSet:
         """Names the position of the last write. Raises PitfsError."""
+        check_new_bookmark(name)
         async with self._naming:  # of two that give the same name at the same time the second is refused
             known = self._read()
             if name in known:

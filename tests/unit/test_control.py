@@ -14,7 +14,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from pitfs.errors import EXIT_FAILED, PitfsError
+from pitfs.errors import EXIT_FAILED, PitfsError, UsageError
 from pitfs.replication.control import BOOKMARKS_FILE, ShipperControl
 from pitfs.replication.requests import ReadStatus, SetBookmark, TakeSnapshot
 from pitfs.splitter.control import MAX_CONNECTIONS, Connection, ControlError, Handler, serve
@@ -264,6 +264,16 @@ async def test_a_list_of_bookmarks_that_cannot_be_read_is_named(parts: Parts, sp
     with pytest.raises(PitfsError, match=f"^{path}: {words}"):
         await control.handle(SetBookmark("late"))
     assert parts.pipeline.splitter.state.mark == 1, "not set without its name being kept"
+
+
+@pytest.mark.parametrize("name", ["latest", "seq-12", "2026-11-22", "5m-ago", "12-59", "yesterday", "../x", ""])
+async def test_a_new_bookmark_has_no_name_that_reads_as_a_time_or_is_none(parts: Parts, name: str) -> None:
+    """Here it enters, whoever asks; what older productions have sent stays in their stores."""
+    control = ShipperControl(parts.shipper, parts.pipeline.state, "g")
+    with pytest.raises(UsageError, match=f"^bookmark '{name}'"):
+        await control.handle(SetBookmark(name))
+    assert parts.pipeline.splitter.state.mark == 1
+    assert not os.path.exists(os.path.join(parts.pipeline.state, BOOKMARKS_FILE))
 
 
 async def test_a_bookmark_whose_client_leaves_is_set_or_not_named(
