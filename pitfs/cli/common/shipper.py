@@ -9,7 +9,7 @@ import msgspec
 import trio
 
 from pitfs.config.production import Config, load_config
-from pitfs.errors import PitfsError, UsageError
+from pitfs.errors import PermissionDeniedError, PitfsError, UsageError
 from pitfs.splitter import control
 
 STARTING_S: Final = 10.0  # the shipper answers some time after writes are accepted
@@ -20,6 +20,7 @@ def ask_shipper(config_path: str, request: msgspec.Struct) -> dict[str, Any]:
     """Sends one request (replication/requests.py) to the shipper of the group of CONFIG; returns the reply.
 
     Raises:
+        PermissionDeniedError: this user may not ask it.
         PitfsError: `pitfs protect` is not running, or it refuses the request.
     """
     return trio.run(_ask, load_config(config_path), request)
@@ -30,6 +31,8 @@ async def _ask(config: Config, request: msgspec.Struct) -> dict[str, Any]:
     hint = f"{name}: 'pitfs protect {config.path}' isn't running"
     try:
         connection = await _connect(config)
+    except PermissionError:
+        raise PermissionDeniedError(config.group.state) from None
     except FileNotFoundError:
         if os.path.isdir(config.group.state):
             raise PitfsError(f"{hint}: start it first") from None
