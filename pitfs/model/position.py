@@ -99,6 +99,11 @@ def format_instant(time_ns: int) -> str:
     return f"{format_day(day)}T{hour:02d}-{minute:02d}-{second:02d}.{nanoseconds:09d}Z"
 
 
+def whole_second(instant: str) -> str:
+    """A canonical instant without what is below a second: for messages."""
+    return f"{instant[:19]}Z"
+
+
 def parse_instant(text: str) -> int | None:
     """The time (ns) of a canonical instant; None if the text isn't exactly one."""
     try:
