@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import stat
 import time
 from typing import Any, Final
 
 from pitfs.cli.common.output import granularity_text, print_json, span_row, span_text
 from pitfs.cli.common.parser import add_json
-from pitfs.errors import UsageError
+from pitfs.errors import PermissionDeniedError, UsageError
 from pitfs.model.position import format_instant
 
 DESCRIPTION: Final = (
@@ -26,15 +27,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if os.path.isdir(args.target):
+    try:
+        is_store = stat.S_ISDIR(os.stat(args.target).st_mode)
+    except PermissionError:
+        raise PermissionDeniedError(args.target) from None
+    except (OSError, ValueError):
+        raise UsageError(f"{args.target}: no such file or directory: give a configuration or a store") from None
+    if is_store:
         status = _replica(args.target)
-    elif os.path.exists(args.target):
+    else:
         from pitfs.cli.common.shipper import ask_shipper
         from pitfs.replication.requests import ReadStatus
 
         status = ask_shipper(args.target, ReadStatus())
-    else:
-        raise UsageError(f"{args.target}: no such file or directory: give a configuration or a store")
     if args.json:
         print_json(status, indent=None)
     else:
