@@ -106,8 +106,8 @@ class ShipperControl:
             await self._shipper.status.wait_committed(splitter.mark, requests.SNAPSHOT_GRACE_S)
         except InGapError as error:
             raise PitfsError(
-                f"{self._group}: the snapshot {instant} lies in a gap ({error}): the replica got a complete "
-                "copy of a later state instead: take another snapshot"
+                f"{self._group}: the snapshot {instant} lies in a gap ({error}): the replica got a full "
+                "sync of a later state instead: take another snapshot"
             ) from error
         except PitfsError as error:
             since = self._link_down_since(time.time_ns())

@@ -113,7 +113,7 @@ def copy_manifest(copy: Copy, history: str, welcome: transfer.Welcome) -> Manife
         kind,
         before,
         end,
-        cause or "the first full copy",
+        cause or "the first full sync",
         diff_count=None,
         identity=f"{FORMAT} {history} {kind.name.lower()} {start.mark}",
         gaps=gaps,
