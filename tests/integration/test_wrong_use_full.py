@@ -233,7 +233,7 @@ def test_a_full_journal_with_degrade_passes_writes_and_shows_the_gap(tmp_path: P
         assert "Traceback" not in production.logged() + replica.logged()
         assert len(lines_with(production, "writes go on, but no instant")) == 1
         assert len(lines_with(production, "full sync begins")) == 1, "the first one"
-        assert len(lines_with(production, "copy of what changed committed")) == 1
+        assert len(lines_with(production, "full sync of what changed committed")) == 1
         status = status_of(production)
         assert (status["changed_bytes"], status["copying"], status["copying_bytes"]) == (None, False, None)
 
