@@ -19,7 +19,7 @@ from typing import Final
 
 import msgspec
 
-from pitfs.errors import PositionMismatchError, StoreError, StoreVersionError
+from pitfs.errors import PermissionDeniedError, PositionMismatchError, StoreError, StoreVersionError
 from pitfs.model.group import identity_problem
 from pitfs.model.transfer import Hello, VolumeInfo
 from pitfs.storage.files import closed_on_error, durable_replace, fsync_directory, storage_error
@@ -65,6 +65,8 @@ def read_store_info(path: str) -> StoreInfo:
         raise StoreError(f"{path}: not a store, it has no {STORE_JSON}: {looks}{_stores_in(path)}") from None
     except NotADirectoryError:
         raise StoreError(f"{path}: not a directory: {looks}") from None
+    except PermissionError:
+        raise PermissionDeniedError(name) from None
     except OSError as error:
         raise storage_error(error, name, "reading") from error
     try:

@@ -220,12 +220,12 @@ class PointInTimeView:
         leaf_bytes = FANOUT * self.block_size
 
         def ranges_of_leaves() -> Iterator[I64Array]:
-            following = partial(self._store.next_leaf, self.resolution, self.volume)
-            index = following(low // leaf_bytes) if low < high else None
-            while index is not None and index * leaf_bytes < high:
+            following, end = partial(self._store.next_leaf, self.resolution, self.volume), -(-high // leaf_bytes)
+            index = following(low // leaf_bytes, end) if low < high else None
+            while index is not None:
                 pointers, _ = self._table(index)
                 yield (runs(pointers != 0) * self.block_size + index * leaf_bytes).clip(low, high)
-                index = following(index + 1)
+                index = following(index + 1, end)
 
         return joined(ranges_of_leaves())
 

@@ -205,5 +205,5 @@ class FakeImageStore:
         part = slice(leaf * 512, (leaf + 1) * 512)
         return self.pointers[part].copy(), self.checksums[part].copy()
 
-    def next_leaf(self, resolution: Resolution, volume: int, first: int) -> int | None:
-        return first if first < len(self.pointers) // 512 else None
+    def next_leaf(self, resolution: Resolution, volume: int, first: int, end: int) -> int | None:
+        return first if first < min(end, len(self.pointers) // 512) else None
