@@ -43,11 +43,13 @@ def damage(catalog: Catalog, column: str, value: object, gap: int) -> None:
 def test_gaps_are_found_from_any_time(catalog: Catalog) -> None:
     gaps = list(catalog.gaps())
     assert len(gaps) == 3 and catalog.last_gap() == gaps[-1]
-    times_ns = sorted({time_ns + step for gap in gaps for time_ns in (gap.from_time_ns, gap.to_time_ns) for step in (-1, 0, 1)})
+    ends_ns = {gap.from_time_ns for gap in gaps} | {gap.to_time_ns for gap in gaps}
+    times_ns = sorted(end_ns + step for end_ns in ends_ns for step in (-1, 0, 1))
     for from_ns in times_ns:
         assert list(catalog.gaps(from_ns)) == [gap for gap in gaps if gap.to_time_ns >= from_ns]
         for to_ns in (time_ns for time_ns in times_ns if time_ns > from_ns):
-            assert catalog.has_gap(from_ns, to_ns) == any(g.from_time_ns < to_ns and g.to_time_ns > from_ns for g in gaps)
+            expected = any(gap.from_time_ns < to_ns and gap.to_time_ns > from_ns for gap in gaps)
+            assert catalog.has_gap(from_ns, to_ns) == expected
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
