@@ -119,6 +119,7 @@ def _commit_layers(staged: StagedTransfer, store: WritableStore) -> None:
     interval = replace(base, granularity_ns=m.granularity_ns, cause=m.cause, journal_rows=row_count)
     store.catalog.commit_layers(interval, objects, replaced, minutes)
     if replaced:
+        store.objects.forget(ObjectName(ObjectKind.JOURNAL_INDEX, base.end_snapshot_id, base.layer))
         with suppress(FileNotFoundError):
             os.unlink(os.path.join(store.objects.directory, replaced))
 
