@@ -120,7 +120,9 @@ def _commit_layers(staged: StagedTransfer, store: WritableStore) -> None:
     interval = replace(base, granularity_ns=m.granularity_ns, cause=m.cause, journal_rows=row_count)
     store.catalog.commit_layers(interval, objects, replaced, minutes)
     if replaced:
-        path = os.path.join(store.objects.directory, store.layout.path_of(replaced))
+        name = ObjectName(ObjectKind.JOURNAL_INDEX, base.end_snapshot_id, base.layer)
+        store.objects.forget(name)
+        path = store.objects.path_of(name)
         with suppress(FileNotFoundError):
             os.unlink(path)
             fsync_directory(os.path.dirname(path))  # before staging forgets that there was one
