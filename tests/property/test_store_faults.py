@@ -472,31 +472,6 @@ def test_a_folder_is_durable_before_the_catalog_counts_on_what_is_in_it(
         assert before.index(".") < before.index("0001/000") > before.index("0001")
 
 
-def test_a_replaced_index_is_gone_for_good_before_what_tells_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Else it could come back by a power loss, and nobody would look for it."""
-    history, transfers = small_history()
-    ingest = Ingest(str(tmp_path), history.hello)
-    layers = transfers[1].layers.pop()
-    for transfer in transfers[:2]:
-        ingest_transfer(ingest, transfer)
-    events: list[str] = []
-    unlink = os.unlink
-
-    def note_unlink(path: str) -> None:
-        events.append(f"unlink {os.path.basename(path)}")
-        unlink(path)
-
-    monkeypatch.setattr(os, "fsync", lambda fd: events.append(os.readlink(f"/proc/self/fd/{fd}")[-8:]))
-    monkeypatch.setattr(os, "unlink", note_unlink)
-    send(ingest, layers)
-    ingest.close()
-    (index,) = (event for event in events if event.startswith("unlink journal-") and "index" in event)
-    assert events[events.index(index) + 1] == "0000/000"
-    assert "unlink progress.json" in events[events.index(index) + 2 :]
-
-
 def test_layers_that_were_given_up_leave_nothing_that_stops_the_next_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from pitfs.model.blockmap import EMPTY, MapEntry
 from pitfs.model.ladder import layer_of
 from pitfs.model.transfer import Source, TransferKind
-from pitfs.storage.files import fsync_directory, open_fd, write_all
+from pitfs.storage.files import open_fd, write_all
 from pitfs.store.catalog.records import Commit, Interval, Snapshot, add_seconds
 from pitfs.store.index.maps import MapWriter, block_maps
 from pitfs.store.index.merge import by_volume
@@ -122,10 +122,8 @@ def _commit_layers(staged: StagedTransfer, store: WritableStore) -> None:
     if replaced:
         name = ObjectName(ObjectKind.JOURNAL_INDEX, base.end_snapshot_id, base.layer)
         store.objects.forget(name)
-        path = store.objects.path_of(name)
         with suppress(FileNotFoundError):
-            os.unlink(path)
-            fsync_directory(os.path.dirname(path))  # before staging forgets that there was one
+            os.unlink(store.objects.path_of(name))
 
 
 def _add_contents(staged: StagedTransfer, store: WritableStore) -> tuple[ObjectRecord, ...]:
