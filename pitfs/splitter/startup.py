@@ -111,7 +111,7 @@ def _open(
             remove_bitmap(state)
         elif cause is not None:
             if cause:
-                log.warning("%s: a complete copy follows, instants until now stay as they are", cause)
+                log.warning("%s: a full sync follows, instants until now stay as they are", cause)
             splitter.start_copy(cause)
         else:
             splitter.checkpoint(splitter.snapshot_progress())

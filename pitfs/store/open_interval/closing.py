@@ -31,14 +31,14 @@ import numpy.typing as npt
 
 from pitfs.errors import CorruptionError
 from pitfs.model.blockmap import U64Array
-from pitfs.model.transfer import UNIT_BYTES, Bookmark, Manifest, TransferKind
+from pitfs.model.transfer import Bookmark, Manifest, TransferKind
 from pitfs.storage.files import open_fd, storage_error
 from pitfs.store.catalog.records import Commit, OpenInterval, Snapshot
 from pitfs.store.index.format import INDEX_ROW, IndexWriter
 from pitfs.store.index.maps import MapWriter, block_maps, look_up
 from pitfs.store.index.merge import BY_BLOCK, Rows, by_volume, merged
 from pitfs.store.index.reader import RowIndex, chunk_cache
-from pitfs.store.objects.format import UNIT_BITS, ObjectKind, ObjectName
+from pitfs.store.objects.format import ObjectKind, ObjectName
 from pitfs.store.open_interval.contents import ContentReader, ContentWriter, Deduplication
 from pitfs.store.open_interval.sorted_runs import open_run
 from pitfs.store.transfer.recovery import StagingArea
@@ -76,7 +76,7 @@ class _Objects:
         self, record: OpenInterval, store: WritableStore, directory: str, wal_fd: int, files: ExitStack
     ) -> None:
         self._record, self._store = record, store
-        self._units = (store.block_sizes // UNIT_BYTES).astype("<u8")
+        self._units = store.block_units
         names = [ObjectName(kind, record.end_snapshot_id) for kind in ObjectKind]
         self._map_fd, snapshot_fd, self._index_fd, journal_fd = (
             files.enter_context(new_object(directory, name)) for name in names
@@ -89,13 +89,15 @@ class _Objects:
         self._contents = Deduplication(self._reader, sum(run.row_count for run in record.runs))
         roots_before = store.catalog.roots(record.base_snapshot_id)
         self._base_maps = block_maps(store.load_node, roots_before, store.volumes)
-        self._maps = MapWriter(self._map_fd, record.end_snapshot_id, store.volumes, roots_before, store.load_node)
+        self._maps = MapWriter(
+            self._map_fd, record.end_snapshot_id, store.volumes, roots_before, store.load_node, store.layout
+        )
         self._index = IndexWriter(self._index_fd)
         self._rows, self._ends = (
             files.enter_context(closing(StagedArray(os.path.join(directory, name), INDEX_ROW, 0)))
             for name in ("rows", "ends")
         )
-        self._block_count = 0
+        self._unit_bits, self._block_count = np.uint64(store.layout.unit_bits), 0
 
     def add_ends(self, rows: Rows, is_last: npt.NDArray[np.bool_]) -> None:
         """The next rows, as sorted runs have them, and which are their block's last: those are done here."""
@@ -135,7 +137,7 @@ class _Objects:
             numbers = np.cumsum(begins) + count - 1
             block, count = (int(volumes[-1]), int(blocks[-1])), int(numbers[-1]) + 1
             ends = self._ends.part(int(numbers[0]), count - int(numbers[0]))[numbers - numbers[0]]
-            units, new = self._units[volumes], pointers >> np.uint64(UNIT_BITS) == self._record.wal.number
+            units, new = self._units[volumes], pointers >> self._unit_bits == self._record.wal.number
             proposed = np.where(new & (checksums == ends["checksum"]), ends["pointer"], 0)
             found = self._reader.confirmed(pointers, proposed, units)
             pointers[found != 0] = found[found != 0]

@@ -17,23 +17,15 @@ import numpy as np
 
 from pitfs.errors import CorruptionError
 from pitfs.model.blockmap import U64Array
-from pitfs.model.transfer import UNIT_BYTES
 from pitfs.storage.files import write_all
-from pitfs.store.objects.format import (
-    HEADER_BYTES,
-    ObjectName,
-    ObjectRecord,
-    data_offset,
-    pointer_object,
-    pointer_unit,
-)
+from pitfs.store.objects.format import HEADER_BYTES, ObjectName, ObjectRecord
 from pitfs.store.objects.pool import ObjectPool
 from pitfs.store.transfer.sections import checksums_of
 from pitfs.store.transfer.writable_store import WritableStore
 
 log = logging.getLogger(__name__)
 
-PART_UNITS: Final = 2048  # contents in memory at once: 1 MiB, and one block
+PART_BYTES: Final = 1 << 20  # contents in memory at once; one block comes on top
 WAYS: Final = 16  # half of them are used where the table is as large as it wants to be
 MAX_BUCKETS: Final = 1 << 16  # 18 MiB: half a million contents, as many as an interval of the shipper has rows
 
@@ -79,8 +71,9 @@ class ContentReader:
     """
 
     def __init__(self, fds: Mapping[int, int], objects: ObjectPool) -> None:
+        self.layout = objects.layout
         self._fds, self._objects = fds, objects
-        self._buffers = [memoryview(bytearray((PART_UNITS + (1 << 16) // UNIT_BYTES) * UNIT_BYTES)) for _ in range(2)]
+        self._buffers = [memoryview(bytearray(2 * PART_BYTES)) for _ in range(2)]
 
     def parts(self, pointers: U64Array, units: U64Array, buffer: int = 0) -> Iterator[tuple[slice, memoryview]]:
         """Stretches of these blocks, of so many units each, with their contents; good until the next one is taken.
@@ -89,7 +82,7 @@ class ContentReader:
             CorruptionError: an object ends before that.
             OSError: the disk refuses.
         """
-        group = (np.cumsum(units) - 1) // PART_UNITS
+        group = (np.cumsum(units) * np.uint64(self.layout.unit_bytes) - 1) // PART_BYTES
         cuts = [0, *(np.flatnonzero(group[1:] != group[:-1]) + 1).tolist(), len(pointers)]
         for first, end in itertools.pairwise(cuts):
             if first < end:
@@ -99,13 +92,13 @@ class ContentReader:
         """The contents, with one read for those that follow each other in an object."""
         follows = pointers[1:] == pointers[:-1] + units[:-1]
         firsts = np.concatenate([[0], np.flatnonzero(~follows) + 1])
-        ends = np.cumsum(np.add.reduceat(units, firsts)).tolist()
+        ends = (np.cumsum(np.add.reduceat(units, firsts)) * np.uint64(self.layout.unit_bytes)).tolist()
         used = 0
         for pointer, end in zip(pointers[firsts].tolist(), ends, strict=True):
-            number, offset = pointer_object(pointer), data_offset(pointer_unit(pointer))
+            number, offset = self.layout.object_of(pointer), self.layout.offset_of(pointer)
             fd = self._fds[number] if number in self._fds else self._objects.fd(number)
-            while used < end * UNIT_BYTES:
-                count = os.preadv(fd, (buffer[used : end * UNIT_BYTES],), offset)
+            while used < end:
+                count = os.preadv(fd, (buffer[used:end],), offset)
                 if not count:
                     path = self._objects.path_of(ObjectName.of_number(number))
                     raise CorruptionError(path, offset, "it ends inside a content")
@@ -118,7 +111,7 @@ class ContentReader:
         ours, theirs, units = pointers[places], proposed[places], units[places]
         for (part, one), (_, other) in zip(self.parts(ours, units), self.parts(theirs, units, 1), strict=True):
             differs = np.frombuffer(one, "<u8") != np.frombuffer(other, "<u8")
-            starts = (np.cumsum(units[part]) - units[part]).astype(np.intp) * (UNIT_BYTES // 8)
+            starts = (np.cumsum(units[part]) - units[part]).astype(np.intp) * (self.layout.unit_bytes // 8)
             same = ~np.logical_or.reduceat(differs, starts)
             found[places[part]] = np.where(same, theirs[part], 0)
         return found
@@ -133,17 +126,18 @@ class ContentWriter:
 
     def __init__(self, fd: int, name: ObjectName, reader: ContentReader) -> None:
         self._fd, self._name, self._reader = fd, name, reader
-        self._units = 0
+        self._layout, self._units = reader.layout, 0
         self._damaged = 0
 
     def add(self, pointers: U64Array, units: U64Array, checksums: U64Array) -> U64Array:
         """Copies the blocks at these pointers; returns pointers to the copies. Raises as `ContentReader.parts`."""
-        found: U64Array = np.uint64(self._name.pointer(self._units)) + np.cumsum(units, dtype="<u8") - units
+        first = np.uint64(self._layout.pointer(self._name, self._units))
+        found: U64Array = first + np.cumsum(units, dtype="<u8") - units
         for part, data in self._reader.parts(pointers, units):
-            sizes = units[part].astype("<i8") * UNIT_BYTES
+            sizes = units[part].astype("<i8") * self._layout.unit_bytes
             self._damaged += int((checksums_of(data, sizes) != checksums[part]).sum())
-            write_all(self._fd, data, HEADER_BYTES + self._units * UNIT_BYTES)
-            self._units += len(data) // UNIT_BYTES
+            write_all(self._fd, data, HEADER_BYTES + self._units * self._layout.unit_bytes)
+            self._units += len(data) // self._layout.unit_bytes
         return found
 
     def finish(self, store: WritableStore) -> list[ObjectRecord]:
@@ -151,7 +145,7 @@ class ContentWriter:
         if self._damaged:
             problem = "contents of the log don't match their checksums: reading them gives an error"
             log.error("%s: %d %s", self._name.file, self._damaged, problem)
-        return [store.complete(self._fd, self._name, self._units * UNIT_BYTES)] if self._units else []
+        return [store.complete(self._fd, self._name, self._units * self._layout.unit_bytes)] if self._units else []
 
 
 class Deduplication:
