@@ -4,8 +4,8 @@ Two rates are measured of what goes. That of the link counts the time in which s
 replica's TCP had acknowledged it: the kernel knows it, whatever the replica's disk does meanwhile. It says how much
 should wait before the socket, and `status` shows it. That of the intake counts all the time until what was sent is
 durable. It decides how much is under way, and what goes until the next diff is due: layers that the link carries and
-the replica can't write in time would be put off halfway. Where the replica stops reading, as its queue is full, both are the same: from here a replica that
-doesn't read looks like a tunnel that carries no more.
+the replica can't write in time would be put off halfway. Where the replica stops reading, as its queue is full, both
+are the same: from here a replica that doesn't read looks like a tunnel that carries no more.
 """
 
 from __future__ import annotations
