@@ -19,11 +19,11 @@ from pitfs.errors import CorruptionError
 from pitfs.model.transfer import VolumeInfo
 from pitfs.store.catalog import database
 from pitfs.store.ingest import Ingest
-from pitfs.store.objects.format import HEADER_BYTES, ObjectKind, ObjectName
+from pitfs.store.objects.format import HEADER_BYTES, OBJECTS, ObjectKind, ObjectName
 from pitfs.store.open_interval import closing, contents
 from pitfs.store.store import Store
 from tests.helpers.pipeline import Pipeline
-from tests.helpers.stores import ingest_transfer, object_files, read_image
+from tests.helpers.stores import ingest_transfer, read_image
 from tests.helpers.streams import batch_of, mark_of
 from tests.helpers.transfers import History
 
@@ -83,9 +83,11 @@ def allowed(writes: Sequence[Overwrite], base: Sequence[bytes] | None) -> tuple[
 
 def stored(path: str, snapshot_id: int) -> tuple[int, int]:
     """Bytes of contents in the two objects of an interval, as they are on the disk."""
+    store = Store.open(path)
     names = (ObjectName(kind, snapshot_id) for kind in (ObjectKind.SNAPSHOT_BLOCKS, ObjectKind.JOURNAL_BLOCKS))
-    files = [object_files(path, name.file) for name in names]
-    one, two = (found[0].stat().st_size - HEADER_BYTES if found else 0 for found in files)
+    files = list(map(store.objects.path_of, names))
+    store.close()
+    one, two = (os.path.getsize(file) - HEADER_BYTES if os.path.exists(file) else 0 for file in files)
     return one, two
 
 
@@ -179,7 +181,7 @@ def test_damage_in_the_log_ends_no_closing_and_is_an_error_of_its_block_alone(
     good, bad = (np.random.default_rng(seed).bytes(4096) for seed in (1, 2))
     ingest.write(batch_of([history.write_blocks(1, block, [c]) for block, c in ((3, bad), (3, good), (9, good))]))
     ingest.publish()
-    (wal,) = object_files(ingest.path, "journal-*.blocks")
+    (wal,) = (Path(ingest.path) / OBJECTS).rglob("journal-*.blocks")
     data = wal.read_bytes()
     assert data.count(bad) == 1
     wal.write_bytes(data.replace(bad, bad[:-1] + bytes([bad[-1] ^ 1])))
