@@ -27,12 +27,12 @@ from pitfs.replication.manifests import diff_manifest, layers_manifest
 from pitfs.splitter.startup import journal_directory
 from pitfs.store.catalog import database
 from pitfs.store.ingest import Ingest
-from pitfs.store.objects.format import HEADER_BYTES, OBJECTS, ObjectKind, ObjectName
+from pitfs.store.objects.format import HEADER_BYTES, ObjectKind, ObjectName
 from pitfs.store.open_interval import closing, contents
 from pitfs.store.store import Store
 from tests.helpers import shipper
 from tests.helpers.pipeline import Pipeline
-from tests.helpers.stores import feed, ingest_transfer, read_image
+from tests.helpers.stores import feed, ingest_transfer, object_files, read_image
 from tests.helpers.streams import batch_of, mark_of
 from tests.helpers.transfers import History
 
@@ -92,11 +92,9 @@ def allowed(writes: Sequence[Overwrite], base: Sequence[bytes] | None) -> tuple[
 
 def stored(path: str, snapshot_id: int) -> tuple[int, int]:
     """Bytes of contents in the two objects of an interval, as they are on the disk."""
-    store = Store.open(path)
     names = (ObjectName(kind, snapshot_id) for kind in (ObjectKind.SNAPSHOT_BLOCKS, ObjectKind.JOURNAL_BLOCKS))
-    files = list(map(store.objects.path_of, names))
-    store.close()
-    one, two = (os.path.getsize(file) - HEADER_BYTES if os.path.exists(file) else 0 for file in files)
+    files = [object_files(path, name.file) for name in names]
+    one, two = (found[0].stat().st_size - HEADER_BYTES if found else 0 for found in files)
     return one, two
 
 
@@ -211,6 +209,32 @@ def test_contents_with_equal_checksums_are_stored_each_where_their_bytes_differ(
     ingest.close()
 
 
+@pytest.mark.parametrize("damage", ["cut", "a directory"])
+def test_an_older_object_that_is_damaged_ends_no_closing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    """What a block had before is only compared."""
+    history = History(8, VOLUMES)
+    ingest = Ingest(str(tmp_path), history.hello)
+    ingest_transfer(ingest, history.close_interval())
+    ingest.close()
+    ingest = Ingest(str(tmp_path), history.hello)  # which has no object open
+    before = history.states[0][1]
+    block = next(block for block in range(70) if len(set(before[block * 4096 : (block + 1) * 4096])) > 4)
+    ingest.write(batch_of([history.write_blocks(1, block, [before[block * 4096 : (block + 1) * 4096]])]))
+    (base,) = object_files(ingest.path, "snapshot-*.blocks")
+    if damage == "cut":
+        os.truncate(base, HEADER_BYTES)
+    else:
+        base.unlink()
+        base.mkdir()
+    ingest.mark(mark_of(history))
+    ingest.stream.wait_for_closing()
+    assert "stored once more" in caplog.text
+    assert stored(ingest.path, only_interval(ingest)) == (4096, 0)
+    ingest.close()
+
+
 def test_damage_in_the_log_ends_no_closing_and_is_an_error_of_its_block_alone(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -220,7 +244,7 @@ def test_damage_in_the_log_ends_no_closing_and_is_an_error_of_its_block_alone(
     good, bad = (np.random.default_rng(seed).bytes(4096) for seed in (1, 2))
     ingest.write(batch_of([history.write_blocks(1, block, [c]) for block, c in ((3, bad), (3, good), (9, good))]))
     ingest.publish()
-    (wal,) = (Path(ingest.path) / OBJECTS).rglob("journal-*.blocks")
+    (wal,) = object_files(ingest.path, "journal-*.blocks")
     data = wal.read_bytes()
     assert data.count(bad) == 1
     wal.write_bytes(data.replace(bad, bad[:-1] + bytes([bad[-1] ^ 1])))
