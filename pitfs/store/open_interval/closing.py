@@ -29,7 +29,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from pitfs.errors import CorruptionError
+from pitfs.errors import CorruptionError, PitfsError
 from pitfs.model.blockmap import U64Array
 from pitfs.model.transfer import Bookmark, Manifest, TransferKind
 from pitfs.storage.files import open_fd, storage_error
@@ -91,13 +91,13 @@ class _Objects:
         self._base_maps = block_maps(store.load_node, roots_before, store.volumes)
         self._maps = MapWriter(
             self._map_fd, record.end_snapshot_id, store.volumes, roots_before, store.load_node, store.layout
-        )
+        )  # fmt: skip
         self._index = IndexWriter(self._index_fd)
         self._rows, self._ends = (
             files.enter_context(closing(StagedArray(os.path.join(directory, name), INDEX_ROW, 0)))
             for name in ("rows", "ends")
         )
-        self._unit_bits, self._block_count = np.uint64(store.layout.unit_bits), 0
+        self._block_count = 0
 
     def add_ends(self, rows: Rows, is_last: npt.NDArray[np.bool_]) -> None:
         """The next rows, as sorted runs have them, and which are their block's last: those are done here."""
@@ -122,12 +122,13 @@ class _Objects:
         """Where the base snapshot has these contents in their blocks already, else 0."""
         try:
             return self._reader.confirmed(pointers, proposed, units)
-        except (CorruptionError, OSError) as error:  # of an older object: no reason not to have this interval
+        except (PitfsError, OSError) as error:  # of an older object: no reason not to have this interval
             log.warning("contents that may be those of the snapshot before are stored once more: %s", error)
             return np.zeros(len(pointers), "<u8")
 
     def add_journal(self) -> None:
         """What the rows besides the blocks' last ones need; then they go to the index."""
+        unit_bits = np.uint64(self._store.layout.unit_bits)
         block, count = (-1, -1), 0  # block of the last row, and the number of blocks so far
         for rows in map(np.copy, self._rows.verified()):
             volumes, blocks, pointers, checksums = (rows[name] for name in ("volume", "block", "pointer", "checksum"))
@@ -137,7 +138,7 @@ class _Objects:
             numbers = np.cumsum(begins) + count - 1
             block, count = (int(volumes[-1]), int(blocks[-1])), int(numbers[-1]) + 1
             ends = self._ends.part(int(numbers[0]), count - int(numbers[0]))[numbers - numbers[0]]
-            units, new = self._units[volumes], pointers >> self._unit_bits == self._record.wal.number
+            units, new = self._units[volumes], pointers >> unit_bits == self._record.wal.number
             proposed = np.where(new & (checksums == ends["checksum"]), ends["pointer"], 0)
             found = self._reader.confirmed(pointers, proposed, units)
             pointers[found != 0] = found[found != 0]

@@ -25,7 +25,7 @@ from pitfs.store.transfer.writable_store import WritableStore
 
 log = logging.getLogger(__name__)
 
-PART_BYTES: Final = 1 << 20  # contents in memory at once; one block comes on top
+PART_BYTES: Final = 1 << 20  # contents in memory at once, and one block
 WAYS: Final = 16  # half of them are used where the table is as large as it wants to be
 MAX_BUCKETS: Final = 1 << 16  # 18 MiB: half a million contents, as many as an interval of the shipper has rows
 
@@ -68,12 +68,14 @@ class ContentReader:
 
     Args:
         fds: by number, of objects that aren't in the pool.
+
+    Attributes:
+        layout: of the store.
     """
 
     def __init__(self, fds: Mapping[int, int], objects: ObjectPool) -> None:
-        self.layout = objects.layout
-        self._fds, self._objects = fds, objects
-        self._buffers = [memoryview(bytearray(2 * PART_BYTES)) for _ in range(2)]
+        self._fds, self._objects, self.layout = fds, objects, objects.layout
+        self._buffers = [memoryview(bytearray(PART_BYTES + (1 << 16))) for _ in range(2)]
 
     def parts(self, pointers: U64Array, units: U64Array, buffer: int = 0) -> Iterator[tuple[slice, memoryview]]:
         """Stretches of these blocks, of so many units each, with their contents; good until the next one is taken.
@@ -82,7 +84,7 @@ class ContentReader:
             CorruptionError: an object ends before that.
             OSError: the disk refuses.
         """
-        group = (np.cumsum(units) * np.uint64(self.layout.unit_bytes) - 1) // PART_BYTES
+        group = (np.cumsum(units) - 1) // (PART_BYTES // self.layout.unit_bytes)
         cuts = [0, *(np.flatnonzero(group[1:] != group[:-1]) + 1).tolist(), len(pointers)]
         for first, end in itertools.pairwise(cuts):
             if first < end:
@@ -92,7 +94,7 @@ class ContentReader:
         """The contents, with one read for those that follow each other in an object."""
         follows = pointers[1:] == pointers[:-1] + units[:-1]
         firsts = np.concatenate([[0], np.flatnonzero(~follows) + 1])
-        ends = (np.cumsum(np.add.reduceat(units, firsts)) * np.uint64(self.layout.unit_bytes)).tolist()
+        ends = (np.cumsum(np.add.reduceat(units, firsts)) * self.layout.unit_bytes).tolist()
         used = 0
         for pointer, end in zip(pointers[firsts].tolist(), ends, strict=True):
             number, offset = self.layout.object_of(pointer), self.layout.offset_of(pointer)
@@ -125,19 +127,19 @@ class ContentWriter:
     """
 
     def __init__(self, fd: int, name: ObjectName, reader: ContentReader) -> None:
-        self._fd, self._name, self._reader = fd, name, reader
-        self._layout, self._units = reader.layout, 0
+        self._fd, self._name, self._reader, self._layout = fd, name, reader, reader.layout
+        self._units = 0
         self._damaged = 0
 
     def add(self, pointers: U64Array, units: U64Array, checksums: U64Array) -> U64Array:
         """Copies the blocks at these pointers; returns pointers to the copies. Raises as `ContentReader.parts`."""
-        first = np.uint64(self._layout.pointer(self._name, self._units))
-        found: U64Array = first + np.cumsum(units, dtype="<u8") - units
+        first, unit_bytes = self._layout.pointer(self._name, self._units), self._layout.unit_bytes
+        found: U64Array = np.uint64(first) + np.cumsum(units, dtype="<u8") - units
         for part, data in self._reader.parts(pointers, units):
-            sizes = units[part].astype("<i8") * self._layout.unit_bytes
+            sizes = units[part].astype("<i8") * unit_bytes
             self._damaged += int((checksums_of(data, sizes) != checksums[part]).sum())
-            write_all(self._fd, data, HEADER_BYTES + self._units * self._layout.unit_bytes)
-            self._units += len(data) // self._layout.unit_bytes
+            write_all(self._fd, data, HEADER_BYTES + self._units * unit_bytes)
+            self._units += len(data) // unit_bytes
         return found
 
     def finish(self, store: WritableStore) -> list[ObjectRecord]:
