@@ -37,6 +37,7 @@ from pitfs.replication.manifests import copy_manifest
 from pitfs.replication.phases import Phase
 from pitfs.replication.ports import Session, ShipperSettings
 from pitfs.replication.sending import Sender
+from pitfs.splitter.backings import Backings
 from pitfs.splitter.change_bitmap import BitmapAssembler
 from pitfs.splitter.messages import SplitterClient
 from pitfs.storage.files import open_fd
@@ -55,9 +56,15 @@ class FullSync:
     """Sends copies, each from its COPY_START in the journal, and tells the splitter how far the replica has them."""
 
     def __init__(
-        self, settings: ShipperSettings, splitter: SplitterClient, cursor: JournalCursor, sender: Sender
+        self,
+        settings: ShipperSettings,
+        splitter: SplitterClient,
+        cursor: JournalCursor,
+        sender: Sender,
+        backings: Backings,
     ) -> None:
         self._settings, self._splitter, self._cursor, self._sender = settings, splitter, cursor, sender
+        self._backings = backings
 
     async def ship(self, session: Session, copy: Copy) -> None:
         """Sends a copy, or the rest of it.
@@ -91,7 +98,7 @@ class FullSync:
 
         try:
             with contextlib.ExitStack() as stack:
-                fds = [stack.enter_context(open_fd(backing, os.O_RDONLY)) for backing in self._settings.backings]
+                fds = await self._backings.open(stack)
                 directory, volumes = self._settings.journal_directory, self._settings.hello.volumes
                 frames = copy_frames(directory, volumes, fds, copy, resume, tail)
                 await self._sender.send(session, frames, on_durable=on_durable)
@@ -101,7 +108,7 @@ class FullSync:
             if error is session.failure:
                 raise
             await self._cursor.abandon(str(error))
-        await self._splitter.copied(CopyProgress(mark, len(self._settings.backings), 0))
+        await self._splitter.copied(CopyProgress(mark, len(self._settings.hello.volumes), 0))
         status.acknowledged(session.welcome, copy.location)
         status.enter(Phase.WAITING)
         log.info("%s committed, mark %d", copy.what, mark)
