@@ -81,7 +81,7 @@ async def test_a_replica_from_before_a_completed_copy_gets_another_one(parts: Pa
             "the journal still leads on from there, up to the copy"
         )
     await recovers(parts)
-    assert "a complete copy that it had acknowledged" in parts.shipper.status.lost_cause
+    assert "a full sync that it had acknowledged" in parts.shipper.status.lost_cause
 
 
 # -- the word of a commit that is lost --------------------------------------------------------------------
@@ -155,7 +155,7 @@ async def test_a_process_without_memory_has_no_damaged_journal(
             await parts.ship()
     await parts.connect_anew()
     await parts.ship_marked()
-    assert parts.pipeline.splitter.state.mark == mark, "without a complete copy"
+    assert parts.pipeline.splitter.state.mark == mark, "without a full sync"
     parts.assert_replica_has_all()
 
 
@@ -169,7 +169,7 @@ async def test_a_copy_whose_beginning_is_damaged_is_begun_anew(parts: Parts) -> 
         file.seek(place.offset)
         file.write(b"\xff" * 64)
     assert isinstance(await parts.ship(), Interval), "what came before that copy"
-    with pytest.raises(LinkError, match="connecting anew for a complete copy"):
+    with pytest.raises(LinkError, match="connecting anew for a full sync"):
         await parts.next()
     await parts.connect_anew()
     item = await parts.ship()
