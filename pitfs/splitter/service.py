@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -12,10 +13,10 @@ import trio
 from pitfs.errors import CapacityError, PitfsError
 from pitfs.splitter import messages
 from pitfs.splitter.change_bitmap import marked_bytes
-from pitfs.splitter.messages import SplitterRequest, SplitterStatus
+from pitfs.splitter.messages import Backing, SplitterRequest, SplitterStatus
 from pitfs.splitter.splitter import Splitter
 from pitfs.splitter.sync_gate import SyncGate
-from pitfs.storage.files import storage_error
+from pitfs.storage.files import file_identity, storage_error
 
 log = logging.getLogger(__name__)
 
@@ -118,11 +119,13 @@ class SplitterService:
             if has_room:
                 splitter.resume_journal()
 
-    async def handle(self, request: SplitterRequest) -> SplitterStatus:
+    async def handle(self, request: SplitterRequest) -> SplitterStatus | Backing:
         """Answers one control request. Raises PitfsError."""
         splitter = self._splitter
         try:
             match request:
+                case messages.ReadBacking(index):
+                    return self._backing(index)
                 case messages.SetMark(bookmark):
                     splitter.mark(bookmark)
                 case messages.Copied(progress):
@@ -146,6 +149,13 @@ class SplitterService:
         with trio.move_on_after(WAIT_FOR_WRITES_S):
             while self._splitter.journal.lsn <= lsn:
                 await self._waiting_for_writes.park()
+
+    def _backing(self, index: int) -> Backing:
+        if not 0 <= index < len(self._splitter.volumes):
+            raise PitfsError(f"the group has no volume {index}")
+        volume = self._splitter.volumes[index]
+        where = volume.path, os.getpid(), volume.fd
+        return Backing(volume.name, volume.block_size, *where, file_identity(volume.fd))
 
     def _status(self) -> SplitterStatus:
         state, journal, volumes = self._splitter.state, self._splitter.journal, self._splitter.volumes

@@ -45,6 +45,12 @@ def open_fd(path: str, flags: int, mode: int = 0o600) -> Iterator[int]:
         os.close(fd)
 
 
+def file_identity(fd: int) -> tuple[int, int, int]:
+    """(st_dev, st_ino, st_rdev): equal for two descriptors of one file or device."""
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino, status.st_rdev
+
+
 @contextlib.contextmanager
 def closed_on_error(fd: int) -> Iterator[int]:
     """Closes the descriptor only if the block fails."""

@@ -13,6 +13,7 @@ import trio
 from pitfs.config.production import Config, load_config
 from pitfs.errors import UsageError
 from pitfs.link.transport.tls import LinkContext, client_context, require_loopback
+from pitfs.splitter.startup import VolumeSpec
 from pitfs.supervision.report import report
 from pitfs.supervision.service import stop_signals
 
@@ -67,6 +68,11 @@ def link_context(config: Config) -> LinkContext | None:
         return None
     assert tls.certificate and tls.key and tls.authority  # as a `TlsConfig` says
     return client_context(tls.certificate, tls.key, tls.authority)
+
+
+def volume_specs(config: Config) -> list[VolumeSpec]:
+    """The volumes as the splitter opens them, in the group's order."""
+    return [VolumeSpec(volume.name, volume.backing, volume.block_size) for volume in config.volumes]
 
 
 def run_process(serve: Callable[[Config], int]) -> int:

@@ -23,9 +23,9 @@ from pitfs.fuse.splitter import SplitterOperations, attached_loops, mount_splitt
 from pitfs.splitter import control, messages
 from pitfs.splitter.group_commit import GroupCommit
 from pitfs.splitter.service import SplitterService
-from pitfs.splitter.startup import VolumeSpec, lock_state, open_splitter
+from pitfs.splitter.startup import lock_state, open_splitter
 from pitfs.splitter.sync_gate import SyncGate
-from pitfs.supervision.processes import run_process, set_process_name, wait_for_stop
+from pitfs.supervision.processes import run_process, set_process_name, volume_specs, wait_for_stop
 
 log = logging.getLogger("pitfs.supervision.splitter_process")  # __name__ is __main__ here
 
@@ -61,10 +61,9 @@ def serve(config: Config) -> int:
     lock = lock_state(state)
     prepare_mountpoint(mountpoint, config.group.name)
     resolved = os.path.realpath(mountpoint)  # before it is mounted: then nothing answers until the loop runs
-    volumes = [VolumeSpec(volume.name, volume.backing, volume.block_size) for volume in config.volumes]
     journal = config.journal
     splitter = open_splitter(
-        state, config.group.name, volumes, journal.capacity_bytes, journal.on_full == "block", time.time_ns
+        state, config.group.name, volume_specs(config), journal.capacity_bytes, journal.on_full == "block", time.time_ns
     )
     replication = config.replication
     copying = splitter.state.copy is not None

@@ -71,13 +71,15 @@ class Pipeline:
 
     def start(self) -> None:
         self.lock = lock_state(self.state)
-        specs = [
-            VolumeSpec(f"v{index}", str(path), size)
-            for index, (path, size) in enumerate(zip(self.backings, self.block_sizes, strict=True))
-        ]
         self.splitter: Splitter = open_splitter(
-            self.state, "g", specs, self.capacity_bytes, False, self._clock
+            self.state, "g", self.specs, self.capacity_bytes, False, self._clock
         )
+
+    @property
+    def specs(self) -> list[VolumeSpec]:
+        """As a configuration has the volumes."""
+        backings = enumerate(zip(self.backings, self.block_sizes, strict=True))
+        return [VolumeSpec(f"v{index}", str(path), size) for index, (path, size) in backings]
 
     def crash(self) -> None:
         """As kill -9: descriptors go, nothing is closed in order."""

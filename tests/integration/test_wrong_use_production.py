@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
 from pitfs.cli.main import main
-from tests.helpers.hosts import Production
+from tests.helpers.hosts import Production, Replica, digest, xxhsum
 from tests.helpers.loops import LoopDevice, MountedFilesystem, force_unmount, free_file, is_mounted
-from tests.helpers.processes import run
+from tests.helpers.processes import HostError, run, wait_until
 from tests.helpers.refusals import config_text, pitfs_refused, together, write_config
 
 pytestmark = [pytest.mark.fuse, pytest.mark.timeout(120)]
@@ -262,3 +265,30 @@ def test_a_bookmark_is_never_moved_nor_misnamed(tmp_path: Path, capsys: pytest.C
             said = capsys.readouterr().err
             assert said.count("\n") == 1 and words in said
         production.terminate()
+
+
+# -- a configuration that is edited while it runs
+
+
+def test_a_configuration_that_was_edited_meanwhile_ships_nothing_until_it_fits_again(tmp_path: Path) -> None:
+    """The shipper reads it anew when it starts again after a crash; the splitter has that of its start."""
+    other = free_file(tmp_path / "other", MIB)
+    with Replica(tmp_path) as replica, Production(tmp_path, {"root": MIB}, port=replica.port) as production:
+        production.volume().write_bytes(b"z" * MIB)
+        production.snapshot()
+        text = production.config.read_text()
+        production.config.write_text(text.replace(str(production.backings["root"]), str(other)))
+
+        def link_says(words: str) -> bool:
+            with contextlib.suppress(HostError):  # there is no shipper for a moment
+                return words in str(production.status()["link"])
+            return False
+
+        for configured, words in ((True, "the configuration was changed"), (False, "connected")):
+            if not configured:
+                production.config.write_text(text)
+            for pid in production.pids("pitfs-shipper"):
+                os.kill(pid, signal.SIGKILL)
+            wait_until(functools.partial(link_says, words), words, 60, 0.2)
+        assert str(other) in production.logged() and "restart 'pitfs protect'" in production.logged()
+        assert digest(replica.store(), production.snapshot()) == xxhsum(production.volume())
