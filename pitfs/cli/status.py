@@ -9,10 +9,11 @@ import stat
 import time
 from typing import Any, Final
 
-from pitfs.cli.common.output import granularity_text, print_json, span_row, span_text
+from pitfs.cli.common.output import SILENT_S, granularity_text, print_json, silence, span_row, span_text
 from pitfs.cli.common.parser import add_json
 from pitfs.errors import PermissionDeniedError, UsageError
 from pitfs.model.position import format_instant
+from pitfs.model.units import format_bytes, format_seconds
 
 DESCRIPTION: Final = (
     "Says where a group stands: the production side for a CONFIG (asks the running 'pitfs "
@@ -76,7 +77,7 @@ def _replica(path: str) -> dict[str, Any]:
 
 
 def _print(status: dict[str, Any]) -> None:
-    """A line for each value that is known; bytes with their unit."""
+    """A line for each value that is known."""
     from pitfs.cli.common.pins import pin_text
 
     for key, value in status.items():
@@ -86,8 +87,14 @@ def _print(status: dict[str, Any]) -> None:
             continue
         if value is None or value == []:
             continue
+        if key.endswith(("_bytes", "_bytes_per_s")):
+            value = format_bytes(value) + ("/s" if key.endswith("_s") else "")
+        if key.endswith("_seconds"):
+            value = format_seconds(value)
         if key == "last_decision":
             value = f"{granularity_text(value['granularity_ns'])}: {value['reason']}"
         if key == "last_gap":
             value = f"{span_text(value)}: {value['cause']}"
-        print(f"{key.replace('_', ' '):<26}{value}")
+        print(f"{key.removesuffix('_bytes_per_s').replace('_', ' '):<26}{value}")
+    if status["role"] == "replica" and (lag_s := status["lag_seconds"]) is not None and lag_s > SILENT_S:
+        print(f"{'note':<26}{silence(lag_s)}")

@@ -68,7 +68,7 @@ class Copy:
 
     @property
     def what(self) -> str:
-        return "complete copy" if self.start.is_complete else "copy of what changed"
+        return "full sync" if self.start.is_complete else "full sync of what changed"
 
 
 class JournalReader:

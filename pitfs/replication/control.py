@@ -13,6 +13,7 @@ import trio
 from pitfs.errors import PitfsError, UsageError
 from pitfs.model.group import check_new_bookmark
 from pitfs.model.position import format_instant, whole_second
+from pitfs.model.schedule import EVERY_WRITE, Decision
 from pitfs.replication import requests
 from pitfs.replication.phases import Phase
 from pitfs.replication.shipper import Shipper
@@ -106,8 +107,8 @@ class ShipperControl:
             await self._shipper.status.wait_committed(splitter.mark, requests.SNAPSHOT_GRACE_S)
         except InGapError as error:
             raise PitfsError(
-                f"{self._group}: the snapshot {instant} lies in a gap ({error}): the replica got a complete "
-                "copy of a later state instead: take another snapshot"
+                f"{self._group}: the snapshot {instant} lies in a gap ({error}): the replica got a full "
+                "sync of a later state instead: take another snapshot"
             ) from error
         except PitfsError as error:
             since = self._link_down_since(time.time_ns())
@@ -131,6 +132,9 @@ class ShipperControl:
         if location is not None:
             lag_bytes = shipper.bytes_between(location, splitter.tail)
         shipping = status.mode.reason if status.link == "connected" else "waits for the link"
+        rate, decision = shipper.bandwidth.rate, status.last_decision
+        if status.phase is Phase.STREAMING:
+            shipping, decision = "streaming", Decision(EVERY_WRITE, f"streaming: {status.mode.reason}")
         return {
             "role": "production",
             "group": self._group,
@@ -141,14 +145,14 @@ class ShipperControl:
             "lag_intervals": splitter.mark - (committed.mark if committed else 0),
             "journal_bytes": splitter.used_bytes,
             "journal_capacity_bytes": splitter.capacity_bytes,
-            "rate_bytes_per_s": shipper.bandwidth.rate,
-            "last_decision": status.last_decision,
+            "rate_bytes_per_s": rate if rate is None else round(rate),
+            "last_decision": decision,
             "holders": [],
             "seq": splitter.seq,
             "link": status.link,
             "link_down_since": self._link_down_since(now_ns),
             "mode": shipper.settings.mode,
-            "shipping": "streaming" if status.phase is Phase.STREAMING else shipping,
+            "shipping": shipping,
             "sync": splitter.sync,
             "passing": splitter.bypass_cause or None,
             "writes_waiting": splitter.waiting_count or None,

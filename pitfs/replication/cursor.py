@@ -120,7 +120,7 @@ class JournalCursor:
         else:
             if splitter.copy is None:
                 splitter = await self._splitter.rescan(cause)
-                log.error("%s: a complete copy follows", cause)
+                log.error("%s: a full sync follows", cause)
             assert splitter.copy is not None
             location = splitter.copy.location
         self.reader.seek(location, (0, 0))
@@ -130,9 +130,9 @@ class JournalCursor:
         """Begins a copy anew where the journal or the replica has an unusable part of it. Raises LinkError."""
         splitter = await self._splitter.status()
         if splitter.copy is not None or not splitter.bypass_cause:
-            log.error("%s: a complete copy follows", cause)
+            log.error("%s: a full sync follows", cause)
             await self._splitter.rescan(cause)
-        raise LinkError(f"{cause}: connecting anew for a complete copy")
+        raise LinkError(f"{cause}: connecting anew for a full sync")
 
     async def give_up(self, interval: Interval, error: CorruptionError) -> NoReturn:
         """Has a complete copy begun for an interval whose contents are damaged. Raises LinkError.
@@ -141,7 +141,7 @@ class JournalCursor:
         """
         self._damaged_mark, self._damage = interval.mark, str(error)
         await self.rescan(self._damage)
-        raise LinkError(f"{error}: connecting anew for a complete copy") from error
+        raise LinkError(f"{error}: connecting anew for a full sync") from error
 
     async def next_item(self, session: Session, wait: bool = True) -> Interval | Copy | None:
         """Follows the journal until the next mark or copy; None where there is none yet and it shan't wait.
@@ -182,7 +182,7 @@ class JournalCursor:
             elif is_given_up and not splitter.bypass_cause and splitter.copy is None:
                 # No other copy follows, so that one was completed, and what rests on it isn't for this replica.
                 await self.rescan(
-                    "the replica stands before a complete copy that it had acknowledged (was its store put back "
+                    "the replica stands before a full sync that it had acknowledged (was its store put back "
                     "to an older state?)"
                 )
             else:

@@ -11,8 +11,8 @@ from xxhash import xxh3_128
 from pitfs.journal.reader import Copy, Interval
 from pitfs.model import transfer
 from pitfs.model.ladder import granularity_of
-from pitfs.model.schedule import megabytes
 from pitfs.model.transfer import Manifest, TransferKind
+from pitfs.model.units import format_bytes
 from pitfs.replication.interval import PickedLayers, PreparedInterval
 
 FORMAT: Final = 4  # of the sections' rows and order; part of the identity
@@ -20,7 +20,7 @@ FORMAT: Final = 4  # of the sections' rows and order; part of the identity
 
 def waits_cause(size_bytes: int) -> str:
     """The cause of an interval whose difference journal hasn't come as a whole, but will."""
-    return f"{megabytes(size_bytes)} MB of its difference journal wait {transfer.WAITS}"
+    return f"{format_bytes(size_bytes)} of its difference journal wait {transfer.WAITS}"
 
 
 def _bounded(cause: str) -> str:
@@ -113,7 +113,7 @@ def copy_manifest(copy: Copy, history: str, welcome: transfer.Welcome) -> Manife
         kind,
         before,
         end,
-        cause or "the first full copy",
+        cause or "the first full sync",
         diff_count=None,
         identity=f"{FORMAT} {history} {kind.name.lower()} {start.mark}",
         gaps=gaps,

@@ -159,7 +159,7 @@ class Splitter:
             return
         first = offset // block_size
         if not changes.mark(index, first, -(-(offset + size) // block_size) - first):
-            log.warning("the change bitmap takes too much memory and is dropped: a complete copy follows")
+            log.warning("the change bitmap takes too much memory and is dropped: a full sync follows")
             self.state.change_bitmap = None
 
     def _fill(self, volume: Volume, offset: int, data: bytes, may_wait: bool) -> bytes:
@@ -209,9 +209,9 @@ class Splitter:
             state.copy, state.bypass_cause, self._bypass_durable = None, cause, False
             log.warning("%s: journalling can't begin again yet: %s", cause, error)
             return False
-        what = "complete copy"
+        what = "full sync"
         if changes is not None:
-            what = f"copy of the {marked_bytes(changes.bitmaps, self.volumes)} bytes that changed"
+            what = f"full sync of the {marked_bytes(changes.bitmaps, self.volumes)} bytes that changed"
         log.info("journalling again; a %s follows", what)
         return True
 
@@ -374,13 +374,13 @@ class Splitter:
     def give_back(self, first_needed_segment: int) -> None:
         """Gives back segments before that one, and notes which writes were wanted for backfill. Blocks, in any thread.
 
-        Raises OSError, or PitfsError where the first segment that is left can't be read.
+        Raises OSError; PitfsError where this process lacks memory, descriptors or rights.
         """
-        journal, state, before = self.journal, self.state, self.journal.first_segment
+        journal, state, tail = self.journal, self.state, self.journal.tail
+        kept = min(first_needed_segment, tail.segment)
+        if max(journal.first_segment, self._wanted_segment) < kept:  # noted first: who misses them asks why
+            state.given_up_seq = max(state.given_up_seq, last_seq_before(journal.directory, kept, tail))
         journal.release(first_needed_segment)
-        if max(before, self._wanted_segment) < journal.first_segment:
-            seq = last_seq_before(journal.directory, journal.first_segment, journal.tail)
-            state.given_up_seq = max(state.given_up_seq, min(seq, state.seq))
 
     def _make_room(self) -> bool:
         """Gives back at once what is only wanted, else what only a redo needs. False where there is nothing."""
@@ -411,5 +411,5 @@ class Splitter:
         try:
             return save_bitmap(os.path.dirname(self._progress.path), self.state.change_bitmap)
         except OSError as error:
-            log.warning("the change bitmap can't be saved: %s; a complete copy follows", error.strerror)
+            log.warning("the change bitmap can't be saved: %s; a full sync follows", error.strerror)
             return 0

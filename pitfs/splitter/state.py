@@ -124,7 +124,7 @@ class ProgressFile:
     def __init__(self, state: str, begins: bool = True) -> None:
         self.path = os.path.join(state, "progress")
         if not begins and not os.path.exists(self.path):
-            ways_out = "put it back, or move the state directory away to begin anew with a full copy"
+            ways_out = "put it back, or move the state directory away to begin anew with a full sync"
             raise CorruptionError(self.path, 0, f"it is missing, and there is a journal: {ways_out}")
         self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._generation = 0

@@ -50,7 +50,7 @@ def test_what_goes_next(
 
 def test_a_reason_says_what_fits() -> None:
     assert next_step(diff_due=False, waiting=[waiting()], room_bytes=6 * MB) == Step(
-        StepKind.LAYERS, 7, Decision(RUNGS_NS[4], "5.0 MB of it fit: difference journal 20.0 MB, room 6.0 MB")
+        StepKind.LAYERS, 7, Decision(RUNGS_NS[4], "5 MB of it fit: difference journal 20 MB, room 6 MB")
     )
 
 

@@ -59,7 +59,7 @@ def history() -> History:
 
 @pytest.fixture
 def ingest(tmp_path: Path, history: History) -> Iterator[Ingest]:
-    """A store that has the full copy."""
+    """A store that has the full sync."""
     made = Ingest(str(tmp_path), history.hello)
     ingest_transfer(made, history.close_interval())
     yield made
@@ -180,7 +180,7 @@ def test_an_empty_store_wants_a_full_copy(tmp_path: Path, history: History) -> N
     history.write()
     transfer = history.close_interval()
     made = Ingest(str(tmp_path), history.hello)
-    with pytest.raises(PositionMismatchError, match="full copy first"):
+    with pytest.raises(PositionMismatchError, match="full sync first"):
         made.begin(changed(transfer.manifest, mark=1))
     made.close()
 

@@ -77,7 +77,7 @@ def latest_seq(store: Store) -> int:
 
 def test_an_empty_store_takes_a_full_copy_first(tmp_path: Path, history: History) -> None:
     ingest = Ingest(str(tmp_path), history.hello)
-    with pytest.raises(PositionMismatchError, match="takes a full copy first"):
+    with pytest.raises(PositionMismatchError, match="takes a full sync first"):
         ingest.write(batch_of([history.write()]))
     with pytest.raises(PositionMismatchError, match="mark 1, the store has 0"):
         ingest.mark(StreamMark(1, 0, 0, 0))

@@ -107,7 +107,7 @@ def _warn_of_gap(store: Store, text: str, resolution: Resolution) -> None:
 def _reachable(store: Store) -> str:
     first = store.first()
     if first is None:
-        return "nothing has arrived yet: wait for the first full copy"
+        return "nothing has arrived yet: wait for the first full sync"
     through = format_instant(store.protected_through_ns())
     return f"{format_instant(first.time_ns)} (seq {first.seq}) through {through} can be reached"
 

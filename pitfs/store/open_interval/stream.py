@@ -105,7 +105,7 @@ class Stream:
         """
         self._check_usable()
         if self._open is None and not self.mark:
-            raise mismatch(self._catalog.path, "the store is empty and takes a full copy first")
+            raise mismatch(self._catalog.path, "the store is empty and takes a full sync first")
         batch, body = self._check.take(writes, *self.end)
         with self._breaks():
             self._fence()

@@ -261,7 +261,7 @@ class WalReader:
                 head = self._head(base + at) if at % ALIGNMENT == 0 else None
                 if head is not None and head.durable > self.end:
                     raise CorruptionError(
-                        self._path, self.end, "writes that were acknowledged: move the store away for a new full copy "
+                        self._path, self.end, "writes that were acknowledged: move the store away for a new full sync "
                         "(what it has stays readable)"
                     )  # fmt: skip
                 at = data.find(MAGIC, at + 1)

@@ -119,7 +119,7 @@ class OpenIntervalWriter:
             if record.runs:
                 raise CorruptionError(
                     path, 0, "the log of the open interval is missing: the catalog is older than the objects, or "
-                    "damaged: put the newest copy of it back, or move the store away for a new full copy"
+                    "damaged: put the newest copy of it back, or move the store away for a new full sync"
                 ) from None  # fmt: skip
             return None
         wal = WriteAheadLog(path, record.id, fd, record.wal_end, record.wal_end, store.layout)
