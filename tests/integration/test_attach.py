@@ -362,11 +362,14 @@ def test_umount_names_who_holds_the_mount(disks: Disks, tmp_path: Path) -> None:
         cd /
         {' '.join(pitfs_command())} detach $device
         umount "{place}"
+        mount -t pitfs -o noatime,rw "{disks.path}" "{place}"
+        umount "{place}"
         grep -c "a.040place" /run/mount/utab /proc/self/mountinfo || true"""
     done = run(["unshare", "--mount", "sh", "-c", script])
     device, *codes = done.stdout.split()
     assert codes == ["32", "32", "/run/mount/utab:0", "/proc/self/mountinfo:0"]
-    first, second = done.stderr.splitlines()
+    first, second, third = done.stderr.splitlines()
+    assert third.startswith("mount.pitfs: WARNING: source write-protected, mounted read-only: ")  # none without rw
     image = f"{disks.before}/plain.img"
     who, what = f"{device} ({image}, mounted on {then})", f"umount {then}, then pitfs detach {device}"
     assert first == f"umount: {place}: busy, held by {who}: {what}"
