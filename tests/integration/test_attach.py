@@ -152,6 +152,14 @@ def test_scratch_goes_where_it_is_told_to_and_nowhere_else(disks: Disks, tmp_pat
     assert os.listdir(place) == []
 
 
+def test_mkfs_on_a_scratch_device_has_nothing_to_complain_of(disks: Disks) -> None:
+    device = pitfs("attach", disks.path, "latest", "plain", "--scratch")
+    made = run(["mkfs.ext4", "-F", device])
+    assert "Creating filesystem" in made.stderr + made.stdout and "Discarding" not in made.stdout
+    run(["e2fsck", "-f", "-n", device])
+    pitfs("detach", device)
+
+
 def test_what_a_bare_losetup_leaves_is_in_nobodys_way(disks: Disks, tmp_path: Path) -> None:
     device = pitfs("attach", disks.path, "latest", "plain", "--scratch-dir", tmp_path)
     run(["losetup", "--detach", device])
