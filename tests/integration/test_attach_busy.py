@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import shutil
 import sqlite3
 import subprocess
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from pitfs.cli import attach
+from pitfs.cli.main import main
 from tests.helpers.attaching import nothing_left, pitfs
 from tests.helpers.hosts import Production, Replica, digest
 from tests.helpers.loops import LoopDevice, MountedFilesystem, force_unmount
@@ -105,6 +109,18 @@ def lacking_when_attached(busy: Busy, tmp: Path, *arguments: str | Path) -> tupl
         pitfs("detach", device)
 
 
+def check_a_replay_without_room(tmp: Path, store: Path, instant: str) -> None:
+    """Mounting fails with an error, and attach has said before what that means."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(io.StringIO()) as said:
+        patch.setattr(attach, "REPLAY_SIZE", "8KiB")
+        patch.setattr(attach, "LOW_BYTES", 1 << 62)
+        with redirect_stdout(io.StringIO()) as device:
+            assert main(["attach", str(store), instant, "root"]) == 0
+    assert re.search(r"/var/tmp: \d+ MiB are free: if mounting the device fails with an I/O error", said.getvalue())
+    run(["mount", "-o", "ro", device.getvalue().strip(), tmp / "then"], accept=(32,))
+    pitfs("detach", device.getvalue().strip())
+
+
 @pytest.mark.parametrize("kind", SIZES)
 def test_nothing_is_missing_in_a_busy_filesystem(kind: str, tmp_path: Path) -> None:
     (tmp_path / "then").mkdir()
@@ -128,4 +144,5 @@ def test_nothing_is_missing_in_a_busy_filesystem(kind: str, tmp_path: Path) -> N
             if kind == "ext4":  # the files are in blocks that it journals again before each checkpoint
                 lacks, said = lacking_when_attached(busy, tmp_path, replica.store(), instant, "root", "--plain")
                 assert lacks != [] and "may be minutes old: safe only if the ext4 was unmounted or frozen" in said
+                check_a_replay_without_room(tmp_path, replica.store(), instant)
         assert digest(replica.store(), instant) == before
