@@ -48,8 +48,8 @@ MOUNT_OPTIONS: Final = {
 
 DESCRIPTION: Final = (
     "Makes a loop device over a volume's image, with its partitions, and prints the device. A filesystem on it "
-    "replays its journal when it is mounted, as after a power cut: that goes to a file beside the store, which detach "
-    "throws away. Nothing of the store changes."
+    "replays its journal when it is mounted, as after a power cut: what that writes goes to a file under /var/tmp, and "
+    "is thrown away by detach. Nothing of the store changes."
 )
 EXAMPLES: Final = """\
 examples:
