@@ -18,6 +18,8 @@ from pitfs.model.units import format_bytes
 MIN_BEHIND_S: Final = 1.0  # a stream that is less behind than this keeps up
 MAX_BACKLOG_S: Final = 1.0  # of the link's rate: a stream that begins catches up within that
 UNKNOWN_BACKLOG_BYTES: Final = 16 << 20  # the same while the rate isn't known
+MAX_INTERVAL_ROWS: Final = 1 << 19  # blocks written: building the difference takes some 240 B of RAM for each
+MAX_INTERVAL_PART: Final = 4  # of the journal's capacity: the largest part that an interval may take
 EVERY_WRITE: Final = 0
 
 
@@ -97,13 +99,13 @@ class Waiting:
     """A difference journal that isn't whole on the replica.
 
     Attributes:
-        mark: of the interval's end.
+        seq: of the last write of the interval.
         layer: the last one that the replica has.
         rung_bytes: of each rung what it takes with those before, None where it adds nothing; None: not built yet.
         parked: the layer up to which a transfer was parked, None if there is none.
     """
 
-    mark: int
+    seq: int
     layer: int
     rung_bytes: tuple[int | None, ...] | None
     parked: int | None = None
@@ -114,13 +116,13 @@ class Step:
     """What to do.
 
     Attributes:
-        mark: BUILD, LAYERS: of the journal.
+        seq: BUILD, LAYERS: of the journal.
         decision: LAYERS: what the replica has of the interval afterwards, and why no more.
         fits: whether it is expected to arrive before the next diff is due.
     """
 
     kind: StepKind
-    mark: int = 0
+    seq: int = 0
     decision: Decision = Decision(None, "")
     fits: bool = True
 
@@ -151,13 +153,13 @@ def next_step(*, diff_due: bool, waiting: Sequence[Waiting], room_bytes: float |
         return Step(StepKind.WAIT)
     newest = waiting[0]
     if newest.rung_bytes is None:
-        return Step(StepKind.BUILD, newest.mark)
+        return Step(StepKind.BUILD, newest.seq)
     left = layers_left(newest.layer, newest.rung_bytes)
     if not left:
-        raise ValueError(f"nothing is left of the journal to mark {newest.mark}")
+        raise ValueError(f"nothing is left of the journal to seq {newest.seq}")
 
     def layers(layer: int, reason: str, fits: bool = True) -> Step:
-        return Step(StepKind.LAYERS, newest.mark, Decision(RUNGS_NS[layer], reason), fits)
+        return Step(StepKind.LAYERS, newest.seq, Decision(RUNGS_NS[layer], reason), fits)
 
     if newest.parked is not None:
         return layers(newest.parked, "resumed: a snapshot diff interrupted it")

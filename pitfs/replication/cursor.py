@@ -10,6 +10,7 @@ import trio
 
 from pitfs.errors import CorruptionError, LinkError, PositionMismatchError
 from pitfs.journal.reader import Copy, Interval, JournalReader
+from pitfs.journal.search import Found
 from pitfs.journal.writer import Location
 from pitfs.model.record import CopyProgress
 from pitfs.model.transfer import Welcome
@@ -66,37 +67,37 @@ class JournalCursor:
             # It was committed, and the acknowledgement was lost.
             await self._splitter.copied(CopyProgress(splitter.copy.mark, len(self._hello.volumes), 0))
         try:
-            found = welcome.mark > 0 and await self._seek(welcome, splitter.tail)
+            found = await self._seek(welcome, splitter.tail) if welcome.mark else Found.ERASED
         except CorruptionError as error:
             await self.rescan(str(error))
             return
         seq = welcome.end[0]
-        if not found:
+        if found is Found.ERASED:
             await self.rescan(
                 f"the replica stands behind mark {welcome.mark}, at seq {seq}, which the local journal has no more"
             )
             if welcome.mark == 0:  # it begins with the copy that is under way, or comes now
                 self._status.located(self.reader.location)
-        elif self.reader.position != welcome.end:
+        elif found is Found.NEVER or self.reader.position != welcome.end:
             raise PositionMismatchError(
-                f"the replica has mark {welcome.mark} of group {group!r} and seq {seq}, this host "
-                f"is there at seq {self.reader.position[0]}: another host with a copy of this state has sent it: stop "
+                f"the replica has mark {welcome.mark} of group {group!r} at seq {seq}, this host "
+                "was never there: another host with a copy of this state has sent it: stop "
                 "the one that shouldn't; if this one shall go on, begin a new group"
             )
         else:
             self._status.located(self.reader.location)
             self._status.enter(Phase.WAITING)
 
-    async def _seek(self, welcome: Welcome, tail: Location) -> bool:
-        """As `JournalReader.seek_mark`, while the splitter may recycle segments. Raises CorruptionError."""
+    async def _seek(self, welcome: Welcome, tail: Location) -> Found:
+        """Behind what the replica has, while the splitter may recycle segments. Raises CorruptionError."""
         while True:
             numbers = await trio.to_thread.run_sync(list_segments, self._directory)
             try:
-                return await trio.to_thread.run_sync(
-                    self.reader.seek_mark, welcome.mark, tail, welcome.streamed_seq
-                )
+                if welcome.streamed_seq:
+                    return await trio.to_thread.run_sync(self.reader.seek_write, welcome.streamed_seq, tail)
+                return await trio.to_thread.run_sync(self.reader.seek_mark, welcome.mark, welcome.seq, tail)
             except CorruptionError:
-                # Removed or recycled meanwhile? Then the mark is looked for in what is left.
+                # Removed or recycled meanwhile? Then the place is looked for in what is left.
                 if numbers[:1] == (await trio.to_thread.run_sync(list_segments, self._directory))[:1]:
                     raise
 

@@ -83,10 +83,10 @@ def layers_manifest(picked: PickedLayers, cause: str) -> Manifest:
     )
 
 
-def cause_manifest(mark: int, coarse: transfer.CoarseInterval, cause: str) -> Manifest:
+def cause_manifest(coarse: transfer.CoarseInterval, cause: str) -> Manifest:
     """The manifest that says why an interval stays as coarse as the replica has it; nothing comes with it."""
     return _manifest(
-        mark,
+        1,  # its mark needn't be known: the replica finds the interval by its positions
         TransferKind.LAYERS,
         (coarse.from_seq, coarse.from_time_ns),
         (coarse.to_seq, coarse.to_time_ns),
@@ -94,7 +94,7 @@ def cause_manifest(mark: int, coarse: transfer.CoarseInterval, cause: str) -> Ma
         granularity_ns=coarse.granularity_ns,
         base_granularity_ns=coarse.granularity_ns,
         base_bytes=coarse.journal_bytes,
-        identity=_identity(f"cause {mark}"),
+        identity=_identity(f"cause {coarse.to_seq}"),
     )
 
 

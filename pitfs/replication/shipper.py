@@ -12,6 +12,7 @@ from pitfs.errors import CorruptionError, PitfsError, RemoteProtocolError
 from pitfs.journal.reader import Copy, Durability, Interval
 from pitfs.journal.writer import Location, segment_bytes_for
 from pitfs.model import schedule
+from pitfs.model.schedule import MAX_INTERVAL_PART, MAX_INTERVAL_ROWS
 from pitfs.replication.backfill import Backfill
 from pitfs.replication.bandwidth import Bandwidth
 from pitfs.replication.cursor import JournalCursor
@@ -28,8 +29,6 @@ from pitfs.storage.files import storage_error
 
 log = logging.getLogger(__name__)
 
-MAX_INTERVAL_ROWS: Final = 1 << 19  # blocks written: building the difference takes some 240 B of RAM for each
-MAX_INTERVAL_PART: Final = 4  # of the journal's capacity: the largest part that an interval may take
 WATCH_S: Final = 2.0  # how often that is looked at: seldom for the splitter, often for what may be written
 
 
@@ -158,7 +157,7 @@ class Shipper:
         self.status.connected(session.welcome)
         await self.cursor.locate(session.welcome)
         if self.settings.mode != "snapshot":
-            self.backfill.restore(session.welcome, list(self.cursor.reader.seen))
+            await self.backfill.restore(session.welcome, await self.splitter.status())
         await self.release(self.cursor.reader.start.segment)  # a splitter that was restarted doesn't know
 
     async def step(self, session: Session) -> None:
@@ -299,18 +298,19 @@ class Shipper:
         phase = self.status.phase
         if not streaming:
             self.status.enter(Phase.BACKFILLING)
+        mark = self.backfill.mark_of(step.seq)
         if not step.fits:
-            self.status.first_pass_done(step.mark)
+            self.status.first_pass_done(mark)
         try:
-            await self.backfill.build(step.mark, (await self.splitter.status()).tail)
+            await self.backfill.build(step.seq, (await self.splitter.status()).tail)
             if step.kind is schedule.StepKind.LAYERS:
                 await self.backfill.ship(session, step, lambda: self._interrupts_layers(session))
-                self.status.first_pass_done(step.mark)
+                self.status.first_pass_done(mark)
         except CorruptionError as error:
             if error is session.failure:
                 raise
-            await self.backfill.give_up(session, step.mark, error)
-            self.status.first_pass_done(step.mark)
+            await self.backfill.give_up(session, step.seq, error, await self.splitter.status())
+            self.status.first_pass_done(mark)
         await self.release(self.needed_segment)
         if not streaming:
             self.status.enter(phase)

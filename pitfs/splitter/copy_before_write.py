@@ -36,12 +36,14 @@ def begin_copy(
         gap_from = changes.base if changes else (seq, state.position_time_ns)
         mark = Mark(state.mark + 1, state.position_time_ns)
         journal.append_message(mark, seq, state.time_ns)
-        state.mark, seq = mark.mark, seq + 1
+        state.begin_interval(mark.mark)
+        seq += 1
     bitmaps = [bitmap.copy() for bitmap in changes.bitmaps] if changes else []
     encoded = [bitmap.serialize() for bitmap in bitmaps]
     copy = CopyStart(state.mark + 1, *gap_from, cause, tuple(len(each) for each in encoded))
     location = journal.append_message(copy, seq, time_ns)
-    state.seq, state.time_ns, state.position_time_ns, state.mark = seq, time_ns, time_ns, copy.mark
+    state.seq, state.time_ns, state.position_time_ns = seq, time_ns, time_ns
+    state.begin_interval(copy.mark)
     for index, offset, part in split_bitmaps(encoded):
         journal.append(RecordKind.COPY_BLOCKS, index, offset, 0, seq, time_ns, part)
     state.copy, state.copy_location, state.change_bitmap = copy, location, changes

@@ -42,7 +42,10 @@ def recover(
         for number in list_segments(directory):
             os.unlink(segment_path(directory, number))
         return SplitterState(), None
-    state = SplitterState(progress.seq, progress.position_time_ns, progress.time_ns, progress.mark)
+    state = SplitterState(
+        progress.seq, progress.position_time_ns, progress.time_ns, progress.mark, progress.interval_blocks,
+        progress.interval_bytes, given_up_seq=progress.given_up_seq,
+    )  # fmt: skip
     found = _Replay(state, volumes, progress.checkpoint_lsn, limit_bytes)
     if progress.bypass_cause:
         # Nothing is redone, as the backing volumes are ahead of the journal. An attempt to end the bypass may have left
@@ -110,9 +113,12 @@ class _Replay:
         state, message = self._state, record.message
         if record.lsn <= self._checkpoint_lsn:
             return
+        state.interval_bytes += record.size_bytes
         if isinstance(message, Mark | CopyStart):
-            state.mark = message.mark
-        elif record.kind is not RecordKind.WRITE:
+            state.begin_interval(message.mark)
+        elif record.kind is RecordKind.WRITE:
+            state.interval_blocks += record.block_count
+        else:
             return
         state.time_ns = max(state.time_ns, record.time_ns)
         if not isinstance(message, Mark):

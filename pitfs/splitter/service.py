@@ -109,7 +109,7 @@ class SplitterService:
             await trio.to_thread.run_sync(splitter.checkpoint, splitter.snapshot_progress())
             self._checkpoint_segment, self._checkpoint_lsn = segment, lsn
             self._checkpoint_at = trio.current_time()
-        await trio.to_thread.run_sync(journal.release, splitter.releasable_segment)
+        await trio.to_thread.run_sync(splitter.give_back, splitter.releasable_segment)
         if journal.used_bytes < journal.capacity_bytes:
             self._waiting_for_room.unpark_all()
         if splitter.state.bypass_cause:
@@ -169,4 +169,5 @@ class SplitterService:
             waiting_count=len(self._waiting_for_room) + self._gate.waiting_count,
             copy=copy,
             sync=self._gate.text,
+            given_up_seq=state.given_up_seq,
         )

@@ -23,8 +23,10 @@ from collections.abc import Callable
 from pyroaring import BitMap64
 
 from pitfs.errors import CapacityError, PitfsError
+from pitfs.journal.search import last_seq_before
 from pitfs.journal.writer import Journal
 from pitfs.model.record import CopyProgress, Mark, RecordKind, packed_checksums
+from pitfs.model.schedule import MAX_INTERVAL_PART, MAX_INTERVAL_ROWS
 from pitfs.splitter.change_bitmap import ChangeBitmap, bitmap_limit_bytes, marked_bytes, save_bitmap
 from pitfs.splitter.copy_before_write import begin_copy, note_copied, preserve
 from pitfs.splitter.state import BackingState, Progress, ProgressFile, SplitterState
@@ -58,6 +60,8 @@ class Splitter:
         self._progress, self._generation = progress, generation
         self._clock_ns, self._boot_id = clock_ns, boot_id
         self._block_when_full = block_when_full
+        # In time to be shipped, and its room given back, while the next interval fills the rest.
+        self._max_interval_bytes = journal.capacity_bytes // MAX_INTERVAL_PART
         self._released_segment = self._wanted_segment = 0
         self._full_at_seq = -1  # the last write when the journal was found full
         self._bypass_durable = True  # whether a checkpoint has the bypass
@@ -91,7 +95,7 @@ class Splitter:
         contents = data
         if offset % block_size or len(data) % block_size:
             contents = self._fill(volume, offset, data, may_wait)
-        count = len(contents) // block_size
+        count, journalled_bytes = len(contents) // block_size, self.journal.appended_bytes
         covered = packed_checksums(contents, block_size)
         now = self._clock_ns()
         if now <= state.time_ns:
@@ -116,9 +120,13 @@ class Splitter:
         else:
             state.seq += 1
             state.time_ns = state.position_time_ns = now
+            state.interval_blocks += count
+            state.interval_bytes += self.journal.appended_bytes - journalled_bytes
         if state.change_bitmap is not None:
             self._note_change(index, offset, len(data))
         self._write_backing(index, offset, data)
+        if state.interval_blocks > MAX_INTERVAL_ROWS or state.interval_bytes > self._max_interval_bytes:
+            self._try_mark()
 
     def read(self, index: int, offset: int, size: int, may_wait: bool = True) -> bytes:
         """Reads the volume from the backing, which has every write that was answered.
@@ -231,7 +239,8 @@ class Splitter:
         time_ns = max(self._clock_ns(), state.time_ns + 1)
         message = Mark(state.mark + 1, state.position_time_ns, bookmark)
         self.journal.append_message(message, state.seq, time_ns)
-        state.mark, state.time_ns = message.mark, time_ns
+        state.begin_interval(message.mark)
+        state.time_ns = time_ns
 
     def copied(self, progress: CopyProgress) -> None:
         """The replica durably has the running copy up to there: blocks before it need not be preserved any more."""
@@ -308,6 +317,9 @@ class Splitter:
             position_time_ns=state.position_time_ns,
             time_ns=state.time_ns,
             mark=state.mark,
+            interval_blocks=state.interval_blocks,
+            interval_bytes=state.interval_bytes,
+            given_up_seq=state.given_up_seq,
             copy_segment=state.copy_location.segment if state.copy else 0,
             backings=tuple(BackingState(v.size_bytes, v.mtime_ns) for v in self.volumes),
             change_bitmap_checksum=change_bitmap_checksum,
@@ -359,13 +371,24 @@ class Splitter:
         state, released = self.state, self._released_segment
         return released if state.copy is None else min(released, state.copy_location.segment)
 
+    def give_back(self, first_needed_segment: int) -> None:
+        """Gives back segments before that one, and notes which writes were wanted for backfill. Blocks, in any thread.
+
+        Raises OSError, or PitfsError where the first segment that is left can't be read.
+        """
+        journal, state, before = self.journal, self.state, self.journal.first_segment
+        journal.release(first_needed_segment)
+        if max(before, self._wanted_segment) < journal.first_segment:
+            seq = last_seq_before(journal.directory, journal.first_segment, journal.tail)
+            state.given_up_seq = max(state.given_up_seq, min(seq, state.seq))
+
     def _make_room(self) -> bool:
         """Gives back at once what is only wanted, else what only a redo needs. False where there is nothing."""
         journal, before = self.journal, self.journal.used_bytes
-        journal.release(self._needed_segment)
+        self.give_back(self._needed_segment)
         if journal.used_bytes == before and self.recovery_segment < self._shipping_segment:
             self.checkpoint(self.snapshot_progress())  # a bypass would take one as well
-            journal.release(self._needed_segment)
+            self.give_back(self._needed_segment)
         given_back = before - journal.used_bytes
         if given_back and self._wanted_segment < self._needed_segment:
             log.info("%s: full: %d bytes given up that were kept for backfill", journal.directory, given_back)

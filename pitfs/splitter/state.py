@@ -33,21 +33,30 @@ class SplitterState:
     Attributes:
         seq, position_time_ns: position of the last write.
         time_ns: the last time given to any record.
-        mark: the last mark.
+        mark: the last mark, which began the open interval.
+        interval_blocks, interval_bytes: written in the open interval, and what it takes in the journal.
         copy: the running copy, None if there is none; copy_location: of its COPY_START.
         bypass_cause: why writes bypass the journal; empty while they are journalled.
         change_bitmap: during a bypass and during a copy of changes: what may differ from a state that the replica
             has, or will have from the journal. None then: everything may.
+        given_up_seq: writes up to that one that were wanted for backfill were given up, since room was needed.
     """
 
     seq: int = 0
     position_time_ns: int = 0
     time_ns: int = 0
     mark: int = 0
+    interval_blocks: int = 0
+    interval_bytes: int = 0
     copy: CopyStart | None = None
     copy_location: Location = NOWHERE
     bypass_cause: str = ""
     change_bitmap: ChangeBitmap | None = None
+    given_up_seq: int = 0
+
+    def begin_interval(self, mark: int) -> None:
+        """An interval closed, or a copy began: `mark` was journalled."""
+        self.mark, self.interval_blocks, self.interval_bytes = mark, 0, 0
 
 
 class BackingState(msgspec.Struct, frozen=True):
@@ -66,7 +75,7 @@ class Progress(msgspec.Struct, frozen=True):
         bypass_cause: why writes bypass the journal; empty while they are journalled.
         checkpoint_segment, checkpoint_lsn: the backing volumes durably have every record up to that lsn;
             that segment holds the records after it.
-        seq, position_time_ns, time_ns, mark: as in `SplitterState`, at the checkpoint.
+        seq, position_time_ns, time_ns, mark, interval_blocks, interval_bytes, given_up_seq: as in `SplitterState`.
         copy_segment: where the COPY_START of the running copy is, 0 if none runs.
         change_bitmap_checksum: xxh3_64 of the file with the change bitmap, if it was closed in order during a bypass;
             else 0.
@@ -85,6 +94,9 @@ class Progress(msgspec.Struct, frozen=True):
     copy_segment: int
     backings: tuple[BackingState, ...]
     change_bitmap_checksum: int = msgspec.field(default=0, name="changes")
+    interval_blocks: int = 0  # these three are missing in checkpoints of older versions
+    interval_bytes: int = 0
+    given_up_seq: int = 0
 
     @property
     def recovery_segment(self) -> int:

@@ -158,6 +158,11 @@ class Parts:
                 await self.shipper.ship_layers(session)
         return item
 
+    async def ship_marked(self) -> None:
+        """All intervals that are closed, without layers: a large one was closed in parts."""
+        while self.session.welcome.mark < self.pipeline.splitter.state.mark:
+            assert isinstance(await self.ship(layers=False), Interval)
+
     async def ship_layers(self, steps: int | None = None) -> None:
         """Layers of the journals that wait, as many steps; all of them if None."""
         while self.shipper.backfill.waiting and steps != 0:
@@ -223,3 +228,16 @@ async def recovers(parts: Parts) -> None:
         assert isinstance(await parts.ship(), Interval)
         parts.assert_replica_has_all()
         nursery.cancel_scope.cancel()
+
+
+async def stream(parts: Parts, count: int = 3, leave: bool = True) -> None:
+    """Streams some writes, and leaves the stream in the middle of the interval."""
+    shipper, session = parts.shipper, parts.session
+    if shipper.status.phase is not Phase.STREAMING:
+        shipper.stream.begin(session)
+    for _ in range(count):
+        parts.write()
+    await shipper.stream.pump(60.0)
+    if leave:
+        await shipper.stream.finish()
+        shipper.status.enter(Phase.WAITING)

@@ -522,7 +522,7 @@ async def test_what_is_wanted_for_backfill_gives_way_before_a_bypass(
     while journal.tail.segment < 3:
         parts.write(100_000)
     parts.mark()
-    await parts.ship(layers=False)
+    await parts.ship_marked()
     assert parts.shipper.backfill.waiting and parts.splitter.releasable_segment == 1
     first = journal.used_bytes
     while journal.tail.segment < 6:  # of four that there may be; no checkpoint is written meanwhile

@@ -10,10 +10,10 @@ from pitfs.journal.reader import Interval
 from pitfs.journal.writer import Location
 from pitfs.model.difference import Columns
 from pitfs.model.ladder import LAST_LAYER, NO_LAYER
+from pitfs.model.schedule import MAX_INTERVAL_ROWS
 from pitfs.model.transfer import VolumeInfo
 from pitfs.replication.interval import pick_layers, prepare
 from pitfs.replication.manifests import layers_manifest
-from pitfs.replication.shipper import MAX_INTERVAL_ROWS
 
 ROWS = 200_000
 

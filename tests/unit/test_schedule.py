@@ -44,7 +44,7 @@ def test_what_goes_next(
     diff_due: bool, journals: list[Waiting], room_bytes: float | None, kind: StepKind, mark: int, layer: int
 ) -> None:
     step = next_step(diff_due=diff_due, waiting=journals, room_bytes=room_bytes)
-    assert (step.kind, step.mark, step.layer) == (kind, mark, layer)
+    assert (step.kind, step.seq, step.layer) == (kind, mark, layer)
     assert step.decision.reason or step.kind is not StepKind.LAYERS
 
 

@@ -117,6 +117,48 @@ def test_after_power_loss_everything_is_read_again(pipeline: Pipeline) -> None:
     pipeline.close()
 
 
+def marks(pipeline: Pipeline) -> int:
+    return pipeline.splitter.state.mark
+
+
+@pytest.mark.parametrize("restart", ["", "crash", "close"])
+def test_an_interval_of_many_blocks_is_closed_by_the_splitter(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, restart: str
+) -> None:
+    """Whoever ships it builds its difference in memory, and may be away; restarts don't make it longer."""
+    monkeypatch.setattr("pitfs.splitter.splitter.MAX_INTERVAL_ROWS", 100)
+    for _ in range(3):
+        pipeline.write(0, 0, os.urandom(4096 * 30))
+    assert marks(pipeline) == 1
+    if restart == "crash":
+        pipeline.crash()
+        pipeline.start()
+    elif restart == "close":
+        pipeline.splitter.close()
+        os.close(pipeline.lock)
+        pipeline.start()
+    pipeline.write(0, 0, os.urandom(4096 * 30))
+    assert marks(pipeline) == 2
+    pipeline.write(0, 0, os.urandom(4096 * 30))
+    assert marks(pipeline) == 2, "the next one has hardly begun"
+    _, interval = pipeline.items()
+    assert isinstance(interval, Interval) and len(interval.times) == 4
+    pipeline.splitter.mark()
+    pipeline.write(0, 0, os.urandom(4096 * 30))
+    assert marks(pipeline) == 3, "a mark counts, whoever set it"
+    pipeline.close()
+
+
+def test_an_interval_that_takes_much_of_the_journal_is_closed_by_the_splitter(pipeline: Pipeline) -> None:
+    """Else it could not be shipped, and its room not given back, before the journal is full."""
+    written = 0
+    while marks(pipeline) == 1:
+        pipeline.write(0, 0, os.urandom(150_000))
+        written += 150_000
+    assert abs(written - pipeline.splitter.journal.capacity_bytes // 4) < 400_000
+    pipeline.close()
+
+
 def test_a_second_splitter_is_refused(pipeline: Pipeline) -> None:
     with pytest.raises(UsageError, match="another 'pitfs protect' is running"):
         lock_state(pipeline.state)

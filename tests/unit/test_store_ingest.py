@@ -39,7 +39,7 @@ from pitfs.store.ingest import Ingest
 from pitfs.store.store import Store
 from pitfs.store.transfer.validation import PositionsCheck, PositionsInOrder
 from tests.helpers.links import MANIFEST
-from tests.helpers.stores import ingest_transfer, read_image
+from tests.helpers.stores import ingest_transfer, object_files, read_image
 from tests.helpers.transfers import START_NS, History, Transfer
 
 VOLUMES = (VolumeInfo("a", 9_000, 1024), VolumeInfo("b", 5_000, 512))
@@ -218,7 +218,7 @@ def test_an_empty_interval_only_moves_protected_through_on(ingest: Ingest, histo
     bookmark = store.bookmark("quiet")
     assert bookmark is not None and bookmark.seq == 0
     assert store.bookmark("loud") is None
-    assert len(os.listdir(os.path.join(ingest.path, "objects"))) == 2
+    assert len(object_files(ingest.path)) == 2
     store.close()
 
 

@@ -28,7 +28,7 @@ from pitfs.store.objects.format import CATALOG
 from pitfs.store.open_interval import sorted_runs, stream
 from pitfs.store.open_interval.closing import Closing
 from pitfs.store.store import Store
-from tests.helpers.stores import ingest_transfer, read_image
+from tests.helpers.stores import ingest_transfer, object_files, read_image
 from tests.helpers.streams import FakeClock, batch_of, cut_here, mark_of
 from tests.helpers.transfers import History
 
@@ -394,7 +394,7 @@ def test_a_sorted_run_that_changed_on_the_disk_is_noticed(
     catalog = Catalog(os.path.join(ingest.path, CATALOG))
     (interval,) = catalog.open_intervals()
     catalog.close()
-    path = Path(ingest.path, "objects", f"journal-{interval.id:016x}.blocks")
+    (path,) = object_files(ingest.path, f"journal-{interval.id:016x}.blocks")
     data, (run,) = path.read_bytes(), interval.runs
     for offset in (run.sparse_index_offset + 8, run.sparse_index_offset - 40):
         damaged = bytearray(data)
