@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 MAX_WAITING: Final = 256  # journals that are remembered; what a welcome names
 ERASED: Final = "the local journal needed the room before the link was idle long enough for the rest of it"
-GONE: Final = "the local journal doesn't have it any more"
+GONE: Final = "the local journal doesn't have the rest of it any more"
 TOO_MANY: Final = f"the difference journals of more than {MAX_WAITING} later intervals waited for the link"
 
 
@@ -76,6 +76,8 @@ class Backfill:
         self._journals: dict[int, _Journal] = {}  # by the last seq, oldest first
         self._built: PreparedInterval | None = None
         self._lost: list[Manifest] = []  # to be sent for journals that the replica believes will still come
+        # The last seqs of what is coarse for the replica, but no interval of the journal: behind a gap, say.
+        self._no_intervals: set[int] = set()
 
     def close(self) -> None:
         """Releases the one that was built last: where another is about to be, both would take their memory."""
@@ -91,7 +93,7 @@ class Backfill:
         if prepared.journal is None:
             self.close()
             return
-        coarse = CoarseInterval(*_bounds(interval), None, 0)
+        coarse = CoarseInterval(*_bounds(interval), None, 0, awaits_backfill=True)
         self._journals[interval.to_seq] = _Journal(
             interval.mark, interval.start.segment, coarse, prepared.rung_bytes
         )
@@ -103,13 +105,16 @@ class Backfill:
         An interval may begin anywhere between two marks: where a stream had got to. So it is found by its first write.
         """
         known, self._journals, self._lost = self._journals, {}, []
+        self._no_intervals &= {each.to_seq for each in welcome.coarse}
         segments = await trio.to_thread.run_sync(self._find, welcome, splitter.tail)
         for coarse, segment in sorted(zip(welcome.coarse, segments, strict=True), key=lambda each: each[0].to_seq):
             if segment is None:
                 if coarse.awaits_backfill:
-                    # What this version can't tell of an older one: why segments that were wanted are gone.
+                    # A checkpoint of an older version doesn't say why segments that were wanted are gone.
                     cause = GONE if splitter.given_up_seq <= coarse.from_seq else ERASED
                     self._lost.append(cause_manifest(coarse, cause))
+                continue
+            if coarse.to_seq in self._no_intervals:
                 continue
             journal = known.get(coarse.to_seq)
             if journal is None or _bounds(journal.coarse) != _bounds(coarse):
@@ -212,8 +217,12 @@ class Backfill:
             self._drop(step.seq)
 
     async def give_up(self, session: Session, seq: int, error: CorruptionError, splitter: SplitterStatus) -> None:
-        """The replica keeps what it has of a journal; the replica learns why there won't be more."""
+        """The replica keeps what it has of a journal; where it believes that more will come it learns why not."""
         journal = self._drop(seq)
+        if not journal.coarse.awaits_backfill:
+            log.debug("nothing more for the interval up to seq %d: %s", seq, error)
+            self._no_intervals.add(seq)
+            return
         cause = str(error) if splitter.given_up_seq <= journal.coarse.from_seq else ERASED
         await self._send_cause(session, cause_manifest(journal.coarse, cause))
 

@@ -374,13 +374,13 @@ class Splitter:
     def give_back(self, first_needed_segment: int) -> None:
         """Gives back segments before that one, and notes which writes were wanted for backfill. Blocks, in any thread.
 
-        Raises OSError, or PitfsError where the first segment that is left can't be read.
+        Raises OSError; PitfsError where this process lacks memory, descriptors or rights.
         """
-        journal, state, before = self.journal, self.state, self.journal.first_segment
+        journal, state, tail = self.journal, self.state, self.journal.tail
+        kept = min(first_needed_segment, tail.segment)
+        if max(journal.first_segment, self._wanted_segment) < kept:  # noted first: who misses them asks why
+            state.given_up_seq = max(state.given_up_seq, last_seq_before(journal.directory, kept, tail))
         journal.release(first_needed_segment)
-        if max(before, self._wanted_segment) < journal.first_segment:
-            seq = last_seq_before(journal.directory, journal.first_segment, journal.tail)
-            state.given_up_seq = max(state.given_up_seq, min(seq, state.seq))
 
     def _make_room(self) -> bool:
         """Gives back at once what is only wanted, else what only a redo needs. False where there is nothing."""

@@ -1,7 +1,7 @@
 """Kills under a load that the link can't follow: every interval comes back to every write, and no cause is untrue.
 
-Writes as fast as the machine takes them, an fsync, then SIGKILL for one of the programs, which starts again. The seed
-decides what is written and who is killed; the machine decides how far replication was then.
+Writes, more than the link carries, an fsync, then SIGKILL for one of the programs, which starts again. The seed decides
+what is written and who is killed; the machine decides how far replication was then.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import contextlib
 import mmap
 import os
 import random
+import shutil
 import signal
 import time
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from tests.helpers.processes import HostError, wait_until
 VOLUME_BYTES: Final = 32 << 20
 SECTOR_BYTES: Final = 512
 MAX_SECTORS: Final = 32  # of a write
+WRITES_PER_S: Final = 3000  # some 36 MB in the journal: with 12 times 3 s of that it stays far from full
+CAPACITY_BYTES: Final = 2 << 30
 CHECKED_WRITES: Final = 150
 WAITS: Final = "until the link is idle"
 IDLE_S: Final = 150.0  # for all of backfill; also while other tests have the cores
@@ -54,7 +57,7 @@ class Kills:
         with (
             Replica(self.tmp) as self.replica,
             Production(
-                self.tmp, {"root": VOLUME_BYTES}, port=self.replica.port, interval="1s", capacity="2GiB"
+                self.tmp, {"root": VOLUME_BYTES}, port=self.replica.port, interval="1s", capacity=f"{CAPACITY_BYTES}B"
             ) as self.production,
         ):
             try:
@@ -64,11 +67,13 @@ class Kills:
                     kill = self.random.choice([self.kill_protect, self.kill_part, self.kill_receive, self.kill_receive])
                     kill()
                 last = self.last_snapshot()
+                assert self.production.status()["journal_bytes"] < 0.8 * CAPACITY_BYTES, "no room was needed"
                 self.wait_for_backfill()
                 self.check(last)
             except BaseException as error:
                 error.add_note(f"{'; '.join(self.happened)}; {self.replica.listing()['intervals']}")
                 raise
+        shutil.rmtree(self.tmp)  # it is large: a failure keeps it
 
     def write(self, duration_s: float) -> None:
         """Random writes, and an fsync."""
@@ -76,7 +81,8 @@ class Kills:
         begun, first = time.monotonic(), len(self.writes) + 1
         try:
             with mmap.mmap(-1, MAX_SECTORS * SECTOR_BYTES) as buffer:  # aligned, as O_DIRECT wants
-                while time.monotonic() < begun + duration_s:
+                while (now := time.monotonic()) < begun + duration_s:
+                    time.sleep(max(0.0, begun + (len(self.writes) + 1 - first) / WRITES_PER_S - now))
                     size = self.random.randint(1, MAX_SECTORS) * SECTOR_BYTES
                     offset = self.random.randrange((VOLUME_BYTES - size) // SECTOR_BYTES + 1) * SECTOR_BYTES
                     at = self.random.randrange(len(self.noise) - size)

@@ -354,6 +354,30 @@ async def test_a_journal_that_is_gone_after_a_restart_is_no_longer_promised(part
     assert parts.session.begun == offered, "it is said once"
 
 
+async def test_what_is_no_interval_of_the_journal_keeps_its_cause(parts: Parts) -> None:
+    """What lies between two copies is an interval for the replica, and coarse for ever."""
+    await parts.locate()
+    await parts.ship()
+    parts.write()
+    parts.mark()
+    await parts.ship(layers=False)
+    parts.write()
+    await parts.client.rescan("to try it")
+    assert isinstance(await parts.ship(), Interval)
+    assert isinstance(await parts.ship(), Copy)
+    causes = parts.causes()
+    assert causes[-1] == "to try it"
+    for _ in range(2):
+        parts.restart_shipper()
+        await parts.connect_anew()
+        await parts.shipper.backfill.report_lost(parts.session)
+        await parts.ship_layers()
+        assert parts.granularities() == [0, 0, None]
+        assert parts.causes()[-1] == "to try it"
+    await parts.connect_anew()
+    assert parts.shipper.backfill.waiting == [], "it isn't tried again on each connection"
+
+
 async def test_that_room_was_needed_is_known_after_a_restart_too(parts: Parts) -> None:
     await parts.locate()
     await parts.ship()

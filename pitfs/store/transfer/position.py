@@ -19,7 +19,7 @@ def no_more_ids(path: str, layout: Layout) -> CapacityError:
     """The error for production, before anything of a transfer or a stream is taken."""
     return CapacityError(
         f"{path}: all {layout.max_snapshot_id} ids of the store's snapshots and logs have been given, it can take no "
-        "more: move the store away (it stays readable) and a new one is made, with a full copy"
+        "more: move the store away (it stays readable) and a new one is made, with a full sync"
     )
 
 
