@@ -16,5 +16,4 @@ def set_io_flusher() -> None:
     """Lets this process, and threads that it starts later, allocate memory without waiting for writeback."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) != 0:
-        problem = os.strerror(ctypes.get_errno())
-        log.info("PR_SET_IO_FLUSHER: %s: going on without; very little memory may slow writes down", problem)
+        log.debug("PR_SET_IO_FLUSHER: %s: going on without", os.strerror(ctypes.get_errno()))
