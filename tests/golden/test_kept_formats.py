@@ -27,6 +27,7 @@ from pitfs.model.transfer import Hello, VolumeInfo
 from pitfs.store.ingest import Ingest
 from tests.helpers.hosts import Mount, Production, Replica, ask, digest
 from tests.helpers.processes import ROOT, run, wait_until
+from tests.helpers.stores import object_files
 
 GOLDEN = Path(__file__).parent
 VERSIONS = sorted(path.name for path in GOLDEN.glob("version-*"))
@@ -159,7 +160,8 @@ def resumed(kept: Kept, staged: str) -> Iterator[None]:
     held = kept.path / "held"  # else the file's number may be given again
     os.link(path, held)
     yield
-    assert held.samefile(kept.store / "objects" / path.name)
+    (made,) = object_files(kept.store, path.name)
+    assert held.samefile(made)
 
 
 def seqs_of(rows: Iterable[dict[str, Any]]) -> set[int]:

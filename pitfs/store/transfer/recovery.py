@@ -164,6 +164,7 @@ class StagingArea:
         fsync_directory(self.path)
         others = [each for each in self._layers_directories() if each != directory]
         for other in others[: max(0, len(others) - MAX_PARKED + 1)]:
+            self.recover_transfer(int(other[-16:], 16))  # while what says whose they are is there
             self.clear(other)
 
     def clear_outdated(self) -> None:
