@@ -24,7 +24,7 @@ EXAMPLES: Final = "examples:\n  pitfs status /etc/pitfs/db1.toml\n  pitfs status
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="CONFIG|STORE", help="TOML file of a group, or directory of a store")
-    add_json(parser)
+    add_json(parser, "one JSON document: man 7 pitfs explains its keys")
 
 
 def run(args: argparse.Namespace) -> int:

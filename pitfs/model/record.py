@@ -81,7 +81,7 @@ class CopyStart(msgspec.Struct, frozen=True):
     """Message of COPY_START: mark `mark` is the state at (seq, time_ns) of the record.
 
     cause: why there is a gap between (from_seq, from_time_ns) and it; empty for the first copy.
-    bitmap_bytes: empty for a complete copy. Else the copy has only the blocks that may differ from the state at
+    bitmap_bytes: empty for a full sync. Else the copy has only the blocks that may differ from the state at
         (from_seq, from_time_ns), and these are the sizes of the volumes' encoded bitmaps in COPY_BLOCKS.
     """
 

@@ -4,7 +4,7 @@ A transfer is a manifest and up to five *sections*, each a stream of bytes that 
 interrupted resumes at a checkpoint: the durable length of each section, and the sender's cursor. Where the sender
 sets no cursor (INTERVAL, LAYERS), it also keeps what came between its last checkpoint and the cut of the link.
 
-    kind FULL       the complete state at one position (the first full copy, or a rescan after a gap):
+    kind FULL       the complete state at one position (the first full sync, or a rescan after a gap):
                     DIFF has every block that isn't zero, its length isn't known in advance
     kind INTERVAL   what changed in (from_seq, to_seq]; DIFF is the last content of each block written
     kind LAYERS     more of the difference journal (figure 6B) of an interval that the replica has: POSITIONS, JOURNAL
@@ -187,7 +187,7 @@ class Manifest(msgspec.Struct, frozen=True):
     Attributes:
         mark: number of the mark it leads to: 1, 2, 3, … without gaps; the replica takes only the one
             after its last. LAYERS: of the mark at the interval's end.
-        from_seq, from_time_ns: position of the snapshot before (equal to `to` for the first full copy).
+        from_seq, from_time_ns: position of the snapshot before (equal to `to` for the first full sync).
         to_seq, to_time_ns: position that it leads to. With to_seq == from_seq nothing was written; such a
             transfer only moves protected_through_ns on.
         first_time_ns: time of the first write in it, None if there is none.

@@ -51,7 +51,7 @@ class JournalCursor:
         self._damaged_mark, self._damage = 0, ""  # of the last interval whose contents were found damaged
 
     async def locate(self, welcome: Welcome) -> None:
-        """Puts the reader behind what the replica has; where the journal has that no more, a complete copy begins.
+        """Puts the reader behind what the replica has; where the journal has that no more, a full sync begins.
 
         Raises PositionMismatchError where the replica has what this host never had.
         """
@@ -102,7 +102,7 @@ class JournalCursor:
                     raise
 
     async def rescan(self, cause: str, read_from: Location | None = None) -> None:
-        """Has a complete copy begun, with a gap before it, unless one is under way; it is what comes next.
+        """Has a full sync begun, with a gap before it, unless one is under way; it is what comes next.
 
         Args:
             read_from: where reading began that led to this.
@@ -135,7 +135,7 @@ class JournalCursor:
         raise LinkError(f"{cause}: connecting anew for a full sync")
 
     async def give_up(self, interval: Interval, error: CorruptionError) -> NoReturn:
-        """Has a complete copy begun for an interval whose contents are damaged. Raises LinkError.
+        """Has a full sync begun for an interval whose contents are damaged. Raises LinkError.
 
         On the next connection the replica wants this one again: then it is passed over for the copy, not tried again.
         """

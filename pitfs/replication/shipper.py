@@ -101,7 +101,7 @@ class Shipper:
                 await self._run_session()
             except PitfsError as error:
                 self.status.link_failed(error)
-            except OSError as error:  # where no complete copy would help: it reads the same
+            except OSError as error:  # where no full sync would help: it reads the same
                 where = error.filename or f"{self.settings.hello.group}: a backing volume or the journal"
                 self.status.link_failed(storage_error(error, where, "reading"))
             await self.status.back_off()

@@ -21,7 +21,7 @@ BACKOFF_S: Final = (0.5, 1.0, 2.0, 5.0, 10.0)
 
 
 class InGapError(PitfsError):
-    """A mark lies in a gap: the replica got a complete copy of a later state instead."""
+    """A mark lies in a gap: the replica got a full sync of a later state instead."""
 
 
 @dataclass(slots=True)
@@ -162,7 +162,7 @@ class ReplicationStatus:
         """Returns when the replica has acknowledged `mark`.
 
         Raises:
-            InGapError: it never will: a complete copy of a later state went instead.
+            InGapError: it never will: a full sync of a later state went instead.
             PitfsError: nothing got through for `grace_s`, or can't until somebody changes something.
         """
         begun, outage = trio.current_time(), self.outage

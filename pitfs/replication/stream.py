@@ -120,7 +120,7 @@ class Stream:
         return trio.current_time() - self._samples[0][0] if self._samples else 0.0
 
     async def pump(self, limit_s: float) -> bool:
-        """Streams what has been written; True where a complete copy begins behind it.
+        """Streams what has been written; True where a full sync begins behind it.
 
         Args:
             limit_s: it ends early where the replica is further behind than that.

@@ -7,7 +7,7 @@ writes are marked as well: if it is given up for another bypass, the next copy m
 
 A bitmap is compressed (Roaring): for each 65536 blocks it takes 2 bytes for each marked block, or 4 for each run, and
 8 KiB at most, which is a bit for each block: 32 MiB for 1 TiB in blocks of 4 KiB at the worst. Beyond
-`bitmap_limit_bytes` it is dropped, and a complete copy follows.
+`bitmap_limit_bytes` it is dropped, and a full sync follows.
 
 While the splitter is down, the file `changes` of the state directory has the bitmaps: msgpack of `_File`. It is valid
 only if the checkpoint, written behind it, has its xxh3_64.
@@ -133,7 +133,7 @@ def save_bitmap(state: str, changes: ChangeBitmap) -> int:
 
 
 def load_bitmap(state: str, checksum: int, volume_count: int, limit_bytes: int) -> ChangeBitmap | None:
-    """The bitmap of the file that a checkpoint has the xxh3_64 of; None, for a complete copy, where it isn't there."""
+    """The bitmap of the file that a checkpoint has the xxh3_64 of; None, for a full sync, where it isn't there."""
     path = os.path.join(state, FILE)
     try:
         with open(path, "rb") as file:

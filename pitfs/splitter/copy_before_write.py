@@ -24,7 +24,7 @@ def begin_copy(
 
     Args:
         cause: why there is a gap before it; empty for the first copy.
-        changes: the blocks that may differ from the state at its base; None for a complete copy.
+        changes: the blocks that may differ from the state at its base; None for a full sync.
 
     Raises:
         PitfsError, OSError: the journal can't be written. No copy runs then, but the state has the number and time of

@@ -160,7 +160,7 @@ class SplitterClient:
         return await self._request(Release(segment, wanted))
 
     async def rescan(self, cause: str) -> SplitterStatus:
-        """Begins a complete copy, with a gap before it; the status has the copy."""
+        """Begins a full sync, with a gap before it; the status has the copy."""
         return await self._request(Rescan(cause))
 
     async def replicated(self, seq: int, in_step: bool, cause: str = "") -> SplitterStatus:

@@ -123,7 +123,7 @@ def _open(
 def _copy_cause(
     progress: Progress | None, boot: str, volumes: list[Volume], mtimes_ns: list[int], last_time_ns: int
 ) -> str | None:
-    """Why a complete copy must begin now: "" for the first one, None for none.
+    """Why a full sync must begin now: "" for the first one, None for none.
 
     Args:
         mtimes_ns: of the backing volumes as they were found.

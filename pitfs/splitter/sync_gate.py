@@ -1,7 +1,7 @@
 """Mode sync: a write is answered when the replica has it durably.
 
     A write waits         if the replica is in step, or always if `on_disconnect` is "block".
-    A write doesn't wait  in the other modes; during a bypass; and from the beginning of a complete copy until the
+    A write doesn't wait  in the other modes; during a bypass; and from the beginning of a full sync until the
                           replica has caught up, as the replica can't have it soon.
 """
 
@@ -23,7 +23,7 @@ class SyncGate:
 
     Args:
         holds: mode is sync. blocks: on_disconnect is "block".
-        copying: whether a complete copy is under way at the start.
+        copying: whether a full sync is under way at the start.
     """
 
     def __init__(self, holds: bool, blocks: bool, copying: bool) -> None:

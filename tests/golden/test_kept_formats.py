@@ -369,7 +369,7 @@ def test_a_kept_state_is_recovered_for_a_new_store(unpack: Unpack) -> None:
 
 @pytest.mark.fuse
 def test_a_kept_state_of_another_boot_leaves_a_gap(unpack: Unpack) -> None:
-    """What is in the journal is exact all the same; behind it a complete copy begins."""
+    """What is in the journal is exact all the same; behind it a full sync begins."""
     kept = unpack("streamed")
     with kept.replica() as replica, kept.production(replica) as production:
         final = go_on(production, kept)

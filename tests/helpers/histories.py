@@ -79,7 +79,7 @@ def _no_sync(fd: int) -> None:
 
 
 def block_contents(seq: int, size: int) -> bytes:
-    """What write `seq` put into a block, where it isn't zeros; 0: what the full copy put there."""
+    """What write `seq` put into a block, where it isn't zeros; 0: what the full sync put there."""
     return (2 * seq + 1).to_bytes(8, "little") * (size // 8)
 
 

@@ -192,7 +192,7 @@ class History:
         full: bool = False,
         before_ns: Sequence[int] = (),
     ) -> Transfer:
-        """The transfer for all writes since the last mark; the first one is the full copy at seq 0.
+        """The transfer for all writes since the last mark; the first one is the full sync at seq 0.
 
         Args:
             granularity_ns: of the difference journal, None without one; before_ns: coarser ones that come before it.
@@ -296,7 +296,7 @@ class _Sections:
                 if zeros:
                     self.diff_rows.append((block, 0, volume, Source.ZERO, 0))
                 continue
-            if not zeros or content not in self.places:  # a full copy carries each content
+            if not zeros or content not in self.places:  # a full sync carries each content
                 self.diff_rows.append((block, 0, volume, Source.SNAPSHOT, 0))
                 self.diff_contents.append(content)
                 self.places.setdefault(content, (Source.SHARED_SNAPSHOT, unit))
@@ -409,7 +409,7 @@ def random_history(seed: int, max_block_count: int = 40) -> History:
 
 
 def random_transfers(history: History, count: int, max_writes: int = 20) -> Iterator[Transfer]:
-    """The full copy, then intervals: empty ones, snapshots-only ones, now and then a rescan."""
+    """The full sync, then intervals: empty ones, snapshots-only ones, now and then a rescan."""
     random = np.random.default_rng([history.seed, 11])
     for number in range(count):
         if number or random.random() < 0.5:

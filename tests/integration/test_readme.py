@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -240,6 +241,37 @@ def write_to_an_image(hosts: Hosts, table: Path) -> None:
             run(["umount", latest])
         with LoopDevice(mount.image("latest")) as device:
             run(["e2fsck", "-f", "-n", device])
+
+
+@pytest.mark.fuse
+@pytest.mark.loop
+def test_a_filesystem_comes_back_after_the_splitter_died(hosts: Hosts) -> None:
+    """The section of that name, line by line."""
+    volume, live = hosts.tmp / "volumes" / "root", hosts.tmp / "live"
+    live.mkdir()
+    devices = [run(["losetup", "--direct-io=on", "--find", "--show", volume]).stdout.strip()]
+    try:
+        run(["mkfs.ext4", "-q", devices[0]])
+        run(["mount", devices[0], live])
+        with (live / "ledger").open("w") as ledger:
+            ledger.write("monday,100\n")
+            ledger.flush()
+            os.fsync(ledger.fileno())
+        (splitter,) = hosts.protect.pids("pitfs-splitter")
+        os.kill(splitter, signal.SIGKILL)
+        wait_until(lambda: hosts.protect.pids("pitfs-splitter") not in ([], [splitter]) and os.path.exists(volume),
+                   "the splitter starts again", 20)  # fmt: skip
+        words = commands("When the splitter died", "README")
+        assert [each[0] for each in words] == ["umount", "losetup", "losetup", "mount"]
+        for line in words:
+            said = run([devices[-1] if word == "/dev/loop0" else hosts.moved(word) for word in line]).stdout
+            if "--show" in line:
+                devices.append(said.strip())
+        assert (live / "ledger").read_text() == "monday,100\n"
+    finally:
+        force_unmount(live)
+        for device in devices:
+            run(["losetup", "--detach", device], accept=(0, 1))
 
 
 @pytest.mark.fuse

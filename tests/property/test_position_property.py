@@ -8,7 +8,17 @@ import zoneinfo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pitfs.model.position import AtSeq, AtTime, NotATimeError, format_instant, parse_instant, parse_time
+from pitfs.model.position import (
+    LATEST,
+    AtSeq,
+    AtTime,
+    NotATimeError,
+    format_instant,
+    meant_time,
+    parse_instant,
+    parse_time,
+    reads_as_time,
+)
 
 EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 ZONES = [zoneinfo.ZoneInfo(name) for name in ("UTC", "Europe/Vienna", "America/New_York", "Australia/Lord_Howe")]
@@ -81,3 +91,28 @@ def test_any_text_is_a_time_or_cleanly_not(text: str) -> None:
 def test_canonical_names_are_unique(text: str) -> None:
     time_ns = parse_instant(text)
     assert time_ns is None or format_instant(time_ns) == text
+
+
+names = st.from_regex(r"[0-9A-Za-z._-]{1,20}|[0-9T:.-]{1,12}|(seq-|@)?[0-9]{1,6}(m-ago)?", fullmatch=True)
+
+
+@settings(derandomize=True, max_examples=1000)
+@given(names)
+def test_what_a_command_takes_for_a_time_is_no_name_for_a_bookmark(name: str) -> None:
+    try:
+        parse_time(name, now_ns=0)
+    except NotATimeError:
+        return
+    assert reads_as_time(name)
+
+
+@settings(derandomize=True, max_examples=1000)
+@given(
+    st.text(max_size=300) | names | st.from_regex(r"(today|yesterday|)[ _-]?[0-9]{1,2}:[0-9]{2}(Z|)"),
+    times, times, st.sampled_from(ZONES),
+)  # fmt: skip
+def test_what_is_proposed_for_any_text_is_a_time(
+    text: str, now_ns: int, newest_ns: int, zone: datetime.tzinfo
+) -> None:
+    meant = meant_time(text, now_ns=now_ns, newest_ns=newest_ns, zone=zone)
+    assert meant is None or meant == LATEST or parse_time(meant, now_ns=now_ns, zone=zone)

@@ -95,7 +95,7 @@ async def test_segments_recycled_under_the_search_are_searched_again(
     monkeypatch.setattr("pitfs.journal.search.SegmentReader", open_segment)
     await parts.locate()
     assert not os.path.exists(asked[0])
-    assert splitter.state.mark == mark, "found, without a complete copy"
+    assert splitter.state.mark == mark, "found, without a full sync"
     parts.write()
     parts.mark()
     assert isinstance(await parts.ship(), Interval)

@@ -29,7 +29,7 @@ def history() -> History:
 
 
 def store_at(root: Path, history: History, next_id: int) -> Ingest:
-    """A store with a full copy, that has given all ids before `next_id`."""
+    """A store with a full sync, that has given all ids before `next_id`."""
     ingest = Ingest(str(root), history.hello)
     ingest_transfer(ingest, history.close_interval())
     ingest.close()

@@ -83,7 +83,7 @@ class MapWriter:
 
     Args:
         fd: of the new object, written through a bounded buffer.
-        roots_before: of the snapshot before, EMPTY for a full copy.
+        roots_before: of the snapshot before, EMPTY for a full sync.
         load_node: reads nodes of committed maps.
         layout: of the store.
     """

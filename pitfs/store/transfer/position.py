@@ -30,7 +30,7 @@ def check_follows(path: str, manifest: Manifest, mark: int, seq: int, time_ns: i
         PositionMismatchError: it doesn't.
     """
     m = manifest
-    # Before a full copy, or changes, another one may have been given up, whose mark is skipped.
+    # Before a full sync, or changes, another one may have been given up, whose mark is skipped.
     skips = m.kind in (TransferKind.FULL, TransferKind.CHANGES) and m.mark > mark
     if m.mark != mark + 1 and not skips:
         raise mismatch(path, f"production sends mark {m.mark}, the store has {mark} and takes {mark + 1}")
