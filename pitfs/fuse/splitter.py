@@ -22,7 +22,7 @@ from pitfs.fuse.kernel.loop_devices import LoopDevice, loop_devices
 from pitfs.fuse.kernel.mountinfo import clear_dead_mount, is_dead, mounted_at
 from pitfs.splitter.group_commit import GroupCommit
 from pitfs.splitter.service import SplitterService
-from pitfs.splitter.splitter import Splitter
+from pitfs.splitter.splitter import NotReadyError, Splitter
 from pitfs.splitter.volume import NotCachedError
 
 log = logging.getLogger(__name__)
@@ -63,17 +63,19 @@ class SplitterOperations(pyfuse3.Operations):
             if room <= 0:
                 raise pyfuse3.FUSEError(errno.ENOSPC)  # as a block device answers
             buf = buf[:room]
-        may_wait = False
+        may_read = False
         while True:
             try:
-                self._splitter.write(fh - FIRST_INODE, off, buf, may_wait)
+                self._splitter.write(fh - FIRST_INODE, off, buf, may_read)
                 self._waiting = False
                 break
             except NotCachedError:
                 # A thread reads the blocks around the write from the disk into memory; other requests go on.
                 with contextlib.suppress(OSError):  # the write will meet the error as well, and say it
                     await self._read_from_disk(fh, off - EDGE_BYTES, len(buf) + 2 * EDGE_BYTES)
-                may_wait = True  # they may be out of the cache again
+                may_read = True  # they may be out of the cache again
+            except NotReadyError as wait:
+                await self._make_ready(wait)
             except CapacityError as error:
                 if not self._waiting:
                     log.warning("%s; writes wait for it", error)
@@ -88,10 +90,18 @@ class SplitterOperations(pyfuse3.Operations):
             raise pyfuse3.FUSEError(errno.EIO)
         return len(buf)
 
+    async def _make_ready(self, wait: NotReadyError) -> None:
+        try:
+            await self._service.make_ready(wait)
+        except OSError as error:
+            raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
+        except Exception as error:
+            raise failed("write", error) from None
+
     async def read(self, fh: Any, off: int, size: int) -> bytes:
         try:
             try:
-                return self._splitter.read(fh - FIRST_INODE, off, size, may_wait=False)
+                return self._splitter.read(fh - FIRST_INODE, off, size, may_read=False)
             except NotCachedError:
                 return await self._read_from_disk(fh, off, size)
         except OSError as error:

@@ -265,7 +265,7 @@ async def test_journals_are_kept_until_the_room_is_needed(parts: Parts) -> None:
     assert parts.granularities() == [None] * 3
     assert [each.mark for each in parts.shipper.backfill.waiting] == [4, 3, 2]
     splitter = parts.pipeline.splitter
-    splitter.recovery_segment = splitter.journal.tail.segment + 100  # as after a checkpoint
+    splitter.checkpoints.recovery_segment = splitter.journal.tail.segment + 100  # as after a checkpoint
     first = splitter.journal.tail.segment
     assert splitter.releasable_segment <= first
     while splitter.journal.tail.segment < first + 6:  # more than the journal's capacity

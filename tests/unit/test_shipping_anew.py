@@ -317,6 +317,6 @@ async def test_an_interval_longer_than_the_journal_can_hold_is_closed_early(part
             shipped = splitter.state.mark
             await parts.ship(layers=False)
         await parts.service._keep()
-        await parts.service._prepare_spare()
+        await parts.service._prepare_spares()
     assert not splitter.state.bypass_cause
     assert shipped >= 3
