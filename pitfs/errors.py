@@ -36,6 +36,13 @@ class ConfigError(UsageError):
         self.path, self.where, self.problem = path, where, problem
 
 
+class PermissionDeniedError(PitfsError):
+    """This user may not read or ask what is there; it says nothing about whether it is there or runs."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(f"{path}: permission denied: run it as root, or as the owner")
+
+
 class NotAvailableError(UsageError):
     """A capability of the contract that this version doesn't have yet."""
 

@@ -32,12 +32,12 @@ DESCRIPTION: Final = (
 )
 EXAMPLES: Final = """\
 examples:
-  pitfs attach /srv/replica/db1 5m-ago root
+  pitfs attach /srv/pitfs/db1 5m-ago root
   mount -o ro,noload /dev/loop1 /mnt/then
   umount /mnt/then
   pitfs detach /dev/loop1
 
-  pitfs attach /srv/replica/db1 latest root --scratch --scratch-size 10GiB
+  pitfs attach /srv/pitfs/db1 latest root --scratch --scratch-size 10GiB
   pitfs attach --list"""
 
 

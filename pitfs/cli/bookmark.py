@@ -7,8 +7,7 @@ from typing import Final
 
 from pitfs.cli.common.parser import add_config, add_json
 from pitfs.cli.snapshot import print_instant
-from pitfs.errors import UsageError
-from pitfs.model.group import NAME_RULE, is_name
+from pitfs.model.group import check_new_bookmark
 
 DESCRIPTION: Final = (
     "Names the state after the last write and prints its canonical instant. The name appears on "
@@ -19,13 +18,13 @@ EXAMPLES: Final = "example:\n  pitfs bookmark /etc/pitfs/db1.toml before-upgrade
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
-    parser.add_argument("name", metavar="NAME", help="letters, digits, '.', '_' and '-', at most 64")
+    meaning = "letters, digits, '.', '_' and '-', at most 64; nothing that reads as a time"
+    parser.add_argument("name", metavar="NAME", help=meaning)
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    if not is_name(args.name):
-        raise UsageError(f"{args.name}: not a name for a bookmark: must be {NAME_RULE}")
+    check_new_bookmark(args.name)  # here too: it needs no shipper that runs
     from pitfs.replication.requests import SetBookmark
 
     return print_instant(args, SetBookmark(args.name))

@@ -32,9 +32,9 @@ DESCRIPTION: Final = (
 )
 EXAMPLES: Final = """\
 examples:
-  pitfs diff /srv/replica/db1 1h-ago latest root
-  pitfs diff /srv/replica/db1 before-upgrade latest root --json
-  pitfs diff /srv/replica/db1 1h-ago latest root --bitmap /var/tmp/root.bits"""
+  pitfs diff /srv/pitfs/db1 1h-ago latest root
+  pitfs diff /srv/pitfs/db1 before-upgrade latest root --json
+  pitfs diff /srv/pitfs/db1 1h-ago latest root --bitmap /var/tmp/root.bits"""
 
 ADVICE: Final = "write it to another place"
 

@@ -11,8 +11,8 @@ from pitfs.cli.common.parser import add_image, add_json
 DESCRIPTION: Final = "Prints the xxh3_128 of a volume's whole image, as `xxhsum -H2` does for a copy of it."
 EXAMPLES: Final = """\
 examples:
-  pitfs digest /srv/replica/db1 latest root
-  pitfs digest /srv/replica/db1 2026-11-22T23:54:00Z root --json"""
+  pitfs digest /srv/pitfs/db1 latest root
+  pitfs digest /srv/pitfs/db1 2026-11-22T23:54:00Z root --json"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

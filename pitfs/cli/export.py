@@ -16,9 +16,9 @@ DESCRIPTION: Final = (
 )
 EXAMPLES: Final = """\
 examples:
-  pitfs export /srv/replica/db1 latest root /srv/restore/root.img
-  pitfs export /srv/replica/db1 5m-ago root /dev/vg0/root --verify
-  pitfs export /srv/replica/db1 latest root /srv/restore/root.img --from 2026-11-22T23-54-00.123456789Z"""
+  pitfs export /srv/pitfs/db1 latest root /srv/restore/root.img
+  pitfs export /srv/pitfs/db1 5m-ago root /dev/vg0/root --verify
+  pitfs export /srv/pitfs/db1 latest root /srv/restore/root.img --from 2026-11-22T23-54-00.123456789Z"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

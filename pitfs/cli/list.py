@@ -9,7 +9,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
-from pitfs.cli.common.output import granularity_text, span_row, span_text, state_row, write_json
+from pitfs.cli.common.output import (
+    SILENT_S,
+    granularity_text,
+    silence,
+    span_row,
+    span_text,
+    state_row,
+    write_json,
+)
 from pitfs.cli.common.parser import add_json, add_store, add_zone
 from pitfs.cli.common.times import parse_zone, resolve
 from pitfs.errors import UsageError
@@ -28,15 +36,16 @@ DESCRIPTION: Final = (
 )
 EXAMPLES: Final = """\
 examples:
-  pitfs list /srv/replica/db1
-  pitfs list /srv/replica/db1 --from 1h-ago
-  pitfs list /srv/replica/db1 --from 2026-11-22 --to 2026-11-23 --json"""
+  pitfs list /srv/pitfs/db1
+  pitfs list /srv/pitfs/db1 --from 1h-ago
+  pitfs list /srv/pitfs/db1 --from 2026-11-22 --to 2026-11-23 --json"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_store(parser)
-    parser.add_argument("--from", dest="from_time", metavar="TIME", help="only what is at or after it")
-    parser.add_argument("--to", dest="to_time", metavar="TIME", help="only what is before it")
+    from_help = "leave out what ends before it; TIME as for pitfs resolve"
+    parser.add_argument("--from", dest="from_time", metavar="TIME", help=from_help)
+    parser.add_argument("--to", dest="to_time", metavar="TIME", help="leave out what begins at it or later")
     add_zone(parser)
     add_json(parser, "group, protected_through, snapshots, intervals, open_intervals, bookmarks, gaps")
 
@@ -99,7 +108,10 @@ def _lists(store: Store, from_ns: int | None, to_ns: int | None) -> Iterator[tup
 
 def _print(store: Store, through: str | None, lists: Iterable[tuple[str, Iterator[Row]]]) -> None:
     print(f"group              {store.group}")
+    age_s = (time.time_ns() - store.protected_through_ns()) / 1e9 if through else 0.0
     print(f"protected through  {through or 'nothing has arrived yet'}")
+    if age_s > SILENT_S:
+        print(f"note               {silence(age_s)}")
     for volume in store.volumes:
         print(f"volume             {volume.name}  {volume.size_bytes} bytes, blocks of {volume.block_size}")
     for name, rows in lists:

@@ -68,15 +68,15 @@ options (-o):
   and those of mount(8): ro, noatime, nosuid, nodev, noexec, …
 
 examples:
-  mount.pitfs /srv/replica/db1 /mnt/db1
-  mount -t pitfs -o uid=postgres,tz=Europe/Vienna /srv/replica/db1 /mnt/db1
+  mount.pitfs /srv/pitfs/db1 /mnt/db1
+  mount -t pitfs -o uid=postgres,tz=Europe/Vienna /srv/pitfs/db1 /mnt/db1
   losetup --read-only --direct-io=on --find --show /mnt/db1/5m-ago/root.img
   umount /mnt/db1
-  mount.pitfs -o scratch=/var/tmp/scratch,scratch_size=10GiB /srv/replica/db1 /mnt/db1
+  mount.pitfs -o scratch=/var/tmp/scratch,scratch_size=10GiB /srv/pitfs/db1 /mnt/db1
   losetup --direct-io=on --find --show /mnt/db1/5m-ago/root.img
 
 fstab:
-  /srv/replica/db1  /mnt/db1  pitfs  nofail,_netdev  0  0
+  /srv/pitfs/db1  /mnt/db1  pitfs  nofail,_netdev  0  0
 
 exit codes: 0 the mount answers, 1 failed, 2 wrong use
 """

@@ -14,9 +14,9 @@ from pitfs.errors import NoSuchInstantError
 DESCRIPTION: Final = "Prints the canonical instant of the newest reachable state not after TIME."
 EXAMPLES: Final = """\
 examples:
-  pitfs resolve /srv/replica/db1 5m-ago
-  pitfs resolve /srv/replica/db1 "2026-11-22 23:54" --tz Europe/Vienna
-  pitfs resolve /srv/replica/db1 before-upgrade --json"""
+  pitfs resolve /srv/pitfs/db1 5m-ago
+  pitfs resolve /srv/pitfs/db1 "2026-11-22 23:54" --tz Europe/Vienna
+  pitfs resolve /srv/pitfs/db1 before-upgrade --json"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

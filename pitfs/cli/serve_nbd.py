@@ -27,9 +27,9 @@ DESCRIPTION: Final = (
 )
 EXAMPLES: Final = """\
 examples:
-  pitfs serve-nbd /srv/replica/db1 --unix /run/pitfs/nbd.sock
-  pitfs serve-nbd /srv/replica/db1 --listen 127.0.0.1:10809
-  pitfs serve-nbd /srv/replica/db1 --listen [::]:10809 \\
+  pitfs serve-nbd /srv/pitfs/db1 --unix /run/pitfs/nbd.sock
+  pitfs serve-nbd /srv/pitfs/db1 --listen 127.0.0.1:10809
+  pitfs serve-nbd /srv/pitfs/db1 --listen [::]:10809 \\
       --certificate replica.pem --key replica.key --authority ca.pem
 
 clients:

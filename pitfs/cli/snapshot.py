@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION: Final = (
     "Closes the interval at the last write, returns when the replica has acknowledged it, and "
-    "prints the snapshot's canonical instant: the time of the last write in it."
+    "prints the snapshot's canonical instant: the time of the last write in it. While the link is down it waits 10 s "
+    "for it, then fails: the snapshot is set all the same, and sent when the replica can be reached."
 )
 EXAMPLES: Final = "example:\n  pitfs snapshot /etc/pitfs/db1.toml"
 

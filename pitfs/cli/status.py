@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import stat
 import time
 from typing import Any, Final
 
-from pitfs.cli.common.output import granularity_text, print_json, span_row, span_text
+from pitfs.cli.common.output import SILENT_S, granularity_text, print_json, silence, span_row, span_text
 from pitfs.cli.common.parser import add_json
-from pitfs.errors import UsageError
+from pitfs.errors import PermissionDeniedError, UsageError
 from pitfs.model.position import format_instant
+from pitfs.model.units import format_bytes, format_seconds
 
 DESCRIPTION: Final = (
     "Says where a group stands: the production side for a CONFIG (asks the running 'pitfs "
@@ -26,15 +28,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if os.path.isdir(args.target):
+    try:
+        is_store = stat.S_ISDIR(os.stat(args.target).st_mode)
+    except PermissionError:
+        raise PermissionDeniedError(args.target) from None
+    except (OSError, ValueError):
+        raise UsageError(f"{args.target}: no such file or directory: give a configuration or a store") from None
+    if is_store:
         status = _replica(args.target)
-    elif os.path.exists(args.target):
+    else:
         from pitfs.cli.common.shipper import ask_shipper
         from pitfs.replication.requests import ReadStatus
 
         status = ask_shipper(args.target, ReadStatus())
-    else:
-        raise UsageError(f"{args.target}: no such file or directory: give a configuration or a store")
     if args.json:
         print_json(status, indent=None)
     else:
@@ -71,7 +77,7 @@ def _replica(path: str) -> dict[str, Any]:
 
 
 def _print(status: dict[str, Any]) -> None:
-    """A line for each value that is known; bytes with their unit."""
+    """A line for each value that is known."""
     from pitfs.cli.common.pins import pin_text
 
     for key, value in status.items():
@@ -81,8 +87,14 @@ def _print(status: dict[str, Any]) -> None:
             continue
         if value is None or value == []:
             continue
+        if key.endswith(("_bytes", "_bytes_per_s")):
+            value = format_bytes(value) + ("/s" if key.endswith("_s") else "")
+        if key.endswith("_seconds"):
+            value = format_seconds(value)
         if key == "last_decision":
             value = f"{granularity_text(value['granularity_ns'])}: {value['reason']}"
         if key == "last_gap":
             value = f"{span_text(value)}: {value['cause']}"
-        print(f"{key.replace('_', ' '):<26}{value}")
+        print(f"{key.removesuffix('_bytes_per_s').replace('_', ' '):<26}{value}")
+    if status["role"] == "replica" and (lag_s := status["lag_seconds"]) is not None and lag_s > SILENT_S:
+        print(f"{'note':<26}{silence(lag_s)}")

@@ -35,13 +35,13 @@ class UnavailableCommand:
 
 check = UnavailableCommand(
     "Will verify a store. Not available in this version yet.",
-    "example:\n  pitfs check /srv/replica/db1 --data",
+    "example:\n  pitfs check /srv/pitfs/db1 --data",
     {"--data": "reread every block", "--rebuild": "make the catalog again from the objects"},
     "every read verifies its blocks; pitfs digest or pitfs export --verify rereads a whole volume",
 )
 prune = UnavailableCommand(
     "Will apply the retention policy. Not available in this version yet.",
-    "example:\n  pitfs prune /srv/replica/db1 --dry-run",
+    "example:\n  pitfs prune /srv/pitfs/db1 --dry-run",
     {"--dry-run": "say what would go, remove nothing"},
     "the store keeps everything",
 )

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Final, Never, TypeVar
 
 from pitfs.config.quantities import Quantity, shorten
-from pitfs.errors import ConfigError
+from pitfs.errors import ConfigError, PermissionDeniedError
 from pitfs.model.group import NAME_RULE, is_name
 
 _KINDS: Final = {str: "text in quotes", int: "an integer", bool: "true or false", dict: "a table"}
@@ -23,10 +23,13 @@ def read_text(path: str) -> str:
 
     Raises:
         ConfigError: it can't be read, is too large, or isn't text.
+        PermissionDeniedError: this user may not read it.
     """
     try:
         with open(path, "rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
+    except PermissionError:
+        raise PermissionDeniedError(path) from None
     except (OSError, ValueError) as error:
         raise ConfigError(path, "", f"can't be read: {getattr(error, 'strerror', None) or error}") from error
     if len(content) > MAX_FILE_BYTES:

@@ -8,26 +8,25 @@ from __future__ import annotations
 
 import os
 import struct
-from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from pitfs.errors import CorruptionError
+from pitfs.journal.search import Found, Key, SegmentSearch, key_of
 from pitfs.journal.writer import Location
 from pitfs.model.difference import Columns, Rows
 from pitfs.model.record import CopyStart, Mark, Record, RecordKind
 from pitfs.storage.files import fsync_directory, open_fd, storage_error
-from pitfs.storage.segment import DATA_OFFSET, SegmentReader, list_segments, segment_error, segment_path
+from pitfs.storage.segment import DATA_OFFSET, SegmentReader, segment_error, segment_path
 
 _LONG: Final = ("block", "seq", "time_ns", "segment", "contents")
 _WRITE: Final = np.dtype([*((name, "<i8") for name in _LONG), ("block_count", "<i4"), ("volume", "<i4")])
 _PACK_WRITE: Final = struct.Struct("<qqqqqii").pack
-MAX_SEEN: Final = 4096  # marks that a search remembers
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,22 +68,7 @@ class Copy:
 
     @property
     def what(self) -> str:
-        return "complete copy" if self.start.is_complete else "copy of what changed"
-
-
-@dataclass(frozen=True, slots=True)
-class SeenMark:
-    """A MARK or COPY_START in the journal.
-
-    Attributes:
-        position: (seq, time_ns) that it names. location: behind it.
-        begins_anew: it is a COPY_START: there is a gap before it.
-    """
-
-    mark: int
-    position: tuple[int, int]
-    location: Location
-    begins_anew: bool
+        return "full sync" if self.start.is_complete else "full sync of what changed"
 
 
 class JournalReader:
@@ -97,7 +81,6 @@ class JournalReader:
     Attributes:
         location: behind the record that was read last.
         position: (seq, time_ns) of the last snapshot before the open interval; start: where that interval begins.
-        seen: marks that `seek_mark` came by, up to and with the one looked for.
     """
 
     def __init__(self, directory: str, block_sizes: list[int]) -> None:
@@ -106,7 +89,6 @@ class JournalReader:
         self._reader: SegmentReader | None = None
         self.location = Location(0, 0)
         self._begin_interval((0, 0))
-        self.seen: deque[SeenMark] = deque(maxlen=MAX_SEEN)
 
     def close(self) -> None:
         if self._reader is not None:
@@ -123,34 +105,49 @@ class JournalReader:
         """Goes back to where the open interval begins."""
         self.seek(self.start, self.position)
 
-    def seek_mark(self, mark: int, until: Location, write_seq: int = 0) -> bool:
-        """Goes on behind MARK or COPY_START number `mark`. False where the journal doesn't have it any more.
-
-        Args:
-            write_seq: if it isn't 0, behind that write instead.
+    def seek_mark(self, mark: int, seq: int, until: Location) -> Found:
+        """Goes on behind MARK or COPY_START number `mark`, which names the position of write `seq`.
 
         Raises:
-            CorruptionError: the journal is damaged before it.
+            CorruptionError: the journal is damaged there.
+            PitfsError: this process lacks memory, descriptors or rights to read it.
         """
-        numbers = list_segments(self.directory)
-        if not numbers:
-            return False
-        self.seek(Location(numbers[0], DATA_OFFSET), (0, 0))
-        self.seen.clear()
-        for _, record in self.records(until):
-            position = record.seq, record.time_ns
-            found = record.kind is RecordKind.WRITE and record.seq == write_seq
+        return self._seek((seq, mark), until)
+
+    def seek_write(self, seq: int, until: Location) -> Found:
+        """Goes on behind write `seq`. Raises as `seek_mark`."""
+        return self._seek((seq, 0), until)
+
+    def seek_writes_behind(self, position: tuple[int, int], until: Location) -> Found:
+        """Goes on with the first write behind a position (seq, time_ns). Raises as `seek_mark`."""
+        found, before, _ = self._search((position[0] + 1, 0), until)
+        self.seek(before, position)
+        return found
+
+    def _seek(self, key: Key, until: Location) -> Found:
+        found, _, record = self._search(key, until)
+        if record is not None:
             message = record.message
-            if isinstance(message, Mark | CopyStart):
-                if isinstance(message, Mark):
-                    position = record.seq, message.position_time_ns
-                begins_anew = isinstance(message, CopyStart)
-                self.seen.append(SeenMark(message.mark, position, self.location, begins_anew))
-                found = message.mark == mark and not write_seq
-            if found:
-                self._begin_interval(position)
-                return True
-        return False
+            time_ns = message.position_time_ns if isinstance(message, Mark) else record.time_ns
+            self._begin_interval((record.seq, time_ns))
+        return found
+
+    def _search(self, key: Key, until: Location) -> tuple[Found, Location, Record | None]:
+        """Goes on behind the record with that key; with its place, or where the journal has it not."""
+        number = SegmentSearch(self.directory, until).segment_of(key)
+        if number is None:
+            return Found.ERASED, self.location, None
+        self.seek(Location(number, DATA_OFFSET), (0, 0))
+        outcome = Found.ERASED
+        for location, record in self.records(until):
+            here = key_of(record)
+            if here == key:
+                return Found.THERE, location, record
+            if here is not None and here > key:
+                return outcome, location, None
+            if here is not None:
+                outcome = Found.NEVER
+        return Found.NEVER, self.location, None
 
     def next(self, until: Location) -> Interval | Copy | None:
         """Reads until the next MARK or COPY_START; None where `until` comes before it (call again later).
@@ -242,23 +239,6 @@ class JournalReader:
             raise CorruptionError(self.directory, location.offset, problem)
         self._begin_interval((interval.to_seq, interval.to_time_ns))
         return interval
-
-
-def after(interval: Interval, position: tuple[int, int]) -> Interval:
-    """The part of an interval behind a position (seq, time_ns) in it."""
-    if position[0] == interval.from_seq:
-        return interval
-    kept = np.flatnonzero(interval.columns.seq > position[0])
-    columns = interval.columns
-    return replace(
-        interval,
-        from_seq=position[0],
-        from_time_ns=position[1],
-        columns=Columns(columns.volume[kept], columns.block[kept], columns.seq[kept], columns.checksum[kept]),
-        segment=interval.segment[kept],
-        offset=interval.offset[kept],
-        times=interval.times[position[0] - interval.from_seq :],
-    )
 
 
 class BlockSource:

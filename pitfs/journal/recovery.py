@@ -127,7 +127,7 @@ def _cut(directory: str, numbers: list[int], tail: JournalTail, durable_lsn: int
             where,
             tail.location.offset,
             f"{what}: the disk lost or changed it; nothing was cut. "
-            "Move the state directory away to begin anew with a full copy",
+            "Move the state directory away to begin anew with a full sync",
         )
     if numbers:
         problem = "segments behind it, which no fsync had waited for, are removed"

@@ -122,6 +122,10 @@ class Journal:
         return Location(self._segment.number, self._offset)
 
     @property
+    def first_segment(self) -> int:
+        return self._numbers[0]
+
+    @property
     def used_bytes(self) -> int:
         return len(self._numbers) * self.segment_bytes
 

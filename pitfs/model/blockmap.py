@@ -87,6 +87,10 @@ class BlockMap:
     block_count: int
     load_node: LoadNode
 
+    @property
+    def leaf_count(self) -> int:
+        return -(-self.block_count // FANOUT)
+
     def leaf(self, leaf_index: int) -> Node:
         """The leaf of blocks [leaf_index * 512, + 512), read-only."""
         entry = self.root

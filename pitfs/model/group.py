@@ -10,6 +10,9 @@ import re
 from collections.abc import Sequence
 from typing import Final, Protocol
 
+from pitfs.errors import UsageError
+from pitfs.model.position import reads_as_time
+
 NAME_RULE: Final = "1 to 64 of A-Z a-z 0-9 . _ - (not '.' or '..')"
 NAME_PATTERN: Final = r"\A(?!\.{1,2}\Z)[A-Za-z0-9._-]{1,64}\Z"
 BLOCK_SIZES: Final = tuple(1 << bits for bits in range(9, 17))  # 512 B … 64 KiB
@@ -34,6 +37,14 @@ class Volume(Protocol):
 def is_name(text: str) -> bool:
     """Whether it can name a group, a volume or a bookmark."""
     return _NAME.match(text) is not None
+
+
+def check_new_bookmark(name: str) -> None:
+    """Raises UsageError for what can't name a bookmark, or says a time: there it would mean that time."""
+    if not is_name(name):
+        raise UsageError(f"bookmark {name[:80]!r}: not a name: must be {NAME_RULE}")
+    if reads_as_time(name):
+        raise UsageError(f"bookmark {name!r}: reads as a time: choose another name, as before-upgrade")
 
 
 def identity_problem(group: str, history: str, volumes: Sequence[Volume]) -> str | None:

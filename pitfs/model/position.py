@@ -35,6 +35,7 @@ DAY_SECONDS: Final = 86_400
 DAY_NS: Final = DAY_SECONDS * SECOND_NS
 MAX_TEXT_LENGTH: Final = 255  # longest file name; a limit for the command line too
 MAX_SEQ: Final = (1 << 63) - 1
+LATEST: Final = "latest"  # the newest state, wherever a time may stand
 _MIN_TIME_NS: Final = -(1 << 63)
 _MAX_TIME_NS: Final = (1 << 63) - 1
 _EPOCH_ORDINAL: Final = datetime.date(1970, 1, 1).toordinal()
@@ -47,10 +48,10 @@ class NotATimeError(UsageError):
 
     def __init__(self, text: str) -> None:
         shown = text if len(text) <= 80 else text[:80] + "…"
-        super().__init__(
-            f"{shown!r} is not a time; write for example 2026-11-22T23:54:00Z, 2026-11-22, @1763855640.25, "
-            "seq-1234 or 5m-ago"
-        )
+        super().__init__(f"{shown!r} is not a time")
+
+
+FORMS: Final = "2026-11-22T23:54:00Z, 2026-11-22, @1795391640.25, seq-1234 or 5m-ago"  # for messages
 
 
 @dataclasses.dataclass(frozen=True, slots=True, order=True)
@@ -96,6 +97,11 @@ def format_instant(time_ns: int) -> str:
     minute_of_day, second = divmod(second_of_day, 60)
     hour, minute = divmod(minute_of_day, 60)
     return f"{format_day(day)}T{hour:02d}-{minute:02d}-{second:02d}.{nanoseconds:09d}Z"
+
+
+def whole_second(instant: str) -> str:
+    """A canonical instant without what is below a second: for messages."""
+    return f"{instant[:19]}Z"
 
 
 def parse_instant(text: str) -> int | None:
@@ -211,3 +217,69 @@ def _local_offset_seconds(local_seconds: int, zone: datetime.tzinfo) -> int | No
         return None
     # A zone's historic offset may have a part of a second only in theory; floor keeps "not after".
     return 0 if offset is None else offset // datetime.timedelta(seconds=1)
+
+
+# ------------------------------------------------------------------ what reads as a time to people
+
+_DAYS_SINCE_TODAY: Final = {None: 0, "today": 0, "yesterday": -1}
+_WORDS: Final = frozenset({LATEST, "now", "tomorrow", "today", "yesterday"})
+_CLOCK_BEGINS = re.compile(r"[0-9]{2}[:-][0-9]{2}", re.ASCII)
+_DAY_AND_CLOCK = re.compile(r"(?:(today|yesterday)[t _-]*|t)?([0-9]{1,2}[:-][0-9]{2}.*)?", re.ASCII)
+_LOOSE_PART = re.compile(
+    r"([0-9]+) ?(?:(w)(?:eeks?)?|(d)(?:ays?)?|(h)(?:ours?)?|(m)(?:in(?:ute)?s?)?|(s)(?:ec(?:ond)?s?)?)[ _-]*", re.ASCII
+)
+_LOOSE_AGO = re.compile(rf"(?:{_LOOSE_PART.pattern})+(?:ago)?", re.ASCII)
+
+
+def reads_as_time(name: str) -> bool:
+    """Whether a name says a time, to `parse_time` and the mount or to people: then no new bookmark gets it.
+
+    Production refuses such a name, where names enter. Older productions did not: what they sent is received and kept,
+    and is reached under bookmarks/.
+    """
+    is_clock = _CLOCK_BEGINS.match(name) is not None and _is_time(f"2026-01-01T{name}")
+    return is_clock or name.lower() in _WORDS or _is_time(name.lower())
+
+
+def meant_time(text: str, *, now_ns: int, newest_ns: int, zone: datetime.tzinfo = datetime.UTC) -> str | None:
+    """What may have been meant by a text that is no time: a text that is one, or None.
+
+    A time of day is taken on the last day on which it isn't after `newest_ns`, the time of the newest state.
+    """
+    typed = text.strip().lower()
+    if len(typed) > MAX_TEXT_LENGTH:
+        return None
+    if typed in (LATEST, "now"):
+        return LATEST
+    for form in (typed, typed.replace("/", "-"), typed.replace("_", "-")):
+        if _is_time(form):
+            return form
+    if _LOOSE_AGO.fullmatch(typed):
+        return "".join("".join(filter(None, part)) for part in _LOOSE_PART.findall(typed)) + "-ago"
+    match = _DAY_AND_CLOCK.fullmatch(typed)
+    if match is None or not any(match.groups()):
+        return None
+    word, clock = match[1], match[2] or ""
+    clock = f"0{clock}" if clock[1:2] in (":", "-") else clock
+    last_day = _local_day(now_ns if word else newest_ns, zone) + _DAYS_SINCE_TODAY[word]
+    for day in (last_day, last_day - 1):
+        form = f"{format_day(day)}T{clock}" if clock else format_day(day)
+        if not _is_time(form):
+            return None
+        wanted = parse_time(form, now_ns=now_ns, zone=zone)
+        if word or (isinstance(wanted, AtTime) and wanted.time_ns <= newest_ns):
+            return form
+    return None
+
+
+def _is_time(text: str) -> bool:
+    try:
+        parse_time(text, now_ns=0)
+    except NotATimeError:
+        return False
+    return True
+
+
+def _local_day(time_ns: int, zone: datetime.tzinfo) -> int:
+    moment = _EPOCH.replace(tzinfo=datetime.UTC) + datetime.timedelta(seconds=time_ns // SECOND_NS)
+    return moment.astimezone(zone).toordinal() - _EPOCH_ORDINAL

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from pitfs.model.ladder import NO_LAYER, RUNGS_NS, layer_of
+from pitfs.model.units import format_bytes
 
 MIN_BEHIND_S: Final = 1.0  # a stream that is less behind than this keeps up
 MAX_BACKLOG_S: Final = 1.0  # of the link's rate: a stream that begins catches up within that
@@ -68,7 +69,7 @@ def choose_shipping_mode(
     room = UNKNOWN_BACKLOG_BYTES if rate_bytes_per_s is None else rate_bytes_per_s * MAX_BACKLOG_S
     if backlog_bytes > room:
         return ShippingMode(
-            False, f"intervals: {megabytes(backlog_bytes)} MB wait, {megabytes(room)} MB go in a second"
+            False, f"intervals: {format_bytes(backlog_bytes)} wait, {format_bytes(room)} go in a second"
         )
     return ShippingMode(True, "the link keeps up")
 
@@ -98,13 +99,13 @@ class Waiting:
     """A difference journal that isn't whole on the replica.
 
     Attributes:
-        mark: of the interval's end.
+        seq: of the last write of the interval.
         layer: the last one that the replica has.
         rung_bytes: of each rung what it takes with those before, None where it adds nothing; None: not built yet.
         parked: the layer up to which a transfer was parked, None if there is none.
     """
 
-    mark: int
+    seq: int
     layer: int
     rung_bytes: tuple[int | None, ...] | None
     parked: int | None = None
@@ -115,13 +116,13 @@ class Step:
     """What to do.
 
     Attributes:
-        mark: BUILD, LAYERS: of the journal.
+        seq: BUILD, LAYERS: of the journal.
         decision: LAYERS: what the replica has of the interval afterwards, and why no more.
         fits: whether it is expected to arrive before the next diff is due.
     """
 
     kind: StepKind
-    mark: int = 0
+    seq: int = 0
     decision: Decision = Decision(None, "")
     fits: bool = True
 
@@ -152,25 +153,25 @@ def next_step(*, diff_due: bool, waiting: Sequence[Waiting], room_bytes: float |
         return Step(StepKind.WAIT)
     newest = waiting[0]
     if newest.rung_bytes is None:
-        return Step(StepKind.BUILD, newest.mark)
+        return Step(StepKind.BUILD, newest.seq)
     left = layers_left(newest.layer, newest.rung_bytes)
     if not left:
-        raise ValueError(f"nothing is left of the journal to mark {newest.mark}")
+        raise ValueError(f"nothing is left of the journal to seq {newest.seq}")
 
     def layers(layer: int, reason: str, fits: bool = True) -> Step:
-        return Step(StepKind.LAYERS, newest.mark, Decision(RUNGS_NS[layer], reason), fits)
+        return Step(StepKind.LAYERS, newest.seq, Decision(RUNGS_NS[layer], reason), fits)
 
     if newest.parked is not None:
         return layers(newest.parked, "resumed: a snapshot diff interrupted it")
     last, whole_bytes = left[-1]
     if room_bytes is None:
         return layers(last, "no rate is configured or measured yet: everything is sent")
-    figures = f"difference journal {megabytes(whole_bytes)} MB, room {megabytes(room_bytes)} MB"
+    figures = f"difference journal {format_bytes(whole_bytes)}, room {format_bytes(room_bytes)}"
     if whole_bytes <= room_bytes:
         return layers(last, f"fits: {figures}")
     for layer, size_bytes in reversed(left):
         if size_bytes <= room_bytes:
-            return layers(layer, f"{megabytes(size_bytes)} MB of it fit: {figures}")
+            return layers(layer, f"{format_bytes(size_bytes)} of it fit: {figures}")
     return layers(left[0][0], f"doesn't fit: {figures}: sent while the link is idle", fits=False)
 
 
@@ -182,8 +183,3 @@ def layers_left(layer: int, rung_bytes: Sequence[int | None]) -> list[tuple[int,
         for each, size in list(enumerate(rung_bytes))[layer + 1 :]
         if size is not None and (layer == NO_LAYER or each == len(RUNGS_NS) - 1 or size > base)
     ]
-
-
-def megabytes(size_bytes: float) -> str:
-    """For messages."""
-    return f"{size_bytes / 1e6:.1f}"

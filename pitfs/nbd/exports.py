@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from pitfs.errors import NoSuchInstantError, PitfsError
-from pitfs.model.position import format_instant
+from pitfs.model.position import LATEST, format_instant
 from pitfs.nbd.negotiation import ExportInfo
 from pitfs.view.inodes import ROOT_INODE, EntryType, NoEntryError
-from pitfs.view.tree import LATEST, Tree
+from pitfs.view.tree import Tree
 from pitfs.view.view import PointInTimeView, TableCache
 
 if TYPE_CHECKING:

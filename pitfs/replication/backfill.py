@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,7 +12,8 @@ import trio
 from msgspec.structs import replace
 
 from pitfs.errors import CorruptionError
-from pitfs.journal.reader import BlockSource, Interval, JournalReader, SeenMark, after
+from pitfs.journal.reader import BlockSource, Interval, JournalReader
+from pitfs.journal.search import Found, SegmentSearch
 from pitfs.journal.writer import Location
 from pitfs.model.ladder import LAST_LAYER, granularity_of, layer_of
 from pitfs.model.schedule import Step, Waiting, layers_left
@@ -22,12 +22,14 @@ from pitfs.replication.interval import PreparedInterval, layers_frames, pick_lay
 from pitfs.replication.manifests import cause_manifest, layers_manifest, waits_cause
 from pitfs.replication.ports import Session, ShipperSettings
 from pitfs.replication.sending import Sender
-from pitfs.storage.segment import list_segments
+from pitfs.splitter.messages import SplitterStatus
 
 log = logging.getLogger(__name__)
 
 MAX_WAITING: Final = 256  # journals that are remembered; what a welcome names
 ERASED: Final = "the local journal needed the room before the link was idle long enough for the rest of it"
+GONE: Final = "the local journal doesn't have the rest of it any more"
+TOO_MANY: Final = f"the difference journals of more than {MAX_WAITING} later intervals waited for the link"
 
 
 @dataclass(slots=True)
@@ -35,14 +37,14 @@ class _Journal:
     """One difference journal: where its interval is in the local journal, and what the replica has of it.
 
     Attributes:
-        start: where the interval begins there; start_position: (seq, time_ns) of that.
-        coarse: the interval on the replica, where it begins later if a stream had got further.
+        mark: of the interval's end; 0 where it isn't known, since another shipper sent the diff.
+        segment: that has its first write, or comes shortly before.
+        coarse: the interval on the replica.
         rung_bytes, parked: as in Waiting.
     """
 
     mark: int
-    start: Location
-    start_position: tuple[int, int]
+    segment: int
     coarse: CoarseInterval
     rung_bytes: tuple[int | None, ...] | None = None
     parked: int | None = None
@@ -71,9 +73,11 @@ class Backfill:
     def __init__(self, settings: ShipperSettings, sender: Sender) -> None:
         self._directory, self._sender = settings.journal_directory, sender
         self._volumes, self._block_sizes = settings.hello.volumes, settings.block_sizes
-        self._journals: dict[int, _Journal] = {}  # by mark, oldest first
+        self._journals: dict[int, _Journal] = {}  # by the last seq, oldest first
         self._built: PreparedInterval | None = None
         self._lost: list[Manifest] = []  # to be sent for journals that the replica believes will still come
+        # The last seqs of what is coarse for the replica, but no interval of the journal: behind a gap, say.
+        self._no_intervals: set[int] = set()
 
     def close(self) -> None:
         """Releases the one that was built last: where another is about to be, both would take their memory."""
@@ -89,53 +93,63 @@ class Backfill:
         if prepared.journal is None:
             self.close()
             return
-        bounds, mark = _bounds(interval), interval.mark
-        coarse = CoarseInterval(*bounds, None, 0)
-        self._journals[mark] = _Journal(mark, interval.start, bounds[:2], coarse, prepared.rung_bytes)
+        coarse = CoarseInterval(*_bounds(interval), None, 0, awaits_backfill=True)
+        self._journals[interval.to_seq] = _Journal(
+            interval.mark, interval.start.segment, coarse, prepared.rung_bytes
+        )
         self._bound()
 
-    def restore(self, welcome: Welcome, marks: Sequence[SeenMark]) -> None:
+    async def restore(self, welcome: Welcome, splitter: SplitterStatus) -> None:
         """What a replica says that it lacks, as far as the local journal has it.
 
-        An interval of the replica is found by its end, which is a mark's position here. It lies behind the mark before,
-        and begins there, or where a stream had got to.
-
-        Args:
-            marks: those that the local journal has, in order.
+        An interval may begin anywhere between two marks: where a stream had got to. So it is found by its first write.
         """
-        lacks = {(each.to_seq, each.to_time_ns): each for each in welcome.coarse}
-        known, self._journals = self._journals, {}
-        for start, end in itertools.pairwise(marks):
-            found = lacks.get(end.position)
-            if found is None or end.begins_anew or not start.position[0] <= found.from_seq < end.position[0]:
+        known, self._journals, self._lost = self._journals, {}, []
+        self._no_intervals &= {each.to_seq for each in welcome.coarse}
+        segments = await trio.to_thread.run_sync(self._find, welcome, splitter.tail)
+        for coarse, segment in sorted(zip(welcome.coarse, segments, strict=True), key=lambda each: each[0].to_seq):
+            if segment is None:
+                if coarse.awaits_backfill:
+                    # A checkpoint of an older version doesn't say why segments that were wanted are gone.
+                    cause = GONE if splitter.given_up_seq <= coarse.from_seq else ERASED
+                    self._lost.append(cause_manifest(coarse, cause))
                 continue
-            del lacks[end.position]
-            journal = known.get(end.mark)
-            if journal is None or _bounds(journal.coarse) != _bounds(found):
-                journal = _Journal(end.mark, start.location, start.position, found)
-            if journal.coarse.granularity_ns != found.granularity_ns:
+            if coarse.to_seq in self._no_intervals:
+                continue
+            journal = known.get(coarse.to_seq)
+            if journal is None or _bounds(journal.coarse) != _bounds(coarse):
+                journal = _Journal(0, segment, coarse)
+            if journal.coarse.granularity_ns != coarse.granularity_ns:
                 journal.parked = None
-            journal.coarse = found
-            self._journals[end.mark] = journal
-        lost = [each for each in lacks.values() if each.awaits_backfill]
-        self._lost = [cause_manifest(welcome.mark, each, ERASED) for each in lost]
+            journal.coarse = coarse
+            self._journals[coarse.to_seq] = journal
         self._bound()
 
+    def _find(self, welcome: Welcome, until: Location) -> list[int | None]:
+        """Of each coarse interval the segment where its writes begin; None where the local journal has it no more."""
+        search = SegmentSearch(self._directory, until)
+        return [search.segment_of((each.from_seq + 1, 0)) for each in welcome.coarse]
+
     def _bound(self) -> None:
-        for mark in sorted(self._journals)[:-MAX_WAITING]:
-            self._lost.append(cause_manifest(mark, self._journals.pop(mark).coarse, ERASED))
+        for seq in sorted(self._journals)[:-MAX_WAITING]:
+            journal = self._journals.pop(seq)
+            self._lost.append(cause_manifest(journal.coarse, TOO_MANY))
 
     @property
     def waiting(self) -> list[Waiting]:
         """Newest first."""
         return [
-            Waiting(each.mark, each.layer, each.rung_bytes, each.parked)
-            for each in reversed(self._journals.values())
+            Waiting(seq, each.layer, each.rung_bytes, each.parked)
+            for seq, each in reversed(self._journals.items())
         ]
 
     def wanted_segment(self, needed: int) -> int:
         """The first segment that holds any of it; `needed` where none does."""
-        return min([needed, *(each.start.segment for each in self._journals.values())])
+        return min([needed, *(each.segment for each in self._journals.values())])
+
+    def mark_of(self, seq: int) -> int:
+        """Of the interval's end, 0 where it isn't known."""
+        return self._journals[seq].mark
 
     # -- building and sending ----------------------------------------------------------------------------
 
@@ -149,25 +163,26 @@ class Backfill:
             opened.pop_all()
         return self._built
 
-    async def build(self, mark: int, until: Location) -> None:
+    async def build(self, seq: int, until: Location) -> None:
         """Reads a journal's interval again unless that was the last one, to know its layers.
 
         Raises CorruptionError where the local journal is damaged, or has it no more.
         """
-        journal, built = self._journals[mark], self._built
-        if built is None or (built.interval.mark, _bounds(built.interval)) != (mark, _bounds(journal.coarse)):
+        journal, built = self._journals[seq], self._built
+        if built is None or _bounds(built.interval) != _bounds(journal.coarse):
             self.close()
             built = await self.prepare(await trio.to_thread.run_sync(self._read, journal, until), True)
-        journal.rung_bytes = built.rung_bytes
+        journal.mark, journal.rung_bytes = built.interval.mark, built.rung_bytes
 
     def _read(self, journal: _Journal, until: Location) -> Interval:
-        with contextlib.closing(JournalReader(self._directory, self._block_sizes)) as reader:
-            reader.seek(journal.start, journal.start_position)
-            interval = reader.next(until)
         from_seq, from_time_ns, *end = _bounds(journal.coarse)
+        with contextlib.closing(JournalReader(self._directory, self._block_sizes)) as reader:
+            if reader.seek_writes_behind((from_seq, from_time_ns), until) is not Found.THERE:
+                raise CorruptionError(self._directory, 0, f"it doesn't have write {from_seq + 1} any more")
+            interval = reader.next(until)
         if not isinstance(interval, Interval) or [interval.to_seq, interval.to_time_ns] != end:
-            raise CorruptionError(self._directory, 0, f"another interval is where mark {journal.mark} was")
-        return after(interval, (from_seq, from_time_ns))
+            raise CorruptionError(self._directory, 0, f"no interval ends at seq {end[0]} that begins behind {from_seq}")
+        return interval
 
     async def ship(self, session: Session, step: Step, interrupted: Callable[[], Awaitable[bool]]) -> None:
         """Sends the layers of a step, unless they are interrupted: then they are parked.
@@ -176,8 +191,8 @@ class Backfill:
             CorruptionError: the local journal is damaged, or was recycled meanwhile.
             PitfsError: of the session.
         """
-        built, journal, layer = self._built, self._journals[step.mark], step.layer
-        assert built is not None and built.interval.mark == step.mark
+        built, journal, layer = self._built, self._journals[step.seq], step.layer
+        assert built is not None and built.interval.to_seq == step.seq
         left = layers_left(layer, built.rung_bytes)
         cause = waits_cause(left[-1][1]) if left else ""
         picked = await trio.to_thread.run_sync(pick_layers, built, journal.layer, layer, journal.coarse.journal_bytes)
@@ -186,7 +201,7 @@ class Backfill:
         frames = layers_frames(picked, resume, self._sender.bandwidth.payload_bytes)
         try:
             if not await self._sender.send(session, frames, interrupted=interrupted):
-                log.debug("layers of mark %d up to %d parked", step.mark, layer)
+                log.debug("layers of mark %d up to %d parked", journal.mark, layer)
                 return
         except CorruptionError as error:
             if error is not session.failure:  # ours: the session can be used for something else
@@ -199,14 +214,17 @@ class Backfill:
         self._sender.status.last_decision = step.decision
         self._sender.status.got_through()
         if layer == LAST_LAYER:
-            self._drop(step.mark)
+            self._drop(step.seq)
 
-    async def give_up(self, session: Session, mark: int, error: CorruptionError) -> None:
-        """The replica keeps what it has of a journal; the replica learns why there won't be more."""
-        journal = self._drop(mark)
-        numbers = await trio.to_thread.run_sync(list_segments, self._directory)
-        erased = numbers and journal.start.segment < numbers[0]
-        await self._send_cause(session, cause_manifest(mark, journal.coarse, ERASED if erased else str(error)))
+    async def give_up(self, session: Session, seq: int, error: CorruptionError, splitter: SplitterStatus) -> None:
+        """The replica keeps what it has of a journal; where it believes that more will come it learns why not."""
+        journal = self._drop(seq)
+        if not journal.coarse.awaits_backfill:
+            log.debug("nothing more for the interval up to seq %d: %s", seq, error)
+            self._no_intervals.add(seq)
+            return
+        cause = str(error) if splitter.given_up_seq <= journal.coarse.from_seq else ERASED
+        await self._send_cause(session, cause_manifest(journal.coarse, cause))
 
     async def report_lost(self, session: Session) -> None:
         """Journals that the replica believes will still come, but the local journal has them no more."""
@@ -218,7 +236,7 @@ class Backfill:
         await session.begin(manifest)
         await session.finish(End((0, 0, 0, 0, 0)))
 
-    def _drop(self, mark: int) -> _Journal:
-        if self._built is not None and self._built.interval.mark == mark:
+    def _drop(self, seq: int) -> _Journal:
+        if self._built is not None and self._built.interval.to_seq == seq:
             self.close()
-        return self._journals.pop(mark)
+        return self._journals.pop(seq)

@@ -11,7 +11,9 @@ import msgspec
 import trio
 
 from pitfs.errors import PitfsError, UsageError
-from pitfs.model.position import format_instant
+from pitfs.model.group import check_new_bookmark
+from pitfs.model.position import format_instant, whole_second
+from pitfs.model.schedule import EVERY_WRITE, Decision
 from pitfs.replication import requests
 from pitfs.replication.phases import Phase
 from pitfs.replication.shipper import Shipper
@@ -19,7 +21,6 @@ from pitfs.replication.status import InGapError
 from pitfs.splitter.messages import SplitterStatus
 from pitfs.storage.files import durable_replace, storage_error
 
-SNAPSHOT_GRACE_S: Final = 10.0  # how long `pitfs snapshot` waits for a link that is down
 BOOKMARKS_FILE: Final = "bookmarks"
 
 
@@ -38,6 +39,7 @@ class Bookmarks:
 
     async def give(self, name: str) -> requests.BookmarkSet:
         """Names the position of the last write. Raises PitfsError."""
+        check_new_bookmark(name)
         async with self._naming:  # of two that give the same name at the same time the second is refused
             known = self._read()
             if name in known:
@@ -102,18 +104,24 @@ class ShipperControl:
         splitter = await self._shipper.mark()
         instant = format_instant(splitter.position_time_ns)
         try:
-            await self._shipper.status.wait_committed(splitter.mark, SNAPSHOT_GRACE_S)
+            await self._shipper.status.wait_committed(splitter.mark, requests.SNAPSHOT_GRACE_S)
         except InGapError as error:
             raise PitfsError(
-                f"{self._group}: the snapshot {instant} lies in a gap ({error}): the replica got a complete "
-                "copy of a later state instead: take another snapshot"
+                f"{self._group}: the snapshot {instant} lies in a gap ({error}): the replica got a full "
+                "sync of a later state instead: take another snapshot"
             ) from error
         except PitfsError as error:
+            since = self._link_down_since(time.time_ns())
             raise PitfsError(
-                f"{self._group}: the snapshot {instant} is set but not on the replica yet: {error}; "
-                "it is sent as soon as the replica can be reached"
+                f"{self._group}: the snapshot {instant} is set but not on the replica yet: {error}"
+                f"{f', since {whole_second(since)}' if since else ''}; it is sent as soon as the replica can be "
+                "reached: mend the link, or what the replica's log says"
             ) from error
         return requests.SnapshotTaken(instant, splitter.seq, splitter.mark)
+
+    def _link_down_since(self, now_ns: int) -> str | None:
+        down_s = self._shipper.status.link_down_s
+        return None if down_s is None else format_instant(now_ns - round(down_s * 1e9))
 
     async def status(self, now_ns: int) -> dict[str, Any]:
         """The keys of INTERFACE: status --json, and more."""
@@ -124,6 +132,9 @@ class ShipperControl:
         if location is not None:
             lag_bytes = shipper.bytes_between(location, splitter.tail)
         shipping = status.mode.reason if status.link == "connected" else "waits for the link"
+        rate, decision = shipper.bandwidth.rate, status.last_decision
+        if status.phase is Phase.STREAMING:
+            shipping, decision = "streaming", Decision(EVERY_WRITE, f"streaming: {status.mode.reason}")
         return {
             "role": "production",
             "group": self._group,
@@ -134,13 +145,14 @@ class ShipperControl:
             "lag_intervals": splitter.mark - (committed.mark if committed else 0),
             "journal_bytes": splitter.used_bytes,
             "journal_capacity_bytes": splitter.capacity_bytes,
-            "rate_bytes_per_s": shipper.bandwidth.rate,
-            "last_decision": status.last_decision,
+            "rate_bytes_per_s": rate if rate is None else round(rate),
+            "last_decision": decision,
             "holders": [],
             "seq": splitter.seq,
             "link": status.link,
+            "link_down_since": self._link_down_since(now_ns),
             "mode": shipper.settings.mode,
-            "shipping": "streaming" if status.phase is Phase.STREAMING else shipping,
+            "shipping": shipping,
             "sync": splitter.sync,
             "passing": splitter.bypass_cause or None,
             "writes_waiting": splitter.waiting_count or None,

@@ -10,6 +10,7 @@ import trio
 
 from pitfs.errors import CorruptionError, LinkError, PositionMismatchError
 from pitfs.journal.reader import Copy, Interval, JournalReader
+from pitfs.journal.search import Found
 from pitfs.journal.writer import Location
 from pitfs.model.record import CopyProgress
 from pitfs.model.transfer import Welcome
@@ -66,37 +67,37 @@ class JournalCursor:
             # It was committed, and the acknowledgement was lost.
             await self._splitter.copied(CopyProgress(splitter.copy.mark, len(self._hello.volumes), 0))
         try:
-            found = welcome.mark > 0 and await self._seek(welcome, splitter.tail)
+            found = await self._seek(welcome, splitter.tail) if welcome.mark else Found.ERASED
         except CorruptionError as error:
             await self.rescan(str(error))
             return
         seq = welcome.end[0]
-        if not found:
+        if found is Found.ERASED:
             await self.rescan(
                 f"the replica stands behind mark {welcome.mark}, at seq {seq}, which the local journal has no more"
             )
             if welcome.mark == 0:  # it begins with the copy that is under way, or comes now
                 self._status.located(self.reader.location)
-        elif self.reader.position != welcome.end:
+        elif found is Found.NEVER or self.reader.position != welcome.end:
             raise PositionMismatchError(
-                f"the replica has mark {welcome.mark} of group {group!r} and seq {seq}, this host "
-                f"is there at seq {self.reader.position[0]}: another host with a copy of this state has sent it: stop "
+                f"the replica has mark {welcome.mark} of group {group!r} at seq {seq}, this host "
+                "was never there: another host with a copy of this state has sent it: stop "
                 "the one that shouldn't; if this one shall go on, begin a new group"
             )
         else:
             self._status.located(self.reader.location)
             self._status.enter(Phase.WAITING)
 
-    async def _seek(self, welcome: Welcome, tail: Location) -> bool:
-        """As `JournalReader.seek_mark`, while the splitter may recycle segments. Raises CorruptionError."""
+    async def _seek(self, welcome: Welcome, tail: Location) -> Found:
+        """Behind what the replica has, while the splitter may recycle segments. Raises CorruptionError."""
         while True:
             numbers = await trio.to_thread.run_sync(list_segments, self._directory)
             try:
-                return await trio.to_thread.run_sync(
-                    self.reader.seek_mark, welcome.mark, tail, welcome.streamed_seq
-                )
+                if welcome.streamed_seq:
+                    return await trio.to_thread.run_sync(self.reader.seek_write, welcome.streamed_seq, tail)
+                return await trio.to_thread.run_sync(self.reader.seek_mark, welcome.mark, welcome.seq, tail)
             except CorruptionError:
-                # Removed or recycled meanwhile? Then the mark is looked for in what is left.
+                # Removed or recycled meanwhile? Then the place is looked for in what is left.
                 if numbers[:1] == (await trio.to_thread.run_sync(list_segments, self._directory))[:1]:
                     raise
 
@@ -119,7 +120,7 @@ class JournalCursor:
         else:
             if splitter.copy is None:
                 splitter = await self._splitter.rescan(cause)
-                log.error("%s: a complete copy follows", cause)
+                log.error("%s: a full sync follows", cause)
             assert splitter.copy is not None
             location = splitter.copy.location
         self.reader.seek(location, (0, 0))
@@ -129,9 +130,9 @@ class JournalCursor:
         """Begins a copy anew where the journal or the replica has an unusable part of it. Raises LinkError."""
         splitter = await self._splitter.status()
         if splitter.copy is not None or not splitter.bypass_cause:
-            log.error("%s: a complete copy follows", cause)
+            log.error("%s: a full sync follows", cause)
             await self._splitter.rescan(cause)
-        raise LinkError(f"{cause}: connecting anew for a complete copy")
+        raise LinkError(f"{cause}: connecting anew for a full sync")
 
     async def give_up(self, interval: Interval, error: CorruptionError) -> NoReturn:
         """Has a complete copy begun for an interval whose contents are damaged. Raises LinkError.
@@ -140,7 +141,7 @@ class JournalCursor:
         """
         self._damaged_mark, self._damage = interval.mark, str(error)
         await self.rescan(self._damage)
-        raise LinkError(f"{error}: connecting anew for a complete copy") from error
+        raise LinkError(f"{error}: connecting anew for a full sync") from error
 
     async def next_item(self, session: Session, wait: bool = True) -> Interval | Copy | None:
         """Follows the journal until the next mark or copy; None where there is none yet and it shan't wait.
@@ -181,7 +182,7 @@ class JournalCursor:
             elif is_given_up and not splitter.bypass_cause and splitter.copy is None:
                 # No other copy follows, so that one was completed, and what rests on it isn't for this replica.
                 await self.rescan(
-                    "the replica stands before a complete copy that it had acknowledged (was its store put back "
+                    "the replica stands before a full sync that it had acknowledged (was its store put back "
                     "to an older state?)"
                 )
             else:

@@ -11,8 +11,8 @@ from xxhash import xxh3_128
 from pitfs.journal.reader import Copy, Interval
 from pitfs.model import transfer
 from pitfs.model.ladder import granularity_of
-from pitfs.model.schedule import megabytes
 from pitfs.model.transfer import Manifest, TransferKind
+from pitfs.model.units import format_bytes
 from pitfs.replication.interval import PickedLayers, PreparedInterval
 
 FORMAT: Final = 4  # of the sections' rows and order; part of the identity
@@ -20,7 +20,7 @@ FORMAT: Final = 4  # of the sections' rows and order; part of the identity
 
 def waits_cause(size_bytes: int) -> str:
     """The cause of an interval whose difference journal hasn't come as a whole, but will."""
-    return f"{megabytes(size_bytes)} MB of its difference journal wait {transfer.WAITS}"
+    return f"{format_bytes(size_bytes)} of its difference journal wait {transfer.WAITS}"
 
 
 def _bounded(cause: str) -> str:
@@ -83,10 +83,10 @@ def layers_manifest(picked: PickedLayers, cause: str) -> Manifest:
     )
 
 
-def cause_manifest(mark: int, coarse: transfer.CoarseInterval, cause: str) -> Manifest:
+def cause_manifest(coarse: transfer.CoarseInterval, cause: str) -> Manifest:
     """The manifest that says why an interval stays as coarse as the replica has it; nothing comes with it."""
     return _manifest(
-        mark,
+        1,  # its mark needn't be known: the replica finds the interval by its positions
         TransferKind.LAYERS,
         (coarse.from_seq, coarse.from_time_ns),
         (coarse.to_seq, coarse.to_time_ns),
@@ -94,7 +94,7 @@ def cause_manifest(mark: int, coarse: transfer.CoarseInterval, cause: str) -> Ma
         granularity_ns=coarse.granularity_ns,
         base_granularity_ns=coarse.granularity_ns,
         base_bytes=coarse.journal_bytes,
-        identity=_identity(f"cause {mark}"),
+        identity=_identity(f"cause {coarse.to_seq}"),
     )
 
 
@@ -113,7 +113,7 @@ def copy_manifest(copy: Copy, history: str, welcome: transfer.Welcome) -> Manife
         kind,
         before,
         end,
-        cause or "the first full copy",
+        cause or "the first full sync",
         diff_count=None,
         identity=f"{FORMAT} {history} {kind.name.lower()} {start.mark}",
         gaps=gaps,

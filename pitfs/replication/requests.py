@@ -6,6 +6,8 @@ from typing import Final
 
 import msgspec
 
+SNAPSHOT_GRACE_S: Final = 10.0  # how long `pitfs snapshot` waits for a link that is down
+
 
 class TakeSnapshot(msgspec.Struct, frozen=True, tag="snapshot", tag_field="op"):
     """Closes the interval at the last write, and waits until the replica has it. Answered by SnapshotTaken."""

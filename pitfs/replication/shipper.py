@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Final
 
 import trio
 
@@ -29,9 +28,6 @@ from pitfs.storage.files import storage_error
 
 log = logging.getLogger(__name__)
 
-WATCH_S: Final = 2.0  # how often that is looked at: seldom for the splitter, often for what may be written
-
-
 class Shipper:
     """Ships a group. What it is doing is `status.phase`; see `phases.Phase` for the whole.
 
@@ -41,7 +37,6 @@ class Shipper:
 
     Attributes:
         cursor, backfill, stream, full_sync, bandwidth, acks: its parts.
-        last_marked: the splitter where `close_large` first saw the last mark, whoever set it.
         fitted: whether the link could have carried every write of the last interval in the interval's time, and
             didn't fall behind as a stream since.
         needed_segment: what is before it has been shipped, but for what is wanted for backfill.
@@ -56,8 +51,6 @@ class Shipper:
     ) -> None:
         self.settings, self.splitter, self._waiting_splitter = settings, splitter, waiting_splitter
         self._connect, self.needed_segment = connect, 0
-        self.last_marked: SplitterStatus | None = None
-        self._early: set[int] = set()  # marks to be shipped that `close_large` set; as few as fit into the journal
         self.fitted = True
         self.status = ReplicationStatus(settings.peer)
         self.bandwidth = Bandwidth(settings.rate_bytes_per_s)
@@ -91,33 +84,6 @@ class Shipper:
                 await self.mark()
             except PitfsError as error:
                 log.debug("no mark: %s", error)
-
-    async def watch(self) -> None:
-        """Closes an interval early that would take too much memory to ship, for ever."""
-        while True:
-            try:
-                await self.close_large()
-            except PitfsError as error:
-                log.debug("no mark: %s", error)
-            await trio.sleep(WATCH_S)
-
-    async def close_large(self) -> None:
-        """Closes the interval where it may have more than MAX_INTERVAL_ROWS, or may not fit into the journal.
-
-        The limit counts the journal's bytes (each row has its block there), not what the reader has seen: the reader
-        waits while something is sent or the link is down, just when an interval grows. What was written while the
-        shipper was down can't be split any more: a mark is only ever set at the journal's end.
-        """
-        splitter = await self.splitter.status()
-        if self.last_marked is None or splitter.mark != self.last_marked.mark:
-            self.last_marked = splitter
-            self.cursor.wake.set()
-            return
-        # In time to be sent, and its room released, while the next one fills the rest.
-        rows_bytes = MAX_INTERVAL_ROWS * min(self.settings.block_sizes)
-        limit_bytes = min(rows_bytes, self.settings.capacity_bytes // MAX_INTERVAL_PART)
-        if self.bytes_between(self.last_marked.tail, splitter.tail) > limit_bytes:
-            self._early.add((await self.mark()).mark)
 
     def bytes_between(self, start: Location, end: Location) -> int:
         """Of the journal."""
@@ -157,7 +123,7 @@ class Shipper:
         self.status.connected(session.welcome)
         await self.cursor.locate(session.welcome)
         if self.settings.mode != "snapshot":
-            self.backfill.restore(session.welcome, list(self.cursor.reader.seen))
+            await self.backfill.restore(session.welcome, await self.splitter.status())
         await self.release(self.cursor.reader.start.segment)  # a splitter that was restarted doesn't know
 
     async def step(self, session: Session) -> None:
@@ -270,7 +236,6 @@ class Shipper:
         self.backfill.add(prepared)
         await self.release(interval.end.segment)
         self.status.acknowledged(session.welcome, interval.end, layers_follow=prepared.journal is not None)
-        self._early = {mark for mark in self._early if mark > interval.mark}
         self.status.enter(Phase.WAITING)
         log.debug("interval committed, mark %d, %d writes", interval.mark, len(interval.times))
 
@@ -279,8 +244,12 @@ class Shipper:
         interval, committed = prepared.interval, self.status.committed
         # An interval that became longer, since nothing was shipped for a while, had as much more time.
         before_ns = committed.protected_through_ns if committed is not None else interval.mark_time_ns
-        # One that was closed early has its own time only: else each of the parts had the whole interval's room.
-        least_ns = 0 if interval.mark in self._early else self.settings.interval_ns
+        # One that the splitter closed for its size has its own time only: else each part had the whole one's room.
+        is_large = (
+            len(interval.columns.seq) > MAX_INTERVAL_ROWS
+            or self.bytes_between(interval.start, interval.end) > self.settings.capacity_bytes // MAX_INTERVAL_PART
+        )
+        least_ns = 0 if is_large else self.settings.interval_ns
         time_ns = max(least_ns, interval.mark_time_ns - before_ns)
         return self.bandwidth.carries(prepared.diff_bytes + prepared.journal_bytes, time_ns)
 
@@ -298,18 +267,19 @@ class Shipper:
         phase = self.status.phase
         if not streaming:
             self.status.enter(Phase.BACKFILLING)
+        mark = self.backfill.mark_of(step.seq)
         if not step.fits:
-            self.status.first_pass_done(step.mark)
+            self.status.first_pass_done(mark)
         try:
-            await self.backfill.build(step.mark, (await self.splitter.status()).tail)
+            await self.backfill.build(step.seq, (await self.splitter.status()).tail)
             if step.kind is schedule.StepKind.LAYERS:
                 await self.backfill.ship(session, step, lambda: self._interrupts_layers(session))
-                self.status.first_pass_done(step.mark)
+                self.status.first_pass_done(mark)
         except CorruptionError as error:
             if error is session.failure:
                 raise
-            await self.backfill.give_up(session, step.mark, error)
-            self.status.first_pass_done(step.mark)
+            await self.backfill.give_up(session, step.seq, error, await self.splitter.status())
+            self.status.first_pass_done(mark)
         await self.release(self.needed_segment)
         if not streaming:
             self.status.enter(phase)

@@ -148,6 +148,12 @@ class ReplicationStatus:
         return None if self.outage is None or self.outage.is_resuming else self.outage.error
 
     @property
+    def link_down_s(self) -> float | None:
+        """For how long nothing has got through; None while something may."""
+        outage = self.outage
+        return trio.current_time() - outage.since_s if outage is not None and self.link_error is not None else None
+
+    @property
     def link(self) -> str:
         """For status: `connected`, `connecting`, or why not."""
         return str(self.link_error or ("connected" if self.phase.is_connected else "connecting"))

@@ -148,7 +148,7 @@ def load_bitmap(state: str, checksum: int, volume_count: int, limit_bytes: int) 
             problem = "isn't what was written when the splitter stopped"
     except OSError as error:
         problem = str(error.strerror)
-    log.warning("%s: %s: a complete copy follows", path, problem)
+    log.warning("%s: %s: a full sync follows", path, problem)
     return None
 
 

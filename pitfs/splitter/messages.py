@@ -35,6 +35,7 @@ class SplitterStatus(msgspec.Struct, frozen=True):
         waiting_count: writes that wait for room in the journal or for the replica.
         copy: None if none is under way.
         sync: what mode sync does now, for people; None in other modes.
+        given_up_seq: writes up to that one that were wanted for backfill were given up, since room was needed.
     """
 
     tail: Location
@@ -50,6 +51,7 @@ class SplitterStatus(msgspec.Struct, frozen=True):
     waiting_count: int
     copy: RunningCopy | None
     sync: str | None
+    given_up_seq: int = 0  # a splitter of an older version doesn't say
 
 
 class _Request(msgspec.Struct, frozen=True, tag=True, tag_field="op"):

@@ -44,7 +44,7 @@ def recover(
         return SplitterState(), None
     state = SplitterState(
         progress.seq, progress.position_time_ns, progress.time_ns, progress.mark, progress.interval_blocks,
-        progress.interval_bytes,
+        progress.interval_bytes, given_up_seq=progress.given_up_seq,
     )  # fmt: skip
     found = _Replay(state, volumes, progress.checkpoint_lsn, limit_bytes)
     if progress.bypass_cause:
@@ -53,14 +53,14 @@ def recover(
         try:
             tail = replay(directory, progress.checkpoint_segment, found.advance, history)
         except CorruptionError as error:
-            log.warning("%s; a complete copy follows anyway", error)
+            log.warning("%s; a full sync follows anyway", error)
             return state, None
         return state, tail if tail is not None and tail.next_lsn > progress.checkpoint_lsn else None
     tail = replay(directory, progress.recovery_segment, found.redo, history, progress.checkpoint_lsn)
     if tail is None or tail.next_lsn <= progress.checkpoint_lsn:
         raise UsageError(
             f"{directory}: the journal ends before its checkpoint: segments are missing; put them back, or move the "
-            "state directory away to begin anew with a full copy"
+            "state directory away to begin anew with a full sync"
         )
     found.finish_copy(directory)
     if found.redone:

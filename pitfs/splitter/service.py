@@ -128,7 +128,7 @@ class SplitterService:
             await trio.to_thread.run_sync(splitter.checkpoints.write, splitter.snapshot_progress())
             self._checkpoint_segment, self._checkpoint_lsn = segment, lsn
             self._checkpoint_at = trio.current_time()
-        await trio.to_thread.run_sync(journal.release, splitter.releasable_segment)
+        await trio.to_thread.run_sync(splitter.give_back, splitter.releasable_segment)
         if journal.used_bytes < journal.capacity_bytes:
             self._waiting_for_room.unpark_all()
         if splitter.state.bypass_cause:
@@ -152,9 +152,9 @@ class SplitterService:
             splitter.resume_failed(cause)
             log.warning("%s: journalling can't begin again yet: %s", cause, error)
             return False
-        what = "complete copy"
+        what = "full sync"
         if changes is not None:
-            what = f"copy of the {marked_bytes(changes.bitmaps, splitter.volumes)} bytes that changed"
+            what = f"full sync of the {marked_bytes(changes.bitmaps, splitter.volumes)} bytes that changed"
         log.info("journalling again; a %s follows", what)
         return True
 
@@ -224,4 +224,5 @@ class SplitterService:
             waiting_count=len(self._waiting_for_room) + self._gate.waiting_count,
             copy=copy,
             sync=self._gate.text,
+            given_up_seq=state.given_up_seq,
         )

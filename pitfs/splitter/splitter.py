@@ -26,6 +26,7 @@ from typing import NoReturn
 from pyroaring import BitMap64
 
 from pitfs.errors import CapacityError, PitfsError
+from pitfs.journal.search import last_seq_before
 from pitfs.journal.writer import Journal
 from pitfs.model.record import CopyProgress, Mark, RecordKind, packed_checksums
 from pitfs.model.schedule import MAX_INTERVAL_PART, MAX_INTERVAL_ROWS
@@ -164,7 +165,7 @@ class Splitter:
             return
         first = offset // block_size
         if not changes.mark(index, first, -(-(offset + size) // block_size) - first):
-            log.warning("the change bitmap takes too much memory and is dropped: a complete copy follows")
+            log.warning("the change bitmap takes too much memory and is dropped: a full sync follows")
             self.state.change_bitmap = None
 
     def _fill(self, volume: Volume, offset: int, data: bytes, may_read: bool) -> bytes:
@@ -305,6 +306,7 @@ class Splitter:
             mark=state.mark,
             interval_blocks=state.interval_blocks,
             interval_bytes=state.interval_bytes,
+            given_up_seq=state.given_up_seq,
             copy_segment=state.copy_location.segment if state.copy else 0,
             backings=tuple(BackingState(v.size_bytes, v.mtime_ns) for v in self.volumes),
             change_bitmap_checksum=change_bitmap_checksum,
@@ -339,6 +341,17 @@ class Splitter:
         state, released = self.state, self._released_segment
         return released if state.copy is None else min(released, state.copy_location.segment)
 
+    def give_back(self, first_needed_segment: int) -> None:
+        """Gives back segments before that one, and notes which writes were wanted for backfill. Blocks, in any thread.
+
+        Raises OSError; PitfsError where this process lacks memory, descriptors or rights.
+        """
+        journal, state, tail = self.journal, self.state, self.journal.tail
+        kept = min(first_needed_segment, tail.segment)
+        if max(journal.first_segment, self._wanted_segment) < kept:  # noted first: who misses them asks why
+            state.given_up_seq = max(state.given_up_seq, last_seq_before(journal.directory, kept, tail))
+        journal.release(first_needed_segment)
+
     def _raise_unless_full(self, error: CapacityError) -> PitfsError | OSError:
         """Why there is no room, if it was looked for since the last record. Raises NotReadyError else."""
         lsn, no_room = self.journal.lsn, self._no_room
@@ -355,22 +368,22 @@ class Splitter:
         journal = self.journal
         try:
             if not journal.has_spare:
-                self._give_back(needed)
+                self._prepare_or_give_back(needed)
             if not journal.has_spare and progress is not None:
                 self.checkpoints.write(progress)
-                self._give_back(min(shipping, self.checkpoints.recovery_segment))
+                self._prepare_or_give_back(min(shipping, self.checkpoints.recovery_segment))
             if not journal.has_spare:
                 journal.prepare_spare()
         except (PitfsError, OSError) as error:
             self._no_room = lsn, error
 
-    def _give_back(self, needed: int) -> None:
+    def _prepare_or_give_back(self, needed: int) -> None:
         """Makes a segment ready; gives back those before segment `needed` where there is no other room."""
         journal, before = self.journal, self.journal.used_bytes
         with suppress(CapacityError):
             journal.prepare_spare()
             return
-        journal.release(needed)
+        self.give_back(needed)
         given_back = before - journal.used_bytes
         if given_back and self._wanted_segment < needed:
             log.info("%s: full: %d bytes given up that were kept for backfill", journal.directory, given_back)
@@ -392,5 +405,5 @@ class Splitter:
         try:
             return save_bitmap(os.path.dirname(self._progress.path), self.state.change_bitmap)
         except OSError as error:
-            log.warning("the change bitmap can't be saved: %s; a complete copy follows", error.strerror)
+            log.warning("the change bitmap can't be saved: %s; a full sync follows", error.strerror)
             return 0

@@ -97,7 +97,7 @@ def open_splitter(
             remove_bitmap(state)
         elif cause is not None:
             if cause:
-                log.warning("%s: a complete copy follows, instants until now stay as they are", cause)
+                log.warning("%s: a full sync follows, instants until now stay as they are", cause)
             try:
                 splitter.start_copy(cause)
             except CapacityError:  # no segment is ready

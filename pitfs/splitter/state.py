@@ -39,6 +39,7 @@ class SplitterState:
         bypass_cause: why writes bypass the journal; empty while they are journalled.
         change_bitmap: during a bypass and during a copy of changes: what may differ from a state that the replica
             has, or will have from the journal. None then: everything may.
+        given_up_seq: writes up to that one that were wanted for backfill were given up, since room was needed.
     """
 
     seq: int = 0
@@ -51,6 +52,7 @@ class SplitterState:
     copy_location: Location = NOWHERE
     bypass_cause: str = ""
     change_bitmap: ChangeBitmap | None = None
+    given_up_seq: int = 0
 
     def begin_interval(self, mark: int) -> None:
         """An interval closed, or a copy began: `mark` was journalled."""
@@ -73,7 +75,7 @@ class Progress(msgspec.Struct, frozen=True):
         bypass_cause: why writes bypass the journal; empty while they are journalled.
         checkpoint_segment, checkpoint_lsn: the backing volumes durably have every record up to that lsn;
             that segment holds the records after it.
-        seq, position_time_ns, time_ns, mark, interval_blocks, interval_bytes: as in `SplitterState`, at the checkpoint.
+        seq, position_time_ns, time_ns, mark, interval_blocks, interval_bytes, given_up_seq: as in `SplitterState`.
         copy_segment: where the COPY_START of the running copy is, 0 if none runs.
         change_bitmap_checksum: xxh3_64 of the file with the change bitmap, if it was closed in order during a bypass;
             else 0.
@@ -92,8 +94,9 @@ class Progress(msgspec.Struct, frozen=True):
     copy_segment: int
     backings: tuple[BackingState, ...]
     change_bitmap_checksum: int = msgspec.field(default=0, name="changes")
-    interval_blocks: int = 0  # these two are missing in checkpoints of older versions
+    interval_blocks: int = 0  # these three are missing in checkpoints of older versions
     interval_bytes: int = 0
+    given_up_seq: int = 0
 
     @property
     def recovery_segment(self) -> int:
@@ -121,7 +124,7 @@ class ProgressFile:
     def __init__(self, state: str, begins: bool = True) -> None:
         self.path = os.path.join(state, "progress")
         if not begins and not os.path.exists(self.path):
-            ways_out = "put it back, or move the state directory away to begin anew with a full copy"
+            ways_out = "put it back, or move the state directory away to begin anew with a full sync"
             raise CorruptionError(self.path, 0, f"it is missing, and there is a journal: {ways_out}")
         self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._generation = 0

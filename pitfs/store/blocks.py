@@ -17,7 +17,7 @@ from pitfs.model.transfer import VolumeInfo
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.records import OpenInterval, Resolution
 from pitfs.store.index.maps import block_maps, node_loader
-from pitfs.store.index.reader import JournalIndex, Journals, chunk_cache
+from pitfs.store.index.reader import JournalIndex, Journals, WrittenRows, chunk_cache, next_leaf
 from pitfs.store.objects.pool import ObjectPool, again_if_replaced
 from pitfs.store.open_interval.reader import OpenIntervals, WrittenBlocks
 
@@ -55,15 +55,17 @@ class Blocks:
         return pointers, checksums
 
     @again_if_replaced
-    def next_leaf(self, resolution: Resolution, volume: int, first: int) -> int | None:
-        """Index of the first leaf, not before `first`, that may have other than zeros in that state.
+    def next_leaf(self, resolution: Resolution, volume: int, first: int, end: int) -> int | None:
+        """Index of the first leaf in [first, end) that may have other than zeros in that state; None if there is none.
 
         Takes no longer where there is nothing for TiB: whoever walks an image asks this, not each leaf.
         """
         now = self.open_intervals.now()
         base, over = _layers(now, resolution)
-        found = [self._written(now, end).next_leaf(volume, first, -1, seq) for end, seq in over.items()]
-        return _earliest(self._maps_of(base)[volume].next_leaf(first), *found)
+        in_map = self._maps_of(base)[volume].next_leaf(first)
+        written = [rows for each, seq in over.items() for rows in self._written(now, each).written(-1, seq)]
+        found = next_leaf(written, volume, first, end if in_map is None else min(in_map, end))
+        return found if found < end else None
 
     @again_if_replaced
     def next_difference(self, one: Resolution, other: Resolution, volume: int, first: int) -> int | None:
@@ -76,15 +78,15 @@ class Blocks:
         """
         now = self.open_intervals.now()
         (base, over), (other_base, other_over) = _layers(now, one), _layers(now, other)
-        found = []
+        written: list[WrittenRows] = []
         for end_snapshot_id in over.keys() | other_over.keys():
             after, through = sorted((over.get(end_snapshot_id, -1), other_over.get(end_snapshot_id, -1)))
             if after != through:
-                found.append(self._written(now, end_snapshot_id).next_leaf(volume, first, after, through))
-        if base != other_base:
-            maps = self._maps_of(base)[volume], self._maps_of(other_base)[volume]
-            found.append(maps[0].next_difference(maps[1], first))
-        return _earliest(*found)
+                written += self._written(now, end_snapshot_id).written(after, through)
+        maps = self._maps_of(base)[volume], self._maps_of(other_base)[volume]
+        in_maps, end = maps[0].next_difference(maps[1], first), maps[0].leaf_count
+        found = next_leaf(written, volume, first, end if in_maps is None else in_maps)
+        return found if found < end else None
 
     def _written(self, now: Sequence[OpenInterval], end_snapshot_id: int) -> JournalIndex | WrittenBlocks:
         """What was written in the interval that ends at a snapshot."""
@@ -118,7 +120,3 @@ def _ending_at(now: Sequence[OpenInterval], snapshot_id: int) -> OpenInterval | 
         if each.end_snapshot_id == snapshot_id:
             return each
     return None
-
-
-def _earliest(*found: int | None) -> int | None:
-    return min((each for each in found if each is not None), default=None)

@@ -21,18 +21,25 @@ from typing import Final
 
 import msgspec
 
-from pitfs.errors import CapacityError, CorruptionError, RemoteProtocolError
+from pitfs.errors import CorruptionError, RemoteProtocolError
 from pitfs.model import transfer as wire
 from pitfs.model.group import identity_problem
 from pitfs.storage.files import fsync_directory, storage_error
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.index.maps import node_loader
-from pitfs.store.objects.format import CATALOG, MAX_SNAPSHOT_ID, OBJECTS, STAGING, STORE_JSON, ObjectName
+from pitfs.store.objects.format import CATALOG, OBJECTS, STAGING, STORE_JSON
 from pitfs.store.objects.pool import ObjectPool
 from pitfs.store.open_interval.stream import Stream
-from pitfs.store.opening import check_epoch, check_place, check_sender, make_store_json, take_lock
+from pitfs.store.opening import (
+    check_epoch,
+    check_place,
+    check_sender,
+    make_store_json,
+    read_store_info,
+    take_lock,
+)
 from pitfs.store.transfer.commit import commit
-from pitfs.store.transfer.position import check_follows, interval_of, journal_bytes
+from pitfs.store.transfer.position import check_follows, interval_of, journal_bytes, no_more_ids
 from pitfs.store.transfer.recovery import StagingArea
 from pitfs.store.transfer.staging import StagedTransfer
 from pitfs.store.transfer.validation import check_manifest
@@ -89,12 +96,12 @@ class Ingest:
             make_store_json(self.path, catalog, self.hello)
         fsync_directory(os.path.dirname(self.path) or ".")  # each time: a kill may have come before it
         check_epoch(self.path, catalog, self.hello)
-        area = StagingArea(staging, objects_path, catalog)
-        area.recover(filter(None, map(ObjectName.of_file, os.listdir(objects_path))))
-        area.clear_outdated()
         history = bytes.fromhex(self.hello.history)
-        objects = ObjectPool(objects_path, history)
+        objects = ObjectPool(objects_path, read_store_info(self.path).layout, history)
         closing.callback(objects.close)
+        area = StagingArea(staging, objects, catalog)
+        area.recover()
+        area.clear_outdated()
         return WritableStore(catalog, objects, node_loader(objects), history, self.hello.volumes), area
 
     # The life of a transfer
@@ -135,12 +142,12 @@ class Ingest:
             else:
                 self.stream.wait_for_closing()
                 check_follows(self.path, manifest, catalog.meta("mark"), *self.stream.end)
+                if catalog.next_snapshot_id() > self._store.layout.max_snapshot_id:
+                    raise no_more_ids(self.path, self._store.layout)
             catalog.fence(self.hello.epoch, self.hello.instance)  # not before: an old copy must not shut out the host
             if base is None:
                 self.stream.close_here()
             snapshot_id = catalog.next_snapshot_id() if base is None else base.end_snapshot_id
-            if snapshot_id > MAX_SNAPSHOT_ID:
-                raise CapacityError(f"{self.path}: no more than {MAX_SNAPSHOT_ID} snapshots fit in a store")
             directory = self._area.path if base is None else self._area.layers_directory(snapshot_id)
             self._area.recover_transfer(snapshot_id)
             self._staged = self._resume(manifest, snapshot_id, directory)

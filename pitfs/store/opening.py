@@ -1,6 +1,12 @@
 """Opening a store: store.json says whose it is; what is checked before it is written, and by whom.
 
-store.json is written last when a store is made, and never changed.
+store.json is written last when a store is made, and never changed:
+
+    format                   "pitfs-store"
+    version                  2; 1: without unit_bytes and unit_bits, objects not in folders
+    group, history           name of the group, and which history of it (32 hex digits)
+    volumes                  [{"name", "size_bytes", "block_size"}, …]
+    unit_bytes, unit_bits    how pointers are made up, see `store.objects.format`
 """
 
 from __future__ import annotations
@@ -13,15 +19,16 @@ from typing import Final
 
 import msgspec
 
-from pitfs.errors import PositionMismatchError, StoreError, StoreVersionError
+from pitfs.errors import PermissionDeniedError, PositionMismatchError, StoreError, StoreVersionError
 from pitfs.model.group import identity_problem
 from pitfs.model.transfer import Hello, VolumeInfo
 from pitfs.storage.files import closed_on_error, durable_replace, fsync_directory, storage_error
 from pitfs.store.catalog.catalog import Catalog
-from pitfs.store.objects.format import CATALOG, LOCK, OBJECTS, PINS, STAGING, STORE_JSON, VERSION
+from pitfs.store.objects.format import CATALOG, LOCK, OBJECTS, PINS, STAGING, STORE_JSON, VERSION_1, Layout
 from pitfs.store.pins.pins import HOLDERS, convert_directory
 
 FORMAT: Final = "pitfs-store"
+VERSION: Final = 2
 
 
 class StoreInfo(msgspec.Struct, frozen=True):
@@ -32,6 +39,12 @@ class StoreInfo(msgspec.Struct, frozen=True):
     group: str
     history: str
     volumes: tuple[VolumeInfo, ...]
+    unit_bytes: int = VERSION_1.unit_bytes
+    unit_bits: int = VERSION_1.unit_bits
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.unit_bytes, self.unit_bits, has_folders=self.version > 1)
 
 
 def read_store_info(path: str) -> StoreInfo:
@@ -52,6 +65,8 @@ def read_store_info(path: str) -> StoreInfo:
         raise StoreError(f"{path}: not a store, it has no {STORE_JSON}: {looks}{_stores_in(path)}") from None
     except NotADirectoryError:
         raise StoreError(f"{path}: not a directory: {looks}") from None
+    except PermissionError:
+        raise PermissionDeniedError(name) from None
     except OSError as error:
         raise storage_error(error, name, "reading") from error
     try:
@@ -66,6 +81,8 @@ def read_store_info(path: str) -> StoreInfo:
     except msgspec.MsgspecError as error:
         raise StoreError(f"{name}: damaged: {error}: put it back from another copy of the store") from None
     problem = identity_problem(info.group, info.history, info.volumes)
+    if problem is None and info.version > 1 and info.layout != Layout.of(info.volumes):
+        problem = f"units of {info.unit_bytes} bytes and {info.unit_bits} bits don't fit to its volumes"
     if problem:
         raise StoreError(f"{name}: damaged: {problem}: put it back from another copy of the store")
     for part in (CATALOG, OBJECTS):
@@ -85,7 +102,10 @@ def make_store_json(path: str, catalog: Catalog, hello: Hello) -> None:
     if catalog.meta("mark"):
         raise StoreError(f"{path}: has a catalog but no {STORE_JSON}: put that back from another copy of the store")
     fsync_directory(path)  # what a store has is there before what says that it is one
-    info = StoreInfo(FORMAT, VERSION, hello.group, hello.history, hello.volumes)
+    layout = Layout.of(hello.volumes)
+    info = StoreInfo(
+        FORMAT, VERSION, hello.group, hello.history, hello.volumes, layout.unit_bytes, layout.unit_bits
+    )  # fmt: skip
     durable_replace(os.path.join(path, STORE_JSON), msgspec.json.format(msgspec.json.encode(info)) + b"\n")
 
 

@@ -41,7 +41,7 @@ class Store:
         self.volumes = info.volumes
         self._catalog = catalog = Catalog(os.path.join(path, CATALOG))
         history = bytes.fromhex(info.history)
-        self.objects = ObjectPool(os.path.join(path, OBJECTS), history, reading_limit())
+        self.objects = ObjectPool(os.path.join(path, OBJECTS), info.layout, history, reading_limit())
         blocks = Blocks(catalog, self.objects, info.volumes)
         self._journals, self._open_intervals = blocks.journals, blocks.open_intervals
         # Where blocks are: see `Blocks`.

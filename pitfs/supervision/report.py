@@ -47,6 +47,8 @@ def report(error: BaseException, *, verbose: bool = False, program: str = "pitfs
     elif isinstance(first, OSError):
         paths = [os.fsdecode(path) for path in (first.filename, first.filename2) if isinstance(path, str | bytes)]
         message = ": ".join([*paths, first.strerror or str(first) or type(first).__name__])
+        if isinstance(first, PermissionError) and os.geteuid() != 0:
+            message += ": run it as root, or as the owner"
         _abandon_stdout()  # its buffer may hold what could not be written
     else:
         import traceback  # 4 ms that only this case pays

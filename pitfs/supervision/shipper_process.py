@@ -81,7 +81,6 @@ async def _main(config: Config, hello: Hello, tls: LinkContext | None) -> None:
             nursery.start_soon(_stop_on_request, nursery.cancel_scope)
             await nursery.start(control.serve, state, control.SHIPPER_SOCKET, REQUESTS.decode, handler.handle)
             nursery.start_soon(shipper.tick)
-            nursery.start_soon(shipper.watch)
             nursery.start_soon(shipper.run)
             nursery.start_soon(shipper.acks.run)
             nursery.start_soon(trim_heap)

@@ -27,7 +27,7 @@ from pitfs.splitter.startup import VolumeSpec, lock_state, open_splitter
 from pitfs.splitter.sync_gate import SyncGate
 from pitfs.supervision.processes import run_process, set_process_name, wait_for_stop
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("pitfs.supervision.splitter_process")  # __name__ is __main__ here
 
 
 async def _serve(service: SplitterService, state: str, mountpoint: str) -> None:

@@ -16,8 +16,7 @@ from typing import Final
 import numpy as np
 
 from pitfs.model.blockmap import U64Array
-from pitfs.model.transfer import UNIT_BYTES
-from pitfs.store.objects.format import HEADER_BYTES, UNIT_BITS, UNIT_MASK
+from pitfs.store.objects.format import HEADER_BYTES, Layout
 
 # Prefetched at once, and half of it again when half is read. A disk of 3 GB/s reads that much in 3 ms, longer than a
 # request takes on its way. More pages could be dropped before they are read if memory is short.
@@ -30,17 +29,18 @@ NEVER: Final = 1 << 63  # an offset beyond any image
 Ranges = Iterator[tuple[int, int, int]]  # object number, byte in it, bytes
 
 
-def ranges_of(pointers: U64Array, block_units: int) -> Ranges:
+def ranges_of(pointers: U64Array, block_units: int, layout: Layout) -> Ranges:
     """Where the blocks of these pointers (in any order, some 0) stand: ascending, near ones coalesced."""
+    unit_bits, unit_mask, unit_bytes = layout.unit_bits, layout.max_units - 1, layout.unit_bytes
     pointers = np.sort(pointers[pointers != 0])
     if not len(pointers):
         return
-    breaks = np.flatnonzero(np.diff(pointers) > block_units + GAP_BYTES // UNIT_BYTES)
+    breaks = np.flatnonzero(np.diff(pointers) > block_units + GAP_BYTES // unit_bytes)
     firsts = pointers[np.concatenate([[0], breaks + 1])].tolist()
     lasts = pointers[np.concatenate([breaks, [len(pointers) - 1]])].tolist()
     for first, last in zip(firsts, lasts, strict=True):
-        position = HEADER_BYTES + (first & UNIT_MASK) * UNIT_BYTES
-        yield first >> UNIT_BITS, position, (last - first + block_units) * UNIT_BYTES
+        position = HEADER_BYTES + (first & unit_mask) * unit_bytes
+        yield first >> unit_bits, position, (last - first + block_units) * unit_bytes
 
 
 def prefetch(ranges: Ranges, open_object: Callable[[int], int]) -> bool:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Final
 
 from pitfs.errors import NoSuchInstantError
-from pitfs.model.position import NotATimeError, format_instant, parse_instant
+from pitfs.model.position import LATEST, NotATimeError, format_instant, parse_instant
 from pitfs.model.transfer import VolumeInfo
 from pitfs.store.store import Resolution, Store
 from pitfs.view import inodes
@@ -25,7 +25,6 @@ from pitfs.view.bookmarks import bookmarks_behind
 from pitfs.view.inodes import EntryType, InodeKind, NoEntryError, TreeEntry, unpack_inode
 from pitfs.view.times import Listing, TimesDirectory, resolve_time
 
-LATEST: Final = "latest"
 FIXED_NAMES: Final = {
     LATEST: inodes.LATEST_INODE, "bookmarks": inodes.BOOKMARKS_INODE, "times": inodes.TIMES_INODE
 }  # fmt: skip

@@ -26,14 +26,12 @@ from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CorruptionError, PitfsError
 from pitfs.model.blockmap import FANOUT, FANOUT_BITS, NODE_BYTES, I64Array, U64Array
-from pitfs.model.transfer import UNIT_BYTES
 from pitfs.storage.files import storage_error
-from pitfs.store.objects import format as objects
-from pitfs.store.objects.format import HEADER_BYTES, UNIT_BITS, UNIT_MASK
+from pitfs.store.objects.format import HEADER_BYTES, ObjectName
 from pitfs.store.objects.pool import MissingObjectError
 from pitfs.store.store import Resolution, Store
 from pitfs.view.ranges import joined, runs
-from pitfs.view.readahead import Sequence, prefetch, ranges_of
+from pitfs.view.readahead import Ranges, Sequence, prefetch, ranges_of
 
 MAX_BLOCK_BYTES: Final = 64 << 10
 MAX_REQUEST_BYTES: Final = 1 << 20  # the largest read that FUSE sends
@@ -119,7 +117,9 @@ class PointInTimeView:
         self._tables = TableCache() if tables is None else tables
         self._first_key = self._tables.new_view()
         self._shift = info.block_size.bit_length() - 1
-        self._units = np.uint64(info.block_size // UNIT_BYTES)
+        self._layout = layout = store.objects.layout
+        self._unit_bits, self._unit_mask, self._unit_bytes = layout.unit_bits, layout.max_units - 1, layout.unit_bytes
+        self._units = np.uint64(info.block_size // layout.unit_bytes)
         self._can_nowait = True
         self._sequence = Sequence(info.size_bytes)
         self._inline: tuple[ReadBuffer | None, tuple[memoryview]] = (None, (_ZEROS,))
@@ -148,11 +148,15 @@ class PointInTimeView:
                 return data
             try:
                 start, end = self._sequence.next(offset, size)
-                if start < end and not prefetch(ranges_of(self._pointers(start, end), int(self._units)), self._fd):
+                if start < end and not prefetch(self._ranges(start, end), self._fd):
                     self._sequence.stop()
             except (PitfsError, OSError) as error:  # the read of that range will report it
                 log.debug("readahead: %s", error)
         return self._read(offset, size, buffer, 0)
+
+    def _ranges(self, start: int, end: int) -> Ranges:
+        """Where the blocks of bytes [start, end) stand."""
+        return ranges_of(self._pointers(start, end), int(self._units), self._layout)
 
     def _pointers(self, start: int, end: int) -> U64Array:
         """Pointers of the blocks of bytes [start, end); resolves them where that isn't done."""
@@ -183,11 +187,12 @@ class PointInTimeView:
         inline = self._inline
         if inline[0] is not buffer:
             inline = self._inline = (buffer, (buffer.blocks(self.block_size)[0],))
-        fd = self._opened(pointer >> UNIT_BITS)
+        fd = self._opened(pointer >> self._unit_bits)
         if fd is None:  # opening it may wait for the disk
             return None
         try:
-            count = os.preadv(fd, inline[1], HEADER_BYTES + (pointer & UNIT_MASK) * UNIT_BYTES, _NOWAIT)
+            position = HEADER_BYTES + (pointer & self._unit_mask) * self._unit_bytes
+            count = os.preadv(fd, inline[1], position, _NOWAIT)
         except OSError as error:
             self._not_now(error, pointer)
             return None
@@ -215,12 +220,12 @@ class PointInTimeView:
         leaf_bytes = FANOUT * self.block_size
 
         def ranges_of_leaves() -> Iterator[I64Array]:
-            following = partial(self._store.next_leaf, self.resolution, self.volume)
-            index = following(low // leaf_bytes) if low < high else None
-            while index is not None and index * leaf_bytes < high:
+            following, end = partial(self._store.next_leaf, self.resolution, self.volume), -(-high // leaf_bytes)
+            index = following(low // leaf_bytes, end) if low < high else None
+            while index is not None:
                 pointers, _ = self._table(index)
                 yield (runs(pointers != 0) * self.block_size + index * leaf_bytes).clip(low, high)
-                index = following(index + 1)
+                index = following(index + 1, end)
 
         return joined(ranges_of_leaves())
 
@@ -279,7 +284,7 @@ class PointInTimeView:
 
     def _read_run(self, pointer: int, target: memoryview, flags: int) -> bool:
         """Fills `target` with the consecutive blocks from `pointer` on; False if it would wait and flags forbid it."""
-        number, position = pointer >> UNIT_BITS, HEADER_BYTES + (pointer & UNIT_MASK) * UNIT_BYTES
+        number, position = pointer >> self._unit_bits, HEADER_BYTES + (pointer & self._unit_mask) * self._unit_bytes
         fd = self._opened(number) if flags else self._fd(number)
         if fd is None:
             return False
@@ -321,19 +326,18 @@ class PointInTimeView:
         if error.errno == errno.EOPNOTSUPP:  # this filesystem can't tell: always read in a thread
             self._can_nowait = False
         elif error.errno != errno.EAGAIN:
-            raise self._refused(error, pointer, objects.data_offset(pointer & UNIT_MASK)) from error
+            raise self._refused(error, pointer, self._layout.offset_of(pointer)) from error
 
     def _refused(self, error: OSError, pointer: int, position: int) -> PitfsError:
         return storage_error(error, self._object(pointer), f"reading at byte {position}")
 
     def _object(self, pointer: int) -> str:
-        name = objects.ObjectName.of_number(pointer >> UNIT_BITS).file
-        return os.path.join(self._store.path, objects.OBJECTS, name)
+        return self._store.objects.path_of(ObjectName.of_number(self._layout.object_of(pointer)))
 
     def _corruption(self, block: int, pointer: int) -> CorruptionError:
         volume = self._store.volumes[self.volume].name
         return CorruptionError(
             self._object(pointer),
-            objects.data_offset(pointer & UNIT_MASK),
+            self._layout.offset_of(pointer),
             f"block {block} of volume {volume} doesn't match its checksum",
         )

@@ -14,6 +14,7 @@ from xxhash import xxh3_64_intdigest
 from pitfs.errors import NoSuchInstantError
 from pitfs.model.transfer import Bookmark, Gap, VolumeInfo
 from pitfs.store.catalog.catalog import Snapshot
+from pitfs.store.objects.format import VERSION_1, ObjectName
 from pitfs.store.store import Resolution
 
 MINUTE_S = 60
@@ -130,6 +131,8 @@ class FakeStore:
 class FakeObjects:
     """Objects that are files: number -> contents behind a header of 4096 bytes."""
 
+    layout = VERSION_1
+
     def __init__(self) -> None:
         self._fds: dict[int, int] = {}
 
@@ -144,6 +147,9 @@ class FakeObjects:
 
     def opened(self, number: int) -> int | None:
         return self._fds.get(number)
+
+    def path_of(self, name: ObjectName) -> str:
+        return f"/fake/objects/{name.file}"
 
     def overwrite(self, number: int, offset: int, data: bytes) -> None:
         os.pwrite(self._fds[number], data, 4096 + offset)
@@ -199,5 +205,5 @@ class FakeImageStore:
         part = slice(leaf * 512, (leaf + 1) * 512)
         return self.pointers[part].copy(), self.checksums[part].copy()
 
-    def next_leaf(self, resolution: Resolution, volume: int, first: int) -> int | None:
-        return first if first < len(self.pointers) // 512 else None
+    def next_leaf(self, resolution: Resolution, volume: int, first: int, end: int) -> int | None:
+        return first if first < min(end, len(self.pointers) // 512) else None

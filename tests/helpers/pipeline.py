@@ -172,7 +172,7 @@ class Pipeline:
         source = BlockSource(journal_directory(self.state), interval, self.block_sizes)
         prepared = prepare(interval, self.volumes, source, True)
         room_bytes = None if rate_bytes_per_s is None else rate_bytes_per_s - prepared.diff_bytes  # of a second
-        waiting = [] if prepared.journal is None else [Waiting(interval.mark, NO_LAYER, prepared.rung_bytes)]
+        waiting = [] if prepared.journal is None else [Waiting(interval.to_seq, NO_LAYER, prepared.rung_bytes)]
         step = next_step(diff_due=False, waiting=waiting, room_bytes=room_bytes)
         reason = step.decision.reason
         manifest = diff_manifest(prepared, reason)

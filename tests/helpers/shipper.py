@@ -228,3 +228,16 @@ async def recovers(parts: Parts) -> None:
         assert isinstance(await parts.ship(), Interval)
         parts.assert_replica_has_all()
         nursery.cancel_scope.cancel()
+
+
+async def stream(parts: Parts, count: int = 3, leave: bool = True) -> None:
+    """Streams some writes, and leaves the stream in the middle of the interval."""
+    shipper, session = parts.shipper, parts.session
+    if shipper.status.phase is not Phase.STREAMING:
+        shipper.stream.begin(session)
+    for _ in range(count):
+        parts.write()
+    await shipper.stream.pump(60.0)
+    if leave:
+        await shipper.stream.finish()
+        shipper.status.enter(Phase.WAITING)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import numpy as np
 from xxhash import xxh3_64_intdigest
@@ -10,9 +11,14 @@ from xxhash import xxh3_64_intdigest
 from pitfs.errors import CorruptionError
 from pitfs.model.transfer import Begin, Checkpoint, Data, Park, ResumePoint, TransferFrame, Welcome
 from pitfs.store.ingest import Ingest
-from pitfs.store.objects.format import data_offset, pointer_object, pointer_unit
 from pitfs.store.store import Resolution, Store
 from tests.helpers.transfers import Transfer
+
+
+def object_files(store: str | os.PathLike[str], pattern: str = "*") -> list[Path]:
+    """Files of objects, whatever folder they are in, by name."""
+    found = [path for path in Path(store, "objects").rglob(pattern) if path.is_file()]
+    return sorted(found, key=lambda path: path.name)
 
 
 def feed(ingest: Ingest, frame: TransferFrame) -> ResumePoint | Welcome | None:
@@ -55,10 +61,11 @@ def read_image(store: Store, resolution: Resolution, volume: int) -> bytes:
             if not pointer:
                 image += bytes(info.block_size)
                 continue
-            fd = store.objects.fd(pointer_object(pointer))
-            offset = data_offset(pointer_unit(pointer))
+            layout = store.objects.layout
+            fd = store.objects.fd(layout.object_of(pointer))
+            offset = layout.offset_of(pointer)
             block = os.pread(fd, info.block_size, offset)
             if xxh3_64_intdigest(block) != checksum:
-                raise CorruptionError(str(pointer_object(pointer)), offset, "a block")
+                raise CorruptionError(str(layout.object_of(pointer)), offset, "a block")
             image += block
     return bytes(image[: info.size_bytes])

@@ -22,6 +22,7 @@ from tests.helpers.documents import commands
 from tests.helpers.hosts import Mount
 from tests.helpers.loops import LoopDevice, MountedFilesystem, force_unmount, is_mounted
 from tests.helpers.processes import ROOT, pids_with, pitfs_command, run, wait_until
+from tests.helpers.stores import object_files
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.loop]
 
@@ -234,7 +235,7 @@ class TestOverAMountThatIsThere:
         place = bytes(image).index(AFTER)
         store = Store.open(str(disks.path))
         try:
-            objects = sorted((disks.path / "objects").glob("*.blocks"))
+            objects = object_files(disks.path, "*.blocks")
         finally:
             store.close()
         (damaged,) = (path for path in objects if path.read_bytes().count(AFTER) and "snapshot" in path.name)

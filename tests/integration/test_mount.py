@@ -32,7 +32,7 @@ from pitfs.view.tree import Tree
 from tests.helpers.hosts import Mount
 from tests.helpers.loops import force_unmount, is_mounted
 from tests.helpers.processes import pitfs_command, run, wait_until
-from tests.helpers.stores import ingest_transfer
+from tests.helpers.stores import ingest_transfer, object_files
 from tests.helpers.transfers import History
 
 pytestmark = pytest.mark.fuse
@@ -347,7 +347,7 @@ def test_callers_pipes_are_let_go(replica: Replica, tmp_path: Path) -> None:
 def test_damage_is_eio_for_its_range_and_a_line_in_the_log(replica: Replica, mount: Mount) -> None:
     image = mount.path / replica.name(60) / "root.img"
     expected = replica.history.states[60][0]
-    objects = sorted((replica.path / "objects").glob("snapshot-*1.blocks"))
+    objects = object_files(replica.path, "snapshot-*1.blocks")
     contents = bytearray(objects[0].read_bytes())
     block = next(b for b in range(len(expected) // 4096) if contents.count(expected[b * 4096 : b * 4096 + 4096]) == 1
                  and any(expected[b * 4096 : b * 4096 + 4096]))  # fmt: skip

@@ -28,7 +28,7 @@ from tests.helpers.hosts import digest, free_port, instant_name, xxhsum
 from tests.helpers.links import Files, issue
 from tests.helpers.processes import Daemon, HostError, pitfs_command, run, wait_until
 from tests.helpers.refusals import pitfs_refused, together
-from tests.helpers.stores import ingest_transfer
+from tests.helpers.stores import ingest_transfer, object_files
 from tests.helpers.transfers import History
 
 MIB = 1 << 20
@@ -185,7 +185,7 @@ def test_a_damaged_block_is_eio_for_its_range_and_the_rest_is_readable(
     low, high = next((a, b) for a, b in view.data_ranges() if b - a >= 3 * 4096)
     opened.close()
     bad, image = low + 4096, history.states[SEQ][0]
-    for path in (store / "objects").glob("*.blocks"):
+    for path in object_files(store, "*.blocks"):
         with path.open("r+b") as file:
             at = file.read().find(image[bad : bad + 4096])
             if at >= 0:

@@ -232,8 +232,8 @@ def test_a_full_journal_with_degrade_passes_writes_and_shows_the_gap(tmp_path: P
         check_images(replica, tmp_path, states)
         assert "Traceback" not in production.logged() + replica.logged()
         assert len(lines_with(production, "writes go on, but no instant")) == 1
-        assert len(lines_with(production, "complete copy begins")) == 1, "the first one"
-        assert len(lines_with(production, "copy of what changed committed")) == 1
+        assert len(lines_with(production, "full sync begins")) == 1, "the first one"
+        assert len(lines_with(production, "full sync of what changed committed")) == 1
         status = status_of(production)
         assert (status["changed_bytes"], status["copying"], status["copying_bytes"]) == (None, False, None)
 
@@ -261,7 +261,7 @@ def test_a_stop_while_writes_pass_keeps_what_changed(tmp_path: Path) -> None:
         states[snapshot_outside_of_the_gap(production)] = bytes(writer.content)
         assert len(replica.listing()["gaps"]) == 1
         check_images(replica, tmp_path, states)
-        assert len(lines_with(production, "complete copy begins")) == 1, "the first one"
+        assert len(lines_with(production, "full sync begins")) == 1, "the first one"
 
 
 def snapshot_outside_of_the_gap(production: Production) -> str:

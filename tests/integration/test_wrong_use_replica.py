@@ -112,7 +112,7 @@ def xxhsum_of(tmp: Path, content: bytes) -> str:
 def test_a_replica_restored_from_an_old_copy_is_noticed_and_made_whole(
     tmp_path: Path, journal_has_it: bool
 ) -> None:
-    """Where the local journal still has what is missing it is sent again, else a complete copy with a gap."""
+    """Where the local journal still has what is missing it is sent again, else a full sync with a gap."""
     with (
         Replica(tmp_path) as replica,
         Production(
@@ -148,7 +148,7 @@ def test_a_replica_restored_from_an_old_copy_is_noticed_and_made_whole(
             assert "which the local journal has no more" in gap["cause"]
             assert gap["from"] == sorted(states)[1]
             assert instant_ns(gap["to"]) > instant_ns(max(lost)), "what is lost lies within the gap"
-            assert [line for line in production.complaints() if "a complete copy follows" in line]
+            assert [line for line in production.complaints() if "a full sync follows" in line]
         content = write(production, 6)
         states[production.snapshot()] = content
         with Mount(replica.store(), tmp_path) as mount:

@@ -66,7 +66,7 @@ def test_a_stop_during_the_first_full_copy_and_snapshots_that_wait_is_in_order(t
         with production:
             production.wait_for_shipper()
             wait_until(
-                lambda: status_of(production)["copying"] and "complete copy begins" in production.logged(),
+                lambda: status_of(production)["copying"] and "full sync begins" in production.logged(),
                 "it copies",
                 10,
             )
@@ -193,7 +193,7 @@ def test_a_receiver_stopped_within_a_transfer_goes_on_with_it(tmp_path: Path) ->
         )
         production.backings["root"].write_bytes(os.urandom(VOLUME_BYTES))
         with production:
-            wait_until(lambda: "complete copy begins" in production.logged(), "it copies", 10)
+            wait_until(lambda: "full sync begins" in production.logged(), "it copies", 10)
             time.sleep(1.5)
             replica.terminate()
             replica.start()

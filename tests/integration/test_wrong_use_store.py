@@ -19,7 +19,7 @@ from tests.helpers.hosts import Mount
 from tests.helpers.loops import LoopDevice, MountedFilesystem, fill, free_file
 from tests.helpers.processes import run
 from tests.helpers.refusals import pitfs_refused
-from tests.helpers.stores import ingest_transfer
+from tests.helpers.stores import ingest_transfer, object_files
 from tests.helpers.transfers import History
 
 pytestmark = [pytest.mark.timeout(120)]
@@ -290,7 +290,7 @@ def test_damage_in_an_object_is_one_line_with_object_and_offset_and_eio_for_that
 
 def damage(store: Given) -> tuple[Path, int]:
     """Flips a bit in the block of seq 25 that stands first in its snapshot's object; object and block's offset."""
-    path = store.path / "objects" / f"snapshot-{3:016x}.blocks"
+    (path,) = object_files(store.path, f"snapshot-{3:016x}.blocks")
     with path.open("r+b") as file:
         file.seek(4096)
         byte = file.read(1)[0]

@@ -21,6 +21,7 @@ from pitfs.view.inodes import ROOT_INODE
 from pitfs.view.tree import Tree
 from pitfs.view.view import PointInTimeView, ReadBuffer
 from tests.helpers.histories import START_NS, LongHistory, StrewnWrites, block_contents
+from tests.helpers.stores import object_files
 
 SIZE = 512
 TIB = 1 << 40
@@ -186,7 +187,7 @@ def test_a_directory_that_is_read_on_elsewhere_each_time_takes_rows_in_proportio
 def test_which_files_nobody_knows_is_asked_by_the_page(snapshots: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the start of a writer does."""
     catalog = Catalog(str(snapshots / "catalog.sqlite"))
-    names, counted = sorted(os.listdir(snapshots / "objects")), Counted()
+    names, counted = [path.name for path in object_files(snapshots)], Counted()
     with counted.counting(monkeypatch):
         assert catalog.unknown_objects([*names, "snapshot-00000000000fffff.map"]) == ["snapshot-00000000000fffff.map"]
     assert counted.questions <= 1 + len(names) // 512 + 1

@@ -12,7 +12,7 @@ from pitfs.errors import NoSuchInstantError
 from pitfs.model.transfer import Begin, Checkpoint, End
 from pitfs.store.ingest import Ingest
 from pitfs.store.store import Store
-from tests.helpers.stores import feed, ingest_transfer, read_image
+from tests.helpers.stores import feed, ingest_transfer, object_files, read_image
 from tests.helpers.transfers import START_NS, History, random_history, random_transfers
 
 
@@ -151,7 +151,7 @@ def test_each_layer_makes_an_interval_finer_and_an_open_image_stays_right(tmp_pa
         interval = next(i for i in store.intervals() if i.to_seq == m.to_seq)
         assert (interval.granularity_ns, interval.cause) == (m.granularity_ns, m.cause)
         opened += [store.at_seq(seq) for seq in range(m.from_seq, m.to_seq + 1)]
-        objects = set(os.listdir(os.path.join(ingest.path, "objects")))
+        objects = {path.name for path in object_files(ingest.path)}
         assert len([name for name in objects if name.startswith(f"journal-{interval.end_snapshot_id:016x}-")]) == 1
         for resolution in random.permutation(np.array(opened, dtype=object))[:20]:
             for volume in range(len(history.volumes)):

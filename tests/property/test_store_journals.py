@@ -16,7 +16,7 @@ from pitfs.store.catalog.records import Interval
 from pitfs.store.index import format as journals
 from pitfs.store.index.format import INDEX_ROW, IndexWriter
 from pitfs.store.index.reader import JournalIndex, chunk_cache
-from pitfs.store.objects.format import ObjectHeader, ObjectKind, ObjectName, ObjectRecord
+from pitfs.store.objects.format import VERSION_1, ObjectHeader, ObjectKind, ObjectName, ObjectRecord
 from pitfs.store.objects.pool import ObjectPool
 
 HISTORY = bytes(16)
@@ -48,7 +48,7 @@ def write_index(
     last = FROM_SEQ + len(times_ns)
     interval = Interval(2, 1, FROM_SEQ, 0, last, int(times_ns[-1]), int(times_ns[0]), 0, "", 0)
     record = ObjectRecord(name, ObjectKind.JOURNAL_INDEX, 2, data_bytes, footer_bytes, checksum)
-    pool = ObjectPool(str(directory), HISTORY)
+    pool = ObjectPool(str(directory), VERSION_1, HISTORY)
     return pool, JournalIndex(pool, interval, record, chunk_cache(4))
 
 

@@ -19,7 +19,7 @@ from pitfs.store.objects.format import CATALOG
 from pitfs.store.open_interval.closing import Closing
 from pitfs.store.store import Resolution, Store
 from pitfs.view.view import PointInTimeView, ReadBuffer
-from tests.helpers.stores import feed, ingest_transfer, read_image
+from tests.helpers.stores import feed, ingest_transfer, object_files, read_image
 from tests.helpers.streams import FakeClock, batch_of, cut_here, mark_of
 from tests.helpers.transfers import History, random_history
 
@@ -163,8 +163,8 @@ def test_each_streamed_state_is_exact_however_it_was_closed_and_views_stay_right
     assert {i.granularity_ns for i in streaming.store.intervals() if i.cause == "streamed"} <= {0}
     streaming.close()
     catalog = Catalog(os.path.join(streaming.ingest.path, CATALOG))
-    for name in os.listdir(os.path.join(streaming.ingest.path, "objects")):
-        assert catalog.object(name) is not None, "no log is left"
+    for path in object_files(streaming.ingest.path):
+        assert catalog.object(path.name) is not None, "no log is left"
     catalog.close()
     assert os.listdir(os.path.join(streaming.ingest.path, "staging")) == []
 

@@ -23,7 +23,7 @@ from pitfs.store.open_interval.closing import Closing
 from pitfs.store.open_interval.stream import Stream
 from pitfs.store.open_interval.writer import OpenIntervalWriter
 from pitfs.store.store import Store
-from tests.helpers.stores import ingest_transfer, read_image
+from tests.helpers.stores import ingest_transfer, object_files, read_image
 from tests.helpers.streams import FakeClock, batch_of, mark_of
 from tests.helpers.transfers import History, Write
 
@@ -167,7 +167,7 @@ def finish(run: Run, root: str, acknowledged: list[Durable]) -> None:
     ingest.close()
     assert_exact(run, root, run.last_seq, step=2)
     assert os.listdir(os.path.join(root, "db1", "staging")) == []
-    objects = os.listdir(os.path.join(root, "db1", "objects"))
+    objects = [path.name for path in object_files(os.path.join(root, "db1"))]
     catalog = Catalog(os.path.join(root, "db1", "catalog.sqlite"))
     assert catalog.open_intervals() == () and all(catalog.object(name) is not None for name in objects)
     assert catalog.bookmark("mark-1") is not None
@@ -229,7 +229,7 @@ def open_interval_left(tmp_path: Path) -> tuple[Run, str, str]:
     catalog = Catalog(os.path.join(root, "db1", "catalog.sqlite"))
     (interval,) = catalog.open_intervals()
     catalog.close()
-    return run, root, os.path.join(root, "db1", "objects", wal_file(interval.id))
+    return run, root, os.path.join(root, "db1", "objects", "0000", "000", wal_file(interval.id))
 
 
 def test_cut_at_any_byte_the_log_gives_what_is_whole_and_the_stream_goes_on(tmp_path: Path) -> None:
@@ -269,10 +269,10 @@ def test_a_log_that_is_missing_or_another_is_said_to_be_that(tmp_path: Path) -> 
     with pytest.raises(CorruptionError, match="no header of a pitfs object"):
         Ingest(root, run.history.hello)
     Path(log).write_bytes(data)
-    assert Path(root, "db1", "objects", wal_file(77)).write_bytes(data)
+    assert Path(os.path.dirname(log), wal_file(77)).write_bytes(data)
     with pytest.raises(StoreError, match="is older than the objects"):
         Ingest(root, run.history.hello)
-    Path(root, "db1", "objects", wal_file(77)).unlink()
+    Path(os.path.dirname(log), wal_file(77)).unlink()
     Ingest(root, run.history.hello).close()
     assert_exact(run, root, run.parts[1][-1].seq)
 

@@ -197,6 +197,12 @@ def test_the_folders_of_a_room_stand_on_each_other_one_way(here: str) -> None:
     assert circles(graph) == PENDING_FOLDER_CIRCLES.get(here, [])
 
 
+@pytest.mark.parametrize("path", [path for path in FILES if "__main__" in path.read_text()], ids=str)
+def test_a_program_does_not_log_as_main(path: Path) -> None:
+    """`python -m` names the module __main__: that says nothing in a log."""
+    assert "getLogger(__name__)" not in path.read_text()
+
+
 def test_imports_are_found_wherever_they_stand() -> None:
     assert {"sys", "pitfs.errors", "pitfs", "argparse"} <= set(imports(PACKAGE / "cli" / "main.py"))
     assert room("pitfs.store.catalog") == "store"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ def bandwidth(monkeypatch: pytest.MonkeyPatch) -> Any:
 def trace(tmp_path: Path, bandwidth: Any) -> Iterator[Any]:
     pipeline = Pipeline(tmp_path, [300_000], [4096], tick_ns=400_000)
     pipeline.splitter.mark()
-    first = pipeline.splitter.state.mark
+    first = copy.copy(pipeline.splitter.state)
     for _ in range(3):
         for _ in range(60):
             pipeline.random_write()

@@ -83,7 +83,7 @@ async def test_status_says_what_changed_and_that_it_is_being_copied(
     await parts.settle()
     status = await ShipperControl(parts.shipper, parts.pipeline.state, "g").status(0)
     assert (status["changed_bytes"], status["copying"], status["copying_bytes"]) == (None, False, None)
-    assert "copy of the 12288 bytes that changed follows" in caplog.text
+    assert "a full sync of the 12288 bytes that changed follows" in caplog.text
 
 
 async def test_a_stop_in_order_during_a_bypass_keeps_what_changed(parts: Bypassing) -> None:
@@ -181,7 +181,7 @@ async def test_a_bitmap_that_cannot_be_kept_does_not_hinder_the_stop(
         patch.setattr(splitter, "save_bitmap", full)
         parts.restart(clean=True)
     assert parts.splitter.state.change_bitmap is None
-    assert "can't be saved: No space left on device; a complete copy follows" in caplog.text
+    assert "can't be saved: No space left on device; a full sync follows" in caplog.text
 
 
 @pytest.mark.parametrize("killed", [False, True])
@@ -387,7 +387,7 @@ async def test_a_replica_with_nothing_gets_a_complete_copy(parts: Bypassing, tmp
     (tmp_path / "g").rename(tmp_path / "away")
     parts.pipeline.ingest = Ingest(str(tmp_path), parts.pipeline.hello)
     await parts.connect_anew()
-    with pytest.raises(LinkError, match="connecting anew for a complete copy"):
+    with pytest.raises(LinkError, match="connecting anew for a full sync"):
         await parts.ship()
     await parts.connect_anew()
     assert isinstance(await parts.ship(), Copy)

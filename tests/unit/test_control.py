@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,13 +13,26 @@ from typing import Any
 import msgspec
 import pytest
 import trio
-from trio.testing import wait_all_tasks_blocked
+from trio.testing import MockClock, wait_all_tasks_blocked
 
-from pitfs.errors import EXIT_FAILED, PitfsError
+from pitfs.cli import snapshot
+from pitfs.cli.main import main
+from pitfs.errors import EXIT_FAILED, LinkError, PitfsError, UsageError
+from pitfs.model.position import format_instant
 from pitfs.replication.control import BOOKMARKS_FILE, ShipperControl
-from pitfs.replication.requests import ReadStatus, SetBookmark, TakeSnapshot
-from pitfs.splitter.control import MAX_CONNECTIONS, Connection, ControlError, Handler, serve
+from pitfs.replication.phases import Phase
+from pitfs.replication.requests import REQUESTS as SHIPPER_REQUESTS
+from pitfs.replication.requests import (
+    SNAPSHOT_GRACE_S,
+    ReadStatus,
+    SetBookmark,
+    ShipperRequest,
+    SnapshotTaken,
+    TakeSnapshot,
+)
+from pitfs.splitter.control import MAX_CONNECTIONS, SHIPPER_SOCKET, Connection, ControlError, Handler, serve
 from pitfs.splitter.messages import REQUESTS, RunningCopy, SplitterClient, SplitterStatus
+from tests.helpers.refusals import write_config
 from tests.helpers.shipper import Parts
 
 NAME = "s.sock"
@@ -264,6 +278,69 @@ async def test_a_list_of_bookmarks_that_cannot_be_read_is_named(parts: Parts, sp
     with pytest.raises(PitfsError, match=f"^{path}: {words}"):
         await control.handle(SetBookmark("late"))
     assert parts.pipeline.splitter.state.mark == 1, "not set without its name being kept"
+
+
+@pytest.mark.parametrize("name", ["latest", "seq-12", "2026-11-22", "5m-ago", "12-59", "yesterday", "../x", ""])
+async def test_a_new_bookmark_has_no_name_that_reads_as_a_time_or_is_none(parts: Parts, name: str) -> None:
+    """Here it enters, whoever asks; what older productions have sent stays in their stores."""
+    control = ShipperControl(parts.shipper, parts.pipeline.state, "g")
+    with pytest.raises(UsageError, match=f"^bookmark '{name}'"):
+        await control.handle(SetBookmark(name))
+    assert parts.pipeline.splitter.state.mark == 1
+    assert not os.path.exists(os.path.join(parts.pipeline.state, BOOKMARKS_FILE))
+
+
+async def test_a_snapshot_without_a_link_fails_after_its_grace_and_says_since_when_and_what_to_do(
+    parts: Parts, autojump_clock: MockClock
+) -> None:
+    control, status = ShipperControl(parts.shipper, parts.pipeline.state, "g"), parts.shipper.status
+    assert (await control.status(10**18))["link_down_since"] is None
+    status.enter(Phase.CONNECTING)
+    status.link_failed(LinkError("here:1: connection refused"))
+    await trio.sleep(7)
+    assert (await control.status(10**18))["link_down_since"] == format_instant(10**18 - 7 * 10**9)
+    begun = trio.current_time()
+    words = r"is set but not on the replica yet: here:1: connection refused, since 20[0-9T-]+Z; .* mend the link"
+    with pytest.raises(PitfsError, match=words) as caught:
+        await control.handle(TakeSnapshot())
+    assert trio.current_time() - begun == pytest.approx(SNAPSHOT_GRACE_S)
+    assert caught.value.exit_code == EXIT_FAILED
+
+
+def test_the_help_of_snapshot_names_how_long_it_waits_for_a_link() -> None:
+    assert f"waits {SNAPSHOT_GRACE_S:g} s" in snapshot.DESCRIPTION
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+async def test_on_a_terminal_a_snapshot_says_at_once_that_the_link_is_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    """The snapshot is answered once that was said, in a pipe at once."""
+    said = threading.Event()
+    lines: list[str] = []
+
+    def warn(line: str) -> None:
+        lines.append(line)
+        said.set()
+
+    async def handle(request: ShipperRequest) -> msgspec.Struct | dict[str, Any]:
+        if isinstance(request, ReadStatus):
+            return {"group": "g", "link": "r:1: no route", "link_down_since": "2026-11-22T23-54-00.123456789Z"}
+        if terminal:
+            await trio.to_thread.run_sync(said.wait, MARGIN_S)
+        return SnapshotTaken("2026-11-22T23-54-07.000000000Z", 1, 1)
+
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    monkeypatch.setattr("pitfs.cli.common.shipper.warn", warn)
+    config = write_config(tmp_path, {"root": tmp_path / "backing"})
+    (tmp_path / "state").mkdir()
+    with trio.fail_after(MARGIN_S):
+        async with trio.open_nursery() as nursery:
+            await nursery.start(serve, str(tmp_path / "state"), SHIPPER_SOCKET, SHIPPER_REQUESTS.decode, handle)
+            assert await trio.to_thread.run_sync(main, ["snapshot", str(config)]) == 0
+            nursery.cancel_scope.cancel()
+    wanted = "g: the link is down since 2026-11-22T23-54-00Z (r:1: no route): it waits 10 s for it"
+    assert lines == ([wanted] if terminal else [])
 
 
 async def test_a_bookmark_whose_client_leaves_is_set_or_not_named(

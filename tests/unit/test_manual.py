@@ -3,6 +3,7 @@ that there are."""
 
 from __future__ import annotations
 
+import ast
 import io
 import re
 from contextlib import redirect_stdout
@@ -144,6 +145,28 @@ def test_each_command_that_a_page_names_is_one() -> None:
         assert named <= there | absent
     for command in re.findall(r"``pitfs ([a-z-]+ --[^`]+)``", " ".join(page("pitfs.7").split())):
         assert command.split()[1] in full_parser_help(command.split()[0])
+
+
+def strings_of(path: Path) -> list[str]:
+    """The strings of a module that are no docstrings."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    return [
+        node.value
+        for node in nodes
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings
+    ]
+
+
+def test_messages_say_full_sync_as_the_manual_does() -> None:
+    wrong = [
+        (path.name, text)
+        for path in (ROOT / "pitfs").rglob("*.py")
+        for text in strings_of(path)
+        if re.search(r"(complete|full)\s+copy", text)
+    ]
+    assert wrong == []
+    assert "*full sync*" in page("pitfs.7")
 
 
 def full_parser_help(command: str) -> str:

@@ -14,8 +14,10 @@ from pitfs.model.position import (
     NotATimeError,
     Position,
     format_instant,
+    meant_time,
     parse_instant,
     parse_time,
+    reads_as_time,
 )
 
 NOW_NS = 1_800_000_000_123_456_789
@@ -159,3 +161,78 @@ def test_only_the_exact_form_is_canonical(text: str) -> None:
 def test_positions_are_ordered_and_named() -> None:
     assert Position(3, 5_000_000_000) < Position(4, 1)
     assert Position(3, 5_000_000_001).instant == "1970-01-01T00-00-05.000000001Z"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "latest", "Latest", "seq-12", "SEQ-12", "2026", "2026-11", "2026-11-22", "20261122", "2026-11-22T23-54-00Z",
+        "2026-11-22T23-54-00.123456789Z", "5m-ago", "1h30m-ago", "@1763855640", "12-59", "12:59", "23-54-07.5",
+        "now", "today", "Yesterday", "tomorrow",
+    ],
+)  # fmt: skip
+def test_a_name_that_a_person_or_a_command_would_read_as_a_time(name: str) -> None:
+    assert reads_as_time(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "before-upgrade", "noon", "seq-", "seq-12-before", "2026-11-22-before", "2026-13-45", "12", "25-00", "1-59",
+        "v1.2", "5m", "ago", "latest-good", "202611", "",
+    ],
+)  # fmt: skip
+def test_a_name_that_says_no_time(name: str) -> None:
+    assert not reads_as_time(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("12:59", "2026-11-22T12:59"),
+        ("12-59", "2026-11-22T12-59"),
+        ("12:59:07.5", "2026-11-22T12:59:07.5"),
+        ("T12:59", "2026-11-22T12:59"),
+        ("9:15", "2026-11-22T09:15"),
+        ("23:55", "2026-11-21T23:55"),  # that of the newest state's day is to come
+        ("23:54Z", "2026-11-22T23:54z"),
+        ("yesterday", "2026-11-25"),
+        ("today", "2026-11-26"),
+        ("Yesterday 12:59", "2026-11-25T12:59"),
+        ("yesterday-9:15", "2026-11-25T09:15"),
+        ("now", "latest"),
+        ("LATEST", "latest"),
+        ("Seq-12", "seq-12"),
+        (" 2026-11-22 ", "2026-11-22"),
+        ("2026/11/22 23:54", "2026-11-22 23:54"),
+        ("5 minutes ago", "5m-ago"),
+        ("5min-ago", "5m-ago"),
+        ("2d", "2d-ago"),
+        ("5 months ago", None),
+        ("1h 30m ago", "1h30m-ago"),
+        ("tomorrow", None),
+        ("25:00", None),
+        ("12", None),
+        ("before-upgrad", None),
+        ("", None),
+        ("\udcff", None),
+        ("9" * 5000 + ":15", None),
+    ],
+)
+def test_what_may_have_been_meant_by_what_is_no_time(text: str, meant: str | None) -> None:
+    now_ns, newest_ns = (found(each) for each in ("2026-11-26T08:00Z", "2026-11-22T23:54:07Z"))
+    assert meant_time(text, now_ns=now_ns, newest_ns=newest_ns) == meant
+    if meant not in (None, "latest"):
+        parse_time(str(meant), now_ns=now_ns)
+
+
+def test_what_was_meant_is_said_in_the_zone_of_the_command() -> None:
+    zone = zoneinfo.ZoneInfo("Europe/Vienna")
+    times = {"now_ns": found("2026-11-25T23:30Z"), "newest_ns": found("2026-11-22T23:54:07Z")}
+    assert meant_time("yesterday", zone=zone, **times) == "2026-11-25"
+    assert meant_time("00:30", zone=zone, **times) == "2026-11-23T00:30"
+    assert meant_time("12:59", zone=zone, **times) == "2026-11-22T12:59"
+
+
+def found(text: str) -> int:
+    return round(seconds(text) * 10**9)

@@ -34,6 +34,7 @@ from pitfs.model.transfer import (
     Begin,
     Bookmark,
     Checkpoint,
+    CoarseInterval,
     Durable,
     End,
     Flush,
@@ -392,6 +393,15 @@ def test_committed_may_not_come_before_all_progress() -> None:
 
 def test_a_welcome_of_a_version_that_was_not_offered_is_refused() -> None:
     assert "version 2" in refused(walked(Role.SENDER, 1), packed(FrameType.WELCOME, Accept(2, WELCOME)))
+
+
+@pytest.mark.parametrize("granularity_ns", [0, 1, 999_999_999, 20 * 10**9])
+def test_a_welcome_with_a_granularity_that_cannot_become_finer_is_refused(granularity_ns: int) -> None:
+    """Else whoever decides what goes next would fail on it, on each new connection."""
+    coarse = CoarseInterval(1, 10, 2, 20, granularity_ns, 0)
+    accept = Accept(1, msgspec.structs.replace(WELCOME, coarse=(coarse,)))
+    words = refused(walked(Role.SENDER, 1), packed(FrameType.WELCOME, accept))
+    assert f"granularity {granularity_ns} ns" in words and "\n" not in words
 
 
 @pytest.mark.parametrize("window_bytes", [0, -1, 1 << 19, 3 << 20, 1 << 28, 1 << 62])

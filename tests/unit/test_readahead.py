@@ -8,7 +8,7 @@ import random
 import numpy as np
 
 from pitfs.model.transfer import UNIT_BYTES
-from pitfs.store.objects.format import HEADER_BYTES, UNIT_BITS
+from pitfs.store.objects.format import HEADER_BYTES, VERSION_1
 from pitfs.view.readahead import AHEAD_BYTES, GAP_BYTES, LEAST_BYTES, NEVER, Sequence, ranges_of
 
 MIB = 1 << 20
@@ -19,9 +19,9 @@ def test_ranges_cover_every_block_once_and_join_what_is_near() -> None:
     chance = random.Random(5)
     for units in (1, 8, 128):
         places = sorted({(chance.randrange(1, 4), chance.randrange(400) * units) for _ in range(150)})
-        pointers = [number << UNIT_BITS | unit for number, unit in places] + [0, 0]
+        pointers = [number << VERSION_1.unit_bits | unit for number, unit in places] + [0, 0]
         chance.shuffle(pointers)
-        found = list(ranges_of(np.array(pointers, np.uint64), units))
+        found = list(ranges_of(np.array(pointers, np.uint64), units, VERSION_1))
         assert found == sorted(found)
         covered = {}
         for number, position, size in found:
@@ -30,7 +30,7 @@ def test_ranges_cover_every_block_once_and_join_what_is_near() -> None:
         assert {(number, HEADER_BYTES + unit * UNIT_BYTES) for number, unit in places} <= set(covered)
         for (number, position, size), (other, behind, _) in itertools.pairwise(found):
             assert number != other or behind - (position + size) > GAP_BYTES
-    assert list(ranges_of(np.zeros(512, np.uint64), 8)) == []
+    assert list(ranges_of(np.zeros(512, np.uint64), 8, VERSION_1)) == []
 
 
 def test_the_second_read_in_a_row_prefetches_and_each_byte_is_prefetched_once() -> None:

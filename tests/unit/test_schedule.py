@@ -44,13 +44,13 @@ def test_what_goes_next(
     diff_due: bool, journals: list[Waiting], room_bytes: float | None, kind: StepKind, mark: int, layer: int
 ) -> None:
     step = next_step(diff_due=diff_due, waiting=journals, room_bytes=room_bytes)
-    assert (step.kind, step.mark, step.layer) == (kind, mark, layer)
+    assert (step.kind, step.seq, step.layer) == (kind, mark, layer)
     assert step.decision.reason or step.kind is not StepKind.LAYERS
 
 
 def test_a_reason_says_what_fits() -> None:
     assert next_step(diff_due=False, waiting=[waiting()], room_bytes=6 * MB) == Step(
-        StepKind.LAYERS, 7, Decision(RUNGS_NS[4], "5.0 MB of it fit: difference journal 20.0 MB, room 6.0 MB")
+        StepKind.LAYERS, 7, Decision(RUNGS_NS[4], "5 MB of it fit: difference journal 20 MB, room 6 MB")
     )
 
 

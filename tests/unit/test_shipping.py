@@ -18,13 +18,16 @@ import trio
 
 from pitfs.errors import CapacityError, LinkError, PitfsError, PositionMismatchError, UsageError
 from pitfs.journal.reader import Copy, Interval
+from pitfs.model.record import Record, decode_head
 from pitfs.model.schedule import Decision
 from pitfs.model.transfer import WAITS, Checkpoint, Data, Section
-from pitfs.replication.backfill import ERASED
+from pitfs.replication.backfill import ERASED, GONE
 from pitfs.replication.control import ShipperControl
 from pitfs.replication.requests import SetBookmark
-from pitfs.storage.segment import SegmentReader, segment_path
-from tests.helpers.shipper import Parts, recovers
+from pitfs.splitter.service import SplitterService
+from pitfs.splitter.sync_gate import SyncGate
+from pitfs.storage.segment import SegmentReader, list_segments, segment_path
+from tests.helpers.shipper import Parts, recovers, stream
 from tests.helpers.stores import feed
 
 
@@ -84,15 +87,15 @@ async def test_segments_recycled_under_the_search_are_searched_again(
     asked: list[str] = []
 
     def open_segment(path: str) -> SegmentReader:
-        if not asked:  # the first segment goes as it is being opened
+        if not asked:  # a segment goes as it is being opened
             splitter.journal.release(splitter.journal.tail.segment)
         asked.append(path)
         return SegmentReader(path)
 
-    monkeypatch.setattr("pitfs.journal.reader.SegmentReader", open_segment)
+    monkeypatch.setattr("pitfs.journal.search.SegmentReader", open_segment)
     await parts.locate()
-    first = segment_path(splitter.journal.directory, 1)
-    assert asked[0] == first and asked[1] > first and splitter.state.mark == mark, "found, without a complete copy"
+    assert not os.path.exists(asked[0])
+    assert splitter.state.mark == mark, "found, without a complete copy"
     parts.write()
     parts.mark()
     assert isinstance(await parts.ship(), Interval)
@@ -263,7 +266,7 @@ async def test_journals_are_kept_until_the_room_is_needed(parts: Parts) -> None:
         parts.mark()
         await parts.ship(layers=False)
     assert parts.granularities() == [None] * 3
-    assert [each.mark for each in parts.shipper.backfill.waiting] == [4, 3, 2]
+    assert [each.seq for each in parts.shipper.backfill.waiting] == [60, 40, 20]
     splitter = parts.pipeline.splitter
     splitter.checkpoints.recovery_segment = splitter.journal.tail.segment + 100  # as after a checkpoint
     first = splitter.journal.tail.segment
@@ -294,13 +297,38 @@ async def test_what_the_replica_lacks_is_found_again_after_a_restart(parts: Part
         await parts.ship(layers=False)
     parts.restart_shipper()
     await parts.connect_anew()
-    assert [each.mark for each in parts.shipper.backfill.waiting] == [4, 3, 2]
+    assert [each.seq for each in parts.shipper.backfill.waiting] == [30, 20, 10]
     await parts.ship_layers()
     assert parts.granularities() == [0, 0, 0]
     parts.assert_replica_has_all()
 
 
+async def test_an_interval_that_begins_behind_a_stream_is_found_again_after_a_restart(parts: Parts) -> None:
+    """Its first segment needn't have the mark before it."""
+    await parts.locate()
+    await parts.ship()
+    splitter = parts.pipeline.splitter
+    parts.write()
+    splitter.journal.begin_new_segment()
+    await stream(parts)
+    parts.write()
+    parts.mark()
+    await parts.ship(layers=False)
+    assert parts.granularities() == [0, None]
+    splitter.checkpoints.recovery_segment = splitter.journal.tail.segment  # as after a checkpoint
+    splitter.give_back(splitter.releasable_segment)
+    assert list_segments(splitter.journal.directory)[0] == 2
+    parts.restart_shipper()
+    await parts.connect_anew()
+    await parts.shipper.backfill.report_lost(parts.session)
+    assert [cause for cause in parts.causes() if cause.endswith(WAITS)], parts.causes()
+    await parts.ship_layers()
+    assert parts.granularities() == [0, 0]
+    parts.assert_replica_has_all()
+
+
 async def test_a_journal_that_is_gone_after_a_restart_is_no_longer_promised(parts: Parts) -> None:
+    """And its cause isn't that room was needed, for none was."""
     await parts.locate()
     await parts.ship()
     for _ in range(2):
@@ -316,14 +344,97 @@ async def test_a_journal_that_is_gone_after_a_restart_is_no_longer_promised(part
     splitter.journal.release(splitter.journal.tail.segment)
     parts.restart_shipper()
     await parts.connect_anew()
-    assert parts.shipper.backfill.waiting == []
     await parts.shipper.backfill.report_lost(parts.session)
-    assert parts.granularities() == [None] * 3
-    assert parts.causes() == [ERASED] * 3
+    await parts.ship_layers()
+    assert parts.granularities() == [None, None, 0]
+    assert parts.causes()[:2] == [GONE] * 2
     await parts.connect_anew()
     offered = parts.session.begun
     await parts.shipper.backfill.report_lost(parts.session)
     assert parts.session.begun == offered, "it is said once"
+
+
+async def test_what_is_no_interval_of_the_journal_keeps_its_cause(parts: Parts) -> None:
+    """What lies between two copies is an interval for the replica, and coarse for ever."""
+    await parts.locate()
+    await parts.ship()
+    parts.write()
+    parts.mark()
+    await parts.ship(layers=False)
+    parts.write()
+    await parts.client.rescan("to try it")
+    assert isinstance(await parts.ship(), Interval)
+    assert isinstance(await parts.ship(), Copy)
+    causes = parts.causes()
+    assert causes[-1] == "to try it"
+    for _ in range(2):
+        parts.restart_shipper()
+        await parts.connect_anew()
+        await parts.shipper.backfill.report_lost(parts.session)
+        await parts.ship_layers()
+        assert parts.granularities() == [0, 0, None]
+        assert parts.causes()[-1] == "to try it"
+    await parts.connect_anew()
+    assert parts.shipper.backfill.waiting == [], "it isn't tried again on each connection"
+
+
+async def test_that_room_was_needed_is_known_after_a_restart_too(parts: Parts) -> None:
+    await parts.locate()
+    await parts.ship()
+    parts.write()
+    parts.mark()
+    await parts.ship(layers=False)
+    splitter, pipeline = parts.pipeline.splitter, parts.pipeline
+    splitter.journal.begin_new_segment()
+    parts.write()
+    parts.mark()
+    await parts.ship(layers=False)
+    splitter.checkpoints.recovery_segment = splitter.journal.tail.segment  # as after a checkpoint
+    splitter.journal.limit_count = 3
+    assert splitter.releasable_segment == 2, "though segment 1 is wanted"
+    splitter.give_back(splitter.releasable_segment)
+    splitter.checkpoints.write(splitter.snapshot_progress())
+    pipeline.crash()
+    pipeline.start()
+    parts.service = SplitterService(pipeline.splitter, SyncGate(holds=False, blocks=False, copying=False))
+    parts.restart_shipper()
+    await parts.connect_anew()
+    await parts.shipper.backfill.report_lost(parts.session)
+    await parts.ship_layers()
+    assert parts.granularities() == [None, 0]
+    assert parts.causes()[0] == ERASED
+
+
+async def test_a_new_connection_reads_no_more_of_the_journal_for_a_longer_one(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await parts.locate()
+    await parts.ship()
+    parts.pipeline.splitter.journal.limit_count = 40
+    for _ in range(20):
+        for _ in range(10):
+            parts.write()
+        parts.mark()
+        await parts.ship(layers=False)
+        parts.pipeline.splitter.journal.begin_new_segment()
+    records: list[Record] = []
+
+    def counted(*arguments: Any) -> Record:
+        records.append(decode_head(*arguments))
+        return records[-1]
+
+    monkeypatch.setattr("pitfs.storage.segment.decode_head", counted)
+    parts.restart_shipper()
+    await parts.connect_anew()
+    assert len(parts.shipper.backfill.waiting) == 20
+    assert len(records) < 60, "some for each of the segments that are wanted, not all"
+    await parts.ship_layers()
+    records.clear()
+    parts.restart_shipper()
+    await parts.connect_anew()
+    assert parts.shipper.backfill.waiting == []
+    assert len(records) < 20
+    parts.assert_replica_has_all()
 
 
 async def test_the_decision_of_status_is_what_was_sent(parts: Parts) -> None:

@@ -14,13 +14,12 @@ from trio.testing import wait_all_tasks_blocked
 
 from pitfs.errors import LinkError, PitfsError, PositionMismatchError
 from pitfs.journal.reader import Copy, Interval
-from pitfs.journal.writer import Location
 from pitfs.link.protocol.frames import encode
 from pitfs.model.transfer import MAX_TEXT_LENGTH, Begin, Checkpoint, Data, End, Welcome
 from pitfs.replication import manifests
 from pitfs.replication.status import InGapError
 from pitfs.storage.segment import segment_path
-from tests.helpers.shipper import MARGIN_S, VOLUME_BYTES, Parts, recovers
+from tests.helpers.shipper import MARGIN_S, Parts, recovers
 
 
 @pytest.fixture
@@ -77,7 +76,7 @@ async def test_a_replica_from_before_a_completed_copy_gets_another_one(parts: Pa
             "the journal still leads on from there, up to the copy"
         )
     await recovers(parts)
-    assert "a complete copy that it had acknowledged" in parts.shipper.status.lost_cause
+    assert "a full sync that it had acknowledged" in parts.shipper.status.lost_cause
 
 
 # -- the word of a commit that is lost --------------------------------------------------------------------
@@ -151,7 +150,7 @@ async def test_a_process_without_memory_has_no_damaged_journal(
             await parts.ship()
     await parts.connect_anew()
     await parts.ship_marked()
-    assert parts.pipeline.splitter.state.mark == mark, "without a complete copy"
+    assert parts.pipeline.splitter.state.mark == mark, "without a full sync"
     parts.assert_replica_has_all()
 
 
@@ -165,7 +164,7 @@ async def test_a_copy_whose_beginning_is_damaged_is_begun_anew(parts: Parts) -> 
         file.seek(place.offset)
         file.write(b"\xff" * 64)
     assert isinstance(await parts.ship(), Interval), "what came before that copy"
-    with pytest.raises(LinkError, match="connecting anew for a complete copy"):
+    with pytest.raises(LinkError, match="connecting anew for a full sync"):
         await parts.next()
     await parts.connect_anew()
     item = await parts.ship()
@@ -245,78 +244,21 @@ async def test_a_cause_of_any_length_can_be_sent(parts: Parts) -> None:
 # -- long intervals ---------------------------------------------------------------------------------------
 
 
-async def test_an_interval_that_grows_too_large_is_closed_early(
-    parts: Parts, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pitfs.replication.shipper.MAX_INTERVAL_ROWS", 100)
-    shipper, splitter = parts.shipper, parts.pipeline.splitter
-    await parts.locate()
-    await parts.ship()
-    await shipper.close_large()
-    for _ in range(3):
-        parts.write(4096 * 30)
-        await shipper.close_large()
-    assert splitter.state.mark == 1, "90 blocks"
-    parts.write(4096 * 30)
-    await shipper.close_large()
-    assert splitter.state.mark == 2
-    await shipper.close_large()
-    assert splitter.state.mark == 2, "the next one has hardly begun"
-    item = await parts.ship()
-    assert isinstance(item, Interval) and len(item.times) == 4
-    parts.assert_replica_has_all()
-    assert VOLUME_BYTES > 4096 * 30
-
-
 async def test_an_interval_that_was_closed_early_has_only_its_own_time_to_be_sent_in(
     parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pitfs.replication.shipper.MAX_INTERVAL_ROWS", 1)
     shipper = parts.shipper
     shipper.bandwidth.rates.append(1e6)  # 2 MB in the whole interval of 2 s, next to nothing in a microsecond
     await parts.locate()
     await parts.ship()
-    await shipper.close_large()
     fitted = []
-    for early in (True, False):
-        parts.write(8192)
-        parts.write(8192)
-        if early:
-            await shipper.close_large()
-        else:
+    for most_blocks in (3, 1 << 19):
+        for room in ("splitter.splitter", "replication.shipper"):
+            monkeypatch.setattr(f"pitfs.{room}.MAX_INTERVAL_ROWS", most_blocks)
+        for _ in range(4):
+            parts.write(4096)
+        if most_blocks > 3:
             parts.mark()
         await parts.ship(layers=False)
         fitted.append(shipper.fitted)
     assert fitted == [False, True]
-
-
-async def test_a_mark_is_counted_from_whoever_set_it(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pitfs.replication.shipper.MAX_INTERVAL_ROWS", 100)
-    shipper, splitter = parts.shipper, parts.pipeline.splitter
-    await shipper.close_large()
-    parts.write(4096 * 60)
-    parts.mark()
-    await shipper.close_large()
-    parts.write(4096 * 60)
-    await shipper.close_large()
-    assert splitter.state.mark == 2
-    assert shipper.last_marked is not None and shipper.last_marked.tail > Location(1, 4096)
-
-
-async def test_an_interval_longer_than_the_journal_can_hold_is_closed_early(parts: Parts) -> None:
-    """Else the journal would be full before the interval ends, and a gap be left."""
-    shipper, splitter = parts.shipper, parts.pipeline.splitter
-    await parts.locate()
-    await parts.ship()
-    shipped = 1
-    for _ in range(40):  # twice what the journal holds
-        for _ in range(4):
-            parts.write(200_000)
-        await shipper.close_large()
-        if splitter.state.mark > shipped:
-            shipped = splitter.state.mark
-            await parts.ship(layers=False)
-        await parts.service._keep()
-        await parts.service._prepare_spares()
-    assert not splitter.state.bypass_cause
-    assert shipped >= 3

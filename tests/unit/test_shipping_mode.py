@@ -21,7 +21,7 @@ KEEPS_UP = {
         ({"behind_s": 0.9, "interval_s": 0.1}, True, "the link keeps up"),
         ({"behind_s": 1.1, "interval_s": 0.1}, False, "1.1 s behind"),
         ({"streaming": False}, True, "the link keeps up"),
-        ({"streaming": False, "backlog_bytes": 1_000_001}, False, "1.0 MB wait, 1.0 MB go in a second"),
+        ({"streaming": False, "backlog_bytes": 1_000_001}, False, "1 MB wait, 1 MB go in a second"),
         ({"streaming": False, "backlog_bytes": 9 << 20, "rate_bytes_per_s": None}, True, "the link keeps up"),
         ({"streaming": False, "backlog_bytes": 17 << 20, "rate_bytes_per_s": None}, False, "17.8 MB wait"),
         ({"streaming": False, "fitted": False}, False, "took more than the link carries"),

@@ -13,9 +13,8 @@ import trio.testing
 
 from pitfs.journal.reader import Interval
 from pitfs.model.transfer import Flush, Writes
-from pitfs.replication.phases import Phase
 from pitfs.store.open_interval.closing import Closing
-from tests.helpers.shipper import Parts
+from tests.helpers.shipper import Parts, stream
 
 
 @pytest.fixture
@@ -23,19 +22,6 @@ def parts(tmp_path: Path) -> Any:
     made = Parts(tmp_path)
     yield made
     made.close()
-
-
-async def stream(parts: Parts, count: int = 3, leave: bool = True) -> None:
-    """Streams some writes, and leaves the stream in the middle of the interval."""
-    shipper, session = parts.shipper, parts.session
-    if shipper.status.phase is not Phase.STREAMING:
-        shipper.stream.begin(session)
-    for _ in range(count):
-        parts.write()
-    await shipper.stream.pump(60.0)
-    if leave:
-        await shipper.stream.finish()
-        shipper.status.enter(Phase.WAITING)
 
 
 async def test_a_diff_behind_a_stream_that_is_cut_off_is_sent_on_the_next_connection(parts: Parts) -> None:

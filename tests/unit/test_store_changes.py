@@ -100,7 +100,7 @@ def test_an_empty_store_refuses_it(tmp_path: Path, history: History) -> None:
     history.close_interval()
     hello: Hello = history.hello
     made = Ingest(str(tmp_path), hello)
-    with pytest.raises(PositionMismatchError, match="full copy first"):
+    with pytest.raises(PositionMismatchError, match="full sync first"):
         made.begin(changes(history).manifest)
     made.close()
 

@@ -39,7 +39,7 @@ from pitfs.store.ingest import Ingest
 from pitfs.store.store import Store
 from pitfs.store.transfer.validation import PositionsCheck, PositionsInOrder
 from tests.helpers.links import MANIFEST
-from tests.helpers.stores import ingest_transfer, read_image
+from tests.helpers.stores import ingest_transfer, object_files, read_image
 from tests.helpers.transfers import START_NS, History, Transfer
 
 VOLUMES = (VolumeInfo("a", 9_000, 1024), VolumeInfo("b", 5_000, 512))
@@ -59,7 +59,7 @@ def history() -> History:
 
 @pytest.fixture
 def ingest(tmp_path: Path, history: History) -> Iterator[Ingest]:
-    """A store that has the full copy."""
+    """A store that has the full sync."""
     made = Ingest(str(tmp_path), history.hello)
     ingest_transfer(made, history.close_interval())
     yield made
@@ -180,7 +180,7 @@ def test_an_empty_store_wants_a_full_copy(tmp_path: Path, history: History) -> N
     history.write()
     transfer = history.close_interval()
     made = Ingest(str(tmp_path), history.hello)
-    with pytest.raises(PositionMismatchError, match="full copy first"):
+    with pytest.raises(PositionMismatchError, match="full sync first"):
         made.begin(changed(transfer.manifest, mark=1))
     made.close()
 
@@ -218,7 +218,7 @@ def test_an_empty_interval_only_moves_protected_through_on(ingest: Ingest, histo
     bookmark = store.bookmark("quiet")
     assert bookmark is not None and bookmark.seq == 0
     assert store.bookmark("loud") is None
-    assert len(os.listdir(os.path.join(ingest.path, "objects"))) == 2
+    assert len(object_files(ingest.path)) == 2
     store.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,11 @@ from pitfs.store.catalog.database import Database
 from pitfs.store.index.format import INDEX_ROW, IndexWriter
 from pitfs.store.objects.format import (
     HEADER_BYTES,
+    VERSION_1,
+    Layout,
     ObjectHeader,
     ObjectKind,
     ObjectName,
-    data_offset,
-    pointer,
-    pointer_object,
-    pointer_unit,
 )
 from pitfs.store.opening import read_store_info
 from pitfs.store.store import Store
@@ -49,15 +48,15 @@ def test_a_map_has_the_golden_bytes() -> None:
 
     def emit(node: np.ndarray) -> int:
         emitted.append(node.tobytes())
-        return pointer(3, len(emitted) - 1)
+        return VERSION_1.node_pointer(3, len(emitted) - 1)
 
     builder = MapBuilder(1000, EMPTY, lambda *_: new_node(), emit)
     builder.update(
-        np.array([1, 513], "<i8"), np.array([pointer(6, 8), pointer(7, 0)], "<u8"), np.array([17, 18], "<u8")
+        np.array([1, 513], "<i8"), np.array([6 << 36 | 8, 7 << 36], "<u8"), np.array([17, 18], "<u8")
     )
     root = builder.finish()
     assert b"".join(data.rstrip(b"\0") for data in emitted) == golden("store-map-nodes.hex")
-    assert root == MapEntry(pointer(3, 2), xxh3_64_intdigest(emitted[-1]))
+    assert root == MapEntry(3 << 36 | 2, xxh3_64_intdigest(emitted[-1]))
     assert decode_node(emitted[0])[1, 1] == 17
 
 
@@ -93,16 +92,66 @@ def test_a_header_of_a_newer_version_or_another_form_says_so() -> None:
             ObjectHeader.decode(bytes(data), "object")
 
 
-def test_pointers_lead_to_objects_and_back() -> None:
+SIZES = (VolumeInfo("a", 3 << 40, 16384), VolumeInfo("b", 1 << 40, 4096))  # 4 TiB
+LAYOUTS = (VERSION_1, Layout.of(SIZES), Layout.of((VolumeInfo("a", 1, 512),)), Layout.of((VolumeInfo("a", 1, 65536),)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pointers_lead_to_objects_and_back(layout: Layout) -> None:
+    last_unit = layout.max_units - 1
     for kind in (ObjectKind.SNAPSHOT_BLOCKS, ObjectKind.JOURNAL_BLOCKS):
-        number = ObjectName(kind, 77).number
-        value = pointer(number, (1 << 36) - 1)
-        assert value < 1 << 64
-        assert (pointer_object(value), pointer_unit(value)) == (number, (1 << 36) - 1)
-        assert ObjectName.of_number(number) == ObjectName(kind, 77)
-        assert ObjectName(kind, 77).pointer(8) == pointer(number, 8)
-    assert data_offset(0) == 4096
-    assert data_offset(8) == 8192
+        for snapshot_id in (1, 77, layout.max_snapshot_id):
+            name = ObjectName(kind, snapshot_id)
+            value = layout.pointer(name, last_unit)
+            assert value < 1 << 64
+            assert (layout.object_of(value), layout.unit_of(value)) == (name.number, last_unit)
+            assert ObjectName.of_number(name.number) == name
+            assert layout.offset_of(value) == 4096 + last_unit * layout.unit_bytes
+    assert layout.pointer(ObjectName(ObjectKind.JOURNAL_BLOCKS, layout.max_snapshot_id), last_unit) == (1 << 64) - 1
+    assert layout.offset_of(layout.pointer(ObjectName(ObjectKind.SNAPSHOT_BLOCKS, 1))) == 4096
+    node = layout.node_pointer(77, 5)
+    assert (layout.object_of(node), layout.unit_of(node)) == (77, 5)
+
+
+SECONDS_OF_100_YEARS = 100 * 365.25 * 86400
+
+
+@pytest.mark.parametrize(
+    ("volumes", "unit_bytes", "unit_bits"),
+    [
+        ((VolumeInfo("a", 1, 512),), 512, 30),
+        ((VolumeInfo("a", 4 << 40, 4096),), 4096, 30),
+        (SIZES, 4096, 30),
+        ((*SIZES, VolumeInfo("c", 1, 4096)), 4096, 31),
+        ((VolumeInfo("a", 32 << 40, 65536),), 65536, 30),
+        ((VolumeInfo("a", 32 << 40, 4096), VolumeInfo("b", 1, 512)), 512, 37),
+    ],
+)
+def test_pointers_have_as_many_bits_for_units_as_a_copy_of_all_volumes_takes(
+    volumes: tuple[VolumeInfo, ...], unit_bytes: int, unit_bits: int
+) -> None:
+    layout = Layout.of(volumes)
+    assert layout == Layout(unit_bytes, unit_bits)
+    assert sum(v.block_count * v.block_size for v in volumes) <= layout.max_units * unit_bytes
+    assert all(v.block_size % unit_bytes == 0 for v in volumes)
+    # An interval takes two ids where it is streamed: one for its log.
+    assert unit_bits > 30 or layout.max_snapshot_id / 2 > SECONDS_OF_100_YEARS
+
+
+def test_folders_of_objects_have_some_thousand_names_however_many_objects_there_are() -> None:
+    layout = Layout(4096, 30)
+    folders, top = dict[str, int](), set[str]()
+    for snapshot_id in [*range(1, 700), *range(1 << 12, 1 << 33, 0xFFFEF)]:
+        for kind in ObjectKind:
+            folder, _, file = layout.path_of(ObjectName(kind, snapshot_id).file).rpartition("/")
+            assert ObjectName.of_file(file) == ObjectName(kind, snapshot_id)
+            folders[folder] = folders.get(folder, 0) + 1
+            top.add(folder.split("/")[0])
+    assert max(folders.values()) == 1024
+    assert len(top) == 8192
+    assert all(re.fullmatch("[0-9a-f]{4}/[0-9a-f]{3}", folder) for folder in folders)
+    assert layout.path_of(ObjectName(ObjectKind.MAP, 0x12345).file) == "0000/123/snapshot-0000000000012345.map"
+    assert VERSION_1.path_of(ObjectName(ObjectKind.MAP, 0x12345).file) == "snapshot-0000000000012345.map"
 
 
 def test_object_files_are_told_from_others() -> None:
@@ -154,7 +203,7 @@ def test_what_is_not_a_store_is_said_to_be_none(tmp_path: Path) -> None:
         read_store_info(str(store))
     with pytest.raises(StoreError, match="there are stores in it: db1"):
         read_store_info(str(tmp_path / "root"))
-    (store / "store.json").write_text('{"format": "pitfs-store", "version": 2, "anything": []}')
+    (store / "store.json").write_text('{"format": "pitfs-store", "version": 3, "anything": []}')
     with pytest.raises(StoreVersionError, match="newer pitfs"):
         read_store_info(str(store))
     for text in ("[]", "nonsense", '{"format": 1}', ""):

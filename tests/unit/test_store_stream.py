@@ -28,7 +28,7 @@ from pitfs.store.objects.format import CATALOG
 from pitfs.store.open_interval import sorted_runs, stream
 from pitfs.store.open_interval.closing import Closing
 from pitfs.store.store import Store
-from tests.helpers.stores import ingest_transfer, read_image
+from tests.helpers.stores import ingest_transfer, object_files, read_image
 from tests.helpers.streams import FakeClock, batch_of, cut_here, mark_of
 from tests.helpers.transfers import History
 
@@ -77,7 +77,7 @@ def latest_seq(store: Store) -> int:
 
 def test_an_empty_store_takes_a_full_copy_first(tmp_path: Path, history: History) -> None:
     ingest = Ingest(str(tmp_path), history.hello)
-    with pytest.raises(PositionMismatchError, match="takes a full copy first"):
+    with pytest.raises(PositionMismatchError, match="takes a full sync first"):
         ingest.write(batch_of([history.write()]))
     with pytest.raises(PositionMismatchError, match="mark 1, the store has 0"):
         ingest.mark(StreamMark(1, 0, 0, 0))
@@ -394,7 +394,7 @@ def test_a_sorted_run_that_changed_on_the_disk_is_noticed(
     catalog = Catalog(os.path.join(ingest.path, CATALOG))
     (interval,) = catalog.open_intervals()
     catalog.close()
-    path = Path(ingest.path, "objects", f"journal-{interval.id:016x}.blocks")
+    (path,) = object_files(ingest.path, f"journal-{interval.id:016x}.blocks")
     data, (run,) = path.read_bytes(), interval.runs
     for offset in (run.sparse_index_offset + 8, run.sparse_index_offset - 40):
         damaged = bytearray(data)

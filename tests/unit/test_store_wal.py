@@ -13,7 +13,7 @@ from xxhash import xxh3_64_intdigest
 from pitfs.errors import CorruptionError
 from pitfs.model.transfer import WRITE
 from pitfs.store.index.format import INDEX_ROW
-from pitfs.store.objects.format import HEADER_BYTES
+from pitfs.store.objects.format import HEADER_BYTES, VERSION_1
 from pitfs.store.open_interval.wal import (
     HEAD_BYTES,
     Batch,
@@ -49,13 +49,13 @@ def append(wal: WriteAheadLog, first_seq: int) -> int:
 
 @pytest.fixture
 def wal(tmp_path: Path) -> Iterator[WriteAheadLog]:
-    made = WriteAheadLog.create(str(tmp_path / "wal"), 9, bytes(16))
+    made = WriteAheadLog.create(str(tmp_path / "wal"), 9, bytes(16), VERSION_1)
     yield made
     made.close()
 
 
 def read(wal: WriteAheadLog, start: int = HEADER_BYTES) -> tuple[list[int], int]:
-    reader = WalReader(wal.path, wal.fd, wal.open_interval_id)
+    reader = WalReader(wal.path, wal.fd, wal.open_interval_id, 512)
     heads = list(reader.heads(start, BLOCK_SIZES))
     return [head.batch.first_seq for head in heads], reader.end
 
@@ -75,7 +75,7 @@ def test_what_was_appended_is_read_again_and_sorted_runs_are_passed_over(wal: Wr
     wal.append_run(777)
     starts.append(append(wal, 3))
     assert all(start % 512 == 0 for start in (*starts, wal.end))
-    heads = list(WalReader(wal.path, wal.fd, 9).heads(HEADER_BYTES, BLOCK_SIZES))
+    heads = list(WalReader(wal.path, wal.fd, 9, 512).heads(HEADER_BYTES, BLOCK_SIZES))
     assert [head.body for head in heads] == starts
     for head in heads:
         assert head.batch.rows.tolist() == rows_of(1000 * head.batch.first_seq).tolist()
@@ -86,8 +86,8 @@ def test_what_was_appended_is_read_again_and_sorted_runs_are_passed_over(wal: Wr
 
 def test_rows_lead_to_each_block_of_each_write(wal: WriteAheadLog) -> None:
     start = append(wal, 1)
-    rows = spread(Batch(1, rows_of(1000), checksums(), ZEROS), BLOCK_SIZES, 9, start)
     unit = (19 << 36) + (start - HEADER_BYTES) // 512
+    rows = spread(Batch(1, rows_of(1000), checksums(), ZEROS), np.array([1, 2], "<u8"), unit)
     sums = checksums().tolist()
     wanted = [(0, 7, 1, unit, sums[0]), (1, 2, 2, unit + 1, sums[1]), (1, 3, 2, 0, 0), (1, 4, 2, unit + 3, sums[3])]
     assert rows.tolist() == np.array(wanted, INDEX_ROW).tolist()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from pitfs.errors import CorruptionError, PitfsError
-from pitfs.store.objects.format import ObjectHeader, ObjectKind, ObjectName
+from pitfs.store.objects.format import VERSION_1, ObjectHeader, ObjectKind, ObjectName
 from pitfs.store.objects.pool import ObjectPool
 from pitfs.view import view as view_module
 from pitfs.view.view import PointInTimeView, ReadBuffer, TableCache
@@ -104,7 +104,7 @@ def make_pool(path: Path, count: int, limit: int) -> ObjectPool:
     for number in range(count):
         header = ObjectHeader(ObjectKind.SNAPSHOT_BLOCKS, b"h" * 16, number)
         (path / ObjectName(header.kind, number).file).write_bytes(header.encode() + bytes([number]))
-    return ObjectPool(str(path), b"h" * 16, limit)
+    return ObjectPool(str(path), VERSION_1, b"h" * 16, limit)
 
 
 def test_a_descriptor_is_good_as_long_as_somebody_holds_it(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from common import Setting, fio
 from report import note
 
 from pitfs.journal.reader import Interval, JournalReader
+from pitfs.journal.search import Found
 from pitfs.journal.writer import Location
 from pitfs.model.record import CopyProgress
 from pitfs.model.transfer import VolumeInfo
@@ -229,7 +230,7 @@ def recorded(kind: Kind, setting: Setting) -> Iterator[Trace]:
         shutil.rmtree(tmp)
 
 
-def _record(kind: Kind, setting: Setting, recorder: Recorder) -> int:
+def _record(kind: Kind, setting: Setting, recorder: Recorder) -> SplitterStatus:
     """Runs the load and closes its intervals; the number of the mark that the first one begins at."""
     count = QUICK_INTERVALS if setting.quick else INTERVALS
     interval_s = QUICK_INTERVAL_S if setting.quick else INTERVAL_S
@@ -245,7 +246,7 @@ def _record(kind: Kind, setting: Setting, recorder: Recorder) -> int:
             note(f"{kind.name}: recording {count} intervals of {interval_s:g} s …")
             if kind.on_ext4:
                 run(["sync", "-f", place])
-            first = recorder.ask(SplitterClient.mark).mark
+            first = recorder.ask(SplitterClient.mark)
             start = time.monotonic()
             for number in range(1, count + 1):
                 while (left_s := start + number * interval_s - time.monotonic()) > 0:
@@ -256,8 +257,8 @@ def _record(kind: Kind, setting: Setting, recorder: Recorder) -> int:
     return first
 
 
-def read_trace(name: str, state: Path, first_mark: int, until: Location) -> Trace:
-    """The intervals that the journal has behind a mark.
+def read_trace(name: str, state: Path, first: SplitterStatus, until: Location) -> Trace:
+    """The intervals that the journal has behind the mark that was set then.
 
     Raises:
         HostError: it has none.
@@ -267,8 +268,8 @@ def read_trace(name: str, state: Path, first_mark: int, until: Location) -> Trac
     directory = journal_directory(str(state))
     reader = JournalReader(directory, [volume.block_size for volume in group.volumes])
     try:
-        if not reader.seek_mark(first_mark, until):
-            raise HostError(f"{directory}: mark {first_mark} isn't in the journal")
+        if reader.seek_mark(first.mark, first.seq, until) is not Found.THERE:
+            raise HostError(f"{directory}: mark {first.mark} isn't in the journal")
         intervals = []
         while isinstance(item := reader.next(until), Interval):
             intervals.append(item)

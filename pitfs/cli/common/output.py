@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from pitfs.model.position import format_instant
+from pitfs.model.units import format_seconds
 
 if TYPE_CHECKING:
     from pitfs.model.transfer import Bookmark, Gap
     from pitfs.store.catalog.records import Interval, Resolution, Snapshot
+
+
+SILENT_S: Final = 180.0  # three intervals, unless they are set longer: then a replica should have heard something
+
+
+def silence(age_s: float) -> str:
+    """What a replica can say of production when nothing has arrived: it doesn't know which of these it is."""
+    return (
+        f"nothing has arrived for {format_seconds(age_s)}: production stopped, the link is down, intervals are long or "
+        "writes bypass the journal: pitfs status CONFIG says it there"
+    )
 
 
 def print_json(document: object, indent: int | None = 2) -> None:

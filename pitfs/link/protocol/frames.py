@@ -30,6 +30,7 @@ import xxhash
 
 from pitfs.model import transfer
 from pitfs.model.group import identity_problem
+from pitfs.model.ladder import is_rung
 from pitfs.model.window import MIN_WINDOW_BYTES, check_window
 
 PREFACE: Final = b"\x89pitfs\r\n"
@@ -292,6 +293,13 @@ def _decode_body(frame_type: FrameType, body: Buffer) -> Frame:
                 check_window(window_bytes)
             except ValueError as error:
                 raise ValueError(f"window of {window_bytes} bytes: {error}") from None
+    match frame:
+        case Accept(welcome=welcome):
+            for each in welcome.coarse:
+                if each.granularity_ns is not None and not (each.granularity_ns and is_rung(each.granularity_ns)):
+                    raise ValueError(f"granularity {each.granularity_ns} ns is none that can become finer")
+                if each.to_seq < each.from_seq or each.to_time_ns < each.from_time_ns:
+                    raise ValueError("an interval goes back")
         case transfer.Begin(manifest=manifest):
             if manifest.to_seq < manifest.from_seq or manifest.to_time_ns < manifest.from_time_ns:
                 raise ValueError("manifest goes back")

@@ -89,7 +89,7 @@ CREATE TABLE pieces (  -- of a tail's log: rows of first_seq to to_seq
 """
 
 _NO_INDEX: Final = (apsw.SQLITE_IOERR_SHMOPEN, apsw.SQLITE_IOERR_SHMSIZE, apsw.SQLITE_IOERR_SHMMAP)
-REMEDY: Final = "put a copy of it back, or move the store away for a new full copy"
+REMEDY: Final = "put a copy of it back, or move the store away for a new full sync"
 
 
 # Columns that are unsigned, by number: SQLite has the signed integer with the same bits.

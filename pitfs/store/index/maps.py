@@ -17,15 +17,7 @@ from pitfs.model import blockmap
 from pitfs.model.blockmap import NODE_BYTES, BlockMap, I64Array, LoadNode, MapEntry, Node, U64Array
 from pitfs.model.transfer import Manifest, VolumeInfo
 from pitfs.storage.files import write_all
-from pitfs.store.objects.format import (
-    HEADER_BYTES,
-    MAX_UNITS,
-    ObjectKind,
-    ObjectName,
-    pointer,
-    pointer_object,
-    pointer_unit,
-)
+from pitfs.store.objects.format import HEADER_BYTES, Layout, ObjectKind, ObjectName
 from pitfs.store.objects.pool import ObjectPool
 
 MAX_CACHED_NODES: Final = 512  # 4 MiB: the maps of 1 GiB at 4 KiB blocks, or the inner nodes of 500
@@ -38,10 +30,12 @@ def node_loader(objects: ObjectPool) -> LoadNode:
     A node is read-only. CorruptionError is raised where it isn't what the pointer was made for.
     """
 
+    object_of, number_of = objects.layout.object_of, objects.layout.unit_of
+
     @lru_cache(MAX_CACHED_NODES)
     def load(pointer: int, checksum: int) -> Node:
-        name = ObjectName(ObjectKind.MAP, pointer_object(pointer))
-        offset = HEADER_BYTES + pointer_unit(pointer) * NODE_BYTES
+        name = ObjectName(ObjectKind.MAP, object_of(pointer))
+        offset = HEADER_BYTES + number_of(pointer) * NODE_BYTES
         return blockmap.decode_node(objects.read_verified(name, NODE_BYTES, offset, checksum))
 
     return load
@@ -66,12 +60,14 @@ class MapWriter:
         fd: of the new object, written through a bounded buffer.
         roots_before: of the snapshot before, EMPTY for a full copy.
         load_node: reads nodes of committed maps.
+        layout: of the store.
     """
 
     def __init__(
         self, fd: int, snapshot_id: int, volumes: Sequence[VolumeInfo], roots_before: Sequence[MapEntry],
-        load_node: LoadNode,
+        load_node: LoadNode, layout: Layout,
     ) -> None:  # fmt: skip
+        self._layout = layout
         self._fd, self._snapshot_id, self._volumes, self._load_node = fd, snapshot_id, volumes, load_node
         self._count = 0
         self._buffer = bytearray()
@@ -106,13 +102,13 @@ class MapWriter:
             self._builder = None
 
     def _emit(self, node: Node) -> int:
-        if self._count >= MAX_UNITS:
+        if self._count >= self._layout.max_units:
             raise CapacityError(f"snapshot {self._snapshot_id}: its map has more nodes than a pointer can count")
         self._buffer += node.data.cast("B")
         self._count += 1
         if len(self._buffer) >= FLUSH_BYTES:
             self._flush()
-        return pointer(self._snapshot_id, self._count - 1)
+        return self._layout.node_pointer(self._snapshot_id, self._count - 1)
 
     def _flush(self) -> None:
         offset = HEADER_BYTES + self._count * NODE_BYTES - len(self._buffer)

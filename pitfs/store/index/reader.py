@@ -7,11 +7,13 @@ however long the journal is.
 
 from __future__ import annotations
 
+import heapq
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from typing import Final, Generic, TypeVar
 
 import numpy as np
@@ -149,17 +151,11 @@ class RowIndex:
         last = _ends_of_runs(blocks)  # a block's entries may go on in the next chunk
         return blocks[last], pointers[last], checksums[last]
 
-    def next_leaf(self, volume: int, first: int, after_seq: int, through_seq: int) -> int | None:
-        """Index of the first leaf, not before `first`, into which writes (after_seq, through_seq] went; or None."""
-        chunks, block = self._of_volume.get(volume, _NO_CHUNKS), first << FANOUT_BITS
-        for number in chunks.numbers[_first_chunk(chunks, block) :].tolist():
-            chunk = self._chunk(number)
-            blocks, seqs = chunk[0].view("<i8"), chunk[1].view("<i8")
-            start = int(blocks.searchsorted(block))
-            wanted = (seqs[start:] > after_seq) & (seqs[start:] <= through_seq)
-            if wanted.any():
-                return int(blocks[start + int(wanted.argmax())]) >> FANOUT_BITS
-        return None
+    def chunks_from(self, volume: int, block: int) -> Iterator[tuple[int, Callable[[], Chunk]]]:
+        """The chunks that may have rows of that block or a later one: what each begins with, and how to read it."""
+        chunks = self._of_volume.get(volume, _NO_CHUNKS)
+        for place in range(_first_chunk(chunks, block), len(chunks.numbers)):
+            yield int(chunks.firsts[place]), partial(self._chunk, int(chunks.numbers[place]))
 
     def _chunks_for(self, volume: int, block_start: int, block_end: int, seq: int) -> list[int]:
         """Numbers of the chunks that may have an answer.
@@ -235,6 +231,45 @@ class RowIndex:
         return np.frombuffer(data, "<u8").reshape(columns, count)
 
 
+@dataclass(frozen=True, slots=True)
+class WrittenRows:
+    """The rows of an index whose writes are (after_seq, through_seq]."""
+
+    index: RowIndex
+    after_seq: int
+    through_seq: int
+
+    def chunks_from(self, volume: int, block: int) -> Iterator[tuple[int, Callable[[], int | None]]]:
+        """As `RowIndex.chunks_from`; a chunk gives the first such block in it, not before `block`, or None."""
+        for start, read in self.index.chunks_from(volume, block):
+            yield start, partial(self._first_block, read, block)
+
+    def _first_block(self, read: Callable[[], Chunk], block: int) -> int | None:
+        chunk = read()
+        blocks, seqs = chunk[0].view("<i8"), chunk[1].view("<i8")
+        start = int(blocks.searchsorted(block))
+        wanted = (seqs[start:] > self.after_seq) & (seqs[start:] <= self.through_seq)
+        return int(blocks[start + int(wanted.argmax())]) if wanted.any() else None
+
+
+def next_leaf(written: Iterable[WrittenRows], volume: int, first: int, end: int) -> int:
+    """Index of the first leaf in [first, end) into which any of these writes went; `end` if there is none.
+
+    The chunks of all indexes are read in the order of their blocks, and none that begins behind the answer. So a walk
+    from leaf to leaf reads each chunk once, but for those in which it stands, and these are in the cache.
+    """
+    if first >= end:
+        return end
+    sources = (each.chunks_from(volume, first << FANOUT_BITS) for each in written)
+    for start, first_block in heapq.merge(*sources, key=itemgetter(0)):
+        if start >> FANOUT_BITS >= end:
+            break
+        block = first_block()
+        if block is not None:
+            end = min(end, block >> FANOUT_BITS)
+    return end
+
+
 class JournalIndex(RowIndex):
     """The difference journal of one interval (figures 6B and 8).
 
@@ -248,6 +283,9 @@ class JournalIndex(RowIndex):
         name = ObjectName(ObjectKind.JOURNAL_INDEX, interval.end_snapshot_id, interval.layer)
         footer = HEADER_BYTES + record.data_bytes, record.footer_bytes, record.footer_checksum
         super().__init__(objects, name, *footer, chunks)
+
+    def written(self, after_seq: int, through_seq: int) -> list[WrittenRows]:
+        return [WrittenRows(self, after_seq, through_seq)]
 
     def next_time(self, time_ns: int) -> int:
         """Time of the first position after `time_ns`, the interval's end if there is none."""

@@ -4,19 +4,24 @@
       store.json                     who it belongs to; written last when a store is made
       catalog.sqlite                 what there is; its commit is the moment anything comes to be
       writer.lock                    held by the process that writes
-      objects/snapshot-<s>.map       block map nodes written by snapshot s (8192 bytes each), then its manifest
-      objects/snapshot-<s>.blocks    contents of its diff
-      objects/journal-<s>-<l>.index  difference journal of the interval that ends at s, layers up to l, then its
+      objects/hhhh/hhh/              a folder of objects: see below
+          snapshot-<s>.map           block map nodes written by snapshot s (8192 bytes each), then its manifest
+          snapshot-<s>.blocks        contents of its diff
+          journal-<s>-<l>.index      difference journal of the interval that ends at s, layers up to l, then its
                                      sparse index; a finer one replaces it
-      objects/journal-<s>.blocks     contents that only this journal has; of a number that no snapshot has:
+          journal-<s>.blocks         contents that only this journal has; of a number that no snapshot has:
                                      the log of an open interval (`store.open_interval.wal`)
       staging/                       the transfer under way
       staging/layers-<s>/            layers of a difference journal under way, or put off
       staging/closing-<s>/           what is made of an open interval that was closed
       pins/                          who reads which instants now (`store.pins.pins`); made when one does
 
-<s> is the snapshot's id in 16 hex digits, <l> the number of a layer (see `model.ladder`). Every object begins
-with a header of 4096 bytes, little-endian:
+<s> is the snapshot's id in 16 hex digits, <l> the number of a layer (see `model.ladder`). An interval takes two ids,
+one for its snapshot and one for its log, or one where it wasn't streamed. 256 ids share a folder: its path is the
+digits of the id before the last two, four and three of them (0x12345 is in 0000/123/). So a folder of objects has some
+1,000 names, and each folder above it at most 8,192. In a store of version 1 all objects are in objects/ itself.
+
+Every object begins with a header of 4096 bytes, little-endian:
 
     offset size
      0      8   magic            "PITFSOBJ"
@@ -31,9 +36,15 @@ with a header of 4096 bytes, little-endian:
     64      8   checksum         xxh3_64 of bytes 0..64
     72   4024   zeros            room for the cold form
 
-A pointer (uint64) leads to contents: object << 36 | unit, where a unit is 512 bytes from the start of the
+A pointer (uint64) leads to contents: object << unit_bits | unit, where a unit is unit_bytes from the start of the
 data area and object is 2s for snapshot-<s>.blocks, 2s + 1 for journal-<s>.blocks. In inner nodes of the block
-map and in roots it leads to a node: s << 36 | number of the node in snapshot-<s>.map. 0 is zeros.
+map and in roots it leads to a node: s << unit_bits | number of the node in snapshot-<s>.map. 0 is zeros.
+
+store.json says what unit_bytes and unit_bits are. They are chosen when the store is made (`Layout.of`): unit_bytes is
+the smallest block size of the group, and unit_bits as few as hold a copy of all its volumes, but at least 30. What is
+left is for ids: 2**33 of a group of up to 4 TiB in blocks of 4 KiB, which is 136 years of intervals of one second, half
+of that for each doubling of its size. A store of version 1 has units of 512 bytes and 36 bits of them, which leaves
+2**27 ids.
 """
 
 from __future__ import annotations
@@ -41,6 +52,7 @@ from __future__ import annotations
 import enum
 import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -48,19 +60,16 @@ from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CorruptionError, StoreVersionError
 from pitfs.model.ladder import LAST_LAYER
-from pitfs.model.transfer import UNIT_BYTES
+from pitfs.model.transfer import UNIT_BYTES, VolumeInfo
 
-VERSION: Final = 1
+OBJECT_VERSION: Final = 1
 MAGIC: Final = b"PITFSOBJ"
 HEADER_BYTES: Final = 4096
 HEADER: Final = struct.Struct("<8sIHH16sQQQQ")
 _CHECKSUM: Final = struct.Struct("<Q")
 assert HEADER.size == 64
 
-UNIT_BITS: Final = 36
-UNIT_MASK: Final = (1 << UNIT_BITS) - 1
-MAX_UNITS: Final = 1 << UNIT_BITS  # of one object: 32 TiB
-MAX_SNAPSHOT_ID: Final = (1 << (64 - UNIT_BITS - 1)) - 1
+MIN_UNIT_BITS: Final = 30  # with fewer the log of a small group's open interval would soon be full
 MAX_SEQ: Final = (1 << 46) - 1  # what an inode number has room for: 447 years of 5,000 writes a second
 
 STORE_JSON: Final = "store.json"
@@ -116,27 +125,70 @@ class ObjectName(NamedTuple):
         """Of a contents object, as pointers have it."""
         return 2 * self.snapshot_id + (self.kind is ObjectKind.JOURNAL_BLOCKS)
 
-    def pointer(self, unit: int = 0) -> int:
-        """To contents in it."""
-        return pointer(self.number, unit)
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a store's pointers are made up, and where in objects/ its objects are. It never changes.
+
+    Attributes:
+        unit_bytes: of a unit. unit_bits: of a pointer, for the unit; the others are for the object.
+        has_folders: whether objects are in folders.
+    """
+
+    unit_bytes: int
+    unit_bits: int
+    has_folders: bool = True
+
+    @classmethod
+    def of(cls, volumes: Sequence[VolumeInfo]) -> Layout:
+        """That of a new store for a group of these volumes."""
+        unit_bytes = min(volume.block_size for volume in volumes)
+        unit_count = sum(volume.block_count * volume.block_size for volume in volumes) // unit_bytes
+        return cls(unit_bytes, max(MIN_UNIT_BITS, (unit_count - 1).bit_length()))
+
+    @property
+    def max_units(self) -> int:
+        """How many one object can have."""
+        return 1 << self.unit_bits
+
+    @property
+    def max_snapshot_id(self) -> int:
+        return (1 << (64 - self.unit_bits - 1)) - 1
+
+    @property
+    def wire_units(self) -> int:
+        """How many of the wire's units (512 bytes) one of these has."""
+        return self.unit_bytes // UNIT_BYTES
+
+    def pointer(self, name: ObjectName, unit: int = 0) -> int:
+        """To contents in an object."""
+        return name.number << self.unit_bits | unit
+
+    def node_pointer(self, snapshot_id: int, number: int) -> int:
+        """To a node in the map of a snapshot."""
+        return snapshot_id << self.unit_bits | number
+
+    def object_of(self, pointer: int) -> int:
+        """Number of the contents object; of a pointer to a node the snapshot's id."""
+        return pointer >> self.unit_bits
+
+    def unit_of(self, pointer: int) -> int:
+        """The unit, or the number of the node."""
+        return pointer & (1 << self.unit_bits) - 1
+
+    def offset_of(self, pointer: int) -> int:
+        """Byte of a contents object to which it leads."""
+        return HEADER_BYTES + self.unit_of(pointer) * self.unit_bytes
+
+    def path_of(self, file: str) -> str:
+        """Where in objects/ the object with that file name is."""
+        if not self.has_folders:
+            return file
+        digits = file.partition("-")[2]
+        return f"{digits[7:11]}/{digits[11:14]}/{file}"
 
 
-def pointer(number: int, unit: int) -> int:
-    """Pointer to `unit` of the contents object `number`, or node `unit` of the map of snapshot `number`."""
-    return number << UNIT_BITS | unit
-
-
-def pointer_object(value: int) -> int:
-    return value >> UNIT_BITS
-
-
-def pointer_unit(value: int) -> int:
-    return value & UNIT_MASK
-
-
-def data_offset(unit: int) -> int:
-    """Byte of a contents object at which `unit` begins."""
-    return HEADER_BYTES + unit * UNIT_BYTES
+VERSION_1: Final = Layout(UNIT_BYTES, 36, has_folders=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +205,7 @@ class ObjectHeader:
     def encode(self) -> bytes:
         """4096 bytes."""
         head = HEADER.pack(
-            MAGIC, VERSION, self.kind, 0, self.history, self.snapshot_id,
+            MAGIC, OBJECT_VERSION, self.kind, 0, self.history, self.snapshot_id,
             self.data_bytes, self.footer_bytes, self.footer_checksum,
         )  # fmt: skip
         return (head + _CHECKSUM.pack(xxh3_64_intdigest(head))).ljust(HEADER_BYTES, b"\0")
@@ -174,10 +226,10 @@ class ObjectHeader:
         (checksum,) = _CHECKSUM.unpack_from(data, HEADER.size)
         if magic != MAGIC or checksum != xxh3_64_intdigest(data[: HEADER.size]):
             raise CorruptionError(what, 0, "no header of a pitfs object")
-        if version != VERSION or form != 0 or kind not in _FILES:
+        if version != OBJECT_VERSION or form != 0 or kind not in _FILES:
             raise StoreVersionError(
                 f"{what}: object of version {version}, form {form}, kind {kind}; this pitfs knows version "
-                f"{VERSION}, form 0: use the pitfs that wrote it, or a newer one"
+                f"{OBJECT_VERSION}, form 0: use the pitfs that wrote it, or a newer one"
             )
         return cls(ObjectKind(kind), history, snapshot_id, data_bytes, footer_bytes, footer_checksum)
 

@@ -10,13 +10,14 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
+from string import hexdigits
 from typing import Final, ParamSpec, TypeVar
 
 from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CorruptionError
 from pitfs.storage.files import read_exactly, storage_error
-from pitfs.store.objects.format import HEADER_BYTES, ObjectHeader, ObjectKind, ObjectName
+from pitfs.store.objects.format import HEADER_BYTES, Layout, ObjectHeader, ObjectKind, ObjectName
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -79,13 +80,13 @@ class ObjectPool:
     """Objects of one store, opened for reading as they are needed.
 
     Args:
-        directory: objects/ of the store.
+        directory: objects/ of the store. layout: of the store.
         history: 16 bytes; an object of another history isn't this store's.
         limit: descriptors that are kept; those in use at the moment come on top.
     """
 
-    def __init__(self, directory: str, history: bytes, limit: int = MAX_OPEN_OBJECTS) -> None:
-        self.directory = directory
+    def __init__(self, directory: str, layout: Layout, history: bytes, limit: int = MAX_OPEN_OBJECTS) -> None:
+        self.directory, self.layout = directory, layout
         self._history = history
         self._limit = limit
         # Contents objects by their number, others by their name. Look-ups by number take no lock, since every read
@@ -126,7 +127,17 @@ class ObjectPool:
             self._open.pop(_key(name), None)
 
     def path_of(self, name: ObjectName) -> str:
-        return os.path.join(self.directory, name.file)
+        return os.path.join(self.directory, self.layout.path_of(name.file))
+
+    def newest(self) -> list[ObjectName]:
+        """Objects in the newest folder, committed or not; none where the store has no folders."""
+        path = self.directory
+        for digits in (4, 3) if self.layout.has_folders else ():
+            folders = [name for name in os.listdir(path) if len(name) == digits and not set(name) - set(hexdigits)]
+            if not folders:
+                return []
+            path = os.path.join(path, max(folders))
+        return [] if path == self.directory else list(filter(None, map(ObjectName.of_file, os.listdir(path))))
 
     def read_verified(self, name: ObjectName, size: int, offset: int, checksum: int) -> bytes:
         """Bytes of an object whose xxh3_64 is `checksum`.

@@ -28,14 +28,14 @@ import numpy.typing as npt
 
 from pitfs.errors import CorruptionError
 from pitfs.model.blockmap import U64Array
-from pitfs.model.transfer import UNIT_BYTES, Bookmark, Manifest, TransferKind
+from pitfs.model.transfer import Bookmark, Manifest, TransferKind
 from pitfs.storage.files import open_fd, storage_error, write_all
 from pitfs.store.catalog.records import Commit, OpenInterval, Snapshot
 from pitfs.store.index.format import IndexWriter
 from pitfs.store.index.maps import FLUSH_BYTES, MapWriter
 from pitfs.store.index.merge import BY_BLOCK, Rows, by_volume, merged
 from pitfs.store.index.reader import chunk_cache
-from pitfs.store.objects.format import HEADER_BYTES, UNIT_MASK, ObjectKind, ObjectName, ObjectRecord
+from pitfs.store.objects.format import HEADER_BYTES, Layout, ObjectKind, ObjectName, ObjectRecord
 from pitfs.store.open_interval.sorted_runs import open_run
 from pitfs.store.transfer.recovery import StagingArea
 from pitfs.store.transfer.writable_store import WritableStore, new_object
@@ -59,10 +59,11 @@ class _Contents:
     """A contents object that is filled from the WAL, through a bounded buffer.
 
     Args:
-        fd, name: of the object. wal_fd, wal_path: of the WAL.
+        fd, name: of the object. wal_fd, wal_path: of the WAL. layout: of the store.
     """
 
-    def __init__(self, fd: int, name: ObjectName, wal_fd: int, wal_path: str) -> None:
+    def __init__(self, fd: int, name: ObjectName, wal_fd: int, wal_path: str, layout: Layout) -> None:
+        self._layout = layout
         self._fd, self._name, self._wal_fd, self._wal_path = fd, name, wal_fd, wal_path
         self._units = 0
         self._buffer = memoryview(bytearray(FLUSH_BYTES))
@@ -75,11 +76,11 @@ class _Contents:
         ends = np.cumsum(units, dtype="<u8")
         follows = pointers[1:] == pointers[:-1] + units[:-1]
         cuts = [0, *(np.flatnonzero(~follows) + 1).tolist(), len(pointers)]
-        starts = (pointers[cuts[:-1]] & np.uint64(UNIT_MASK)).tolist()
+        starts = map(self._layout.offset_of, pointers[cuts[:-1]].tolist())
         run_ends = [0, *ends[np.array(cuts[1:]) - 1].tolist()]
         for start, (low, high) in zip(starts, itertools.pairwise(run_ends), strict=True):
-            self._copy(HEADER_BYTES + start * UNIT_BYTES, (high - low) * UNIT_BYTES)
-        found: U64Array = np.uint64(self._name.pointer(self._units)) + ends - units
+            self._copy(start, (high - low) * self._layout.unit_bytes)
+        found: U64Array = np.uint64(self._layout.pointer(self._name, self._units)) + ends - units
         self._units += int(ends[-1])
         return found
 
@@ -99,7 +100,7 @@ class _Contents:
     def finish(self, store: WritableStore) -> list[ObjectRecord]:
         """The object, durable; none if nothing is in it."""
         self._flush()
-        return [store.complete(self._fd, self._name, self._units * UNIT_BYTES)] if self._units else []
+        return [store.complete(self._fd, self._name, self._units * self._layout.unit_bytes)] if self._units else []
 
 
 class Closing:
@@ -113,7 +114,7 @@ class Closing:
     def __init__(self, record: OpenInterval, store: WritableStore, area: StagingArea) -> None:
         self.record, self._store, self._area = record, store, area
         self._wal_path = store.objects.path_of(record.wal)
-        self._units = (store.block_sizes // UNIT_BYTES).astype("<u8")
+        self._units = store.block_units
         self._running: Future[None] = Future()
 
     def start(self) -> None:
@@ -157,10 +158,10 @@ class Closing:
             fds = [files.enter_context(new_object(directory, name)) for name in names]
             map_fd, snapshot_fd, index_fd, journal_fd = fds
             map_name, snapshot_name, index_name, journal_name = names
-            snapshot = _Contents(snapshot_fd, snapshot_name, wal_fd, self._wal_path)
-            journal = _Contents(journal_fd, journal_name, wal_fd, self._wal_path)
+            snapshot = _Contents(snapshot_fd, snapshot_name, wal_fd, self._wal_path, store.layout)
+            journal = _Contents(journal_fd, journal_name, wal_fd, self._wal_path, store.layout)
             roots_before = store.catalog.roots(record.base_snapshot_id)
-            maps = MapWriter(map_fd, snapshot_id, store.volumes, roots_before, store.load_node)
+            maps = MapWriter(map_fd, snapshot_id, store.volumes, roots_before, store.load_node, store.layout)
             writer = IndexWriter(index_fd)
             block_count, row_count = self._write_rows(maps, writer, snapshot, journal)
             objects = [*snapshot.finish(store), *journal.finish(store)]

@@ -8,7 +8,7 @@ from pitfs.model.blockmap import U64Array
 from pitfs.model.position import Position
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.records import OpenInterval, Resolution, SortedRun
-from pitfs.store.index.reader import Cache, ChunkCache, RowIndex, index_cache
+from pitfs.store.index.reader import Cache, ChunkCache, RowIndex, WrittenRows, index_cache
 from pitfs.store.objects.format import ObjectKind, ObjectName
 from pitfs.store.objects.pool import ObjectPool
 from pitfs.store.open_interval.sorted_runs import open_run
@@ -26,11 +26,10 @@ class WrittenBlocks:
             if run.first_seq <= seq:
                 self._index_of(run).overlay(seq, volume, leaf_index, pointers, checksums)
 
-    def next_leaf(self, volume: int, first: int, after_seq: int, through_seq: int) -> int | None:
-        """Index of the first leaf, not before `first`, into which writes (after_seq, through_seq] went; or None."""
+    def written(self, after_seq: int, through_seq: int) -> list[WrittenRows]:
+        """Writes (after_seq, through_seq], by the runs that have some of them."""
         runs = (run for run in self._runs if run.to_seq > after_seq and run.first_seq <= through_seq)
-        found = (self._index_of(run).next_leaf(volume, first, after_seq, through_seq) for run in runs)
-        return min((leaf for leaf in found if leaf is not None), default=None)
+        return [WrittenRows(self._index_of(run), after_seq, through_seq) for run in runs]
 
 
 class OpenIntervals:

@@ -21,17 +21,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Final
 
-from pitfs.errors import CapacityError, PitfsError, RemoteProtocolError
+from pitfs.errors import PitfsError, RemoteProtocolError
 from pitfs.model.group import NAME_RULE, is_name
 from pitfs.model.transfer import Durable, Hello, StreamMark, Writes
 from pitfs.storage.files import closed_on_error, fsync_directory
 from pitfs.store.catalog.records import Commit, OpenInterval
-from pitfs.store.objects.format import MAX_SNAPSHOT_ID, ObjectKind, ObjectName
+from pitfs.store.objects.format import ObjectKind, ObjectName
 from pitfs.store.open_interval.closing import Closing, streamed_manifest
 from pitfs.store.open_interval.wal import WriteAheadLog
 from pitfs.store.open_interval.writer import MAX_PENDING_ROWS, OpenIntervalWriter
 from pitfs.store.open_interval.writes import WriteCheck
-from pitfs.store.transfer.position import mismatch
+from pitfs.store.transfer.position import mismatch, no_more_ids
 from pitfs.store.transfer.recovery import StagingArea
 from pitfs.store.transfer.writable_store import WritableStore
 
@@ -67,9 +67,10 @@ class Stream:
                 continue
             self._open = OpenIntervalWriter.recover(record, self._store)
             if self._open is None:
+                path = self._store.objects.path_of(record.wal)
                 with suppress(FileNotFoundError):
-                    os.unlink(self._store.objects.path_of(record.wal))
-                    fsync_directory(self._store.objects.directory)
+                    os.unlink(path)
+                    fsync_directory(os.path.dirname(path))
                 self._catalog.drop_open_interval(record.id)
             else:
                 self._publish(0, durable=True)
@@ -104,7 +105,7 @@ class Stream:
         """
         self._check_usable()
         if self._open is None and not self.mark:
-            raise mismatch(self._catalog.path, "the store is empty and takes a full copy first")
+            raise mismatch(self._catalog.path, "the store is empty and takes a full sync first")
         batch, body = self._check.take(writes, *self.end)
         with self._breaks():
             self._fence()
@@ -219,15 +220,15 @@ class Stream:
         last = catalog.last_snapshot()
         base = self._closing.record.end_snapshot_id if self._closing is not None else last.id if last is not None else 0
         number = catalog.next_snapshot_id()
-        if number + 1 > MAX_SNAPSHOT_ID:
-            raise CapacityError(f"{catalog.path}: no more than {MAX_SNAPSHOT_ID} snapshots fit in a store")
+        if number + 1 > self._store.layout.max_snapshot_id:
+            raise no_more_ids(catalog.path, self._store.layout)
         for each in (number, number + 1):
             self._area.recover_transfer(each)
         self._area.clear(self._area.path)  # a transfer that was to follow `end`
-        path = self._store.objects.path_of(ObjectName(ObjectKind.JOURNAL_BLOCKS, number))
-        wal = WriteAheadLog.create(path, number, self._store.history)
+        path = self._store.path_for(ObjectName(ObjectKind.JOURNAL_BLOCKS, number))
+        wal = WriteAheadLog.create(path, number, self._store.history, self._store.layout)
         with closed_on_error(wal.fd):
-            fsync_directory(self._store.objects.directory)
+            fsync_directory(os.path.dirname(path))
             record = OpenInterval(number, number + 1, base, seq, time_ns, seq, time_ns, None, wal.end)
             catalog.put_open_interval(record, {}, 0, durable=True)
         self._open = OpenIntervalWriter(record, wal, self._store)

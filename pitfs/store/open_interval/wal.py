@@ -1,7 +1,7 @@
 """The write-ahead log (WAL) of an open interval: its writes as they stream in, and the sorted runs to read them by.
 
 journal-<i>.blocks, where i is the open interval's id, with the header of an object; then records at bytes that are
-multiples of 512, one behind the other:
+multiples of 512, one behind the other. Contents begin at a unit of the store (`store.objects.format`):
 
     offset size
      0      8   magic         "PITFSTLB"
@@ -16,7 +16,7 @@ multiples of 512, one behind the other:
     56      8   checksum      xxh3_64, seeded with i, of bytes 0..56 and of what follows up to the body
     64          writes: WRITE rows (24 bytes each), xxh3_64 of each block (8 bytes), a bit for each block that is
                 all zeros (first block the lowest bit; bytes filled up with zeros)
-                then zeros up to a multiple of 512, and the body
+                then zeros up to a multiple of 512, of writes up to a unit, and the body
     body        writes: the blocks that aren't all zeros, in order: pointers of the open interval lead there
                 sorted run: chunks and sparse index as in `store.index.format`, with their places in this file; then
                 zeros up to a multiple of 512
@@ -45,10 +45,10 @@ from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CapacityError, CorruptionError
 from pitfs.model.blockmap import I64Array, U64Array
-from pitfs.model.transfer import MAX_BATCH_ROWS, UNIT_BYTES, WRITE
+from pitfs.model.transfer import MAX_BATCH_ROWS, WRITE
 from pitfs.storage.files import closed_on_error, read_exactly, write_all
 from pitfs.store.index.merge import Rows
-from pitfs.store.objects.format import HEADER_BYTES, MAX_UNITS, ObjectHeader, ObjectKind
+from pitfs.store.objects.format import HEADER_BYTES, Layout, ObjectHeader, ObjectKind
 from pitfs.store.transfer.sections import checksums_of
 
 MAGIC: Final = b"PITFSTLB"
@@ -64,9 +64,12 @@ class RecordKind(enum.IntEnum):
     SORTED_RUN = 2
 
 
-def align(offset: int) -> int:
-    """The next multiple of 512."""
-    return -(-offset // UNIT_BYTES) * UNIT_BYTES
+ALIGNMENT: Final = 512  # of heads, and of sorted runs
+
+
+def align(offset: int, unit_bytes: int = ALIGNMENT) -> int:
+    """The next byte at which a record can begin, or a unit of the data area."""
+    return HEADER_BYTES - (HEADER_BYTES - offset) // unit_bytes * unit_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +113,15 @@ class Head:
 
 
 def encode_head(
-    open_interval_id: int, kind: RecordKind, offset: int, body_bytes: int, durable: int, batch: Batch = _NO_WRITES
-) -> bytes:
-    """A head filled up to its body."""
+    open_interval_id: int, kind: RecordKind, offset: int, body_bytes: int, durable: int, batch: Batch = _NO_WRITES,
+    unit_bytes: int = ALIGNMENT,
+) -> bytes:  # fmt: skip
+    """A head filled up to its body, which begins at a multiple of `unit_bytes` in the data area."""
     rows, checksums = batch.rows, batch.checksums
     columns = rows.tobytes() + checksums.tobytes() + np.packbits(batch.zeros, bitorder="little").tobytes()
     head = HEAD.pack(MAGIC, kind, len(rows), len(checksums), 0, offset, body_bytes, batch.first_seq, durable)
     data = head + _CHECKSUM.pack(xxh3_64_intdigest(head + columns, open_interval_id)) + columns
-    return data.ljust(align(len(data)), b"\0")
+    return data.ljust(align(offset + len(data), unit_bytes) - offset, b"\0")
 
 
 class WriteAheadLog:
@@ -126,23 +130,25 @@ class WriteAheadLog:
     Args:
         path: of the file. fd: of the file, closed with this.
         end: byte where the next record comes; all before `durable` survives power loss.
+        layout: of the store.
     """
 
-    def __init__(self, path: str, open_interval_id: int, fd: int, end: int, durable: int) -> None:
-        self.path, self.open_interval_id, self.fd = path, open_interval_id, fd
+    def __init__(self, path: str, open_interval_id: int, fd: int, end: int, durable: int, layout: Layout) -> None:
+        self.path, self.open_interval_id, self.fd, self._layout = path, open_interval_id, fd, layout
         self.end, self.durable = end, durable
 
     @classmethod
-    def create(cls, path: str, open_interval_id: int, history: bytes) -> WriteAheadLog:
+    def create(cls, path: str, open_interval_id: int, history: bytes, layout: Layout) -> WriteAheadLog:
         """A new one with nothing in it, durable but for its directory entry. Raises OSError."""
         with closed_on_error(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)) as fd:
             write_all(fd, ObjectHeader(ObjectKind.JOURNAL_BLOCKS, history, open_interval_id).encode(), 0)
             os.fsync(fd)
-        return cls(path, open_interval_id, fd, HEADER_BYTES, HEADER_BYTES)
+        return cls(path, open_interval_id, fd, HEADER_BYTES, HEADER_BYTES, layout)
 
     def append_writes(self, batch: Batch, body: memoryview) -> int:
         """Appends writes; returns the byte where their contents begin. Raises OSError, CapacityError."""
-        head = encode_head(self.open_interval_id, RecordKind.WRITES, self.end, len(body), self.durable, batch)
+        kind, unit_bytes = RecordKind.WRITES, self._layout.unit_bytes
+        head = encode_head(self.open_interval_id, kind, self.end, len(body), self.durable, batch, unit_bytes)
         start = self.end + len(head)
         self._check_room(start + len(body))
         write_all(self.fd, head, self.end)
@@ -152,7 +158,7 @@ class WriteAheadLog:
 
     def run_start(self) -> int:
         """Where the body of a sorted run comes that is written next; `append_run` puts its head before it."""
-        return self.end + align(HEAD_BYTES)
+        return align(self.end + HEAD_BYTES)
 
     def append_run(self, body_bytes: int) -> None:
         """The head of a sorted run whose body was written from `run_start` on. Raises OSError, CapacityError."""
@@ -174,8 +180,10 @@ class WriteAheadLog:
         os.close(self.fd)
 
     def _check_room(self, end: int) -> None:
-        if end > MAX_UNITS * UNIT_BYTES:
-            raise CapacityError(f"{self.path}: an open interval of more than 32 TiB: close it with a mark")
+        most_bytes = self._layout.max_units * self._layout.unit_bytes
+        if end > most_bytes:
+            problem = f"an open interval of more than {most_bytes >> 30} GiB: close it with a mark"
+            raise CapacityError(f"{self.path}: {problem}")
 
 
 class WalReader:
@@ -185,8 +193,8 @@ class WalReader:
         end: where what is whole ends, when `heads` has been exhausted.
     """
 
-    def __init__(self, path: str, fd: int, open_interval_id: int) -> None:
-        self._path, self._fd, self._open_interval_id = path, fd, open_interval_id
+    def __init__(self, path: str, fd: int, open_interval_id: int, unit_bytes: int) -> None:
+        self._path, self._fd, self._open_interval_id, self._unit_bytes = path, fd, open_interval_id, unit_bytes
         self._size = os.fstat(fd).st_size
         self.end = 0
 
@@ -218,7 +226,8 @@ class WalReader:
             return None
         magic, kind, write_count, block_count, _, place, body_bytes, first_seq, durable = HEAD.unpack_from(data)
         columns_bytes = write_count * WRITE.itemsize + block_count * 8 + -(-block_count // 8)
-        body = offset + align(HEAD_BYTES + columns_bytes)
+        unit_bytes = self._unit_bytes if kind == RecordKind.WRITES else ALIGNMENT
+        body = align(offset + HEAD_BYTES + columns_bytes, unit_bytes)
         if (
             magic != MAGIC or place != offset or kind not in tuple(RecordKind)
             or write_count > MAX_BATCH_ROWS or body > self._size
@@ -249,10 +258,10 @@ class WalReader:
             data = os.pread(self._fd, _SEARCH_BYTES, base)
             at = data.find(MAGIC)
             while at >= 0:
-                head = self._head(base + at) if at % UNIT_BYTES == 0 else None
+                head = self._head(base + at) if at % ALIGNMENT == 0 else None
                 if head is not None and head.durable > self.end:
                     raise CorruptionError(
-                        self._path, self.end, "writes that were acknowledged: move the store away for a new full copy "
+                        self._path, self.end, "writes that were acknowledged: move the store away for a new full sync "
                         "(what it has stays readable)"
                     )  # fmt: skip
                 at = data.find(MAGIC, at + 1)

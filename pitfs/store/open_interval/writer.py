@@ -42,7 +42,7 @@ class OpenIntervalWriter:
 
     def __init__(self, record: OpenInterval, wal: WriteAheadLog, store: WritableStore) -> None:
         self.record, self.wal = record, wal
-        self._block_sizes = store.block_sizes
+        self._layout, self._block_sizes, self._block_units = store.layout, store.block_sizes, store.block_units
         self._rows: list[Rows] = []
         self._positions: list[Rows] = []
         self._minutes: dict[int, int] = {}  # of runs that the catalog hasn't yet
@@ -56,7 +56,8 @@ class OpenIntervalWriter:
 
     def _add(self, batch: Batch, start: int) -> None:
         """Notes a batch whose contents begin at byte `start` of the WAL."""
-        self._rows.append(spread(batch, self._block_sizes, self.wal.open_interval_id, start))
+        first_pointer = self._layout.pointer(self.record.wal, (start - HEADER_BYTES) // self._layout.unit_bytes)
+        self._rows.append(spread(batch, self._block_units, first_pointer))
         self._positions.append(positions(batch))
         self.pending_rows += len(batch.checksums)
         self.end = batch.end
@@ -118,10 +119,11 @@ class OpenIntervalWriter:
             if record.runs:
                 raise CorruptionError(
                     path, 0, "the log of the open interval is missing: the catalog is older than the objects, or "
-                    "damaged: put the newest copy of it back, or move the store away for a new full copy"
+                    "damaged: put the newest copy of it back, or move the store away for a new full sync"
                 ) from None  # fmt: skip
             return None
-        recovered = cls(record, WriteAheadLog(path, record.id, fd, record.wal_end, record.wal_end), store)
+        wal = WriteAheadLog(path, record.id, fd, record.wal_end, record.wal_end, store.layout)
+        recovered = cls(record, wal, store)
         with closed_on_error(fd):
             header = ObjectHeader.decode(read_exactly(fd, HEADER_BYTES, 0, path), path)
             if (header.kind, header.snapshot_id) != (ObjectKind.JOURNAL_BLOCKS, record.id):
@@ -135,7 +137,7 @@ class OpenIntervalWriter:
     def _read_again(self) -> None:
         wal, end = self.wal, self.end
         path, fd, start = wal.path, wal.fd, wal.end
-        reader = WalReader(path, fd, wal.open_interval_id)
+        reader = WalReader(path, fd, wal.open_interval_id, self._layout.unit_bytes)
         for head in reader.heads(start, self._block_sizes):
             rows = head.batch.rows
             if head.batch.first_seq != end[0] + 1 or not len(rows) or rows["time_ns"][0] <= end[1]:
@@ -150,7 +152,8 @@ class OpenIntervalWriter:
         os.fdatasync(fd)
         wal.end = wal.durable = reader.end
         # Once more: it may be all of a long interval, and becomes runs behind it before the next of it is taken.
-        for head in WalReader(path, fd, wal.open_interval_id).heads(start, self._block_sizes):
+        again = WalReader(path, fd, wal.open_interval_id, self._layout.unit_bytes)
+        for head in again.heads(start, self._block_sizes):
             self._add(head.batch, head.body)
             if self.pending_rows >= MAX_PENDING_ROWS:
                 self._add_run()

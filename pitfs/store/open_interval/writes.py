@@ -10,10 +10,10 @@ from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import RemoteProtocolError
 from pitfs.model.blockmap import I64Array, U64Array
-from pitfs.model.transfer import MAX_BATCH_BYTES, MAX_BATCH_ROWS, POSITION, UNIT_BYTES, VolumeInfo, Writes
+from pitfs.model.transfer import MAX_BATCH_BYTES, MAX_BATCH_ROWS, POSITION, VolumeInfo, Writes
 from pitfs.store.index.format import INDEX_ROW
 from pitfs.store.index.merge import Rows
-from pitfs.store.objects.format import HEADER_BYTES, MAX_SEQ, ObjectKind, ObjectName
+from pitfs.store.objects.format import MAX_SEQ
 from pitfs.store.open_interval.wal import Batch
 from pitfs.store.transfer.position import mismatch
 from pitfs.store.transfer.sections import checksums_of
@@ -104,11 +104,11 @@ def _without(contents: memoryview, zeros: npt.NDArray[np.bool_], starts: I64Arra
     return memoryview(b"".join([contents[starts[first] : ends[last - 1]] for first, last in runs]))
 
 
-def spread(batch: Batch, block_sizes: I64Array, open_interval_id: int, start: int) -> Rows:
+def spread(batch: Batch, block_units: U64Array, first_pointer: int) -> Rows:
     """INDEX_ROWs of each block of these writes, in the order of writing.
 
     Args:
-        start: byte where their contents begin in the WAL of the open interval.
+        block_units: of a block, by volume. first_pointer: to where their contents begin in the WAL.
     """
     rows, first_seq = batch.rows, batch.first_seq
     counts = rows["block_count"].astype("<i8")
@@ -117,9 +117,8 @@ def spread(batch: Batch, block_sizes: I64Array, open_interval_id: int, start: in
     found["volume"] = np.repeat(rows["volume"], counts)
     found["block"] = np.repeat(rows["block"].astype("<i8") - firsts, counts) + np.arange(len(found))
     found["seq"] = np.repeat(np.arange(first_seq, first_seq + len(rows)), counts)
-    units = np.where(batch.zeros, 0, block_sizes[found["volume"]] // UNIT_BYTES).astype("<u8")
-    first = ObjectName(ObjectKind.JOURNAL_BLOCKS, open_interval_id).pointer((start - HEADER_BYTES) // UNIT_BYTES)
-    pointers = np.uint64(first) + np.cumsum(units, dtype="<u8") - units
+    units = np.where(batch.zeros, np.uint64(0), block_units[found["volume"]])
+    pointers = np.uint64(first_pointer) + np.cumsum(units, dtype="<u8") - units
     pointers[batch.zeros] = 0
     found["pointer"], found["checksum"] = pointers, batch.checksums
     return found

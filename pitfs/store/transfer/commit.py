@@ -79,18 +79,19 @@ def _write_map(
     staged: StagedTransfer, store: WritableStore, before: list[MapEntry]
 ) -> tuple[tuple[MapEntry, ...], ObjectRecord]:
     """Makes the block maps of the snapshot from those before and the rows of the diff."""
-    first = ObjectName(ObjectKind.SNAPSHOT_BLOCKS, staged.snapshot_id).pointer()
+    layout = store.layout
+    first = layout.pointer(ObjectName(ObjectKind.SNAPSHOT_BLOCKS, staged.snapshot_id))
     name = ObjectName(ObjectKind.MAP, staged.snapshot_id)
     own = OwnContents(staged.diff_blocks, store, first)
     with new_object(staged.directory, name) as fd:
-        writer = MapWriter(fd, staged.snapshot_id, store.volumes, before, store.load_node)
+        writer = MapWriter(fd, staged.snapshot_id, store.volumes, before, store.load_node, layout)
         for volume, rows in chain.from_iterable(map(by_volume, staged.diff.verified())):
             pointers, checksums = np.zeros((2, len(rows)), "<u8")
             stored = rows["source"] == Source.SNAPSHOT
             pointers[stored], checksums[stored] = own.of(rows["volume"][stored])
             shared = rows["source"] == Source.SHARED_SNAPSHOT
             if shared.any():
-                pointers[shared] = rows["unit"][shared] + np.uint64(first)
+                pointers[shared] = rows["unit"][shared] // np.uint64(layout.wire_units) + np.uint64(first)
                 checksums[shared] = read_checksums(
                     staged.diff_blocks.fd, rows["unit"][shared], store.volumes[volume].block_size
                 )
@@ -120,7 +121,7 @@ def _commit_layers(staged: StagedTransfer, store: WritableStore) -> None:
     store.catalog.commit_layers(interval, objects, replaced, minutes)
     if replaced:
         with suppress(FileNotFoundError):
-            os.unlink(os.path.join(store.objects.directory, replaced))
+            os.unlink(os.path.join(store.objects.directory, store.layout.path_of(replaced)))
 
 
 def _add_contents(staged: StagedTransfer, store: WritableStore) -> tuple[ObjectRecord, ...]:

@@ -21,7 +21,7 @@ from xxhash import xxh3_64_intdigest
 
 from pitfs.model.blockmap import U64Array
 from pitfs.model.transfer import UNIT_BYTES, Source
-from pitfs.store.objects.format import HEADER_BYTES, ObjectKind, ObjectName, data_offset
+from pitfs.store.objects.format import HEADER_BYTES, ObjectKind, ObjectName
 from pitfs.store.transfer.sections import CHECKSUM, StagedArray, StagedContents
 from pitfs.store.transfer.staging import StagedTransfer
 from pitfs.store.transfer.validation import refuse
@@ -38,7 +38,7 @@ class OwnContents:
     """
 
     def __init__(self, contents: StagedContents, store: WritableStore, first: int, block: int = 0) -> None:
-        self._contents, self._units = contents, (store.block_sizes // UNIT_BYTES).astype("<u8")
+        self._contents, self._units = contents, store.block_units
         self._next, self._block = first, block
 
     def of(self, volumes: npt.NDArray[np.uint16]) -> tuple[U64Array, U64Array]:
@@ -53,8 +53,8 @@ class OwnContents:
 
 
 def read_checksums(fd: int, units: U64Array, block_size: int) -> U64Array:
-    """xxh3_64 of the blocks at these units of an object of contents; of less than a block at its end."""
-    reads = (os.pread(fd, block_size, data_offset(unit)) for unit in units.tolist())
+    """xxh3_64 of the blocks at these units (of the wire) of an object of contents; of less than a block at its end."""
+    reads = (os.pread(fd, block_size, HEADER_BYTES + unit * UNIT_BYTES) for unit in units.tolist())
     return np.fromiter(map(xxh3_64_intdigest, reads), CHECKSUM, len(units))
 
 

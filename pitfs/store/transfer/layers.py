@@ -19,7 +19,7 @@ from pitfs.store.catalog.records import add_seconds
 from pitfs.store.index.format import INDEX_ROW, IndexWriter
 from pitfs.store.index.merge import BY_BLOCK, Rows, merged
 from pitfs.store.index.reader import JournalIndex
-from pitfs.store.objects.format import UNIT_BITS, ObjectKind, ObjectName, ObjectRecord
+from pitfs.store.objects.format import ObjectKind, ObjectName, ObjectRecord
 from pitfs.store.transfer.contents import OwnContents, SharedContents
 from pitfs.store.transfer.staging import StagedTransfer
 from pitfs.store.transfer.validation import PositionsInOrder, Run, refuse
@@ -100,8 +100,9 @@ class LayersBuilder:
     def _rows(self, run: Run, end: int | None, shared: SharedContents) -> Iterator[Rows]:
         """A run's rows, before number `end`, as the index has them."""
         staged, shared_before = self._staged, run.shared
-        base_units = staged.manifest.base_bytes // UNIT_BYTES
-        first = ObjectName(ObjectKind.JOURNAL_BLOCKS, staged.snapshot_id).pointer(base_units + run.unit)
+        layout = self._store.layout
+        start = (staged.manifest.base_bytes + run.unit * UNIT_BYTES) // layout.unit_bytes
+        first = layout.pointer(ObjectName(ObjectKind.JOURNAL_BLOCKS, staged.snapshot_id), start)
         own = OwnContents(staged.journal_blocks, self._store, first, run.block)
         for rows in staged.journal.rows(run.row, end, RUN_BATCH_ROWS):
             found = np.zeros(len(rows), INDEX_ROW)
@@ -111,8 +112,8 @@ class LayersBuilder:
             found["pointer"][mine], found["checksum"][mine] = own.of(rows["volume"][mine])
             for source, kind in _SHARED:
                 of_kind = rows["source"] == source
-                start = np.uint64(ObjectName(kind, staged.snapshot_id).pointer())
-                found["pointer"][of_kind] = rows["unit"][of_kind] + start
+                units = rows["unit"][of_kind] // np.uint64(layout.wire_units)
+                found["pointer"][of_kind] = units + np.uint64(layout.pointer(ObjectName(kind, staged.snapshot_id)))
             sharing = np.flatnonzero(rows["source"] >= Source.SHARED_SNAPSHOT)
             found["checksum"][sharing] = shared.part(shared_before, len(sharing))
             shared_before += len(sharing)
@@ -131,5 +132,5 @@ class LayersBuilder:
             index = found["block"][part] & (FANOUT - 1)
             found["pointer"][part], found["checksum"][part] = pointers[index], checksums[index]
         ours = ObjectName(ObjectKind.SNAPSHOT_BLOCKS, self._staged.snapshot_id).number
-        if (found["pointer"][places] >> np.uint64(UNIT_BITS) != ours).any():
+        if (found["pointer"][places] >> np.uint64(self._store.layout.unit_bits) != ours).any():
             raise refuse("journal", "a row leads to the snapshot's content of a block that the interval didn't write")

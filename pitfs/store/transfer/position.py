@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from pitfs.errors import PositionMismatchError
+from pitfs.errors import CapacityError, PositionMismatchError
 from pitfs.model.transfer import Manifest, TransferKind
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.records import Interval
-from pitfs.store.objects.format import ObjectKind, ObjectName
+from pitfs.store.objects.format import Layout, ObjectKind, ObjectName
 
 
 def mismatch(path: str, problem: str, lasts: str = "") -> PositionMismatchError:
     """The error for production; `lasts`: what to do where a new session doesn't help."""
     hint = "begin the session anew, so that production learns where the store stands"
     return PositionMismatchError(f"{path}: {problem}: {hint}" + (f"; {lasts}" if lasts else ""))
+
+
+def no_more_ids(path: str, layout: Layout) -> CapacityError:
+    """The error for production, before anything of a transfer or a stream is taken."""
+    return CapacityError(
+        f"{path}: all {layout.max_snapshot_id} ids of the store's snapshots and logs have been given, it can take no "
+        "more: move the store away (it stays readable) and a new one is made, with a full sync"
+    )
 
 
 def check_follows(path: str, manifest: Manifest, mark: int, seq: int, time_ns: int) -> None:
@@ -27,10 +35,10 @@ def check_follows(path: str, manifest: Manifest, mark: int, seq: int, time_ns: i
     if m.mark != mark + 1 and not skips:
         raise mismatch(path, f"production sends mark {m.mark}, the store has {mark} and takes {mark + 1}")
     if mark == 0 and m.kind is not TransferKind.FULL:
-        raise mismatch(path, "the store is empty and takes a full copy first")
+        raise mismatch(path, "the store is empty and takes a full sync first")
     if m.kind is TransferKind.FULL:
         if mark and (m.to_seq <= seq or m.to_time_ns <= time_ns):
-            raise mismatch(path, f"a full copy at seq {m.to_seq}, the store is at {seq} already")
+            raise mismatch(path, f"a full sync at seq {m.to_seq}, the store is at {seq} already")
     elif (m.from_seq, m.from_time_ns) != (seq, time_ns):
         raise mismatch(
             path,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterable
+from itertools import chain
 from typing import Final
 
 from pitfs.errors import PositionMismatchError, StoreError
@@ -12,6 +14,7 @@ from pitfs.model.ladder import LAST_LAYER, layer_of
 from pitfs.storage.files import fsync_directory
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.objects.format import CATALOG, HEADER_BYTES, ObjectKind, ObjectName
+from pitfs.store.objects.pool import ObjectPool
 from pitfs.store.transfer.position import interval_of
 from pitfs.store.transfer.staging import read_progress
 
@@ -20,20 +23,51 @@ log = logging.getLogger(__name__)
 MAX_PARKED: Final = 8  # transfers of layers that are put off: each may take as much disk as its interval's journal
 LAYERS_PREFIX: Final = "layers-"
 CLOSING_PREFIX: Final = "closing-"
+_STAGED: Final = re.compile(f"(?:{LAYERS_PREFIX}|{CLOSING_PREFIX})(?P<snapshot_id>[0-9a-f]{{16}})")
+RECENT_IDS: Final = 64  # of objects that are looked at when the store is opened
+
+
+def _names_of(snapshot_id: int) -> list[ObjectName]:
+    """All objects of that id that there may be."""
+    indexes = [ObjectName(ObjectKind.JOURNAL_INDEX, snapshot_id, layer) for layer in range(LAST_LAYER)]
+    return [*(ObjectName(kind, snapshot_id) for kind in ObjectKind), *indexes]
 
 
 class StagingArea:
     """staging/ of a store: the transfer that leads to the next mark in itself, layers in a directory of their own.
 
     Args:
-        path: of staging/; objects: of objects/.
+        path: of staging/.
     """
 
-    def __init__(self, path: str, objects: str, catalog: Catalog) -> None:
+    def __init__(self, path: str, objects: ObjectPool, catalog: Catalog) -> None:
         self.path, self._objects, self._catalog = path, objects, catalog
 
-    def recover(self, names: Iterable[ObjectName]) -> None:
-        """Deals with files of these objects in objects/ that the catalog doesn't know: their commit didn't come about.
+    def recover(self) -> None:
+        """Deals with files in objects/ that the catalog doesn't know: their commit didn't come about.
+
+        They are found by what was under way, not by a look at all objects: a commit adds the next ids, closes an open
+        interval, or adds layers that are in staging. RECENT_IDS are looked at besides, since after a power loss a file
+        may be there again that was removed. The newest folder tells whether the catalog has what was made last.
+
+        Raises:
+            StoreError: there are others; then nothing was touched.
+        """
+        next_id, open_intervals = self._catalog.next_snapshot_id(), self._catalog.open_intervals()
+        ids = set(range(max(1, next_id - RECENT_IDS), next_id + 2))
+        ids.update(*((each.id, each.end_snapshot_id) for each in open_intervals))
+        for name in os.listdir(self.path):
+            if (found := _STAGED.fullmatch(name)) is not None:
+                ids.add(int(found["snapshot_id"], 16))
+        names = chain.from_iterable(map(_names_of, sorted(ids)))
+        self._recover(dict.fromkeys(chain(names, self._objects.newest())))
+
+    def recover_transfer(self, snapshot_id: int) -> None:
+        """As `recover`, for what a transfer to that snapshot, or of its layers, may have left."""
+        self._recover(_names_of(snapshot_id))
+
+    def _recover(self, names: Iterable[ObjectName]) -> None:
+        """As `recover`, for these objects.
 
         | file                                           | what becomes of it                                  |
         |------------------------------------------------|-----------------------------------------------------|
@@ -56,7 +90,7 @@ class StagingArea:
         }  # fmt: skip
         back: dict[str, str | None] = {}
         for name in map(of_file.__getitem__, self._catalog.unknown_objects(list(of_file))):
-            path = os.path.join(self._objects, name.file)
+            path = self._objects.path_of(name)
             if os.path.exists(path):
                 back[path] = None if name in closing else self._place_in_staging(name)
         if back:
@@ -68,11 +102,6 @@ class StagingArea:
             else:
                 log.info("%s: removed, it is nothing that was committed", path)
                 os.unlink(path)
-
-    def recover_transfer(self, snapshot_id: int) -> None:
-        """As `recover`, for what a transfer to that snapshot, or of its layers, may have left."""
-        indexes = [ObjectName(ObjectKind.JOURNAL_INDEX, snapshot_id, layer) for layer in range(LAST_LAYER)]
-        self.recover([*(ObjectName(kind, snapshot_id) for kind in ObjectKind), *indexes])
 
     def _place_in_staging(self, name: ObjectName) -> str | None:
         """Where contents of a staged transfer go back to; None for what is to be removed.
@@ -101,7 +130,7 @@ class StagingArea:
                 if name == ObjectName(ObjectKind.JOURNAL_BLOCKS, progress.snapshot_id):
                     return os.path.join(directory, name.file)
         raise StoreError(
-            f"{os.path.join(self._objects, name.file)}: the catalog doesn't have it: {CATALOG} is older than the "
+            f"{self._objects.path_of(name)}: the catalog doesn't have it: {CATALOG} is older than the "
             "objects, or damaged: put the newest copy of it back, or move the store away (what it has stays readable) "
             "and a new one is made"
         )
@@ -110,7 +139,7 @@ class StagingArea:
         """Whether it is the WAL of an open interval that became a snapshot, or of one that didn't begin."""
         number, catalog = name.snapshot_id, self._catalog
         if number == catalog.next_snapshot_id():  # the catalog has an open interval before its WAL has a write
-            return os.path.getsize(os.path.join(self._objects, name.file)) <= HEADER_BYTES
+            return os.path.getsize(self._objects.path_of(name)) <= HEADER_BYTES
         # Only a WAL has a number that no snapshot has while a snapshot has the next one.
         return catalog.snapshot(number) is None and catalog.snapshot(number + 1) is not None
 

@@ -92,7 +92,8 @@ class StagedTransfer:
         self.directory, self.manifest, self.snapshot_id = directory, progress.manifest, progress.snapshot_id
         self._progress = progress
         lengths, blocks = progress.lengths, progress.blocks
-        diff, journal = DiffCheck(store.volumes, self.manifest), JournalCheck(store.volumes, self.manifest)
+        checked = store.volumes, self.manifest, store.layout
+        diff, journal = DiffCheck(*checked), JournalCheck(*checked)
         self.runs = journal.runs
         with ExitStack() as opened:
             self.diff = StagedRows(directory, wire.Section.DIFF, lengths[0], diff)

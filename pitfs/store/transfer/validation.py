@@ -18,7 +18,7 @@ from pitfs.model.group import NAME_RULE, is_name
 from pitfs.model.ladder import is_rung
 from pitfs.model.transfer import MAX_JOURNAL_RUNS, UNIT_BYTES, Manifest, Source, TransferKind, VolumeInfo
 from pitfs.store.index.merge import BY_BLOCK, Rows
-from pitfs.store.objects.format import MAX_SEQ, MAX_UNITS
+from pitfs.store.objects.format import MAX_SEQ, Layout
 
 _MAX_BLOCK_UNITS: Final = 128
 
@@ -46,6 +46,7 @@ class _BlockRowsCheck:
         own: source of rows whose content comes with them; sources: all that there may be.
         keys: by which the rows ascend.
         limit: of rows, None if not announced.
+        layout: of the store.
 
     Attributes:
         count: of rows so far; shared: of those that share a content.
@@ -54,8 +55,9 @@ class _BlockRowsCheck:
 
     def __init__(
         self, name: str, own: Source, sources: Sequence[Source], keys: Sequence[str], volumes: Sequence[VolumeInfo],
-        limit: int | None,
+        limit: int | None, layout: Layout,
     ) -> None:  # fmt: skip
+        self._wire_units, self._max_units = layout.wire_units, layout.max_units * layout.wire_units
         self._name, self.own, self._sources, self._keys, self._limit = name, own, sources, keys, limit
         self._block_counts = np.array([volume.block_count for volume in volumes], "<u8")
         self._block_units = np.array([volume.block_size // UNIT_BYTES for volume in volumes], "<u8")
@@ -75,8 +77,8 @@ class _BlockRowsCheck:
             raise refuse(self._name, "a block behind the end of its volume")
         if not np.isin(rows["source"], self._sources).all() or rows["reserved"].any():
             raise refuse(self._name, "a source that this pitfs doesn't know")
-        if (rows["unit"] >= MAX_UNITS - _MAX_BLOCK_UNITS).any():
-            raise refuse(self._name, "a place behind the 32 TiB that one object can have")
+        if (rows["unit"] >= self._max_units - _MAX_BLOCK_UNITS).any() or (rows["unit"] % self._wire_units).any():
+            raise refuse(self._name, "a place inside a block, or behind what one object can have")
         if rows["unit"][~shared].any():
             raise refuse(self._name, "a place that the replica finds by itself")
         after = np.zeros(len(rows), np.bool_)
@@ -103,9 +105,9 @@ class _BlockRowsCheck:
 class DiffCheck(_BlockRowsCheck):
     """DIFF: strictly ascending by (volume, block)."""
 
-    def __init__(self, volumes: Sequence[VolumeInfo], manifest: Manifest) -> None:
+    def __init__(self, volumes: Sequence[VolumeInfo], manifest: Manifest, layout: Layout) -> None:
         sources = Source.ZERO, Source.SNAPSHOT, Source.SHARED_SNAPSHOT
-        super().__init__("diff", Source.SNAPSHOT, sources, ("volume", "block"), volumes, manifest.diff_count)
+        super().__init__("diff", Source.SNAPSHOT, sources, ("volume", "block"), volumes, manifest.diff_count, layout)
 
     def take(self, rows: Rows) -> None:
         """Checks the next rows. Raises RemoteProtocolError: they are invalid."""
@@ -125,8 +127,8 @@ class JournalCheck(_BlockRowsCheck):
         runs: where each begins, as far as the rows tell.
     """
 
-    def __init__(self, volumes: Sequence[VolumeInfo], manifest: Manifest) -> None:
-        super().__init__("journal", Source.JOURNAL, tuple(Source), BY_BLOCK, volumes, manifest.journal_count)
+    def __init__(self, volumes: Sequence[VolumeInfo], manifest: Manifest, layout: Layout) -> None:
+        super().__init__("journal", Source.JOURNAL, tuple(Source), BY_BLOCK, volumes, manifest.journal_count, layout)
         self._from_seq, self._to_seq = manifest.from_seq, manifest.to_seq
         self.runs = [Run(0, 0, 0, 0)]
 
