@@ -11,6 +11,7 @@ import logging
 import os
 import stat
 import time
+from collections.abc import Sequence
 from typing import Any, Final
 
 import pyfuse3
@@ -18,8 +19,9 @@ import trio
 
 from pitfs.errors import CapacityError, UsageError
 from pitfs.fuse.handlers import failed, in_thread
-from pitfs.fuse.kernel.loop_devices import LoopDevice, loop_devices
+from pitfs.fuse.kernel.loop_devices import LoopDevice, kernel_holders, loop_devices, mountpoints_of
 from pitfs.fuse.kernel.mountinfo import clear_dead_mount, is_dead, mounted_at
+from pitfs.fuse.kernel.processes import processes_opening
 from pitfs.splitter.group_commit import GroupCommit
 from pitfs.splitter.service import SplitterService
 from pitfs.splitter.splitter import NotReadyError, Splitter
@@ -229,3 +231,16 @@ def _source(group: str) -> str:
 def attached_loops(mountpoint: str) -> list[LoopDevice]:
     """The loop devices over files of the mount."""
     return [loop for loop in loop_devices() if os.path.dirname(loop.backing) == mountpoint]
+
+
+def users_of(mountpoint: str, volumes: Sequence[str]) -> list[str]:
+    """By whom the mount's volumes are used, one line for each user, and what ends it. The mount itself isn't asked."""
+    lines = []
+    for loop in attached_loops(mountpoint):
+        places, holders = mountpoints_of(loop), kernel_holders(loop.device)
+        uses = [f"mounted on {place}" for place in places] + [f"in use by {holder}" for holder in holders]
+        steps = [f"umount {place}" for place in places] + [f"losetup -d {loop.device}"]
+        lines.append(f"{loop.backing}: {', '.join([loop.device, *uses])}: {', then '.join(steps)}")
+    paths = [os.path.join(mountpoint, volume) for volume in volumes]
+    lines += [f"{user.path}: {user.how} by {user}" for user in processes_opening(paths, mapped=True)]
+    return lines
