@@ -194,7 +194,7 @@ def prepare_mountpoint(mountpoint: str, group: str) -> None:
     """Makes the mountpoint if it is missing, and clears the dead mount of a killed splitter of this group.
 
     Raises:
-        UsageError: it isn't a directory, or something else is mounted on it.
+        UsageError: it isn't an empty directory, or something else is mounted on it.
     """
     clear_dead_mount(mountpoint, f"fuse.{FILE_SYSTEM}", _source(group))
     if is_dead(mountpoint):
@@ -213,6 +213,9 @@ def prepare_mountpoint(mountpoint: str, group: str) -> None:
         raise UsageError(
             f"{mountpoint}: mountpoint: busy: {present.source} is mounted there: unmount it first (umount {mountpoint})"
         )
+    if hidden := sorted(os.listdir(mountpoint)):
+        problem = f"not empty: {hidden[0]} would be hidden" + (" with all else there" if len(hidden) > 1 else "")
+        raise UsageError(f"{mountpoint}: mountpoint: {problem}: give an empty directory, or a path to make one at")
 
 
 def mount_splitter(operations: pyfuse3.Operations, mountpoint: str, group: str) -> None:
