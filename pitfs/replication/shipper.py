@@ -154,7 +154,7 @@ class Shipper:
             behind_s=self.stream.behind_s(),
             backlog_bytes=backlog_bytes,
             interval_s=self.settings.interval_s,
-            rate_bytes_per_s=self.bandwidth.rate,
+            rate_bytes_per_s=self.bandwidth.intake,
             fitted=self.fitted,
         )
         return self.status.mode

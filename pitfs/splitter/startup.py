@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Final
 
@@ -72,18 +73,31 @@ def open_splitter(
         CorruptionError: the journal is damaged.
         PitfsError: a disk refuses.
     """
-    volumes = [open_volume(spec.name, spec.backing, spec.block_size) for spec in specs]
+    with ExitStack() as opened:  # all of it is closed where the start fails
+        splitter = _open(opened, state, group, specs, capacity_bytes, block_when_full, clock_ns)
+        opened.pop_all()
+    return splitter
+
+
+def _open(
+    opened: ExitStack, state: str, group: str, specs: list[VolumeSpec], capacity_bytes: int, block_when_full: bool,
+    clock_ns: Callable[[], int],
+) -> Splitter:  # fmt: skip
+    """As `open_splitter`; what it opens goes into `opened`."""
+    volumes = [
+        opened.enter_context(closing(open_volume(spec.name, spec.backing, spec.block_size))) for spec in specs
+    ]
     infos = tuple(VolumeInfo(volume.name, volume.size_bytes, volume.block_size) for volume in volumes)
     history = bytes.fromhex(open_group(state, group, infos).history)
     directory = journal_directory(state)
-    progress_file = ProgressFile(state, begins=not list_segments(directory))
+    progress_file = opened.enter_context(closing(ProgressFile(state, begins=not list_segments(directory))))
     progress = progress_file.read()
     boot, limit_bytes = boot_id(), bitmap_limit_bytes(capacity_bytes)
     mtimes_ns = [volume.mtime_ns for volume in volumes]  # before redo changes them
     generation, next_lsn = (progress.generation, progress.checkpoint_lsn + 1) if progress else (0, 1)
     try:
         recovered, tail = recover(directory, history, volumes, progress, limit_bytes)
-        journal = Journal(directory, history, capacity_bytes, tail, next_lsn)
+        journal = opened.enter_context(closing(Journal(directory, history, capacity_bytes, tail, next_lsn)))
         splitter = Splitter(
             volumes, journal, recovered, progress_file, generation, clock_ns, boot, block_when_full
         )

@@ -19,7 +19,7 @@ from pitfs.errors import CorruptionError
 from pitfs.journal.writer import Location
 from pitfs.model.record import CopyStart
 from pitfs.splitter.change_bitmap import ChangeBitmap
-from pitfs.storage.files import fsync_directory, write_all
+from pitfs.storage.files import closed_on_error, fsync_directory, write_all
 
 NOWHERE: Final = Location(0, 0)
 SLOT_BYTES: Final = 16384  # a group's 256 volumes take 40 bytes each; the cause of a bypass names a path
@@ -126,17 +126,16 @@ class ProgressFile:
         if not begins and not os.path.exists(self.path):
             ways_out = "put it back, or move the state directory away to begin anew with a full sync"
             raise CorruptionError(self.path, 0, f"it is missing, and there is a journal: {ways_out}")
-        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._generation = 0
-        size = os.fstat(self.fd).st_size
-        if size < 2 * SLOT_BYTES:
-            if any(os.pread(self.fd, size, 0)):
-                os.close(self.fd)
-                problem = f"neither slot is valid: {size} bytes of {2 * SLOT_BYTES} are left"
-                raise CorruptionError(self.path, 0, problem)
-            write_all(self.fd, bytes(2 * SLOT_BYTES), 0)
-            os.fsync(self.fd)
-            fsync_directory(state)
+        with closed_on_error(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)) as self.fd:
+            size = os.fstat(self.fd).st_size
+            if size < 2 * SLOT_BYTES:
+                if any(os.pread(self.fd, size, 0)):
+                    problem = f"neither slot is valid: {size} bytes of {2 * SLOT_BYTES} are left"
+                    raise CorruptionError(self.path, 0, problem)
+                write_all(self.fd, bytes(2 * SLOT_BYTES), 0)
+                os.fsync(self.fd)
+                fsync_directory(state)
 
     def read(self) -> Progress | None:
         """The newest checkpoint, None if there is none yet. Raises CorruptionError if neither slot is valid."""

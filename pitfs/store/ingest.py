@@ -97,7 +97,10 @@ class Ingest:
         fsync_directory(os.path.dirname(self.path) or ".")  # each time: a kill may have come before it
         check_epoch(self.path, catalog, self.hello)
         history = bytes.fromhex(self.hello.history)
-        objects = ObjectPool(objects_path, read_store_info(self.path).layout, history)
+        layout = read_store_info(self.path).layout
+        if not known:
+            log.info("%s: a new store, with room for %d intervals", self.path, layout.max_snapshot_id // 2)
+        objects = ObjectPool(objects_path, layout, history)
         closing.callback(objects.close)
         area = StagingArea(staging, objects, catalog)
         area.recover()

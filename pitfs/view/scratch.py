@@ -88,8 +88,8 @@ class ScratchDirectory:
         header = OverlayHeader(self._history, seq, self._volumes[volume])
         if not self.keep:
             with tempfile.TemporaryFile(prefix=PREFIX, dir=self.directory) as file:
+                os.ftruncate(file.fileno(), header.volume.size_bytes)
                 overlay = self._overlay(header, os.dup(file.fileno()), None)
-            os.ftruncate(overlay.fd, header.volume.size_bytes)
         else:
             base = self._base(header)
             flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC

@@ -5,6 +5,7 @@
         history.snapshots(1_000, blocks_each=16)       # each with some strewn blocks
         writes = history.interval(10**7, span=1 << 20) # one interval, every write of it an instant
         history.snapshots(1_000)
+        history.seconds(60); history.unchanged(10**6)  # a second each; the latter take hardly any room or time
     history.path                                       # what Store.open, pitfs and mount.pitfs take
 
 What a block holds follows from the write that wrote it, so any state can be checked without having kept it:
@@ -27,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
+from pitfs.model.blockmap import MapEntry
 from pitfs.model.record import block_checksums
 from pitfs.model.transfer import (
     DIFF_ENTRY,
@@ -45,13 +47,18 @@ from pitfs.model.transfer import (
     Writes,
 )
 from pitfs.store.catalog import database
+from pitfs.store.catalog.catalog import Catalog
+from pitfs.store.catalog.records import Commit, Interval, Snapshot
 from pitfs.store.ingest import Ingest
+from pitfs.store.objects.format import CATALOG, OBJECTS, Layout, ObjectKind, ObjectName, ObjectRecord
+from pitfs.store.opening import read_store_info
 
 START_NS: Final = 1_763_855_640_000_000_000
 STEP_NS: Final = 1_000_000  # between writes: 10**7 take not quite three hours
 SNAPSHOT_STEP_NS: Final = 1_000_000_000
 BATCH_BYTES: Final = 4 << 20
 BATCH_ROWS: Final = 32 << 10
+BATCH_COMMITS: Final = 4096
 
 I64 = npt.NDArray[np.int64]
 
@@ -211,6 +218,30 @@ class LongHistory:
             self._transfer(writes)
         return writes
 
+    def seconds(self, count: int, writes_each: int = 4) -> None:
+        """Streamed intervals, a second apart, each with some writes in its first milliseconds."""
+        for number in range(count):
+            begun_ns = self.time_ns
+            self.interval(writes_each, 1, first_block=number % self.volume.block_count, data_every=1)
+            self.time_ns = begun_ns + SNAPSHOT_STEP_NS
+
+    def unchanged(self, count: int) -> None:
+        """Snapshots a second apart that changed nothing: thousands in a second, with no room on the disk but rows.
+
+        As many rows and names as if they had been streamed, at two ids each. But the files of their objects are empty,
+        since no reader opens them: the roots of a block map that nothing changed are those before it.
+        """
+        catalog, layout = Catalog(str(self.path / CATALOG), "write"), self.ingest_layout
+        last = catalog.last_snapshot()
+        assert last is not None
+        roots, base_id, snapshot_id = catalog.roots(last.id), last.id, catalog.next_snapshot_id() + 1
+        for start in range(0, count, BATCH_COMMITS):
+            with catalog.changes():
+                for _ in range(start, min(start + BATCH_COMMITS, count)):
+                    catalog.commit(self._unchanged(base_id, snapshot_id, roots, layout))
+                    base_id, snapshot_id = snapshot_id, snapshot_id + 2
+        catalog.close()
+
     def mark(self) -> None:
         """Closes the open interval, and waits until it has become a snapshot."""
         self._mark += 1
@@ -222,6 +253,31 @@ class LongHistory:
         self.ingest.stream.wait_for_closing()
 
     # How they go
+
+    @property
+    def ingest_layout(self) -> Layout:
+        return read_store_info(str(self.path)).layout
+
+    def _unchanged(self, base_id: int, snapshot_id: int, roots: list[MapEntry], layout: Layout) -> Commit:
+        self._mark += 1
+        from_seq, from_ns, cause = self.seq, self.time_ns, "snapshots only"
+        to_ns = from_ns + SNAPSHOT_STEP_NS
+        manifest = self._manifest(TransferKind.INTERVAL, from_seq + 1, to_ns, 0)
+        self.seq, self.time_ns = from_seq + 1, to_ns
+        snapshot = Snapshot(snapshot_id, self.seq, to_ns, self._mark)
+        interval = Interval(
+            snapshot_id, base_id, from_seq, from_ns, self.seq, to_ns, manifest.first_time_ns, None, cause, 0
+        )  # fmt: skip
+        objects = []
+        for kind in (ObjectKind.MAP, ObjectKind.SNAPSHOT_BLOCKS):
+            file = ObjectName(kind, snapshot_id).file
+            objects.append(ObjectRecord(file, kind, snapshot_id, 0))
+            path = self.path / OBJECTS / layout.path_of(file)
+            if snapshot_id & 0xFF < 2:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        minutes = {to_ns // 60_000_000_000: 1 << to_ns // 1_000_000_000 % 60}
+        return Commit(manifest, snapshot, roots, interval, objects, minutes)
 
     def _manifest(self, kind: TransferKind, to_seq: int, to_time_ns: int, diff_count: int | None) -> Manifest:
         return Manifest(
@@ -344,3 +400,14 @@ class _Sections:
         self._put(Section.JOURNAL, memoryview(rows.tobytes()))
         own = data & ~is_last
         self._put(Section.JOURNAL_BLOCKS, _contents(seqs[own], self._size))
+
+
+def long_store(root: Path, intervals: int, recent: int = 4000) -> Path:
+    """A store of a long history of one-second intervals: see tools/make-store."""
+    first = recent // 4
+    with LongHistory(root, VolumeInfo("root", 1 << 20, 4096)) as history:
+        history.full_copy(128)
+        history.seconds(first)
+        history.unchanged(intervals - first - recent)
+        history.seconds(recent)
+        return history.path

@@ -64,6 +64,7 @@ class Here:
         self.on_progress: Callable[[ResumePoint], None] | None = None
         self.on_durable: Callable[[Durable], None] | None = None
         self.wire_bytes = self.payload_bytes = self.begun = 0
+        self.busy_s = 0.0
         self.resumed: list[ResumePoint] = []  # of each transfer, where it went on
         self.flushed: list[Flush] = []
 

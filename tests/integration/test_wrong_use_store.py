@@ -167,7 +167,7 @@ def test_what_is_no_store_is_refused(store: Given, tmp_path: Path, capsys: Said,
     )
     info = store.path / "store.json"
     good = info.read_bytes()
-    info.write_bytes(good.replace(b'"version": 1', b'"version": 7'))
+    info.write_bytes(good.replace(b'"version": 2', b'"version": 7'))
     refuse(2, f"{store.path}: store of version 7", "newer pitfs")
     info.write_bytes(good[:40])
     refuse(2, f"{info}: damaged", "put it back")

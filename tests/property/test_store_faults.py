@@ -15,12 +15,15 @@ import pytest
 
 from pitfs.errors import CapacityError, CorruptionError, PitfsError, StoreError
 from pitfs.model.transfer import Begin, End, TransferKind, VolumeInfo
+from pitfs.store import opening
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.records import Commit
 from pitfs.store.ingest import Ingest
-from pitfs.store.objects.format import CATALOG, STORE_JSON
+from pitfs.store.objects.format import CATALOG, STORE_JSON, VERSION_1, Layout
 from pitfs.store.store import Store
+from pitfs.store.transfer.recovery import MAX_PARKED
 from tests.helpers.stores import feed, ingest_transfer, object_files, read_image
+from tests.helpers.streams import batch_of, mark_of
 from tests.helpers.transfers import History, Transfer
 
 CALLS = ("pwrite", "fsync", "fdatasync", "rename", "unlink", "ftruncate", "open")
@@ -101,19 +104,49 @@ def assert_all_readable(path: str, history: History, up_to_seq: int) -> None:
     store.close()
 
 
-@pytest.fixture(params=["diff", "first layers", "more layers"])
-def before(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[History, Transfer, str]:
-    """A store with all transfers but the last, which is given with it: a diff, or layers of the last interval."""
+PARTS = ("diff", "first layers", "more layers")
+
+
+@pytest.fixture(params=[*PARTS, "more layers of long ago", *(f"{part} of version 1" for part in PARTS)])
+def before(
+    tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> tuple[History, Transfer, str]:
+    """A store with all transfers but the last, which is given with it: a diff, or layers of the last interval.
+
+    Of long ago: the ids that come next are in another folder. Of version 1: as an earlier pitfs made it.
+    """
     history, transfers = small_history()
     last = transfers.pop()
     parts = [last, *last.layers]
     last.layers = []
-    number = ["diff", "first layers", "more layers"].index(request.param)
-    ingest = Ingest(str(tmp_path / "before"), history.hello)
-    for transfer in (*transfers, *parts[:number]):
-        ingest_transfer(ingest, transfer)
-    ingest.close()
-    return history, parts[number], str(tmp_path / "before")
+    part, _, which = request.param.partition(" of ")
+    with monkeypatch.context() as patch:
+        if which == "version 1":
+            patch.setattr(opening, "VERSION", 1)
+            patch.setattr(Layout, "of", lambda volumes: VERSION_1)
+        ingest = Ingest(str(tmp_path / "before"), history.hello)
+        for transfer in (*transfers, *parts[: PARTS.index(part)]):
+            ingest_transfer(ingest, transfer)
+        ingest.close()
+    if which == "long ago":
+        give_ids(ingest.path, 5000)
+    return history, parts[PARTS.index(part)], str(tmp_path / "before")
+
+
+def give_ids(store: str, next_id: int) -> None:
+    """As if all ids before that one had been given."""
+    catalog = Catalog(os.path.join(store, CATALOG), "write")
+    with catalog.changes():
+        catalog.delete("meta", "key", "next_snapshot")
+        catalog.put("meta", ("next_snapshot", next_id))
+    catalog.close()
+
+
+def assert_no_orphans(store: str) -> None:
+    """Each object in objects/ is one that the catalog has."""
+    catalog = Catalog(os.path.join(store, CATALOG))
+    assert catalog.unknown_objects([path.name for path in object_files(store)]) == []
+    catalog.close()
 
 
 def position_of(ingest: Ingest) -> tuple[int, int, int]:
@@ -167,6 +200,7 @@ def test_killed_at_any_step_the_store_opens_and_takes_the_transfer_again(
         if not committed:
             send(ingest, transfer)
         assert_all_readable(os.path.join(work, "db1"), history, m.to_seq)
+        assert_no_orphans(ingest.path)
         assert os.listdir(os.path.join(work, "db1", "staging")) == [] or committed
         ingest.close()
         shutil.rmtree(work)
@@ -332,7 +366,8 @@ def test_each_file_is_durable_before_its_name_and_both_before_the_commit(
         assert ("fsync", event[1]) in events[: events.index(event)]
     after_the_last = events[events.index(objects[-1]) : committed]
     staging = "staging" if transfer.manifest.kind is TransferKind.INTERVAL else f"layers-{3:016x}"
-    assert {("fsync", "000"), ("fsync", staging)} <= set(after_the_last)
+    is_flat = (Path(ingest.path) / "objects" / f"snapshot-{1:016x}.map").exists()
+    assert {("fsync", "objects" if is_flat else "000"), ("fsync", staging)} <= set(after_the_last)
 
 
 # A catalog that isn't the one that was written
@@ -401,3 +436,118 @@ def test_objects_that_the_catalog_does_not_know_are_never_removed(tmp_path: Path
     assert object_files(path) == objects
     Ingest(str(tmp_path / "a"), history.hello).close()
 
+
+
+# What the catalog doesn't know is found without a look at all that it knows
+
+
+def test_a_folder_is_durable_before_the_catalog_counts_on_what_is_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each folder's entry in the one above it, also where a kill came between its making and its sync."""
+    history, transfers = small_history()
+    ingest = Ingest(str(tmp_path), history.hello)
+    ingest_transfer(ingest, transfers[0])
+    ingest.close()
+    give_ids(ingest.path, 1 << 20)
+    objects, events, commit = Path(ingest.path, "objects"), list[str](), Catalog.commit
+
+    def note_fsync(fd: int) -> None:
+        events.append(os.path.relpath(os.readlink(f"/proc/self/fd/{fd}"), objects))
+
+    def note_commit(catalog: Catalog, added: Commit) -> None:
+        events.append("commit")
+        commit(catalog, added)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(Catalog, "commit", note_commit)
+    for is_there in (False, True):
+        assert (objects / "0001" / "000").is_dir() == is_there
+        events.clear()
+        ingest = Ingest(str(tmp_path), history.hello)
+        send(ingest, transfers[1 + is_there])
+        ingest.close()
+        before = events[: events.index("commit")]
+        assert {".", "0001", "0001/000"} <= set(before)
+        assert before.index(".") < before.index("0001/000") > before.index("0001")
+
+
+def test_layers_that_were_given_up_leave_nothing_that_stops_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their commit failed, and so many others were put off since that they had to go."""
+    history = History(5, (VolumeInfo("a", 9_000, 1024), VolumeInfo("b", 5_000, 512)))
+    ingest = Ingest(str(tmp_path), history.hello)
+    ingest_transfer(ingest, history.close_interval())
+    waiting = []
+    for _ in range(MAX_PARKED + 1):
+        for _ in range(4):
+            history.write()
+        transfer = history.close_interval()
+        waiting += transfer.layers
+        transfer.layers = []
+        ingest_transfer(ingest, transfer)
+    with monkeypatch.context() as patch:
+
+        def full(*_: object) -> None:
+            raise CapacityError("catalog: no room")
+
+        patch.setattr(Catalog, "commit_layers", full)
+        with pytest.raises(CapacityError):
+            send(ingest, waiting[0])
+    for layers in waiting[1:]:
+        ingest.begin(layers.manifest)
+        ingest.park(())
+    ingest.close()
+    Ingest(str(tmp_path), history.hello).close()
+    assert_no_orphans(ingest.path)
+
+
+def test_a_file_that_comes_back_after_a_power_loss_is_removed(tmp_path: Path) -> None:
+    """The log of an interval that became a snapshot, in a folder that isn't the newest."""
+    history, transfers = small_history()
+    ingest = Ingest(str(tmp_path), history.hello)
+    ingest_transfer(ingest, transfers[0])
+    ingest.close()
+    give_ids(ingest.path, 255)
+    ingest = Ingest(str(tmp_path), history.hello)
+    history = History(5, history.volumes)
+    history.close_interval()
+    ingest.write(batch_of([history.write() for _ in range(3)]))
+    log = next(path for path in object_files(ingest.path, "journal-*.blocks"))
+    content = log.read_bytes()
+    ingest.mark(mark_of(history))
+    ingest.stream.wait_for_closing()
+    ingest.close()
+    assert not log.exists() and log.parent.name == "000"
+    assert {path.parent.name for path in object_files(ingest.path)} == {"000", "001"}
+    log.write_bytes(content)
+    Ingest(str(tmp_path), history.hello).close()
+    assert_no_orphans(ingest.path)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_older_catalog_is_noticed_in_a_store_of_each_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int
+) -> None:
+    if version == 1:
+        monkeypatch.setattr(opening, "VERSION", 1)
+        monkeypatch.setattr(Layout, "of", lambda volumes: VERSION_1)
+    history, path = store_of(tmp_path / "a")
+    _, older = store_of(tmp_path / "b", 2)
+    (path / CATALOG).write_bytes((older / CATALOG).read_bytes())
+    objects = object_files(path)
+    with pytest.raises(StoreError, match="older than the objects"):
+        Ingest(str(tmp_path / "a"), history.hello)
+    assert object_files(path) == objects
+
+
+def test_an_older_catalog_is_noticed_where_the_next_ids_have_no_objects_any_more(tmp_path: Path) -> None:
+    """As a retention may leave it: what is newest tells, in whatever folder it is."""
+    history, path = store_of(tmp_path)
+    stray = path / "objects" / "0002" / "abc" / f"snapshot-{0x2ABC07:016x}.map"
+    stray.parent.mkdir(parents=True)
+    stray.write_bytes(bytes(4096))
+    with pytest.raises(StoreError, match="older than the objects"):
+        Ingest(str(tmp_path), history.hello)
+    assert stray.exists()

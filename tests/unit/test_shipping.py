@@ -448,7 +448,7 @@ async def test_the_decision_of_status_is_what_was_sent(parts: Parts) -> None:
     assert status.last_decision is not None and status.last_decision.granularity_ns is None
     assert status.last_decision.reason == parts.causes()[0]
     first_pass = status.first_pass_mark
-    bandwidth.rates.append(1.0)
+    bandwidth.measured(1, 1.0, 1.0)
     while parts.shipper.backfill.waiting:
         await parts.ship_layers(1)
         assert status.last_decision.granularity_ns == parts.granularities()[0]

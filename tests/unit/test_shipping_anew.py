@@ -248,7 +248,7 @@ async def test_an_interval_that_was_closed_early_has_only_its_own_time_to_be_sen
     parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shipper = parts.shipper
-    shipper.bandwidth.rates.append(1e6)  # 2 MB in the whole interval of 2 s, next to nothing in a microsecond
+    shipper.bandwidth.measured(10**6, 1.0, 1.0)  # 2 MB in the whole interval of 2 s, next to nothing in a microsecond
     await parts.locate()
     await parts.ship()
     fitted = []

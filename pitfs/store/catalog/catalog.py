@@ -97,7 +97,8 @@ class Catalog(Database):
         for start in range(0, len(names), PAGE_ROWS):
             page = names[start : start + PAGE_ROWS]
             places = ", ".join("?" * len(page))
-            known = {name for (name,) in self.rows(f"SELECT name FROM objects WHERE name IN ({places})", page)}
+            rows = self.rows(f"SELECT * FROM objects WHERE name IN ({places})", page)
+            known = {self.verified("objects", row)[0] for row in rows}
             unknown += [name for name in page if name not in known]
         return unknown
 
@@ -107,11 +108,11 @@ class Catalog(Database):
         return _made(Bookmark, self.row_of("bookmarks", "name", name))
 
     def last_gap(self) -> Gap | None:
-        return _made(Gap, self.row("gaps", "ORDER BY to_time_ns DESC, id DESC"))
+        return _made(Gap, self.row("gaps", "ORDER BY id DESC"))
 
     def has_gap(self, after_ns: int, before_ns: int) -> bool:
         """Whether a gap overlaps the open stretch of time (after_ns, before_ns)."""
-        gap = _made(Gap, self.row("gaps", "WHERE to_time_ns > ? ORDER BY to_time_ns", after_ns))
+        gap = next(self.gaps(after_ns + 1), None)
         return gap is not None and gap.from_time_ns < before_ns  # gaps don't overlap: the first one tells
 
     # Listings; from_ns is in, to_ns is out, None is no limit
@@ -152,10 +153,16 @@ class Catalog(Database):
 
     def gaps(self, from_ns: int | None = None, to_ns: int | None = None) -> Iterator[Gap]:
         """Those that have an instant in the stretch of time, or end where it begins; by time."""
-        sql, end_ns = "WHERE (to_time_ns, id) > (?, ?) ORDER BY to_time_ns, id", _end(to_ns)
-        first = _MIN if from_ns is None else from_ns, 0
-        found = self._listed(Gap, "gaps", "to_time_ns, id", sql, first)
-        return takewhile(lambda gap: gap.from_time_ns < end_ns, found)  # gaps don't overlap: no later one begins before
+        first_ns, end_ns = _MIN if from_ns is None else from_ns, _end(to_ns)
+        # Nothing else tells of a gap that its index doesn't find. So the index only says where to begin, and the rows
+        # are read by their ids, which ascend with time; the one before the first must be an earlier one.
+        found = self.rows("SELECT id FROM gaps WHERE to_time_ns >= ? ORDER BY to_time_ns, id LIMIT 1", (first_ns,))
+        ((first,),) = found or self.rows("SELECT ifnull(max(id), 0) + 1 FROM gaps")
+        before = _made(Gap, self.row("gaps", "WHERE id = ?", first - 1))
+        if before is not None and before.to_time_ns >= first_ns:
+            raise CorruptionError(self.path, 0, f"the index of gaps is damaged: {REMEDY}")
+        gaps = self._listed(Gap, "gaps", "id", "WHERE id > ? ORDER BY id", (first - 1,))
+        return takewhile(lambda gap: gap.from_time_ns < end_ns, gaps)  # gaps don't overlap: no later one begins before
 
     def minutes(self, first: int, end: int) -> Iterator[int]:
         """Minutes since the epoch in [first, end) that have a reachable instant."""

@@ -17,7 +17,7 @@ chunk has at most 64 KiB. The sparse index has a row of 40 bytes for each chunk,
     38      2   reserved   uint16
 
 The catalog has the checksum of the sparse index, so it vouches for every row. Pointers lead to the contents of the
-interval's end snapshot or to the journal's own; 0 is zeros.
+interval's end snapshot, which may be in the object of an earlier one, or to the journal's own; 0 is zeros.
 """
 
 from __future__ import annotations

@@ -10,11 +10,23 @@ from functools import lru_cache
 from typing import Final
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CapacityError
 from pitfs.model import blockmap
-from pitfs.model.blockmap import NODE_BYTES, BlockMap, I64Array, LoadNode, MapEntry, Node, U64Array
+from pitfs.model.blockmap import (
+    FANOUT,
+    FANOUT_BITS,
+    NODE_BYTES,
+    BlockMap,
+    I64Array,
+    LoadNode,
+    MapEntry,
+    Node,
+    U64Array,
+)
 from pitfs.model.transfer import Manifest, VolumeInfo
 from pitfs.storage.files import write_all
 from pitfs.store.objects.format import HEADER_BYTES, Layout, ObjectKind, ObjectName
@@ -44,6 +56,19 @@ def node_loader(objects: ObjectPool) -> LoadNode:
 def block_maps(load_node: LoadNode, roots: Sequence[MapEntry], volumes: Sequence[VolumeInfo]) -> list[BlockMap]:
     """The maps of a snapshot's volumes, one for each root."""
     return [BlockMap(root, volume.block_count, load_node) for root, volume in zip(roots, volumes, strict=True)]
+
+
+def look_up(
+    maps: Sequence[BlockMap], volumes: npt.NDArray[np.uint16], blocks: I64Array
+) -> tuple[U64Array, U64Array]:
+    """Pointers and checksums that ascending blocks have in the maps of their volumes: leaf by leaf."""
+    pointers, checksums = np.zeros((2, len(blocks)), "<u8")
+    leaves = blocks >> FANOUT_BITS
+    cuts = np.flatnonzero((volumes[1:] != volumes[:-1]) | (leaves[1:] != leaves[:-1])) + 1
+    for part in np.split(np.arange(len(blocks)), cuts) if len(blocks) else ():
+        leaf = maps[int(volumes[part[0]])].leaf(int(leaves[part[0]]))
+        pointers[part], checksums[part] = leaf[:, blocks[part] & (FANOUT - 1)]
+    return pointers, checksums
 
 
 class MapFooter(msgspec.Struct, frozen=True):

@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,6 +27,9 @@ MAX_OPEN_OBJECTS: Final = 256  # well below the usual soft limit of 1024 descrip
 # The blocks of one image may be in as many objects as there were snapshots before it: with 256 descriptors and
 # 1,000 such objects reads took 2.5 times as long. Some 500 bytes each, kernel and all.
 MAX_OPEN_OBJECTS_READING: Final = 8192
+# An object that was removed takes room while it is open. So often that many are looked at: 0.3 ms, all within 16 s.
+SWEEP_S: Final = 1.0
+SWEEP_COUNT: Final = 512
 _OTHER_FILES: Final = 256  # descriptors that are left to whatever else the process does
 _CONTENTS: Final = (ObjectKind.SNAPSHOT_BLOCKS, ObjectKind.JOURNAL_BLOCKS)
 
@@ -83,9 +87,13 @@ class ObjectPool:
         directory: objects/ of the store. layout: of the store.
         history: 16 bytes; an object of another history isn't this store's.
         limit: descriptors that are kept; those in use at the moment come on top.
+        clock: seconds that only go forward.
     """
 
-    def __init__(self, directory: str, layout: Layout, history: bytes, limit: int = MAX_OPEN_OBJECTS) -> None:
+    def __init__(
+        self, directory: str, layout: Layout, history: bytes, limit: int = MAX_OPEN_OBJECTS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
         self.directory, self.layout = directory, layout
         self._history = history
         self._limit = limit
@@ -93,6 +101,8 @@ class ObjectPool:
         # makes one. They don't count as a use: at worst an object is opened once more.
         self._open: OrderedDict[int | ObjectName, Descriptor] = OrderedDict()
         self._lock = threading.Lock()
+        self._clock, self._swept_s = clock, clock()
+        self._unswept: list[int | ObjectName] = []
         # Descriptor of the contents object with that number (of a pointer) if it is open: never waits.
         self.opened: Callable[[int], Descriptor | None] = self._open.get
 
@@ -125,6 +135,22 @@ class ObjectPool:
         """Lets go of an object that was removed: its room is free when the last one who reads it is done."""
         with self._lock:
             self._open.pop(_key(name), None)
+
+    def sweep(self) -> None:
+        """As `forget`, of objects that another process removed: each second some of those that are open are looked at.
+
+        Whoever reads one goes on: it holds the descriptor. Whoever asks for it again finds what took its place.
+        """
+        if self._clock() - self._swept_s < SWEEP_S:
+            return
+        with self._lock:
+            self._swept_s = self._clock()
+            self._unswept = self._unswept or list(self._open)
+            keys, self._unswept = self._unswept[-SWEEP_COUNT:], self._unswept[:-SWEEP_COUNT]
+            for key in keys:
+                fd = self._open.get(key)
+                if fd is not None and not os.fstat(fd).st_nlink:
+                    del self._open[key]
 
     def path_of(self, name: ObjectName) -> str:
         return os.path.join(self.directory, self.layout.path_of(name.file))

@@ -4,11 +4,13 @@ The rows of all its sorted runs are merged as they are read, by (volume, block, 
 neighbours, oldest first, and one look at the next row tells the last of them:
 
     block 7: seq 11, 14, 19      the content of 19 is the end snapshot's: it goes to snapshot-<s>.blocks, and the
-                                 row to the block map; those of 11 and 14 only the journal needs: they go to
-                                 journal-<s>.blocks; all three rows go to the index
+                                 row to the block map, unless the base snapshot has it there; those of 11 and 14
+                                 only the journal needs: they go to journal-<s>.blocks; all three rows go to the index
 
-Contents are copied in the order of the rows, so those of neighbouring blocks are neighbours afterwards. A closing takes
-bounded memory, whatever the interval's length, and gives the same bytes whenever it is made again:
+A content that is stored already isn't stored again, and zeros never are: then the row is metadata alone. So all end
+contents come first, then those of the journal. Contents are copied in the order of the rows, so those of neighbouring
+blocks are neighbours afterwards. A closing takes bounded memory, whatever the interval's length, and gives the same
+bytes whenever it is made again:
 
     made in staging/closing-<s>/ → each file synced → renamed to objects/ → both directories synced
     → the catalog commits: the snapshot takes the place of the open interval → the WAL is removed
@@ -16,10 +18,11 @@ bounded memory, whatever the interval's length, and gives the same bytes wheneve
 
 from __future__ import annotations
 
-import itertools
+import logging
 import os
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from typing import Final
 
@@ -29,16 +32,20 @@ import numpy.typing as npt
 from pitfs.errors import CorruptionError
 from pitfs.model.blockmap import U64Array
 from pitfs.model.transfer import Bookmark, Manifest, TransferKind
-from pitfs.storage.files import open_fd, storage_error, write_all
+from pitfs.storage.files import open_fd, storage_error
 from pitfs.store.catalog.records import Commit, OpenInterval, Snapshot
-from pitfs.store.index.format import IndexWriter
-from pitfs.store.index.maps import FLUSH_BYTES, MapWriter
+from pitfs.store.index.format import INDEX_ROW, IndexWriter
+from pitfs.store.index.maps import MapWriter, block_maps, look_up
 from pitfs.store.index.merge import BY_BLOCK, Rows, by_volume, merged
-from pitfs.store.index.reader import chunk_cache
-from pitfs.store.objects.format import HEADER_BYTES, Layout, ObjectKind, ObjectName, ObjectRecord
+from pitfs.store.index.reader import RowIndex, chunk_cache
+from pitfs.store.objects.format import ObjectKind, ObjectName
+from pitfs.store.open_interval.contents import ContentReader, ContentWriter, Deduplication
 from pitfs.store.open_interval.sorted_runs import open_run
 from pitfs.store.transfer.recovery import StagingArea
+from pitfs.store.transfer.sections import BATCH_ROWS, StagedArray
 from pitfs.store.transfer.writable_store import WritableStore, new_object
+
+log = logging.getLogger(__name__)
 
 CAUSE: Final = "streamed"
 
@@ -55,52 +62,106 @@ def streamed_manifest(
     )  # fmt: skip
 
 
-class _Contents:
-    """A contents object that is filled from the WAL, through a bounded buffer.
+class _Objects:
+    """The objects of a closing, filled in two passes over its rows, which wait on disk in between.
+
+    The first pass stores what each block ends with, the second what else was written: a content of the journal may be
+    one that a later block ends with.
 
     Args:
-        fd, name: of the object. wal_fd, wal_path: of the WAL. layout: of the store.
+        directory: where they are made. files: closes them.
     """
 
-    def __init__(self, fd: int, name: ObjectName, wal_fd: int, wal_path: str, layout: Layout) -> None:
-        self._layout = layout
-        self._fd, self._name, self._wal_fd, self._wal_path = fd, name, wal_fd, wal_path
-        self._units = 0
-        self._buffer = memoryview(bytearray(FLUSH_BYTES))
-        self._used = self._written = 0
+    def __init__(
+        self, record: OpenInterval, store: WritableStore, directory: str, wal_fd: int, files: ExitStack
+    ) -> None:
+        self._record, self._store = record, store
+        self._units = store.block_units
+        names = [ObjectName(kind, record.end_snapshot_id) for kind in ObjectKind]
+        self._map_fd, snapshot_fd, self._index_fd, journal_fd = (
+            files.enter_context(new_object(directory, name)) for name in names
+        )
+        self._map_name, snapshot_name, self._index_name, journal_name = names
+        fds = {record.wal.number: wal_fd, snapshot_name.number: snapshot_fd, journal_name.number: journal_fd}
+        self._reader = ContentReader(fds, store.objects)
+        self._snapshot = ContentWriter(snapshot_fd, snapshot_name, self._reader)
+        self._journal = ContentWriter(journal_fd, journal_name, self._reader)
+        self._contents = Deduplication(self._reader, sum(run.row_count for run in record.runs))
+        roots_before = store.catalog.roots(record.base_snapshot_id)
+        self._base_maps = block_maps(store.load_node, roots_before, store.volumes)
+        self._maps = MapWriter(
+            self._map_fd, record.end_snapshot_id, store.volumes, roots_before, store.load_node, store.layout
+        )
+        self._index = IndexWriter(self._index_fd)
+        self._rows, self._ends = (
+            files.enter_context(closing(StagedArray(os.path.join(directory, name), INDEX_ROW, 0)))
+            for name in ("rows", "ends")
+        )
+        self._unit_bits, self._block_count = np.uint64(store.layout.unit_bits), 0
 
-    def add(self, pointers: U64Array, units: U64Array) -> U64Array:
-        """Copies the blocks at these pointers of the WAL, of so many units; returns pointers to the copies."""
-        if not len(pointers):
-            return pointers
-        ends = np.cumsum(units, dtype="<u8")
-        follows = pointers[1:] == pointers[:-1] + units[:-1]
-        cuts = [0, *(np.flatnonzero(~follows) + 1).tolist(), len(pointers)]
-        starts = map(self._layout.offset_of, pointers[cuts[:-1]].tolist())
-        run_ends = [0, *ends[np.array(cuts[1:]) - 1].tolist()]
-        for start, (low, high) in zip(starts, itertools.pairwise(run_ends), strict=True):
-            self._copy(start, (high - low) * self._layout.unit_bytes)
-        found: U64Array = np.uint64(self._layout.pointer(self._name, self._units)) + ends - units
-        self._units += int(ends[-1])
-        return found
+    def add_ends(self, rows: Rows, is_last: npt.NDArray[np.bool_]) -> None:
+        """The next rows, as sorted runs have them, and which are their block's last: those are done here."""
+        ends = rows[is_last]
+        volumes, blocks, pointers, checksums = (ends[name] for name in ("volume", "block", "pointer", "checksum"))
+        before, checksums_before = look_up(self._base_maps, volumes, blocks)
+        units, stored = self._units[volumes], pointers != 0
+        kept = self._in_base(pointers, np.where(stored & (checksums == checksums_before), before, 0), units)
+        new = stored & (kept == 0)
+        pointers[~new] = kept[~new]
+        pointers[new] = self._contents.store(pointers[new], units[new], checksums[new], self._snapshot)
+        changed = pointers != before
+        for volume, part in by_volume(ends[changed]):
+            self._maps.update(volume, *(np.ascontiguousarray(part[name]) for name in ("block", "pointer", "checksum")))
+        self._block_count += int(changed.sum())
+        rows = rows.copy()
+        rows[is_last] = ends
+        self._rows.append(rows.view(np.uint8).data)
+        self._ends.append(ends.view(np.uint8).data)
 
-    def _copy(self, offset: int, size: int) -> None:
-        while size:
-            if self._used == len(self._buffer):
-                self._flush()
-            count = os.preadv(self._wal_fd, (self._buffer[self._used : self._used + size],), offset)
-            if not count:
-                raise CorruptionError(self._wal_path, offset, "the log ends here")
-            self._used, offset, size = self._used + count, offset + count, size - count
+    def _in_base(self, pointers: U64Array, proposed: U64Array, units: U64Array) -> U64Array:
+        """Where the base snapshot has these contents in their blocks already, else 0."""
+        try:
+            return self._reader.confirmed(pointers, proposed, units)
+        except (CorruptionError, OSError) as error:  # of an older object: no reason not to have this interval
+            log.warning("contents that may be those of the snapshot before are stored once more: %s", error)
+            return np.zeros(len(pointers), "<u8")
 
-    def _flush(self) -> None:
-        write_all(self._fd, self._buffer[: self._used], HEADER_BYTES + self._written)
-        self._written, self._used = self._written + self._used, 0
+    def add_journal(self) -> None:
+        """What the rows besides the blocks' last ones need; then they go to the index."""
+        block, count = (-1, -1), 0  # block of the last row, and the number of blocks so far
+        for rows in map(np.copy, self._rows.verified()):
+            volumes, blocks, pointers, checksums = (rows[name] for name in ("volume", "block", "pointer", "checksum"))
+            begins = np.ones(len(rows), np.bool_)
+            begins[1:] = (volumes[1:] != volumes[:-1]) | (blocks[1:] != blocks[:-1])
+            begins[0] = block != (int(volumes[0]), int(blocks[0]))
+            numbers = np.cumsum(begins) + count - 1
+            block, count = (int(volumes[-1]), int(blocks[-1])), int(numbers[-1]) + 1
+            ends = self._ends.part(int(numbers[0]), count - int(numbers[0]))[numbers - numbers[0]]
+            units, new = self._units[volumes], pointers >> self._unit_bits == self._record.wal.number
+            proposed = np.where(new & (checksums == ends["checksum"]), ends["pointer"], 0)
+            found = self._reader.confirmed(pointers, proposed, units)
+            pointers[found != 0] = found[found != 0]
+            new &= found == 0
+            pointers[new] = self._contents.store(pointers[new], units[new], checksums[new], self._journal)
+            self._index.add_rows(rows)
 
-    def finish(self, store: WritableStore) -> list[ObjectRecord]:
-        """The object, durable; none if nothing is in it."""
-        self._flush()
-        return [store.complete(self._fd, self._name, self._units * self._layout.unit_bytes)] if self._units else []
+    def finish(self, positions: Iterable[Rows]) -> Commit:
+        """All objects, durable, and what is to be committed of them."""
+        record, store = self._record, self._store
+        for each in positions:
+            self._index.add_positions(each)
+        objects = [*self._snapshot.finish(store), *self._journal.finish(store)]
+        objects.append(store.complete(self._index_fd, self._index_name, *self._index.finish()))
+        manifest = streamed_manifest(
+            record.mark, (record.from_seq, record.from_time_ns), (record.to_seq, record.to_time_ns),
+            record.protected_through_ns, record.bookmark, record.first_time_ns, self._block_count, self._rows.count,
+            f"tail-{record.id:016x}",
+        )  # fmt: skip
+        roots, lengths = self._maps.finish(manifest)
+        objects.insert(0, store.complete(self._map_fd, self._map_name, *lengths))
+        interval = replace(record.interval, cause=CAUSE, journal_rows=self._rows.count)
+        made = Snapshot(record.end_snapshot_id, record.to_seq, record.to_time_ns, record.mark)
+        return Commit(manifest, made, roots, interval, objects, open_interval_id=record.id)
 
 
 class Closing:
@@ -114,7 +175,6 @@ class Closing:
     def __init__(self, record: OpenInterval, store: WritableStore, area: StagingArea) -> None:
         self.record, self._store, self._area = record, store, area
         self._wal_path = store.objects.path_of(record.wal)
-        self._units = store.block_units
         self._running: Future[None] = Future()
 
     def start(self) -> None:
@@ -151,64 +211,24 @@ class Closing:
 
     def _build(self, directory: str) -> Commit:
         """Makes the objects in that directory, each complete and durable."""
-        record, store, snapshot_id = self.record, self._store, self.record.end_snapshot_id
         with ExitStack() as files:
             wal_fd = files.enter_context(open_fd(self._wal_path, os.O_RDONLY))
-            names = [ObjectName(kind, snapshot_id) for kind in ObjectKind]
-            fds = [files.enter_context(new_object(directory, name)) for name in names]
-            map_fd, snapshot_fd, index_fd, journal_fd = fds
-            map_name, snapshot_name, index_name, journal_name = names
-            snapshot = _Contents(snapshot_fd, snapshot_name, wal_fd, self._wal_path, store.layout)
-            journal = _Contents(journal_fd, journal_name, wal_fd, self._wal_path, store.layout)
-            roots_before = store.catalog.roots(record.base_snapshot_id)
-            maps = MapWriter(map_fd, snapshot_id, store.volumes, roots_before, store.load_node, store.layout)
-            writer = IndexWriter(index_fd)
-            block_count, row_count = self._write_rows(maps, writer, snapshot, journal)
-            objects = [*snapshot.finish(store), *journal.finish(store)]
-            objects.append(store.complete(index_fd, index_name, *writer.finish()))
-            manifest = streamed_manifest(
-                record.mark, (record.from_seq, record.from_time_ns), (record.to_seq, record.to_time_ns),
-                record.protected_through_ns, record.bookmark, record.first_time_ns, block_count, row_count,
-                f"tail-{record.id:016x}",
-            )  # fmt: skip
-            roots, lengths = maps.finish(manifest)
-            objects.insert(0, store.complete(map_fd, map_name, *lengths))
-        interval = replace(record.interval, cause=CAUSE, journal_rows=row_count)
-        made = Snapshot(snapshot_id, record.to_seq, record.to_time_ns, record.mark)
-        return Commit(manifest, made, roots, interval, objects, open_interval_id=record.id)
+            objects = _Objects(self.record, self._store, directory, wal_fd, files)
+            indexes = [open_run(self._store.objects, run, chunk_cache(1)) for run in self.record.runs]
+            for rows, is_last in self._rows(indexes):
+                objects.add_ends(rows, is_last)
+            objects.add_journal()
+            return objects.finish(positions for index in indexes for positions in index.all_positions())
 
-    def _write_rows(
-        self, maps: MapWriter, writer: IndexWriter, snapshot: _Contents, journal: _Contents
-    ) -> tuple[int, int]:
-        """Everything but what is written at the end; returns how many blocks were written, and rows."""
-        indexes = [open_run(self._store.objects, run, chunk_cache(1)) for run in self.record.runs]
+    def _rows(self, indexes: Sequence[RowIndex]) -> Iterator[tuple[Rows, npt.NDArray[np.bool_]]]:
+        """All rows in order, and which of them are their block's last, in bounded batches."""
         out_of_order = CorruptionError(self._wal_path, 0, "rows of sorted runs that don't ascend")
-        block_count = row_count = 0
-        held: Rows | None = None  # the last row: the next one tells whether it is its block's last
+        held = np.zeros(0, INDEX_ROW)  # the last row: the next one tells whether it is its block's last
         for batch in merged([index.all_rows() for index in indexes], BY_BLOCK, out_of_order):
-            rows = batch if held is None else np.concatenate([held, batch])
-            same = (rows["volume"][1:] == rows["volume"][:-1]) & (rows["block"][1:] == rows["block"][:-1])
-            block_count += self._write(rows[:-1], ~same, maps, writer, snapshot, journal)
-            row_count += len(batch)
-            held = rows[-1:].copy()
+            for start in range(0, len(batch), BATCH_ROWS):
+                rows = np.concatenate([held, batch[start : start + BATCH_ROWS]])
+                same = (rows["volume"][1:] == rows["volume"][:-1]) & (rows["block"][1:] == rows["block"][:-1])
+                held = rows[-1:].copy()
+                yield rows[:-1], ~same
             del batch, rows, same  # before the next batch is made: it takes as much again
-        if held is not None:
-            block_count += self._write(held, np.ones(1, np.bool_), maps, writer, snapshot, journal)
-        for index in indexes:
-            for positions in index.all_positions():
-                writer.add_positions(positions)
-        return block_count, row_count
-
-    def _write(
-        self, rows: Rows, is_last: npt.NDArray[np.bool_], maps: MapWriter, writer: IndexWriter,
-        snapshot: _Contents, journal: _Contents,
-    ) -> int:  # fmt: skip
-        """Rows in order; returns how many of them are their block's last."""
-        rows, stored = rows.copy(), rows["pointer"] != 0
-        for contents, which in ((snapshot, stored & is_last), (journal, stored & ~is_last)):
-            rows["pointer"][which] = contents.add(rows["pointer"][which], self._units[rows["volume"][which]])
-        writer.add_rows(rows)
-        last = rows[is_last]
-        for volume, part in by_volume(last):
-            maps.update(volume, *(np.ascontiguousarray(part[name]) for name in ("block", "pointer", "checksum")))
-        return len(last)
+        yield held, np.ones(len(held), np.bool_)

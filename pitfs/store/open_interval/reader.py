@@ -48,7 +48,8 @@ class OpenIntervals:
         self._indexes: Cache[tuple[int, int], RowIndex] = index_cache()
 
     def now(self) -> tuple[OpenInterval, ...]:
-        """All that there are, oldest first."""
+        """All that there are, oldest first. Every look-up begins here: objects that were removed are let go of, too."""
+        self._objects.sweep()
         version = self._catalog.data_version()
         known, before = self._known
         if known == version:

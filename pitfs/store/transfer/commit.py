@@ -120,8 +120,10 @@ def _commit_layers(staged: StagedTransfer, store: WritableStore) -> None:
     interval = replace(base, granularity_ns=m.granularity_ns, cause=m.cause, journal_rows=row_count)
     store.catalog.commit_layers(interval, objects, replaced, minutes)
     if replaced:
+        name = ObjectName(ObjectKind.JOURNAL_INDEX, base.end_snapshot_id, base.layer)
+        store.objects.forget(name)
         with suppress(FileNotFoundError):
-            os.unlink(os.path.join(store.objects.directory, store.layout.path_of(replaced)))
+            os.unlink(store.objects.path_of(name))
 
 
 def _add_contents(staged: StagedTransfer, store: WritableStore) -> tuple[ObjectRecord, ...]:
@@ -139,4 +141,5 @@ def _add_contents(staged: StagedTransfer, store: WritableStore) -> tuple[ObjectR
         for at in range(0, length, COPY_BYTES):
             data = staged.journal_blocks.read(min(COPY_BYTES, length - at), at)
             write_all(fd, data, HEADER_BYTES + base_bytes + at)
-        return (store.complete(fd, name, length_then),)
+        os.fsync(fd)
+        return (ObjectRecord(name.file, name.kind, name.snapshot_id, length_then),)

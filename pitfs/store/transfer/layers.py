@@ -13,10 +13,11 @@ from typing import Final
 
 import numpy as np
 
-from pitfs.model.blockmap import FANOUT, FANOUT_BITS, BlockMap, I64Array
+from pitfs.model.blockmap import BlockMap, I64Array
 from pitfs.model.transfer import UNIT_BYTES, Source
 from pitfs.store.catalog.records import add_seconds
 from pitfs.store.index.format import INDEX_ROW, IndexWriter
+from pitfs.store.index.maps import look_up
 from pitfs.store.index.merge import BY_BLOCK, Rows, merged
 from pitfs.store.index.reader import JournalIndex
 from pitfs.store.objects.format import ObjectKind, ObjectName, ObjectRecord
@@ -121,16 +122,9 @@ class LayersBuilder:
             yield found
 
     def _look_up(self, found: Rows, places: I64Array) -> None:
-        """Pointers and checksums of rows whose content the end snapshot has in their block: leaf by leaf."""
-        if not len(places):
-            return
-        volume, leaf = found["volume"][places], found["block"][places] >> FANOUT_BITS
-        cuts = np.flatnonzero((volume[1:] != volume[:-1]) | (leaf[1:] != leaf[:-1])) + 1
-        for part in np.split(places, cuts):
-            first = found[part[0]]
-            pointers, checksums = self._end_maps[int(first["volume"])].leaf(int(first["block"]) >> FANOUT_BITS)
-            index = found["block"][part] & (FANOUT - 1)
-            found["pointer"][part], found["checksum"][part] = pointers[index], checksums[index]
+        """Pointers and checksums of rows whose content the end snapshot has in their block."""
+        end = look_up(self._end_maps, found["volume"][places], found["block"][places])
+        found["pointer"][places], found["checksum"][places] = end
         ours = ObjectName(ObjectKind.SNAPSHOT_BLOCKS, self._staged.snapshot_id).number
         if (found["pointer"][places] >> np.uint64(self._store.layout.unit_bits) != ours).any():
             raise refuse("journal", "a row leads to the snapshot's content of a block that the interval didn't write")
