@@ -8,7 +8,7 @@ import errno
 import os
 from collections.abc import Iterator
 
-from pitfs.errors import CapacityError, CorruptionError, PitfsError
+from pitfs.errors import CapacityError, CorruptionError, DiskFullError, PitfsError
 
 _FALLOC_FL_KEEP_SIZE = 0x01  # linux/falloc.h
 _FALLOC_FL_PUNCH_HOLE = 0x02
@@ -19,9 +19,7 @@ def storage_error(error: OSError, path: str, doing: str) -> PitfsError:
     """The error for the user for an OSError on our own files: full is retryable, all else is not."""
     reason = os.strerror(error.errno) if error.errno else str(error)
     if error.errno in FULL_ERRNOS:
-        return CapacityError(
-            f"{path}: {doing}: {reason}: make room on that file system; pitfs goes on by itself"
-        )
+        return DiskFullError(f"{path}: {doing}: {reason}")
     return PitfsError(f"{path}: {doing}: {reason}")
 
 

@@ -56,7 +56,7 @@ async def _stop_on_request(service: SplitterService, mountpoint: str) -> None:
 def serve(config: Config) -> int:
     """Runs the splitter until SIGTERM; returns the exit code."""
     set_process_name("pitfs-splitter")
-    set_io_flusher()
+    refused = set_io_flusher()  # before there are threads
     mountpoint, state = config.splitter.mountpoint, config.group.state
     lock = lock_state(state)
     prepare_mountpoint(mountpoint, config.group.name)
@@ -73,6 +73,8 @@ def serve(config: Config) -> int:
     # A stop from here on waits until the mount can be unmounted in order; `wait_for_stop` unblocks it.
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
     mount_splitter(operations, mountpoint, config.group.name)
+    if refused:  # not before: a start that fails says why, in one line
+        log.info("%s", refused)
     gc.collect()
     gc.freeze()  # what exists now stays, so collections in the middle of a write need not look at it
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import shutil
@@ -12,13 +13,14 @@ from pathlib import Path
 import pytest
 
 from pitfs.cli.main import main
-from tests.helpers.hosts import Production, Replica, digest, xxhsum
+from tests.helpers.hosts import Production, Replica, digest, free_port, xxhsum
 from tests.helpers.loops import LoopDevice, MountedFilesystem, force_unmount, free_file, is_mounted
 from tests.helpers.processes import HostError, run, wait_until
 from tests.helpers.refusals import config_text, pitfs_refused, together, write_config
 
 pytestmark = [pytest.mark.fuse, pytest.mark.timeout(120)]
 MIB = 1 << 20
+PR_GET_IO_FLUSHER = 58
 
 
 @pytest.fixture
@@ -206,6 +208,13 @@ def test_a_damaged_state_is_named_and_left_as_it_is(tmp_path: Path) -> None:
     )
 
 
+def test_a_kernel_that_refuses_what_little_memory_needs_is_said_by_default(tmp_path: Path) -> None:
+    with Production(tmp_path, {"root": MIB}, port=free_port()) as production:
+        lines = [line for line in production.logged().splitlines() if "PR_SET_IO_FLUSHER" in line]
+        refused = ctypes.CDLL(None).prctl(PR_GET_IO_FLUSHER, 0, 0, 0, 0) < 0
+        assert len(lines) == refused
+
+
 # -- the mountpoint
 
 
@@ -218,6 +227,15 @@ def test_a_mountpoint_that_can_not_be_one_is_refused(tmp_path: Path, backing: Pa
         config = write_config(tmp_path, {"root": backing}, mountpoint=path)
         pitfs_refused(2, f"{path}: mountpoint: ", words, args=["protect", config])
         assert not (tmp_path / "state" / "group.json").exists()
+
+
+def test_a_mountpoint_that_is_not_empty_is_refused(tmp_path: Path, backing: Path) -> None:
+    """The mount would hide what is there: the configuration, for one, which the shipper reads after the splitter."""
+    place = tmp_path / "full"
+    place.mkdir()
+    config = write_config(tmp_path, {"root": backing}, mountpoint=place).rename(place / "c.toml")
+    pitfs_refused(2, f"{place}: mountpoint: not empty", "c.toml", "give an empty directory", args=["protect", config])
+    assert os.listdir(place) == ["c.toml"] and not is_mounted(place)
 
 
 def test_a_mountpoint_where_something_is_mounted_is_refused(tmp_path: Path, backing: Path) -> None:
