@@ -37,9 +37,8 @@ from pitfs.replication.manifests import copy_manifest
 from pitfs.replication.phases import Phase
 from pitfs.replication.ports import Session, ShipperSettings
 from pitfs.replication.sending import Sender
-from pitfs.splitter.backings import Backings
 from pitfs.splitter.change_bitmap import BitmapAssembler
-from pitfs.splitter.messages import SplitterClient
+from pitfs.splitter.messages import Backings, SplitterClient
 from pitfs.storage.files import open_fd
 from pitfs.storage.segment import segment_path
 

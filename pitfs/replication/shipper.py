@@ -23,8 +23,7 @@ from pitfs.replication.ports import Connect, Session, ShipperSettings
 from pitfs.replication.sending import Sender
 from pitfs.replication.status import ReplicationStatus
 from pitfs.replication.stream import POLL_S, AckReporter, Stream
-from pitfs.splitter.backings import Backings
-from pitfs.splitter.messages import SplitterClient, SplitterStatus
+from pitfs.splitter.messages import Backings, SplitterClient, SplitterStatus
 from pitfs.storage.files import storage_error
 
 log = logging.getLogger(__name__)

@@ -187,7 +187,7 @@ async def test_a_backing_volume_that_cannot_be_read_is_said_and_tried_again(
 
     async with trio.open_nursery() as nursery:
         with monkeypatch.context() as patch:
-            patch.setattr("pitfs.splitter.backings._open", refuse)
+            patch.setattr("pitfs.splitter.messages._open", refuse)
             nursery.start_soon(parts.shipper.run)
             with pytest.raises(PitfsError, match="/backing: reading: Input/output error"):
                 await status.wait_committed(1, MARGIN_S)
