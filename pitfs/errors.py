@@ -74,6 +74,14 @@ class CapacityError(PitfsError):
     retryable = True
 
 
+class DiskFullError(CapacityError):
+    """A disk is full. `ended`: the line for a program that doesn't go on, but ends."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"{problem}: make room on that file system; pitfs goes on by itself")
+        self.ended = f"{problem}: make room on that file system, then try again"
+
+
 class StoreError(PitfsError):
     """The directory isn't a usable store."""
 

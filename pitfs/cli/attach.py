@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import enum
 import os
 import sys
 from typing import Any, Final
@@ -19,21 +20,41 @@ from pitfs.model.position import format_instant
 
 HEAD_BYTES: Final = 8192  # in which partition tables tell their sector size
 
-# Options that keep a filesystem from replaying its journal, or from refusing to mount beside its twin.
-READ_ONLY: Final = {
-    "ext2": "ro", "ext3": "ro,noload", "ext4": "ro,noload", "xfs": "ro,norecovery,nouuid",
-    "btrfs": "ro,rescue=nologreplay",
+# For the replay of a filesystem's journal, which writes at most what the journal holds: of ext4 mostly up to 1 GiB,
+# of xfs up to 2 GiB. Nothing is taken before it is written.
+REPLAY_SIZE: Final = "4GiB"
+LOW_BYTES: Final = 64 << 20  # free on the scratch's disk: less is worth a warning
+
+
+class Access(enum.Enum):
+    """What the device is for: to look into it after a replay, to write to it, or to read the image as it is."""
+
+    REPLAY = enum.auto()
+    SCRATCH = enum.auto()
+    PLAIN = enum.auto()
+
+
+# Options to mount a filesystem with; "": any other. With nouuid an xfs doesn't refuse to be mounted beside its twin,
+# and those of PLAIN but ro keep a filesystem from replaying its journal.
+MOUNT_OPTIONS: Final = {
+    Access.REPLAY: {"": "ro", "xfs": "ro,nouuid"},
+    Access.SCRATCH: {"": "", "xfs": "nouuid"},
+    Access.PLAIN: {
+        "": "ro", "ext3": "ro,noload", "ext4": "ro,noload", "xfs": "ro,norecovery,nouuid",
+        "btrfs": "ro,rescue=nologreplay",
+    },
 }  # fmt: skip
-WRITABLE: Final = {"xfs": "nouuid"}
+
 
 DESCRIPTION: Final = (
-    "Makes a loop device over a volume's image, with its partitions, and prints the device. The "
-    "store is mounted for it if it isn't. Read-only, unless --scratch."
+    "Makes a loop device over a volume's image, with its partitions, and prints the device. A filesystem on it "
+    "replays its journal when it is mounted, as after a power cut: what that writes goes to a file under /var/tmp, and "
+    "is thrown away by detach. Nothing of the store changes."
 )
 EXAMPLES: Final = """\
 examples:
   pitfs attach /srv/pitfs/db1 5m-ago root
-  mount -o ro,noload /dev/loop1 /mnt/then
+  mount -o ro /dev/loop1 /mnt/then
   umount /mnt/then
   pitfs detach /dev/loop1
 
@@ -43,9 +64,15 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_image(parser, nargs="?")
-    parser.add_argument(
-        "--scratch", action="store_true", help="writable: what is written goes beside the store and is thrown away"
+    access = parser.add_mutually_exclusive_group()
+    access.add_argument(
+        "--scratch", action="store_true", help="to write to it: as much as there is room for; detach throws it away"
     )
+    access.add_argument(
+        "--plain", action="store_true",
+        help="a read-only device of the image as it is. A filesystem that was in use at that instant may then look "
+        "empty or damaged, since its journal isn't replayed",
+    )  # fmt: skip
     parser.add_argument(
         "--scratch-dir", metavar="DIR", help="--scratch, and where to (default: a directory under /var/tmp)"
     )
@@ -74,7 +101,7 @@ def _attach(args: argparse.Namespace) -> int:
     from pitfs.store.store import Store
     from pitfs.view.tree import image_name
 
-    scratch = _scratch(args)
+    access, scratch = _access(args)
     with contextlib.closing(Store.open(args.store)) as store:
         resolution, _ = resolve(store, args.time, args.tz)
         info = store.volumes[volume_index(store, args.volume)]
@@ -105,24 +132,32 @@ def _attach(args: argparse.Namespace) -> int:
             "filesystems": _filesystems(device),
         }
         _warn(attached, missing)
+        if scratch is not None:
+            _warn_of_little_room(scratch)
         if args.json:
             print_json(attached)
         else:
             print(device, flush=True)
-            _hint(attached)
+            _hint(attached, access)
         sys.stdout.flush()  # if this fails nobody knows of the device, so it is undone
         undo.pop_all()
     return 0
 
 
-def _scratch(args: argparse.Namespace) -> ScratchOptions | None:
+def _access(args: argparse.Namespace) -> tuple[Access, ScratchOptions | None]:
+    """What is asked for, and where what is written goes; None of a device that can't be written."""
     directory, size = args.scratch_dir, args.scratch_size
-    if not args.scratch and directory is None and size is None:
-        return None
+    is_scratch = args.scratch or directory is not None or size is not None
+    if args.plain:
+        if is_scratch:
+            raise UsageError("--plain makes a device that can't be written: leave it out, or --scratch-dir and -size")
+        return Access.PLAIN, None
+    if not is_scratch:
+        return Access.REPLAY, ScratchOptions(None, REPLAY_SIZE)
     for value in (directory, size):
         if value is not None and "," in value:
             raise UsageError(f"{value}: holds a comma, which mount options can't: choose another")
-    return ScratchOptions(os.path.realpath(directory) if directory is not None else None, size)
+    return Access.SCRATCH, ScratchOptions(os.path.realpath(directory) if directory is not None else None, size)
 
 
 def _sector_size(image: str) -> int:
@@ -159,11 +194,28 @@ def _warn(attached: dict[str, Any], missing: list[str]) -> None:
         warn(f"{device}: without direct I/O: what is read is cached twice")
 
 
-def _hint(attached: dict[str, Any]) -> None:
+def _warn_of_little_room(scratch: ScratchOptions) -> None:
+    directory = scratch.directory or os.path.dirname(attachments.SCRATCH)
+    disk = os.statvfs(directory)
+    free_bytes = disk.f_bavail * disk.f_frsize
+    if free_bytes < LOW_BYTES:
+        warn(
+            f"{directory}: {free_bytes >> 20} MiB are free: if mounting the device fails with an I/O error, the replay "
+            "of its journal needs more: give another directory with --scratch-dir"
+        )
+
+
+def _hint(attached: dict[str, Any], access: Access) -> None:
+    options_of = MOUNT_OPTIONS[access]
     for found in attached["filesystems"]:
         kind = found["type"]
-        options = WRITABLE.get(kind) if attached["scratch"] else READ_ONLY.get(kind, "ro")
+        options = options_of.get(kind, options_of[""])
         warn(f"{kind}; to look into it: mount {f'-o {options} ' if options else ''}{found['device']} DIR")
+        if access is Access.PLAIN and options != "ro":
+            warn(
+                f"that leaves out what its journal holds, which may be minutes old: safe only if the {kind} was "
+                "unmounted or frozen at that instant; else attach it without --plain"
+            )
     warn(f"{attached['volume']} at {attached['instant']}; to end it: pitfs detach {attached['device']}")
 
 

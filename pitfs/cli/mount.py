@@ -65,7 +65,7 @@ options (-o):
   scratch_keep            what was written stays in DIR, and is there again when the same store is mounted with
                           the same scratch= and scratch_keep. What was synced with fsync survives a power cut
   workers=N               processes that serve it (default: one for each core, at most 2)
-  and those of mount(8): ro, noatime, nosuid, nodev, noexec, …
+  and those of mount(8): ro, noatime, nosuid, nodev, noexec, … (rw means nothing without scratch=: a warning says so)
 
 examples:
   mount.pitfs /srv/pitfs/db1 /mnt/db1
@@ -92,7 +92,28 @@ def _mount(args: argparse.Namespace) -> int:
     logging.basicConfig(level=level, format="mount.pitfs: %(levelname)s: %(message)s")
     bound_heap()  # a heap for each thread that reads took 15 MiB of a worker
     given = {name: getattr(args, name) for name in ("store", "mountpoint", "foreground", "verbose")}
-    return mount_store(parse_options(",".join(args.options), sloppy=args.sloppy, **given))
+    options = ",".join(args.options)
+    request = parse_options(options, sloppy=args.sloppy, **given)
+    if request.scratch is None and _wants_to_write(options):
+        print(
+            f"{NAME}: WARNING: source write-protected, mounted read-only: scratch=DIR makes images writable",
+            file=sys.stderr,
+        )
+    return mount_store(request)
+
+
+def _wants_to_write(options: str) -> bool:
+    """Whether the user said rw. mount(8) passes it whenever ro isn't given: then its own command line tells."""
+    if "rw" not in options.split(","):
+        return False
+    try:
+        with open(f"/proc/{os.getppid()}/cmdline", encoding="utf-8", errors="surrogateescape") as file:
+            words = file.read().split("\0")
+    except OSError:
+        return True
+    if os.path.basename(words[0]) != "mount" or not {"-w", "--rw", "--read-write"}.isdisjoint(words):
+        return True
+    return any("rw" in re.split("[,=]", word.removeprefix("-o")) for word in words)
 
 
 def _parser() -> Parser:

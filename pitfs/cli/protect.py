@@ -9,8 +9,9 @@ from pitfs.cli.common.parser import add_config
 
 DESCRIPTION: Final = (
     "Serves each volume of CONFIG as a writable file, journals every write and replicates it. "
-    "Runs in the foreground, prints 'ready' when writes are accepted, ends in order on SIGTERM. Starting it "
-    "again after any stop goes on where it was."
+    "Runs in the foreground, prints 'ready' when writes are accepted, ends in order on SIGTERM. While a volume is in "
+    "use it says by whom and waits for them; a second signal ends it in any case. Starting it again after any stop "
+    "goes on where it was."
 )
 EXAMPLES: Final = "examples:\n  pitfs protect /etc/pitfs/db1.toml\n  systemctl start pitfs-protect@db1"
 
@@ -30,4 +31,4 @@ def run(args: argparse.Namespace) -> int:
     link_context(config)  # errors of the certificates before anything starts
     set_up_daemon_logging(args.verbose)
     set_process_name("pitfs-protect")
-    return trio.run(Minder(config.path, args.verbose).run)
+    return trio.run(Minder(config, args.verbose).run)

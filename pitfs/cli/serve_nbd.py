@@ -27,7 +27,7 @@ DESCRIPTION: Final = (
 )
 EXAMPLES: Final = """\
 examples:
-  pitfs serve-nbd /srv/pitfs/db1 --unix /run/pitfs/nbd.sock
+  pitfs serve-nbd /srv/pitfs/db1 --unix /run/pitfs-nbd.sock
   pitfs serve-nbd /srv/pitfs/db1 --listen 127.0.0.1:10809
   pitfs serve-nbd /srv/pitfs/db1 --listen [::]:10809 \\
       --certificate replica.pem --key replica.key --authority ca.pem
@@ -35,7 +35,7 @@ examples:
 clients:
   nbdinfo --list nbd://127.0.0.1
   nbdcopy nbd://127.0.0.1/latest/root root.img
-  qemu-img convert -p -O qcow2 nbd+unix:///5m-ago/root?socket=/run/pitfs/nbd.sock root.qcow2
+  qemu-img convert -p -O qcow2 nbd+unix:///5m-ago/root?socket=/run/pitfs-nbd.sock root.qcow2
   nbdfuse --readonly /mnt/root nbd://127.0.0.1/bookmarks/before-upgrade/root"""
 
 

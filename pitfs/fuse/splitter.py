@@ -11,6 +11,7 @@ import logging
 import os
 import stat
 import time
+from collections.abc import Sequence
 from typing import Any, Final
 
 import pyfuse3
@@ -18,11 +19,12 @@ import trio
 
 from pitfs.errors import CapacityError, UsageError
 from pitfs.fuse.handlers import failed, in_thread
-from pitfs.fuse.kernel.loop_devices import LoopDevice, loop_devices
+from pitfs.fuse.kernel.loop_devices import LoopDevice, kernel_holders, loop_devices, mountpoints_of
 from pitfs.fuse.kernel.mountinfo import clear_dead_mount, is_dead, mounted_at
+from pitfs.fuse.kernel.processes import processes_opening
 from pitfs.splitter.group_commit import GroupCommit
 from pitfs.splitter.service import SplitterService
-from pitfs.splitter.splitter import Splitter
+from pitfs.splitter.splitter import NotReadyError, Splitter
 from pitfs.splitter.volume import NotCachedError
 
 log = logging.getLogger(__name__)
@@ -63,17 +65,19 @@ class SplitterOperations(pyfuse3.Operations):
             if room <= 0:
                 raise pyfuse3.FUSEError(errno.ENOSPC)  # as a block device answers
             buf = buf[:room]
-        may_wait = False
+        may_read = False
         while True:
             try:
-                self._splitter.write(fh - FIRST_INODE, off, buf, may_wait)
+                self._splitter.write(fh - FIRST_INODE, off, buf, may_read)
                 self._waiting = False
                 break
             except NotCachedError:
                 # A thread reads the blocks around the write from the disk into memory; other requests go on.
                 with contextlib.suppress(OSError):  # the write will meet the error as well, and say it
                     await self._read_from_disk(fh, off - EDGE_BYTES, len(buf) + 2 * EDGE_BYTES)
-                may_wait = True  # they may be out of the cache again
+                may_read = True  # they may be out of the cache again
+            except NotReadyError as wait:
+                await self._make_ready(wait)
             except CapacityError as error:
                 if not self._waiting:
                     log.warning("%s; writes wait for it", error)
@@ -88,10 +92,18 @@ class SplitterOperations(pyfuse3.Operations):
             raise pyfuse3.FUSEError(errno.EIO)
         return len(buf)
 
+    async def _make_ready(self, wait: NotReadyError) -> None:
+        try:
+            await self._service.make_ready(wait)
+        except OSError as error:
+            raise pyfuse3.FUSEError(error.errno or errno.EIO) from error
+        except Exception as error:
+            raise failed("write", error) from None
+
     async def read(self, fh: Any, off: int, size: int) -> bytes:
         try:
             try:
-                return self._splitter.read(fh - FIRST_INODE, off, size, may_wait=False)
+                return self._splitter.read(fh - FIRST_INODE, off, size, may_read=False)
             except NotCachedError:
                 return await self._read_from_disk(fh, off, size)
         except OSError as error:
@@ -182,7 +194,7 @@ def prepare_mountpoint(mountpoint: str, group: str) -> None:
     """Makes the mountpoint if it is missing, and clears the dead mount of a killed splitter of this group.
 
     Raises:
-        UsageError: it isn't a directory, or something else is mounted on it.
+        UsageError: it isn't an empty directory, or something else is mounted on it.
     """
     clear_dead_mount(mountpoint, f"fuse.{FILE_SYSTEM}", _source(group))
     if is_dead(mountpoint):
@@ -201,6 +213,9 @@ def prepare_mountpoint(mountpoint: str, group: str) -> None:
         raise UsageError(
             f"{mountpoint}: mountpoint: busy: {present.source} is mounted there: unmount it first (umount {mountpoint})"
         )
+    if hidden := sorted(os.listdir(mountpoint)):
+        problem = f"not empty: {hidden[0]} would be hidden" + (" with all else there" if len(hidden) > 1 else "")
+        raise UsageError(f"{mountpoint}: mountpoint: {problem}: give an empty directory, or a path to make one at")
 
 
 def mount_splitter(operations: pyfuse3.Operations, mountpoint: str, group: str) -> None:
@@ -219,3 +234,16 @@ def _source(group: str) -> str:
 def attached_loops(mountpoint: str) -> list[LoopDevice]:
     """The loop devices over files of the mount."""
     return [loop for loop in loop_devices() if os.path.dirname(loop.backing) == mountpoint]
+
+
+def users_of(mountpoint: str, volumes: Sequence[str]) -> list[str]:
+    """By whom the mount's volumes are used, one line for each user, and what ends it. The mount itself isn't asked."""
+    lines = []
+    for loop in attached_loops(mountpoint):
+        places, holders = mountpoints_of(loop), kernel_holders(loop.device)
+        uses = [f"mounted on {place}" for place in places] + [f"in use by {holder}" for holder in holders]
+        steps = [f"umount {place}" for place in places] + [f"losetup -d {loop.device}"]
+        lines.append(f"{loop.backing}: {', '.join([loop.device, *uses])}: {', then '.join(steps)}")
+    paths = [os.path.join(mountpoint, volume) for volume in volumes]
+    lines += [f"{user.path}: {user.how} by {user}" for user in processes_opening(paths, mapped=True)]
+    return lines

@@ -30,6 +30,7 @@ MAX_SEGMENT_BYTES: Final = 64 << 20
 # instead of 260 µs each).
 SYNC_HEAVY_BYTES: Final = 256 << 10
 ZERO_AHEAD_BYTES: Final = 1 << 20
+MAX_SPARES: Final = 4  # ready ahead: 256 MiB, what a fast disk takes while one of them is made
 _ZEROS: Final = bytes(ZERO_AHEAD_BYTES)
 PAGE_BYTES: Final = 4096
 _PAGE_OF_ZEROS: Final = memoryview(bytes(PAGE_BYTES))
@@ -96,13 +97,16 @@ class Journal:
         self.appended_bytes = 0
         self.synced_bytes = 0
         self._numbers = list_segments(directory)
-        self._lock = threading.RLock()  # guards _segment, _unsynced, _spare and _numbers
+        self._lock = threading.RLock()  # guards _segment, _unsynced, _spares and _numbers
         self._sync_lock = threading.Lock()  # held while descriptors of _unsynced are in use; taken before _lock
-        self._spare = self._find_spare()
+        self._max_spares = max(2, min(MAX_SPARES, self.limit_count // 8))
+        self._spares = self._find_spares()
         self._unsynced: list[_OpenSegment] = []
         self._failed: OSError | None = None  # of the sync that failed
         self._sync_heavy = True  # whether little was written between the last two syncs
         if tail is None:
+            if not self._spares:
+                self.prepare_spare()
             self._start_segment()
         else:
             number = tail.location.segment
@@ -147,7 +151,8 @@ class Journal:
         """Appends one record; it is durable after the next `sync`.
 
         Raises:
-            CapacityError, OSError: the journal or its disk is full, or the disk refuses; nothing was appended.
+            CapacityError: no spare is ready for the next segment: see `prepare_spare`; nothing was appended.
+            OSError: the disk refuses; nothing was appended.
         """
         offset = self._offset
         size = HEADER_BYTES + len(covered) + len(contents)
@@ -191,9 +196,9 @@ class Journal:
         self._written = start + size
 
     def _roll(self) -> None:
-        """Closes the segment with SEAL and begins the next one. Raises CapacityError if there is no room.
+        """Closes the segment with SEAL and begins the next one. Raises CapacityError if no spare is ready.
 
-        The next one comes first: where it can't be made, the segment stays open for records of the reserve.
+        The next one comes first: where there is none, the segment stays open for records of the reserve.
         """
         with self._lock:  # a sync meanwhile must see both segments
             before, offset, seed = self._segment, self._offset, self._seed
@@ -204,11 +209,11 @@ class Journal:
 
     def _start_segment(self, sealed: int = 0) -> None:
         with self._lock:
-            spare, self._spare = self._spare, None
+            if not self._spares:
+                raise CapacityError(f"{self.directory}: no segment is ready")
+            spare = self._spares.pop()
             number = (self._numbers[-1] if self._numbers else 0) + 1
         path = segment_path(self.directory, number)
-        if spare is None:
-            spare = self._make_spare()
         seed = secrets.randbits(64)
         with closed_on_error(os.open(spare, os.O_RDWR | os.O_CLOEXEC)) as fd:
             # The SEAL before it takes an lsn too, as lsns have no gaps.
@@ -222,15 +227,15 @@ class Journal:
         self._seed, self._offset, self._end = seed, DATA_OFFSET, self.segment_bytes
         self._written = self.segment_bytes if spare.endswith(_USED_SUFFIX) else DATA_OFFSET
 
-    def _find_spare(self) -> str | None:
-        """A spare that an earlier run left; removes others. What a spare holds doesn't matter."""
-        found = None
+    def _find_spares(self) -> list[str]:
+        """Spares that an earlier run left; removes others. What a spare holds doesn't matter."""
+        found: list[str] = []
         for name in os.listdir(self.directory):
             path = os.path.join(self.directory, name)
             if not name.startswith(_SPARE_PREFIX):
                 continue
-            if found is None and os.path.getsize(path) == self.segment_bytes:
-                found = path
+            if len(found) < self._max_spares and os.path.getsize(path) == self.segment_bytes:
+                found.append(path)
             else:
                 os.unlink(path)
         return found
@@ -240,9 +245,9 @@ class Journal:
         return os.path.join(self.directory, f"{_SPARE_PREFIX}{secrets.token_hex(8)}{suffix}")
 
     def _make_spare(self) -> str:
-        """Makes a file for the next segment. Raises CapacityError if the capacity or the disk is exhausted."""
+        """Makes a file for a segment. Raises CapacityError if the capacity or the disk is exhausted."""
         path = self._spare_path()
-        if len(self._numbers) >= self.limit_count:
+        if len(self._numbers) + len(self._spares) >= self.limit_count:
             problem = f"the journal's capacity of {self.capacity_bytes} bytes is used up"
             raise CapacityError(f"{self.directory}: {problem}: raise [journal] capacity, or let the replica catch up")
         try:
@@ -255,31 +260,41 @@ class Journal:
             raise storage_error(error, path, "making a journal segment") from error
         return path
 
-    def prepare_spare(self) -> bool:
-        """Makes the next segment's file ahead of its use. Blocks. False where there is no room."""
-        try:
-            if self._spare is None:
-                self._offer_spare(self._make_spare())
-        except CapacityError:
-            return False
-        return True
+    def prepare_spare(self) -> None:
+        """Makes the file of a further segment ahead of its use. Blocks, in any thread.
+
+        Raises:
+            CapacityError: the capacity or the disk is exhausted.
+        """
+        self._offer_spare(self._make_spare())
 
     def _offer_spare(self, path: str) -> None:
-        """Keeps the file as the spare, unless another thread has made one meanwhile."""
+        """Keeps the file as a spare, unless other threads have made enough meanwhile."""
         with self._lock:
-            if self._spare is None:
-                self._spare = path
+            if self.needs_spare:
+                self._spares.append(path)
                 return
         os.unlink(path)
 
     @property
+    def has_spare(self) -> bool:
+        return bool(self._spares)
+
+    @property
     def needs_spare(self) -> bool:
-        return self._spare is None
+        """Whether one more should be made ahead, and the capacity has room for it."""
+        spares = len(self._spares)
+        return spares < self._max_spares and spares + len(self._numbers) < self.limit_count
 
     @property
     def syncing(self) -> bool:
         """Whether a thread syncs now: `sync` would wait until it is done."""
         return self._sync_lock.locked()
+
+    @property
+    def has_rolled(self) -> bool:
+        """Whether the current segment began after the last `sync`, which then has more to do than a file's data."""
+        return not self._segment.named
 
     @property
     def unsynced_bytes(self) -> int:
@@ -316,7 +331,14 @@ class Journal:
             self.synced_bytes = appended
 
     def begin_new_segment(self) -> None:
-        """Begins a new segment; after a sync that failed, what isn't durable is given up. Raises CapacityError."""
+        """Begins a new segment; after a sync that failed, what isn't durable is given up. Blocks.
+
+        Raises:
+            CapacityError: the capacity or the disk is exhausted.
+            OSError: the disk refuses.
+        """
+        if not self._spares:
+            self.prepare_spare()
         with self._sync_lock, self._lock:
             if self._failed is None:
                 self._roll()
@@ -329,7 +351,7 @@ class Journal:
             self._failed = None
 
     def release(self, first_needed: int) -> None:
-        """Gives back segments before number `first_needed`: one becomes the spare, the others are removed. Blocks.
+        """Gives back segments before number `first_needed`: some become spares, the others are removed. Blocks.
 
         They need not be synced: what they hold is durable elsewhere. Else a load without fsync would fill the journal.
         """
@@ -338,7 +360,7 @@ class Journal:
                 if not self._numbers or self._numbers[0] >= min(first_needed, self._segment.number):
                     return
                 number = self._numbers.pop(0)
-                recycle = self._spare is None
+                recycle = self.needs_spare
                 for segment in [each for each in self._unsynced if each.number == number]:
                     self._unsynced.remove(segment)
                     os.close(segment.fd)

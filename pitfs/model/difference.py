@@ -9,7 +9,7 @@ Equal checksums make rows candidates for that; the bytes decide (invariant 6).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -23,6 +23,7 @@ Int64s = npt.NDArray[np.int64]
 UInt64s = npt.NDArray[np.uint64]
 Mask = npt.NDArray[np.bool_]
 Rows = npt.NDArray[np.int64]  # indices of rows
+Transfer = tuple[int, int, int]  # of layers: arguments of `part`
 # Which rows of the first array have the bytes of those of the second, of the same length; or are all zeros, if None.
 Comparison = Callable[[Rows, Rows | None], Mask]
 RUN_BYTES: Final = 8 << 20  # well within the codec's window
@@ -97,7 +98,18 @@ class DifferenceJournal:
     counts: Int64s
     data_bytes: Int64s
 
-    def part(self, base: int, layer: int, base_bytes: int = 0, run_bytes: int = RUN_BYTES) -> JournalPart:
+    def placed(self, earlier: Sequence[Transfer]) -> UInt64s:
+        """uint64[n]: by `content`, 1 + the unit of JOURNAL_BLOCKS where earlier transfers put it, 0 where none did."""
+        placed = np.zeros(len(self.sizes), dtype=np.uint64)
+        for base, layer, base_bytes in earlier:
+            part = self.part(base, layer, base_bytes, placed=placed)
+            starts = base_bytes + np.cumsum(part.data_sizes) - part.data_sizes
+            placed[self.content[part.data_rows]] = starts // UNIT_BYTES + 1
+        return placed
+
+    def part(
+        self, base: int, layer: int, base_bytes: int = 0, run_bytes: int = RUN_BYTES, placed: UInt64s | None = None
+    ) -> JournalPart:
         """What layers after `base` (-1: from the first) up to and with `layer` add.
 
         The replica wants rows that ascend by (volume, block, seq), and contents in the order of the rows. The link's
@@ -108,9 +120,14 @@ class DifferenceJournal:
 
         Args:
             base_bytes: of JOURNAL_BLOCKS that the replica has. run_bytes: contents of a run, if not too many.
+            placed: contents in it that are known; without them a content may come once more.
         """
         picked = np.flatnonzero((self.layer > base) & (self.layer <= layer))
-        source, sizes = self.source[picked], self.sizes[picked]
+        source, sizes, unit = self.source[picked], self.sizes[picked], self.unit[picked]
+        if placed is not None:
+            there = np.where(source == int(Source.JOURNAL), placed[self.content[picked]], 0)
+            source[there > 0] = int(Source.SHARED_JOURNAL)
+            unit[there > 0] = there[there > 0] - 1
         # Rows whose content only the journal has: of those with the same content the first one carries it.
         journal = np.flatnonzero(source == int(Source.JOURNAL))
         _, firsts, of = np.unique(self.content[picked[journal]], return_index=True, return_inverse=True)
@@ -127,7 +144,6 @@ class DifferenceJournal:
         order = np.lexsort((picked, block, volume, -run))
         # Contents stand in the order of their rows, behind those that the replica has; the others point to them.
         own = order[carries[order]]
-        unit = self.unit[picked]
         unit[own] = (base_bytes + np.cumsum(sizes[own]) - sizes[own]) // UNIT_BYTES
         unit[journal] = unit[carriers[of]]
         source[journal] = np.where(carries[journal], int(Source.JOURNAL), int(Source.SHARED_JOURNAL))

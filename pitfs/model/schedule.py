@@ -65,7 +65,7 @@ def choose_shipping_mode(
             return ShippingMode(False, f"intervals: as a stream the replica was {behind_s:.1f} s behind")
         return ShippingMode(True, "the link keeps up")
     if not fitted:
-        return ShippingMode(False, "intervals: every write of the last one took more than the link carries")
+        return ShippingMode(False, "intervals: every write of the last one was more than goes in its time")
     room = UNKNOWN_BACKLOG_BYTES if rate_bytes_per_s is None else rate_bytes_per_s * MAX_BACKLOG_S
     if backlog_bytes > room:
         return ShippingMode(

@@ -9,6 +9,7 @@ from typing import Final, Protocol
 
 import trio
 
+from pitfs.model.endpoint import format_endpoint
 from pitfs.nbd.protocol import Buffer
 
 RECEIVE_BYTES: Final = 64 << 10  # two thousand requests, which wait here until they are answered
@@ -76,4 +77,4 @@ def peer_name(stream: trio.SocketStream) -> str:
         host, port, *_ = peer.getpeername()
     except OSError:
         return "a client that is gone"
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return format_endpoint(host, port)

@@ -15,7 +15,8 @@ from pitfs.errors import CorruptionError
 from pitfs.journal.reader import BlockSource, Interval, JournalReader
 from pitfs.journal.search import Found, SegmentSearch
 from pitfs.journal.writer import Location
-from pitfs.model.ladder import LAST_LAYER, granularity_of, layer_of
+from pitfs.model.difference import Transfer
+from pitfs.model.ladder import LAST_LAYER, NO_LAYER, granularity_of, layer_of
 from pitfs.model.schedule import Step, Waiting, layers_left
 from pitfs.model.transfer import CoarseInterval, End, Manifest, Welcome
 from pitfs.replication.interval import PreparedInterval, layers_frames, pick_layers, prepare
@@ -41,6 +42,8 @@ class _Journal:
         segment: that has its first write, or comes shortly before.
         coarse: the interval on the replica.
         rung_bytes, parked: as in Waiting.
+        sent: layers that this process sent, (base, layer, base_bytes) of each transfer; what they brought isn't sent
+            again. sent_end: layer and bytes of JOURNAL_BLOCKS that the replica had then: else it was another's.
     """
 
     mark: int
@@ -48,6 +51,8 @@ class _Journal:
     coarse: CoarseInterval
     rung_bytes: tuple[int | None, ...] | None = None
     parked: int | None = None
+    sent: tuple[Transfer, ...] = ()
+    sent_end: tuple[int, int] = NO_LAYER, 0
 
     @property
     def layer(self) -> int:
@@ -195,7 +200,10 @@ class Backfill:
         assert built is not None and built.interval.to_seq == step.seq
         left = layers_left(layer, built.rung_bytes)
         cause = waits_cause(left[-1][1]) if left else ""
-        picked = await trio.to_thread.run_sync(pick_layers, built, journal.layer, layer, journal.coarse.journal_bytes)
+        has_bytes = journal.coarse.journal_bytes
+        earlier = journal.sent if journal.sent_end == (journal.layer, has_bytes) else ()
+        transfer = journal.layer, layer, has_bytes
+        picked = await trio.to_thread.run_sync(pick_layers, built, *transfer, earlier)
         resume = await self._sender.begin(session, layers_manifest(picked, cause))
         journal.parked = layer  # until it has arrived: on another connection this very transfer is resumed
         frames = layers_frames(picked, resume, self._sender.bandwidth.payload_bytes)
@@ -208,6 +216,7 @@ class Backfill:
                 await session.park()
             raise
         journal.parked = None
+        journal.sent, journal.sent_end = (*earlier, transfer), (layer, picked.end_bytes)
         journal.coarse = replace(
             journal.coarse, granularity_ns=granularity_of(layer), journal_bytes=picked.end_bytes
         )

@@ -132,7 +132,7 @@ class ShipperControl:
         if location is not None:
             lag_bytes = shipper.bytes_between(location, splitter.tail)
         shipping = status.mode.reason if status.link == "connected" else "waits for the link"
-        rate, decision = shipper.bandwidth.rate, status.last_decision
+        rate, intake, decision = shipper.bandwidth.rate, shipper.bandwidth.intake, status.last_decision
         if status.phase is Phase.STREAMING:
             shipping, decision = "streaming", Decision(EVERY_WRITE, f"streaming: {status.mode.reason}")
         return {
@@ -146,6 +146,7 @@ class ShipperControl:
             "journal_bytes": splitter.used_bytes,
             "journal_capacity_bytes": splitter.capacity_bytes,
             "rate_bytes_per_s": rate if rate is None else round(rate),
+            "intake_bytes_per_s": intake if intake is None else round(intake),
             "last_decision": decision,
             "holders": [],
             "seq": splitter.seq,

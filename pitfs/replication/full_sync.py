@@ -37,6 +37,7 @@ from pitfs.replication.manifests import copy_manifest
 from pitfs.replication.phases import Phase
 from pitfs.replication.ports import Session, ShipperSettings
 from pitfs.replication.sending import Sender
+from pitfs.splitter.backings import Backings
 from pitfs.splitter.change_bitmap import BitmapAssembler
 from pitfs.splitter.messages import SplitterClient
 from pitfs.storage.files import open_fd
@@ -47,17 +48,26 @@ log = logging.getLogger(__name__)
 STRETCH_BYTES: Final = 16 << 20  # of a backing volume, read at a time
 CHECKPOINT_BYTES: Final = 8 << 20  # sent before the replica is asked to make it durable
 CHECKPOINT_READ_BYTES: Final = 256 << 20  # read or skipped: zeros send nothing, but their before-images are kept
+# The most that is known at once of where before-images are; 64 MiB. A stretch has no more than 32768.
+MAX_HELD_IMAGES: Final = 1 << 21
 _PRESERVED: Final = np.dtype([("block", "<i8"), ("segment", "<i8"), ("offset", "<i8"), ("checksum", "<u8")])
 _PACK_PRESERVED: Final = struct.Struct("<qqqQ").pack
+_NO_STRETCH: Final = (1 << 62, 0)  # behind all of them
 
 
 class FullSync:
     """Sends copies, each from its COPY_START in the journal, and tells the splitter how far the replica has them."""
 
     def __init__(
-        self, settings: ShipperSettings, splitter: SplitterClient, cursor: JournalCursor, sender: Sender
+        self,
+        settings: ShipperSettings,
+        splitter: SplitterClient,
+        cursor: JournalCursor,
+        sender: Sender,
+        backings: Backings,
     ) -> None:
         self._settings, self._splitter, self._cursor, self._sender = settings, splitter, cursor, sender
+        self._backings = backings
 
     async def ship(self, session: Session, copy: Copy) -> None:
         """Sends a copy, or the rest of it.
@@ -91,7 +101,7 @@ class FullSync:
 
         try:
             with contextlib.ExitStack() as stack:
-                fds = [stack.enter_context(open_fd(backing, os.O_RDONLY)) for backing in self._settings.backings]
+                fds = await self._backings.open(stack)
                 directory, volumes = self._settings.journal_directory, self._settings.hello.volumes
                 frames = copy_frames(directory, volumes, fds, copy, resume, tail)
                 await self._sender.send(session, frames, on_durable=on_durable)
@@ -101,32 +111,48 @@ class FullSync:
             if error is session.failure:
                 raise
             await self._cursor.abandon(str(error))
-        await self._splitter.copied(CopyProgress(mark, len(self._settings.backings), 0))
+        await self._splitter.copied(CopyProgress(mark, len(self._settings.hello.volumes), 0))
         status.acknowledged(session.welcome, copy.location)
         status.enter(Phase.WAITING)
         log.info("%s committed, mark %d", copy.what, mark)
 
 
+
+
+
 class _BeforeImages:
     """Where the journal has the before-images of blocks not yet copied; 32 bytes for each.
 
-    Kept by stretch of the volume, so that each stretch finds its own at once; offset 0 means zeros.
+    Kept by stretch of the volume, so that each stretch finds its own at once; offset 0 means zeros. Where there are too
+    many, those of the last stretches are dropped. When the copy gets there, the journal is read from the copy's start
+    again: so memory is bounded, and a copy that is overwritten faster than it goes costs more reading.
     """
 
     def __init__(self, directory: str, volumes: tuple[VolumeInfo, ...], copy: Copy) -> None:
         self._reader = JournalReader(directory, [volume.block_size for volume in volumes])
         self._reader.seek(copy.location, (0, 0))
-        self._directory, self._volumes = directory, volumes
+        self._directory, self._volumes, self._location = directory, volumes, copy.location
         self._stretches: dict[tuple[int, int], bytearray] = {}
-        self._done = (0, 0)  # stretches before this one are copied
+        self._held_count = 0
+        self._under_way = (0, 0)  # stretches before this one are copied
+        self._dropped_from = _NO_STRETCH  # nothing is held of this one and those behind it
         self._copy_blocks = None if copy.start.is_complete else BitmapAssembler(copy.start)
         self.progress = CopyProgress(copy.start.mark, 0, 0)
 
     def close(self) -> None:
         self._reader.close()
 
-    def follow(self, until: Location) -> None:
-        """Takes in what the splitter preserved until then. Raises CorruptionError."""
+    def follow(self, until: Location, under_way: tuple[int, int] = (0, 0)) -> None:
+        """Takes in what the splitter preserved until then. Raises CorruptionError.
+
+        Args:
+            under_way: (volume, stretch) that is being copied: all of its before-images are held afterwards.
+        """
+        self._under_way = under_way
+        if under_way >= self._dropped_from:
+            self._stretches.clear()
+            self._held_count, self._dropped_from = 0, _NO_STRETCH
+            self._reader.seek(self._location, (0, 0))
         for location, record in self._reader.records(until):
             message = record.message
             if record.kind is RecordKind.BEFORE_IMAGE:
@@ -149,16 +175,30 @@ class _BeforeImages:
         for index, checksum in enumerate(record.checksums):
             block = record.block + index
             key = record.volume, block * size // STRETCH_BYTES
-            if key >= self._done:
+            if self._under_way <= key < self._dropped_from:
                 offset = 0 if zeros else location.offset + record.contents_offset + index * size
                 rows = self._stretches.setdefault(key, bytearray())
                 rows += _PACK_PRESERVED(block, location.segment, offset, checksum)
+                self._held_count += 1
+        if self._held_count > MAX_HELD_IMAGES:
+            self._drop_last()
+
+    def _drop_last(self) -> None:
+        """Drops a quarter of what is held, but not what is under way."""
+        for key in sorted(self._stretches, reverse=True):
+            if self._held_count <= MAX_HELD_IMAGES * 3 // 4 or key == self._under_way:
+                break
+            self._drop(key)
+            self._dropped_from = key
+
+    def _drop(self, key: tuple[int, int]) -> None:
+        self._held_count -= len(self._stretches.pop(key)) // _PRESERVED.itemsize
 
     def done(self, volume: int, stretch: int) -> None:
         """This stretch is copied, and all before it."""
-        self._done = volume, stretch + 1
-        for key in [key for key in self._stretches if key < self._done]:
-            del self._stretches[key]
+        self._under_way = volume, stretch + 1
+        for key in [key for key in self._stretches if key < self._under_way]:
+            self._drop(key)
 
     def apply(self, volume: int, stretch: int, first: int, buffer: bytearray) -> None:
         """Puts the before-images of a stretch over what was read; `buffer` begins with block `first`.
@@ -206,8 +246,8 @@ def copy_frames(
         OSError: a backing volume can't be read.
     """
     with contextlib.closing(_BeforeImages(directory, volumes, copy)) as images:
-        images.follow(tail())
         at_volume, at_block = (resume.cursor[0], resume.cursor[1]) if len(resume.cursor) == 2 else (0, 0)
+        images.follow(tail(), (at_volume, 0))
         if (images.progress.volume, images.progress.block) > (at_volume, at_block):
             raise PositionMismatchError("the replica lost a part of the copy that it had acknowledged")
         rows_bytes, contents_bytes = resume.lengths[0], resume.lengths[1]
@@ -223,7 +263,8 @@ def copy_frames(
                 if blocks is not None:
                     picked = np.array((blocks & BitMap64(range(first, end))).to_array(), dtype=np.int64)
                 buffer = _read(volume, first, end, fd) if picked is None else _read_picked(volume, picked, fd)
-                images.follow(tail())  # after reading: a write that began meanwhile has left its before-image
+                # After reading: a write that began meanwhile has left its before-image.
+                images.follow(tail(), (index, stretch))
                 images.apply(index, stretch, first, buffer)
                 for entries, payload in _portions(volume, index, first, buffer, picked):
                     yield transfer.Data(Section.DIFF, rows_bytes, entries.tobytes())

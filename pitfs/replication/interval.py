@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -144,12 +144,18 @@ class PickedLayers:
         return self.base_bytes + int(self.part.data_sizes.sum())
 
 
-def pick_layers(prepared: PreparedInterval, base: int, layer: int, base_bytes: int) -> PickedLayers:
-    """What goes next of an interval that has a journal."""
+def pick_layers(
+    prepared: PreparedInterval, base: int, layer: int, base_bytes: int, earlier: Sequence[difference.Transfer] = ()
+) -> PickedLayers:
+    """What goes next of an interval that has a journal.
+
+    Args:
+        earlier: transfers of it that the replica has, as far as they are known: (base, layer, base_bytes) of each.
+    """
     assert prepared.journal is not None
     layers = prepared.position_layers.astype(np.int64)
     positions = prepared.positions[(layers > base) & (layers <= layer)]
-    part = prepared.journal.part(base, layer, base_bytes)
+    part = prepared.journal.part(base, layer, base_bytes, placed=prepared.journal.placed(earlier))
     return PickedLayers(prepared, base, layer, base_bytes, part, positions)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pitfs.model import transfer
+from pitfs.splitter.startup import VolumeSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +19,7 @@ class ShipperSettings:
         hello: who we are.
         peer: HOST:PORT of the replica, for messages.
         journal_directory, capacity_bytes: of the local journal.
-        backings: of each volume, in the order of Hello.volumes.
+        configured: what the configuration says of the volumes.
         mode: sync | async | snapshot | dynamic.
         rate_bytes_per_s: cap on what goes out, None for none.
     """
@@ -27,7 +28,7 @@ class ShipperSettings:
     peer: str
     journal_directory: str
     capacity_bytes: int
-    backings: tuple[str, ...]
+    configured: tuple[VolumeSpec, ...]
     mode: str
     interval_ns: int
     rate_bytes_per_s: int | None
@@ -55,6 +56,8 @@ class Session(Protocol):
     def wire_bytes(self) -> int: ...
     @property
     def payload_bytes(self) -> int: ...
+    @property
+    def busy_s(self) -> float: ...
     async def begin(self, manifest: transfer.Manifest) -> transfer.ResumePoint: ...
     async def send(self, frame: transfer.Data | transfer.Checkpoint) -> None: ...
     async def finish(self, end: transfer.End) -> transfer.Welcome: ...

@@ -45,6 +45,7 @@ class Sender:
             on_durable: called now and then with what is durable on the replica.
         """
         begun, wire, payload = trio.current_time(), session.wire_bytes, session.payload_bytes
+        busy_s = session.busy_s
         durable, complete = session.durable, False
         batch_bytes = min(BATCH_BYTES, 4 * self.bandwidth.payload_bytes)
         while not complete:
@@ -62,7 +63,7 @@ class Sender:
                 await on_durable(durable)
         elapsed, sent = trio.current_time() - begun, session.payload_bytes - payload
         if sent >= MEASURABLE_BYTES:
-            self.bandwidth.rates.append(sent / max(elapsed, 1e-3))
+            self.bandwidth.measured(sent, session.busy_s - busy_s, elapsed)
             self.bandwidth.wire_ratio = (session.wire_bytes - wire) / sent
         return True
 

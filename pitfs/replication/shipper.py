@@ -23,6 +23,7 @@ from pitfs.replication.ports import Connect, Session, ShipperSettings
 from pitfs.replication.sending import Sender
 from pitfs.replication.status import ReplicationStatus
 from pitfs.replication.stream import POLL_S, AckReporter, Stream
+from pitfs.splitter.backings import Backings
 from pitfs.splitter.messages import SplitterClient, SplitterStatus
 from pitfs.storage.files import storage_error
 
@@ -58,7 +59,8 @@ class Shipper:
         self.cursor = JournalCursor(settings, splitter, self.status, self.release)
         self.backfill = Backfill(settings, sender)
         self._durability = durability = Durability(settings.journal_directory)
-        self.full_sync = FullSync(settings, splitter, self.cursor, sender)
+        self._backings = Backings(splitter, settings.hello.volumes, settings.configured)
+        self.full_sync = FullSync(settings, splitter, self.cursor, sender, self._backings)
         self.acks = AckReporter(splitter, is_sync=settings.mode == "sync")
         self.stream = Stream(self.cursor.reader, splitter, sender, durability, self.acks, self.release)
 
@@ -106,6 +108,7 @@ class Shipper:
 
     async def _run_session(self) -> None:
         self.status.enter(Phase.CONNECTING)
+        await self._backings.check()
         async with self._connect(self.bandwidth.queue_bytes) as session:
             log.debug("connected to %s, which has mark %d", session.peer, session.welcome.mark)
             session.on_progress = self.status.got_through
@@ -154,7 +157,7 @@ class Shipper:
             behind_s=self.stream.behind_s(),
             backlog_bytes=backlog_bytes,
             interval_s=self.settings.interval_s,
-            rate_bytes_per_s=self.bandwidth.rate,
+            rate_bytes_per_s=self.bandwidth.intake,
             fitted=self.fitted,
         )
         return self.status.mode

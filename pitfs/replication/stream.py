@@ -75,6 +75,7 @@ class Stream:
         self._flushed_at = -math.inf
         self._least_answer_s = math.inf  # between a Flush and its answer, on this connection
         self._saturated_at: float | None = None  # since when there was always more to send than had gone
+        self._busy_s = 0.0  # of the session, then
         self._answered_bytes = 0  # since then
 
     def begin(self, session: Session) -> None:
@@ -166,13 +167,13 @@ class Stream:
     @property
     def _window_bytes(self) -> int:
         """What may be under way."""
-        rate = self._sender.bandwidth.rate
-        if rate is None:
+        intake = self._sender.bandwidth.intake  # what isn't durable has to be waited for, whoever is slow
+        if intake is None:
             return UNKNOWN_WINDOW_BYTES
         # With what is on its way on a long link, or waits for a slow disk: else a window that is too small for
         # the link would be measured as its rate, and made smaller still.
         ahead_s = AHEAD_S + (self._least_answer_s if self._least_answer_s < math.inf else 0.0)
-        return int(min(max(rate * ahead_s, MIN_WINDOW_BYTES), MAX_WINDOW_BYTES))
+        return int(min(max(intake * ahead_s, MIN_WINDOW_BYTES), MAX_WINDOW_BYTES))
 
     async def _send(self, chunk: StreamChunk, now_ns: int | None) -> None:
         assert self._session is not None
@@ -180,6 +181,7 @@ class Stream:
         if chunk.writes is not None:
             if self._saturated_at is None:
                 self._saturated_at, self._answered_bytes = trio.current_time(), 0
+                self._busy_s = self._session.busy_s
             self.position = chunk.position
             await self._flush(chunk.writes, chunk.position[1] if now_ns is None else now_ns)
         if chunk.mark is not None:
@@ -209,8 +211,10 @@ class Stream:
             self._answered_bytes += sent.size_bytes
             elapsed = trio.current_time() - self._saturated_at
             if elapsed >= MEASURE_S and self._answered_bytes >= MEASURE_BYTES:
-                self._sender.bandwidth.rates.append(self._answered_bytes / elapsed)
-                self._saturated_at, self._answered_bytes = trio.current_time(), 0
+                assert self._session is not None
+                busy_s = self._session.busy_s
+                self._sender.bandwidth.measured(self._answered_bytes, busy_s - self._busy_s, elapsed)
+                self._saturated_at, self._answered_bytes, self._busy_s = trio.current_time(), 0, busy_s
         self._acks.reached(self.durable_seq, self.durable_seq >= self._journalled_seq)  # as of the last `pump`
 
 

@@ -18,10 +18,10 @@ from typing import Final
 
 from xxhash import xxh3_128
 
-from pitfs.errors import UsageError
+from pitfs.errors import CapacityError, UsageError
 from pitfs.restore.digest import READ_BYTES, Progress, verify_copy
 from pitfs.storage.exclusive import open_exclusively, written_by_others
-from pitfs.storage.files import closed_on_error, disk_errors, fsync_directory, write_all
+from pitfs.storage.files import FULL_ERRNOS, closed_on_error, disk_errors, fsync_directory, write_all
 from pitfs.view.ranges import cut
 from pitfs.view.view import PointInTimeView, ReadBuffer
 
@@ -89,7 +89,8 @@ def _export_to_file(view: PointInTimeView, path: str, verify: bool, progress: Pr
         try:
             os.ftruncate(fd, 0)
             _set_size(fd, partial, view.size_bytes)
-            _write(view, fd, partial, progress, sparse=True, verify=verify)  # durable before the name
+            with _needed_said(view, path):
+                _write(view, fd, partial, progress, sparse=True, verify=verify)  # durable before the name
             os.rename(partial, path)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
@@ -98,6 +99,19 @@ def _export_to_file(view: PointInTimeView, path: str, verify: bool, progress: Pr
         fsync_directory(os.path.dirname(path))
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def _needed_said(view: PointInTimeView, path: str) -> Iterator[None]:
+    """Raises CapacityError where the disk is full: with how much there must be room for."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL_ERRNOS:
+            raise
+        needed_bytes = sum(end - start for start, end in view.data_ranges())
+        problem = f"{os.strerror(error.errno)}: the image has {needed_bytes} bytes that aren't zeros"
+        raise CapacityError(f"{path}: {problem}: write it to another place") from error
 
 
 def _set_size(fd: int, partial: str, size_bytes: int) -> None:

@@ -21,18 +21,23 @@ class GroupCommit:
     def __init__(self, splitter: Splitter) -> None:
         self._splitter = splitter
         self._lock = trio.Lock()
-        self._average_ns = 0.0  # of late: each new sync counts for an eighth
+        self._average_ns = 2.0 * INLINE_SYNC_NS  # of late, each new sync counts for an eighth; slow until known
 
     def sync_now(self) -> bool:
         """Syncs at once if that is short and no other sync is under way; False: call `sync`. Raises OSError.
 
+        It isn't short while the backing volumes are being synced, nor after a roll, whose rename must be durable.
+
         It has no await, since each one costs a turn of the event loop, as much as the sync itself.
         """
-        journal = self._splitter.journal
+        journal, checkpoints = self._splitter.journal, self._splitter.checkpoints
         if (
             self._splitter.state.bypass_cause
+            or not checkpoints.is_settled
             or self._lock.locked()
             or journal.syncing
+            or journal.has_rolled
+            or checkpoints.is_syncing
             or self._average_ns >= INLINE_SYNC_NS
             or journal.unsynced_bytes > INLINE_SYNC_BYTES
         ):
@@ -46,7 +51,7 @@ class GroupCommit:
         splitter = self._splitter
         target = splitter.journal.appended_bytes
         async with self._lock:
-            if splitter.state.bypass_cause:
+            if splitter.state.bypass_cause or not splitter.checkpoints.is_settled:
                 await trio.to_thread.run_sync(splitter.sync)
             elif splitter.journal.synced_bytes < target:
                 await trio.to_thread.run_sync(self._sync)

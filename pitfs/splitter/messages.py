@@ -54,12 +54,31 @@ class SplitterStatus(msgspec.Struct, frozen=True):
     given_up_seq: int = 0  # a splitter of an older version doesn't say
 
 
+class Backing(msgspec.Struct, frozen=True):
+    """A backing volume as the splitter has it open: descriptor `fd` of process `pid`.
+
+    Attributes:
+        identity: (st_dev, st_ino, st_rdev) of the file or device.
+    """
+
+    name: str
+    block_size: int
+    path: str
+    pid: int
+    fd: int
+    identity: tuple[int, int, int]
+
+
 class _Request(msgspec.Struct, frozen=True, tag=True, tag_field="op"):
     """A request; the method of `SplitterClient` that sends it says what it does."""
 
 
 class ReadStatus(_Request, frozen=True):
     pass
+
+
+class ReadBacking(_Request, frozen=True):
+    index: int
 
 
 class SetMark(_Request, frozen=True):
@@ -89,7 +108,7 @@ class WaitForWrites(_Request, frozen=True):
     lsn: int
 
 
-SplitterRequest = ReadStatus | SetMark | Copied | Release | Rescan | Replicated | WaitForWrites
+SplitterRequest = ReadStatus | ReadBacking | SetMark | Copied | Release | Rescan | Replicated | WaitForWrites
 REQUESTS: Final[msgspec.json.Decoder[SplitterRequest]] = msgspec.json.Decoder(SplitterRequest)
 
 
@@ -102,7 +121,7 @@ class RequestChannel(Protocol):
 
 
 class SplitterClient:
-    """Requests to the splitter, one after the other. Each is answered with the status after it.
+    """Requests to the splitter, one after the other. Each but `backing` is answered with the status after it.
 
     Every method raises ControlError where the splitter refuses, and trio.BrokenResourceError where it has ended.
     """
@@ -123,6 +142,10 @@ class SplitterClient:
 
     async def status(self) -> SplitterStatus:
         return await self._request(ReadStatus())
+
+    async def backing(self, index: int) -> Backing:
+        """The backing of the group's volume with that index. A splitter of an older version refuses."""
+        return await self._channel.request(ReadBacking(index), Backing)
 
     async def mark(self, bookmark: str | None = None) -> SplitterStatus:
         """Closes the interval at the last write, and names that position if a bookmark is given."""

@@ -10,7 +10,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Final
 
-from pitfs.errors import UsageError
+from pitfs.errors import CapacityError, UsageError
 from pitfs.journal.writer import Journal
 from pitfs.model.transfer import VolumeInfo
 from pitfs.splitter.change_bitmap import bitmap_limit_bytes, load_bitmap, remove_bitmap
@@ -107,14 +107,19 @@ def _open(
             recovered.bypass_cause, checksum = progress.bypass_cause, progress.change_bitmap_checksum
             if progress.clean and checksum and cause is None:  # nobody else wrote: the bitmap is all that changed
                 recovered.change_bitmap = load_bitmap(state, checksum, len(volumes), limit_bytes)
-            splitter.checkpoint(splitter.snapshot_progress())
+            splitter.checkpoints.write(splitter.snapshot_progress())
             remove_bitmap(state)
         elif cause is not None:
             if cause:
                 log.warning("%s: a full sync follows, instants until now stay as they are", cause)
-            splitter.start_copy(cause)
+            try:
+                splitter.start_copy(cause)
+            except CapacityError:  # no segment is ready
+                journal.prepare_spare()
+                splitter.start_copy(cause)
+            splitter.checkpoints.settle()
         else:
-            splitter.checkpoint(splitter.snapshot_progress())
+            splitter.checkpoints.write(splitter.snapshot_progress())
     except OSError as error:
         raise storage_error(error, error.filename or directory, "starting the splitter") from error
     return splitter

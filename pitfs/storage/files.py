@@ -8,7 +8,7 @@ import errno
 import os
 from collections.abc import Iterator
 
-from pitfs.errors import CapacityError, CorruptionError, PitfsError
+from pitfs.errors import CapacityError, CorruptionError, DiskFullError, PitfsError
 
 _FALLOC_FL_KEEP_SIZE = 0x01  # linux/falloc.h
 _FALLOC_FL_PUNCH_HOLE = 0x02
@@ -19,9 +19,7 @@ def storage_error(error: OSError, path: str, doing: str) -> PitfsError:
     """The error for the user for an OSError on our own files: full is retryable, all else is not."""
     reason = os.strerror(error.errno) if error.errno else str(error)
     if error.errno in FULL_ERRNOS:
-        return CapacityError(
-            f"{path}: {doing}: {reason}: make room on that file system; pitfs goes on by itself"
-        )
+        return DiskFullError(f"{path}: {doing}: {reason}")
     return PitfsError(f"{path}: {doing}: {reason}")
 
 
@@ -43,6 +41,12 @@ def open_fd(path: str, flags: int, mode: int = 0o600) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+def file_identity(fd: int) -> tuple[int, int, int]:
+    """(st_dev, st_ino, st_rdev): equal for two descriptors of one file or device."""
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino, status.st_rdev
 
 
 @contextlib.contextmanager

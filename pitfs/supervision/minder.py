@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -11,8 +12,10 @@ from typing import Final
 
 import trio
 
+from pitfs.config.production import Config
 from pitfs.errors import EXIT_FAILED
-from pitfs.supervision.service import cancel_on_signal, notify_ready
+from pitfs.fuse.splitter import users_of
+from pitfs.supervision.service import next_signal, notify, notify_ready, stop_signals
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +23,7 @@ RESTART_S: Final = 1.0
 STEADY_S: Final = 60.0  # a part that ran this long gets the short pause again
 MAX_RESTART_S: Final = 30.0
 STOP_S: Final = 60.0  # for the splitter to sync and unmount
+USERS_S: Final = 1.0  # how often a stop that waits looks who uses the volumes
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +40,23 @@ SHIPPER: Final = Part("shipper", "pitfs.supervision.shipper_process", logging.WA
 
 
 class Minder:
-    """Starts a part again when it dies. If the splitter fails to start at all, everything ends."""
+    """Starts a part again when it dies. If the splitter fails to start at all, everything ends.
 
-    def __init__(self, config_path: str, verbose: int) -> None:
-        self._arguments = [config_path, *(["-v"] if verbose else [])]
+    A signal ends both parts, but not while a volume is in use: the disk would go from under its users. Until they are
+    gone both go on. A second signal ends them in any case.
+    """
+
+    def __init__(self, config: Config, verbose: int) -> None:
+        self._arguments = [config.path, *(["-v"] if verbose else [])]
+        self._mountpoint = os.path.realpath(config.splitter.mountpoint)  # before it is mounted
+        self._volumes = [volume.name for volume in config.volumes]
         self._processes: dict[Part, trio.Process] = {}
 
     async def run(self) -> int:
         """Runs until a signal; returns the exit code."""
         exit_code = 0
         async with trio.open_nursery() as nursery:
-            await nursery.start(cancel_on_signal, nursery.cancel_scope)
+            await nursery.start(self._stop_on_signal, nursery.cancel_scope)
             if await self._start(SPLITTER):
                 nursery.start_soon(self._mind, SPLITTER)
                 nursery.start_soon(self._mind, SHIPPER)
@@ -62,6 +72,33 @@ class Minder:
             await self._stop(SHIPPER)
             code = await self._stop(SPLITTER)
         return exit_code or code
+
+    async def _stop_on_signal(self, scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
+        """Cancels the scope at a signal, once no volume is in use, or at the second one."""
+        with stop_signals() as signals:
+            task_status.started()
+            log.info("%s: stopping", await next_signal(signals))
+            notify("STOPPING=1")
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._wait_until_unused, nursery.cancel_scope)
+                log.warning("%s: the second signal: stopping in any case", await next_signal(signals))
+                nursery.cancel_scope.cancel()
+            scope.cancel()
+
+    async def _wait_until_unused(self, scope: trio.CancelScope) -> None:
+        """Cancels the scope when nobody uses a volume; says who does, each time that it changes."""
+        said: list[str] = []
+        while users := await trio.to_thread.run_sync(users_of, self._mountpoint, self._volumes):
+            if users != said:
+                for line in users:
+                    log.warning("waiting, still in use: %s", line)
+                log.warning("writes are served until that has ended; a second signal stops in any case")
+                notify(f"STATUS=waiting, still in use: {users[0]}")
+                said = users
+            await trio.sleep(USERS_S)
+        if said:
+            log.info("no volume is in use any more: stopping")
+        scope.cancel()
 
     async def _start(self, part: Part) -> bool:
         """Starts a part; returns whether it printed `ready`."""

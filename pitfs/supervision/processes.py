@@ -13,6 +13,7 @@ import trio
 from pitfs.config.production import Config, load_config
 from pitfs.errors import UsageError
 from pitfs.link.transport.tls import LinkContext, client_context, require_loopback
+from pitfs.splitter.startup import VolumeSpec
 from pitfs.supervision.report import report
 from pitfs.supervision.service import stop_signals
 
@@ -34,21 +35,14 @@ async def trim_heap() -> None:
 
 
 async def wait_for_stop() -> None:
-    """Returns on SIGTERM or SIGINT, or when the minder is gone: a group must never have two splitters.
+    """Returns when the minder says so, or is gone: a group must never have two splitters.
 
-    Standard input is a pipe to which the minder never writes, so it becomes readable when the minder ends.
-    (PR_SET_PDEATHSIG follows the thread that started a process, not the minder.)
+    Standard input is a pipe to which the minder never writes, so it becomes readable when the minder closes it or ends.
+    (PR_SET_PDEATHSIG follows the thread that started a process, not the minder.) SIGTERM and SIGINT have no effect: a
+    terminal sends them to all processes, but the minder alone knows whether the volumes are still in use.
     """
-    async with trio.open_nursery() as nursery:
-
-        async def signalled() -> None:
-            with stop_signals() as signals:
-                async for _ in signals:
-                    nursery.cancel_scope.cancel()
-
-        nursery.start_soon(signalled)
+    with stop_signals():
         await trio.lowlevel.wait_readable(sys.stdin.fileno())
-        nursery.cancel_scope.cancel()
 
 
 def set_up_daemon_logging(verbose: int) -> None:
@@ -67,6 +61,11 @@ def link_context(config: Config) -> LinkContext | None:
         return None
     assert tls.certificate and tls.key and tls.authority  # as a `TlsConfig` says
     return client_context(tls.certificate, tls.key, tls.authority)
+
+
+def volume_specs(config: Config) -> list[VolumeSpec]:
+    """The volumes as the splitter opens them, in the group's order."""
+    return [VolumeSpec(volume.name, volume.backing, volume.block_size) for volume in config.volumes]
 
 
 def run_process(serve: Callable[[Config], int]) -> int:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import Final
 
-from pitfs.errors import EXIT_FAILED, PitfsError
+from pitfs.errors import EXIT_FAILED, DiskFullError, PitfsError
 
 EXIT_INTERRUPTED: Final = 130  # 128 + SIGINT, as shells report it
 EXIT_BROKEN_PIPE: Final = 141  # 128 + SIGPIPE, as other programs end in `| head`
@@ -43,7 +43,7 @@ def report(error: BaseException, *, verbose: bool = False, program: str = "pitfs
         return EXIT_INTERRUPTED
     code = EXIT_FAILED
     if isinstance(first, PitfsError):
-        message, code = str(first), first.exit_code
+        message, code = first.ended if isinstance(first, DiskFullError) else str(first), first.exit_code
     elif isinstance(first, OSError):
         paths = [os.fsdecode(path) for path in (first.filename, first.filename2) if isinstance(path, str | bytes)]
         message = ": ".join([*paths, first.strerror or str(first) or type(first).__name__])

@@ -56,12 +56,17 @@ def stop_signals() -> Iterator[AsyncIterator[int]]:
         yield signals
 
 
+async def next_signal(signals: AsyncIterator[int]) -> str:
+    """Waits for one of `stop_signals`; its name."""
+    return signal.Signals(await anext(signals)).name
+
+
 async def cancel_on_signal(scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
     """Cancels the scope on SIGTERM or SIGINT; started when it would hear them."""
     with stop_signals() as signals:
         task_status.started()
-        async for number in signals:
-            log.info("%s: stopping", signal.Signals(number).name)
+        while True:
+            log.info("%s: stopping", await next_signal(signals))
             notify("STOPPING=1")
             scope.cancel()
 

@@ -34,6 +34,7 @@ from pitfs.supervision.processes import (
     run_process,
     set_process_name,
     trim_heap,
+    volume_specs,
     wait_for_stop,
 )
 
@@ -48,7 +49,7 @@ def shipper_settings(config: Config, hello: Hello) -> ShipperSettings:
         peer=format_endpoint(replication.host, replication.port),
         journal_directory=journal_directory(config.group.state),
         capacity_bytes=config.journal.capacity_bytes,
-        backings=tuple(volume.backing for volume in config.volumes),
+        configured=tuple(volume_specs(config)),
         mode=replication.mode,
         interval_ns=replication.interval_ns,
         rate_bytes_per_s=replication.rate_bytes_per_s,

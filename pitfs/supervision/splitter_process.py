@@ -23,9 +23,9 @@ from pitfs.fuse.splitter import SplitterOperations, attached_loops, mount_splitt
 from pitfs.splitter import control, messages
 from pitfs.splitter.group_commit import GroupCommit
 from pitfs.splitter.service import SplitterService
-from pitfs.splitter.startup import VolumeSpec, lock_state, open_splitter
+from pitfs.splitter.startup import lock_state, open_splitter
 from pitfs.splitter.sync_gate import SyncGate
-from pitfs.supervision.processes import run_process, set_process_name, wait_for_stop
+from pitfs.supervision.processes import run_process, set_process_name, volume_specs, wait_for_stop
 
 log = logging.getLogger("pitfs.supervision.splitter_process")  # __name__ is __main__ here
 
@@ -56,15 +56,14 @@ async def _stop_on_request(service: SplitterService, mountpoint: str) -> None:
 def serve(config: Config) -> int:
     """Runs the splitter until SIGTERM; returns the exit code."""
     set_process_name("pitfs-splitter")
-    set_io_flusher()
+    refused = set_io_flusher()  # before there are threads
     mountpoint, state = config.splitter.mountpoint, config.group.state
     lock = lock_state(state)
     prepare_mountpoint(mountpoint, config.group.name)
     resolved = os.path.realpath(mountpoint)  # before it is mounted: then nothing answers until the loop runs
-    volumes = [VolumeSpec(volume.name, volume.backing, volume.block_size) for volume in config.volumes]
     journal = config.journal
     splitter = open_splitter(
-        state, config.group.name, volumes, journal.capacity_bytes, journal.on_full == "block", time.time_ns
+        state, config.group.name, volume_specs(config), journal.capacity_bytes, journal.on_full == "block", time.time_ns
     )
     replication = config.replication
     copying = splitter.state.copy is not None
@@ -74,6 +73,8 @@ def serve(config: Config) -> int:
     # A stop from here on waits until the mount can be unmounted in order; `wait_for_stop` unblocks it.
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
     mount_splitter(operations, mountpoint, config.group.name)
+    if refused:  # not before: a start that fails says why, in one line
+        log.info("%s", refused)
     gc.collect()
     gc.freeze()  # what exists now stays, so collections in the middle of a write need not look at it
     try:

@@ -25,7 +25,12 @@ def content(number: int) -> bytes:
 def append(journal: Journal, seq: int, blocks: int = 1) -> None:
     data = b"".join(content(seq * 1000 + index) for index in range(blocks))
     covered = b"".join(each.to_bytes(8, "little") for each in block_checksums(data, BLOCK))
-    journal.append(RecordKind.WRITE, 0, seq, blocks, seq, 1000 + seq, covered, data)
+    record = RecordKind.WRITE, 0, seq, blocks, seq, 1000 + seq, covered, data
+    try:
+        journal.append(*record)
+    except CapacityError:
+        journal.prepare_spare()
+        journal.append(*record)
 
 
 def recover(directory: Path) -> tuple[list[int], JournalTail | None]:

@@ -14,7 +14,7 @@ import shutil
 import struct
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ from tests.helpers.stores import object_files
 GOLDEN = Path(__file__).parent
 VERSIONS = sorted(path.name for path in GOLDEN.glob("version-*"))
 VOLUMES = ("v0", "v1")
-BLOCK_SIZES = {"v0": 4096, "v1": 512}
 OFFSETS = (700, 50_000, 100_001)  # of new writes, in each volume
 NEW_WRITES = len(OFFSETS) * len(VOLUMES)
 SLOT_BYTES = 16384
@@ -51,6 +50,7 @@ class Kept:
     mtimes_ns: list[int]
     final: list[str]  # digests of the volumes when the host has started again
     states: list[list[str]]  # digests after each write
+    block_sizes: dict[str, int] = field(default_factory=dict)
 
     @property
     def store(self) -> Path:
@@ -72,7 +72,7 @@ class Kept:
         """At that rate all streams; at a low one what waits goes as intervals."""
         backings = {name: self.path / name for name in VOLUMES}
         return Production(
-            self.path, backings, port=replica.port, state=self.state, block_sizes=BLOCK_SIZES, capacity="16MiB",
+            self.path, backings, port=replica.port, state=self.state, block_sizes=self.block_sizes, capacity="16MiB",
             interval="60s", rate=rate,
         )  # fmt: skip
 
@@ -89,6 +89,8 @@ def unpack(request: pytest.FixtureRequest, tmp_path: Path) -> Unpack:
             archive.extraction_filter = getattr(tarfile, "data_filter", lambda member, path: member)
             archive.extractall(tmp_path)
         kept = Kept(tmp_path / scene, **json.loads((directory / f"{scene}.json").read_text()))
+        for volume in json.loads((kept.store / "store.json").read_text())["volumes"]:
+            kept.block_sizes[volume["name"]] = volume["block_size"]
         for name, mtime_ns in zip(VOLUMES, kept.mtimes_ns, strict=True):
             os.utime(kept.path / name, ns=(mtime_ns, mtime_ns))
         return kept
@@ -155,8 +157,8 @@ def check_reads(kept: Kept, ways: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def resumed(kept: Kept, staged: str) -> Iterator[None]:
-    """What was staged, the name of a file in staging/, becomes an object as it is: it doesn't begin anew."""
-    path = kept.store / "staging" / staged
+    """What was staged, the one file like that in staging/, becomes an object as it is: it doesn't begin anew."""
+    (path,) = (kept.store / "staging").glob(staged)
     held = kept.path / "held"  # else the file's number may be given again
     os.link(path, held)
     yield
@@ -251,7 +253,7 @@ def test_a_kept_store_and_a_kept_state_go_on(unpack: Unpack) -> None:
     unshipped = min(seq for seq in kept.marks if seq > old["open_intervals"][0]["to_seq"])
     bring_into_this_boot(kept.state)
     with kept.replica() as replica, kept.production(replica) as production:
-        with resumed(kept, "layers-000000000000000a/journal-000000000000000a.blocks"):
+        with resumed(kept, "layers-*/journal-*.blocks"):
             final = go_on(production, kept)
             after = pitfs("bookmark", production.config, "after").strip()
             assert exit_code("bookmark", production.config, "first")[0] == 2  # it was given long ago
@@ -297,7 +299,7 @@ def test_a_first_copy_half_way_goes_on_where_it_was(unpack: Unpack) -> None:
     assert said("list", kept.store) == kept.listing
     bring_into_this_boot(kept.state)
     with kept.replica() as replica, kept.production(replica) as production:
-        with resumed(kept, "snapshot-0000000000000001.blocks"):
+        with resumed(kept, "snapshot-*.blocks"):
             final = go_on(production, kept)
         wait_for_every_write(kept)
         production.terminate()
@@ -314,7 +316,7 @@ def test_a_host_that_was_stopped_while_writes_passed_goes_on(unpack: Unpack) -> 
     """The staged diff goes on, then come what was journalled, a gap with its cause, and what changed in it."""
     kept = unpack("bypassed")
     with kept.replica() as replica, kept.production(replica, rate="80Mbit") as production:
-        with resumed(kept, "snapshot-0000000000000003.blocks"):
+        with resumed(kept, "snapshot-*.blocks"):
             wait_for_shipper(production)
             wait_until(lambda: not said("status", production.config)["passing"], "writes are journalled again")
         final = go_on(production, kept)
@@ -335,7 +337,7 @@ def test_a_copy_of_changes_half_way_goes_on_where_it_was(unpack: Unpack) -> None
     kept = unpack("changes")
     bring_into_this_boot(kept.state)
     with kept.replica() as replica, kept.production(replica) as production:
-        with resumed(kept, "snapshot-0000000000000004.blocks"):
+        with resumed(kept, "snapshot-*.blocks"):
             final = go_on(production, kept)
         production.terminate()
         replica.terminate()

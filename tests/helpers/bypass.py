@@ -91,7 +91,15 @@ class Bypassing(Parts):
                 raise CapacityError("the journal is full")
             append(kind, *arguments)
 
-        self.splitter.journal.append = limited  # type: ignore[method-assign]
+        find_room = self.splitter._find_room
+
+        def searched(*arguments: Any) -> None:
+            if self.full:
+                self.splitter._no_room = arguments[0], CapacityError("the journal is full")
+            else:
+                find_room(*arguments)
+
+        self.splitter.journal.append, self.splitter._find_room = limited, searched
 
     @property
     def splitter(self) -> Any:
@@ -124,14 +132,15 @@ class Bypassing(Parts):
         self.scatter(count)
         assert self.splitter.state.bypass_cause
 
-    def room(self) -> bool:
+    async def room(self) -> bool:
         """What is shipped is given back, and writes are journalled again, if there is room for that."""
         self.full = False
         splitter = self.splitter
         if not splitter.state.bypass_cause:
             return True
         splitter.journal.release(splitter.releasable_segment)
-        return bool(splitter.resume_journal())
+        self.service._splitter = splitter
+        return await self.service.resume_journal()
 
     def restart(self, clean: bool) -> None:
         """The splitter's process ends, in order or by a kill, and comes again."""
@@ -178,8 +187,8 @@ class Bypassing(Parts):
         """Everything is on the replica."""
         await self.ship_all()
         if self.splitter.state.bypass_cause:
-            self.splitter.checkpoint(self.splitter.snapshot_progress())
-            assert self.room()
+            self.splitter.checkpoints.write(self.splitter.snapshot_progress())
+            assert await self.room()
         self.mark()
         await self.ship_all()
 

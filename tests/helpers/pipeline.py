@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,10 +20,25 @@ from pitfs.replication.full_sync import copy_frames
 from pitfs.replication.interval import diff_frames, layers_frames, pick_layers, prepare
 from pitfs.replication.manifests import copy_manifest, diff_manifest, layers_manifest
 from pitfs.splitter.identity import read_group
-from pitfs.splitter.splitter import Splitter
+from pitfs.splitter.service import SplitterService
+from pitfs.splitter.splitter import NotReadyError, Splitter
 from pitfs.splitter.startup import VolumeSpec, journal_directory, lock_state, open_splitter
+from pitfs.splitter.sync_gate import SyncGate
 from pitfs.store.ingest import Ingest
 from tests.helpers.stores import feed
+
+
+def make_ready(action: Callable[[], None]) -> None:
+    """Does it, and first what a disk must do for it, as the service does."""
+    while True:
+        try:
+            return action()
+        except NotReadyError as wait:
+            wait.make_ready()
+
+
+def service_of(pipeline: Pipeline) -> SplitterService:
+    return SplitterService(pipeline.splitter, SyncGate(holds=False, blocks=False, copying=False))
 
 
 @dataclass
@@ -71,13 +86,15 @@ class Pipeline:
 
     def start(self) -> None:
         self.lock = lock_state(self.state)
-        specs = [
-            VolumeSpec(f"v{index}", str(path), size)
-            for index, (path, size) in enumerate(zip(self.backings, self.block_sizes, strict=True))
-        ]
         self.splitter: Splitter = open_splitter(
-            self.state, "g", specs, self.capacity_bytes, False, self._clock
+            self.state, "g", self.specs, self.capacity_bytes, False, self._clock
         )
+
+    @property
+    def specs(self) -> list[VolumeSpec]:
+        """As a configuration has the volumes."""
+        backings = enumerate(zip(self.backings, self.block_sizes, strict=True))
+        return [VolumeSpec(f"v{index}", str(path), size) for index, (path, size) in backings]
 
     def crash(self) -> None:
         """As kill -9: descriptors go, nothing is closed in order."""
@@ -91,7 +108,7 @@ class Pipeline:
             volume.close()
 
     def write(self, volume: int, offset: int, data: bytes) -> None:
-        self.splitter.write(volume, offset, data)
+        make_ready(lambda: self.splitter.write(volume, offset, data))
         after = list(self.states[-1])
         after[volume] = after[volume][:offset] + data + after[volume][offset + len(data) :]
         self.states.append(after)

@@ -189,14 +189,19 @@ class Daemon:
         """Living processes of it, all or those with that comm name."""
         return [pid for pid in pids_with(self.mark) if comm is None or command_name(pid) == comm]
 
-    def terminate(self, timeout_s: float = END_TIMEOUT_S) -> None:
+    def terminate(self, timeout_s: float = END_TIMEOUT_S, *, though_in_use: bool = False) -> None:
         """SIGTERM; must end with exit code 0 and leave no process.
+
+        Args:
+            though_in_use: with the second signal, which ends it in any case.
 
         Raises:
             HostError: it didn't.
         """
         assert self.process is not None
         self.process.terminate()
+        if though_in_use:
+            self.process.send_signal(signal.SIGINT)
         try:
             code = self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -228,6 +233,7 @@ class Daemon:
         """Ends it whatever its state; never raises for one that is gone."""
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
+            self.process.send_signal(signal.SIGINT)  # in any case
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(10)
         self.kill()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -26,7 +27,7 @@ from pitfs.replication.phases import Phase
 from pitfs.replication.ports import ShipperSettings
 from pitfs.replication.shipper import Shipper
 from pitfs.splitter.service import SplitterService
-from pitfs.splitter.startup import journal_directory
+from pitfs.splitter.startup import VolumeSpec, journal_directory
 from pitfs.splitter.sync_gate import SyncGate
 from pitfs.store.catalog.records import Interval as Facts
 from pitfs.store.ingest import Ingest
@@ -45,7 +46,7 @@ def settings_of(pipeline: Pipeline, mode: str = "dynamic", rate_bytes_per_s: int
         peer="here",
         journal_directory=journal_directory(pipeline.state),
         capacity_bytes=pipeline.capacity_bytes,
-        backings=tuple(str(path) for path in pipeline.backings),
+        configured=tuple(pipeline.specs),
         mode=mode,
         interval_ns=2 * 10**9,
         rate_bytes_per_s=rate_bytes_per_s,
@@ -64,6 +65,7 @@ class Here:
         self.on_progress: Callable[[ResumePoint], None] | None = None
         self.on_durable: Callable[[Durable], None] | None = None
         self.wire_bytes = self.payload_bytes = self.begun = 0
+        self.busy_s = 0.0
         self.resumed: list[ResumePoint] = []  # of each transfer, where it went on
         self.flushed: list[Flush] = []
 
@@ -112,6 +114,11 @@ class Parts:
 
     def _new_shipper(self) -> Shipper:
         return Shipper(self._settings, self.client, self.client, self._connect)
+
+    def use_configuration(self, configured: tuple[VolumeSpec, ...]) -> None:
+        """As a shipper that is started again with an edited file."""
+        self._settings = dataclasses.replace(self._settings, configured=configured)
+        self.restart_shipper()
 
     @asynccontextmanager
     async def _connect(self, queue_bytes: int) -> AsyncIterator[Here]:

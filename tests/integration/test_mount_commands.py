@@ -15,6 +15,7 @@ from xxhash import xxh3_128_hexdigest
 
 from pitfs.model.position import format_instant
 from pitfs.model.transfer import VolumeInfo
+from pitfs.restore import export
 from pitfs.store.ingest import Ingest
 from tests.helpers.commands import said
 from tests.helpers.processes import run
@@ -187,6 +188,20 @@ def test_a_failed_export_leaves_nothing(
     blocks.write_bytes(contents)
     assert "damaged" in said(capsys, "export", store, "start", "root", str(tmp_path / "out.img"), code=1)
     assert "damaged" in said(capsys, "digest", store, "start", "root", code=1)
+    assert not list(tmp_path.glob("out.img*"))
+
+
+def test_an_export_that_has_no_room_says_how_much_it_needs(
+    store: str, history: History, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(export, "write_all", full)
+    image, size = history.states[50][0], VOLUMES[0].block_size
+    needed = sum(len(image[at : at + size]) for at in range(0, len(image), size) if any(image[at : at + size]))
+    line = said(capsys, "export", store, "seq-50", "root", str(tmp_path / "out.img"), code=1)
+    assert f"out.img: No space left on device: the image has {needed} bytes that aren't zeros: write it to an" in line
     assert not list(tmp_path.glob("out.img*"))
 
 

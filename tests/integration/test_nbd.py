@@ -268,6 +268,7 @@ def test_tls_asks_for_certificates_of_both_sides(
         assert instant not in plain.stdout
         assert "TLS" in run(["qemu-img", "info", f"nbd://localhost:{port}/{instant}/root"], accept=(1,)).stderr
         run(["nbdinfo", "--size", libnbd("client")])  # others go on
+        assert f"listening at 127.0.0.1:{port}\n" in server.logged() and "('" not in server.logged()
         assert "Traceback" not in server.logged() and "isn't signed by the authority" in server.logged()
         server.terminate()
 

@@ -229,7 +229,7 @@ def write_to_an_image(hosts: Hosts, table: Path) -> None:
     options = hosts.moved(words[words.index("-o") + 1])
     assert any(f"/mnt/try pitfs nofail,_netdev,{words[words.index('-o') + 1]} " in " ".join(line.split())
                for line in fstab_lines())  # fmt: skip
-    (check,) = (words for words in commands("The night", "README") if words[0] == "e2fsck")
+    (check,) = (words for words in commands("LOOK INTO IT", "pitfs-recovery.7") if words[0] == "e2fsck")
     with Mount(hosts.tmp / "stores" / "db1", hosts.tmp, name="try", options=options) as mount:
         with LoopDevice(mount.image("latest")) as device:
             run([*check[:-1], device], accept=(0, 1))

@@ -304,7 +304,8 @@ def test_a_start_with_a_full_state_disk_says_so_and_a_passing_one_starts_again(t
         fill(disk / "ballast")
         backing = free_file(tmp_path / "backing", MIB)
         config = write_config(tmp_path, {"root": backing}, state=disk / "new")
-        pitfs_refused(1, f"{disk}/new", "No space left on device", "make room", args=["protect", config])
+        ways_out = "make room on that file system, then try again"
+        pitfs_refused(1, f"{disk}/new", f"No space left on device: {ways_out}", args=["protect", config])
         (disk / "ballast").unlink()
         with Production(tmp_path, {"root": VOLUME_BYTES}, port=free_port(), interval="60s", state=disk / "state",
                         capacity="48MiB") as production:  # fmt: skip

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
 from pitfs.cli.main import main
-from tests.helpers.hosts import Production
+from tests.helpers.hosts import Production, Replica, digest, free_port, xxhsum
 from tests.helpers.loops import LoopDevice, MountedFilesystem, force_unmount, free_file, is_mounted
-from tests.helpers.processes import run
+from tests.helpers.processes import HostError, run, wait_until
 from tests.helpers.refusals import config_text, pitfs_refused, together, write_config
 
 pytestmark = [pytest.mark.fuse, pytest.mark.timeout(120)]
 MIB = 1 << 20
+PR_GET_IO_FLUSHER = 58
 
 
 @pytest.fixture
@@ -203,6 +208,13 @@ def test_a_damaged_state_is_named_and_left_as_it_is(tmp_path: Path) -> None:
     )
 
 
+def test_a_kernel_that_refuses_what_little_memory_needs_is_said_by_default(tmp_path: Path) -> None:
+    with Production(tmp_path, {"root": MIB}, port=free_port()) as production:
+        lines = [line for line in production.logged().splitlines() if "PR_SET_IO_FLUSHER" in line]
+        refused = ctypes.CDLL(None).prctl(PR_GET_IO_FLUSHER, 0, 0, 0, 0) < 0
+        assert len(lines) == refused
+
+
 # -- the mountpoint
 
 
@@ -215,6 +227,15 @@ def test_a_mountpoint_that_can_not_be_one_is_refused(tmp_path: Path, backing: Pa
         config = write_config(tmp_path, {"root": backing}, mountpoint=path)
         pitfs_refused(2, f"{path}: mountpoint: ", words, args=["protect", config])
         assert not (tmp_path / "state" / "group.json").exists()
+
+
+def test_a_mountpoint_that_is_not_empty_is_refused(tmp_path: Path, backing: Path) -> None:
+    """The mount would hide what is there: the configuration, for one, which the shipper reads after the splitter."""
+    place = tmp_path / "full"
+    place.mkdir()
+    config = write_config(tmp_path, {"root": backing}, mountpoint=place).rename(place / "c.toml")
+    pitfs_refused(2, f"{place}: mountpoint: not empty", "c.toml", "give an empty directory", args=["protect", config])
+    assert os.listdir(place) == ["c.toml"] and not is_mounted(place)
 
 
 def test_a_mountpoint_where_something_is_mounted_is_refused(tmp_path: Path, backing: Path) -> None:
@@ -262,3 +283,30 @@ def test_a_bookmark_is_never_moved_nor_misnamed(tmp_path: Path, capsys: pytest.C
             said = capsys.readouterr().err
             assert said.count("\n") == 1 and words in said
         production.terminate()
+
+
+# -- a configuration that is edited while it runs
+
+
+def test_a_configuration_that_was_edited_meanwhile_ships_nothing_until_it_fits_again(tmp_path: Path) -> None:
+    """The shipper reads it anew when it starts again after a crash; the splitter has that of its start."""
+    other = free_file(tmp_path / "other", MIB)
+    with Replica(tmp_path) as replica, Production(tmp_path, {"root": MIB}, port=replica.port) as production:
+        production.volume().write_bytes(b"z" * MIB)
+        production.snapshot()
+        text = production.config.read_text()
+        production.config.write_text(text.replace(str(production.backings["root"]), str(other)))
+
+        def link_says(words: str) -> bool:
+            with contextlib.suppress(HostError):  # there is no shipper for a moment
+                return words in str(production.status()["link"])
+            return False
+
+        for configured, words in ((True, "the configuration was changed"), (False, "connected")):
+            if not configured:
+                production.config.write_text(text)
+            for pid in production.pids("pitfs-shipper"):
+                os.kill(pid, signal.SIGKILL)
+            wait_until(functools.partial(link_says, words), words, 60, 0.2)
+        assert str(other) in production.logged() and "restart 'pitfs protect'" in production.logged()
+        assert digest(replica.store(), production.snapshot()) == xxhsum(production.volume())

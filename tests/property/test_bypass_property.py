@@ -32,7 +32,7 @@ async def step(parts: Bypassing, saved: list[Path]) -> None:
         case 4:
             parts.overflow(int(random.integers(1, 6)))
         case 5 | 6:
-            parts.room()
+            await parts.room()
         case 7 | 8:
             parts.during = lambda: race(parts)
             await parts.ship_all()
@@ -42,7 +42,7 @@ async def step(parts: Bypassing, saved: list[Path]) -> None:
             await parts.connect_anew()
         case 10:
             await parts.connect_anew()
-            parts.splitter.checkpoint(parts.splitter.snapshot_progress())
+            parts.splitter.checkpoints.write(parts.splitter.snapshot_progress())
             parts.splitter.journal.release(parts.splitter.releasable_segment)
         case 11:
             if not saved:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import closing as closing_source
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,21 @@ import numpy as np
 import pytest
 
 from pitfs.errors import CorruptionError
+from pitfs.journal.reader import BlockSource, Interval
+from pitfs.model.difference import Transfer
+from pitfs.model.ladder import LAST_LAYER, NO_LAYER
 from pitfs.model.transfer import VolumeInfo
+from pitfs.replication.interval import diff_frames, layers_frames, pick_layers, prepare
+from pitfs.replication.manifests import diff_manifest, layers_manifest
+from pitfs.splitter.startup import journal_directory
 from pitfs.store.catalog import database
 from pitfs.store.ingest import Ingest
 from pitfs.store.objects.format import HEADER_BYTES, ObjectKind, ObjectName
 from pitfs.store.open_interval import closing, contents
 from pitfs.store.store import Store
+from tests.helpers import shipper
 from tests.helpers.pipeline import Pipeline
-from tests.helpers.stores import ingest_transfer, object_files, read_image
+from tests.helpers.stores import feed, ingest_transfer, object_files, read_image
 from tests.helpers.streams import batch_of, mark_of
 from tests.helpers.transfers import History
 
@@ -130,15 +139,45 @@ def test_what_is_streamed_takes_the_room_that_figure_9_allows(tmp_path: Path, se
     ingest.close()
 
 
+def ship(pipeline: Pipeline, layers: Sequence[int]) -> None:
+    """All that waits; an interval's layers up to each of these in a transfer of their own."""
+    for item in pipeline.items():
+        if not isinstance(item, Interval):
+            pipeline.ship_copy(item)
+            continue
+        with closing_source(BlockSource(journal_directory(pipeline.state), item, pipeline.block_sizes)) as source:
+            prepared = prepare(item, pipeline.volumes, source, True)
+            for frame in diff_frames(prepared, pipeline.ingest.begin(diff_manifest(prepared, ""))):
+                feed(pipeline.ingest, frame)
+            earlier: list[Transfer] = []
+            base, base_bytes = NO_LAYER, 0
+            for layer in layers:
+                picked = pick_layers(prepared, base, layer, base_bytes, earlier)
+                for frame in layers_frames(picked, pipeline.ingest.begin(layers_manifest(picked, ""))):
+                    feed(pipeline.ingest, frame)
+                earlier.append((base, layer, base_bytes))
+                base, base_bytes = layer, picked.end_bytes
+
+
+@pytest.mark.parametrize("layers", [(LAST_LAYER,), (2, LAST_LAYER), (0, 2, 5, LAST_LAYER)])
 @pytest.mark.parametrize("seed", range(3))
-def test_what_is_shipped_takes_the_room_that_figure_9_allows(tmp_path: Path, seed: int) -> None:
-    pipeline = Pipeline(tmp_path, [v.size_bytes for v in VOLUMES], [v.block_size for v in VOLUMES], seed=seed)
+def test_what_is_shipped_takes_the_room_that_figure_9_allows(
+    tmp_path: Path, seed: int, layers: tuple[int, ...]
+) -> None:
+    """In one transfer of all layers, or layer by layer as there is room."""
+    sizes, block_sizes = [v.size_bytes for v in VOLUMES], [v.block_size for v in VOLUMES]
+    pipeline = Pipeline(tmp_path, sizes, block_sizes, seed=seed, tick_ns=9_000_000)
     writes = hot_set(seed, 1_200, pipeline.states[0])
     for volume, block, content in writes:
         pipeline.write(volume, block * len(content), content)
     pipeline.splitter.mark()
-    pipeline.ship()
+    ship(pipeline, layers)
     assert stored(pipeline.ingest.path, only_interval(pipeline.ingest)) == allowed(writes, None)
+    store = Store.open(pipeline.ingest.path)
+    for seq in (*range(1, 1_200, 61), 1_200):
+        for volume in range(len(VOLUMES)):
+            assert read_image(store, store.at_seq(seq), volume) == pipeline.states[seq][volume]
+    store.close()
     pipeline.close()
 
 
@@ -170,6 +209,32 @@ def test_contents_with_equal_checksums_are_stored_each_where_their_bytes_differ(
     ingest.close()
 
 
+@pytest.mark.parametrize("damage", ["cut", "a directory"])
+def test_an_older_object_that_is_damaged_ends_no_closing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    """What a block had before is only compared."""
+    history = History(8, VOLUMES)
+    ingest = Ingest(str(tmp_path), history.hello)
+    ingest_transfer(ingest, history.close_interval())
+    ingest.close()
+    ingest = Ingest(str(tmp_path), history.hello)  # which has no object open
+    before = history.states[0][1]
+    block = next(block for block in range(70) if len(set(before[block * 4096 : (block + 1) * 4096])) > 4)
+    ingest.write(batch_of([history.write_blocks(1, block, [before[block * 4096 : (block + 1) * 4096]])]))
+    (base,) = object_files(ingest.path, "snapshot-*.blocks")
+    if damage == "cut":
+        os.truncate(base, HEADER_BYTES)
+    else:
+        base.unlink()
+        base.mkdir()
+    ingest.mark(mark_of(history))
+    ingest.stream.wait_for_closing()
+    assert "stored once more" in caplog.text
+    assert stored(ingest.path, only_interval(ingest)) == (4096, 0)
+    ingest.close()
+
+
 def test_damage_in_the_log_ends_no_closing_and_is_an_error_of_its_block_alone(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -193,3 +258,29 @@ def test_damage_in_the_log_ends_no_closing_and_is_an_error_of_its_block_alone(
         read_image(store, store.at_seq(1), 1)
     store.close()
     ingest.close()
+
+
+async def test_layers_that_are_backfilled_one_by_one_bring_each_content_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: object
+) -> None:
+    """By the shipper: what goes again after a connection that broke is the same."""
+    monkeypatch.setattr(shipper, "Pipeline", partial(Pipeline, tick_ns=9_000_000))
+    parts = shipper.Parts(tmp_path)
+    await parts.locate()
+    await parts.ship()
+    random = np.random.default_rng(3)
+    pool = [random.bytes(4096) for _ in range(60)]
+    writes: list[Overwrite] = [(0, int(random.integers(5)), pool[int(random.integers(60))]) for _ in range(400)]
+    for volume, block, content in writes:
+        parts.pipeline.write(volume, block * 4096, content)
+    parts.mark()
+    await parts.ship(layers=False)
+    parts.shipper.bandwidth.measured(1, 1.0, 1.0)
+    await parts.ship_layers(1)
+    await parts.connect_anew()
+    while parts.shipper.backfill.waiting:
+        await parts.ship_layers(1)
+    assert parts.session.begun >= 2
+    assert stored(parts.pipeline.ingest.path, only_interval(parts.pipeline.ingest)) == allowed(writes, None)
+    parts.assert_replica_has_all()
+    parts.close()

@@ -19,7 +19,9 @@ import pytest
 
 from pitfs.cli.main import main
 from pitfs.model.transfer import Hello
+from pitfs.store import opening
 from pitfs.store.ingest import Ingest
+from pitfs.store.objects.format import VERSION_1, Layout
 from pitfs.store.opening import read_store_info
 from pitfs.store.store import Store
 from pitfs.view.inodes import ROOT_INODE, TIMES_INODE
@@ -140,3 +142,18 @@ def test_it_touches_no_more_in_a_long_history(
     assert long.scanned_rows <= short.scanned_rows + 20, counted
     assert long.files <= short.files + 20, counted
     assert long.largest_directory <= 1024 and long.names <= 2500, counted
+
+
+def test_the_objects_of_a_store_of_version_1_are_not_listed_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are all in one directory, and stay there."""
+    with monkeypatch.context() as patch:
+        patch.setattr(opening, "VERSION", 1)
+        patch.setattr(Layout, "of", lambda volumes: VERSION_1)
+        store = long_store(tmp_path, 300, 4)
+    assert len(list((store / "objects").glob("*.map"))) > 300
+    counted = Counted()
+    with counted.counting(monkeypatch):
+        start_writing(store)
+    assert counted.names < 20

@@ -75,7 +75,7 @@ async def test_status_says_what_changed_and_that_it_is_being_copied(
     status = await ShipperControl(parts.shipper, parts.pipeline.state, "g").status(0)
     assert "the journal is full" in status["passing"]
     assert (status["changed_bytes"], status["copying"], status["copying_bytes"]) == (3 * BLOCK, False, None)
-    assert parts.room()
+    assert await parts.room()
     parts.put(100_000, b"2" * BLOCK)
     status = await ShipperControl(parts.shipper, parts.pipeline.state, "g").status(0)
     assert status["passing"] is None
@@ -191,7 +191,7 @@ async def test_a_second_bypass_during_the_copy_is_copied_with_all_before(
     """The union: the first bitmap, what was journalled beside its copy, and what passed then."""
     await begin(parts)
     parts.overflow()
-    assert parts.room()
+    assert await parts.room()
     parts.scatter(4)
     parts.mark()
     parts.scatter(2)
@@ -211,7 +211,7 @@ async def test_a_bypass_in_the_middle_of_the_copy(parts: Bypassing, monkeypatch:
     monkeypatch.setattr("pitfs.replication.full_sync.STRETCH_BYTES", 4 * BLOCK)
     await begin(parts)
     parts.overflow(10)
-    assert parts.room()
+    assert await parts.room()
     reads = 0
 
     def during() -> None:
@@ -232,7 +232,7 @@ async def test_a_bypass_in_the_middle_of_the_copy(parts: Bypassing, monkeypatch:
 async def test_a_kill_during_the_copy_goes_on_with_it(parts: Bypassing) -> None:
     await begin(parts)
     parts.overflow()
-    assert parts.room()
+    assert await parts.room()
     copying = parts.splitter.volumes[0].copying
     parts.scatter(4)
     preserved = parts.splitter.volumes[0].preserved
@@ -292,7 +292,7 @@ async def test_a_kill_while_journalling_begins_again(
     with monkeypatch.context() as patch:
         killed_at(parts, patch, point)
         with pytest.raises(Killed):
-            parts.room()
+            await parts.room()
     parts.restart(clean=False)
     assert bool(parts.splitter.state.bypass_cause) == (kind is TransferKind.FULL)
     parts.scatter(4)
@@ -328,7 +328,7 @@ async def test_after_power_loss_during_the_copy_everything_is_copied(parts: Bypa
     await begin(parts)
     parts.overflow()
     parts.splitter._boot_id = "the boot before"
-    assert parts.room()
+    assert await parts.room()
     parts.scatter(3)
     parts.restart(clean=False)
     assert parts.splitter.state.copy.is_complete
@@ -343,7 +343,7 @@ async def test_before_images_are_kept_of_what_is_copied_alone(parts: Bypassing) 
     await begin(parts)
     parts.full = True
     parts.put(5 * BLOCK, b"1" * BLOCK)
-    assert parts.room()
+    assert await parts.room()
     parts.put(4 * BLOCK, b"2" * 3 * BLOCK)
     assert list(parts.splitter.volumes[0].preserved) == [5]
     await parts.settle()
@@ -367,8 +367,8 @@ async def test_a_replica_that_stands_elsewhere_gets_a_complete_copy(parts: Bypas
     await parts.ship_all()
     parts.overflow()
     await parts.ship_all()
-    assert parts.room()
-    parts.splitter.checkpoint(parts.splitter.snapshot_progress())
+    assert await parts.room()
+    parts.splitter.checkpoints.write(parts.splitter.snapshot_progress())
     parts.splitter.release(parts.splitter.journal.tail.segment)
     parts.splitter.journal.release(parts.splitter.releasable_segment)
     parts.restore_replica(saved)
@@ -382,7 +382,7 @@ async def test_a_replica_that_stands_elsewhere_gets_a_complete_copy(parts: Bypas
 async def test_a_replica_with_nothing_gets_a_complete_copy(parts: Bypassing, tmp_path: Path) -> None:
     await begin(parts)
     parts.overflow()
-    assert parts.room()
+    assert await parts.room()
     parts.pipeline.ingest.close()
     (tmp_path / "g").rename(tmp_path / "away")
     parts.pipeline.ingest = Ingest(str(tmp_path), parts.pipeline.hello)
@@ -399,7 +399,7 @@ async def test_the_word_of_a_commit_that_is_lost_is_made_good(parts: Bypassing) 
     """The splitter believes that the copy runs, and passes writes again: these don't build on what came before it."""
     await begin(parts)
     parts.overflow()
-    assert parts.room()
+    assert await parts.room()
     parts.pipeline.reader.seek(parts.splitter.state.copy_location, (0, 0))
     (copy,) = parts.pipeline.items()
     assert isinstance(copy, Copy)
@@ -445,7 +445,7 @@ async def test_tries_to_go_on_that_fail_lose_nothing_of_what_changed(
                 patch.setattr(parts.splitter._progress, "write", _refuse)
             parts.splitter.journal.release(parts.splitter.releasable_segment)
             parts.full = refused == "Kind.COPY_START"
-            assert not parts.splitter.resume_journal()
+            assert not await parts.service.resume_journal()
         parts.overflow()
         await parts.ship_all()
     await parts.settle()
@@ -488,7 +488,7 @@ async def test_a_journal_that_is_really_full_is_mended_so(parts: Bypassing) -> N
     while not parts.splitter.state.bypass_cause:
         parts.put(int(parts.pipeline.random.integers(VOLUME_BYTES - 100_000)), os.urandom(100_000))
     parts.scatter(4)
-    assert not parts.room(), "there is none yet"
+    assert not await parts.room(), "there is none yet"
     await parts.settle()
     parts.check()
     assert copies(parts) == [TransferKind.CHANGES]
@@ -504,7 +504,7 @@ async def test_a_start_during_a_bypass_gives_back_what_the_replica_has(parts: By
     parts.restart(clean=True)
     parts.restart_shipper()
     await parts.connect_anew()
-    assert parts.room()
+    assert await parts.room()
     await parts.settle()
     assert copies(parts) == [TransferKind.CHANGES]
     parts.assert_replica_has_all()
@@ -543,11 +543,11 @@ async def test_what_only_a_redo_needs_gives_way_before_a_bypass(parts: Bypassing
         parts.write(100_000)
     parts.mark()
     await parts.ship_all()
-    recovery = parts.splitter.recovery_segment
+    recovery = parts.splitter.checkpoints.recovery_segment
     while journal.tail.segment < 6:
         parts.write(100_000)
         assert not parts.splitter.state.bypass_cause
-    assert parts.splitter.recovery_segment > recovery
+    assert parts.splitter.checkpoints.recovery_segment > recovery
 
 
 def test_a_full_journal_without_anything_to_give_up_is_full(parts: Bypassing) -> None:

@@ -268,7 +268,7 @@ async def test_journals_are_kept_until_the_room_is_needed(parts: Parts) -> None:
     assert parts.granularities() == [None] * 3
     assert [each.seq for each in parts.shipper.backfill.waiting] == [60, 40, 20]
     splitter = parts.pipeline.splitter
-    splitter.recovery_segment = splitter.journal.tail.segment + 100  # as after a checkpoint
+    splitter.checkpoints.recovery_segment = splitter.journal.tail.segment + 100  # as after a checkpoint
     first = splitter.journal.tail.segment
     assert splitter.releasable_segment <= first
     while splitter.journal.tail.segment < first + 6:  # more than the journal's capacity
@@ -315,7 +315,7 @@ async def test_an_interval_that_begins_behind_a_stream_is_found_again_after_a_re
     parts.mark()
     await parts.ship(layers=False)
     assert parts.granularities() == [0, None]
-    splitter.recovery_segment = splitter.journal.tail.segment  # as after a checkpoint
+    splitter.checkpoints.recovery_segment = splitter.journal.tail.segment  # as after a checkpoint
     splitter.give_back(splitter.releasable_segment)
     assert list_segments(splitter.journal.directory)[0] == 2
     parts.restart_shipper()
@@ -389,11 +389,11 @@ async def test_that_room_was_needed_is_known_after_a_restart_too(parts: Parts) -
     parts.write()
     parts.mark()
     await parts.ship(layers=False)
-    splitter.recovery_segment = splitter.journal.tail.segment  # as after a checkpoint
+    splitter.checkpoints.recovery_segment = splitter.journal.tail.segment  # as after a checkpoint
     splitter.journal.limit_count = 3
     assert splitter.releasable_segment == 2, "though segment 1 is wanted"
     splitter.give_back(splitter.releasable_segment)
-    splitter.checkpoint(splitter.snapshot_progress())
+    splitter.checkpoints.write(splitter.snapshot_progress())
     pipeline.crash()
     pipeline.start()
     parts.service = SplitterService(pipeline.splitter, SyncGate(holds=False, blocks=False, copying=False))
@@ -448,7 +448,7 @@ async def test_the_decision_of_status_is_what_was_sent(parts: Parts) -> None:
     assert status.last_decision is not None and status.last_decision.granularity_ns is None
     assert status.last_decision.reason == parts.causes()[0]
     first_pass = status.first_pass_mark
-    bandwidth.rates.append(1.0)
+    bandwidth.measured(1, 1.0, 1.0)
     while parts.shipper.backfill.waiting:
         await parts.ship_layers(1)
         assert status.last_decision.granularity_ns == parts.granularities()[0]

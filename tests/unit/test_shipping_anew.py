@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Union, get_args
 
+import msgspec
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
@@ -18,8 +21,10 @@ from pitfs.link.protocol.frames import encode
 from pitfs.model.transfer import MAX_TEXT_LENGTH, Begin, Checkpoint, Data, End, Welcome
 from pitfs.replication import manifests
 from pitfs.replication.status import InGapError
+from pitfs.splitter.control import ControlError
+from pitfs.splitter.messages import ReadBacking, SplitterRequest
 from pitfs.storage.segment import segment_path
-from tests.helpers.shipper import MARGIN_S, Parts, recovers
+from tests.helpers.shipper import MARGIN_S, VOLUME_BYTES, Parts, recovers
 
 
 @pytest.fixture
@@ -172,18 +177,69 @@ async def test_a_copy_whose_beginning_is_damaged_is_begun_anew(parts: Parts) -> 
     parts.assert_replica_has_all()
 
 
-async def test_a_backing_volume_that_is_gone_is_said_and_tried_again(parts: Parts) -> None:
-    backing = parts.pipeline.backings[0]
-    away = backing.rename(backing.with_name("away"))
+async def test_a_backing_volume_that_cannot_be_read_is_said_and_tried_again(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
     status = parts.shipper.status
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "/backing")
+
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(parts.shipper.run)
-        with pytest.raises(PitfsError, match=f"{backing}: reading: No such file or directory"):
-            await status.wait_committed(1, MARGIN_S)
-        away.rename(backing)
+        with monkeypatch.context() as patch:
+            patch.setattr("pitfs.splitter.backings._open", refuse)
+            nursery.start_soon(parts.shipper.run)
+            with pytest.raises(PitfsError, match="/backing: reading: Input/output error"):
+                await status.wait_committed(1, MARGIN_S)
         await status.wait_committed(1, MARGIN_S)
         nursery.cancel_scope.cancel()
     parts.assert_replica_has_all()
+
+
+async def test_a_copy_reads_what_the_splitter_writes_whatever_lies_at_its_path(parts: Parts) -> None:
+    backing = parts.pipeline.backings[0]
+    backing.rename(backing.with_name("away"))
+    backing.write_bytes(b"of somebody else".ljust(VOLUME_BYTES, b"!"))
+    await parts.locate()
+    assert isinstance(await parts.ship(), Copy)
+    parts.assert_replica_has_all()
+
+
+@pytest.mark.parametrize("change", [{"backing": "/elsewhere"}, {"block_size": 512}, {"name": "other"}, None])
+async def test_a_configuration_that_is_not_the_running_splitters_is_refused(
+    parts: Parts, change: dict[str, Any] | None
+) -> None:
+    """It is read anew by a shipper that starts again, and may have been edited since the splitter began."""
+    (spec,) = parts.pipeline.specs
+    configured = (spec, spec) if change is None else (dataclasses.replace(spec, **change),)
+    parts.use_configuration(configured)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(parts.shipper.run)
+        with pytest.raises(PitfsError, match=r"\Athe configuration was changed: .*restart 'pitfs protect'") as caught:
+            await parts.shipper.status.wait_committed(1, MARGIN_S)
+        nursery.cancel_scope.cancel()
+    assert "\n" not in str(caught.value) and spec.backing in str(caught.value)
+    assert parts.session.begun == 0
+
+
+async def test_a_splitter_of_an_older_version_is_said_to_be_so(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [each for each in get_args(SplitterRequest) if each is not ReadBacking]
+    old = msgspec.json.Decoder(Union[tuple(requests)])  # noqa: UP007
+
+    def decode(line: bytes) -> Any:
+        try:
+            return old.decode(line)
+        except msgspec.DecodeError as error:  # as `control.serve` answers
+            raise ControlError(f"not a request: {error}") from error
+
+    monkeypatch.setattr("tests.helpers.channel.REQUESTS", SimpleNamespace(decode=decode))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(parts.shipper.run)
+        with pytest.raises(PitfsError, match=r"of another version of pitfs .*: restart 'pitfs protect'"):
+            await parts.shipper.status.wait_committed(1, MARGIN_S)
+        nursery.cancel_scope.cancel()
 
 
 # -- the session ------------------------------------------------------------------------------------------
@@ -248,7 +304,7 @@ async def test_an_interval_that_was_closed_early_has_only_its_own_time_to_be_sen
     parts: Parts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shipper = parts.shipper
-    shipper.bandwidth.rates.append(1e6)  # 2 MB in the whole interval of 2 s, next to nothing in a microsecond
+    shipper.bandwidth.measured(10**6, 1.0, 1.0)  # 2 MB in the whole interval of 2 s, next to nothing in a microsecond
     await parts.locate()
     await parts.ship()
     fitted = []

@@ -121,8 +121,8 @@ async def test_a_window_that_is_too_small_for_a_long_link_is_not_taken_for_its_r
         await trio.sleep(3)
         await real(writes, flush, window_bytes)
         windows.append(window_bytes)
-        shipper.bandwidth.rates.clear()
-        shipper.bandwidth.rates.append(window_bytes / 3)  # all that goes in that time
+        shipper.bandwidth.intakes.clear()
+        shipper.bandwidth.measured(window_bytes, 3.0, 3.0)  # all that goes in that time
 
     session.stream = far  # type: ignore[method-assign]
     for _ in range(12):

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+import trio
 
 from pitfs.errors import CapacityError, UsageError
 from pitfs.journal.reader import Interval
@@ -15,7 +16,7 @@ from pitfs.splitter.startup import VolumeSpec, lock_state, open_splitter
 from pitfs.splitter.state import BackingState, Progress, ProgressFile
 from pitfs.splitter.volume import NotCachedError
 from pitfs.store.store import Store
-from tests.helpers.pipeline import Pipeline
+from tests.helpers.pipeline import Pipeline, service_of
 from tests.property.test_whole_way import check_every_seq
 
 
@@ -49,14 +50,14 @@ def test_a_full_journal_begins_a_bypass_and_says_so_in_a_gap(pipeline: Pipeline)
     assert pipeline.backings[0].read_bytes() == pipeline.states[-1][0], "writes go on"
     with pytest.raises(CapacityError):
         pipeline.splitter.mark()
-    assert not pipeline.splitter.resume_journal(), "there is no room yet"
+    assert not trio.run(service_of(pipeline).resume_journal), "there is no room yet"
     # The mark that was set when it became full lets all of it be shipped, and gives room.
     pipeline.ship()
-    pipeline.splitter.checkpoint(pipeline.splitter.snapshot_progress())
+    pipeline.splitter.checkpoints.write(pipeline.splitter.snapshot_progress())
     pipeline.splitter.journal.sync()
     pipeline.splitter.release(pipeline.reader.location.segment)
     pipeline.splitter.journal.release(pipeline.splitter.releasable_segment)
-    assert pipeline.splitter.resume_journal()
+    assert trio.run(service_of(pipeline).resume_journal)
     # What passed is one step for the replica: the state from which journalling goes on.
     del pipeline.states[last + 1 : -1]
     for _ in range(20):
@@ -109,7 +110,7 @@ def test_after_power_loss_everything_is_read_again(pipeline: Pipeline) -> None:
     pipeline.random_write()
     pipeline.splitter.copied(CopyProgress(1, 1, 0))
     pipeline.splitter._boot_id = "the boot before"
-    pipeline.splitter.checkpoint(pipeline.splitter.snapshot_progress())
+    pipeline.splitter.checkpoints.write(pipeline.splitter.snapshot_progress())
     pipeline.crash()
     pipeline.start()
     copy = pipeline.splitter.state.copy
@@ -205,14 +206,14 @@ def test_what_is_not_in_memory_is_not_waited_for(pipeline: Pipeline, monkeypatch
         patch.setattr(os, "preadv", cold)
         for write in ((0, 100, b"x"), (0, 0, b"y" * 4096)):  # an edge to fill; a before-image to keep
             with pytest.raises(NotCachedError):
-                splitter.write(*write, may_wait=False)
+                splitter.write(*write, may_read=False)
         with pytest.raises(NotCachedError):
-            splitter.read(0, 0, 100, may_wait=False)
+            splitter.read(0, 0, 100, may_read=False)
     assert splitter.state.seq == before
     for write in ((0, 100, b"x"), (0, 0, b"y" * 4096)):
-        splitter.write(*write, may_wait=False)
-    assert splitter.read(0, 0, 200, may_wait=False)[:200] == b"y" * 200
+        splitter.write(*write, may_read=False)
+    assert splitter.read(0, 0, 200, may_read=False)[:200] == b"y" * 200
     size = splitter.volumes[0].size_bytes
-    assert len(splitter.read(0, size - 10, 4096, may_wait=False)) == 10
-    assert splitter.read(0, size + 10, 4096, may_wait=False) == splitter.read(0, size + 10, 4096) == b""
+    assert len(splitter.read(0, size - 10, 4096, may_read=False)) == 10
+    assert splitter.read(0, size + 10, 4096, may_read=False) == splitter.read(0, size + 10, 4096) == b""
     pipeline.close()

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import trio
 
 from pitfs.model.record import CopyProgress
-from tests.helpers.pipeline import Pipeline
+from tests.helpers.pipeline import Pipeline, service_of
 
 
 @pytest.fixture
@@ -50,12 +51,12 @@ def test_a_failed_fsync_of_the_backing_stops_checkpoints_until_a_redo(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline.random_write()
-    before = pipeline.splitter.recovery_segment
+    before = pipeline.splitter.checkpoints.recovery_segment
     refuse_once(monkeypatch, "backing0")
     for _ in range(2):
         with pytest.raises(OSError, match="Input/output"):
-            pipeline.splitter.checkpoint(pipeline.splitter.snapshot_progress())
-    assert pipeline.splitter.recovery_segment == before
+            pipeline.splitter.checkpoints.write(pipeline.splitter.snapshot_progress())
+    assert pipeline.splitter.checkpoints.recovery_segment == before
     pipeline.close()
 
 
@@ -67,11 +68,11 @@ def test_a_checkpoint_that_ends_after_a_later_one_takes_nothing_back(pipeline: P
     earlier = splitter.snapshot_progress()
     splitter.journal.begin_new_segment()
     pipeline.random_write()
-    splitter.checkpoint(splitter.snapshot_progress())
-    later = splitter.recovery_segment
+    splitter.checkpoints.write(splitter.snapshot_progress())
+    later = splitter.checkpoints.recovery_segment
     assert later > earlier.recovery_segment
-    splitter.checkpoint(earlier)
-    assert splitter.recovery_segment == later
+    splitter.checkpoints.write(earlier)
+    assert splitter.checkpoints.recovery_segment == later
     pipeline.close()
 
 
@@ -82,6 +83,8 @@ def test_a_write_of_a_bypass_is_answered_only_once_the_bypass_is_on_disk(
     pipeline.write(0, 0, b"1" * 4096)
     refuse_once(monkeypatch, "progress")
     pipeline.splitter.sync_failed(OSError(errno.EIO, "Input/output error"))
+    with pytest.raises(OSError, match="Input/output"):
+        pipeline.splitter.checkpoints.settle()
     assert pipeline.splitter.state.bypass_cause
     pipeline.write(0, 0, b"3" * 4096)  # records it first
     pipeline.crash()
@@ -94,6 +97,7 @@ def test_a_write_of_a_bypass_is_answered_only_once_the_bypass_is_on_disk(
 def test_a_copy_that_was_given_up_does_not_come_back_with_a_restart(pipeline: Pipeline) -> None:
     assert pipeline.splitter.state.copy is not None
     pipeline.splitter.sync_failed(OSError(errno.EIO, "Input/output error"))
+    pipeline.splitter.checkpoints.settle()
     pipeline.crash()
     pipeline.start()
     assert pipeline.splitter.state.bypass_cause and pipeline.splitter.state.copy is None
@@ -103,7 +107,7 @@ def test_a_copy_that_was_given_up_does_not_come_back_with_a_restart(pipeline: Pi
 def test_a_checkpoint_never_runs_ahead_of_the_durable_journal(pipeline: Pipeline) -> None:
     pipeline.random_write()
     assert pipeline.splitter.journal.unsynced_bytes
-    pipeline.splitter.checkpoint(pipeline.splitter.snapshot_progress())
+    pipeline.splitter.checkpoints.write(pipeline.splitter.snapshot_progress())
     assert not pipeline.splitter.journal.unsynced_bytes
     pipeline.close()
 
@@ -143,11 +147,11 @@ def test_segments_stay_until_the_progress_on_disk_needs_them_no_more(pipeline: P
     assert splitter.state.copy is not None and splitter.state.copy_location.segment == 1
     while splitter.journal.tail.segment < 3:
         pipeline.write(0, 0, bytes(pipeline.random.bytes(150_000)))
-    splitter.checkpoint(splitter.snapshot_progress())
+    splitter.checkpoints.write(splitter.snapshot_progress())
     splitter.release(3)
     splitter.copied(CopyProgress(1, 1, 0))
     assert splitter.state.copy is None and splitter.releasable_segment == 1
-    splitter.checkpoint(splitter.snapshot_progress())
+    splitter.checkpoints.write(splitter.snapshot_progress())
     assert splitter.releasable_segment == 3
     pipeline.close()
 
@@ -159,7 +163,7 @@ def test_journalling_does_not_begin_again_while_the_backing_refuses(
     splitter.sync_failed(OSError(errno.EIO, "Input/output error"))
     pipeline.write(0, 0, b"1" * 4096)
     refuse_once(monkeypatch, "backing0")
-    assert not splitter.resume_journal()
+    assert not trio.run(service_of(pipeline).resume_journal)
     assert splitter.state.bypass_cause and splitter.state.copy is None
     with pytest.raises(OSError, match="Input/output"):
         splitter.sync()
@@ -172,7 +176,7 @@ def test_marks_of_an_attempt_to_go_on_are_not_given_again_after_a_restart(
     splitter = pipeline.splitter
     splitter.sync_failed(OSError(errno.EIO, "Input/output error"))
     refuse_once(monkeypatch, "progress")
-    assert not splitter.resume_journal()
+    assert not trio.run(service_of(pipeline).resume_journal)
     tried = splitter.state.mark
     pipeline.write(0, 0, b"2" * 4096)  # passes
     pipeline.crash()

@@ -62,7 +62,7 @@ def parts(tmp_path: Path) -> Iterator[Parts]:
 
 async def test_the_decision_while_it_streams_is_to_send_every_write(parts: Parts) -> None:
     control, status = ShipperControl(parts.shipper, parts.pipeline.state, "g"), parts.shipper.status
-    parts.shipper.bandwidth.rates.append(1_234_567.891)
+    parts.shipper.bandwidth.measured(2_469_135, 2.0, 20.0)
     for phase in (Phase.CONNECTING, Phase.LOCATING, Phase.WAITING):
         status.enter(phase)
     assert (await control.status(0))["last_decision"] is None
@@ -70,3 +70,4 @@ async def test_the_decision_while_it_streams_is_to_send_every_write(parts: Parts
     shown = await control.status(0)
     assert shown["last_decision"].granularity_ns == 0 and shown["last_decision"].reason.startswith("streaming: ")
     assert (shown["shipping"], shown["rate_bytes_per_s"]) == ("streaming", 1_234_568)
+    assert shown["intake_bytes_per_s"] == 123_457

@@ -13,7 +13,7 @@ from xxhash import xxh3_64_intdigest
 from pitfs.errors import CorruptionError
 from pitfs.model.transfer import WRITE
 from pitfs.store.index.format import INDEX_ROW
-from pitfs.store.objects.format import HEADER_BYTES, VERSION_1
+from pitfs.store.objects.format import HEADER_BYTES, VERSION_1, Layout, ObjectKind, ObjectName
 from pitfs.store.open_interval.wal import (
     HEAD_BYTES,
     Batch,
@@ -67,6 +67,31 @@ def test_heads_have_the_golden_bytes() -> None:
     golden = bytes.fromhex((GOLDEN / "store-wal.hex").read_text("ascii"))
     assert writes[:145] + run[:HEAD_BYTES] == golden
     assert not any(writes[145:]) and not any(run[HEAD_BYTES:])
+
+
+@pytest.mark.parametrize("unit_bytes", [1024, 4096, 65536])
+def test_contents_begin_at_a_unit_of_the_store(tmp_path: Path, unit_bytes: int) -> None:
+    layout = Layout(unit_bytes, 30)
+    wal = WriteAheadLog.create(str(tmp_path / "wal"), 9, bytes(16), layout)
+    body = memoryview(b"".join([bytes([value]) * unit_bytes for value in (1, 2, 3)]))
+    sums = [xxh3_64_intdigest(body[start : start + unit_bytes]) for start in range(0, len(body), unit_bytes)]
+    blocks = np.array([sums[0], sums[1], 0, sums[2]], "<u8")
+    starts = []
+    for seq in (1, 3):
+        starts.append(wal.append_writes(Batch(seq, rows_of(1000 * seq), blocks, ZEROS), body))
+        os.pwrite(wal.fd, b"p" * 777, wal.run_start())
+        wal.append_run(777)
+    assert all((start - HEADER_BYTES) % unit_bytes == 0 for start in starts)
+    assert wal.end < HEADER_BYTES + 2 * (len(body) + unit_bytes + 2048)
+    reader = WalReader(wal.path, wal.fd, 9, unit_bytes)
+    heads = list(reader.heads(HEADER_BYTES, np.array([unit_bytes, unit_bytes], "<i8")))
+    assert [head.body for head in heads] == starts and reader.end == wal.end
+    first = layout.pointer(ObjectName(ObjectKind.JOURNAL_BLOCKS, 9), (starts[1] - HEADER_BYTES) // unit_bytes)
+    rows = spread(heads[1].batch, np.array([1, 1], "<u8"), first)
+    assert [layout.offset_of(pointer) for pointer in rows["pointer"][~ZEROS].tolist()] == [
+        starts[1] + number * unit_bytes for number in range(3)
+    ]
+    wal.close()
 
 
 def test_what_was_appended_is_read_again_and_sorted_runs_are_passed_over(wal: WriteAheadLog) -> None:

@@ -1,8 +1,8 @@
 """The mounts that `pitfs attach` makes under its loop devices, and `pitfs detach` takes down.
 
     /run/pitfs/attached.lock            locked while a mount or device is made or taken down
-    /run/pitfs/attached/GROUP.xxxxxxxx  a mount made by attach: one read-only mount for each store, a mount of
-                                        its own for each scratch image
+    /run/pitfs/attached/GROUP.xxxxxxxx  a mount made by attach: one of its own for each image that can be written,
+                                        also for the replay of a journal; one read-only mount for each store
     /var/tmp/pitfs-scratch.GROUP.xxxx…  what is written to that mount, unless another directory was given
 
 There is no other state. The kernel's tables say which device is over which image of which mount, so nothing

@@ -84,7 +84,12 @@ def attach(path: str, *, read_only: bool, sector_size: int) -> str:
         lines = done.stderr.strip().splitlines()[-1:] or [f"losetup ended with {done.returncode}"]
         hint = ": see what holds the others: losetup --list" if "unused" in lines[0] else ""
         raise PitfsError(f"{path}: {lines[0].removeprefix('losetup: ').removeprefix(f'{path}: ')}{hint}")
-    return done.stdout.strip()
+    device = done.stdout.strip()
+    # The kernel thinks that an image can be punched. Tried in vain, mkfs would say that discarding failed.
+    path = f"/sys/block/{os.path.basename(device)}/queue/discard_max_bytes"
+    with contextlib.suppress(OSError), open(path, "w", encoding="ascii") as file:
+        file.write("0")
+    return device
 
 
 def partitions(device: str) -> list[str]:

@@ -47,10 +47,10 @@ def process_ids() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
-def processes_opening(paths: Sequence[str]) -> list[FileUser]:
-    """Other processes that have one of these files open; each once."""
+def processes_opening(paths: Sequence[str], mapped: bool = False) -> list[FileUser]:
+    """Other processes that have one of these files open, or if asked mapped; each once."""
     wanted = frozenset(paths)
-    return _file_users(lambda path: path in wanted, mapped=False)
+    return _file_users(lambda path: path in wanted, mapped)
 
 
 def processes_below(directory: str) -> list[FileUser]:

@@ -26,7 +26,7 @@ from pitfs.link.sessions import failures
 from pitfs.link.sessions.connection import Connection
 from pitfs.link.sessions.frame_queue import FrameQueue
 from pitfs.link.transport.rate import TokenBucket
-from pitfs.link.transport.streams import LINK_ERRORS, PlainStream, Timeouts, delivery_bytes_per_s
+from pitfs.link.transport.streams import LINK_ERRORS, PlainStream, Timeouts, busy_s, delivery_bytes_per_s
 from pitfs.link.transport.tls import LinkContext
 from pitfs.model import transfer
 from pitfs.model.window import DEFAULT_WINDOW_BYTES
@@ -98,6 +98,11 @@ class SenderSession:
     def payload_bytes(self) -> int:
         """Of Data sent so far, before compression."""
         return self.connection.payload_bytes
+
+    @property
+    def busy_s(self) -> float:
+        """For how long so far the link had something to carry; not while the replica only writes it to its disk."""
+        return busy_s(self.connection.stream.inner)
 
     async def start(self, nursery: trio.Nursery, hello: transfer.Hello) -> None:
         """Starts the tasks in the nursery and greets; for `connect`."""

@@ -19,7 +19,9 @@ from pitfs.model.endpoint import format_endpoint
 RECEIVE_BYTES: Final = 256 << 10  # one call: large enough that the loop doesn't dominate, small against frames
 TLS_RECORD_BYTES: Final = 16 << 10
 JOIN_BYTES: Final = 32 << 10  # buffers up to this are joined: cheaper to copy than to send alone
-DELIVERY_RATE_AT: Final = 160  # tcpi_delivery_rate, u64, in struct tcp_info (linux/tcp.h)
+# In struct tcp_info (linux/tcp.h), u64 each: tcpi_delivery_rate, and tcpi_busy_time in microseconds.
+DELIVERY_RATE_AT: Final = 160
+BUSY_TIME_AT: Final = 168
 
 # What a connection that broke, or that we closed, raises from a stream.
 LINK_ERRORS: Final = (trio.BrokenResourceError, trio.ClosedResourceError, OSError)  # an SSLError is an OSError
@@ -173,11 +175,20 @@ class TlsStream(PlainStream):
 
 def delivery_bytes_per_s(stream: trio.SocketStream) -> int:
     """The kernel's latest estimate of the delivery rate (it may be too high); 0: not known."""
+    return _tcp_info(stream, DELIVERY_RATE_AT)
+
+
+def busy_s(stream: trio.SocketStream) -> float:
+    """For how long so far bytes waited that the peer's TCP hadn't acknowledged; 0 where the kernel doesn't know."""
+    return _tcp_info(stream, BUSY_TIME_AT) / 1e6
+
+
+def _tcp_info(stream: trio.SocketStream, at: int) -> int:
     try:
-        info = stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, DELIVERY_RATE_AT + 8)
+        info = stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, at + 8)
     except OSError:
         return 0
-    return int.from_bytes(info[DELIVERY_RATE_AT:], sys.byteorder)
+    return int.from_bytes(info[at:], sys.byteorder)
 
 
 def peer_name(stream: trio.SocketStream) -> str:

@@ -25,7 +25,14 @@ import apsw
 import msgspec
 from xxhash import xxh3_64_intdigest
 
-from pitfs.errors import CapacityError, CorruptionError, PitfsError, StoreError, StoreVersionError
+from pitfs.errors import (
+    CapacityError,
+    CorruptionError,
+    DiskFullError,
+    PitfsError,
+    StoreError,
+    StoreVersionError,
+)
 
 Mode = Literal["read", "write", "make"]
 
@@ -111,9 +118,7 @@ def _errors(path: str) -> Iterator[None]:
     try:
         yield
     except apsw.FullError:
-        raise CapacityError(
-            f"{path}: No space left on device: make room on that file system; pitfs goes on by itself"
-        ) from None
+        raise DiskFullError(f"{path}: No space left on device") from None
     except (apsw.CorruptError, apsw.NotADBError, UnicodeDecodeError) as error:
         raise CorruptionError(path, 0, f"{error}: {REMEDY}") from None
     except UnicodeEncodeError:

@@ -30,7 +30,8 @@ Every object begins with a header of 4096 bytes, little-endian:
     14      2   form             0 hot: the data as they are; others are room for a cold form
     16     16   history          which group's history it belongs to
     32      8   snapshot         id
-    40      8   data_bytes       length of the data area, which begins at byte 4096
+    40      8   data_bytes       length of the data area, which begins at byte 4096; 0 of journal-<s>.blocks, which
+                                 grow by layers: the catalog has it (those made before have a length of then)
     48      8   footer_bytes     length of the footer, which follows the data area
     56      8   footer_checksum  xxh3_64 of the footer, 0 if there is none
     64      8   checksum         xxh3_64 of bytes 0..64
@@ -193,7 +194,7 @@ VERSION_1: Final = Layout(UNIT_BYTES, 36, has_folders=False)
 
 @dataclass(frozen=True, slots=True)
 class ObjectHeader:
-    """The header of an object; the lengths are 0 while it is being written."""
+    """The header of an object, written once; data_bytes is 0 of contents of a journal and of a log."""
 
     kind: ObjectKind
     history: bytes  # 16 bytes

@@ -29,7 +29,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from pitfs.errors import CorruptionError
+from pitfs.errors import CorruptionError, PitfsError
 from pitfs.model.blockmap import U64Array
 from pitfs.model.transfer import Bookmark, Manifest, TransferKind
 from pitfs.storage.files import open_fd, storage_error
@@ -122,7 +122,7 @@ class _Objects:
         """Where the base snapshot has these contents in their blocks already, else 0."""
         try:
             return self._reader.confirmed(pointers, proposed, units)
-        except (CorruptionError, OSError) as error:  # of an older object: no reason not to have this interval
+        except (PitfsError, OSError) as error:  # of an older object: no reason not to have this interval
             log.warning("contents that may be those of the snapshot before are stored once more: %s", error)
             return np.zeros(len(pointers), "<u8")
 

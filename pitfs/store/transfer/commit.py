@@ -141,4 +141,5 @@ def _add_contents(staged: StagedTransfer, store: WritableStore) -> tuple[ObjectR
         for at in range(0, length, COPY_BYTES):
             data = staged.journal_blocks.read(min(COPY_BYTES, length - at), at)
             write_all(fd, data, HEADER_BYTES + base_bytes + at)
-        return (store.complete(fd, name, length_then),)
+        os.fsync(fd)
+        return (ObjectRecord(name.file, name.kind, name.snapshot_id, length_then),)

@@ -155,7 +155,8 @@ class StagingArea:
 
     def _layers_directories(self) -> list[str]:
         """Of layers under way or put off, oldest interval first."""
-        names = sorted(name for name in os.listdir(self.path) if name.startswith(LAYERS_PREFIX))
+        found = (name for name in os.listdir(self.path) if name.startswith(LAYERS_PREFIX))
+        names = sorted(name for name in found if _STAGED.fullmatch(name))
         return [os.path.join(self.path, name) for name in names]
 
     def make_room_for_layers(self, directory: str) -> None:

@@ -14,7 +14,7 @@ from pitfs.model.blockmap import I64Array, LoadNode, U64Array
 from pitfs.model.transfer import VolumeInfo
 from pitfs.storage.files import fsync_directory, open_fd, write_all
 from pitfs.store.catalog.catalog import Catalog
-from pitfs.store.objects.format import Layout, ObjectHeader, ObjectName, ObjectRecord
+from pitfs.store.objects.format import Layout, ObjectHeader, ObjectKind, ObjectName, ObjectRecord
 from pitfs.store.objects.pool import ObjectPool
 
 MAX_FOLDERS: Final = 64  # remembered: new objects go to one or two, layers to those of old intervals
@@ -82,10 +82,13 @@ class WritableStore:
     def complete(self, fd: int, name: ObjectName, *lengths: int) -> ObjectRecord:
         """Writes an object's header and makes the file durable; returns what the catalog is to know of it.
 
+        Contents of a journal grow by layers. Their header says nothing of it, so that it never changes under readers.
+
         Args:
             lengths: data_bytes, and footer_bytes and footer_checksum where it has a footer.
         """
-        write_all(fd, ObjectHeader(name.kind, self.history, name.snapshot_id, *lengths).encode(), 0)
+        in_header = () if name.kind is ObjectKind.JOURNAL_BLOCKS else lengths
+        write_all(fd, ObjectHeader(name.kind, self.history, name.snapshot_id, *in_header).encode(), 0)
         os.fsync(fd)
         return ObjectRecord(name.file, name.kind, name.snapshot_id, *lengths)
 
