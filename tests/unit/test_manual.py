@@ -203,6 +203,11 @@ def test_messages_say_full_sync_as_the_manual_does() -> None:
     assert "*full sync*" in page("pitfs.7")
 
 
+def test_how_long_a_stop_may_wait_is_what_the_unit_says() -> None:
+    unit = (ROOT / "pitfs" / "data" / "pitfs-protect@.service").read_text(encoding="utf-8")
+    assert "TimeoutStopSec=2min" in unit and "kills it after two minutes" in README.read_text(encoding="utf-8")
+
+
 def full_parser_help(command: str) -> str:
     with redirect_stdout(io.StringIO()) as text, pytest.raises(SystemExit):
         full_parser().parse_args([command, "--help"])
