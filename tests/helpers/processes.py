@@ -200,6 +200,8 @@ class Daemon:
         """
         assert self.process is not None
         self.process.terminate()
+        if self.process.stdin is not None:  # that tells it
+            self.process.stdin.close()
         if though_in_use:
             self.process.send_signal(signal.SIGINT)
         try:
