@@ -116,9 +116,6 @@ class FullSync:
         log.info("%s committed, mark %d", copy.what, mark)
 
 
-
-
-
 class _BeforeImages:
     """Where the journal has the before-images of blocks not yet copied; 32 bytes for each.
 
