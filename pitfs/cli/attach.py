@@ -200,8 +200,8 @@ def _warn_of_little_room(scratch: ScratchOptions) -> None:
     free_bytes = disk.f_bavail * disk.f_frsize
     if free_bytes < LOW_BYTES:
         warn(
-            f"{directory}: {free_bytes >> 20} MiB are free: if mounting the device fails with an I/O error, the replay "
-            "of its journal needs more: give another directory with --scratch-dir"
+            f"{directory}: {free_bytes / (1 << 20):.1f} MiB are free: if mounting or writing to the device fails with "
+            "an I/O error, it needs more: give another directory with --scratch-dir"
         )
 
 

@@ -152,6 +152,11 @@ class TransferKind(enum.IntEnum):
     LAYERS = 3
     CHANGES = 4
 
+    @property
+    def resumes_at_cursor(self) -> bool:
+        """Whether it reads backing volumes: where it goes on only the cursor says that came with a checkpoint."""
+        return self in (TransferKind.FULL, TransferKind.CHANGES)
+
 
 class VolumeInfo(msgspec.Struct, frozen=True):
     """A volume of the group; it never changes, on neither side."""

@@ -114,8 +114,8 @@ class ShipperControl:
             since = self._link_down_since(time.time_ns())
             raise PitfsError(
                 f"{self._group}: the snapshot {instant} is set but not on the replica yet: {error}"
-                f"{f' (down since {whole_second(since)})' if since else ''}; it is sent as soon as the replica can be "
-                "reached: mend the link, or what the replica's log says"
+                f"{f' (down since {whole_second(since)})' if since else ''}; it is sent as soon as that is "
+                "mended: mend the link, or what that says; pitfs status and the replica's log say more"
             ) from error
         return requests.SnapshotTaken(instant, splitter.seq, splitter.mark)
 

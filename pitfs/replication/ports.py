@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,7 +19,7 @@ class ShipperSettings:
         hello: who we are.
         peer: HOST:PORT of the replica, for messages.
         journal_directory, capacity_bytes: of the local journal.
-        configured: what the configuration says of the volumes.
+        configured: reads what the configuration says of the volumes now.
         mode: sync | async | snapshot | dynamic.
         rate_bytes_per_s: cap on what goes out, None for none.
     """
@@ -28,7 +28,7 @@ class ShipperSettings:
     peer: str
     journal_directory: str
     capacity_bytes: int
-    configured: tuple[VolumeSpec, ...]
+    configured: Callable[[], Sequence[VolumeSpec]]
     mode: str
     interval_ns: int
     rate_bytes_per_s: int | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol, TypeVar
 
 import msgspec
@@ -186,13 +186,15 @@ class Backings:
     So each volume is opened through the splitter's own descriptor, and must be the file that the splitter says it is.
 
     Args:
-        volumes: of the group, in order. configured: what the configuration says of them.
+        volumes: of the group, in order. configured: reads what the configuration says of them; not again, once that
+            was right, since a file may be edited for the next start.
     """
 
     def __init__(
-        self, splitter: SplitterClient, volumes: Sequence[VolumeInfo], configured: Sequence[VolumeSpec]
+        self, splitter: SplitterClient, volumes: Sequence[VolumeInfo], configured: Callable[[], Sequence[VolumeSpec]]
     ) -> None:
         self._splitter, self._volumes, self._configured = splitter, volumes, configured
+        self._right: list[str] | None = None
 
     async def check(self) -> None:
         """Raises UsageError where the configuration isn't that of the running splitter, or the splitter's version."""
@@ -214,16 +216,26 @@ class Backings:
                 f"the running splitter is of another version of pitfs ({error}): restart 'pitfs protect'; until then "
                 "nothing is sent"
             ) from error
-        configured = [f"{each.name} on {each.backing} in blocks of {each.block_size}" for each in self._configured]
         have = [f"{each.name} on {each.path} in blocks of {each.block_size}" for each in running]
-        if configured != have:
-            ours = [each for each in configured if each not in have] or configured
-            theirs = [each for each in have if each not in configured] or have
-            raise UsageError(
-                f"the configuration was changed: it has {'; '.join(ours)}, the running splitter {'; '.join(theirs)}: "
-                "restart 'pitfs protect', or undo the change; until then nothing is sent"
-            )
+        if have != self._right:
+            specs = self._configured()
+            configured = [f"{each.name} on {each.backing} in blocks of {each.block_size}" for each in specs]
+            if configured != have:
+                raise UsageError(
+                    f"the configuration was changed: {_difference(configured, have)}: restart 'pitfs protect', or undo "
+                    "the change; until then nothing is sent"
+                )
+            self._right = have
         return running
+
+
+def _difference(configured: list[str], running: list[str]) -> str:
+    """What two lists of volumes don't have in common; the lists where only their order differs."""
+    only = [each for each in configured if each not in running], [each for each in running if each not in configured]
+    if not any(only):
+        only = configured, running
+    sides = zip(("the file has", "the running splitter has"), only, strict=True)
+    return ", ".join(f"{side} {'; '.join(volumes)}" for side, volumes in sides if volumes)
 
 
 def _open(backing: Backing) -> int:

@@ -138,7 +138,7 @@ class SplitterService:
     async def resume_journal(self) -> bool:
         """Ends the bypass: journals writes again, and begins a copy. False where there is no room for it yet."""
         splitter, journal = self._splitter, self._splitter.journal
-        cause, changes = splitter.state.bypass_cause, splitter.state.change_bitmap
+        cause = splitter.state.bypass_cause
         if journal.used_bytes > journal.capacity_bytes // 2:
             return False
         # A new segment: the rest of the current one would be full again at once. Nobody appends during a bypass.
@@ -146,6 +146,7 @@ class SplitterService:
             await trio.to_thread.run_sync(journal.begin_new_segment)
         except CapacityError:
             return False
+        changes = splitter.state.change_bitmap  # not before: writes that came meanwhile may have made it too large
         try:
             splitter.start_copy(cause, changes)
             await trio.to_thread.run_sync(splitter.checkpoints.settle)

@@ -14,7 +14,7 @@ from typing import Final
 
 import trio
 
-from pitfs.config.production import Config
+from pitfs.config.production import Config, load_config
 from pitfs.errors import PitfsError, UsageError
 from pitfs.link.sessions.connect import SenderSession, connect
 from pitfs.link.transport.tls import LinkContext
@@ -49,7 +49,7 @@ def shipper_settings(config: Config, hello: Hello) -> ShipperSettings:
         peer=format_endpoint(replication.host, replication.port),
         journal_directory=journal_directory(config.group.state),
         capacity_bytes=config.journal.capacity_bytes,
-        configured=tuple(volume_specs(config)),
+        configured=lambda: volume_specs(load_config(config.path)),
         mode=replication.mode,
         interval_ns=replication.interval_ns,
         rate_bytes_per_s=replication.rate_bytes_per_s,

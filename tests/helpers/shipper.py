@@ -46,7 +46,7 @@ def settings_of(pipeline: Pipeline, mode: str = "dynamic", rate_bytes_per_s: int
         peer="here",
         journal_directory=journal_directory(pipeline.state),
         capacity_bytes=pipeline.capacity_bytes,
-        configured=tuple(pipeline.specs),
+        configured=lambda: pipeline.specs,
         mode=mode,
         interval_ns=2 * 10**9,
         rate_bytes_per_s=rate_bytes_per_s,
@@ -117,7 +117,7 @@ class Parts:
 
     def use_configuration(self, configured: tuple[VolumeSpec, ...]) -> None:
         """As a shipper that is started again with an edited file."""
-        self._settings = dataclasses.replace(self._settings, configured=configured)
+        self._settings = dataclasses.replace(self._settings, configured=lambda: configured)
         self.restart_shipper()
 
     @asynccontextmanager

@@ -116,7 +116,8 @@ def check_a_replay_without_room(tmp: Path, store: Path, instant: str) -> None:
         patch.setattr(attach, "LOW_BYTES", 1 << 62)
         with redirect_stdout(io.StringIO()) as device:
             assert main(["attach", str(store), instant, "root"]) == 0
-    assert re.search(r"/var/tmp: \d+ MiB are free: if mounting the device fails with an I/O error", said.getvalue())
+    words = r"/var/tmp: [\d.]+ MiB are free: if mounting or writing to the device fails with an I/O error"
+    assert re.search(words, said.getvalue())
     run(["mount", "-o", "ro", device.getvalue().strip(), tmp / "then"], accept=(32,))
     pitfs("detach", device.getvalue().strip())
 

@@ -453,6 +453,28 @@ async def test_tries_to_go_on_that_fail_lose_nothing_of_what_changed(
     assert copies(parts) == [TransferKind.CHANGES]
 
 
+async def test_a_bitmap_that_is_dropped_while_a_bypass_ends_is_followed_by_a_full_sync(
+    parts: Bypassing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writes go on while a segment is made for the journal."""
+    await begin(parts)
+    parts.overflow()
+    begin_new_segment = parts.splitter.journal.begin_new_segment
+
+    def while_it_is_made() -> None:
+        parts.splitter.state.change_bitmap._limit_bytes = 0
+        monkeypatch.setattr(changes, "UNMEASURED", 1)
+        parts.scatter(20)
+        assert parts.splitter.state.change_bitmap is None
+        begin_new_segment()
+
+    monkeypatch.setattr(parts.splitter.journal, "begin_new_segment", while_it_is_made)
+    assert await parts.room()
+    await parts.settle()
+    parts.check()
+    assert copies(parts) == [TransferKind.FULL]
+
+
 def _refuse(*_: object) -> None:
     raise OSError(5, "Input/output error")
 

@@ -22,7 +22,7 @@ from pitfs.model.transfer import MAX_TEXT_LENGTH, Begin, Checkpoint, Data, End, 
 from pitfs.replication import manifests
 from pitfs.replication.status import InGapError
 from pitfs.splitter.control import ControlError
-from pitfs.splitter.messages import ReadBacking, SplitterRequest
+from pitfs.splitter.messages import Backings, ReadBacking, SplitterRequest
 from pitfs.storage.segment import segment_path
 from tests.helpers.shipper import MARGIN_S, VOLUME_BYTES, Parts, recovers
 
@@ -220,6 +220,18 @@ async def test_a_configuration_that_is_not_the_running_splitters_is_refused(
         nursery.cancel_scope.cancel()
     assert "\n" not in str(caught.value) and spec.backing in str(caught.value)
     assert parts.session.begun == 0
+
+
+async def test_a_change_that_is_undone_lets_the_shipper_go_on(parts: Parts) -> None:
+    """And one that comes later, for the next start, doesn't stop it."""
+    (spec,) = parts.pipeline.specs
+    files: list[list[Any]] = [[spec, dataclasses.replace(spec, name="added")], [spec], []]
+    backings = Backings(parts.shipper.splitter, parts.pipeline.volumes, lambda: files.pop(0))
+    with pytest.raises(PitfsError, match=r"changed: the file has added on [^;]*: restart"):
+        await backings.check()
+    for _ in range(3):
+        await backings.check()
+    assert files == [[]], "it isn't read again"
 
 
 async def test_a_splitter_of_an_older_version_is_said_to_be_so(

@@ -11,7 +11,7 @@ import pytest
 from pitfs.cli.main import main
 from pitfs.errors import PitfsError, PositionMismatchError
 from pitfs.model.position import format_instant
-from pitfs.model.transfer import Data, Gap, Hello, Manifest, Section, TransferKind, VolumeInfo
+from pitfs.model.transfer import Data, Gap, Hello, Manifest, ResumePoint, Section, TransferKind, VolumeInfo
 from pitfs.store.ingest import Ingest
 from pitfs.store.store import Store
 from tests.helpers.stores import ingest_transfer, read_image
@@ -116,6 +116,32 @@ def test_what_was_staged_of_it_goes_on(tmp_path: Path, history: History) -> None
     made = Ingest(str(tmp_path), history.hello)
     resumed = made.begin(transfer.manifest)
     assert (resumed.lengths[0], resumed.cursor) == (len(rows), (0, 3))
+    ingest_transfer(made, transfer)
+    made.close()
+
+
+def test_what_came_before_its_first_cursor_comes_again(tmp_path: Path, history: History) -> None:
+    """Its sender reads backing volumes: it can only go on at a cursor."""
+    made = store_at_the_first_copy(tmp_path, history)
+    transfer = changes(history)
+    made.begin(transfer.manifest)
+    made.data(Data(Section.DIFF, 0, transfer.sections[Section.DIFF]))
+    made.close()
+    made = Ingest(str(tmp_path), history.hello)
+    assert made.begin(transfer.manifest) == ResumePoint()
+    ingest_transfer(made, transfer)
+    made.close()
+
+
+def test_what_an_earlier_version_kept_without_a_cursor_comes_again(tmp_path: Path, history: History) -> None:
+    made = store_at_the_first_copy(tmp_path, history)
+    transfer = changes(history)
+    made.begin(transfer.manifest)
+    made.data(Data(Section.DIFF, 0, transfer.sections[Section.DIFF]))
+    assert made.checkpoint(()).lengths[0]
+    made.close()
+    made = Ingest(str(tmp_path), history.hello)
+    assert made.begin(transfer.manifest) == ResumePoint()
     ingest_transfer(made, transfer)
     made.close()
 

@@ -132,7 +132,7 @@ class StagedTransfer:
     def resume(
         cls, directory: str, manifest: wire.Manifest, snapshot_id: int, store: WritableStore
     ) -> StagedTransfer | None:
-        """The one that is staged there, up to its checkpoint; None if it is another one, or there is none.
+        """The one that is staged there, up to its checkpoint; None if there is none from which its sender can go on.
 
         Raises:
             CorruptionError, RemoteProtocolError, FileNotFoundError: it isn't what came.
@@ -143,6 +143,8 @@ class StagedTransfer:
         # Why it is no finer may have changed since: the manifest that came last says it.
         if msgspec.structs.replace(progress.manifest, cause=manifest.cause) != manifest:
             return None
+        if manifest.kind.resumes_at_cursor and not progress.cursor and any(progress.lengths):
+            return None  # an earlier version kept that: its sender couldn't go on
         return cls(directory, msgspec.structs.replace(progress, manifest=manifest), store)
 
     @property
@@ -191,7 +193,7 @@ class StagedTransfer:
     def keep(self) -> None:
         """Makes durable what came since the checkpoint, unless its sender goes on at a cursor. Raises OSError."""
         p = self._progress
-        if self.manifest.kind is not wire.TransferKind.FULL and not p.cursor and self.lengths != p.lengths:
+        if not self.manifest.kind.resumes_at_cursor and not p.cursor and self.lengths != p.lengths:
             self.checkpoint(())
 
     def _digests(self) -> Five:
