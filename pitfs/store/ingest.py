@@ -16,7 +16,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Final
 
 import msgspec
@@ -31,6 +31,7 @@ from pitfs.store.objects.format import CATALOG, OBJECTS, STAGING, STORE_JSON
 from pitfs.store.objects.pool import ObjectPool
 from pitfs.store.open_interval.stream import Stream
 from pitfs.store.opening import (
+    changes_locked,
     check_epoch,
     check_place,
     check_sender,
@@ -103,8 +104,9 @@ class Ingest:
         objects = ObjectPool(objects_path, layout, history)
         closing.callback(objects.close)
         area = StagingArea(staging, objects, catalog)
-        area.recover()
-        area.clear_outdated()
+        with changes_locked(self.path):
+            area.recover()
+            area.clear_outdated()
         return WritableStore(catalog, objects, node_loader(objects), history, self.hello.volumes), area
 
     # The life of a transfer
@@ -152,12 +154,14 @@ class Ingest:
                 self.stream.close_here()
             snapshot_id = catalog.next_snapshot_id() if base is None else base.end_snapshot_id
             directory = self._area.path if base is None else self._area.layers_directory(snapshot_id)
-            self._area.recover_transfer(snapshot_id)
+            with changes_locked(self.path):
+                self._area.recover_transfer(snapshot_id)
             self._staged = self._resume(manifest, snapshot_id, directory)
             if self._staged is None:
                 self._area.clear(directory)
                 if base is not None:
-                    self._area.make_room_for_layers(directory)
+                    with changes_locked(self.path):
+                        self._area.make_room_for_layers(directory)
                 self._staged = StagedTransfer.create(directory, manifest, snapshot_id, self._store)
         return self._staged.resume_point
 
@@ -200,16 +204,22 @@ class Ingest:
         with self._transfer("committing") as staged:
             try:
                 staged.finish(end)
-                commit(staged, self._store)
+                self._commit(staged)
             except (RemoteProtocolError, CorruptionError):
                 self._close_staged()
-                self._area.recover_transfer(staged.snapshot_id)
+                with changes_locked(self.path):
+                    self._area.recover_transfer(staged.snapshot_id)
                 self._area.clear(staged.directory)
                 raise
         self._close_staged()
         with self._errors("clearing"):
             self._area.clear(staged.directory)
         return self._position()
+
+    def _commit(self, staged: StagedTransfer) -> None:
+        """Layers change an interval that is there: no removal may, meanwhile."""
+        with changes_locked(self.path) if staged.manifest.kind is wire.TransferKind.LAYERS else nullcontext():
+            commit(staged, self._store)
 
     # The stream
 

@@ -15,6 +15,8 @@ import fcntl
 import glob
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import msgspec
@@ -22,9 +24,19 @@ import msgspec
 from pitfs.errors import PermissionDeniedError, PositionMismatchError, StoreError, StoreVersionError
 from pitfs.model.group import identity_problem
 from pitfs.model.transfer import Hello, VolumeInfo
-from pitfs.storage.files import closed_on_error, durable_replace, fsync_directory, storage_error
+from pitfs.storage.files import closed_on_error, durable_replace, fsync_directory, open_fd, storage_error
 from pitfs.store.catalog.catalog import Catalog
-from pitfs.store.objects.format import CATALOG, LOCK, OBJECTS, PINS, STAGING, STORE_JSON, VERSION_1, Layout
+from pitfs.store.objects.format import (
+    CATALOG,
+    CHANGES_LOCK,
+    LOCK,
+    OBJECTS,
+    PINS,
+    STAGING,
+    STORE_JSON,
+    VERSION_1,
+    Layout,
+)
 from pitfs.store.pins.pins import HOLDERS, convert_directory
 
 FORMAT: Final = "pitfs-store"
@@ -115,7 +127,8 @@ def check_place(path: str) -> None:
         names = set(os.listdir(path))
     except FileNotFoundError:
         return
-    ours = {LOCK, OBJECTS, STAGING, PINS, HOLDERS, CATALOG, f"{CATALOG}-wal", f"{CATALOG}-shm", f"{CATALOG}-journal"}
+    ours = {LOCK, CHANGES_LOCK, OBJECTS, STAGING, PINS, HOLDERS}
+    ours |= {CATALOG, f"{CATALOG}-wal", f"{CATALOG}-shm", f"{CATALOG}-journal"}
     others = sorted(names - ours - {f"{STORE_JSON}.tmp"})
     if STORE_JSON not in names and others:
         raise StoreError(
@@ -144,6 +157,19 @@ def take_lock(store: str) -> int:
         os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         convert_directory(store)
     return fd
+
+
+@contextmanager
+def changes_locked(store: str) -> Iterator[None]:
+    """Excludes, until the block ends, all others that change intervals which are there, or look for leftovers.
+
+    Those are layers, a removal, and the recovery of what was cut off. Whoever only adds what is newer than all others
+    needs no lock: nothing removes the last snapshot, or what is behind it. Taken before `pins_locked` and before a
+    transaction of the catalog.
+    """
+    with open_fd(os.path.join(store, CHANGES_LOCK), os.O_RDWR | os.O_CREAT) as fd:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
 
 
 def check_sender(root: str, hello: Hello) -> None:

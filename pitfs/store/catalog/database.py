@@ -95,12 +95,29 @@ CREATE TABLE pieces (  -- of a tail's log: rows of first_seq to to_seq
 ) STRICT, WITHOUT ROWID;
 """
 
+# Tables that came later. A writer adds those that are missing; an older pitfs doesn't look at them.
+_ADDED: Final = """
+CREATE TABLE IF NOT EXISTS moved (  -- byte o of object `name` is byte base + o of the file of object `host`
+    name TEXT PRIMARY KEY, host TEXT NOT NULL, base INTEGER NOT NULL, row_checksum INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS shared (  -- pointers to contents that several blocks of the first snapshot have
+    pointer INTEGER PRIMARY KEY, count INTEGER NOT NULL, row_checksum INTEGER NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS removals (  -- snapshots between these two were removed, their objects not yet
+    before_id INTEGER PRIMARY KEY, after_id INTEGER NOT NULL, row_checksum INTEGER NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS digests (  -- of a volume at a snapshot, as production took it
+    snapshot INTEGER NOT NULL, volume INTEGER NOT NULL, high INTEGER NOT NULL, low INTEGER NOT NULL,
+    row_checksum INTEGER NOT NULL, PRIMARY KEY (snapshot, volume)
+) STRICT, WITHOUT ROWID;
+"""
+
 _NO_INDEX: Final = (apsw.SQLITE_IOERR_SHMOPEN, apsw.SQLITE_IOERR_SHMSIZE, apsw.SQLITE_IOERR_SHMMAP)
 REMEDY: Final = "put a copy of it back, or move the store away for a new full sync"
 
 
 # Columns that are unsigned, by number: SQLite has the signed integer with the same bits.
-_UNSIGNED: Final = {"roots": (2, 3), "objects": (5,), "pieces": (8,)}
+_UNSIGNED: Final = {"roots": (2, 3), "objects": (5,), "pieces": (8,), "shared": (0,), "digests": (2, 3)}
 _UNCHECKED: Final = {"gaps": 1}  # columns before those that the checksum is of: SQLite gives gaps their id
 
 
@@ -193,12 +210,15 @@ class Database:
         if mode == "read":
             self._db.execute("PRAGMA query_only = 1")
             return
+        if version == 0:  # before there is a table: then what a removal frees can be given back
+            self._db.execute("PRAGMA auto_vacuum = INCREMENTAL")
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute(f"PRAGMA synchronous = {DURABLE}")
-        if version == 0:
-            with self._db:
+        with self._db:
+            if version == 0:
                 self._db.execute(_SCHEMA)
                 self._db.execute(f"PRAGMA user_version = {CATALOG_VERSION}")
+            self._db.execute(_ADDED)
 
     def close(self) -> None:
         with self._lock:
@@ -234,7 +254,7 @@ class Database:
 
     @contextmanager
     def changes(self, durable: bool = True) -> Iterator[None]:
-        """A transaction: what is read in it stays so until it is committed.
+        """A transaction, of one process at a time: what is read in it stays so until it is committed.
 
         durable: survives power loss when it returns; else the catalog may be the one before then.
         """
@@ -242,8 +262,15 @@ class Database:
             if not durable:
                 self._db.execute(f"PRAGMA synchronous = {NOT_DURABLE}")
             try:
-                with self._db:
+                # At once: a transaction that has read before another commits could no longer write.
+                self._db.execute("BEGIN IMMEDIATE")
+                try:
                     yield
+                    self._db.execute("COMMIT")
+                except BaseException:
+                    if self._db.in_transaction:
+                        self._db.execute("ROLLBACK")
+                    raise
             finally:
                 if not durable:
                     self._db.execute(f"PRAGMA synchronous = {DURABLE}")
@@ -258,6 +285,10 @@ class Database:
     def delete(self, table: str, name: str, key: Any) -> None:
         """Deletes the rows whose column of that name has that value; within `changes`."""
         self._db.execute(f"DELETE FROM {table} WHERE {name} = ?", (key,))
+
+    def has_table(self, table: str) -> bool:
+        """Whether there is a table that came later: not before a writer of this version has opened the catalog."""
+        return bool(self.rows("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?", (table,)))
 
     @contextmanager
     def one_moment(self) -> Iterator[None]:

@@ -4,6 +4,7 @@
       store.json                     who it belongs to; written last when a store is made
       catalog.sqlite                 what there is; its commit is the moment anything comes to be
       writer.lock                    held by the process that writes
+      changes.lock                   held while intervals that are there are changed (`store.opening.changes_locked`)
       objects/hhhh/hhh/              a folder of objects: see below
           snapshot-<s>.map           block map nodes written by snapshot s (8192 bytes each), then its manifest
           snapshot-<s>.blocks        contents of its diff
@@ -76,6 +77,7 @@ MAX_SEQ: Final = (1 << 46) - 1  # what an inode number has room for: 447 years o
 STORE_JSON: Final = "store.json"
 CATALOG: Final = "catalog.sqlite"
 LOCK: Final = "writer.lock"
+CHANGES_LOCK: Final = "changes.lock"
 OBJECTS: Final = "objects"
 STAGING: Final = "staging"
 PINS: Final = "pins"
