@@ -49,7 +49,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from pitfs.model.group import NAME_PATTERN
+from pitfs.model.digest import DIGEST_BYTES
+from pitfs.model.group import MAX_VOLUMES, NAME_PATTERN
 
 UNIT_BYTES: Final = 512
 MAX_PAYLOAD_BYTES: Final = 1 << 20  # one Data frame; the limit of everything that is held at once
@@ -73,6 +74,9 @@ Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT_LENGTH)]
 Name = Annotated[str, msgspec.Meta(pattern=NAME_PATTERN)]
 Lengths = tuple[Number, Number, Number, Number, Number]  # of the sections of a transfer, 1 … 5
 Cursor = Annotated[tuple[Number, ...], msgspec.Meta(max_length=64)]
+# The digest of each volume (`model.digest`), big-endian; left out where there are none.
+Digests = Annotated[bytes, msgspec.Meta(max_length=MAX_VOLUMES * DIGEST_BYTES)] | msgspec.UnsetType
+MAX_STREAMED_DIGESTS: Final = 48  # volumes: a mark of a stream takes 1 KiB at most
 
 
 def awaits_backfill(cause: str) -> bool:
@@ -204,6 +208,7 @@ class Manifest(msgspec.Struct, frozen=True):
             where not known (FULL, CHANGES).
         base_bytes: LAYERS: bytes of JOURNAL_BLOCKS that the replica has from coarser layers.
         identity: equal exactly if the sections' bytes are equal; a staged transfer resumes only then.
+        digests: INTERVAL: of the volumes at the position that it leads to, as production took them.
     """
 
     mark: Mark
@@ -224,6 +229,7 @@ class Manifest(msgspec.Struct, frozen=True):
     base_bytes: Number = 0
     bookmarks: Annotated[tuple[Bookmark, ...], msgspec.Meta(max_length=MAX_BOOKMARKS)] = ()
     gaps: Annotated[tuple[Gap, ...], msgspec.Meta(max_length=MAX_GAPS)] = ()
+    digests: Digests = msgspec.UNSET
 
 
 class ResumePoint(msgspec.Struct, frozen=True):
@@ -373,6 +379,7 @@ class StreamMark(msgspec.Struct, frozen=True):
     time_ns: Number
     protected_through_ns: Number
     bookmark: Name | None = None
+    digests: Digests = msgspec.UNSET
 
 
 class Durable(msgspec.Struct, frozen=True):
