@@ -27,6 +27,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "list": ("pitfs.cli.list", "snapshots, intervals, bookmarks and gaps of a store"),
     "resolve": ("pitfs.cli.resolve", "the instant that a time leads to"),
     "digest": ("pitfs.cli.digest", "checksum of a volume at an instant"),
+    "verify": ("pitfs.cli.verify", "compare volumes with the digests that production took"),
     "diff": ("pitfs.cli.diff", "what differs between two instants of a volume"),
     "export": ("pitfs.cli.export", "write a volume at an instant to a file or device"),
     "attach": ("pitfs.cli.attach", "a volume at an instant as a block device"),

@@ -12,21 +12,32 @@ same sum (1 of 2**128). It doesn't stop a forger: who chooses contents finds som
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Annotated, Final
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
+from pitfs.model.group import MAX_VOLUMES
+
 UInt64s = npt.NDArray[np.uint64]
 
 DIGEST_BYTES: Final = 16
+# The digest of each volume of a group, big-endian, as they are sent; left out where there are none.
+Digests = Annotated[bytes, msgspec.Meta(max_length=MAX_VOLUMES * DIGEST_BYTES)] | msgspec.UnsetType
+MAX_STREAMED_DIGESTS: Final = 48  # volumes: a frame MARK has room for no more
 MASK: Final = (1 << 128) - 1
 _GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio: block 0 isn't mixed to 0
 # (shift, factor) steps and the last shift. Stafford's variant 13 of the finaliser of MurmurHash3, as in SplitMix64
 # (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014); and that of MurmurHash3 (Appleby).
 _SPLITMIX: Final = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)), 31
 _MURMUR: Final = ((33, 0xFF51AFD7ED558CCD), (33, 0xC4CEB9FE1A85EC53)), 33
+
+
+def are_digests(digests: Digests, volume_count: int) -> bool:
+    """Whether there are none, or one of each volume."""
+    return not digests or len(digests) == volume_count * DIGEST_BYTES
 
 
 def zero_checksum(block_size: int) -> int:

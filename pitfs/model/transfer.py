@@ -49,8 +49,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from pitfs.model.digest import DIGEST_BYTES
-from pitfs.model.group import MAX_VOLUMES, NAME_PATTERN
+from pitfs.model.digest import Digests
+from pitfs.model.group import NAME_PATTERN
 
 UNIT_BYTES: Final = 512
 MAX_PAYLOAD_BYTES: Final = 1 << 20  # one Data frame; the limit of everything that is held at once
@@ -74,9 +74,6 @@ Text = Annotated[str, msgspec.Meta(max_length=MAX_TEXT_LENGTH)]
 Name = Annotated[str, msgspec.Meta(pattern=NAME_PATTERN)]
 Lengths = tuple[Number, Number, Number, Number, Number]  # of the sections of a transfer, 1 … 5
 Cursor = Annotated[tuple[Number, ...], msgspec.Meta(max_length=64)]
-# The digest of each volume (`model.digest`), big-endian; left out where there are none.
-Digests = Annotated[bytes, msgspec.Meta(max_length=MAX_VOLUMES * DIGEST_BYTES)] | msgspec.UnsetType
-MAX_STREAMED_DIGESTS: Final = 48  # volumes: a mark of a stream takes 1 KiB at most
 
 
 def awaits_backfill(cause: str) -> bool:

@@ -19,7 +19,8 @@ import msgspec
 
 from pitfs.errors import CorruptionError
 from pitfs.model.blockmap import MapEntry
-from pitfs.model.transfer import Bookmark, Digests, Gap
+from pitfs.model.digest import Digests
+from pitfs.model.transfer import Bookmark, Gap
 from pitfs.store.catalog.database import FIRST_PAGE_ROWS, PAGE_ROWS, REMEDY, Database
 from pitfs.store.catalog.records import Commit, Interval, OpenInterval, Snapshot, SortedRun
 from pitfs.store.objects.format import ObjectRecord

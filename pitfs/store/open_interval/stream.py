@@ -24,8 +24,9 @@ from typing import Final
 import msgspec
 
 from pitfs.errors import PitfsError, RemoteProtocolError
+from pitfs.model.digest import Digests, are_digests
 from pitfs.model.group import NAME_RULE, is_name
-from pitfs.model.transfer import Digests, Durable, Hello, StreamMark, Writes
+from pitfs.model.transfer import Durable, Hello, StreamMark, Writes
 from pitfs.storage.files import closed_on_error, fsync_directory
 from pitfs.store.catalog.records import Commit, OpenInterval
 from pitfs.store.objects.format import ObjectKind, ObjectName
@@ -35,7 +36,6 @@ from pitfs.store.open_interval.writer import MAX_PENDING_ROWS, OpenIntervalWrite
 from pitfs.store.open_interval.writes import WriteCheck
 from pitfs.store.transfer.position import mismatch, no_more_ids
 from pitfs.store.transfer.recovery import StagingArea
-from pitfs.store.transfer.validation import are_digests
 from pitfs.store.transfer.writable_store import WritableStore
 
 log = logging.getLogger(__name__)
@@ -217,7 +217,7 @@ class Stream:
             raise RemoteProtocolError(f"mark {mark.mark}: times that don't go forward")
         if mark.bookmark is not None and not is_name(mark.bookmark):
             raise RemoteProtocolError(f"bookmark {mark.bookmark[:80]!r}: must be {NAME_RULE}")
-        if not are_digests(mark.digests, self._hello.volumes):
+        if not are_digests(mark.digests, len(self._hello.volumes)):
             raise RemoteProtocolError(f"mark {mark.mark}: digests that aren't one of each volume")
 
     def _begin(self) -> OpenIntervalWriter:
