@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +12,10 @@ import numpy as np
 import pytest
 from xxhash import xxh3_64_intdigest
 
+from pitfs.errors import LinkError
+from pitfs.journal.reader import Copy
 from pitfs.model.digest import digest_of
+from pitfs.model.transfer import Checkpoint, Data
 from pitfs.replication import digests as digests_module
 from pitfs.replication import full_sync
 from pitfs.replication.digests import VolumeDigests
@@ -18,7 +23,7 @@ from pitfs.replication.phases import Phase
 from pitfs.store.store import Store
 from tests.helpers.bypass import Bypassing
 
-STEPS = 40
+STEPS = 60
 BLOCK = 4096
 
 
@@ -64,6 +69,31 @@ class Digesting(Bypassing):
                 assert found[1] == naive_digest(self.at[snapshot.seq]), snapshot
         store.close()
 
+    async def ship_one(self) -> None:
+        """The next diff or copy, if there is one; the next ones have to wait."""
+        if not self.splitter.state.bypass_cause:
+            item = await self.shipper.cursor.next_item(self.session, wait=False)
+            if isinstance(item, Copy):
+                await self.shipper.full_sync.ship(self.session, item)
+            elif item is not None:
+                await self.shipper.ship_interval(self.session, item)
+
+    async def ship_cut_off(self) -> None:
+        """The link breaks on the way, perhaps before the end."""
+        send, left = self.session.send, int(self.pipeline.random.integers(1, 12))
+
+        async def sending(frame: Data | Checkpoint) -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                raise ConnectionError
+            await send(frame)
+
+        self.session.send = sending  # type: ignore[method-assign]
+        with contextlib.suppress(ConnectionError, LinkError):
+            await self.ship_one()
+        self.session.send = send  # type: ignore[method-assign]
+
     def kill_shipper(self, power_loss: bool) -> None:
         """Without the order to save. A power loss also takes some of what was written since the last save."""
         self.shipper.digests._is_resumed = False
@@ -91,7 +121,7 @@ class Digesting(Bypassing):
 async def step(parts: Digesting, saved: list[Path]) -> None:
     """One thing that happens."""
     random, status = parts.pipeline.random, parts.shipper.status
-    match int(random.integers(16)):
+    match int(random.integers(20)):
         case 0 | 1 | 2:
             parts.scatter(int(random.integers(1, 8)))
         case 3 | 4:
@@ -131,6 +161,24 @@ async def step(parts: Digesting, saved: list[Path]) -> None:
             parts.during = lambda: parts.scatter(int(random.integers(3)))
             parts.read_some(int(random.integers(8)))
             parts.during = lambda: None
+        case 16 | 17:
+            await parts.ship_cut_off()
+            if random.random() < 0.5:
+                parts.kill_shipper(random.random() < 0.5)
+            await parts.connect_anew()
+        case 18:
+            for _ in range(3):
+                parts.scatter(2)
+                if not parts.splitter.state.bypass_cause:
+                    parts.mark()
+            with contextlib.suppress(LinkError):
+                await parts.ship_one()
+        case 19:  # as before an upgrade
+            parts.kill_shipper(False)
+            shutil.rmtree(parts.directory, ignore_errors=True)
+            await parts.connect_anew()
+            if random.random() < 0.7:
+                parts.read_some(8)
 
 
 async def stream_some(parts: Digesting) -> None:
@@ -152,6 +200,7 @@ async def test_each_digest_that_arrives_is_that_of_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     monkeypatch.setattr("pitfs.replication.full_sync.STRETCH_BYTES", 65536)
+    monkeypatch.setattr("pitfs.replication.full_sync.CHECKPOINT_BYTES", 65536)
     parts = Digesting(tmp_path, monkeypatch, seed)
     await parts.locate()
     if seed % 2:
