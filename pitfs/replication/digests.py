@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
-from pitfs.errors import CorruptionError, PitfsError
+from pitfs.errors import PitfsError
 from pitfs.journal.reader import Copy, JournalReader
 from pitfs.journal.search import Found
 from pitfs.journal.stream_reader import StreamChunk, next_chunk
@@ -99,7 +99,7 @@ class VolumeDigests:
                 position = msgspec.json.decode(file.read(), type=tuple[int, int])
                 self._open(os.O_RDWR)
                 if position[0] > journal_seq:
-                    raise CorruptionError(self._path, 0, f"seq {position[0]}, the journal has only {journal_seq}")
+                    raise PitfsError(f"{self._path}: seq {position[0]}, the journal has only {journal_seq}")
                 self._position = position
 
     def of_interval(self, prepared: PreparedInterval) -> Digests:
@@ -142,7 +142,7 @@ class VolumeDigests:
                 return
             known_ns = start[1] if start[0] == seq else int(times[seq - start[0] - 1])
             if known_ns != time_ns:
-                raise CorruptionError(self._path, 0, f"write {seq} isn't the one that the journal has")
+                raise PitfsError(f"{self._path}: write {seq} isn't the one that the journal has")
             self._add(columns, end)
 
     def _add(self, columns: Columns, end: Position) -> None:
@@ -160,12 +160,12 @@ class VolumeDigests:
         sizes = [volume.block_size for volume in self._volumes]
         with contextlib.closing(JournalReader(self._journal, sizes)) as reader:
             if reader.seek_writes_behind(position, location) is not Found.THERE:
-                raise CorruptionError(self._journal, 0, f"it has no longer what came behind write {position[0]}")
+                raise PitfsError(f"{self._journal}: it has no longer what came behind write {position[0]}")
             while (chunk := next_chunk(reader, location, MAX_BATCH_BYTES)) is not None and not chunk.begins_anew:
                 if chunk.writes is not None:
                     self._add(_columns_of(chunk), chunk.position)
             if self._position != end:
-                raise CorruptionError(self._journal, 0, f"write {end[0]} doesn't follow write {position[0]}")
+                raise PitfsError(f"{self._journal}: write {end[0]} doesn't follow write {position[0]}")
 
     def _at_mark(self, position: Position, mark: int, is_named: bool) -> Digests:
         digests: Digests = msgspec.UNSET
@@ -201,7 +201,7 @@ class VolumeDigests:
             # A copy of changes has all blocks that were written behind its base, so it may be behind `position`.
             builds_on = self._position is not None and self._position[0] >= copy.start.from_seq
             if cursor or not (copy.start.is_complete or builds_on):
-                raise CorruptionError(self._directory, 0, "a copy builds on what isn't known here")
+                raise PitfsError(f"{self._directory}: a copy builds on what isn't known here")
             if copy.start.is_complete:
                 self._reset()
                 self._sums = [0] * len(self._volumes)
@@ -353,7 +353,7 @@ class VolumeDigests:
             runs = [(pages.item(at) * page_bytes, view[at * page_bytes : end * page_bytes]) for at, end in spans]
             for offset, run in runs:
                 if os.preadv(self._fds[volume], [run], offset) != run.nbytes:
-                    raise CorruptionError(self._directory, offset, "a file of checksums ends early")
+                    raise PitfsError(f"{self._directory}: a file of checksums ends early")
             place = of, block % PAGE_ROWS
             before = table[place]
             table[place] = checksum
