@@ -120,13 +120,19 @@ async def test_what_was_read_in_the_background_counts_once_all_writes_up_to_then
     assert has_digest(parts) and not set(seqs) & parts.seen
 
 
-async def test_what_was_read_while_writes_bypass_the_journal_is_left_out(parts: Digesting) -> None:
+@pytest.mark.parametrize("meanwhile", [False, True])
+async def test_what_was_read_while_writes_bypass_the_journal_is_left_out(parts: Digesting, meanwhile: bool) -> None:
     await unknown(parts)
     parts.scatter(20)
     for _ in range(3):
         parts.mark()
-    parts.read_some(1)
-    parts.overflow(20)
+    if meanwhile:
+        parts.during = parts.overflow
+        parts.read_some(1)
+        parts.during = lambda: None
+    else:
+        parts.read_some(1)
+        parts.overflow(20)
     parts.read_some(20)
     await parts.ship_one()
     parts.read_some(20)
