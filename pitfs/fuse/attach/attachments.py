@@ -26,6 +26,7 @@ from typing import Final
 
 from pitfs.errors import PitfsError, UsageError
 from pitfs.fuse.attach.images import image_loops
+from pitfs.fuse.kernel import loop_devices
 from pitfs.fuse.kernel.loop_devices import polls
 from pitfs.fuse.kernel.mountinfo import MountInfo, is_dead, mounts
 from pitfs.fuse.kernel.processes import process_ids, processes_below, run
@@ -40,10 +41,19 @@ END_S: Final = 3.0  # for the kernel and the mount's daemon to release what is t
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ScratchOptions:
-    """Where a writable image's writes go (None: to a directory made for it), and how many bytes at most."""
+    """Where a writable image's writes go (None: to a directory made for it), and how many bytes at most.
+
+    Raises:
+        UsageError: mount options can't hold them.
+    """
 
     directory: str | None
     size: str | None
+
+    def __post_init__(self) -> None:
+        for value in (self.directory, self.size):
+            if value is not None and "," in value:
+                raise UsageError(f"{value}: holds a comma, which mount options can't: choose another")
 
 
 @contextlib.contextmanager
@@ -57,12 +67,17 @@ def attach_lock() -> Iterator[None]:
         raise UsageError("only root may mount and make loop devices: run it as root")
     os.makedirs(RUN, 0o755, exist_ok=True)
     fd = os.open(f"{DIRECTORY}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    with _signals_call(signal.default_int_handler, INTERRUPTS[1:]):
+    with signals_interrupt():
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             yield
         finally:
             os.close(fd)
+
+
+def signals_interrupt() -> contextlib.AbstractContextManager[None]:
+    """Lets SIGTERM and SIGHUP end what the block does as Ctrl-C does: by KeyboardInterrupt."""
+    return _signals_call(signal.default_int_handler, INTERRUPTS[1:])
 
 
 @contextlib.contextmanager
@@ -79,7 +94,9 @@ def signals_deferred() -> Iterator[None]:
 def _signals_call(
     handler: Callable[[int, FrameType | None], object], numbers: Sequence[signal.Signals]
 ) -> Iterator[None]:
-    previous = [(number, signal.signal(number, handler)) for number in numbers]
+    # What nohup, or a shell for its background jobs, has set to be ignored stays so.
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = [(number, signal.signal(number, handler)) for number in heard]
     try:
         yield
     finally:
@@ -123,6 +140,7 @@ def make_mount(store: str, group: str, scratch: ScratchOptions | None) -> str:
         if directory is None:
             directory = _scratch_of(mountpoint)
             os.mkdir(directory, 0o700)
+        directory = os.path.realpath(directory)
         command += ["-o", f"scratch={directory}" + (f",scratch_size={scratch.size}" if scratch.size else "")]
     done = run(command)
     message = done.stderr.strip().replace("mount.pitfs: ", "")
@@ -133,6 +151,58 @@ def make_mount(store: str, group: str, scratch: ScratchOptions | None) -> str:
     if message:
         print(f"pitfs: {message}", file=sys.stderr)
     return mountpoint
+
+
+@contextlib.contextmanager
+def scratch_mount(store: str, group: str, directory: str | None) -> Iterator[str]:
+    """A mount with writable images to the end of the block, for as many devices as are attached over them; gives the
+    mountpoint. Held open, so that no other attach or detach takes it for unused while there is no device.
+
+    Args:
+        directory: where what is written goes; None: to one made for it.
+
+    Raises:
+        PitfsError: the mount failed.
+    """
+    with contextlib.ExitStack() as undo:
+
+        def end() -> None:
+            with attach_lock(), signals_deferred():
+                unmount_unused()
+
+        undo.callback(end)
+        with attach_lock(), signals_deferred():
+            unmount_unused()
+            mountpoint = make_mount(os.path.realpath(store), group, ScratchOptions(directory, None))
+            undo.callback(os.close, os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        yield mountpoint
+
+
+def attach_image(
+    image: str, undo: contextlib.ExitStack, *, read_only: bool = False, sector_size: int | None = None
+) -> str:
+    """Makes a loop device over an image; `undo` detaches it, and unmounts before that what is mounted of it.
+
+    Args:
+        sector_size: in bytes; None: what its partition table needs.
+
+    Raises:
+        PitfsError: there is no free device, or the kernel refuses.
+    """
+    with signals_deferred():
+        device = loop_devices.attach(
+            image, read_only=read_only, sector_size=sector_size or loop_devices.sector_size_of(image)
+        )
+        undo.callback(signals_deferred()(_release), device)
+    return device
+
+
+def _release(device: str) -> None:
+    loop = loop_devices.loop_of(device)
+    if loop is not None:
+        for place in reversed(loop_devices.mountpoints_of(loop)):
+            run(["umount", "--", place])
+        loop_devices.detach(loop)
 
 
 def unmount_unused() -> list[str]:
