@@ -115,8 +115,9 @@ def _attach(args: argparse.Namespace) -> int:
                 mountpoint = attachments.make_mount(path, group, scratch)
         image_path = f"{mountpoint}/{image}"
         sector_size = args.sector_size or loop_devices.sector_size_of(image_path)
-        device = attachments.attach_image(image_path, undo, read_only=scratch is None, sector_size=sector_size)
-        missing = loop_devices.wait_for_partitions(device)
+        device, missing = attachments.attach_image(
+            image_path, undo, read_only=scratch is None, sector_size=sector_size
+        )
         made = next((each for each in image_loops() if each.loop.device == device), None)
         if made is None:
             raise PitfsError(f"{device}: another process has detached it: try again")

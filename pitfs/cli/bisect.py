@@ -128,10 +128,10 @@ def _search(
                 )
             row |= {"verdict": verdict.name.lower(), "seconds": round(time.monotonic() - begun_s, 3)}
             tests.append(row)
-            left = (bisection.bad - bisection.good - 1).bit_length()
+            left = bisection.bad - bisection.good - 1
             warn(
-                f"{row['instant']} (seq {seq}): {verdict.value}, exit code {code}, {format_seconds(row['seconds'])}; "
-                f"{bisection.bad - bisection.good - 1} writes between good and bad, some {left} tests"
+                f"{row['instant']} (seq {seq}): {verdict.value} (exit code {code}, {format_seconds(row['seconds'])}); "
+                f"{left} writes left, at most {left.bit_length()} tests if COMMAND can tell"
             )
     return bisection, tests
 
@@ -139,12 +139,10 @@ def _search(
 def _run(args: argparse.Namespace, image: str, instant: str) -> int:
     """Runs COMMAND with a device over the image; its exit code, if that is a verdict."""
     from pitfs.fuse.attach.attachments import attach_image
-    from pitfs.fuse.kernel.loop_devices import wait_for_partitions
     from pitfs.fuse.kernel.processes import run_group
 
     with contextlib.ExitStack() as undo:
-        device = attach_image(image, undo)
-        wait_for_partitions(device)
+        device, _ = attach_image(image, undo)
         code = run_group([*args.words, device], STDERR, PITFS_DEVICE=device, PITFS_INSTANT=instant)
     if not 0 <= code < NO_VERDICT:
         how = f"with {code}" if code >= 0 else f"by {signal.Signals(-code).name}"

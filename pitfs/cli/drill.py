@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
             for info in chosen:
                 begun_s = time.monotonic()
                 with tempfile.TemporaryFile(dir="/var/tmp") as said, contextlib.ExitStack() as undo:
-                    device = attach_image(f"{mountpoint}/{at['instant']}/{image_name(info)}", undo)
+                    device, _ = attach_image(f"{mountpoint}/{at['instant']}/{image_name(info)}", undo)
                     environment = {"PITFS_DEVICE": device, "PITFS_INSTANT": at["instant"]}
                     kinds, problem = _check(device, args.words, said, timeout_s, environment)
                     undo.close()
@@ -110,10 +110,9 @@ def _check(
 ) -> tuple[list[str], str]:
     """The filesystems on the device, and what isn't in order, or "". What the checks print goes to `said`."""
     from pitfs.fuse.attach.filesystem_check import check_commands
-    from pitfs.fuse.kernel.loop_devices import filesystems, wait_for_partitions
+    from pitfs.fuse.kernel.loop_devices import filesystems
     from pitfs.fuse.kernel.processes import run_group
 
-    wait_for_partitions(device)
     found = filesystems(device)
     kinds = [kind for _, kind in found]
     commands = [command for path, kind in found for command in check_commands(kind, path)]

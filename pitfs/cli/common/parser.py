@@ -35,9 +35,7 @@ class Parser(argparse.ArgumentParser):
             return super().parse_known_args(args, namespace)
         end = args.index("--") if "--" in args else len(args)
         found, rest = super().parse_known_args(args[:end], namespace)
-        if found.words:
-            self.error(f"unrecognized arguments: {' '.join(found.words)} (COMMAND goes behind --)")
-        found.words = args[end + 1 :]
+        rest, found.words = [*found.words, *rest], args[end + 1 :]
         return found, rest
 
     def _print_message(self, message: str, file: Any = None) -> None:

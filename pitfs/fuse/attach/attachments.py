@@ -180,21 +180,23 @@ def scratch_mount(store: str, group: str, directory: str | None) -> Iterator[str
 
 def attach_image(
     image: str, undo: contextlib.ExitStack, *, read_only: bool = False, sector_size: int | None = None
-) -> str:
+) -> tuple[str, list[str]]:
     """Makes a loop device over an image; `undo` detaches it, and unmounts before that what is mounted of it.
 
     Args:
         sector_size: in bytes; None: what its partition table needs.
 
+    Returns:
+        the device, and those of its partitions that have no nodes.
+
     Raises:
         PitfsError: there is no free device, or the kernel refuses.
     """
+    sector_size = sector_size or loop_devices.sector_size_of(image)
     with signals_deferred():
-        device = loop_devices.attach(
-            image, read_only=read_only, sector_size=sector_size or loop_devices.sector_size_of(image)
-        )
+        device = loop_devices.attach(image, read_only=read_only, sector_size=sector_size)
         undo.callback(signals_deferred()(_release), device)
-    return device
+    return device, loop_devices.wait_for_partitions(device)
 
 
 def _release(device: str) -> None:

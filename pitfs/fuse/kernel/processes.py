@@ -70,11 +70,17 @@ def run_group(command: Sequence[str], output: int | IO[bytes], timeout_s: float 
     try:
         return process.wait(timeout_s)
     except BaseException:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                os.killpg(process.pid, number)
-                process.wait(GRACE_S)
+        try:
+            _end_group(process, signal.SIGTERM)
+        finally:  # also after a second Ctrl-C
+            _end_group(process, signal.SIGKILL)
         raise
+
+
+def _end_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        os.killpg(process.pid, number)
+        process.wait(GRACE_S)
 
 
 def environment() -> dict[str, str]:
