@@ -33,13 +33,13 @@ NO_VERDICT: Final = 126  # from here on; 1 to 124: bad
 VERDICTS: Final = {0: Verdict.GOOD, CANNOT_TELL: Verdict.UNKNOWN}
 TESTS_PER_MOUNT: Final = 16  # what they write takes room until it is unmounted
 STDERR: Final = 2
-MAX_RANGES: Final = 8
+MAX_RANGES: Final = 8  # of what the write changed
 
 DESCRIPTION: Final = (
     "Finds the write that broke something: runs COMMAND with the device of a scratch image of an instant between GOOD "
     "and BAD as last argument, and halves what is left by its exit code, as git bisect run does. 0: good; 125: can't "
-    "tell, a neighbour is tried; 1 to 124: bad; any other ends the search. First it tries both ends. A million writes "
-    "take 22 runs. What COMMAND prints goes to standard error; it has no input, and the environment variables "
+    "tell, others are tried; 1 to 124: bad; any other ends the search. First it tries both ends. A million writes "
+    "take 22 tests. What COMMAND prints goes to standard error; it has no input, and the environment variables "
     "PITFS_DEVICE and PITFS_INSTANT. Nothing of the store changes."
 )
 EXAMPLES: Final = """\
@@ -47,9 +47,8 @@ examples:
   pitfs bisect /srv/pitfs/db1 root --good 18:00 --bad latest -- e2fsck -p
   pitfs bisect /srv/pitfs/db1 root --good before-upgrade --bad 5m-ago -- /root/is-the-ledger-there
 
-  #!/bin/sh -e
-  # /root/is-the-ledger-there DEVICE
-  trap 'umount /mnt' EXIT
+  #!/bin/sh
+  # /root/is-the-ledger-there DEVICE: the device is unmounted by itself
   mount "$1" /mnt || exit 125
   test -s /mnt/ledger.csv"""
 
@@ -61,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bad", metavar="TIME", required=True, help="a later one that is bad, said as --good")
     add_zone(parser)
     add_scratch_dir(parser)
-    add_json(parser, "volume, last_good, first_bad, exact, reason, changed, more_changed, tests")
+    add_json(parser, "volume, last_good, first_bad, exact, reason, changed, tests")
     add_command(parser, "tells whether the device is good")
 
 
@@ -69,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     from pitfs.cli.common.pins import open_pinned, pin
     from pitfs.cli.common.times import volume_index
     from pitfs.fuse.attach.attachments import signals_interrupt
+    from pitfs.view.differences import Difference
 
     if not args.words:
         raise UsageError("COMMAND is missing: pitfs bisect STORE VOLUME --good TIME --bad TIME -- COMMAND")
@@ -82,17 +82,23 @@ def run(args: argparse.Namespace) -> int:
             )
         bisection, tests = _search(args, store, pins, good, bad)
         good, bad = store.at_seq(bisection.good), store.at_seq(bisection.bad)
-        changed = _changed(store, good, bad, volume)
-        reason = _reason(store, good, bad, len(bisection.unknown))
-    found = {
-        "volume": args.volume, "last_good": state_row(good), "first_bad": state_row(bad), "exact": not reason,
-        "reason": reason or None, "changed": changed[:MAX_RANGES], "more_changed": len(changed) > MAX_RANGES,
-        "tests": tests,
-    }  # fmt: skip
+        difference = Difference(store, good, bad, volume)
+        changed = list(islice(difference.ranges(difference.leaves()), MAX_RANGES))
+        reason = _reason(store, good, bad, bisection)
     if args.json:
-        print_json(found)
-    else:
-        _print(found, args.store)
+        ranges = [{"offset": start, "size": end - start} for start, end in changed]
+        found = {"volume": args.volume, "last_good": state_row(good), "first_bad": state_row(bad)}
+        print_json(found | {"exact": not reason, "reason": reason or None, "changed": ranges, "tests": tests})
+        return 1 if bisection.unknown else 0
+    rows = {"last good": state_row(good), "first bad": state_row(bad)}
+    for name, row in rows.items():
+        print(f"{name}  {row['instant']}  seq {row['seq']}")
+    print(f"not just one write: {reason}\n" * bool(reason), end="")
+    for start, end in changed:
+        print(f"changed    {end - start} bytes at {start}")
+    print("changed    … (pitfs diff shows all)\n" * (len(changed) == MAX_RANGES), end="")
+    for name, row in rows.items():
+        print(f"to look into the {name}: pitfs attach {shlex.quote(args.store)} {row['instant']} {args.volume}")
     return 1 if bisection.unknown else 0
 
 
@@ -107,83 +113,58 @@ def _search(
     from pitfs.fuse.attach.attachments import scratch_mount
 
     bisection = Bisection(good.seq, bad.seq, lambda seq: store.at_seq(seq).seq)
-    ends = ((good, Verdict.GOOD, "an earlier"), (bad, Verdict.BAD, "another"))
+    ends = {good.seq: (Verdict.GOOD, "an earlier"), bad.seq: (Verdict.BAD, "another")}
     tests: list[dict[str, Any]] = []
     with contextlib.ExitStack() as mount:
-        for seq in chain((good.seq, bad.seq), iter(bisection.next, None)):
+        for seq in chain(ends, iter(bisection.next, None)):
             if len(tests) % TESTS_PER_MOUNT == 0:
                 mount.close()
                 mountpoint = mount.enter_context(scratch_mount(store.path, store.group, args.scratch_dir))
             row = state_row(pins.pinned(store, store.at_seq(seq)))
-            begun_s = time.monotonic()
-            code = _run(args, f"{mountpoint}/{row['instant']}/{args.volume}.img", row["instant"])
+            instant, begun_s = row["instant"], time.monotonic()
+            code = _test(args.words, f"{mountpoint}/{instant}/{args.volume}.img", instant)
             verdict = VERDICTS.get(code, Verdict.BAD)
-            if len(tests) >= len(ends):
+            if seq not in ends:
                 bisection.tell(seq, verdict)
-            elif verdict is not (wanted := ends[len(tests)])[1]:
-                name = wanted[1].value
+            elif verdict is not (end := ends[seq])[0]:
+                option = f"--{end[0].value}"
                 raise PitfsError(
-                    f"--{name} {row['instant']}: COMMAND exits with {code} there: {verdict.value}: give {wanted[2]} "
-                    f"--{name}, or see whether COMMAND is right"
+                    f"{option} {instant}: COMMAND exits with {code} there: {verdict.value}: give {end[1]} {option}, or "
+                    "see whether COMMAND is right"
                 )
-            row |= {"verdict": verdict.name.lower(), "seconds": round(time.monotonic() - begun_s, 3)}
+            row |= {"verdict": verdict.value, "exit_code": code, "seconds": round(time.monotonic() - begun_s, 3)}
             tests.append(row)
             left = bisection.bad - bisection.good - 1
             warn(
-                f"{row['instant']} (seq {seq}): {verdict.value} (exit code {code}, {format_seconds(row['seconds'])}); "
-                f"{left} writes left, at most {left.bit_length()} tests if COMMAND can tell"
+                f"{instant} (seq {seq}): {verdict.value} (exit code {code}, {format_seconds(row['seconds'])}); {left} "
+                f"writes left, at most {left.bit_length()} tests if COMMAND can tell"
             )
     return bisection, tests
 
 
-def _run(args: argparse.Namespace, image: str, instant: str) -> int:
+def _test(words: list[str], image: str, instant: str) -> int:
     """Runs COMMAND with a device over the image; its exit code, if that is a verdict."""
     from pitfs.fuse.attach.attachments import attach_image
     from pitfs.fuse.kernel.processes import run_group
 
     with contextlib.ExitStack() as undo:
         device, _ = attach_image(image, undo)
-        code = run_group([*args.words, device], STDERR, PITFS_DEVICE=device, PITFS_INSTANT=instant)
-    if not 0 <= code < NO_VERDICT:
-        how = f"with {code}" if code >= 0 else f"by {signal.Signals(-code).name}"
-        raise PitfsError(
-            f"{args.words[0]} ended {how} at {instant}: that is no verdict: let it exit with 0 (good), 1 to 124 (bad) "
-            f"or {CANNOT_TELL} (can't tell)"
-        )
-    return code
+        code = run_group([*words, device], STDERR, PITFS_DEVICE=device, PITFS_INSTANT=instant)
+    if 0 <= code < NO_VERDICT:
+        return code
+    how = f"with {code}" if code >= 0 else f"by {signal.Signals(-code).name}"
+    raise PitfsError(
+        f"{words[0]} ended {how} at {instant}: that is no verdict: let it exit with 0 (good), 1 to 124 (bad) or "
+        f"{CANNOT_TELL} (can't tell)"
+    )
 
 
-def _changed(store: Store, good: Resolution, bad: Resolution, volume: int) -> list[dict[str, int]]:
-    """The first byte ranges that differ, at most one more than are shown."""
-    from pitfs.view.differences import Difference
-
-    difference = Difference(store, good, bad, volume)
-    ranges = islice(difference.ranges(difference.leaves()), MAX_RANGES + 1)
-    return [{"offset": start, "size": end - start} for start, end in ranges]
-
-
-def _reason(store: Store, good: Resolution, bad: Resolution, unknown: int) -> str:
+def _reason(store: Store, good: Resolution, bad: Resolution, bisection: Bisection) -> str:
     """Why more than one write lies between the two, or may; "" where it is one."""
-    for gap in store.gaps(good.time_ns, bad.time_ns):
-        if gap.to_time_ns > good.time_ns:
-            return f"a gap lies between ({gap.cause})"
-    if unknown:
-        return f"of {unknown} instants between COMMAND can't tell"
+    for gap in store.gaps(good.time_ns + 1, bad.time_ns):
+        return f"a gap lies between ({gap.cause})"
+    if bisection.unknown:
+        return f"of {len(bisection.unknown)} instants between COMMAND can't tell"
     if bad.seq - good.seq > 1:
         return f"{bad.seq - good.seq} writes lie between; the store has there: {granularity_text(bad.granularity_ns)}"
     return ""
-
-
-def _print(found: dict[str, Any], store: str) -> None:
-    good, bad, volume = found["last_good"], found["first_bad"], found["volume"]
-    for name, state in (("last good", good), ("first bad", bad)):
-        print(f"{name}  {state['instant']}  seq {state['seq']}")
-    if found["reason"]:
-        print(f"not one write: {found['reason']}")
-    for each in found["changed"]:
-        print(f"changed    {volume}: {each['size']} bytes at {each['offset']}")
-    place = shlex.quote(store)
-    if found["more_changed"]:
-        print(f"and more   pitfs diff {place} {good['instant']} {bad['instant']} {volume}")
-    for name, state in (("last good", good), ("first bad", bad)):
-        print(f"to look into the {name}: pitfs attach {place} {state['instant']} {volume}")

@@ -41,11 +41,7 @@ END_S: Final = 3.0  # for the kernel and the mount's daemon to release what is t
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ScratchOptions:
-    """Where a writable image's writes go (None: to a directory made for it), and how many bytes at most.
-
-    Raises:
-        UsageError: mount options can't hold them.
-    """
+    """Where a writable image's writes go (None: to a directory made for it), and how many bytes at most."""
 
     directory: str | None
     size: str | None
@@ -134,7 +130,7 @@ def make_mount(store: str, group: str, scratch: ScratchOptions | None) -> str:
     """
     os.makedirs(DIRECTORY, 0o700, exist_ok=True)
     mountpoint = tempfile.mkdtemp(prefix=f"{group}.", dir=DIRECTORY)
-    command = [sys.executable, "-P", "-m", "pitfs.cli.mount", store, mountpoint]
+    command = [sys.executable, "-P", "-m", "pitfs.cli.mount", os.path.realpath(store), mountpoint]
     if scratch is not None:
         directory = scratch.directory
         if directory is None:
@@ -155,25 +151,26 @@ def make_mount(store: str, group: str, scratch: ScratchOptions | None) -> str:
 
 @contextlib.contextmanager
 def scratch_mount(store: str, group: str, directory: str | None) -> Iterator[str]:
-    """A mount with writable images to the end of the block, for as many devices as are attached over them; gives the
-    mountpoint. Held open, so that no other attach or detach takes it for unused while there is no device.
+    """A mount with writable images to the end of the block, which may have devices over them one after the other.
+
+    It is held open, so that no other attach or detach takes it for unused while there is no device.
 
     Args:
         directory: where what is written goes; None: to one made for it.
 
-    Raises:
-        PitfsError: the mount failed.
+    Returns:
+        the mountpoint.
     """
     with contextlib.ExitStack() as undo:
 
+        @undo.callback
         def end() -> None:
             with attach_lock(), signals_deferred():
                 unmount_unused()
 
-        undo.callback(end)
         with attach_lock(), signals_deferred():
             unmount_unused()
-            mountpoint = make_mount(os.path.realpath(store), group, ScratchOptions(directory, None))
+            mountpoint = make_mount(store, group, ScratchOptions(directory, None))
             undo.callback(os.close, os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
         yield mountpoint
 
@@ -181,16 +178,13 @@ def scratch_mount(store: str, group: str, directory: str | None) -> Iterator[str
 def attach_image(
     image: str, undo: contextlib.ExitStack, *, read_only: bool = False, sector_size: int | None = None
 ) -> tuple[str, list[str]]:
-    """Makes a loop device over an image; `undo` detaches it, and unmounts before that what is mounted of it.
+    """Makes a loop device over an image; `undo` detaches it, and unmounts first what is mounted of it.
 
     Args:
         sector_size: in bytes; None: what its partition table needs.
 
     Returns:
         the device, and those of its partitions that have no nodes.
-
-    Raises:
-        PitfsError: there is no free device, or the kernel refuses.
     """
     sector_size = sector_size or loop_devices.sector_size_of(image)
     with signals_deferred():

@@ -85,7 +85,7 @@ def _end_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None
 
 def environment() -> dict[str, str]:
     """That of commands: cron's PATH lacks the places where losetup and e2fsck are."""
-    return {**os.environ, "PATH": f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"}
+    return {**os.environ, "PATH": f"{os.environ.get('PATH') or os.defpath}:/usr/sbin:/sbin"}
 
 
 def process_ids() -> list[int]:
