@@ -44,7 +44,7 @@ DESCRIPTION: Final = (
 )
 EXAMPLES: Final = """\
 examples:
-  pitfs bisect /srv/pitfs/db1 root --good 18:00 --bad latest -- e2fsck -p
+  pitfs bisect /srv/pitfs/db1 root --good 18:00 --bad latest -- sh -c 'e2fsck -p "$0"; e2fsck -f -n "$0"'
   pitfs bisect /srv/pitfs/db1 root --good before-upgrade --bad 5m-ago -- /root/is-the-ledger-there
 
   #!/bin/sh
@@ -93,10 +93,12 @@ def run(args: argparse.Namespace) -> int:
     rows = {"last good": state_row(good), "first bad": state_row(bad)}
     for name, row in rows.items():
         print(f"{name}  {row['instant']}  seq {row['seq']}")
-    print(f"not just one write: {reason}\n" * bool(reason), end="")
+    if reason:
+        print(f"not just one write: {reason}")
     for start, end in changed:
         print(f"changed    {end - start} bytes at {start}")
-    print("changed    … (pitfs diff shows all)\n" * (len(changed) == MAX_RANGES), end="")
+    if len(changed) == MAX_RANGES:
+        print("changed    perhaps more: pitfs diff lists all")
     for name, row in rows.items():
         print(f"to look into the {name}: pitfs attach {shlex.quote(args.store)} {row['instant']} {args.volume}")
     return 1 if bisection.unknown else 0

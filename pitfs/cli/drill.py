@@ -55,8 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from pitfs.cli.common.pins import open_pinned
     from pitfs.cli.common.times import resolve, volume_index
     from pitfs.config.quantities import TIMEOUT
-    from pitfs.fuse.attach.attachments import attach_image, scratch_mount, signals_interrupt
-    from pitfs.view.tree import image_name
+    from pitfs.fuse.attach.attachments import scratch_mount, signals_interrupt
 
     try:
         timeout_s = TIMEOUT.parse(args.timeout) / 1e9
@@ -68,19 +67,20 @@ def run(args: argparse.Namespace) -> int:
         state = resolve(store, args.at, args.tz)[0] if args.at else random_state(store, random.SystemRandom().randint)
         at = state_row(pins.pinned(store, state))
         with scratch_mount(store.path, store.group, args.scratch_dir) as mountpoint:
-            for info in chosen:
+            for name in (volume.name for volume in chosen):
                 begun_s = time.monotonic()
-                with tempfile.TemporaryFile(dir="/var/tmp") as said, contextlib.ExitStack() as undo:
-                    device, _ = attach_image(f"{mountpoint}/{at['instant']}/{image_name(info)}", undo)
-                    environment = {"PITFS_DEVICE": device, "PITFS_INSTANT": at["instant"]}
-                    kinds, problem = _check(device, args.words, said, timeout_s, environment)
-                    undo.close()
-                    row = {"volume": info.name, "filesystems": kinds, "ok": not problem, "problem": problem or None}
-                    rows.append(at | row | {"seconds": round(time.monotonic() - begun_s, 3)})
+                with tempfile.TemporaryFile(dir="/var/tmp") as said:
+                    kinds, problem = _check(mountpoint, at["instant"], name, args.words, said, timeout_s)
+                    seconds = round(time.monotonic() - begun_s, 3)
+                    row = {"volume": name, "filesystems": kinds, "ok": not problem, "problem": problem or None}
+                    rows.append(at | row | {"seconds": seconds})
                     if not args.json:
-                        _print(rows[-1])
+                        result = f"FAILED: {problem}" if problem else "ok"
+                        line = at["instant"], name, "+".join(kinds) or "-", result, format_seconds(seconds)
+                        print("  ".join(line), flush=True)
                     if problem:
-                        _show(said)
+                        said.seek(max(said.seek(0, os.SEEK_END) - SHOWN_BYTES, 0))
+                        sys.stderr.write(said.read().decode(errors="backslashreplace"))
     if args.json:
         print_json(rows)
     return 0 if all(row["ok"] for row in rows) else 1
@@ -106,34 +106,26 @@ def random_state(store: Store, randint: Callable[[int, int], int]) -> Resolution
 
 
 def _check(
-    device: str, words: list[str], said: IO[bytes], timeout_s: float, environment: dict[str, str]
+    mountpoint: str, instant: str, volume: str, words: list[str], said: IO[bytes], timeout_s: float
 ) -> tuple[list[str], str]:
-    """The filesystems on the device, and what isn't in order, or "". What the checks print goes to `said`."""
+    """The filesystems on an image, and what isn't in order, or "". What the checks print goes to `said`."""
+    from pitfs.fuse.attach.attachments import attach_image
     from pitfs.fuse.attach.filesystem_check import check_commands
     from pitfs.fuse.kernel.loop_devices import filesystems
     from pitfs.fuse.kernel.processes import run_group
 
-    found = filesystems(device)
-    kinds = [kind for _, kind in found]
-    commands = [command for path, kind in found for command in check_commands(kind, path)]
-    if words:
-        commands = [(words[0], [*words, device])]
-    for name, command in commands:
-        try:
-            code = run_group(command, said, timeout_s, **environment)
-        except subprocess.TimeoutExpired:
-            return kinds, f"{name} was ended after {format_seconds(timeout_s)} (--timeout)"
-        if code:
-            return kinds, f"{name} ended {f'with {code}' if code > 0 else f'by signal {-code}'}"
+    with contextlib.ExitStack() as undo:
+        device, _ = attach_image(f"{mountpoint}/{instant}/{volume}.img", undo)
+        found = filesystems(device)
+        kinds = [kind for _, kind in found]
+        commands = [command for path, kind in found for command in check_commands(kind, path)]
+        if words:
+            commands = [(words[0], [*words, device])]
+        for name, command in commands:
+            try:
+                code = run_group(command, said, timeout_s, PITFS_DEVICE=device, PITFS_INSTANT=instant)
+            except subprocess.TimeoutExpired:
+                return kinds, f"{name} was ended after {format_seconds(timeout_s)} (--timeout)"
+            if code:
+                return kinds, f"{name} ended {f'with {code}' if code > 0 else f'by signal {-code}'}"
     return kinds, "" if commands else "no filesystem that pitfs has a check for: give a COMMAND behind --, or --volume"
-
-
-def _print(row: dict[str, Any]) -> None:
-    result = "ok" if row["ok"] else f"FAILED: {row['problem']}"
-    kinds = "+".join(row["filesystems"]) or "-"
-    print(f"{row['instant']}  {row['volume']}  {kinds}  {result}  {format_seconds(row['seconds'])}", flush=True)
-
-
-def _show(said: IO[bytes]) -> None:
-    said.seek(max(said.seek(0, os.SEEK_END) - SHOWN_BYTES, 0))
-    sys.stderr.write(said.read().decode(errors="backslashreplace"))

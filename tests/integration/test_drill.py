@@ -83,13 +83,16 @@ def test_what_a_command_leaves_mounted_is_unmounted(disk: BrokenDisk, tmp_path: 
 
 
 def test_who_uses_what_a_command_left_is_named(disk: BrokenDisk, tmp_path: Path) -> None:
-    script = f'mount "$0" {tmp_path}; cd {tmp_path}; exec setsid sleep 60 >/dev/null 2>&1 &'
-    _, said = drill(disk.path, "--at", "seq-7", "--", "sh", "-c", script, code=1)
+    place, pid = tmp_path / "place", tmp_path / "pid"
+    place.mkdir()
+    service = f"cd {place}; echo $$ >{pid}; exec sleep 95 >/dev/null 2>&1"
+    script = f'mount "$1" {place}; setsid sh -c "$0" & while ! test -s {pid}; do :; done'
     try:
-        assert f"mounted on {tmp_path}: unmount first: umount {tmp_path}" in said
+        _, said = drill(disk.path, "--at", "seq-7", "--", "sh", "-c", script, service, code=1)
+        assert f"mounted on {place}: unmount first: umount {place}" in said
     finally:
-        run(["fuser", "-k", "-m", tmp_path])
-        run(["umount", tmp_path])
+        os.kill(int(pid.read_text()), signal.SIGKILL)
+        wait_until(lambda: run(["umount", place], accept=(0, 32)).returncode == 0, "it can be unmounted")
         for each in attached(disk.path):
             pitfs("detach", each["device"])
 

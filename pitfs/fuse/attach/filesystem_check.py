@@ -23,6 +23,8 @@ _MOUNT: Final = f'mount -t "$0" -o "$1" -- "$2" {RUN} && umount {RUN}'
 
 def check_commands(kind: str, device: str) -> list[tuple[str, list[str]]]:
     """(what it is called, command), to be run in turn; each exits with 0 if all is well. Empty: there is no check."""
-    options, check = CHECKS.get(kind, ("", ()))
-    mount = ["unshare", "--mount", "--", "sh", "-c", _MOUNT, kind, options, device]
-    return [("mount", mount)] * bool(options) + [(" ".join(check), [*check, device])] * bool(check)
+    if kind not in CHECKS:
+        return []
+    options, check = CHECKS[kind]
+    mount = ("mount", ["unshare", "--mount", "--", "sh", "-c", _MOUNT, kind, options, device])
+    return [*([mount] if options else []), (" ".join(check), [*check, device])]
