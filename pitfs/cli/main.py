@@ -32,6 +32,8 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "export": ("pitfs.cli.export", "write a volume at an instant to a file or device"),
     "attach": ("pitfs.cli.attach", "a volume at an instant as a block device"),
     "detach": ("pitfs.cli.detach", "undo what attach did for a device"),
+    "drill": ("pitfs.cli.drill", "prove that a random instant can be used"),
+    "bisect": ("pitfs.cli.bisect", "find the write that broke something"),
     "serve-nbd": ("pitfs.cli.serve_nbd", "serve a store's instants to NBD clients"),
     "check": ("pitfs.cli.unavailable:check", "verify a store (not available in this version)"),
     "prune": ("pitfs.cli.unavailable:prune", "apply the retention policy (not available in this version)"),
