@@ -130,17 +130,15 @@ class Policy:
     max_size_bytes: int | None = None
     min_free_bytes: int | None = None
 
-    def level_at(self, age_ns: int) -> tuple[int, str]:
-        """The level at that age, and which step says so."""
-        if not self.steps:
-            return 0, LEVELS[0]
-        level, since = NOTHING, ""
+    def level_at(self, age_ns: int) -> tuple[int, str, int | None]:
+        """The level at that age, which step says so, and the age from which on it holds; None: for all younger ones."""
+        level, since_ns = (NOTHING if self.steps else 0), None
         for step in reversed(self.steps):
             if age_ns > step.until_ns:
-                since = f" from {format_age(step.until_ns)} on"
+                since_ns = step.until_ns
                 break
             level = step.level
-        return level, LEVELS[level] + since
+        return level, LEVELS[level] + ("" if since_ns is None else f" from {format_age(since_ns)} on"), since_ns
 
 
 def parse_steps(text: str) -> tuple[Step, ...]:
@@ -219,7 +217,8 @@ def in_words(policy: Policy) -> list[str]:
     elif policy.bookmarks_ns is not None:
         sentences.append(f"Keeps the names of bookmarks up to {_age_in_words(policy.bookmarks_ns)}.")
     if policy.max_size_bytes is not None:
-        sentences.append(f"Coarsens the oldest first where the store takes more than {format_bytes(policy.max_size_bytes)}.")
+        size = format_bytes(policy.max_size_bytes)
+        sentences.append(f"Coarsens the oldest first where the store takes more than {size}.")
     if policy.min_free_bytes is not None:
         free = format_bytes(policy.min_free_bytes)
         sentences.append(f"Coarsens the oldest first where less than {free} are left on its file system.")
