@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 _MIN: Final = -(1 << 63)
 _MAX: Final = (1 << 63) - 1
+_SECOND_NS: Final = 1_000_000_000
 
 
 def _made(make: Callable[..., T], row: tuple[Any, ...] | None) -> T | None:
@@ -261,6 +262,23 @@ class Catalog(Database):
             self.delete("intervals", "snapshot", interval.end_snapshot_id)
             self.put("intervals", astuple(interval))
             self._put_minutes(minutes)
+
+    def clear_seconds(self, after_ns: int, before_ns: int) -> None:
+        """No second between those of these two times has a reachable instant any more; within `changes`."""
+        first, end = after_ns // _SECOND_NS + 1, before_ns // _SECOND_NS
+        self.rows("DELETE FROM minutes WHERE minute > ? AND minute < ?", (first // 60, end // 60))
+        for minute in {first // 60, end // 60} if first < end else ():
+            gone = (1 << min(end - minute * 60, 60)) - (1 << max(first - minute * 60, 0))
+            bits = self.seconds(minute)
+            if bits & gone:
+                self.delete("minutes", "minute", minute)
+                if bits & ~gone:
+                    self.put("minutes", (minute, bits & ~gone))
+
+    def removals(self) -> list[tuple[int, int]]:
+        """(before_id, after_id) of what was removed, or thinned, and may still take room."""
+        rows = self.rows("SELECT * FROM removals ORDER BY before_id") if self.has_table("removals") else []
+        return [(row[0], row[1]) for row in (self.verified("removals", each) for each in rows)]
 
     def fence(self, epoch: int, instance: int) -> None:
         """From here on senders of an earlier epoch, or of the same and another instance, are refused."""
