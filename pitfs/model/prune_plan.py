@@ -26,10 +26,11 @@ from pitfs.model.retention import (
     Thin,
     granularity_of_level,
     period,
-)  # fmt: skip
+)
+from pitfs.model.transfer import PRUNED
 
 MAX_RUN: Final = 1024  # snapshots that one Remove takes
-CAUSE: Final = "retention: "
+_CAUSE: Final = f"{PRUNED}: "
 _ALWAYS: Final = 1 << 63
 
 
@@ -74,10 +75,6 @@ class Rule:
                     level, reason = floor, f"{LEVELS[floor]} to make room"
                 return level, reason, min(through_ns, floor_through_ns)
         return level, reason, through_ns
-
-    def gives_up(self, time_ns: int) -> bool:
-        """Whether a state of that time goes to make room."""
-        return any(time_ns <= through_ns and floor == NOTHING for through_ns, floor in self.floors)
 
 
 def thinned(granularity_ns: int | None, level: int) -> int | None:
@@ -151,7 +148,7 @@ class _Run:
         """Its stretches; the last one has the action."""
         last = self.stretches.pop()
         yield from self.stretches
-        yield replace(last, action=Remove(self.after_id, before_id, CAUSE + self.reason))
+        yield replace(last, action=Remove(self.after_id, before_id, _CAUSE + self.reason))
         self.going, self.stretches = 0, []
 
 
@@ -188,7 +185,7 @@ def plan(
     run, before = _Run(), None
     for each, following in _pairs(_judged(states, rule, keepers)):
         state = each.state
-        stays = following is None or _stays(each, following, rule)
+        stays = following is None or _stays(each, following)
         keeper = "" if stays else each.held or each.marked or (following.held if following else "")
         reason = keeper or each.reason
         if not stays and not keeper:
@@ -231,14 +228,12 @@ def _pairs(judged: Iterator[_Judged]) -> Iterator[tuple[_Judged, _Judged | None]
         each = following
 
 
-def _stays(each: _Judged, following: _Judged, rule: Rule) -> bool:
-    """Whether a snapshot stays for the rule; one follows it."""
-    time_ns = each.state.time_ns
-    if each.level <= SNAPSHOTS:
+def _stays(each: _Judged, following: _Judged) -> bool:
+    """Whether a snapshot stays for its level, or that of the interval behind it."""
+    if each.level <= SNAPSHOTS or following.level < SNAPSHOTS:
         return True
-    if following.level < SNAPSHOTS and not rule.gives_up(time_ns):
-        return True
-    return each.level != NOTHING and period(each.level, time_ns) != period(each.level, following.state.time_ns)
+    times_ns = each.state.time_ns, following.state.time_ns
+    return each.level != NOTHING and period(each.level, times_ns[0]) != period(each.level, times_ns[1])
 
 
 def _in_run(before: State | None, each: _Judged, reason: str, left: int) -> Stretch:
@@ -259,7 +254,7 @@ def _alone(before: State, each: _Judged, reason: str) -> Stretch:
     if then_ns != now_ns and each.held:
         then_ns, level, reason = now_ns, SNAPSHOTS, each.held
     elif then_ns != now_ns:
-        action = Thin(state.id, then_ns, CAUSE + each.reason)
+        action = Thin(state.id, then_ns, _CAUSE + each.reason)
         if now_ns == 0:
             left = 1 if then_ns is None else state.time_ns // then_ns - before.time_ns // then_ns + 1
             instants = max(0, state.seq - before.seq - left)

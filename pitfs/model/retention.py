@@ -141,6 +141,34 @@ class Policy:
         return level, LEVELS[level] + ("" if since_ns is None else f" from {format_age(since_ns)} on"), since_ns
 
 
+@dataclass(frozen=True, slots=True)
+class AgeClock:
+    """What ages count from: the newest state, and never faster than the replica's own clock since a state arrived.
+
+    So a stalled store doesn't age, whatever the replica's clock says, and a sender whose clock jumps makes nothing old.
+
+    Attributes:
+        limit_ns: the most that ages may count from now: it goes with the replica's clock.
+        clock_ns: the replica's clock, newest_ns: time of the newest state, when that was said.
+    """
+
+    limit_ns: int
+    clock_ns: int
+    newest_ns: int
+
+    @property
+    def reference_ns(self) -> int:
+        """The time that has the age 0."""
+        return min(self.limit_ns, self.newest_ns)
+
+    def at(self, newest_ns: int, clock_ns: int) -> AgeClock:
+        """As it stands at a later time, which may be an earlier one by the replica's clock."""
+        limit_ns = self.limit_ns + max(0, clock_ns - self.clock_ns)
+        if newest_ns != self.newest_ns:  # where none has arrived the limit goes on: it catches up after a stall
+            limit_ns = min(limit_ns, newest_ns)
+        return AgeClock(limit_ns, clock_ns, newest_ns)
+
+
 def parse_steps(text: str) -> tuple[Step, ...]:
     """The steps of `--set`: "every-write 3d, 1s 14d, snapshots 30d".
 

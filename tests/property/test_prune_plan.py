@@ -74,7 +74,7 @@ class Model:
             return True
         level = self.level(state)
         if level == NOTHING:
-            return self.level(after) < SNAPSHOTS and not self.rule.gives_up(state.time_ns)
+            return self.level(after) < SNAPSHOTS
         if level <= SNAPSHOTS or self.level(after) < SNAPSHOTS:
             return True
         of_period = [each for each in self.states if period(level, each.time_ns) == period(level, state.time_ns)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -286,6 +286,19 @@ class Catalog(Database):
             with self.changes():
                 self._put_meta("epoch", epoch)
                 self._put_meta("instance", instance)
+
+    def remember(self, **values: int) -> None:
+        """Sets numbers of `meta`."""
+        with self.changes():
+            for key, value in values.items():
+                self._put_meta(key, value)
+
+    def expire_bookmarks(self, before_ns: int) -> None:
+        """Forgets those of positions before that time."""
+        while page := [each.name for each in islice(self.bookmarks(), PAGE_ROWS) if each.time_ns < before_ns]:
+            with self.changes():
+                for name in page:
+                    self.delete("bookmarks", "name", name)
 
     def write_over(self) -> None:
         """Commits a number that means nothing.
