@@ -48,7 +48,8 @@ class Model:
             for _ in range(0 if first else int(random.integers(1, max_writes))):
                 history.write()
             if not first and random.random() < 0.4:
-                ingest.write(batch_of(history.open))
+                for start in range(0, len(history.open), 8):
+                    ingest.write(batch_of(history.open[start : start + 8]))
                 ingest.mark(mark_of(history))
                 ingest.stream.wait_for_closing()
                 continue

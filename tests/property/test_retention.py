@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +15,13 @@ import pytest
 from pitfs.model.ladder import RUNGS_NS
 from pitfs.model.retention import Action, Thin
 from pitfs.store.catalog import database
+from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.ingest import Ingest
 from pitfs.store.retention import pruner as pruner_module
+from pitfs.store.retention import thinning
 from pitfs.store.retention.pruner import Pruner
 from pitfs.store.store import Store
-from tests.helpers.retention import Model, allocated_bytes, assert_tidy, model_of
+from tests.helpers.retention import Model, allocated_bytes, assert_tidy, instants_of, model_of
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +47,10 @@ def thinnings(model: Model, random: np.random.Generator) -> list[Action]:
     return actions
 
 
+def actions_for(model: Model, random: np.random.Generator) -> list[Action]:
+    return thinnings(model, random)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_thinned_intervals_keep_the_instants_of_their_rung(tmp_path: Path, seed: int) -> None:
     model = model_of(tmp_path, seed)
@@ -61,3 +71,75 @@ def test_thinned_intervals_keep_the_instants_of_their_rung(tmp_path: Path, seed:
     model.receive(ingest, 2)
     ingest.close()
     model.check()
+
+
+# Cut off anywhere
+
+
+class Killed(BaseException):
+    """The process is dead: nothing of it runs after this."""
+
+
+@contextmanager
+def killed_at(monkeypatch: pytest.MonkeyPatch, number: int) -> Iterator[list[str]]:
+    """Call `number` (from 0) of those that change the disk raises, and all after it."""
+    seen: list[str] = []
+
+    def wrap(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            seen.append(name)
+            if len(seen) > number >= 0:
+                raise Killed
+            return real(*arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("pwrite", "rename", "unlink", "open", "ftruncate"):
+            patch.setattr(os, name, wrap(name, getattr(os, name)))
+        for name in ("put", "delete"):
+            patch.setattr(Catalog, name, wrap(name, getattr(Catalog, name)))
+        patch.setattr(thinning, "punch", wrap("punch", thinning.punch))
+        yield seen
+
+
+def finish(model: Model, actions: Sequence[Action], random: np.random.Generator) -> None:
+    """Opens the store again as a receiver does, or not, and prunes what is left to prune."""
+    if random.random() < 0.5:
+        Ingest(str(model.root), model.history.hello).close()
+    with Pruner(model.path) as pruner:
+        pruner.apply(actions)
+
+
+@pytest.mark.parametrize("seed", range(100, 108))
+def test_killed_at_any_step_no_kept_instant_and_no_room_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    model, random = model_of(tmp_path / "whole", seed), np.random.default_rng(seed)
+    before, actions = set(model.instants), actions_for(model, random)
+    shutil.copytree(tmp_path / "whole", tmp_path / "before")
+    with killed_at(monkeypatch, -1) as calls, Pruner(model.path) as pruner:
+        model.take(actions)
+        pruner.apply(actions)
+    model.check()
+    taken, kept, root = allocated_bytes(model.path), set(model.instants), model.root
+    for number in sorted({*random.integers(0, len(calls), 12).tolist(), len(calls) - 1}):
+        model.root = tmp_path / f"killed-{number}"
+        model.path = str(model.root / model.history.group)
+        shutil.copytree(tmp_path / "before", model.root)
+        with ExitStack() as stack, killed_at(monkeypatch, number), suppress(Killed):
+            pruner = Pruner(model.path)
+            stack.callback(pruner.close)
+            pruner.apply(actions)
+        store = Store.open(model.path)
+        now = instants_of(store)
+        assert kept <= now <= before
+        for seq in sorted(now):
+            model.check_image(store, seq)
+        store.close()
+        finish(model, actions, random)
+        model.check(images=False)
+        assert_tidy(model.path)
+        assert allocated_bytes(model.path) == taken
+        shutil.rmtree(model.root)
+    model.root, model.path = root, str(root / model.history.group)

@@ -74,6 +74,8 @@ class Progress:
 class Pruner(AbstractContextManager["Pruner"]):
     """Opens a store for changes, beside a receiver that may be running; one at a time.
 
+    On a full disk it gives up the store's reserve, so that the catalog can be read at all: plan with it open.
+
     Args:
         path: of the store.
         changes: whether it is to change anything; else it only foretells, of any store that can be read.
@@ -299,7 +301,7 @@ class Pruner(AbstractContextManager["Pruner"]):
             mode, free, pages = (
                 self._catalog.rows(f"PRAGMA {name}")[0][0] for name in ("auto_vacuum", "freelist_count", "page_count")
             )
-            if mode != 2 or free < max(4 * VACUUM_PAGES, pages // 8):  # 2: incremental
+            if mode != 2 or free < max(VACUUM_PAGES, pages // 8):  # 2: incremental
                 return
             self._catalog.rows(f"PRAGMA incremental_vacuum({VACUUM_PAGES})")
 
