@@ -41,7 +41,9 @@ class Store:
         self.volumes = info.volumes
         self._catalog = catalog = Catalog(os.path.join(path, CATALOG))
         history = bytes.fromhex(info.history)
-        self.objects = ObjectPool(os.path.join(path, OBJECTS), info.layout, history, reading_limit())
+        self.objects = ObjectPool(
+            os.path.join(path, OBJECTS), info.layout, history, reading_limit(), host_of=catalog.host_of
+        )
         blocks = Blocks(catalog, self.objects, info.volumes)
         self._journals, self._open_intervals = blocks.journals, blocks.open_intervals
         # Where blocks are: see `Blocks`.
@@ -85,8 +87,8 @@ class Store:
     def any_instant_from_ns(self) -> int:
         """From there on every instant can be given; 0 in an empty store."""
         first, gap = self._catalog.first_snapshot(), self.last_gap()
-        before = [*self._catalog.coarse_intervals(1), *([gap] if gap else [])]
-        return max([first.time_ns, *(each.to_time_ns for each in before)]) if first else 0
+        ends_ns = [each.to_time_ns for each in self._catalog.coarse_intervals(1)] + ([gap.to_time_ns] if gap else [])
+        return max(first.time_ns, *ends_ns, 0) if first else 0
 
     def protected_through_ns(self) -> int:
         """Every write up to this time is in; 0 in an empty store."""

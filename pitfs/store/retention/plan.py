@@ -81,7 +81,7 @@ class Retention(AbstractContextManager["Retention"]):
     def lack(self) -> str:
         """That the sizes of the policy can't be held, and what is left."""
         left = "the newest snapshot, what is behind it, and what bookmarks and pins keep"
-        return f"{self.path}: {format_bytes(self.lacking_bytes)} more than the policy's sizes allow: only {left} is left"
+        return f"{self.path}: {format_bytes(self.lacking_bytes)} more than the policy allows: only {left} is left"
 
     def apply(self, progress: Callable[[Progress], None] = lambda _: None) -> Progress:
         """Prunes; says what was done."""
