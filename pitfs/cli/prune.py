@@ -16,8 +16,8 @@ from pitfs.model.retention import LEVELS, SNAPSHOTS
 from pitfs.model.units import format_bytes
 
 if TYPE_CHECKING:
-    from pitfs.model.prune_plan import Stretch
     from pitfs.store.retention.plan import Retention
+    from pitfs.store.retention.stretches import Stretch
 
 DESCRIPTION: Final = (
     "Applies the policy that pitfs retention has set. The newest snapshot, what is behind it, and what is pinned stay. "

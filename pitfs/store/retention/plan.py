@@ -13,7 +13,6 @@ from typing import Final
 
 from pitfs.errors import PitfsError, UsageError
 from pitfs.model.position import format_instant
-from pitfs.model.prune_plan import MAX_RUN, Keeper, Rule, State, Stretch, essential, plan, rows
 from pitfs.model.retention import LEVELS, NOTHING, SNAPSHOTS, AgeClock, Remove, Thin
 from pitfs.model.units import format_bytes
 from pitfs.store.catalog.catalog import Catalog
@@ -22,6 +21,7 @@ from pitfs.store.opening import free_bytes, read_store_info
 from pitfs.store.pins.pins import list_pins
 from pitfs.store.retention.policy import load_policy
 from pitfs.store.retention.pruner import Progress, Pruner
+from pitfs.store.retention.stretches import MAX_RUN, Keeper, Rule, State, Stretch, essential, plan, rows
 
 PAGE_ROWS: Final = 4096
 # What is given up, in this order, where a size is set and no steps.
@@ -103,7 +103,9 @@ class Retention(AbstractContextManager["Retention"]):
         newest_ns = max((each.to_time_ns for each in catalog.open_intervals()), default=0)
         newest_ns = max(newest_ns, last.time_ns if last is not None else 0)
         before = AgeClock(*map(catalog.meta, ("age_limit_ns", "age_clock_ns", "age_newest_ns")))
-        return before.at(newest_ns, clock_ns) if before.clock_ns else AgeClock(clock_ns, clock_ns, newest_ns)
+        if before.clock_ns:
+            return before.at(newest_ns, clock_ns)
+        return AgeClock(min(newest_ns, clock_ns), clock_ns, newest_ns)
 
     # The plan
 

@@ -10,8 +10,8 @@ from hypothesis import given
 
 from pitfs.model.ladder import RUNGS_NS
 from pitfs.model.position import DAY_NS, SECOND_NS
-from pitfs.model.prune_plan import Keeper, Rule, State, Stretch, essential, plan, rows
 from pitfs.model.retention import LEVELS, NOTHING, SNAPSHOTS, Policy, Remove, Step, Thin, period
+from pitfs.store.retention.stretches import Keeper, Rule, State, Stretch, essential, plan, rows
 
 HOUR_NS = 3600 * SECOND_NS
 EPOCH_NS = 20_000 * DAY_NS

@@ -13,7 +13,8 @@ part is then the end of the one before, for a while.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from itertools import chain, pairwise
 from typing import Final, NamedTuple
 
 from pitfs.model.retention import (
@@ -107,16 +108,8 @@ class Stretch:
     action: Action | None = None
     freed_bytes: int = 0
 
-    def and_then(self, later: Stretch) -> Stretch:
-        """This one and the one behind it, which has or will have the same, as one."""
-        return replace(
-            later, from_ns=self.from_ns, snapshots=self.snapshots + later.snapshots,
-            instants=self.instants + later.instants, freed_bytes=self.freed_bytes + later.freed_bytes,
-        )  # fmt: skip
 
-
-@dataclass(frozen=True, slots=True)
-class _Judged:
+class _Judged(NamedTuple):
     """A state with its level, and which keepers hold the interval that ends at it, and itself."""
 
     state: State
@@ -124,32 +117,6 @@ class _Judged:
     reason: str
     held: str
     marked: str
-
-
-@dataclass(slots=True)
-class _Run:
-    """Snapshots that go, since the last one that stays."""
-
-    after_id: int | None = None
-    going: int = 0
-    reason: str = ""
-    stretches: list[Stretch] = field(default_factory=list)
-
-    def add(self, stretch: Stretch) -> None:
-        last = self.stretches.pop() if self.stretches else None
-        if last is not None and (last.level, last.reason) == (stretch.level, stretch.reason):
-            finest_ns = min((each for each in (last.now_ns, stretch.now_ns) if each is not None), default=None)
-            stretch = last.and_then(replace(stretch, now_ns=finest_ns))
-        elif last is not None:
-            self.stretches.append(last)
-        self.stretches.append(stretch)
-
-    def remove(self, before_id: int) -> Iterator[Stretch]:
-        """Its stretches; the last one has the action."""
-        last = self.stretches.pop()
-        yield from self.stretches
-        yield replace(last, action=Remove(self.after_id, before_id, _CAUSE + self.reason))
-        self.going, self.stretches = 0, []
 
 
 def essential(states: Iterable[State], rule: Rule) -> Iterator[State]:
@@ -182,25 +149,22 @@ def plan(
         states: by time; the interval of each begins at the one before.
         keepers: by from_seq.
     """
-    run, before = _Run(), None
-    for each, following in _pairs(_judged(states, rule, keepers)):
-        state = each.state
+    after_id, before, going, cause = None, None, 0, ""
+    judged: Iterator[_Judged | None] = chain(_judged(states, rule, keepers), (None,))
+    for each, following in pairwise(judged):
+        assert each is not None
         stays = following is None or _stays(each, following)
         keeper = "" if stays else each.held or each.marked or (following.held if following else "")
-        reason = keeper or each.reason
-        if not stays and not keeper:
-            run.add(_in_run(before, each, reason, left=0))
-            if run.going == max_run:
-                yield from run.remove(state.id)
-            run.going, run.reason = run.going + 1, reason
-        elif run.going:
-            run.add(_in_run(before, each, reason, left=1))
-            yield from run.remove(state.id)
-        elif before is not None:
-            yield _alone(before, each, reason)
-        if stays or keeper:
-            run.after_id = state.id
-        before = state
+        is_kept, is_full, snapshot_id = stays or keeper != "", going == max_run, each.state.id
+        if is_kept and not going:
+            if before is not None:
+                yield _alone(before, each, keeper or each.reason)
+        else:
+            is_end = going > 0 and (is_kept or is_full)
+            action = Remove(after_id, snapshot_id, _CAUSE + cause) if is_end else None
+            yield _in_run(before, each, keeper or each.reason, is_kept, action)
+            going, cause = (0 if is_end else going) + (not is_kept), each.reason
+        after_id, before = snapshot_id if is_kept else after_id, each.state
 
 
 def _judged(states: Iterable[State], rule: Rule, keepers: Iterable[Keeper]) -> Iterator[_Judged]:
@@ -219,15 +183,6 @@ def _judged(states: Iterable[State], rule: Rule, keepers: Iterable[Keeper]) -> I
         before_seq = state.seq
 
 
-def _pairs(judged: Iterator[_Judged]) -> Iterator[tuple[_Judged, _Judged | None]]:
-    """Each with the one that follows it."""
-    each = next(judged, None)
-    while each is not None:
-        following = next(judged, None)
-        yield each, following
-        each = following
-
-
 def _stays(each: _Judged, following: _Judged) -> bool:
     """Whether a snapshot stays for its level, or that of the interval behind it."""
     if each.level <= SNAPSHOTS or following.level < SNAPSHOTS:
@@ -236,15 +191,14 @@ def _stays(each: _Judged, following: _Judged) -> bool:
     return each.level != NOTHING and period(each.level, times_ns[0]) != period(each.level, times_ns[1])
 
 
-def _in_run(before: State | None, each: _Judged, reason: str, left: int) -> Stretch:
-    """An interval whose journal goes with a snapshot that bounds it; `left`: instants of it that stay."""
-    state, level = each.state, max(each.level, SNAPSHOTS)
-    if before is None:
-        return Stretch(state.time_ns, state.time_ns, None, None, level, reason, 1, 1)
-    instants = state.seq - before.seq if state.granularity_ns == 0 else 1
-    return Stretch(
-        before.time_ns, state.time_ns, state.granularity_ns, None, level, reason, 1 - left, instants - left
-    )  # fmt: skip
+def _in_run(before: State | None, each: _Judged, reason: str, is_kept: bool, action: Action | None) -> Stretch:
+    """An interval whose journal goes with a snapshot that bounds it."""
+    state, instants = each.state, 1
+    if before is not None and state.granularity_ns == 0:
+        instants = state.seq - before.seq
+    from_ns, level = (before or state).time_ns, max(each.level, SNAPSHOTS)
+    going = not is_kept, instants - is_kept
+    return Stretch(from_ns, state.time_ns, state.granularity_ns, None, level, reason, *going, action)
 
 
 def _alone(before: State, each: _Judged, reason: str) -> Stretch:
@@ -262,14 +216,22 @@ def _alone(before: State, each: _Judged, reason: str) -> Stretch:
 
 
 def rows(stretches: Iterable[Stretch]) -> Iterator[Stretch]:
-    """Neighbours that have, and will have, the same for the same reason, as one; without actions."""
+    """Neighbours that will have the same for the same reason, as one, if they have the same now or lose snapshots."""
     last: Stretch | None = None
     for each in stretches:
-        alike = last is not None and all(
-            getattr(last, name) == getattr(each, name) for name in ("now_ns", "then_ns", "level", "reason")
-        )
-        if last is not None and not alike:
+        if last is None:
+            last = each
+        elif (last.then_ns, last.level, last.reason) != (each.then_ns, each.level, each.reason) or (
+            last.now_ns != each.now_ns and not (last.snapshots and (each.snapshots or each.action))
+        ):
             yield last
-        last = replace(last.and_then(each) if last is not None and alike else each, action=None)
+            last = each
+        else:
+            has_ns = [now_ns for now_ns in (last.now_ns, each.now_ns) if now_ns is not None]
+            last = replace(
+                each, from_ns=last.from_ns, now_ns=min(has_ns, default=None),
+                snapshots=last.snapshots + each.snapshots, instants=last.instants + each.instants,
+                freed_bytes=last.freed_bytes + each.freed_bytes,
+            )  # fmt: skip
     if last is not None:
         yield last
