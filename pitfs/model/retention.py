@@ -61,12 +61,6 @@ def _month(time_ns: int) -> int:
     return date.year * 12 + date.month - 1
 
 
-def _rung_name(granularity_ns: int) -> str:
-    return f"{granularity_ns // SECOND_NS}s" if granularity_ns >= SECOND_NS else f"{granularity_ns // 10**6}ms"
-
-
-_GRANULARITIES_NS: Final = tuple(reversed(RUNGS_NS))  # by level
-_RUNG_NAMES: Final = [_rung_name(each) for each in _GRANULARITIES_NS[1:]]
 # The number of the period that a time is in.
 _PERIODS: Final[dict[str, Callable[[int], int]]] = {
     "hourly": lambda time_ns: time_ns // (60 * MINUTE_NS),
@@ -75,31 +69,32 @@ _PERIODS: Final[dict[str, Callable[[int], int]]] = {
     "monthly": _month,
     "yearly": lambda time_ns: _month(time_ns) // 12,
 }
-LEVELS: Final = ("every-write", *_RUNG_NAMES, "snapshots", *_PERIODS, "nothing")
+_GRANULARITIES_NS: Final = RUNGS_NS[::-1]  # by level
+_RUNGS: Final = [f"{ns // SECOND_NS}s" if ns >= SECOND_NS else f"{ns // 10**6}ms" for ns in _GRANULARITIES_NS[1:]]
+LEVELS: Final = ("every-write", *_RUNGS, "snapshots", *_PERIODS, "nothing")
 SNAPSHOTS: Final = LEVELS.index("snapshots")
 NOTHING: Final = LEVELS.index("nothing")
 _WORDS: Final = (
     "every write",
-    *(f"every {name.rstrip('ms')} {name.lstrip('0123456789')}" for name in _RUNG_NAMES),
+    *(f"the state each {name}" for name in _RUNGS),
     "all snapshots",
     *(f"the last snapshot of each {name}" for name in ("hour", "day", "week", "month", "year")),
 )
 
 _AGE: Final = re.compile(r"([0-9]{1,9})(y|w|d|h|min|m|s)")
-_UNITS: Final = {  # of ages, largest first; the first that an age is whole in is shown
-    "y": (365 * DAY_NS, "year"),
-    "d": (DAY_NS, "day"),
-    "h": (60 * MINUTE_NS, "hour"),
-    "m": (MINUTE_NS, "minute"),
-    "s": (SECOND_NS, "second"),
-}
-_AGE_NS: Final = {unit: size for unit, (size, _) in _UNITS.items()} | {"w": 7 * DAY_NS, "min": MINUTE_NS}
+# Largest first; an age is shown in the first that it is whole in, in weeks never.
+_UNITS_NS: Final = {
+    "y": 365 * DAY_NS, "d": DAY_NS, "h": 60 * MINUTE_NS, "m": MINUTE_NS, "s": SECOND_NS,
+    "w": 7 * DAY_NS, "min": MINUTE_NS,
+}  # fmt: skip
 _EXAMPLE: Final = '"every-write 3d, 1s 14d, snapshots 30d, hourly 90d, daily 2y"'
 
 
-def granularity_of_level(level: int) -> int | None:
-    """The granularity of difference journals; None: it has none."""
-    return _GRANULARITIES_NS[level] if level < SNAPSHOTS else None
+def thinned(granularity_ns: int | None, level: int) -> int | None:
+    """The granularity at a level of an interval that has this one."""
+    if granularity_ns is None or level >= SNAPSHOTS:
+        return None
+    return max(granularity_ns, _GRANULARITIES_NS[level])
 
 
 def period(level: int, time_ns: int) -> int:
@@ -148,8 +143,8 @@ class AgeClock:
     So a stalled store doesn't age, whatever the replica's clock says, and a sender whose clock jumps makes nothing old.
 
     Attributes:
-        limit_ns: the most that ages may count from now: it goes with the replica's clock.
-        clock_ns: the replica's clock, newest_ns: time of the newest state, when that was said.
+        limit_ns: the most that ages may count from: it goes with the replica's clock.
+        clock_ns, newest_ns: the replica's clock, and the time of the newest state, when that was said.
     """
 
     limit_ns: int
@@ -162,9 +157,9 @@ class AgeClock:
         return min(self.limit_ns, self.newest_ns)
 
     def at(self, newest_ns: int, clock_ns: int) -> AgeClock:
-        """As it stands at a later time, which may be an earlier one by the replica's clock."""
+        """As it stands later, which by the replica's clock may be earlier."""
         limit_ns = self.limit_ns + max(0, clock_ns - self.clock_ns)
-        if newest_ns != self.newest_ns:  # where none has arrived the limit goes on: it catches up after a stall
+        if newest_ns != self.newest_ns:  # while nothing arrives the limit goes on: ages catch up after a stall
             limit_ns = min(limit_ns, newest_ns)
         return AgeClock(limit_ns, clock_ns, newest_ns)
 
@@ -176,26 +171,18 @@ def parse_steps(text: str) -> tuple[Step, ...]:
         UsageError: they aren't ones.
     """
     steps: list[Step] = []
-    for part in text.split(","):
+    for part in map(str.strip, text.split(",")):
         words = part.split()
         if len(words) != 2:
-            raise UsageError(f"{part.strip()!r}: a step is a granularity and the age up to which it holds: {_EXAMPLE}")
-        name, age = words
-        if name not in LEVELS[:NOTHING]:
-            known = f"there are {', '.join(LEVELS[:NOTHING])}"
-            what = "isn't a rung" if re.fullmatch(r"[0-9.]+ *[a-z]*", name) else "unknown granularity"
-            raise UsageError(f"{part.strip()!r}: {name!r}: {what}: {known}")
-        step = Step(LEVELS.index(name), parse_age(age))
-        if steps and step.level <= steps[-1].level:
-            raise UsageError(
-                f"{part.strip()!r}: {name} isn't coarser than {LEVELS[steps[-1].level]} before it: "
-                f"write the finest step first: {_EXAMPLE}"
-            )
-        if steps and step.until_ns <= steps[-1].until_ns:
-            raise UsageError(
-                f"{part.strip()!r}: {age} isn't more than {format_age(steps[-1].until_ns)} before it: "
-                "ages grow from step to step"
-            )
+            raise UsageError(f"{part!r}: a step is a granularity and the age up to which it holds: {_EXAMPLE}")
+        if words[0] not in LEVELS[:NOTHING]:
+            what = "isn't a rung" if words[0][0].isdigit() else "unknown granularity"
+            raise UsageError(f"{part!r}: {what}: there are {', '.join(LEVELS[:NOTHING])}")
+        step, before = Step(LEVELS.index(words[0]), parse_age(words[1])), steps[-1] if steps else Step(-1, 0)
+        if step.level <= before.level:
+            raise UsageError(f"{part!r}: isn't coarser than {LEVELS[before.level]} before it: the finest comes first")
+        if step.until_ns <= before.until_ns:
+            raise UsageError(f"{part!r}: isn't more than {format_age(before.until_ns)} before it: ages have to grow")
         steps.append(step)
     return tuple(steps)
 
@@ -211,7 +198,7 @@ def parse_age(text: str) -> int:
         raise UsageError(f"{text!r}: an age is a whole number with one of y, w, d, h, m, s, as 14d")
     if int(match[1]) == 0:
         raise UsageError(f"{text!r}: an age of 0 keeps nothing: leave the step out")
-    return int(match[1]) * _AGE_NS[match[2]]
+    return int(match[1]) * _UNITS_NS[match[2]]
 
 
 def format_steps(steps: tuple[Step, ...]) -> str:
@@ -221,33 +208,19 @@ def format_steps(steps: tuple[Step, ...]) -> str:
 
 def format_age(age_ns: int) -> str:
     """What `parse_age` reads."""
-    number, unit = _in_units(age_ns)
-    return f"{number}{unit}"
-
-
-def _in_units(age_ns: int) -> tuple[int, str]:
-    unit = next(unit for unit, (size_ns, _) in _UNITS.items() if age_ns % size_ns == 0)
-    return age_ns // _UNITS[unit][0], unit
-
-
-def _age_in_words(age_ns: int) -> str:
-    number, unit = _in_units(age_ns)
-    return f"{number} {_UNITS[unit][1]}{'s' if number != 1 else ''}"
+    return next(f"{age_ns // size_ns}{unit}" for unit, size_ns in _UNITS_NS.items() if age_ns % size_ns == 0)
 
 
 def in_words(policy: Policy) -> list[str]:
     """A policy in words: a sentence for each thing that it says."""
-    steps = [f"{_WORDS[step.level]} up to {_age_in_words(step.until_ns)}" for step in policy.steps]
-    sentences = [f"Keeps {', '.join(steps)}." if steps else "Keeps everything."]
-    if policy.steps:
-        bookmarks = "" if policy.bookmarks_ns is None else f", these up to {_age_in_words(policy.bookmarks_ns)}"
-        sentences.append(f"Of what is older: nothing but bookmarks{bookmarks}.")
-    elif policy.bookmarks_ns is not None:
-        sentences.append(f"Keeps the names of bookmarks up to {_age_in_words(policy.bookmarks_ns)}.")
-    if policy.max_size_bytes is not None:
-        size = format_bytes(policy.max_size_bytes)
-        sentences.append(f"Coarsens the oldest first where the store takes more than {size}.")
-    if policy.min_free_bytes is not None:
-        free = format_bytes(policy.min_free_bytes)
-        sentences.append(f"Coarsens the oldest first where less than {free} are left on its file system.")
+    steps = [f"{_WORDS[step.level]} up to an age of {format_age(step.until_ns)}" for step in policy.steps]
+    sentences = [f"Keeps {', '.join(steps)}; of what is older nothing but bookmarks." if steps else "Keeps everything."]
+    if policy.bookmarks_ns is not None:
+        sentences.append(f"Keeps bookmarks up to an age of {format_age(policy.bookmarks_ns)}.")
+    for size_bytes, where in (
+        (policy.max_size_bytes, "the store takes more than {}"),
+        (policy.min_free_bytes, "less than {} is left on its file system"),
+    ):
+        if size_bytes is not None:
+            sentences.append(f"Coarsens the oldest first where {where.format(format_bytes(size_bytes))}.")
     return sentences

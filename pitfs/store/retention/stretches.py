@@ -17,17 +17,7 @@ from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from typing import Final, NamedTuple
 
-from pitfs.model.retention import (
-    LEVELS,
-    NOTHING,
-    SNAPSHOTS,
-    Action,
-    Policy,
-    Remove,
-    Thin,
-    granularity_of_level,
-    period,
-)
+from pitfs.model.retention import LEVELS, NOTHING, SNAPSHOTS, Action, Policy, Remove, Thin, period, thinned
 from pitfs.model.transfer import PRUNED
 
 MAX_RUN: Final = 1024  # snapshots that one Remove takes
@@ -76,12 +66,6 @@ class Rule:
                     level, reason = floor, f"{LEVELS[floor]} to make room"
                 return level, reason, min(through_ns, floor_through_ns)
         return level, reason, through_ns
-
-
-def thinned(granularity_ns: int | None, level: int) -> int | None:
-    """The granularity that an interval of this one has at a level."""
-    wanted_ns = granularity_of_level(level)
-    return None if granularity_ns is None or wanted_ns is None else max(granularity_ns, wanted_ns)
 
 
 @dataclass(frozen=True, slots=True)
