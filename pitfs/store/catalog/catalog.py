@@ -21,7 +21,7 @@ from pitfs.model.blockmap import MapEntry
 from pitfs.model.transfer import Bookmark, Gap
 from pitfs.store.catalog.database import FIRST_PAGE_ROWS, PAGE_ROWS, REMEDY, Database
 from pitfs.store.catalog.records import Commit, Interval, OpenInterval, Snapshot, SortedRun
-from pitfs.store.objects.format import ObjectRecord
+from pitfs.store.objects.format import ObjectName, ObjectRecord
 
 T = TypeVar("T")
 
@@ -91,6 +91,12 @@ class Catalog(Database):
 
     def object(self, name: str) -> ObjectRecord | None:
         return _made(ObjectRecord, self.row_of("objects", "name", name))
+
+    def host_of(self, name: ObjectName) -> tuple[ObjectName, int] | None:
+        """The object into whose file that one was moved, and where its byte 0 would be in there."""
+        row = self.row_of("moved", "name", name.file) if self.has_table("moved") else None
+        host = ObjectName.of_file(row[1]) if row else None
+        return (host, row[2]) if row and host else None
 
     def unknown_objects(self, names: Sequence[str]) -> list[str]:
         """Those of these names that no object has, in order."""
@@ -259,9 +265,13 @@ class Catalog(Database):
                 self.delete("objects", "name", name)
             for record in objects:
                 self.put("objects", astuple(record))
-            self.delete("intervals", "snapshot", interval.end_snapshot_id)
-            self.put("intervals", astuple(interval))
+            self.put_interval(interval)
             self._put_minutes(minutes)
+
+    def put_interval(self, interval: Interval) -> None:
+        """Takes it in the place of the one that ends at the same snapshot; within `changes`."""
+        self.delete("intervals", "snapshot", interval.end_snapshot_id)
+        self.put("intervals", astuple(interval))
 
     def clear_seconds(self, after_ns: int, before_ns: int) -> None:
         """No second between those of these two times has a reachable instant any more; within `changes`."""

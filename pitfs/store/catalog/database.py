@@ -100,6 +100,7 @@ _ADDED: Final = """
 CREATE TABLE IF NOT EXISTS moved (  -- byte o of object `name` is byte base + o of the file of object `host`
     name TEXT PRIMARY KEY, host TEXT NOT NULL, base INTEGER NOT NULL, row_checksum INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS moved_by_host ON moved (host);
 CREATE TABLE IF NOT EXISTS shared (  -- pointers to contents that several blocks of the first snapshot have
     pointer INTEGER PRIMARY KEY, count INTEGER NOT NULL, row_checksum INTEGER NOT NULL
 ) STRICT;
