@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from pitfs.model.ladder import RUNGS_NS
-from pitfs.model.retention import Action, Thin
+from pitfs.model.retention import Action, Remove, Thin
 from pitfs.store.catalog import database
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.ingest import Ingest
@@ -22,6 +23,8 @@ from pitfs.store.retention import thinning
 from pitfs.store.retention.pruner import Pruner
 from pitfs.store.store import Store
 from tests.helpers.retention import Model, allocated_bytes, assert_tidy, instants_of, model_of
+
+CAUSE = "retention: a test"
 
 
 @pytest.fixture(autouse=True)
@@ -42,16 +45,56 @@ def thinnings(model: Model, random: np.random.Generator) -> list[Action]:
         rungs_ns = [rung for rung in RUNGS_NS if interval.granularity_ns is not None and rung > interval.granularity_ns]
         if interval.granularity_ns is not None and random.random() < 0.7:
             granularity_ns = ([*rungs_ns, None])[int(random.integers(len(rungs_ns) + 1))]
-            actions.append(Thin(interval.end_snapshot_id, granularity_ns, "retention: a test"))
+            actions.append(Thin(interval.end_snapshot_id, granularity_ns, CAUSE))
     store.close()
     return actions
 
 
+def removes(model: Model, random: np.random.Generator) -> list[Action]:
+    """Of some snapshots; the last one stays."""
+    store = Store.open(model.path)
+    ids = [snapshot.id for snapshot in store.snapshots()]
+    store.close()
+    kept = [each for each in ids[:-1] if random.random() < 0.5] + ids[-1:]
+    actions: list[Action] = [Remove(None, kept[0], CAUSE)] if kept[0] != ids[0] else []
+    neighbours = itertools.pairwise(kept)
+    return actions + [Remove(a, b, CAUSE) for a, b in neighbours if ids.index(b) - ids.index(a) > 1]
+
+
 def actions_for(model: Model, random: np.random.Generator) -> list[Action]:
-    return thinnings(model, random)
+    """Some of both, in any order; what is removed isn't thinned before."""
+    found = removes(model, random)
+    gone = [((each.after_id or 0), each.before_id) for each in found if isinstance(each, Remove)]
+    found += [
+        each for each in thinnings(model, random)
+        if isinstance(each, Thin) and not any(a < each.end_snapshot_id <= b for a, b in gone)
+    ]  # fmt: skip
+    return [found[number] for number in random.permutation(len(found)).tolist()]
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(40, 52))
+def test_what_actions_keep_is_there_and_nothing_else(tmp_path: Path, seed: int) -> None:
+    model = model_of(tmp_path, seed, count=9)
+    random = np.random.default_rng(seed)
+    for _ in range(3):
+        actions = actions_for(model, random)
+        with Pruner(model.path) as pruner:
+            foretold = sum(map(pruner.foretell, actions))
+            before = allocated_bytes(model.path)
+            model.take(actions)
+            progress = pruner.apply(actions)
+        assert (progress.done, progress.skipped) == (len(actions), 0)
+        assert progress.freed_bytes == before - allocated_bytes(model.path)
+        assert progress.freed_bytes == pytest.approx(foretold, rel=0.01)
+        model.check()
+        assert_tidy(model.path)
+        ingest = Ingest(str(model.root), model.history.hello)
+        model.receive(ingest, 2)
+        ingest.close()
+    model.check()
+
+
+@pytest.mark.parametrize("seed", range(8))
 def test_thinned_intervals_keep_the_instants_of_their_rung(tmp_path: Path, seed: int) -> None:
     model = model_of(tmp_path, seed)
     model.check(images=False)
@@ -111,7 +154,7 @@ def finish(model: Model, actions: Sequence[Action], random: np.random.Generator)
         pruner.apply(actions)
 
 
-@pytest.mark.parametrize("seed", range(100, 108))
+@pytest.mark.parametrize("seed", range(100, 106))
 def test_killed_at_any_step_no_kept_instant_and_no_room_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:

@@ -98,7 +98,9 @@ class Pruner(AbstractContextManager["Pruner"]):
             self._catalog = Catalog(os.path.join(path, CATALOG), "write" if changes else "read")
             closing.callback(self._catalog.close)
             history = bytes.fromhex(info.history)
-            objects = ObjectPool(os.path.join(path, OBJECTS), info.layout, history)
+            objects = ObjectPool(
+                os.path.join(path, OBJECTS), info.layout, history, host_of=self._catalog.host_of
+            )  # fmt: skip
             closing.callback(objects.close)
             self._store = WritableStore(self._catalog, objects, node_loader(objects), history, info.volumes)
             self._freed: list[int] = []  # intervals whose row in `removals` may go once all is synced
@@ -184,8 +186,12 @@ class Pruner(AbstractContextManager["Pruner"]):
             return self._thin(thinnings)
         self._forget_freed()  # they may have rows of the same intervals
         removes = [each for each in batch if isinstance(each, Remove)]
-        while removes:
-            removes = self._remove(removes)
+        prepared = [(each, self._removal(each)) for each in removes if self._bounds(each) is not None]
+        self._count(skipped=len(removes) - len(prepared))
+        for _, removal in prepared:
+            removal.prepare()
+        while prepared:
+            self._remove(prepared)
         return []
 
     # Thinning
@@ -251,9 +257,8 @@ class Pruner(AbstractContextManager["Pruner"]):
             return None
         return after.seq if after is not None else -1, before.seq
 
-    def _remove(self, actions: Sequence[Remove]) -> list[Remove]:
-        """Those that are left, once the locks have been held for long enough."""
-        removals = [(each, self._removal(each)) for each in actions if self._bounds(each) is not None]
+    def _remove(self, removals: list[tuple[Remove, Removal]]) -> None:
+        """As many of them as there is time for while others wait for the locks; takes them from the list."""
         done, refused, begun_s = list[Removal](), 0, time.monotonic()
         with changes_locked(self.path), pins_locked(self.path) as pins:
             pinned = _Pinned(pins)
@@ -266,10 +271,7 @@ class Pruner(AbstractContextManager["Pruner"]):
                         continue
                     removal.change()
                     done.append(removal)
-        left = [action for action, _ in removals]
-        skipped = len(actions) - len(done) - len(left)
-        self._count(len(done), skipped, sum(removal.free() for removal in done))
-        return left
+        self._count(len(done), refused, sum(removal.free() for removal in done))
 
     # What a crash left, and what is left to do afterwards
 
@@ -279,8 +281,8 @@ class Pruner(AbstractContextManager["Pruner"]):
                 with changes_locked(self.path):
                     settle(self._store, before_id)
                 self._freed.append(before_id)
-            else:
-                Removal(self._store, after_id or None, before_id).free()
+        for removal in Removal.unfinished(self._store):
+            removal.free()
         self._forget_freed()
 
     def _forget_freed(self) -> None:
