@@ -36,7 +36,8 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "bisect": ("pitfs.cli.bisect", "find the write that broke something"),
     "serve-nbd": ("pitfs.cli.serve_nbd", "serve a store's instants to NBD clients"),
     "check": ("pitfs.cli.unavailable:check", "verify a store (not available in this version)"),
-    "prune": ("pitfs.cli.unavailable:prune", "apply the retention policy (not available in this version)"),
+    "retention": ("pitfs.cli.retention", "what a store keeps, and up to which age"),
+    "prune": ("pitfs.cli.prune", "apply a store's retention policy now"),
 }
 
 

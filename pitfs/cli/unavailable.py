@@ -39,9 +39,3 @@ check = UnavailableCommand(
     {"--data": "reread every block", "--rebuild": "make the catalog again from the objects"},
     "every read verifies its blocks; pitfs digest or pitfs export --verify rereads a whole volume",
 )
-prune = UnavailableCommand(
-    "Will apply the retention policy. Not available in this version yet.",
-    "example:\n  pitfs prune /srv/pitfs/db1 --dry-run",
-    {"--dry-run": "say what would go, remove nothing"},
-    "the store keeps everything",
-)

@@ -6,11 +6,13 @@ import logging
 import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from itertools import chain
 from typing import Final
 
 from pitfs.errors import PositionMismatchError, StoreError
 from pitfs.model.ladder import LAST_LAYER, layer_of
+from pitfs.model.transfer import is_pruned
 from pitfs.storage.files import fsync_directory
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.objects.format import CATALOG, HEADER_BYTES, ObjectKind, ObjectName
@@ -59,6 +61,7 @@ class StagingArea:
         for name in os.listdir(self.path):
             if (found := _STAGED.fullmatch(name)) is not None:
                 ids.add(int(found["snapshot_id"], 16))
+        ids.update(before_id for before_id, _ in self._catalog.removals())
         names = chain.from_iterable(map(_names_of, sorted(ids)))
         self._recover(dict.fromkeys(chain(names, self._objects.newest())))
 
@@ -77,6 +80,7 @@ class StagingArea:
         | what a closing made of an interval still there | it is removed: it is made again                     |
         | WAL of an interval that isn't there            | it is removed: it became a snapshot, or never began |
         | index that a finer one took the place of       | it is removed                                       |
+        | journal of an interval that is thinned         | it is removed: before or after the catalog's commit |
         | any other                                      | an error: the catalog isn't this store's newest     |
 
         Raises:
@@ -101,7 +105,8 @@ class StagingArea:
                 os.rename(path, staged)
             else:
                 log.info("%s: removed, it is nothing that was committed", path)
-                os.unlink(path)
+                with suppress(FileNotFoundError):  # a pruner that is at work may have done so
+                    os.unlink(path)
 
     def _place_in_staging(self, name: ObjectName) -> str | None:
         """Where contents of a staged transfer go back to; None for what is to be removed.
@@ -109,9 +114,11 @@ class StagingArea:
         Raises:
             StoreError: it is neither.
         """
-        if name.kind is ObjectKind.JOURNAL_INDEX:
-            interval = self._catalog.interval_to(name.snapshot_id)
-            if interval is not None and interval.layer > name.layer:
+        if name.kind in (ObjectKind.JOURNAL_INDEX, ObjectKind.JOURNAL_BLOCKS):
+            interval, is_index = self._catalog.interval_to(name.snapshot_id), name.kind is ObjectKind.JOURNAL_INDEX
+            if interval is not None and (is_pruned(interval.cause) or (is_index and interval.layer > name.layer)):
+                return None
+            if is_index and (name.snapshot_id, name.snapshot_id) in self._catalog.removals():
                 return None
         if name.kind is ObjectKind.JOURNAL_BLOCKS and self._is_outdated_wal(name):
             return None
