@@ -33,6 +33,9 @@ A batch is rows, then their contents, then a Flush. The replica applies it whole
 Durable. A StreamMark closes the interval: the replica itself makes a snapshot and an interval at every write of what
 was streamed. LAYERS of earlier intervals may go in between; the other kinds begin where the stream ended.
 
+Besides, the replica may ask for contents that it has damaged, or no more: a Want names them, and a Given answers for
+each, in order.
+
 `unit` counts 512 bytes, the smallest block size. The replica appends the JOURNAL_BLOCKS of all LAYERS of an interval
 to each other, and a `unit` counts from the beginning of the first. A row leaves out what the replica finds by itself:
 `unit` is 0 unless the row shares the content of another one, and checksums aren't sent (the End has one of all of
@@ -62,6 +65,8 @@ MAX_BOOKMARKS: Final = 4096  # for each transfer; with gaps they fit into BEGIN'
 MAX_GAPS: Final = 512
 MAX_TEXT_LENGTH: Final = 1000  # of a cause, an identity
 MAX_COARSE_INTERVALS: Final = 1024
+MAX_CONTENT_BYTES: Final = 64 << 10  # the largest block
+MAX_WANTED: Final = 32  # contents that one Want asks for: 2 MiB of the largest blocks
 WAITS: Final = "until the link is idle"  # ends the cause of an interval whose journal is to be backfilled
 
 
@@ -388,3 +393,31 @@ class Durable(msgspec.Struct, frozen=True):
     time_ns: Number
     mark: Number
     protected_through_ns: Number
+
+
+# Healing.
+
+
+class Wanted(msgspec.Struct, frozen=True):
+    """A content that the replica lacks: what a write in (after_seq, through_seq] brought to a block.
+
+    `checksum`: xxh3_64 of it, which the splitter took.
+    """
+
+    volume: Number
+    block: Number
+    checksum: Digest
+    after_seq: Number
+    through_seq: Number
+
+
+class Want(msgspec.Struct, frozen=True):
+    """The replica asks for contents; for more only when each has its answer."""
+
+    contents: Annotated[tuple[Wanted, ...], msgspec.Meta(min_length=1, max_length=MAX_WANTED)]
+
+
+class Given(msgspec.Struct, frozen=True):
+    """The answer for the next content of a Want; None: production has it no more."""
+
+    content: Annotated[bytes, msgspec.Meta(max_length=MAX_CONTENT_BYTES)] | None
