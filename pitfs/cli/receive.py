@@ -93,6 +93,7 @@ async def _receive(
 
     from pitfs.link.sessions.connect import Limits, serve
     from pitfs.model.endpoint import format_endpoint
+    from pitfs.store.check.heal import Healer
     from pitfs.store.ingest import Ingest
     from pitfs.store.opening import check_sender
     from pitfs.supervision.listening import listen
@@ -108,4 +109,7 @@ async def _receive(
         nursery.start_soon(trim_heap)
         limits = Limits(window_bytes=window_bytes)
         check, opened = partial(check_sender, root), partial(Ingest, root)
-        await serve(listeners, opened, tls=tls, limits=limits, read_grants=read_grants, check_sender=check)
+        healer = partial(Healer, root)
+        await serve(
+            listeners, opened, tls=tls, limits=limits, read_grants=read_grants, check_sender=check, open_healer=healer
+        )

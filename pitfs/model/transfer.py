@@ -45,6 +45,7 @@ them). All integers are little-endian.
 from __future__ import annotations
 
 import enum
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Final
 
@@ -66,7 +67,7 @@ MAX_GAPS: Final = 512
 MAX_TEXT_LENGTH: Final = 1000  # of a cause, an identity
 MAX_COARSE_INTERVALS: Final = 1024
 MAX_CONTENT_BYTES: Final = 64 << 10  # the largest block
-MAX_WANTED: Final = 32  # contents that one Want asks for: 2 MiB of the largest blocks
+MAX_WANTED: Final = 256  # contents that one Want asks for: 16 MiB of the largest blocks
 WAITS: Final = "until the link is idle"  # ends the cause of an interval whose journal is to be backfilled
 
 
@@ -409,6 +410,10 @@ class Wanted(msgspec.Struct, frozen=True):
     checksum: Digest
     after_seq: Number
     through_seq: Number
+
+
+# Finds contents, in their order; None for what isn't there any more.
+FindContents = Callable[[Sequence[Wanted]], Awaitable[Sequence[bytes | None]]]
 
 
 class Want(msgspec.Struct, frozen=True):

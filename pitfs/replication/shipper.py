@@ -16,6 +16,7 @@ from pitfs.replication.backfill import Backfill
 from pitfs.replication.bandwidth import Bandwidth
 from pitfs.replication.cursor import JournalCursor
 from pitfs.replication.full_sync import FullSync
+from pitfs.replication.heal import ContentFinder
 from pitfs.replication.interval import PreparedInterval, diff_frames
 from pitfs.replication.manifests import diff_manifest, waits_cause
 from pitfs.replication.phases import Phase
@@ -60,6 +61,7 @@ class Shipper:
         self._durability = durability = Durability(settings.journal_directory)
         self._backings = Backings(splitter, settings.hello.volumes, settings.configured)
         self.full_sync = FullSync(settings, splitter, self.cursor, sender, self._backings)
+        self._contents = ContentFinder(settings, splitter, self._backings)
         self.acks = AckReporter(splitter, is_sync=settings.mode == "sync")
         self.stream = Stream(self.cursor.reader, splitter, sender, durability, self.acks, self.release)
 
@@ -111,6 +113,7 @@ class Shipper:
         async with self._connect(self.bandwidth.queue_bytes) as session:
             log.debug("connected to %s, which has mark %d", session.peer, session.welcome.mark)
             session.on_progress = self.status.got_through
+            session.answer_wants(self._contents.find)
             await self.locate(session)
             try:
                 while True:

@@ -15,6 +15,7 @@ from typing import Final
 import pytest
 import trio
 
+from pitfs.link.sessions import healing
 from pitfs.link.sessions.connect import SenderSession, Timeouts, connect, serve
 from pitfs.link.sessions.receiver import Limits
 from pitfs.model import schedule
@@ -23,6 +24,7 @@ from pitfs.replication.bandwidth import Bandwidth
 from pitfs.replication.shipper import Shipper
 from pitfs.splitter.service import SplitterService
 from pitfs.splitter.sync_gate import SyncGate
+from pitfs.store.check.heal import Healer
 from pitfs.store.ingest import Ingest
 from pitfs.store.store import Store
 from tests.helpers.channel import client_of
@@ -120,6 +122,7 @@ async def linked(
         proxy: it may have been told what to do already.
     """
     monkeypatch.setattr(status, "BACKOFF_S", (0.001,))
+    monkeypatch.setattr(healing, "LOOK_S", 0.02)
     monkeypatch.setattr(Bandwidth, "payload_bytes", FRAME_BYTES)
     monkeypatch.setattr(schedule, "choose_shipping_mode", lambda **_: schedule.ShippingMode(streams, "for the test"))
     for name in ("MIN_WINDOW_BYTES", "MAX_WINDOW_BYTES"):
@@ -134,7 +137,10 @@ async def linked(
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(both.service.run)
                 opening = partial(Ingest, str(pipeline.tmp))
-                nursery.start_soon(partial(serve, listeners, opening, tls=None, limits=limits or Limits()))
+                healer = partial(Healer, str(pipeline.tmp))
+                nursery.start_soon(
+                    partial(serve, listeners, opening, tls=None, limits=limits or Limits(), open_healer=healer)
+                )
                 nursery.start_soon(both.shipper.run)
                 yield both
                 nursery.cancel_scope.cancel()

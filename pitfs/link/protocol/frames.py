@@ -171,7 +171,7 @@ class FrameType(enum.IntEnum):
     FLUSH = 16, transfer.Flush, 256
     MARK = 17, transfer.StreamMark, 1 << 10
     DURABLE = 18, transfer.Durable, 256
-    WANT = 19, transfer.Want, 4 << 10
+    WANT = 19, transfer.Want, 32 << 10
     GIVEN = 20, transfer.Given, transfer.MAX_CONTENT_BYTES + 64
 
 

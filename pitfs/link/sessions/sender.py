@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ssl
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import trio
@@ -47,11 +47,8 @@ FRAME_COST_BYTES: Final = 64  # what an empty frame counts for in a queue
 # that is never idle it goes at that rate.
 GIVEN_AHEAD_BYTES: Final = 64 << 10
 LEAST_GIVEN_BYTES_PER_S: Final = 4 << 10
-IDLE_POLL_S: Final = 0.005
+IDLE_POLL_S: Final = 0.002
 FAULT_WAIT_S: Final = 2.0  # after a failed write: time to read the FAULT that says why the peer closed
-
-
-FindContents = Callable[[Sequence[transfer.Wanted]], Awaitable[Sequence[bytes | None]]]
 
 
 class SenderSession:
@@ -103,7 +100,7 @@ class SenderSession:
         self._checkpoints: deque[int] = deque()  # _given_bytes at each CHECKPOINT without PROGRESS
         self._cutter = BatchCutter()
         self._unflushed: deque[int] = deque()  # bytes of each batch without DURABLE
-        self._find: FindContents | None = None
+        self._find: transfer.FindContents | None = None
         self._wanted: tuple[transfer.Wanted, ...] = ()
 
     @property
@@ -196,7 +193,7 @@ class SenderSession:
             await self._wait()
         self._raise_failure()
 
-    def answer_wants(self, find: FindContents) -> None:
+    def answer_wants(self, find: transfer.FindContents) -> None:
         """From here on what `find` gives goes to the replica for what it wants, beside all that the caller sends."""
         self._find = find
         self._changed.unpark_all()
