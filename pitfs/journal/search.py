@@ -46,11 +46,6 @@ class SegmentSearch:
         self._numbers = [number for number in list_segments(directory) if number <= until.segment]
         self._first_keys: dict[int, Key | None] = {}
 
-    @property
-    def first(self) -> int | None:
-        """The first segment."""
-        return self._numbers[0] if self._numbers else None
-
     def segment_of(self, key: Key) -> int | None:
         """The segment that has the record of that key, if there is one; None where the journal begins behind it.
 

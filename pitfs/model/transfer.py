@@ -33,8 +33,7 @@ A batch is rows, then their contents, then a Flush. The replica applies it whole
 Durable. A StreamMark closes the interval: the replica itself makes a snapshot and an interval at every write of what
 was streamed. LAYERS of earlier intervals may go in between; the other kinds begin where the stream ended.
 
-Besides, the replica may ask for contents that it has damaged, or no more: a Want names them, and a Given answers for
-each, in order.
+The replica may ask for contents that it has damaged, or no more: a Want names them, a Given answers for each, in order.
 
 `unit` counts 512 bytes, the smallest block size. The replica appends the JOURNAL_BLOCKS of all LAYERS of an interval
 to each other, and a `unit` counts from the beginning of the first. A row leaves out what the replica finds by itself:
@@ -396,14 +395,8 @@ class Durable(msgspec.Struct, frozen=True):
     protected_through_ns: Number
 
 
-# Healing.
-
-
 class Wanted(msgspec.Struct, frozen=True):
-    """A content that the replica lacks: what a write in (after_seq, through_seq] brought to a block.
-
-    `checksum`: xxh3_64 of it, which the splitter took.
-    """
+    """A content, by its xxh3_64, that a write in (after_seq, through_seq] brought to a block."""
 
     volume: Number
     block: Number

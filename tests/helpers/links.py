@@ -31,8 +31,7 @@ from pitfs.link.protocol.frames import (
 )
 from pitfs.link.protocol.protocol import LinkProtocol, Role
 from pitfs.link.sessions.connect import Limits, serve
-from pitfs.link.sessions.healing import OpenHealer
-from pitfs.link.sessions.receiver import ReadGrants
+from pitfs.link.sessions.receiver import OpenHealer, ReadGrants
 from pitfs.link.transport.tls import LinkContext
 from pitfs.model.transfer import (
     Begin,

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from pitfs.link.sessions import healing
-from pitfs.store.check.heal import production_listens
+from pitfs.link.sessions import receiver
+from pitfs.store.check.heal import _production_listens, make_frames
 from pitfs.store.objects.damage import Damage, DamageLog
 from pitfs.store.objects.format import HEADER_BYTES, ObjectName
 from pitfs.store.store import Store
@@ -186,42 +186,28 @@ async def test_what_the_log_of_the_open_interval_has_is_healed_before_it_is_clos
         assert await until_nothing_is_wanted(pipeline) == []
 
 
-async def test_a_file_of_contents_that_is_gone_is_made_again(
+async def test_files_of_contents_that_are_gone_or_cut_and_headers_are_made_again(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What they held is damage like any other then."""
     async with linked(pipeline, monkeypatch) as both:
         await both.arrived()
-        both.write(8)
-        both.mark()
-        await both.arrived()
-        pipeline.splitter.mark()
-        lost = [each for each in contents(pipeline).values() if each.through_seq > 0]
-        paths = {path_of(pipeline, each) for each in lost}
-        whole = {path: path.read_bytes() for path in paths}
-        for path in paths:
-            path.unlink()
-        frames = [Damage(path.name, 0, 0, "missing") for path in paths]
-        DamageLog(store_of(pipeline)).replace([*frames, *lost])
-        assert await until_nothing_is_wanted(pipeline) == []
-        assert {path: path.read_bytes() for path in paths} == whole
-        both.assert_every_write_is_there()
-
-
-async def test_a_header_and_a_cut_end_of_contents_are_healed(
-    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with linked(pipeline, monkeypatch) as both:
-        await both.arrived()
-        damages = list(contents(pipeline).values())
-        path = path_of(pipeline, damages[0])
-        whole = path.read_bytes()
-        with path.open("r+b") as file:
+        await with_history(both)
+        lost = [each for each in contents(pipeline).values() if each.through_seq > 0]  # journalled
+        gone, cut, *_ = sorted({path_of(pipeline, each) for each in lost})
+        whole = {path: path.read_bytes() for path in (gone, cut)}
+        gone.unlink()
+        with cut.open("r+b") as file:
             file.write(bytes(HEADER_BYTES))
-            file.truncate(HEADER_BYTES + 10_000)
-        cut = [each for each in damages if each.offset + each.size > HEADER_BYTES + 10_000]
-        DamageLog(store_of(pipeline)).replace([Damage(path.name, 0, HEADER_BYTES, "header"), *cut])
+            file.truncate(HEADER_BYTES + 5000)
+        log = DamageLog(store_of(pipeline))
+        log.replace([Damage(gone.name, 0, 0, "missing"), Damage(cut.name, 0, HEADER_BYTES, "header")])
+        assert make_frames(store_of(pipeline))
+        log.replace(lost)
+        assert not make_frames(store_of(pipeline))
         assert await until_nothing_is_wanted(pipeline) == []
-        assert path.read_bytes() == whole
+        assert {path: path.read_bytes() for path in whole} == whole
+        both.assert_every_write_is_there()
 
 
 async def test_the_link_is_cut_again_and_again_while_it_heals(
@@ -245,12 +231,12 @@ async def test_the_link_is_cut_again_and_again_while_it_heals(
 async def test_an_old_production_is_asked_nothing_and_others_see_that_nothing_comes(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert not production_listens(store_of(pipeline))
+    assert not _production_listens(store_of(pipeline))
     async with linked(pipeline, monkeypatch) as both:
         await both.arrived()
         await trio.sleep(0.1)
-        assert production_listens(store_of(pipeline))
-    assert not production_listens(store_of(pipeline))
+        assert _production_listens(store_of(pipeline))
+    assert not _production_listens(store_of(pipeline))
     monkeypatch.setattr("pitfs.link.sessions.sender.VERSIONS", (1,))
     (damage, *_) = contents(pipeline).values()
     flip(pipeline, damage)
@@ -260,7 +246,7 @@ async def test_an_old_production_is_asked_nothing_and_others_see_that_nothing_co
         both.mark()
         await both.arrived()
         await trio.sleep(0.1)
-        assert not production_listens(store_of(pipeline))
+        assert not _production_listens(store_of(pipeline))
         assert DamageLog(store_of(pipeline)).known() == [damage]
 
 
@@ -271,7 +257,7 @@ async def test_a_production_that_gives_other_bytes_heals_nothing(
         return [b"l" * 4096]
 
     monkeypatch.setattr("pitfs.replication.heal.ContentFinder.find", lies)
-    monkeypatch.setattr(healing, "RETRY_S", 0.05)
+    monkeypatch.setattr(receiver, "RETRY_S", 0.05)
     async with linked(pipeline, monkeypatch) as both:
         await both.arrived()
         (damage, *_) = contents(pipeline).values()

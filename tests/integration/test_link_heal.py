@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from pitfs.errors import PitfsError
-from pitfs.link.sessions import healing
+from pitfs.link.sessions import receiver
 from pitfs.link.sessions.connect import connect
 from pitfs.model.transfer import Checkpoint, Data, End, Hello, Section, Wanted
 from tests.helpers.links import HELLO, MANIFEST, FakeIngest, replica
@@ -20,14 +20,14 @@ pytestmark = pytest.mark.usefixtures("_soon")
 
 @pytest.fixture
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(healing, "LOOK_S", 0.01)
-    monkeypatch.setattr(healing, "RETRY_S", 0.05)
+    monkeypatch.setattr(receiver, "LOOK_S", 0.01)
+    monkeypatch.setattr(receiver, "RETRY_S", 0.05)
 
 
 class FakeHealer:
     """Wants what it is told to, and keeps what came."""
 
-    def __init__(self, batches: Sequence[Sequence[Wanted]] = ()) -> None:
+    def __init__(self, batches: Sequence[tuple[Wanted, ...]] = ()) -> None:
         self.batches = list(batches)
         self.taken: list[bytes | None] = []
         self.errors: list[Exception] = []  # that `take` raises, one each time
@@ -38,7 +38,7 @@ class FakeHealer:
         assert hello == HELLO
         return self
 
-    def wanted(self) -> Sequence[Wanted]:
+    def wanted(self) -> tuple[Wanted, ...]:
         self.looked += 1
         return self.batches[0] if self.batches else ()
 
@@ -57,8 +57,8 @@ class FakeHealer:
                 await trio.sleep(0.01)
 
 
-def wanted(*blocks: int) -> list[Wanted]:
-    return [Wanted(0, block, block, 0, 9) for block in blocks]
+def wanted(*blocks: int) -> tuple[Wanted, ...]:
+    return tuple(Wanted(0, block, block, 0, 9) for block in blocks)
 
 
 async def even_ones(asked: Sequence[Wanted]) -> list[bytes | None]:

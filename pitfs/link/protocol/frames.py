@@ -176,7 +176,7 @@ class FrameType(enum.IntEnum):
 
 
 _TYPES: Final[dict[int, FrameType]] = {frame_type.value: frame_type for frame_type in FrameType}
-SINCE: Final = {FrameType.WANT: 2, FrameType.GIVEN: 2}  # the version that brought a type, where it isn't the first
+SINCE: Final = {FrameType.WANT: 2, FrameType.GIVEN: 2}  # the version that brought a type, if not the first
 TYPE_OF: Final[dict[type, FrameType]] = {frame_type.body: frame_type for frame_type in FrameType}
 
 

@@ -52,8 +52,7 @@ _S, _F = LinkState, frames.FrameType
 
 def _session(state: LinkState, own: dict[frames.FrameType, LinkState]) -> dict[frames.FrameType, LinkState]:
     """The transitions of a state after ASKED: its own ones, and what may come in all of these."""
-    anytime = _F.PING, _F.PONG, _F.DATA, _F.FLUSH, _F.MARK, _F.DURABLE, _F.WANT, _F.GIVEN
-    common = dict.fromkeys(anytime, state)
+    common = dict.fromkeys((_F.PING, _F.PONG, _F.DATA, _F.FLUSH, _F.MARK, _F.DURABLE, _F.WANT, _F.GIVEN), state)
     return common | {_F.FAULT: _S.CLOSED} | own
 
 

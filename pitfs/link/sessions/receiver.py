@@ -22,19 +22,20 @@ from pitfs.errors import LinkError, PitfsError, RemoteProtocolError
 from pitfs.link.protocol import frames
 from pitfs.link.protocol.protocol import LinkProtocol, LinkState, Role
 from pitfs.link.sessions import failures
-from pitfs.link.sessions.applier import Applier, IngestProtocol
+from pitfs.link.sessions.applier import Applier, HealerProtocol, IngestProtocol
 from pitfs.link.sessions.connection import Connection
 from pitfs.link.sessions.failures import PeerError
 from pitfs.link.sessions.frame_queue import FrameQueue
-from pitfs.link.sessions.healing import HealerProtocol, Healing, OpenHealer
 from pitfs.link.transport.streams import LINK_ERRORS, PlainStream, Timeouts, TlsStream, peer_name
 from pitfs.link.transport.tls import LinkContext, is_granted, names_of
-from pitfs.model.transfer import Durable, Flush, Given, Hello, Welcome
+from pitfs.model.transfer import MAX_WANTED, Durable, Flush, Given, Hello, Want, Welcome
 from pitfs.model.window import DEFAULT_WINDOW_BYTES, MIN_WINDOW_BYTES, check_window
 
 log = logging.getLogger(__name__)
 
 FRAME_COST_BYTES: Final = 256  # what an empty frame counts for in a queue
+LOOK_S: Final = 1.0  # how often it looks whether the store wants contents healed
+RETRY_S: Final = 30.0  # the same after an error of the store
 IDLE_S: Final = 0.5  # if nothing comes for longer, the link is slow: what was streamed last is made readable
 SPARE_BYTES: Final = 64 << 20  # for the windows beside one of full size
 SHARE: Final = 4  # a connection's window gets this part of what is left: others will come
@@ -43,6 +44,7 @@ REPLIES_BYTES: Final = 256 << 10  # replies that may wait: 1,000, far more than 
 T = TypeVar("T")
 CheckSender = Callable[[Hello], None]
 ReadGrants = Callable[[], Mapping[str, frozenset[str]]]
+OpenHealer = Callable[[Hello], HealerProtocol]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +117,7 @@ async def serve(
             session, so that a change takes effect. None: the certificates themselves say it (`is_granted`).
         check_sender: raises PitfsError for a sender that the store wouldn't take. Called in a thread before an older
             session of the group is ended for this one.
-        open_healer: gives what mends the group's store, where the sender can give contents; called after
-            `open_ingest`, must not block. None: nothing is mended.
+        open_healer: makes what heals the group's store, where the sender can give contents; must not block.
     """
     receiver = _Receiver(open_ingest, tls, limits, read_grants, check_sender, open_healer)
     async with trio.open_nursery() as nursery:
@@ -263,8 +264,8 @@ class _Session:
         self._incoming: FrameQueue[frames.Frame] = FrameQueue(receiver.limits.queue_bytes)
         self._window_bytes = 0  # taken from the receiver's pool
         self._applier: Applier | None = None  # until the store is open
-        self._healing = Healing(self._reply, self._in_thread)
         self._healer: HealerProtocol | None = None
+        self._give, self._given = trio.open_memory_channel[bytes | None](MAX_WANTED)
         self._scope = trio.CancelScope()
         self._reason: Exception | None = None  # why it ends; None: the peer left in order
         self._stopping = False
@@ -321,8 +322,8 @@ class _Session:
         version = frames.common_version(greeting.versions) or frames.VERSIONS[0]
         self._reply(frames.Accept(version, welcome, self._window_bytes))
         if self._receiver.open_healer is not None and version >= frames.SINCE[frames.FrameType.WANT]:
-            self._healer = healer = self._receiver.open_healer(hello)
-            nursery.start_soon(self._guard, lambda: self._healing.run(healer))
+            self._healer = self._receiver.open_healer(hello)
+            nursery.start_soon(self._guard, partial(self._heal, self._healer))
         streams = False
         while True:
             with trio.move_on_after(IDLE_S if streams else math.inf) as scope:
@@ -339,6 +340,20 @@ class _Session:
                     log.debug("%s: group %s: mark %d committed, seq %d", self.peer, hello.group, state.mark, state.seq)
                 streams = streams or isinstance(reply, Durable)
                 self._reply(reply)
+
+    async def _heal(self, healer: HealerProtocol) -> None:
+        """Asks for contents while the store wants some. Its errors are logged, since replication goes on."""
+        while True:
+            pause_s = LOOK_S
+            try:
+                while wanted := await self._in_thread(healer.wanted):
+                    self._reply(Want(wanted))
+                    contents = [await self._given.receive() for _ in wanted]
+                    await self._in_thread(partial(healer.take, contents))
+            except (PitfsError, OSError) as error:
+                log.error("%s: damage isn't healed: %s", self.peer, error)
+                pause_s = RETRY_S
+            await trio.sleep(pause_s)
 
     async def _in_thread(self, call: Callable[[], T]) -> T:
         return await trio.to_thread.run_sync(call, limiter=self._receiver.threads)
@@ -362,7 +377,7 @@ class _Session:
             while (received := await self._connection.receive()) is not None:
                 for frame in received:
                     if isinstance(frame, Given):
-                        self._healing.given(frame)
+                        self._give.send_nowait(frame.content)  # no more than were asked for
                         continue
                     size_bytes = frame.raw_length if isinstance(frame, frames.WireData) else 0
                     await self._incoming.put(frame, size_bytes + FRAME_COST_BYTES)

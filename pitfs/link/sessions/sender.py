@@ -25,15 +25,9 @@ from pitfs.link.protocol.protocol import LinkProtocol, LinkState, Role
 from pitfs.link.sessions import failures
 from pitfs.link.sessions.connection import Connection
 from pitfs.link.sessions.frame_queue import FrameQueue
+from pitfs.link.transport import streams
 from pitfs.link.transport.rate import TokenBucket
-from pitfs.link.transport.streams import (
-    LINK_ERRORS,
-    PlainStream,
-    Timeouts,
-    busy_s,
-    delivery_bytes_per_s,
-    unsent_bytes,
-)
+from pitfs.link.transport.streams import LINK_ERRORS, PlainStream, Timeouts, busy_s, delivery_bytes_per_s
 from pitfs.link.transport.tls import LinkContext
 from pitfs.model import transfer
 from pitfs.model.window import DEFAULT_WINDOW_BYTES
@@ -325,14 +319,14 @@ class SenderSession:
             wanted, self._wanted = self._wanted, ()
             for content in await self._find(wanted):
                 with trio.move_on_after(len(content or b"") / LEAST_GIVEN_BYTES_PER_S):
-                    while not self._is_idle:
+                    while self._is_busy():
                         await trio.sleep(IDLE_POLL_S)
                 await self._put(transfer.Given(content))
 
-    @property
-    def _is_idle(self) -> bool:
-        waiting = len(self._pending) + len(self.connection.outgoing) + self.connection.is_mid_frame
-        return not waiting and unsent_bytes(self.connection.stream.inner) < GIVEN_AHEAD_BYTES
+    def _is_busy(self) -> bool:
+        sending, inner = self.connection, self.connection.stream.inner
+        waiting = len(self._pending) or len(sending.outgoing) or sending.is_mid_frame
+        return bool(waiting) or streams.unsent_bytes(inner) >= GIVEN_AHEAD_BYTES
 
     def _take(self, frame: frames.Frame) -> None:
         """Stores what a frame of the replica says. Raises the error that it reports."""

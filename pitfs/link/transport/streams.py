@@ -186,11 +186,8 @@ def busy_s(stream: trio.SocketStream) -> float:
 
 
 def unsent_bytes(stream: trio.SocketStream) -> int:
-    """What was sent and the peer's TCP hasn't acknowledged; 0 where the kernel doesn't know."""
-    try:
-        return int.from_bytes(fcntl.ioctl(stream.socket.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
-    except (OSError, ValueError):
-        return 0
+    """What was sent, and the peer's TCP hasn't acknowledged."""
+    return int.from_bytes(fcntl.ioctl(stream.socket.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
 
 
 def _tcp_info(stream: trio.SocketStream, at: int) -> int:
