@@ -12,6 +12,7 @@ from pitfs.errors import CapacityError, CorruptionError, DiskFullError, PitfsErr
 
 _FALLOC_FL_KEEP_SIZE = 0x01  # linux/falloc.h
 _FALLOC_FL_PUNCH_HOLE = 0x02
+_LIBC = ctypes.CDLL(None, use_errno=True)
 FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -93,9 +94,8 @@ def punch(fd: int, offset: int, size: int) -> bool:
     Raises:
         OSError: the disk refuses.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
     flags = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
-    if libc.fallocate64(fd, flags, ctypes.c_int64(offset), ctypes.c_int64(size)) == 0:
+    if _LIBC.fallocate64(fd, flags, ctypes.c_int64(offset), ctypes.c_int64(size)) == 0:
         return True
     number = ctypes.get_errno()
     if number in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV):
@@ -105,7 +105,7 @@ def punch(fd: int, offset: int, size: int) -> bool:
 
 def reserve(fd: int, offset: int, size: int) -> None:
     """Reserves room for that range of a file, whose size stays. A failure is ignored: then there may be less room."""
-    ctypes.CDLL(None).fallocate64(fd, _FALLOC_FL_KEEP_SIZE, ctypes.c_int64(offset), ctypes.c_int64(size))
+    _LIBC.fallocate64(fd, _FALLOC_FL_KEEP_SIZE, ctypes.c_int64(offset), ctypes.c_int64(size))
 
 
 def read_exactly(fd: int, size: int, offset: int, what: str) -> bytes:

@@ -101,7 +101,7 @@ class Ingest:
         layout = read_store_info(self.path).layout
         if not known:
             log.info("%s: a new store, with room for %d intervals", self.path, layout.max_snapshot_id // 2)
-        objects = ObjectPool(objects_path, layout, history)
+        objects = ObjectPool(objects_path, layout, history, host_of=catalog.host_of)
         closing.callback(objects.close)
         area = StagingArea(staging, objects, catalog)
         with changes_locked(self.path):

@@ -41,7 +41,9 @@ class Store:
         self.volumes = info.volumes
         self._catalog = catalog = Catalog(os.path.join(path, CATALOG))
         history = bytes.fromhex(info.history)
-        self.objects = ObjectPool(os.path.join(path, OBJECTS), info.layout, history, reading_limit())
+        self.objects = ObjectPool(
+            os.path.join(path, OBJECTS), info.layout, history, reading_limit(), host_of=catalog.host_of
+        )
         blocks = Blocks(catalog, self.objects, info.volumes)
         self._journals, self._open_intervals = blocks.journals, blocks.open_intervals
         # Where blocks are: see `Blocks`.

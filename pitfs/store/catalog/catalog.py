@@ -21,12 +21,13 @@ from pitfs.model.blockmap import MapEntry
 from pitfs.model.transfer import Bookmark, Gap
 from pitfs.store.catalog.database import FIRST_PAGE_ROWS, PAGE_ROWS, REMEDY, Database
 from pitfs.store.catalog.records import Commit, Interval, OpenInterval, Snapshot, SortedRun
-from pitfs.store.objects.format import ObjectRecord
+from pitfs.store.objects.format import ObjectName, ObjectRecord
 
 T = TypeVar("T")
 
 _MIN: Final = -(1 << 63)
 _MAX: Final = (1 << 63) - 1
+_SECOND_NS: Final = 1_000_000_000
 
 
 def _made(make: Callable[..., T], row: tuple[Any, ...] | None) -> T | None:
@@ -90,6 +91,12 @@ class Catalog(Database):
 
     def object(self, name: str) -> ObjectRecord | None:
         return _made(ObjectRecord, self.row_of("objects", "name", name))
+
+    def host_of(self, name: ObjectName) -> tuple[ObjectName, int] | None:
+        """The object into whose file that one was moved, and where its byte 0 would be in there."""
+        row = self.row_of("moved", "name", name.file) if self.has_table("moved") else None
+        host = ObjectName.of_file(row[1]) if row else None
+        return (host, row[2]) if row and host else None
 
     def unknown_objects(self, names: Sequence[str]) -> list[str]:
         """Those of these names that no object has, in order."""
@@ -258,9 +265,30 @@ class Catalog(Database):
                 self.delete("objects", "name", name)
             for record in objects:
                 self.put("objects", astuple(record))
-            self.delete("intervals", "snapshot", interval.end_snapshot_id)
-            self.put("intervals", astuple(interval))
+            self.put_interval(interval)
             self._put_minutes(minutes)
+
+    def put_interval(self, interval: Interval) -> None:
+        """Takes it in the place of the one that ends at the same snapshot; within `changes`."""
+        self.delete("intervals", "snapshot", interval.end_snapshot_id)
+        self.put("intervals", astuple(interval))
+
+    def clear_seconds(self, after_ns: int, before_ns: int) -> None:
+        """No second between those of these two times has a reachable instant any more; within `changes`."""
+        first, end = after_ns // _SECOND_NS + 1, before_ns // _SECOND_NS
+        self.rows("DELETE FROM minutes WHERE minute > ? AND minute < ?", (first // 60, end // 60))
+        for minute in {first // 60, end // 60} if first < end else ():
+            gone = (1 << min(end - minute * 60, 60)) - (1 << max(first - minute * 60, 0))
+            bits = self.seconds(minute)
+            if bits & gone:
+                self.delete("minutes", "minute", minute)
+                if bits & ~gone:
+                    self.put("minutes", (minute, bits & ~gone))
+
+    def removals(self) -> list[tuple[int, int]]:
+        """(before_id, after_id) of what was removed, or thinned, and may still take room."""
+        rows = self.rows("SELECT * FROM removals ORDER BY before_id") if self.has_table("removals") else []
+        return [(row[0], row[1]) for row in (self.verified("removals", each) for each in rows)]
 
     def fence(self, epoch: int, instance: int) -> None:
         """From here on senders of an earlier epoch, or of the same and another instance, are refused."""

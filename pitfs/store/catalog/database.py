@@ -100,6 +100,7 @@ _ADDED: Final = """
 CREATE TABLE IF NOT EXISTS moved (  -- byte o of object `name` is byte base + o of the file of object `host`
     name TEXT PRIMARY KEY, host TEXT NOT NULL, base INTEGER NOT NULL, row_checksum INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS moved_by_host ON moved (host);
 CREATE TABLE IF NOT EXISTS shared (  -- pointers to contents that several blocks of the first snapshot have
     pointer INTEGER PRIMARY KEY, count INTEGER NOT NULL, row_checksum INTEGER NOT NULL
 ) STRICT;
@@ -166,6 +167,7 @@ class Database:
     def __init__(self, path: str, mode: Mode = "read") -> None:
         self.path = path
         self._lock = threading.RLock()  # held from what a change builds on until it is committed
+        self._is_changing = False
         with _errors(path):
             self._db = self._connect(mode)
         try:
@@ -256,14 +258,19 @@ class Database:
     def changes(self, durable: bool = True) -> Iterator[None]:
         """A transaction, of one process at a time: what is read in it stays so until it is committed.
 
-        durable: survives power loss when it returns; else the catalog may be the one before then.
+        durable: survives power loss when it returns; else the catalog may be the one before then. Within another one it
+        is a part of that.
         """
         with self._lock, _errors(self.path):
+            if self._is_changing:
+                yield
+                return
             if not durable:
                 self._db.execute(f"PRAGMA synchronous = {NOT_DURABLE}")
             try:
                 # At once: a transaction that has read before another commits could no longer write.
                 self._db.execute("BEGIN IMMEDIATE")
+                self._is_changing = True
                 try:
                     yield
                     self._db.execute("COMMIT")
@@ -272,6 +279,7 @@ class Database:
                         self._db.execute("ROLLBACK")
                     raise
             finally:
+                self._is_changing = False
                 if not durable:
                     self._db.execute(f"PRAGMA synchronous = {DURABLE}")
 

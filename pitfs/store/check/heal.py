@@ -167,7 +167,7 @@ def make_frames(store: str) -> bool:
         for each in DamageLog(store).known():
             name, record = ObjectName.of_file(each.object), catalog.object(each.object)
             is_contents = name and name.kind in (ObjectKind.SNAPSHOT_BLOCKS, ObjectKind.JOURNAL_BLOCKS)
-            if name is None or not is_contents or record is None or each.checksum is not None:
+            if name is None or not is_contents or record is None or each.checksum or catalog.host_of(name):
                 continue
             path, sizes = objects.path_of(name), () if name.number & 1 else (record.data_bytes,)
             header = ObjectHeader(name.kind, bytes.fromhex(info.history), name.snapshot_id, *sizes)
@@ -189,7 +189,8 @@ def _opened(path: str) -> Iterator[tuple[Catalog, ObjectPool]]:
     info = read_store_info(path)
     with ExitStack() as closing:
         closing.callback((catalog := Catalog(os.path.join(path, CATALOG))).close)
-        objects = ObjectPool(os.path.join(path, OBJECTS), info.layout, bytes.fromhex(info.history), host_of=catalog.host_of)
+        history = bytes.fromhex(info.history)
+        objects = ObjectPool(os.path.join(path, OBJECTS), info.layout, history, host_of=catalog.host_of)
         closing.callback(objects.close)
         yield catalog, objects
 
