@@ -5,18 +5,25 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 
 from pitfs.link.sessions import receiver
+from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.check.heal import _production_listens, make_frames
+from pitfs.store.index.maps import node_loader
 from pitfs.store.objects.damage import Damage, DamageLog
-from pitfs.store.objects.format import HEADER_BYTES, ObjectName
+from pitfs.store.objects.format import CATALOG, HEADER_BYTES, OBJECTS, ObjectName
+from pitfs.store.objects.pool import ObjectPool
+from pitfs.store.opening import changes_locked, read_store_info
+from pitfs.store.retention.removal import Removal
 from pitfs.store.store import Store
+from pitfs.store.transfer.writable_store import WritableStore
 from tests.helpers.linked import Linked, linked
 from tests.helpers.netlink import Proxy
 from tests.helpers.pipeline import Pipeline
-from tests.helpers.stores import object_files
+from tests.helpers.stores import object_files, read_image
 
 SIZES = [40_000, 20_000]
 BLOCK_SIZES = [4096, 512]
@@ -269,3 +276,63 @@ async def test_a_production_that_gives_other_bytes_heals_nothing(
                 await trio.sleep(0.02)
         assert path_of(pipeline, damage).read_bytes() == before
         assert DamageLog(store_of(pipeline)).known() == [damage]
+
+
+def remove_all_between(pipeline: Pipeline) -> list[str]:
+    """Removes all snapshots but the first and the last; files of objects that were moved into another one's."""
+    path = store_of(pipeline)
+    info, catalog = read_store_info(path), Catalog(os.path.join(path, CATALOG), "write")
+    history = bytes.fromhex(info.history)
+    objects = ObjectPool(os.path.join(path, OBJECTS), info.layout, history, host_of=catalog.host_of)
+    store = WritableStore(catalog, objects, node_loader(objects), history, info.volumes)
+    ids = [snapshot.id for snapshot in catalog.snapshots()]
+    removal = Removal(store, ids[0], ids[-1])
+    with changes_locked(path):
+        removal.prepare()
+        with catalog.changes():
+            removal.change()
+    removal.free()
+    moved = [row[0] for row in catalog.rows("SELECT * FROM moved")]
+    objects.close()
+    catalog.close()
+    return moved
+
+
+def images(pipeline: Pipeline) -> list[bytes]:
+    store = Store.open(store_of(pipeline))
+    found = [
+        read_image(store, store.at_seq(snapshot.seq), volume)
+        for snapshot in store.snapshots() for volume in range(len(SIZES))
+    ]  # fmt: skip
+    store.close()
+    return found
+
+
+async def test_a_moved_object_is_healed_where_it_is_now_and_nothing_beside_it(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with linked(pipeline, monkeypatch) as both:
+        await both.arrived()
+        for _ in range(3):
+            await with_history(both)
+        before = contents(pipeline)
+        moved = remove_all_between(pipeline)
+        left, all_images = contents(pipeline), images(pipeline)
+        dead = [each for place, each in before.items() if place not in left and each.object in moved]
+        live = [each for each in left.values() if each.object in moved]
+        assert len(live) > 3 and len(dead) > 10
+        log = DamageLog(store_of(pipeline))
+        log.replace(dead)
+        assert await until_nothing_is_wanted(pipeline) == []
+        assert images(pipeline) == all_images
+        catalog = Catalog(os.path.join(store_of(pipeline), CATALOG))
+        for each in live:
+            name = ObjectName.of_file(each.object)
+            assert name is not None
+            hosted = catalog.host_of(name)
+            assert hosted is not None
+            flip(pipeline, msgspec.structs.replace(each, object=hosted[0].file, offset=hosted[1] + each.offset))
+        catalog.close()
+        log.replace(live)
+        assert await until_nothing_is_wanted(pipeline) == []
+        assert images(pipeline) == all_images

@@ -98,7 +98,7 @@ class Healer:
             path, found = objects.path_of(name), objects.fd_of(name)
             if (len(content), xxh3_64_intdigest(content)) != (damage.size, damage.checksum):
                 raise PitfsError(f"{path}: byte {damage.offset}: production gave another content: is it pitfs?")
-            if found.base and not self._is_live(catalog, objects, name, damage):
+            if catalog.host_of(name) and not self._is_live(catalog, objects, name, damage):
                 return  # the same
             try:
                 with open_fd(f"/proc/self/fd/{found:d}", os.O_RDWR) as fd:
