@@ -15,7 +15,6 @@ from typing import Final
 import pytest
 import trio
 
-from pitfs.link.sessions import receiver
 from pitfs.link.sessions.connect import SenderSession, Timeouts, connect, serve
 from pitfs.link.sessions.receiver import Limits
 from pitfs.model import schedule
@@ -122,7 +121,6 @@ async def linked(
         proxy: it may have been told what to do already.
     """
     monkeypatch.setattr(status, "BACKOFF_S", (0.001,))
-    monkeypatch.setattr(receiver, "LOOK_S", 0.02)
     monkeypatch.setattr(Bandwidth, "payload_bytes", FRAME_BYTES)
     monkeypatch.setattr(schedule, "choose_shipping_mode", lambda **_: schedule.ShippingMode(streams, "for the test"))
     for name in ("MIN_WINDOW_BYTES", "MAX_WINDOW_BYTES"):

@@ -31,7 +31,8 @@ WAIT_S = 20.0
 
 
 @pytest.fixture
-def pipeline(tmp_path: Path) -> Pipeline:
+def pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pipeline:
+    monkeypatch.setattr(receiver, "LOOK_S", 0.02)
     return Pipeline(tmp_path, SIZES, BLOCK_SIZES, seed=3, filled=True)
 
 
