@@ -97,6 +97,7 @@ async def _receive(
     from pitfs.store.opening import check_sender
     from pitfs.supervision.listening import listen
     from pitfs.supervision.processes import trim_heap
+    from pitfs.supervision.scrub import scrub_stores
     from pitfs.supervision.service import notify_ready
 
     log = logging.getLogger(__name__)
@@ -106,6 +107,7 @@ async def _receive(
     notify_ready()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(trim_heap)
+        nursery.start_soon(scrub_stores, root)
         limits = Limits(window_bytes=window_bytes)
         check, opened = partial(check_sender, root), partial(Ingest, root)
         await serve(listeners, opened, tls=tls, limits=limits, read_grants=read_grants, check_sender=check)
