@@ -32,7 +32,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "attach": ("pitfs.cli.attach", "a volume at an instant as a block device"),
     "detach": ("pitfs.cli.detach", "undo what attach did for a device"),
     "serve-nbd": ("pitfs.cli.serve_nbd", "serve a store's instants to NBD clients"),
-    "check": ("pitfs.cli.unavailable:check", "verify a store (not available in this version)"),
+    "check": ("pitfs.cli.check", "verify a store, and say which instants suffer from damage"),
     "prune": ("pitfs.cli.unavailable:prune", "apply the retention policy (not available in this version)"),
 }
 

@@ -98,6 +98,7 @@ async def _receive(
     from pitfs.store.opening import check_sender
     from pitfs.supervision.listening import listen
     from pitfs.supervision.processes import trim_heap
+    from pitfs.supervision.scrub import scrub_stores
     from pitfs.supervision.service import notify_ready
 
     log = logging.getLogger(__name__)
@@ -107,6 +108,7 @@ async def _receive(
     notify_ready()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(trim_heap)
+        nursery.start_soon(scrub_stores, root)
         limits = Limits(window_bytes=window_bytes)
         check, opened = partial(check_sender, root), partial(Ingest, root)
         healer = partial(Healer, root)

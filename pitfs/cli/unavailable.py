@@ -33,12 +33,6 @@ class UnavailableCommand:
         raise NotAvailableError(f"{args.command} {args.store}: not available in this version yet: {self.instead}")
 
 
-check = UnavailableCommand(
-    "Will verify a store. Not available in this version yet.",
-    "example:\n  pitfs check /srv/pitfs/db1 --data",
-    {"--data": "reread every block", "--rebuild": "make the catalog again from the objects"},
-    "every read verifies its blocks; pitfs digest or pitfs export --verify rereads a whole volume",
-)
 prune = UnavailableCommand(
     "Will apply the retention policy. Not available in this version yet.",
     "example:\n  pitfs prune /srv/pitfs/db1 --dry-run",

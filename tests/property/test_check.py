@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pitfs.cli.main import main
 from pitfs.errors import PitfsError
 from pitfs.model.transfer import VolumeInfo
-from pitfs.store.check.check import Report, check
+from pitfs.store.check import check as check_module
+from pitfs.store.check.check import Report, at_rate, check
 from pitfs.store.ingest import Ingest
 from pitfs.store.objects.damage import DamageLog
 from pitfs.store.store import Store
+from pitfs.supervision import scrub
 from pitfs.view.view import PointInTimeView, ReadBuffer
 from tests.helpers.stores import ingest_transfer, object_files
 from tests.helpers.streams import batch_of, mark_of
@@ -106,8 +112,8 @@ def named(report: Report, states: list[tuple[int, int]]) -> set[int]:
     return {time_ns for _, time_ns in states if any(first <= time_ns <= last for first, last in stretches)}
 
 
-def run(path: Path, has_data: bool = True) -> Report:
-    return check(str(path), has_data, lambda count: None)
+def run(path: Path, has_data: bool = True, paced: Callable[[int], None] = lambda count: None) -> Report:
+    return check(str(path), has_data, paced)
 
 
 def expect(path: Path, history: History, states: list[tuple[int, int]], what: str) -> Report | None:
@@ -187,3 +193,100 @@ def test_objects_that_are_removed_cut_or_swapped_are_noticed(store: Path, made: 
     (store / "objects" / "other").write_bytes(b"?")
     report = expect(store, made[1], states, "an unknown file")
     assert report is not None and not report.damaged
+
+
+class Stopped(Exception):
+    """The check is stopped here."""
+
+
+def test_a_check_that_is_stopped_goes_on(
+    store: Path, made: tuple[Path, History], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (file,) = object_files(store, "snapshot-*1.blocks")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:])
+    expected = expect(store, made[1], instants(store), "once")
+    for name in ("check-data.progress", "damaged"):
+        (store / name).unlink()
+    monkeypatch.setattr(check_module, "BATCH_BYTES", 20_000)
+    counts: list[int] = []
+    left = [1, 160_000]  # that may be read of the first time, the second
+
+    def paced(count: int) -> None:
+        counts.append(count)
+        if left and sum(counts) > left[0]:
+            raise Stopped
+
+    read = []
+    while left:
+        counts.clear()
+        with pytest.raises(Stopped):
+            run(store, paced=paced)
+        read.append(check_module.Progress.read(str(store), True).bytes)
+        left.pop(0)
+    assert read[0] < read[1] > 0
+    assert [each.object for each in DamageLog(str(store)).known()] == [file.name]
+    counts.clear()
+    report = run(store, paced=paced)
+    assert expected is not None and report.damaged == expected.damaged != []
+    assert read[1] + sum(counts) == report.bytes == expected.bytes
+
+
+def test_the_rate_is_held(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = [100.0]
+    monkeypatch.setattr(check_module.time, "monotonic", lambda: now_s[0])
+    monkeypatch.setattr(check_module.time, "sleep", lambda delay_s: now_s.append(now_s.pop() + delay_s))
+    report = run(store, paced=at_rate(1000))
+    assert report.bytes / 1000 - 2 <= now_s[0] - 100 <= report.bytes / 1000
+
+
+def test_the_command_names_what_is_damaged_and_a_store_that_cannot_be_written_is_checked(
+    store: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["check", str(store), "--data"]) == 0
+    assert "no damaged places" in capsys.readouterr().out
+    (file,) = object_files(store, "snapshot-*2.blocks")
+    file.unlink()
+    real = os.open
+
+    def refusing(path: str, flags: int, *more: int, **named: int) -> int:
+        if flags & (os.O_WRONLY | os.O_RDWR) and str(path).startswith(str(store)):
+            raise OSError(errno.EROFS, "Read-only file system")
+        return real(path, flags, *more, **named)
+
+    monkeypatch.setattr(os, "open", refusing)
+    assert main(["check", str(store), "--json"]) == 1
+    printed = json.loads(capsys.readouterr().out)
+    assert set(printed) == {"objects", "bytes", "damaged", "healed"}
+    (row,) = printed["damaged"]
+    assert (row["object"], row["from"], row["to"], row["kind"]) == (file.name, 0, None, "missing")
+    assert [set(each) for each in row["instants"]] == [{"from", "to"}]
+    assert main(["check", str(store)]) == 1
+    printed_text = capsys.readouterr()
+    assert file.name in printed_text.out and row["instants"][0]["from"] in printed_text.out
+    assert "all other instants are whole" in printed_text.err
+    assert not (store / "damaged").exists()
+
+
+@pytest.mark.parametrize("args", [["--rate", "1x", "--data"], ["--rate", "0", "--data"], ["--rate", "1MB"]])
+def test_a_rate_that_cannot_be_meant_is_refused(
+    store: Path, capsys: pytest.CaptureFixture[str], args: list[str]
+) -> None:
+    assert main(["check", str(store), *args]) == 2
+    assert "--rate" in capsys.readouterr().err
+
+
+def test_the_receiver_checks_a_store_once_a_month(
+    store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    month_s = 31 * 86_400
+    now_s = time.time()
+    for after_s, count in ((0, 0), (month_s, 1), (month_s + 60, 1), (2 * month_s + 60, 2)):
+        monkeypatch.setattr(scrub.time, "time_ns", lambda after_s=after_s: int((now_s + after_s) * 1e9))
+        scrub.scrub_if_due(str(store))
+        assert len(caplog.records) == count, after_s
+    monkeypatch.setattr(scrub.time, "time_ns", lambda: int((now_s + 9 * month_s) * 1e9))
+    (store / "store.json").write_text("?")
+    scrub.scrub_if_due(str(store))
+    assert "tried again" in caplog.records[-1].message

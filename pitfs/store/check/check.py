@@ -4,7 +4,8 @@ Each row of the catalog, the header and size of each object, each node of a bloc
 read once; with `has_data` each content, too. What is damaged is noted, and the check goes on. What was removed while it
 was looked at is no damage: the catalog is asked again, and the walk goes on from the newest snapshot that is left.
 
-The file `check.progress` in the store, as JSON, says how far it came; a check that was stopped goes on from there.
+The file `check.progress` in the store (`check-data.progress` of a check with contents), as JSON, says how far it came
+and when it was done. A check that was stopped goes on from there.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ from pitfs.store.objects.damage import MAX_PLACES, Damage, DamageLog
 from pitfs.store.objects.format import CATALOG, HEADER_BYTES, ObjectKind, ObjectName, ObjectRecord
 from pitfs.store.objects.pool import ObjectPool
 from pitfs.store.open_interval.contents import ContentReader
+from pitfs.store.opening import read_store_info
 from pitfs.store.store import Store
 from pitfs.store.transfer.sections import checksums_of
 
-PROGRESS: Final = "check.progress"
-BATCH_BYTES: Final = 256 << 20  # of contents, sorted by their places: 17 MiB of rows if blocks have 512 bytes
+PROGRESS: Final = {False: "check.progress", True: "check-data.progress"}
+BATCH_BYTES: Final = 128 << 20  # of contents, sorted by their places: 11 MiB of rows if blocks have 512 bytes
 AHEAD_BYTES: Final = 8 << 20  # that the kernel reads while those before them are compared
 SAVE_S: Final = 10.0
 _CONTENT: Final = np.dtype(  # owner: id of the snapshot, minus that of the open interval; seq: 0 in a map
@@ -52,7 +54,7 @@ class Progress(msgspec.Struct):
         finished_ns: 0 while it is under way. found: so far.
     """
 
-    has_data: bool = False
+    has_data: bool
     seq: int = -1
     volume: int = 0
     leaf: int = 0
@@ -62,17 +64,17 @@ class Progress(msgspec.Struct):
     found: list[Damage] = []
 
     @classmethod
-    def read(cls, store: str) -> Progress:
-        """Of the last check, finished or not; of a new one where there was none."""
+    def read(cls, store: str, has_data: bool) -> Progress:
+        """Of the last check of that kind, finished or not; of a new one where there was none."""
         try:
-            with open(os.path.join(store, PROGRESS), "rb") as file:
+            with open(os.path.join(store, PROGRESS[has_data]), "rb") as file:
                 return msgspec.json.decode(file.read(), type=cls)
         except (OSError, msgspec.MsgspecError):
-            return cls()
+            return cls(has_data)
 
     def save(self, store: str) -> None:
         with suppress(OSError):  # a store that can't be written is checked all the same
-            durable_replace(os.path.join(store, PROGRESS), msgspec.json.encode(self))
+            durable_replace(os.path.join(store, PROGRESS[self.has_data]), msgspec.json.encode(self))
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -83,19 +85,40 @@ class Report(msgspec.Struct, frozen=True):
     damaged: list[tuple[Damage, list[Stretch]]]
 
 
-def check(path: str, has_data: bool, paced: Callable[[int], None], anew: bool = False) -> Report:
+def at_rate(rate: int | None, reached: Callable[[int], None] = lambda count: None) -> Callable[[int], None]:
+    """For `check`: waits, where it reads more bytes than that a second, and says how many were read so far."""
+    next_s, total = time.monotonic(), 0
+
+    def paced(count: int) -> None:
+        nonlocal next_s, total
+        total += count
+        reached(total)
+        if rate is not None:
+            next_s = max(next_s, time.monotonic() - 1) + count / rate
+            time.sleep(max(0, next_s - time.monotonic()))
+
+    return paced
+
+
+def contents_bytes(path: str) -> int:
+    """How many bytes a check with contents will read, about. Raises StoreError, CorruptionError."""
+    read_store_info(path)
+    with closing(Catalog(os.path.join(path, CATALOG))) as catalog:
+        return int(catalog.rows("SELECT ifnull(sum(data_bytes), 0) FROM objects WHERE kind IN (2, 4)")[0][0])
+
+
+def check(path: str, has_data: bool, paced: Callable[[int], None]) -> Report:
     """Checks a store, from where a check of the same kind was stopped; the store remembers exactly what it finds.
 
     Args:
-        paced: called with the bytes of contents that were read so far; may wait, or raise to stop.
-        anew: from the beginning in any case.
+        paced: called with how many bytes of contents were read; may wait, or raise to stop.
 
     Raises:
         StoreError: it is no store. PitfsError: the disk refuses.
     """
-    log, progress = DamageLog(path), Progress.read(path)
+    log, progress = DamageLog(path), Progress.read(path, has_data)
     known = set(log.known())
-    if anew or progress.finished_ns or progress.has_data != has_data:
+    if progress.finished_ns:
         progress = Progress(has_data)
     found = Found(path, progress.found)
     try:
@@ -156,6 +179,8 @@ class _Check(Walk):
         before = dict(self.found.places)
         is_there = step()
         if len(self.found.places) == len(before) or is_there():
+            for each in list(self.found.places.values())[len(before) :]:
+                self.found.remember(each)
             return True
         contents = {place: each for place, each in self.found.places.items() if each.kind == "content"}
         self.found.places = before | contents  # these may be of other steps, and were looked at by themselves
@@ -287,7 +312,7 @@ class _Check(Walk):
                 for row in rows[part][wrong] if wrong.any() else ():
                     self._note(row)
                 self._progress.bytes += len(data)
-                self._paced(self._progress.bytes)
+                self._paced(len(data))
         except (CorruptionError, OSError):
             if len(rows) == 1:
                 self._note(rows[0])

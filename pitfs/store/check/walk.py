@@ -42,6 +42,10 @@ class Found(DamageLog):
         if len(self.places) < MAX_PLACES:
             self.places.setdefault(damage.place, damage)
 
+    def remember(self, damage: Damage) -> None:
+        """Puts it into the log at once: a check may take days."""
+        super().note(damage)
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
