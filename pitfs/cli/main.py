@@ -35,7 +35,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "drill": ("pitfs.cli.drill", "prove that a random instant can be used"),
     "bisect": ("pitfs.cli.bisect", "find the write that broke something"),
     "serve-nbd": ("pitfs.cli.serve_nbd", "serve a store's instants to NBD clients"),
-    "check": ("pitfs.cli.unavailable:check", "verify a store (not available in this version)"),
+    "check": ("pitfs.cli.check", "verify a store, and say which instants suffer from damage"),
     "retention": ("pitfs.cli.retention", "what a store keeps, and up to which age"),
     "prune": ("pitfs.cli.prune", "apply a store's retention policy now"),
 }

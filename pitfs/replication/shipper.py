@@ -19,6 +19,7 @@ from pitfs.replication.bandwidth import Bandwidth
 from pitfs.replication.cursor import JournalCursor
 from pitfs.replication.digests import FILL_S, VolumeDigests
 from pitfs.replication.full_sync import FullSync, read_stretch
+from pitfs.replication.heal import ContentFinder
 from pitfs.replication.interval import PreparedInterval, diff_frames
 from pitfs.replication.manifests import diff_manifest, waits_cause
 from pitfs.replication.phases import Phase
@@ -64,6 +65,7 @@ class Shipper:
         self._backings = Backings(splitter, settings.hello.volumes, settings.configured)
         self.digests = VolumeDigests(settings.journal_directory, settings.hello.volumes)
         self.full_sync = FullSync(settings, splitter, self.cursor, sender, self._backings, self.digests)
+        self._contents = ContentFinder(settings, splitter, self._backings)
         self.acks = AckReporter(splitter, is_sync=settings.mode == "sync")
         self.stream = Stream(
             self.cursor.reader, splitter, sender, durability, self.acks, self.digests, self.release
@@ -133,6 +135,7 @@ class Shipper:
         async with self._connect(self.bandwidth.queue_bytes) as session:
             log.debug("connected to %s, which has mark %d", session.peer, session.welcome.mark)
             session.on_progress = self.status.got_through
+            session.answer_wants(self._contents.find)
             await self.locate(session)
             try:
                 while True:

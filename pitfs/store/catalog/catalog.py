@@ -152,6 +152,13 @@ class Catalog(Database):
                 return
             key, page_rows = rows[-1][:width], min(2 * page_rows, PAGE_ROWS)
 
+    def all_rows(self, table: str) -> Iterator[tuple[Any, ...]]:
+        """Every row of a table, by its primary key."""
+        columns = sorted((row[5], row[1], row[2]) for row in self.rows(f"PRAGMA table_info({table})") if row[5])
+        names, places = ", ".join(name for _, name, _ in columns), ", ".join("?" * len(columns))
+        first = tuple("" if kind == "TEXT" else _MIN for _, _, kind in columns)
+        return self._listed(lambda *row: row, table, names, f"WHERE ({names}) > ({places}) ORDER BY {names}", first)
+
     def snapshots(self, from_ns: int | None = None, to_ns: int | None = None) -> Iterator[Snapshot]:
         sql = "WHERE time_ns > ? AND time_ns < ? ORDER BY time_ns"
         return self._listed(Snapshot, "snapshots", "time_ns", sql, (_before(from_ns),), _end(to_ns))
