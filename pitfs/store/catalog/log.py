@@ -184,6 +184,7 @@ class LoggedDatabase(Database):
         self._is_logged = mode != "read" and name == CATALOG
         self._log: CatalogLog | None = None
         self._changes: list[Change] | None = None  # of the transaction that is under way
+        self._logged_meta: dict[str, int] = {}
         try:
             if self._is_logged and os.path.exists(os.path.join(self._directory, STORE_JSON)):
                 self._check_log()
@@ -212,21 +213,23 @@ class LoggedDatabase(Database):
 
     @contextmanager
     def changes(self, durable: bool = True) -> Iterator[None]:
-        with super().changes(durable):
-            if self._changes is not None:
-                yield
-                return
-            self._changes = []
+        with self._lock:
+            is_outer = self._changes is None
             try:
-                yield
-                if durable:
-                    self._write_log()
+                with super().changes(durable):
+                    self._changes = [] if is_outer else self._changes
+                    yield
+                    if is_outer and durable:
+                        self._write_log()
+            except BaseException:
+                self._logged_meta = {}  # what was logged of it is written over
+                raise
             finally:
-                self._changes = None
+                self._changes = None if is_outer else self._changes
 
     def put(self, table: str, values: Sequence[Any], conflict: str = "") -> list[Any]:
         row = super().put(table, values, conflict)
-        # All of `meta` comes to each record: some of it was committed before, not durably.
+        # What of `meta` is new comes with each record: some of it was committed before, not durably.
         if self._changes is not None and table != "meta" and table not in UNLOGGED and self._db.changes():
             last = self._changes[-1] if self._changes else ()
             if len(last) == 2 and last[0] == table:
@@ -245,7 +248,7 @@ class LoggedDatabase(Database):
         for table, *change in changes:
             if len(change) == 3:
                 super().delete_range(table, *change)
-            else:
+            elif change[0]:
                 places = ", ".join("?" * len(change[0][0]))
                 self._db.executemany(f"INSERT OR REPLACE INTO {table} VALUES ({places})", change[0])
 
@@ -292,7 +295,7 @@ class LoggedDatabase(Database):
         try:
             log, end = self._fitting_log(), self.meta("log_end")
             if log is not None and not is_new and end <= 2 * log.base_end + RENEWED_BEYOND_BYTES:
-                log.append(end, [*self._all_rows("meta"), *(self._changes or ())])
+                log.append(end, [("meta", self._new_meta()), *(self._changes or ())])
                 os.fdatasync(log.fd)
             else:
                 sql = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
@@ -304,6 +307,12 @@ class LoggedDatabase(Database):
         for key, value in (("log", log.number), ("log_end", log.end), ("log_through", self._log_through())):
             self._put_meta(key, value)
         self._changes = []
+
+    def _new_meta(self) -> list[tuple[Any, ...]]:
+        """Rows of `meta` that this process hasn't logged as they are, but those of the log."""
+        rows = [row for row in self.rows("SELECT * FROM meta") if not row[0].startswith("log")]
+        known, self._logged_meta = self._logged_meta, {row[0]: row[1] for row in rows}
+        return [row for row in rows if known.get(row[0]) != row[1]]
 
     def _history(self) -> bytes:
         with suppress(FileNotFoundError), open(os.path.join(self._directory, STORE_JSON), "rb") as file:

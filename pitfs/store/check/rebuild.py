@@ -118,7 +118,7 @@ def rebuild(path: str, say: Callable[[str], None], progress: Callable[[int], Non
 def _swap(path: str, new: str) -> str:
     """Puts the new catalog in the place of the old one; what that is called then, "" if there was none."""
     catalog = os.path.join(path, CATALOG)
-    old = time.strftime(f"{catalog}.%Y-%m-%dT%H-%M-%S", time.gmtime())
+    old = f"{catalog}.{format_instant(time.time_ns())}"
     was_there = os.path.exists(catalog)
     for suffix in ("-wal", "-shm", ""):
         with suppress(FileNotFoundError):
