@@ -19,7 +19,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from itertools import groupby
 from operator import attrgetter
 from typing import Final
@@ -55,11 +55,13 @@ from pitfs.store.objects.pool import ObjectPool
 from pitfs.store.open_interval.wal import MAGIC
 from pitfs.store.open_interval.writer import OpenIntervalWriter
 from pitfs.store.opening import changes_locked, read_store_info, take_lock
+from pitfs.store.transfer.recovery import LAYERS_PREFIX
 from pitfs.store.transfer.staging import read_progress
 from pitfs.store.transfer.writable_store import WritableStore
 
 CAUSE: Final = "rebuilt"
 MAX_HELD_MINUTES: Final = 4096
+_OF_JOURNAL: Final = (ObjectKind.JOURNAL_INDEX, ObjectKind.JOURNAL_BLOCKS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +133,11 @@ def _swap(path: str, new: str) -> str:
     return old if was_there else ""
 
 
+def _row_count(sparse_index: bytes) -> int:
+    chunks = np.frombuffer(sparse_index, SPARSE_INDEX)
+    return int(chunks["rows"][chunks["volume"] != POSITIONS_VOLUME].sum())
+
+
 class _Rebuilding:
     """One rebuilding of a catalog; its methods are called in their order, within a transaction.
 
@@ -192,48 +199,62 @@ class _Rebuilding:
         self._mend_chain()
         columns = "from_seq, from_time_ns, to_seq, to_time_ns, cause, row_checksum"
         for sql in (  # gaps ascend by time; their numbers aren't in the checksums
-            f"CREATE TEMP TABLE ordered AS SELECT {columns} FROM gaps ORDER BY to_time_ns, id",
+            f"CREATE TEMP TABLE ordered AS SELECT DISTINCT {columns} FROM gaps ORDER BY to_time_ns",
             "DELETE FROM gaps", "INSERT INTO gaps SELECT NULL, * FROM ordered",
         ):  # fmt: skip
             self._catalog.rows(sql)
 
     def _add(self, number: int, names: dict[ObjectKind, ObjectName]) -> None:
         catalog = self._catalog
-        if ObjectKind.MAP not in names:
-            self._wals = [*self._wals[-1:], number] if ObjectKind.JOURNAL_BLOCKS in names else self._wals
+        if list(names) == [ObjectKind.JOURNAL_BLOCKS]:
+            self._wals = [*self._wals[-1:], number]
+            return
+        interval = catalog.interval_to(number)
+        if interval is not None and catalog.snapshot(number) is not None:
+            self._add_journal(interval, names)
             return
         if number < self._first_id or number == self._staged or self._is_known(number):
             return
+        found = {kind: self._object(name) for kind, name in names.items()}
         try:
-            record, data = self._object(names.pop(ObjectKind.MAP))
-            footer = msgspec.json.decode(data, type=MapFooter)
-        except (CorruptionError, msgspec.MsgspecError) as error:
-            self._miss(f"snapshot {number} is lost, and what was written before it: {error}")
+            footer = msgspec.json.decode(found[ObjectKind.MAP][1] if ObjectKind.MAP in found else b"", type=MapFooter)
+        except msgspec.MsgspecError:
+            self._miss(f"snapshot {number} is lost, and with it what was written from the one before it to the next")
+            for record, _ in found.values():
+                catalog.put("objects", astuple(record))
             return
-        m, records, before = footer.manifest, [record], catalog.snapshot_at_seq(footer.manifest.to_seq)
+        m, before = footer.manifest, catalog.snapshot_at_seq(footer.manifest.to_seq)
         if number - 1 in self._wals and ObjectKind.JOURNAL_INDEX not in names:  # the one that is published last
             self._closings[number - 1] = m
             return
         granularity_ns, row_count = None, 0
-        for name in names.values():
-            try:
-                record, data = self._object(name)
-                records.append(record)
-            except CorruptionError as error:
-                self._miss(f"in the interval to {format_instant(m.to_time_ns)}: {error}")
-                continue
-            if name.kind is ObjectKind.JOURNAL_INDEX:
-                chunks = np.frombuffer(data, SPARSE_INDEX)
-                granularity_ns = granularity_of(name.layer)
-                row_count = int(chunks["rows"][chunks["volume"] != POSITIONS_VOLUME].sum())
-        interval = None
-        if before is not None and (m.kind is TransferKind.FULL or before.seq == m.from_seq):
+        if ObjectKind.JOURNAL_INDEX in found and (sparse_index := found[ObjectKind.JOURNAL_INDEX][1]):
+            granularity_ns, row_count = granularity_of(names[ObjectKind.JOURNAL_INDEX].layer), _row_count(sparse_index)
+        if interval is None and before is not None and (m.kind is TransferKind.FULL or before.seq == m.from_seq):
             cause = m.cause if m.granularity_ns == granularity_ns else CAUSE if granularity_ns == 0 else ""
             bounds = before.seq, before.time_ns, m.to_seq, m.to_time_ns
             how = m.first_time_ns, granularity_ns, cause or f"{CAUSE}: {m.cause}", row_count
             interval = Interval(number, before.id, *bounds, *how)
-        roots = [MapEntry(*root) for root in footer.roots]
-        catalog.commit(Commit(m, Snapshot(number, m.to_seq, m.to_time_ns, m.mark), roots, interval, records))
+        snapshot, roots = Snapshot(number, m.to_seq, m.to_time_ns, m.mark), [MapEntry(*root) for root in footer.roots]
+        records = [record for record, _ in found.values() if catalog.object(record.name) is None]
+        catalog.delete("intervals", "snapshot", number)
+        catalog.delete("roots", "snapshot", number)
+        catalog.commit(Commit(m, snapshot, roots, interval, records))
+
+    def _add_journal(self, interval: Interval, names: dict[ObjectKind, ObjectName]) -> None:
+        """Takes the index that is there in the place of the one that a log has which ends too early."""
+        index, number = names.get(ObjectKind.JOURNAL_INDEX), interval.end_snapshot_id
+        is_thinned = self._catalog.rows("SELECT 1 FROM removals WHERE before_id = ?", (number,))
+        is_staged = os.path.exists(os.path.join(self._path, STAGING, f"{LAYERS_PREFIX}{number:016x}"))
+        if index is None or index.layer == interval.layer or is_thinned or is_staged:
+            return
+        found = [self._object(names[kind]) for kind in _OF_JOURNAL if kind in names]
+        if found[0][1]:
+            finer = replace(
+                interval, granularity_ns=granularity_of(index.layer), cause=CAUSE, journal_rows=_row_count(found[0][1])
+            )
+            replaced = index._replace(layer=max(interval.layer, 0)).file
+            self._catalog.commit_layers(finer, [record for record, _ in found], replaced, {})
 
     def _is_known(self, number: int) -> bool:
         """Whether the log has that snapshot, or has an interval, open or not, in the place of it."""
@@ -241,20 +262,27 @@ class _Rebuilding:
             return True
         row = self._catalog.row("intervals", "WHERE snapshot > ? ORDER BY snapshot", number)
         is_within = row is not None and Interval(*row).base_snapshot_id < number
-        return is_within or number in {each.end_snapshot_id for each in self._catalog.open_intervals()}
+        open_intervals = self._catalog.open_intervals()
+        return is_within or any(number == each.end_snapshot_id and self._has_wal(each) for each in open_intervals)
+
+    def _has_wal(self, interval: OpenInterval) -> bool:
+        """Else it became a snapshot, or the log was lost."""
+        return os.path.exists(self._objects.path_of(interval.wal))
 
     def _object(self, name: ObjectName) -> tuple[ObjectRecord, bytes]:
-        """What the catalog is to know of an object, and its footer, verified."""
-        path, fd, unit_bytes = self._objects.path_of(name), self._objects.fd_of(name), self._store.layout.unit_bytes
-        header = ObjectHeader.decode(read_exactly(fd, HEADER_BYTES, 0, path), path)
-        data_bytes, footer = header.data_bytes, b""
-        if name.kind is ObjectKind.JOURNAL_BLOCKS:
-            data_bytes = (os.fstat(fd).st_size - HEADER_BYTES) // unit_bytes * unit_bytes
-        elif header.footer_bytes:
-            of_footer = header.footer_bytes, HEADER_BYTES + data_bytes, header.footer_checksum
-            footer = self._objects.read_verified(name, *of_footer)
-        record = ObjectRecord(name.file, name.kind, name.snapshot_id, data_bytes, len(footer), header.footer_checksum)
-        return record, footer
+        """What the catalog is to know of an object, and its footer, verified; empty where it isn't what was written."""
+        path, unit_bytes, header, footer = self._objects.path_of(name), self._store.layout.unit_bytes, None, b""
+        data_bytes = max(0, os.path.getsize(path) - HEADER_BYTES) // unit_bytes * unit_bytes
+        try:
+            header = ObjectHeader.decode(read_exactly(self._objects.fd_of(name), HEADER_BYTES, 0, path), path)
+            if name.kind is not ObjectKind.JOURNAL_BLOCKS:
+                data_bytes = header.data_bytes
+                of_footer = HEADER_BYTES + data_bytes, header.footer_checksum
+                footer = self._objects.read_verified(name, header.footer_bytes, *of_footer) if of_footer[1] else b""
+        except CorruptionError as error:
+            self._miss(str(error))
+        checksum = header.footer_checksum if header is not None else 0
+        return ObjectRecord(name.file, name.kind, name.snapshot_id, data_bytes, len(footer), checksum), footer
 
     def _mend_chain(self) -> None:
         """Each snapshot but the last begins an interval that ends at the next one: puts those that are missing."""
@@ -271,9 +299,9 @@ class _Rebuilding:
 
     def take_up_open_intervals(self) -> None:
         catalog, last = self._catalog, self._catalog.last_snapshot()
-        logged = catalog.open_intervals()
-        for record in logged:
-            catalog.drop_open_interval(record.id)
+        logged = [each for each in catalog.open_intervals() if catalog.snapshot(each.end_snapshot_id) is None]
+        for table in ("tails", "pieces"):
+            catalog.rows(f"DELETE FROM {table}")
         if last is None:
             return
         base, end = last.id, (last.seq, last.time_ns)
