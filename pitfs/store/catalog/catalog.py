@@ -21,7 +21,8 @@ from pitfs.errors import CorruptionError
 from pitfs.model.blockmap import MapEntry
 from pitfs.model.digest import Digests
 from pitfs.model.transfer import Bookmark, Gap
-from pitfs.store.catalog.database import FIRST_PAGE_ROWS, PAGE_ROWS, REMEDY, Database
+from pitfs.store.catalog.database import FIRST_PAGE_ROWS, PAGE_ROWS, REMEDY
+from pitfs.store.catalog.log import LoggedDatabase
 from pitfs.store.catalog.records import Commit, Interval, OpenInterval, Snapshot, SortedRun
 from pitfs.store.objects.format import ObjectName, ObjectRecord
 
@@ -36,7 +37,7 @@ def _made(make: Callable[..., T], row: tuple[Any, ...] | None) -> T | None:
     return None if row is None else make(*row)
 
 
-class Catalog(Database):
+class Catalog(LoggedDatabase):
     """What the store has, and what is added to it: all of a change or nothing."""
 
     # What it says
@@ -44,11 +45,6 @@ class Catalog(Database):
     def data_version(self) -> int:
         """A number that changes when another connection commits."""
         return int(self.rows("PRAGMA data_version")[0][0])
-
-    def meta(self, key: str) -> int:
-        """`mark`, `mark_seq`, `protected_through_ns`, `next_snapshot`, `epoch`, `instance`; 0: nothing yet."""
-        row = self.row_of("meta", "key", key)
-        return int(row[1]) if row else 0
 
     def next_snapshot_id(self) -> int:
         return self.meta("next_snapshot") or 1
@@ -344,9 +340,6 @@ class Catalog(Database):
         """
         with self.changes():
             self._put_meta("written_over", self.meta("written_over") + 1)
-
-    def _put_meta(self, key: str, value: int) -> None:
-        self.put("meta", (key, value), "ON CONFLICT DO UPDATE SET value = ?2, row_checksum = ?3")
 
     def _raise_meta(self, key: str, value: int) -> None:
         """Sets a number that never goes back."""

@@ -3,6 +3,7 @@
     GROUP/
       store.json                     who it belongs to; written last when a store is made
       catalog.sqlite                 what there is; its commit is the moment anything comes to be
+      catalog.log                    the same, appended: the catalog can be made again of it (`store.catalog.log`)
       writer.lock                    held by the process that writes
       changes.lock                   held while intervals that are there are changed (`store.opening.changes_locked`)
       prune.lock                     held by the process that prunes
@@ -79,6 +80,7 @@ MAX_SEQ: Final = (1 << 46) - 1  # what an inode number has room for: 447 years o
 
 STORE_JSON: Final = "store.json"
 CATALOG: Final = "catalog.sqlite"
+CATALOG_LOG: Final = "catalog.log"
 LOCK: Final = "writer.lock"
 CHANGES_LOCK: Final = "changes.lock"
 PRUNE_LOCK: Final = "prune.lock"
