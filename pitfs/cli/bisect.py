@@ -94,6 +94,7 @@ def _search(
     args: argparse.Namespace, store: Store, pins: Pins, good: Resolution, bad: Resolution
 ) -> tuple[Bisection, list[dict[str, Any]]]:
     """The end of the search between two states, which are tested first; and a row for each test."""
+    from pitfs.cli.attach import warn_of_little_room
     from pitfs.fuse.attach.attachments import scratch_mount
 
     bisection = Bisection(good.seq, bad.seq, lambda seq: store.at_seq(seq).seq)
@@ -104,6 +105,7 @@ def _search(
             if len(tests) % TESTS_PER_MOUNT == 0:
                 mount.close()
                 mountpoint = mount.enter_context(scratch_mount(store.path, store.group, args.scratch_dir))
+                warn_of_little_room(args.scratch_dir)
             row = state_row(pins.pinned(store, store.at_seq(seq)))
             instant, begun_s = row["instant"], time.monotonic()
             code = _test(args.words, f"{mountpoint}/{instant}/{args.volume}.img", instant)

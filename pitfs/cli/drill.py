@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from pitfs.cli.attach import warn_of_little_room
     from pitfs.cli.common.pins import open_pinned
     from pitfs.cli.common.times import resolve, volume_index
     from pitfs.config.quantities import TIMEOUT
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
         state = resolve(store, args.at, args.tz)[0] if args.at else random_state(store, random.SystemRandom().randint)
         at = state_row(pins.pinned(store, state))
         with scratch_mount(store.path, store.group, args.scratch_dir) as mountpoint:
+            warn_of_little_room(args.scratch_dir)
             for name in (volume.name for volume in chosen):
                 begun_s = time.monotonic()
                 with tempfile.TemporaryFile(dir="/var/tmp") as said:
