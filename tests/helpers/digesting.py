@@ -12,12 +12,12 @@ import pytest
 from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import LinkError
+from pitfs.journal import digests as digests_module
+from pitfs.journal.digests import VolumeDigests
 from pitfs.journal.reader import Copy
 from pitfs.model.digest import digest_of
 from pitfs.model.transfer import Checkpoint, Data
-from pitfs.replication import digests as digests_module
 from pitfs.replication import full_sync
-from pitfs.replication.digests import VolumeDigests
 from pitfs.store.store import Store
 from tests.helpers.bypass import Bypassing
 

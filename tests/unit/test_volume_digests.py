@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import trio
 
+from pitfs.journal import digests
 from pitfs.model.transfer import Checkpoint, Data
-from pitfs.replication import digests, shipper
+from pitfs.replication import shipper
 from pitfs.replication.control import ShipperControl
 from pitfs.replication.requests import TakeSnapshot
 from tests.helpers.digesting import Digesting

@@ -32,24 +32,23 @@ import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import PitfsError
-from pitfs.journal.reader import Copy, JournalReader
+from pitfs.journal.reader import Copy, Interval, JournalReader
 from pitfs.journal.search import Found
 from pitfs.journal.stream_reader import StreamChunk, next_chunk
 from pitfs.journal.writer import Location
-from pitfs.model.difference import Columns, by_block
+from pitfs.model.difference import Columns, Rows, by_block
 from pitfs.model.digest import DIGEST_BYTES, MASK, MAX_STREAMED_DIGESTS, Digests, digest_of, zero_checksum
 from pitfs.model.transfer import MAX_BATCH_BYTES, VolumeInfo
-from pitfs.replication.interval import PreparedInterval
 from pitfs.storage.files import durable_replace, fsync_directory, write_all
 
 log = logging.getLogger(__name__)
 
 EVERY_S: Final = 600.0  # a mark has digests so often, and if somebody asked for it: they take a row of the catalog each
-SAVE_S: Final = 10.0  # what a crash leaves to be applied again
+SAVE_S: Final = 60.0  # what is pending is applied so often: a page for many blocks then, and blocks once
 FILL_BYTES: Final = 8 << 20  # read in the background at a time …
 FILL_S: Final = 0.25  # … and so often: 32 MiB/s, some 3 % of a processor
 RETRY_S: Final = 600.0  # after an error, until it begins again
-MAX_PENDING_ROWS: Final = 1 << 18  # not applied yet; 7 MiB
+MAX_PENDING_ROWS: Final = 1 << 18  # 7 MiB; more than that is applied at once
 PAGE_ROWS: Final = 512  # of a file: read and written whole, 4 KiB
 BATCH_ROWS: Final = 4096  # applied at once, in as many pages at most: 16 MiB
 
@@ -102,12 +101,13 @@ class VolumeDigests:
                     raise PitfsError(f"{self._path}: seq {position[0]}, the journal has only {journal_seq}")
                 self._position = position
 
-    def of_interval(self, prepared: PreparedInterval) -> Digests:
-        """Applies an interval; the digests at its end, if they are due and known."""
-        interval, rows = prepared.interval, prepared.diff.rows
-        all_rows = interval.columns
-        columns = Columns(all_rows.volume[rows], all_rows.block[rows], all_rows.seq[rows], all_rows.checksum[rows])
-        end = interval.to_seq, interval.to_time_ns
+    def of_interval(self, interval: Interval, rows: Rows) -> Digests:
+        """Applies an interval; the digests at its end, if they are due and known.
+
+        Args:
+            rows: the last one of each block.
+        """
+        columns, end = interval.columns.picked(rows), (interval.to_seq, interval.to_time_ns)
         self._take((interval.from_seq, interval.from_time_ns), end, interval.times, columns, interval.start)
         return self._at_mark(end, interval.mark, interval.bookmark is not None)
 
@@ -148,9 +148,7 @@ class VolumeDigests:
     def _add(self, columns: Columns, end: Position) -> None:
         assert self._position is not None
         if end[0] > self._position[0]:
-            new = columns.seq > self._position[0]
-            arrays = columns.volume[new], columns.block[new], columns.seq[new], columns.checksum[new]
-            self._pending.append(Columns(*arrays))
+            self._pending.append(columns.picked(np.flatnonzero(columns.seq > self._position[0])))
         self._position = end
         if sum(len(each.seq) for each in self._pending) > MAX_PENDING_ROWS:
             self._apply()
@@ -174,10 +172,7 @@ class VolumeDigests:
         return digests  # noqa: RET504 (an error in the block leaves none)
 
     def _due_digests(self, position: Position, mark: int, is_named: bool) -> Digests:
-        if self._position != position:
-            return msgspec.UNSET
-        self._apply()
-        if self._filling is not None or position[0] < self._exact_from:
+        if self._position != position or self._filling is not None or position[0] < self._exact_from:
             return msgspec.UNSET
         now_s = self._clock()
         if now_s >= self._save_s:
@@ -185,6 +180,7 @@ class VolumeDigests:
         is_due = now_s >= self._due_s or is_named or mark == self.wanted_mark
         if not is_due and position != self._given:  # again, if the link broke
             return msgspec.UNSET
+        self._apply()
         if self._sums is None:
             self._sums = [self._sum_of(volume) for volume in range(len(self._volumes))]
         self._due_s, self._given = now_s + EVERY_S, position
@@ -266,7 +262,6 @@ class VolumeDigests:
         """Saves what there is."""
         with self._guarded():
             if self._position is not None and self._filling is None and self._position[0] >= self._exact_from:
-                self._apply()
                 self._save()
         self._position = None
         self._close()
@@ -298,6 +293,7 @@ class VolumeDigests:
             fsync_directory(self._directory)
 
     def _save(self) -> None:
+        self._apply()
         for fd in self._fds:
             os.fdatasync(fd)
         durable_replace(self._path, msgspec.json.encode(self._position))
@@ -324,12 +320,11 @@ class VolumeDigests:
         names = "volume", "block", "seq", "checksum"
         columns = Columns(*(np.concatenate([getattr(each, name) for each in self._pending]) for name in names))
         order, followed = by_block(columns)
-        rows = order[~followed]
-        volumes = columns.volume[rows]
+        last = columns.picked(order[~followed])
         self._pending.clear()
-        for volume in np.unique(volumes).tolist():
-            here = rows[volumes == volume]
-            self._set(volume, columns.block[here], columns.checksum[here])
+        for volume in np.unique(last.volume).tolist():
+            here = last.volume == volume
+            self._set(volume, last.block[here], last.checksum[here])
 
     def _set_contents(
         self, volume: int, first: int, buffer: bytearray, picked: npt.NDArray[np.int64] | None
