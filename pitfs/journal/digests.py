@@ -76,6 +76,7 @@ class VolumeDigests:
         self._lock = threading.Lock()
         self._fds: list[int] = []
         self._is_resumed = False
+        self._changes = 0  # of the files, so far
         self._position: Position | None = None  # all up to there is in the files, or pending
         self._exact_from = 0  # seq: before, files may have what came later
         self._copy: tuple[Location, Position] | None = None  # the one that is under way, from its first block on
@@ -235,17 +236,20 @@ class VolumeDigests:
                 that one on; None behind the last.
             seq: of the last write now, None where writes aren't journalled or a copy is under way.
         """
+        if seq() is None:
+            return
         with self._guarded():
-            if not self.needs_reading or seq() is None:
+            if not self.needs_reading:
                 return
             if self._filling is None:
                 log.info("%s: the digests of the volumes are made anew, by reading them", self._directory)
                 self._reset()
                 self._sums, self._filling, self._exact_from = [0] * len(self._volumes), (0, 0), 1 << 62
-            volume, block = self._filling
-            stretch = read(volume, block, FILL_BYTES)
-            through = seq()  # after reading: all that was read is of this write, or came before
-            if through is None:
+            (volume, block), changes = self._filling, self._changes
+        stretch = read(volume, block, FILL_BYTES)  # without the lock: in mode sync, writes wait for what is shipped
+        through = seq()  # after reading: all that was read is of this write, or came before
+        with self._guarded():
+            if through is None or self._changes != changes:  # newer checksums may have been set: it is read again
                 return
             if stretch is not None:
                 first, buffer = stretch
@@ -284,7 +288,7 @@ class VolumeDigests:
         for fd, volume in zip(self._fds, self._volumes, strict=True):
             os.ftruncate(fd, -(-volume.block_count // PAGE_ROWS) * PAGE_ROWS * 8)
         self._position = self._copy = self._filling = None
-        self._exact_from = 0
+        self._exact_from, self._changes = 0, self._changes + 1
         self._pending.clear()
 
     def _forget(self) -> None:
@@ -308,6 +312,7 @@ class VolumeDigests:
             except (PitfsError, OSError, msgspec.MsgspecError) as error:
                 log.warning("no digests until the volumes were read in the background: %s", error)
                 self._position = self._copy = self._filling = self._sums = None
+                self._changes += 1
                 self._pending.clear()
                 self._retry_s = self._clock() + RETRY_S
                 with contextlib.suppress(OSError):
@@ -337,6 +342,7 @@ class VolumeDigests:
 
     def _set(self, volume: int, blocks: npt.NDArray[np.int64], checksums: npt.NDArray[np.uint64]) -> None:
         """Sets checksums of blocks that ascend."""
+        self._changes += 1
         for start in range(0, len(blocks), BATCH_ROWS):
             block, checksum = blocks[start : start + BATCH_ROWS], checksums[start : start + BATCH_ROWS]
             checksum = np.where(checksum == self._zeros[volume], np.uint64(0), checksum)

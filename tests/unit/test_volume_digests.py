@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import trio
 
 from pitfs.journal import digests
+from pitfs.journal.reader import Interval, JournalReader
 from pitfs.model.transfer import Checkpoint, Data
-from pitfs.replication import shipper
+from pitfs.replication import full_sync, shipper
 from pitfs.replication.control import ShipperControl
 from pitfs.replication.requests import TakeSnapshot
 from tests.helpers.digesting import Digesting
@@ -144,6 +147,33 @@ async def test_what_was_read_while_writes_bypass_the_journal_is_left_out(parts: 
     parts.scatter(1)
     parts.mark()
     await parts.ship_all()
+    assert has_digest(parts)
+
+
+async def test_what_is_applied_while_a_stretch_is_read_isnt_undone(parts: Digesting) -> None:
+    await unknown(parts)
+    volume, kept = parts.pipeline.volumes[0], parts.shipper.digests
+
+    def read(index: int, block: int, limit_bytes: int) -> tuple[int, bytearray] | None:
+        fds = [each.fd for each in parts.splitter.volumes]
+        stretch = full_sync.read_stretch([volume], fds, index, block, limit_bytes)
+        if block == 0 and not parts.splitter.state.mark > mark:
+            parts.put(0, b"new" * 1000)
+            parts.mark()
+            following = parts.shipper.cursor.reader
+            with contextlib.closing(JournalReader(following.directory, following.block_sizes)) as reader:
+                reader.seek(following.location, following.position)
+                interval = reader.next(parts.splitter.journal.tail)
+            assert isinstance(interval, Interval)
+            kept.of_interval(interval, np.arange(1))
+            kept._apply()
+        return stretch
+
+    mark = parts.splitter.state.mark
+    for _ in range(20):
+        kept.fill(read, lambda: parts.splitter.state.seq)
+    await parts.ship_all()
+    await finish_reading(parts)
     assert has_digest(parts)
 
 
