@@ -49,10 +49,12 @@ FILL_BYTES: Final = 8 << 20  # read in the background at a time …
 FILL_S: Final = 0.25  # … and so often: 32 MiB/s, some 3 % of a processor
 RETRY_S: Final = 600.0  # after an error, until it begins again
 MAX_PENDING_ROWS: Final = 1 << 18  # 7 MiB; more than that is applied at once
+_MADE_OF_ROWS: Final = 64  # what the arrays of a few rows take, in rows
 PAGE_ROWS: Final = 512  # of a file: read and written whole, 4 KiB
 BATCH_ROWS: Final = 4096  # applied at once, in as many pages at most: 16 MiB
 
 Position = tuple[int, int]  # (seq, time_ns)
+MakeColumns = Callable[[], Columns]
 ReadStretch = Callable[[int, int, int], tuple[int, bytearray] | None]
 
 
@@ -81,7 +83,8 @@ class VolumeDigests:
         self._exact_from = 0  # seq: before, files may have what came later
         self._copy: tuple[Location, Position] | None = None  # the one that is under way, from its first block on
         self._filling: tuple[int, int] | None = None  # (volume, block) that is read next
-        self._pending: list[Columns] = []
+        self._pending: list[tuple[int, MakeColumns]] = []  # only the rows behind that seq
+        self._pending_rows = 0
         self._sums: list[int] | None = None  # of the files; None: not made yet
         self._due_s = self._save_s = self._retry_s = clock()
         self._given: Position | None = None  # those that were given last are of it
@@ -109,27 +112,29 @@ class VolumeDigests:
             rows: the last one of each block.
         """
         columns, end = interval.columns.picked(rows), (interval.to_seq, interval.to_time_ns)
-        self._take((interval.from_seq, interval.from_time_ns), end, interval.times, columns, interval.start)
+        start = interval.from_seq, interval.from_time_ns
+        self._take(start, end, interval.times, interval.start, lambda: columns, len(rows))
         return self._at_mark(end, interval.mark, interval.bookmark is not None)
 
     def of_chunk(self, chunk: StreamChunk, start: Position, location: Location) -> StreamChunk:
         """The same for what is streamed, which begins behind `start`, at `location`; with the digests in its mark."""
         if chunk.writes is not None:
-            columns = _columns_of(chunk)
-            self._take(start, chunk.position, chunk.writes.rows["time_ns"], columns, location)
+            times, columns = chunk.writes.rows["time_ns"], _columns_of(chunk)
+            self._take(start, chunk.position, times, location, columns, len(chunk.checksums) // 8)
         mark = chunk.mark
         if mark is None:
             return chunk
         if chunk.writes is None:
-            self._take(start, start, np.zeros(0, np.int64), _NOTHING, location)
+            self._take(start, start, np.zeros(0, np.int64), location, _no_columns, 0)
         digests = self._at_mark((mark.seq, mark.time_ns), mark.mark, mark.bookmark is not None)
         if digests and len(self._volumes) <= MAX_STREAMED_DIGESTS:
             return replace(chunk, mark=msgspec.structs.replace(mark, digests=digests))
         return chunk
 
     def _take(
-        self, start: Position, end: Position, times: npt.NDArray[np.int64], columns: Columns, location: Location
-    ) -> None:
+        self, start: Position, end: Position, times: npt.NDArray[np.int64], location: Location, columns: MakeColumns,
+        row_count: int,
+    ) -> None:  # fmt: skip
         """Takes the writes in (start, end]; `times` are theirs, and `location` is where they begin."""
         with self._guarded():
             if self._position is None:
@@ -144,14 +149,15 @@ class VolumeDigests:
             known_ns = start[1] if start[0] == seq else int(times[seq - start[0] - 1])
             if known_ns != time_ns:
                 raise PitfsError(f"{self._path}: write {seq} isn't the one that the journal has")
-            self._add(columns, end)
+            self._add(columns, row_count, end)
 
-    def _add(self, columns: Columns, end: Position) -> None:
+    def _add(self, columns: MakeColumns, row_count: int, end: Position) -> None:
         assert self._position is not None
         if end[0] > self._position[0]:
-            self._pending.append(columns.picked(np.flatnonzero(columns.seq > self._position[0])))
+            self._pending.append((self._position[0], columns))
+            self._pending_rows += row_count + _MADE_OF_ROWS
         self._position = end
-        if sum(len(each.seq) for each in self._pending) > MAX_PENDING_ROWS:
+        if self._pending_rows > MAX_PENDING_ROWS:
             self._apply()
 
     def _catch_up(self, position: Position, end: Position, location: Location) -> None:
@@ -162,7 +168,7 @@ class VolumeDigests:
                 raise PitfsError(f"{self._journal}: it has no longer what came behind write {position[0]}")
             while (chunk := next_chunk(reader, location, MAX_BATCH_BYTES)) is not None and not chunk.begins_anew:
                 if chunk.writes is not None:
-                    self._add(_columns_of(chunk), chunk.position)
+                    self._add(_columns_of(chunk), len(chunk.checksums) // 8, chunk.position)
             if self._position != end:
                 raise PitfsError(f"{self._journal}: write {end[0]} doesn't follow write {position[0]}")
 
@@ -289,7 +295,7 @@ class VolumeDigests:
             os.ftruncate(fd, -(-volume.block_count // PAGE_ROWS) * PAGE_ROWS * 8)
         self._position = self._copy = self._filling = None
         self._exact_from, self._changes = 0, self._changes + 1
-        self._pending.clear()
+        self._drop_pending()
 
     def _forget(self) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -313,20 +319,26 @@ class VolumeDigests:
                 log.warning("no digests until the volumes were read in the background: %s", error)
                 self._position = self._copy = self._filling = self._sums = None
                 self._changes += 1
-                self._pending.clear()
+                self._drop_pending()
                 self._retry_s = self._clock() + RETRY_S
                 with contextlib.suppress(OSError):
                     self._forget()
+
+    def _drop_pending(self) -> None:
+        self._pending.clear()
+        self._pending_rows = 0
 
     def _apply(self) -> None:
         """Sets the checksums of what is pending: of each block the last."""
         if not self._pending:
             return
+        made = [(after, make()) for after, make in self._pending]
+        parts = [each.picked(np.flatnonzero(each.seq > after)) for after, each in made]
         names = "volume", "block", "seq", "checksum"
-        columns = Columns(*(np.concatenate([getattr(each, name) for each in self._pending]) for name in names))
+        columns = Columns(*(np.concatenate([getattr(each, name) for each in parts]) for name in names))
         order, followed = by_block(columns)
         last = columns.picked(order[~followed])
-        self._pending.clear()
+        self._drop_pending()
         for volume in np.unique(last.volume).tolist():
             here = last.volume == volume
             self._set(volume, last.block[here], last.checksum[here])
@@ -377,15 +389,20 @@ class VolumeDigests:
         return total & MASK
 
 
-_NOTHING: Final = Columns(np.zeros(0, np.uint16), np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.uint64))
+def _no_columns() -> Columns:
+    return Columns(np.zeros(0, np.uint16), np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.uint64))
 
 
-def _columns_of(chunk: StreamChunk) -> Columns:
-    """A row for each block of streamed writes."""
+def _columns_of(chunk: StreamChunk) -> MakeColumns:
+    """A row for each block of streamed writes; not made before they are applied, since in mode sync writes wait."""
     assert chunk.writes is not None
-    rows = chunk.writes.rows
-    counts = rows["block_count"].astype(np.int64)
-    within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
-    seqs = np.repeat(chunk.writes.first_seq + np.arange(len(rows)), counts)
-    blocks = np.repeat(rows["block"].astype(np.int64), counts) + within
-    return Columns(np.repeat(rows["volume"], counts), blocks, seqs, np.frombuffer(chunk.checksums, dtype="<u8"))
+    rows, first_seq, checksums = chunk.writes.rows, chunk.writes.first_seq, chunk.checksums
+
+    def columns() -> Columns:
+        counts = rows["block_count"].astype(np.int64)
+        within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+        seqs = np.repeat(first_seq + np.arange(len(rows)), counts)
+        blocks = np.repeat(rows["block"].astype(np.int64), counts) + within
+        return Columns(np.repeat(rows["volume"], counts), blocks, seqs, np.frombuffer(checksums, dtype="<u8"))
+
+    return columns
