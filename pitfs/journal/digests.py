@@ -78,7 +78,7 @@ class VolumeDigests:
         self._lock = threading.Lock()
         self._fds: list[int] = []
         self._is_resumed = False
-        self._changes = 0  # of the files, so far
+        self._changes = self._forgotten = 0  # how often the files were changed, and `position` was removed
         self._position: Position | None = None  # all up to there is in the files, or pending
         self._exact_from = 0  # seq: before, files may have what came later
         self._copy: tuple[Location, Position] | None = None  # the one that is under way, from its first block on
@@ -182,8 +182,6 @@ class VolumeDigests:
         if self._position != position or self._filling is not None or position[0] < self._exact_from:
             return msgspec.UNSET
         now_s = self._clock()
-        if now_s >= self._save_s:
-            self._save()
         is_due = now_s >= self._due_s or is_named or mark == self.wanted_mark
         if not is_due and position != self._given:  # again, if the link broke
             return msgspec.UNSET
@@ -268,10 +266,35 @@ class VolumeDigests:
 
     # -- the files ---------------------------------------------------------------------------------------
 
+    def save(self) -> None:
+        """Makes durable what came, now and then. Shipping, for which writes wait in mode sync, waits less for this."""
+        failure: OSError | None = None
+        position, forgotten = self._position, -1
+        with self._guarded():
+            if not self._is_known() or self._clock() < self._save_s:
+                return
+            self._apply()
+            self._save_s = self._clock() + SAVE_S
+            position, forgotten = self._position, self._forgotten
+        try:
+            self._sync()
+        except OSError as error:
+            failure = error
+        with self._guarded():
+            if forgotten != self._forgotten:
+                return
+            if failure is not None:
+                raise failure
+            durable_replace(self._path, msgspec.json.encode(position))
+
+    def _is_known(self) -> bool:
+        """Whether the files, with what is pending, have the state at `position`."""
+        return self._position is not None and self._filling is None and self._position[0] >= self._exact_from
+
     def close(self) -> None:
         """Saves what there is."""
         with self._guarded():
-            if self._position is not None and self._filling is None and self._position[0] >= self._exact_from:
+            if self._is_known():
                 self._save()
         self._position = None
         self._close()
@@ -298,16 +321,19 @@ class VolumeDigests:
         self._drop_pending()
 
     def _forget(self) -> None:
+        self._forgotten += 1
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path)
             fsync_directory(self._directory)
 
     def _save(self) -> None:
         self._apply()
+        self._sync()
+        durable_replace(self._path, msgspec.json.encode(self._position))
+
+    def _sync(self) -> None:
         for fd in self._fds:
             os.fdatasync(fd)
-        durable_replace(self._path, msgspec.json.encode(self._position))
-        self._save_s = self._clock() + SAVE_S
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:

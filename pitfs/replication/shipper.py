@@ -93,8 +93,8 @@ class Shipper:
             except PitfsError as error:
                 log.debug("no mark: %s", error)
 
-    async def fill_digests(self) -> None:
-        """Has digests made by reading the volumes slowly, where there are none; for ever."""
+    async def tend_digests(self) -> None:
+        """Saves the digests now and then, and has them made by reading the volumes slowly; for ever."""
 
         def seq() -> int | None:
             splitter = trio.from_thread.run(self.splitter.status)
@@ -102,6 +102,7 @@ class Shipper:
 
         while True:
             await trio.sleep(FILL_S)
+            await trio.to_thread.run_sync(self.digests.save)
             if self.digests.needs_reading:
                 with contextlib.suppress(PitfsError, OSError), contextlib.ExitStack() as stack:
                     fds = await self._backings.open(stack)

@@ -262,7 +262,7 @@ async def test_the_shipper_reads_in_the_background_by_itself(
     await unknown(parts)
     monkeypatch.setattr(shipper, "FILL_S", 0.0)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(parts.shipper.fill_digests)
+        nursery.start_soon(parts.shipper.tend_digests)
         with trio.fail_after(20):
             while parts.shipper.digests._filling != (0, 74):
                 await trio.sleep(0.01)
