@@ -17,7 +17,6 @@ that write is applied later. Whatever doesn't fit together leads back to unknown
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
 import threading
@@ -29,17 +28,17 @@ from typing import Final
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import PitfsError
+from pitfs.journal.checksum_files import ChecksumFiles
 from pitfs.journal.reader import Copy, Interval, JournalReader
 from pitfs.journal.search import Found
 from pitfs.journal.stream_reader import StreamChunk, next_chunk
 from pitfs.journal.writer import Location
 from pitfs.model.difference import Columns, Rows, by_block
-from pitfs.model.digest import DIGEST_BYTES, MASK, MAX_STREAMED_DIGESTS, Digests, digest_of, zero_checksum
+from pitfs.model.digest import DIGEST_BYTES, MAX_STREAMED_DIGESTS, Digests
 from pitfs.model.transfer import MAX_BATCH_BYTES, VolumeInfo
-from pitfs.storage.files import durable_replace, fsync_directory, write_all
+from pitfs.storage.files import durable_replace, fsync_directory
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +49,6 @@ FILL_S: Final = 0.25  # … and so often: 32 MiB/s, some 3 % of a processor
 RETRY_S: Final = 600.0  # after an error, until it begins again
 MAX_PENDING_ROWS: Final = 1 << 18  # 7 MiB; more than that is applied at once
 _MADE_OF_ROWS: Final = 64  # what the arrays of a few rows take, in rows
-PAGE_ROWS: Final = 512  # of a file: read and written whole, 4 KiB
-BATCH_ROWS: Final = 4096  # applied at once, in as many pages at most: 16 MiB
 
 Position = tuple[int, int]  # (seq, time_ns)
 MakeColumns = Callable[[], Columns]
@@ -74,18 +71,16 @@ class VolumeDigests:
         self._journal, self._volumes, self._clock = journal_directory, volumes, clock
         self._directory = os.path.join(os.path.dirname(journal_directory), "digests")
         self._path = os.path.join(self._directory, "position")
-        self._zeros = np.array([zero_checksum(volume.block_size) for volume in volumes], dtype=np.uint64)
+        self._files = ChecksumFiles(self._directory, volumes)
         self._lock = threading.Lock()
-        self._fds: list[int] = []
         self._is_resumed = False
-        self._changes = self._forgotten = 0  # how often the files were changed, and `position` was removed
+        self._forgotten = 0  # how often `position` was removed
         self._position: Position | None = None  # all up to there is in the files, or pending
         self._exact_from = 0  # seq: before, files may have what came later
         self._copy: tuple[Location, Position] | None = None  # the one that is under way, from its first block on
         self._filling: tuple[int, int] | None = None  # (volume, block) that is read next
         self._pending: list[tuple[int, MakeColumns]] = []  # only the rows behind that seq
         self._pending_rows = 0
-        self._sums: list[int] | None = None  # of the files; None: not made yet
         self._due_s = self._save_s = self._retry_s = clock()
         self._given: Position | None = None  # those that were given last are of it
         self.wanted_mark = 0
@@ -100,7 +95,7 @@ class VolumeDigests:
             self._is_resumed, self._exact_from = True, journal_seq
             with contextlib.suppress(FileNotFoundError), open(self._path, "rb") as file:
                 position = msgspec.json.decode(file.read(), type=tuple[int, int])
-                self._open(os.O_RDWR)
+                self._files.open()
                 if position[0] > journal_seq:
                     raise PitfsError(f"{self._path}: seq {position[0]}, the journal has only {journal_seq}")
                 self._position = position
@@ -186,10 +181,8 @@ class VolumeDigests:
         if not is_due and position != self._given:  # again, if the link broke
             return msgspec.UNSET
         self._apply()
-        if self._sums is None:
-            self._sums = [self._sum_of(volume) for volume in range(len(self._volumes))]
         self._due_s, self._given = now_s + EVERY_S, position
-        return b"".join(digest.to_bytes(DIGEST_BYTES, "big") for digest in self._sums)
+        return b"".join(digest.to_bytes(DIGEST_BYTES, "big") for digest in self._files.digests())
 
     # -- copies, and reading in the background -----------------------------------------------------------
 
@@ -205,7 +198,6 @@ class VolumeDigests:
                 raise PitfsError(f"{self._directory}: a copy builds on what isn't known here")
             if copy.start.is_complete:
                 self._reset()
-                self._sums = [0] * len(self._volumes)
             else:
                 self._apply()
                 self._forget()
@@ -215,7 +207,7 @@ class VolumeDigests:
         """A stretch of the copy: all of the blocks from `first` on, or those that are picked."""
         with self._guarded():
             if self._copy is not None:
-                self._set_contents(volume, first, buffer, picked)
+                self._files.set_contents(volume, first, buffer, picked)
 
     def end_copy(self) -> None:
         """All of its blocks came."""
@@ -248,16 +240,16 @@ class VolumeDigests:
             if self._filling is None:
                 log.info("%s: the digests of the volumes are made anew, by reading them", self._directory)
                 self._reset()
-                self._sums, self._filling, self._exact_from = [0] * len(self._volumes), (0, 0), 1 << 62
-            (volume, block), changes = self._filling, self._changes
+                self._filling, self._exact_from = (0, 0), 1 << 62
+            (volume, block), changes = self._filling, self._files.changes
         stretch = read(volume, block, FILL_BYTES)  # without the lock: in mode sync, writes wait for what is shipped
         through = seq()  # after reading: all that was read is of this write, or came before
         with self._guarded():
-            if through is None or self._changes != changes:  # newer checksums may have been set: it is read again
+            if through is None or self._files.changes != changes:  # newer checksums may have been set: it is read again
                 return
             if stretch is not None:
                 first, buffer = stretch
-                self._set_contents(volume, first, buffer, None)
+                self._files.set_contents(volume, first, buffer, None)
                 self._filling = volume, first + len(buffer) // self._volumes[volume].block_size
             elif volume + 1 < len(self._volumes):
                 self._filling = volume + 1, 0
@@ -277,7 +269,7 @@ class VolumeDigests:
             self._save_s = self._clock() + SAVE_S
             position, forgotten = self._position, self._forgotten
         try:
-            self._sync()
+            self._files.sync()
         except OSError as error:
             failure = error
         with self._guarded():
@@ -297,27 +289,15 @@ class VolumeDigests:
             if self._is_known():
                 self._save()
         self._position = None
-        self._close()
-
-    def _close(self) -> None:
-        while self._fds:
-            os.close(self._fds.pop())
-
-    def _open(self, flags: int) -> None:
-        self._close()
-        for volume in self._volumes:
-            path = os.path.join(self._directory, f"{volume.name}.checksums")
-            self._fds.append(os.open(path, flags | os.O_CLOEXEC, 0o600))
+        self._files.close()
 
     def _reset(self) -> None:
         """Begins anew, with files that say that all is zeros."""
         os.makedirs(self._directory, mode=0o700, exist_ok=True)
         self._forget()
-        self._open(os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-        for fd, volume in zip(self._fds, self._volumes, strict=True):
-            os.ftruncate(fd, -(-volume.block_count // PAGE_ROWS) * PAGE_ROWS * 8)
+        self._files.clear()
         self._position = self._copy = self._filling = None
-        self._exact_from, self._changes = 0, self._changes + 1
+        self._exact_from = 0
         self._drop_pending()
 
     def _forget(self) -> None:
@@ -328,12 +308,8 @@ class VolumeDigests:
 
     def _save(self) -> None:
         self._apply()
-        self._sync()
+        self._files.sync()
         durable_replace(self._path, msgspec.json.encode(self._position))
-
-    def _sync(self) -> None:
-        for fd in self._fds:
-            os.fdatasync(fd)
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -343,8 +319,8 @@ class VolumeDigests:
                 yield
             except (PitfsError, OSError, msgspec.MsgspecError) as error:
                 log.warning("no digests until the volumes were read in the background: %s", error)
-                self._position = self._copy = self._filling = self._sums = None
-                self._changes += 1
+                self._position = self._copy = self._filling = self._files.sums = None
+                self._files.changes += 1
                 self._drop_pending()
                 self._retry_s = self._clock() + RETRY_S
                 with contextlib.suppress(OSError):
@@ -367,52 +343,7 @@ class VolumeDigests:
         self._drop_pending()
         for volume in np.unique(last.volume).tolist():
             here = last.volume == volume
-            self._set(volume, last.block[here], last.checksum[here])
-
-    def _set_contents(
-        self, volume: int, first: int, buffer: bytearray, picked: npt.NDArray[np.int64] | None
-    ) -> None:
-        """Sets the checksums of blocks in `buffer`, which begins with block `first`."""
-        size, view = self._volumes[volume].block_size, memoryview(buffer)
-        places = np.arange(len(buffer) // size) if picked is None else picked - first
-        checksums = [xxh3_64_intdigest(view[at : at + size]) for at in (places * size).tolist()]
-        self._set(volume, first + places, np.array(checksums, dtype=np.uint64))
-
-    def _set(self, volume: int, blocks: npt.NDArray[np.int64], checksums: npt.NDArray[np.uint64]) -> None:
-        """Sets checksums of blocks that ascend."""
-        self._changes += 1
-        for start in range(0, len(blocks), BATCH_ROWS):
-            block, checksum = blocks[start : start + BATCH_ROWS], checksums[start : start + BATCH_ROWS]
-            checksum = np.where(checksum == self._zeros[volume], np.uint64(0), checksum)
-            pages, of = np.unique(block // PAGE_ROWS, return_inverse=True)
-            table = np.zeros((len(pages), PAGE_ROWS), dtype="<u8")
-            begins = [0, *(np.flatnonzero(np.diff(pages) != 1) + 1).tolist(), len(pages)]
-            view, page_bytes = table.data.cast("B"), PAGE_ROWS * 8
-            spans = itertools.pairwise(begins)
-            runs = [(pages.item(at) * page_bytes, view[at * page_bytes : end * page_bytes]) for at, end in spans]
-            for offset, run in runs:
-                if os.preadv(self._fds[volume], [run], offset) != run.nbytes:
-                    raise PitfsError(f"{self._directory}: a file of checksums ends early")
-            place = of, block % PAGE_ROWS
-            before = table[place]
-            table[place] = checksum
-            for offset, run in runs:
-                write_all(self._fds[volume], run, offset)
-            if self._sums is not None:
-                change = digest_of(block, checksum) - digest_of(block, before)
-                self._sums[volume] = (self._sums[volume] + change) & MASK
-
-    def _sum_of(self, volume: int) -> int:
-        """The digest of a volume from its whole file."""
-        total = 0
-        for first in range(0, self._volumes[volume].block_count, PAGE_ROWS * BATCH_ROWS):
-            data = os.pread(self._fds[volume], PAGE_ROWS * BATCH_ROWS * 8, first * 8)
-            checksums = np.frombuffer(data, dtype="<u8")
-            blocks = np.flatnonzero(checksums)
-            for start in range(0, len(blocks), BATCH_ROWS):
-                part = blocks[start : start + BATCH_ROWS]
-                total += digest_of(first + part, checksums[part])
-        return total & MASK
+            self._files.set(volume, last.block[here], last.checksum[here])
 
 
 def _no_columns() -> Columns:

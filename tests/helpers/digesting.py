@@ -12,6 +12,7 @@ import pytest
 from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import LinkError
+from pitfs.journal import checksum_files
 from pitfs.journal import digests as digests_module
 from pitfs.journal.reader import Copy
 from pitfs.model.digest import digest_of
@@ -52,7 +53,7 @@ class Digesting(Bypassing):
         monkeypatch.setattr(digests_module, "EVERY_S", 0.0)
         monkeypatch.setattr(digests_module, "RETRY_S", 0.0)
         monkeypatch.setattr(digests_module, "FILL_BYTES", 16 * BLOCK)
-        monkeypatch.setattr(digests_module, "BATCH_ROWS", 5)
+        monkeypatch.setattr(checksum_files, "BATCH_ROWS", 5)
         monkeypatch.setattr(digests_module, "MAX_PENDING_ROWS", 20)
         monkeypatch.setattr(digests_module, "SAVE_S", 0.0 if seed % 3 else 1e9)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import trio
 
-from pitfs.journal import digests
+from pitfs.journal import checksum_files, digests
 from pitfs.journal.reader import Interval, JournalReader
 from pitfs.model.transfer import Checkpoint, Data
 from pitfs.replication import full_sync, shipper
@@ -225,7 +225,7 @@ async def test_a_full_disk_ends_them_and_not_the_shipping(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(digests, "write_all", full)
+        patch.setattr(checksum_files, "write_all", full)
         parts.scatter(3)
         parts.mark()
         await parts.ship_all()
