@@ -11,7 +11,7 @@ import trio
 
 from pitfs.link.sessions import receiver
 from pitfs.store.catalog.catalog import Catalog
-from pitfs.store.check.heal import _production_listens, make_frames
+from pitfs.store.check.heal import _make_frames, _production_listens
 from pitfs.store.index.maps import node_loader
 from pitfs.store.objects.damage import Damage, DamageLog
 from pitfs.store.objects.format import CATALOG, HEADER_BYTES, OBJECTS, ObjectName
@@ -210,9 +210,9 @@ async def test_files_of_contents_that_are_gone_or_cut_and_headers_are_made_again
             file.truncate(HEADER_BYTES + 5000)
         log = DamageLog(store_of(pipeline))
         log.replace([Damage(gone.name, 0, 0, "missing"), Damage(cut.name, 0, HEADER_BYTES, "header")])
-        assert make_frames(store_of(pipeline))
+        assert _make_frames(store_of(pipeline))
         log.replace(lost)
-        assert not make_frames(store_of(pipeline))
+        assert not _make_frames(store_of(pipeline))
         assert await until_nothing_is_wanted(pipeline) == []
         assert {path: path.read_bytes() for path in whole} == whole
         both.assert_every_write_is_there()

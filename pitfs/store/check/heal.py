@@ -11,7 +11,7 @@ import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import Final
 
 import numpy as np
@@ -122,29 +122,34 @@ class Healer:
         return place == (name.number, damage.offset, damage.checksum)
 
 
-def wait_healed(store: str, progress: Callable[[int, int], None] = lambda *_: None) -> int:
-    """Waits until production has answered for the contents that are damaged now; returns how many came.
+def heal(store: str, progress: Callable[[int], AbstractContextManager[Callable[[int], None]]]) -> int:
+    """Waits until production has answered for the contents that are damaged now.
 
     Args:
-        progress: is told how many have an answer, and of how many.
+        progress: gives, for a number of bytes, what is told how many of these have an answer.
+
+    Returns:
+        how many came, or were made again here.
 
     Raises:
         LinkError: no production that can give them is connected, or none came for STALL_S.
     """
-    log, since_s = DamageLog(store), time.monotonic()
-    asked = left = {each.place for each in log.known() if may_heal(each)}
-    while left:
-        listens = _production_listens(store)
-        if time.monotonic() - since_s > STALL_S or (left == asked and not listens):
-            why = f"nothing came for {STALL_S:g} s: see the log of 'pitfs receive'"
-            if not listens:
-                why = "no host that can give them is connected: start 'pitfs protect' there, of this version or later"
-            raise LinkError(f"{store}: {len(left)} damaged contents wait for production, but {why}")
-        time.sleep(POLL_S)
-        before, left = left, left & {each.place for each in log.known() if may_heal(each)}
-        since_s = time.monotonic() if left < before else since_s
-        progress(len(asked) - len(left), len(asked))
-    return len(asked - {each.place for each in log.known()})
+    made, log, since_s = _make_frames(store), DamageLog(store), time.monotonic()
+    asked = left = {each.place: each.size for each in log.known() if may_heal(each)}
+    with progress(sum(asked.values())) as reached:
+        while left:
+            listens = _production_listens(store)
+            if time.monotonic() - since_s > STALL_S or (left == asked and not listens):
+                why = f"nothing came for {STALL_S:g} s: see the log of 'pitfs receive'"
+                if not listens:
+                    why = "none that can give them is connected: start 'pitfs protect' of this version there"
+                raise LinkError(f"{store}: {len(left)} damaged contents wait for production, and {why}")
+            time.sleep(POLL_S)
+            waits = {each.place for each in log.known() if may_heal(each)}
+            before, left = left, {place: size for place, size in left.items() if place in waits}
+            since_s = time.monotonic() if len(left) < len(before) else since_s
+            reached(sum(asked.values()) - sum(left.values()))
+    return made + len(asked.keys() - {each.place for each in log.known()})
 
 
 def _production_listens(store: str) -> bool:
@@ -157,12 +162,12 @@ def _production_listens(store: str) -> bool:
     return False
 
 
-def make_frames(store: str) -> bool:
-    """Makes files and headers of contents again where these are damaged or missing; whether there were any.
+def _make_frames(store: str) -> int:
+    """Makes files and headers of contents again where these are missing or damaged; returns how many.
 
-    What the files held is zeros then: the next check finds it, content by content.
+    What was in a file is zeros then: damage that is known, or that the next check finds.
     """
-    made, info = False, read_store_info(store)
+    made, info = 0, read_store_info(store)
     with changes_locked(store), _opened(store) as (catalog, objects):
         for each in DamageLog(store).known():
             name, record = ObjectName.of_file(each.object), catalog.object(each.object)
@@ -180,7 +185,7 @@ def make_frames(store: str) -> bool:
                 fsync_directory(os.path.dirname(path))
             except OSError as error:
                 raise storage_error(error, path, "healing") from error
-            made = True
+            made += 1
     return made
 
 
