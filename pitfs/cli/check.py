@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         rows = [_row(*each) for each in report.damaged]
         print_json({"objects": report.objects, "bytes": report.bytes, "damaged": rows, "healed": healed})
     else:
-        _print(args.store, report, has_data, healed)
+        _print(args.store, report, has_data, healed, is_asked=args.heal and failure is None)
     if failure is not None:
         raise failure
     return EXIT_FAILED if report.damaged else 0
@@ -81,7 +81,7 @@ def _row(damage: Damage, stretches: list[Stretch]) -> dict[str, Any]:
     return {"object": damage.object, "from": damage.offset, "to": to, "kind": damage.kind, "instants": instants}
 
 
-def _print(store: str, report: Report, has_data: bool, healed: int) -> None:
+def _print(store: str, report: Report, has_data: bool, healed: int, is_asked: bool) -> None:
     contents = f"{format_bytes(report.bytes)} of contents" if has_data else "contents not read (--data reads them)"
     found = f"{len(report.damaged) or 'no'} damaged places" + (f", {healed} healed" if healed else "")
     print(f"{store}: {report.objects} objects, {contents}: {found}")
@@ -96,10 +96,8 @@ def _print(store: str, report: Report, has_data: bool, healed: int) -> None:
         elif len(stretches) > MAX_SHOWN:
             print(f"    and {len(stretches) - MAX_SHOWN} stretches more: --json names them")
     if report.damaged:
-        warn(
-            "all other instants are whole: export what you need. Contents may come back from production (--heal), "
-            "objects can be put back from a copy of the store"
-        )
+        contents = "production has these contents no more" if is_asked else "contents may come back by --heal"
+        warn(f"all other instants are whole: export what you need; {contents}; a copy of the store may have the objects")
 
 
 _PROBLEMS: Final = {
