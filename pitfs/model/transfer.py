@@ -52,6 +52,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from pitfs.model.digest import Digests
 from pitfs.model.group import NAME_PATTERN
 
 UNIT_BYTES: Final = 512
@@ -65,6 +66,7 @@ MAX_BOOKMARKS: Final = 4096  # for each transfer; with gaps they fit into BEGIN'
 MAX_GAPS: Final = 512
 MAX_TEXT_LENGTH: Final = 1000  # of a cause, an identity
 MAX_COARSE_INTERVALS: Final = 1024
+PRUNED: Final = "retention"  # begins the cause of an interval that was made coarser on purpose
 MAX_CONTENT_BYTES: Final = 64 << 10  # the largest block
 MAX_WANTED: Final = 256  # contents that one Want asks for: 16 MiB of the largest blocks
 WAITS: Final = "until the link is idle"  # ends the cause of an interval whose journal is to be backfilled
@@ -86,6 +88,11 @@ def awaits_backfill(cause: str) -> bool:
     Manifests and catalogs have that as the ending of the interval's cause; it becomes a value here, and nowhere else.
     """
     return cause.endswith(WAITS)
+
+
+def is_pruned(cause: str) -> bool:
+    """Whether retention made an interval as coarse as it is: then it takes no layers any more."""
+    return cause.startswith(PRUNED)
 
 
 class Section(enum.IntEnum):
@@ -209,6 +216,7 @@ class Manifest(msgspec.Struct, frozen=True):
             where not known (FULL, CHANGES).
         base_bytes: LAYERS: bytes of JOURNAL_BLOCKS that the replica has from coarser layers.
         identity: equal exactly if the sections' bytes are equal; a staged transfer resumes only then.
+        digests: INTERVAL: of the volumes at the position that it leads to, as production took them.
     """
 
     mark: Mark
@@ -229,6 +237,7 @@ class Manifest(msgspec.Struct, frozen=True):
     base_bytes: Number = 0
     bookmarks: Annotated[tuple[Bookmark, ...], msgspec.Meta(max_length=MAX_BOOKMARKS)] = ()
     gaps: Annotated[tuple[Gap, ...], msgspec.Meta(max_length=MAX_GAPS)] = ()
+    digests: Digests = msgspec.UNSET
 
 
 class ResumePoint(msgspec.Struct, frozen=True):
@@ -378,6 +387,7 @@ class StreamMark(msgspec.Struct, frozen=True):
     time_ns: Number
     protected_through_ns: Number
     bookmark: Name | None = None
+    digests: Digests = msgspec.UNSET
 
 
 class Durable(msgspec.Struct, frozen=True):
