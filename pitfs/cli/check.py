@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pitfs.cli.common.output import print_json, warn
 from pitfs.cli.common.parser import add_json, add_store
-from pitfs.errors import EXIT_FAILED, LinkError, UsageError
+from pitfs.errors import EXIT_FAILED, PitfsError, UsageError
 from pitfs.model.position import format_instant
 from pitfs.model.units import format_bytes
 
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         while args.heal and report.damaged and (came := heal(args.store, partial(progress, "heal"))):
             healed, report = healed + came, checked()
-    except LinkError as error:  # said behind the report
+    except PitfsError as error:  # said behind the report
         failure = error
     if args.json:
         rows = [_row(*each) for each in report.damaged]
@@ -96,8 +96,8 @@ def _print(store: str, report: Report, has_data: bool, healed: int, is_asked: bo
         elif len(stretches) > MAX_SHOWN:
             print(f"    and {len(stretches) - MAX_SHOWN} stretches more: --json names them")
     if report.damaged:
-        contents = "production has these contents no more" if is_asked else "contents may come back by --heal"
-        warn(f"all other instants are whole: export what you need; {contents}; a copy of the store may have the objects")
+        contents = "production has those contents no more" if is_asked else "contents may come back by --heal"
+        warn(f"all other instants are whole: export what you need; {contents}; a copy of the store may have objects")
 
 
 _PROBLEMS: Final = {
