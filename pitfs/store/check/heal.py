@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from itertools import islice
 from typing import Final
 
 import numpy as np
@@ -67,7 +68,10 @@ class Healer:
         with suppress(FileNotFoundError):
             status = os.stat(self._log.path)
             if (seen := (status.st_size, status.st_mtime_ns)) != self._seen:
-                self._asked = list(filter(may_heal, self._log.known()))[:MAX_WANTED]
+                known = self._log.known()
+                unusable = {each.object for each in known if each.checksum is None}  # until `heal` makes it again
+                wanted = (each for each in known if may_heal(each) and each.object not in unusable)
+                self._asked = list(islice(wanted, MAX_WANTED))
                 if self._asked:
                     with _opened(self._path) as (catalog, _):
                         return tuple(_wanted(catalog, each) for each in self._asked)
@@ -136,19 +140,19 @@ def heal(store: str, progress: Callable[[int], AbstractContextManager[Callable[[
     """
     made, log, since_s = _make_frames(store), DamageLog(store), time.monotonic()
     asked = left = {each.place: each.size for each in log.known() if may_heal(each)}
+    waiting = f"{store}: %d damaged contents wait for production, and %s"
+    if asked and not _production_listens(store):
+        why = "none that can give them is connected: start 'pitfs protect' of this version there"
+        raise LinkError(waiting % (len(left), why))
     with progress(sum(asked.values())) as reached:
         while left:
-            listens = _production_listens(store)
-            if time.monotonic() - since_s > STALL_S or (left == asked and not listens):
-                why = f"nothing came for {STALL_S:g} s: see the log of 'pitfs receive'"
-                if not listens:
-                    why = "none that can give them is connected: start 'pitfs protect' of this version there"
-                raise LinkError(f"{store}: {len(left)} damaged contents wait for production, and {why}")
             time.sleep(POLL_S)
             waits = {each.place for each in log.known() if may_heal(each)}
             before, left = left, {place: size for place, size in left.items() if place in waits}
             since_s = time.monotonic() if len(left) < len(before) else since_s
             reached(sum(asked.values()) - sum(left.values()))
+            if time.monotonic() - since_s > STALL_S:
+                raise LinkError(waiting % (len(left), f"none came for {STALL_S:g} s: see the log of 'pitfs receive'"))
     return made + len(asked.keys() - {each.place for each in log.known()})
 
 
@@ -165,27 +169,31 @@ def _production_listens(store: str) -> bool:
 def _make_frames(store: str) -> int:
     """Makes files and headers of contents again where these are missing or damaged; returns how many.
 
-    What was in a file is zeros then: damage that is known, or that the next check finds.
+    What was in a file is zeros then: damage that is known already, or that the next check finds.
     """
-    made, info = 0, read_store_info(store)
-    with changes_locked(store), _opened(store) as (catalog, objects):
-        for each in DamageLog(store).known():
-            name, record = ObjectName.of_file(each.object), catalog.object(each.object)
-            is_contents = name and name.kind in (ObjectKind.SNAPSHOT_BLOCKS, ObjectKind.JOURNAL_BLOCKS)
-            if name is None or not is_contents or record is None or each.checksum or catalog.host_of(name):
-                continue
-            path, sizes = objects.path_of(name), () if name.number & 1 else (record.data_bytes,)
-            header = ObjectHeader(name.kind, bytes.fromhex(info.history), name.snapshot_id, *sizes)
-            try:
+    log, made, contents = DamageLog(store), 0, (ObjectKind.SNAPSHOT_BLOCKS, ObjectKind.JOURNAL_BLOCKS)
+    names = {name for each in log.known() if each.checksum is None and (name := ObjectName.of_file(each.object))}
+    if not (names := {name for name in names if name.kind in contents}):
+        return 0
+    try:
+        with changes_locked(store), _opened(store) as (catalog, objects):
+            for name in names:
+                record = catalog.object(name.file)
+                if record is None or catalog.host_of(name):
+                    continue
+                path, sizes = objects.path_of(name), () if name.number & 1 else (record.data_bytes,)
+                history = bytes.fromhex(read_store_info(store).history)
                 os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
                 with open_fd(path, os.O_RDWR | os.O_CREAT) as fd:
-                    write_all(fd, header.encode(), 0)
+                    write_all(fd, ObjectHeader(name.kind, history, name.snapshot_id, *sizes).encode(), 0)
                     os.ftruncate(fd, max(os.fstat(fd).st_size, HEADER_BYTES + record.data_bytes))
                     os.fsync(fd)
                 fsync_directory(os.path.dirname(path))
-            except OSError as error:
-                raise storage_error(error, path, "healing") from error
-            made += 1
+                made += 1
+    except OSError as error:
+        raise storage_error(error, store, "healing") from error
+    files = {name.file for name in names}
+    log.update(lambda known: [each for each in known if each.checksum is not None or each.object not in files])
     return made
 
 
