@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from pitfs.config.quantities import parse_size
     from pitfs.store.check.check import at_rate, check, contents_bytes
     from pitfs.store.check.heal import heal
+    from pitfs.store.objects.damage import DamageLog
 
     try:
         rate = parse_size(args.rate.removesuffix("/s")) if args.rate else None
@@ -64,11 +65,12 @@ def run(args: argparse.Namespace) -> int:
             healed, report = healed + came, checked()
     except PitfsError as error:  # said behind the report
         failure = error
+    gone = args.heal and any(each.state == "gone" for each in DamageLog(args.store).known())
     if args.json:
         rows = [_row(*each) for each in report.damaged]
         print_json({"objects": report.objects, "bytes": report.bytes, "damaged": rows, "healed": healed})
     else:
-        _print(args.store, report, has_data, healed, is_asked=args.heal and failure is None)
+        _print(args.store, report, has_data, healed, gone)
     if failure is not None:
         raise failure
     return EXIT_FAILED if report.damaged else 0
@@ -81,7 +83,7 @@ def _row(damage: Damage, stretches: list[Stretch]) -> dict[str, Any]:
     return {"object": damage.object, "from": damage.offset, "to": to, "kind": damage.kind, "instants": instants}
 
 
-def _print(store: str, report: Report, has_data: bool, healed: int, is_asked: bool) -> None:
+def _print(store: str, report: Report, has_data: bool, healed: int, is_gone: bool) -> None:
     contents = f"{format_bytes(report.bytes)} of contents" if has_data else "contents not read (--data reads them)"
     found = f"{len(report.damaged) or 'no'} damaged places" + (f", {healed} healed" if healed else "")
     print(f"{store}: {report.objects} objects, {contents}: {found}")
@@ -96,7 +98,7 @@ def _print(store: str, report: Report, has_data: bool, healed: int, is_asked: bo
         elif len(stretches) > MAX_SHOWN:
             print(f"    and {len(stretches) - MAX_SHOWN} stretches more: --json names them")
     if report.damaged:
-        contents = "production has those contents no more" if is_asked else "contents may come back by --heal"
+        contents = "production has those contents no more" if is_gone else "contents may come back by --heal"
         warn(f"all other instants are whole: export what you need; {contents}; a copy of the store may have objects")
 
 
