@@ -11,7 +11,7 @@ import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from itertools import islice
 from typing import Final
 
@@ -29,13 +29,12 @@ from pitfs.store.objects.format import (
     CATALOG,
     HEADER_BYTES,
     HEAL_LOCK,
-    OBJECTS,
     ObjectHeader,
     ObjectKind,
     ObjectName,
 )
-from pitfs.store.objects.pool import ObjectPool
-from pitfs.store.opening import changes_locked, read_store_info
+from pitfs.store.opening import changes_locked
+from pitfs.store.store import Store
 
 STALL_S: Final = 60.0  # without an answer: then no more is waited for
 POLL_S: Final = 0.2
@@ -50,8 +49,8 @@ class Healer:
     """Heals the store ROOT/GROUP for a session: see `link.sessions.applier.HealerProtocol`."""
 
     def __init__(self, root: str, hello: Hello) -> None:
-        self._path, self._volumes = os.path.join(root, hello.group), hello.volumes
-        self._log, self._closing = DamageLog(self._path), ExitStack()
+        self._path, self._closing = os.path.join(root, hello.group), ExitStack()
+        self._log = DamageLog(self._path)
         self._lock: int | None = None
         self._seen = (0, 0)  # size and time of the log when nothing in it was wanted
         self._asked: list[Damage] = []
@@ -73,7 +72,7 @@ class Healer:
                 wanted = (each for each in known if may_heal(each) and each.object not in unusable)
                 self._asked = list(islice(wanted, MAX_WANTED))
                 if self._asked:
-                    with _opened(self._path) as (catalog, _):
+                    with closing(Catalog(os.path.join(self._path, CATALOG))) as catalog:
                         return tuple(_wanted(catalog, each) for each in self._asked)
                 self._seen = seen
         return ()
@@ -95,14 +94,14 @@ class Healer:
     def _write(self, damage: Damage, content: bytes) -> None:
         """Writes a content where the object is now, and reads it again from the disk."""
         name = ObjectName.of_file(damage.object)
-        with changes_locked(self._path), _opened(self._path) as (catalog, objects):
+        with changes_locked(self._path), _opened(self._path) as (catalog, store):
             is_wal = name in {each.wal for each in catalog.open_intervals()}
             if name is None or not (is_wal or catalog.object(name.file)):
                 return  # it was removed since
-            path, found = objects.path_of(name), objects.fd_of(name)
+            path, found = store.objects.path_of(name), store.objects.fd_of(name)
             if (len(content), xxh3_64_intdigest(content)) != (damage.size, damage.checksum):
                 raise PitfsError(f"{path}: byte {damage.offset}: production gave another content: is it pitfs?")
-            if catalog.host_of(name) and not self._is_live(catalog, objects, name, damage):
+            if catalog.host_of(name) and not _is_live(catalog, store, name, damage):
                 return  # the same
             try:
                 with open_fd(f"/proc/self/fd/{found:d}", os.O_RDWR) as fd:
@@ -114,16 +113,6 @@ class Healer:
                         raise CorruptionError(path, offset, "what is written there doesn't stay: replace the disk")
             except OSError as error:
                 raise storage_error(error, path, "healing") from error
-
-    def _is_live(self, catalog: Catalog, objects: ObjectPool, name: ObjectName, damage: Damage) -> bool:
-        """Whether the first snapshot that may have it does: what is dead of a moved object isn't in its host."""
-        layout, row = objects.layout, catalog.row("snapshots", "WHERE id >= ? ORDER BY id", name.snapshot_id)
-        if row is None:
-            return False
-        maps = block_maps(node_loader(objects), catalog.roots(row[0]), self._volumes)
-        pointers, checksums = look_up(maps, np.array([damage.volume], "<u2"), np.array([damage.block], "<i8"))
-        place = layout.object_of(pointers.item()), layout.offset_of(pointers.item()), checksums.item()
-        return place == (name.number, damage.offset, damage.checksum)
 
 
 def heal(store: str, progress: Callable[[int], AbstractContextManager[Callable[[int], None]]]) -> int:
@@ -166,46 +155,52 @@ def _production_listens(store: str) -> bool:
     return False
 
 
-def _make_frames(store: str) -> int:
+def _make_frames(path: str) -> int:
     """Makes files and headers of contents again where these are missing or damaged; returns how many.
 
     What was in a file is zeros then: damage that is known already, or that the next check finds.
     """
-    log, made, contents = DamageLog(store), 0, (ObjectKind.SNAPSHOT_BLOCKS, ObjectKind.JOURNAL_BLOCKS)
+    log, made, contents = DamageLog(path), 0, (ObjectKind.SNAPSHOT_BLOCKS, ObjectKind.JOURNAL_BLOCKS)
     names = {name for each in log.known() if each.checksum is None and (name := ObjectName.of_file(each.object))}
     if not (names := {name for name in names if name.kind in contents}):
         return 0
     try:
-        with changes_locked(store), _opened(store) as (catalog, objects):
+        with changes_locked(path), _opened(path) as (catalog, store):
             for name in names:
                 record = catalog.object(name.file)
                 if record is None or catalog.host_of(name):
                     continue
-                path, sizes = objects.path_of(name), () if name.number & 1 else (record.data_bytes,)
-                history = bytes.fromhex(read_store_info(store).history)
-                os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-                with open_fd(path, os.O_RDWR | os.O_CREAT) as fd:
-                    write_all(fd, ObjectHeader(name.kind, history, name.snapshot_id, *sizes).encode(), 0)
+                file, sizes = store.objects.path_of(name), () if name.number & 1 else (record.data_bytes,)
+                header = ObjectHeader(name.kind, bytes.fromhex(store.history), name.snapshot_id, *sizes)
+                os.makedirs(os.path.dirname(file), 0o700, exist_ok=True)
+                with open_fd(file, os.O_RDWR | os.O_CREAT) as fd:
+                    write_all(fd, header.encode(), 0)
                     os.ftruncate(fd, max(os.fstat(fd).st_size, HEADER_BYTES + record.data_bytes))
                     os.fsync(fd)
-                fsync_directory(os.path.dirname(path))
+                fsync_directory(os.path.dirname(file))
                 made += 1
     except OSError as error:
-        raise storage_error(error, store, "healing") from error
+        raise storage_error(error, path, "healing") from error
     files = {name.file for name in names}
     log.update(lambda known: [each for each in known if each.checksum is not None or each.object not in files])
     return made
 
 
 @contextmanager
-def _opened(path: str) -> Iterator[tuple[Catalog, ObjectPool]]:
-    info = read_store_info(path)
-    with ExitStack() as closing:
-        closing.callback((catalog := Catalog(os.path.join(path, CATALOG))).close)
-        history = bytes.fromhex(info.history)
-        objects = ObjectPool(os.path.join(path, OBJECTS), info.layout, history, host_of=catalog.host_of)
-        closing.callback(objects.close)
-        yield catalog, objects
+def _opened(path: str) -> Iterator[tuple[Catalog, Store]]:
+    with closing(Store.open(path)) as store, closing(Catalog(os.path.join(path, CATALOG))) as catalog:
+        yield catalog, store
+
+
+def _is_live(catalog: Catalog, store: Store, name: ObjectName, damage: Damage) -> bool:
+    """Whether the first snapshot that may have it does: what is dead of a moved object isn't in its host."""
+    layout, row = store.objects.layout, catalog.row("snapshots", "WHERE id >= ? ORDER BY id", name.snapshot_id)
+    if row is None:
+        return False
+    maps = block_maps(node_loader(store.objects), catalog.roots(row[0]), store.volumes)
+    pointers, checksums = look_up(maps, np.array([damage.volume], "<u2"), np.array([damage.block], "<i8"))
+    place = layout.object_of(pointers.item()), layout.offset_of(pointers.item()), checksums.item()
+    return place == (name.number, damage.offset, damage.checksum)
 
 
 def _wanted(catalog: Catalog, damage: Damage) -> Wanted:
