@@ -27,13 +27,17 @@ from tests.helpers.stores import ingest_transfer, object_files
 from tests.helpers.streams import batch_of, mark_of
 from tests.helpers.transfers import History
 
-VOLUMES = (VolumeInfo("a", 20_000, 1024), VolumeInfo("b", 600 * 512, 512))
+VOLUMES = (VolumeInfo("a", 9_000, 1024), VolumeInfo("b", 530 * 512, 512))
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, History]:
     """A store of all there is: layers, a coarse interval, snapshots only, streamed ones, one that is open."""
     history = History(11, VOLUMES)
+    history.images[1][10 * 512 : 520 * 512] = bytes(510 * 512)  # two leaves, but few blocks
+    history.base = [bytes(image) for image in history.images]
+    history.states.clear()
+    history._keep_state()
     ingest = Ingest(str(tmp_path_factory.mktemp("made")), history.hello)
 
     def write(count: int) -> None:
@@ -44,20 +48,20 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, History]:
         for name in ("fsync", "fdatasync"):
             patch.setattr(os, name, lambda fd: None)
         ingest_transfer(ingest, history.close_interval())
-        write(9)
-        ingest_transfer(ingest, history.close_interval(0, ("one",), before_ns=(100_000_000,)))
         write(8)
+        ingest_transfer(ingest, history.close_interval(0, ("one",), before_ns=(100_000_000,)))
+        write(7)
         ingest_transfer(ingest, history.close_interval(100_000_000))
         write(3)
         ingest_transfer(ingest, history.close_interval(None, ("two",)))
         for _ in range(2):
-            write(7)
+            write(4)
             ingest.write(batch_of(history.open))
             ingest.mark(mark_of(history))
             ingest.stream.wait_for_closing()
         for _ in range(3):
             start = len(history.open)
-            write(3)
+            write(2)
             ingest.write(batch_of(history.open[start:]))
             ingest.publish()
         ingest.close()
@@ -156,13 +160,13 @@ def test_a_store_that_is_whole_has_no_damage(store: Path) -> None:
     for has_data in (False, True):
         report = run(store, has_data)
         assert report.damaged == [] and report.objects == len(object_files(store)) - 1
-    assert report.bytes > 100_000
+    assert report.bytes > 40_000
     assert not (store / "damaged").exists()
 
 
 def test_a_bit_flipped_anywhere_is_noticed_or_harmless(store: Path, made: tuple[Path, History]) -> None:
     random = np.random.default_rng(3)
-    noticed, count = flip_each(store, made[1], lambda size: iter(sorted(random.integers(0, size, 6).tolist())))
+    noticed, count = flip_each(store, made[1], lambda size: iter(sorted(random.integers(0, size, 5).tolist())))
     assert noticed > count / 4
 
 
@@ -178,7 +182,7 @@ def test_objects_that_are_removed_cut_or_swapped_are_noticed(store: Path, made: 
         file.unlink()
         report = expect(store, made[1], states, f"{file.name} removed")
         assert report is not None and report.damaged
-        for cut in (0, 40, 4096, 4097, len(whole) - 1, (len(whole) + 4096) // 2):
+        for cut in (40, 4097, len(whole) - 1, (len(whole) + 4096) // 2):
             file.write_bytes(whole[:cut])
             report = expect(store, made[1], states, f"{file.name} cut at {cut}")
             assert report is not None and report.damaged
@@ -208,9 +212,9 @@ def test_a_check_that_is_stopped_goes_on(
     expected = expect(store, made[1], instants(store), "once")
     for name in ("check-data.progress", "damaged"):
         (store / name).unlink()
-    monkeypatch.setattr(check_module, "BATCH_BYTES", 20_000)
+    monkeypatch.setattr(check_module, "BATCH_BYTES", 6_000)
     counts: list[int] = []
-    left = [1, 160_000]  # that may be read of the first time, the second
+    left = [1, 30_000]  # that may be read of the first time, the second
 
     def paced(count: int) -> None:
         counts.append(count)
@@ -229,7 +233,7 @@ def test_a_check_that_is_stopped_goes_on(
     counts.clear()
     report = run(store, paced=paced)
     assert expected is not None and report.damaged == expected.damaged != []
-    assert read[1] + sum(counts) == report.bytes == expected.bytes
+    assert 0 <= read[1] + sum(counts) - expected.bytes <= 4096  # what two blocks share may come in two batches
 
 
 def test_the_rate_is_held(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,12 +14,14 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from typing import Final
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from pitfs.errors import CorruptionError, PitfsError
 from pitfs.model.blockmap import FANOUT, FANOUT_BITS, POINTERS
@@ -29,7 +31,6 @@ from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.records import Snapshot
 from pitfs.store.check.suffering import Stretch, Suffering, uncovered
 from pitfs.store.check.walk import IN_CATALOG, Found, Journal, Walk
-from pitfs.store.index.merge import Rows
 from pitfs.store.objects.damage import MAX_PLACES, Damage, DamageLog
 from pitfs.store.objects.format import CATALOG, HEADER_BYTES, ObjectKind, ObjectName, ObjectRecord
 from pitfs.store.objects.pool import ObjectPool
@@ -39,12 +40,14 @@ from pitfs.store.store import Store
 from pitfs.store.transfer.sections import checksums_of
 
 PROGRESS: Final = {False: "check.progress", True: "check-data.progress"}
-BATCH_BYTES: Final = 128 << 20  # of contents, sorted by their places: 11 MiB of rows if blocks have 512 bytes
-AHEAD_BYTES: Final = 8 << 20  # that the kernel reads while those before them are compared
+BATCH_BYTES: Final = 128 << 20  # of contents, sorted by their places: 12 MiB of rows if blocks have 512 bytes
+PART_BYTES: Final = 512 << 10  # compared while the next part is read
+AHEAD_PARTS: Final = 16  # that the kernel is told to read ahead
 SAVE_S: Final = 10.0
-_CONTENT: Final = np.dtype(  # owner: id of the snapshot, minus that of the open interval; seq: 0 in a map
-    [("pointer", "<u8"), ("checksum", "<u8"), ("block", "<i8"), ("seq", "<i8"), ("owner", "<i8"), ("volume", "<u2")]
-)
+_POINTER, _CHECKSUM, _BLOCK, _SEQ, _OWNER, _VOLUME = range(6)  # of contents, int64[6, n]
+
+# Of contents, by column. owner: id of the snapshot, or minus that of the open interval; seq: 0 of a map's.
+Contents = npt.NDArray[np.int64]
 
 
 class Progress(msgspec.Struct):
@@ -151,10 +154,10 @@ class _Check(Walk):
     ) -> None:  # fmt: skip
         super().__init__(catalog, objects, volumes, found)
         self._progress, self._paced = progress, paced
-        self._unit_bytes = np.uint64(objects.layout.unit_bytes)
-        self._units = np.array([each.block_size for each in volumes], "<u8") // self._unit_bytes
+        self._layout = layout = objects.layout
+        self._units = np.array([each.block_size // layout.unit_bytes for each in volumes], "<u8")
         self._reader = ContentReader({}, objects)
-        self._batch: list[Rows] = []
+        self._batch: list[Contents] = []
         self._batch_bytes, self._saved_s = 0, time.monotonic()
 
     def run(self) -> None:
@@ -228,15 +231,14 @@ class _Check(Walk):
         if journal is not None:
             own = ObjectName(ObjectKind.JOURNAL_BLOCKS, snapshot.id)
             self._check_journal(journal, [own.number], snapshot.id)
-        roots = list(zip(self.roots(before), self.roots(snapshot), strict=True))
+        roots = self.roots(snapshot)
         for volume in range(progress.volume, len(roots)):
-            for leaf, *leaves in self.leaves(volume, *roots[volume], progress.leaf, lambda sign, pointer: None):
-                slots = np.flatnonzero((leaves[0] != leaves[1]).any(axis=0) & (leaves[1][POINTERS] != 0))
-                rows = np.zeros(len(slots), _CONTENT)
-                rows["pointer"], rows["checksum"] = leaves[1][:, slots]
-                rows["block"], rows["volume"], rows["owner"] = leaf * FANOUT + slots, volume, snapshot.id
+            for leaf, slots, entries in self.new_leaves(volume, roots[volume], before, progress.leaf):
+                contents = np.zeros((6, len(slots)), "<i8")
+                contents[: _CHECKSUM + 1] = entries.view("<i8")
+                contents[_BLOCK], contents[_OWNER], contents[_VOLUME] = leaf * FANOUT + slots, snapshot.id, volume
                 progress.leaf = leaf + 1
-                self._take(rows)
+                self._take(contents)
             progress.volume, progress.leaf = volume + 1, 0
         of_snapshot = [each for each in (before, snapshot) if each is not None]
         return lambda: all(self.catalog.snapshot(each.id) == each for each in of_snapshot) and (
@@ -260,86 +262,96 @@ class _Check(Walk):
         for _ in journal.positions():
             pass
         for rows in journal.rows():
-            numbers = rows["pointer"] >> np.uint64(self.objects.layout.unit_bits)
+            numbers = rows["pointer"] >> np.uint64(self._layout.unit_bits)
             mine = rows[np.isin(numbers, np.array(own, "<u8"))]
-            contents = np.zeros(len(mine), _CONTENT)
-            for field in ("pointer", "checksum", "block", "seq", "volume"):
-                contents[field] = mine[field]
-            contents["owner"] = owner
-            self._take(contents)
+            columns = (mine[field].astype("<u8").view("<i8") for field in ("pointer", "checksum", "block", "seq"))
+            self._take(np.array([*columns, np.full(len(mine), owner), mine["volume"]], "<i8"))
 
     # Contents
 
-    def _take(self, rows: Rows) -> None:
+    def _take(self, contents: Contents) -> None:
         """Puts contents into the batch, and verifies that where it is full; saves the progress now and then."""
         if self._progress.has_data:
-            self._batch.append(rows)
-            self._batch_bytes += int((self._units[rows["volume"]] * self._unit_bytes).sum())
+            self._batch.append(contents)
+            self._batch_bytes += int(self._units[contents[_VOLUME]].sum()) * self._layout.unit_bytes
         if self._batch_bytes >= BATCH_BYTES or time.monotonic() - self._saved_s > SAVE_S:
             self._verify()
 
     def _verify(self) -> None:
         """Verifies the contents of the batch, each once, in the order of their places."""
         if self._batch:
-            rows = np.concatenate(self._batch)
-            rows = rows[np.unique(rows["pointer"], return_index=True)[1]]
+            contents = np.concatenate(self._batch, axis=1)
+            contents = contents[:, np.unique(contents[_POINTER].view("<u8"), return_index=True)[1]]
             self._batch, self._batch_bytes = [], 0
-            ends = np.cumsum(self._units[rows["volume"]] * self._unit_bytes) // np.uint64(AHEAD_BYTES)
-            parts = np.split(rows, np.flatnonzero(np.diff(ends)) + 1)
-            for part, following in zip(parts, [*parts[1:], rows[:0]], strict=True):
-                self._read_ahead(following)
-                self._read(part)
+            part_units = PART_BYTES // self._layout.unit_bytes
+            cuts = np.flatnonzero(np.diff(np.cumsum(self._units[contents[_VOLUME]]) // part_units)) + 1
+            parts = np.split(contents, cuts, axis=1)
+            with ThreadPoolExecutor(1, "reading contents") as reader:
+                reading = reader.submit(self._read, parts[0], 0)
+                for number, part in enumerate(parts):
+                    ready = reading
+                    if number + 1 < len(parts):
+                        reading = reader.submit(self._read, parts[number + 1], number + 1 & 1)
+                    self._compare(part, ready.result())
+                    if number + AHEAD_PARTS < len(parts):
+                        self._read_ahead(parts[number + AHEAD_PARTS])
         self._progress.found, self._saved_s = list(self.found.places.values()), time.monotonic()
         self._progress.save(os.path.dirname(self.found.path))
 
-    def _read_ahead(self, rows: Rows) -> None:
-        pointers, units = rows["pointer"], self._units[rows["volume"]]
+    def _read_ahead(self, contents: Contents) -> None:
+        pointers, units = contents[_POINTER].view("<u8"), self._units[contents[_VOLUME]]
         cuts = (np.flatnonzero(pointers[1:] != pointers[:-1] + units[:-1]) + 1).tolist()
-        for first, end in itertools.pairwise([0, *cuts, len(rows)] if len(rows) else []):
-            pointer, layout = int(pointers[first]), self.objects.layout
-            if (fd := self.tried(lambda: self.objects.fd(layout.object_of(pointer)))) is not None:  # noqa: B023
-                size = int(units[first:end].sum()) * layout.unit_bytes
-                os.posix_fadvise(fd, layout.offset_of(pointer), size, os.POSIX_FADV_WILLNEED)
+        for first, end in itertools.pairwise([0, *cuts, len(pointers)]):
+            pointer = int(pointers[first])
+            if (fd := self.tried(partial(self.objects.fd, self._layout.object_of(pointer)))) is not None:
+                size = int(units[first:end].sum()) * self._layout.unit_bytes
+                os.posix_fadvise(fd, self._layout.offset_of(pointer), size, os.POSIX_FADV_WILLNEED)
 
-    def _read(self, rows: Rows) -> None:
-        """Compares contents with their checksums; where that ends in an error, each half by itself."""
-        if not len(rows):
-            return
-        units = self._units[rows["volume"]]
+    def _read(self, contents: Contents, buffer: int) -> memoryview | None:
+        """These contents, less than a part of `ContentReader`; None where they can't be read."""
+        units = self._units[contents[_VOLUME]]
         try:
-            for part, data in self._reader.parts(rows["pointer"], units):
-                wrong = checksums_of(data, (units[part] * self._unit_bytes).astype("<i8")) != rows["checksum"][part]
-                for row in rows[part][wrong] if wrong.any() else ():
-                    self._note(row)
-                self._progress.bytes += len(data)
-                self._paced(len(data))
+            ((_, data),) = self._reader.parts(contents[_POINTER].view("<u8"), units, buffer)
         except (CorruptionError, OSError):
-            if len(rows) == 1:
-                self._note(rows[0])
-                return
-            self._read(rows[: len(rows) // 2])
-            self._read(rows[len(rows) // 2 :])
+            return None
+        return data
 
-    def _note(self, row: np.void) -> None:
+    def _compare(self, contents: Contents, data: memoryview | None) -> None:
+        """Compares contents with their checksums; where they can't be read, one after the other."""
+        count = contents.shape[1]
+        if data is not None:
+            sizes = (self._units[contents[_VOLUME]]).astype("<i8") * self._layout.unit_bytes
+            wrong = checksums_of(data, sizes) != contents[_CHECKSUM].view("<u8")
+            for place in np.flatnonzero(wrong).tolist():
+                self._note(contents[:, place])
+            self._progress.bytes += len(data)
+            self._paced(len(data))
+        elif count == 1:
+            self._note(contents[:, 0])
+        else:
+            for place in range(count):
+                self._compare(one := contents[:, place : place + 1], self._read(one, 0))
+
+    def _note(self, content: npt.NDArray[np.int64]) -> None:
         """Notes a content that is damaged, unless nothing leads to it any more."""
         if len(self.found.places) >= MAX_PLACES:
             return
-        pointer, checksum, block, seq, owner, volume = (int(row[field]) for field in _CONTENT.names or ())
-        after_seq, through_seq, now = max(seq - 1, 0), seq, np.zeros(0, "<u8")
+        pointer, checksum = content[: _CHECKSUM + 1].view("<u8").tolist()
+        block, seq, owner, volume = content[_BLOCK:].tolist()
+        after_seq, through_seq, now = max(seq - 1, 0), seq, [pointer]
         if owner < 0:
-            opened = (each.id for each in self.catalog.open_intervals())
-            now = np.array([pointer] if -owner in opened else [], "<u8")
-        elif (snapshot := self.catalog.row("snapshots", "WHERE id >= ? ORDER BY id", owner)) is not None:
-            interval = self.catalog.interval_to(snapshot[0])
+            now = [pointer] if -owner in (each.id for each in self.catalog.open_intervals()) else []
+        elif (row := self.catalog.row("snapshots", "WHERE id >= ? ORDER BY id", owner)) is not None:
+            snapshot = Snapshot(*row)
+            interval = self.catalog.interval_to(snapshot.id)
             if seq:
                 journal = self.journal(interval) if interval is not None else None
-                if journal is not None and journal.parts[0].index is not None:
-                    now = journal.parts[0].index.range(volume, block, block + 1, seq)[1]
+                index = journal and journal.parts[0].index
+                now = index.range(volume, block, block + 1, seq)[1].tolist() if index else []
             else:
-                now = self.maps(self.roots(Snapshot(*snapshot)))[volume].leaf(block >> FANOUT_BITS)[POINTERS]
-                after_seq, through_seq = interval.from_seq if interval else 0, snapshot[1]
-        if pointer in now.tolist():
-            layout = self.objects.layout
-            place = layout.offset_of(pointer), int(self._units[volume] * self._unit_bytes)
-            file = ObjectName.of_number(layout.object_of(pointer)).file
+                now = self.maps(self.roots(snapshot))[volume].leaf(block >> FANOUT_BITS)[POINTERS].tolist()
+                after_seq, through_seq = interval.from_seq if interval else 0, snapshot.seq
+        if pointer in now:
+            file = ObjectName.of_number(self._layout.object_of(pointer)).file
+            place = self._layout.offset_of(pointer), int(self._units[volume]) * self._layout.unit_bytes
             self.found.note(Damage(file, *place, "content", volume, block, checksum, after_seq, through_seq))

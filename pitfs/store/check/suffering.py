@@ -115,7 +115,7 @@ class Suffering(Walk):
             counts[1, catalog] = 1
         for volume, units in enumerate(self._units):
             met = partial(self._meet, counts[1])
-            for _, *leaves in self.leaves(volume, before[volume], roots[volume], 0, met):
+            for leaves in self.leaves(volume, before[volume], roots[volume], met):
                 changed = (leaves[0] != leaves[1]).any(axis=0)
                 for sign, leaf in zip((-1, 1), leaves, strict=True):
                     _count(counts[0], self._contents.of(leaf[0][changed], units), sign)

@@ -1,8 +1,7 @@
-"""The history of a store, walked once: from snapshot to snapshot, what each has that the one before it has not.
+"""The history of a store, walked from snapshot to snapshot: what each has that the one before it has not.
 
-Two neighbouring block maps are compared from their roots down, and only where they differ. So each node comes once in
-the whole history, in the map that brought it, and so does each content, in the block that it was written to. A node
-that is damaged counts as one without entries: the walk goes on beside it.
+So each node comes once in the whole history, in the map that brought it, and so does each content. A node that is
+damaged counts as one without entries: the walk goes on beside it.
 """
 
 from __future__ import annotations
@@ -14,7 +13,18 @@ from typing import Final, TypeVar
 import numpy as np
 
 from pitfs.errors import CorruptionError
-from pitfs.model.blockmap import EMPTY, FANOUT_BITS, BlockMap, MapEntry, Node, new_node, tree_depth
+from pitfs.model.blockmap import (
+    EMPTY,
+    FANOUT_BITS,
+    POINTERS,
+    BlockMap,
+    I64Array,
+    MapEntry,
+    Node,
+    U64Array,
+    new_node,
+    tree_depth,
+)
 from pitfs.model.transfer import VolumeInfo
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.records import Interval, OpenInterval, Snapshot
@@ -125,29 +135,55 @@ class Walk:
     def maps(self, roots: Sequence[MapEntry]) -> list[BlockMap]:
         return [BlockMap(root, each.block_count, self.node) for root, each in zip(roots, self.volumes, strict=True)]
 
+    def new_leaves(
+        self, volume: int, root: MapEntry, before: Snapshot | None, first: int
+    ) -> Iterator[tuple[int, I64Array, U64Array]]:
+        """Leaves of a snapshot's map, from leaf `first` on, that the snapshot before doesn't have.
+
+        What is new has ids after that one's: contents and nodes are stored in the interval that brings them.
+
+        Yields:
+            index; slots of the blocks whose contents are new; pointers and checksums of these, uint64[2, n].
+        """
+        unit_bits, after_id = self.objects.layout.unit_bits, before.id if before else 0
+
+        def walk(entry: MapEntry, level: int, index: int) -> Iterator[tuple[int, I64Array, U64Array]]:
+            if entry.pointer >> unit_bits <= after_id or (index + 1) << FANOUT_BITS * level <= first:
+                return
+            node = self.node(entry.pointer, entry.checksum)
+            ids = node[POINTERS] >> np.uint64(unit_bits if level else unit_bits + 1)
+            slots = np.flatnonzero(ids > after_id)
+            if not level:
+                yield index, slots, node[:, slots]
+                return
+            for slot, pointer, checksum in zip(slots.tolist(), *node[:, slots].tolist(), strict=True):
+                yield from walk(MapEntry(pointer, checksum), level - 1, index << FANOUT_BITS | slot)
+
+        return walk(root, tree_depth(self.volumes[volume].block_count) - 1, 0)
+
     def leaves(
-        self, volume: int, before: MapEntry, after: MapEntry, first: int, met: Callable[[int, int], None]
-    ) -> Iterator[tuple[int, Node, Node]]:
-        """Leaves, from leaf `first` on, in which two maps of a volume differ: index, the leaf before and after.
+        self, volume: int, before: MapEntry, after: MapEntry, met: Callable[[int, int], None]
+    ) -> Iterator[tuple[Node, Node]]:
+        """Leaves in which two maps of a volume differ: before and after.
 
         Args:
             met: called with -1 and the pointer (or 0) of nodes that only the map before has, with 1 for the other's.
         """
 
-        def walk(one: MapEntry, other: MapEntry, level: int, index: int) -> Iterator[tuple[int, Node, Node]]:
-            if one == other or (index + 1) << FANOUT_BITS * level <= first:
+        def walk(one: MapEntry, other: MapEntry, level: int) -> Iterator[tuple[Node, Node]]:
+            if one == other:
                 return
             met(-1, one.pointer)
             met(1, other.pointer)
             nodes = self.node(one.pointer, one.checksum), self.node(other.pointer, other.checksum)
             if not level:
-                yield index, *nodes
+                yield nodes
                 return
             for slot in np.flatnonzero((nodes[0] != nodes[1]).any(axis=0)).tolist():
                 below = MapEntry(*nodes[0][:, slot].tolist()), MapEntry(*nodes[1][:, slot].tolist())
-                yield from walk(*below, level - 1, index << FANOUT_BITS | slot)
+                yield from walk(*below, level - 1)
 
-        return walk(before, after, tree_depth(self.volumes[volume].block_count) - 1, 0)
+        return walk(before, after, tree_depth(self.volumes[volume].block_count) - 1)
 
     def journal(self, interval: Interval) -> Journal | None:
         """The interval's difference journal, None where it has none. Raises CorruptionError: the catalog is damaged."""
