@@ -114,7 +114,7 @@ def test_wrong_use_is_one_line_and_exit_2(
     assert capsys.readouterr().err == line + "\n"
 
 
-@pytest.mark.parametrize("name", ["check", "prune"])
+@pytest.mark.parametrize("name", ["check"])
 def test_commands_of_later_say_that_they_are_not_available(
     capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
