@@ -100,10 +100,12 @@ async def _receive(
 
     from pitfs.link.sessions.connect import Limits, serve
     from pitfs.model.endpoint import format_endpoint
+    from pitfs.store.check.heal import Healer
     from pitfs.store.ingest import Ingest
     from pitfs.store.opening import check_sender
     from pitfs.supervision.listening import listen
     from pitfs.supervision.processes import trim_heap
+    from pitfs.supervision.scrub import scrub_stores
     from pitfs.supervision.service import notify_ready
 
     log = logging.getLogger(__name__)
@@ -114,9 +116,13 @@ async def _receive(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(trim_heap)
         nursery.start_soon(_prune_hourly, root)
+        nursery.start_soon(scrub_stores, root)
         limits = Limits(window_bytes=window_bytes)
         check, opened = partial(check_sender, root), partial(Ingest, root)
-        await serve(listeners, opened, tls=tls, limits=limits, read_grants=read_grants, check_sender=check)
+        healer = partial(Healer, root)
+        await serve(
+            listeners, opened, tls=tls, limits=limits, read_grants=read_grants, check_sender=check, open_healer=healer
+        )
 
 
 async def _prune_hourly(root: str) -> None:

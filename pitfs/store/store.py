@@ -52,7 +52,7 @@ class Store:
         self.data_version = catalog.data_version
         self.snapshots, self.intervals = catalog.snapshots, catalog.intervals
         self.bookmarks, self.bookmark = catalog.bookmarks, catalog.bookmark
-        self.gaps, self.last_gap = catalog.gaps, catalog.last_gap
+        self.gaps, self.last_gap, self.digest = catalog.gaps, catalog.last_gap, catalog.digest
         self.meta = catalog.meta
 
     @classmethod

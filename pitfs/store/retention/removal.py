@@ -22,9 +22,10 @@ from functools import cached_property
 from heapq import merge
 from typing import Final
 
-from pitfs.errors import StoreError
+from pitfs.errors import CorruptionError, StoreError
 from pitfs.model.blockmap import EMPTY
 from pitfs.storage.files import FULL_ERRNOS, fsync_directory, open_fd, punch, read_exactly, write_all
+from pitfs.store.catalog.database import REMEDY
 from pitfs.store.index.maps import block_maps
 from pitfs.store.objects.format import HEADER_BYTES, ObjectKind, ObjectName, ObjectRecord
 from pitfs.store.retention.liveness import Live, Objects, live_between
@@ -187,6 +188,7 @@ class Removal:
         moved = list[tuple[str, str, int]]()
         block, names = self._block_bytes, set[ObjectName]()
         with open_fd(self._path(host), os.O_RDWR) as fd:
+            self._cut(fd, host)
             before = os.fstat(fd)
             end = before.st_size
             try:
@@ -211,6 +213,24 @@ class Removal:
             self._grown_bytes += (os.fstat(fd).st_blocks - before.st_blocks) * 512
         self._moved += moved
         return names
+
+    def _cut(self, fd: int, host: ObjectName) -> None:
+        """Cuts off what a removal copied there whose commit didn't come about."""
+        size = os.fstat(fd).st_size
+        if size > self._end_of(host, "") and size > (end := self._end_of(host, "NOT INDEXED")):
+            os.ftruncate(fd, end)
+
+    def _end_of(self, host: ObjectName, how: str) -> int:
+        """Byte of an object's file behind all that the catalog says is in it; `how` not to trust an index alone."""
+        catalog, ends = self._store.catalog, [HEADER_BYTES]
+        rows = catalog.rows(f"SELECT * FROM moved {how} WHERE host = ?", (host.file,))
+        for name, _, base in (*(catalog.verified("moved", row) for row in rows), (host.file, host.file, 0)):
+            record = catalog.object(name)
+            if record is None:
+                raise CorruptionError(catalog.path, 0, f"it has moved {name}, but not the object: {REMEDY}")
+            footer_bytes = record.footer_bytes if name == host.file else 0
+            ends.append(base + HEADER_BYTES + record.data_bytes + footer_bytes)
+        return max(ends)
 
     def change(self) -> None:
         """What the catalog says afterwards; within `Catalog.changes`.
@@ -284,6 +304,7 @@ class Removal:
         before = self._allocated(file.name)
         with open_fd(self._path(file.name), os.O_RDWR) as fd:
             size, at = os.fstat(fd).st_size, HEADER_BYTES
+            size += -size % self._block_bytes  # else the block with the end would stay
             for start, end in merge(self._ranges(file.live), [(size, size)]):
                 if at < start and not punch(fd, at, start - at):
                     return 0
