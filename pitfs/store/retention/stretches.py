@@ -181,7 +181,7 @@ def _in_run(before: State | None, each: _Judged, reason: str, is_kept: bool, act
     if before is not None and state.granularity_ns == 0:
         instants = state.seq - before.seq
     from_ns, level = (before or state).time_ns, max(each.level, SNAPSHOTS)
-    going = not is_kept, instants - is_kept
+    going = int(not is_kept), instants - is_kept
     return Stretch(from_ns, state.time_ns, state.granularity_ns, None, level, reason, *going, action)
 
 
