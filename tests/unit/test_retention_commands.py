@@ -252,7 +252,7 @@ def test_an_empty_store_has_no_age(tmp_path: Path) -> None:
         assert retention.apply().done == 0
     replica = Replica(tmp_path)
     replica.receive(30)
-    assert replica.apply() == 7
+    assert replica.apply() == 6
 
 
 def test_a_sender_years_ahead_displaces_nothing(replica30: Replica) -> None:
