@@ -46,11 +46,11 @@ from pitfs.store.transfer.writable_store import WritableStore
 
 log = logging.getLogger(__name__)
 
-BATCH_ACTIONS: Final = 512  # a commit of so many takes some 0.1 s
+BATCH_ACTIONS: Final = 4096  # share their syncs
 BATCH_WEIGHT: Final = 1 << 20  # rows and units of the journals of a batch: some 4 MiB
 SCARCE_BYTES: Final = 64 << 20  # with less room than that batches are small: each gives room for the next
 SCARCE_ACTIONS: Final = 16
-LOCKED_S: Final = 0.25  # then what is left of a batch waits for the next time that the locks are free
+LOCKED_S: Final = 0.25  # as long others wait for the locks; then they have their turn
 MAX_POSTPONED: Final = 4096
 VACUUM_PAGES: Final = 256  # at a time
 VACUUM_STEPS: Final = 64
@@ -208,22 +208,29 @@ class Pruner(AbstractContextManager["Pruner"]):
                 self._catalog.put("removals", (snapshot_id, snapshot_id), "ON CONFLICT DO NOTHING")
         built, postponed = self._build(thinnings)
         sync_file_system(self._store.objects.directory)
-        done, refused = list[Thinning](), list[Thinning]()
-        with changes_locked(self.path), pins_locked(self.path) as pins:
-            pinned = _Pinned(pins)
-            with self._catalog.changes():
-                self._delete_rows(self._freed)
-                for each in built:
-                    if pinned.between(each.before.from_seq, each.before.to_seq) or not each.is_still():
-                        refused.append(each)
-                    else:
-                        each.change()
-                        done.append(each)
-            for each in refused:
-                each.drop()
+        self._forget_freed(synced=True)
+        done = list[Thinning]()
+        while built:
+            done += self._change(built)
+        self._catalog.write_over()  # one commit that is durable, for all of them: only now room may be given back
         self._freed = ids
         self._count(len(done), len(thinnings) - len(done) - len(postponed), sum(each.free() for each in done))
         return postponed
+
+    def _change(self, built: list[Thinning]) -> list[Thinning]:
+        """Commits as many of them as there is time for while others wait for the locks; takes them from the list."""
+        done, begun_s = list[Thinning](), time.monotonic()
+        with changes_locked(self.path), pins_locked(self.path) as pins:
+            pinned = _Pinned(pins)
+            with self._catalog.changes(durable=False):
+                while built and time.monotonic() - begun_s < LOCKED_S:
+                    each = built.pop()
+                    if pinned.between(each.before.from_seq, each.before.to_seq) or not each.is_still():
+                        each.drop()
+                    else:
+                        each.change()
+                        done.append(each)
+        return done
 
     def _build(self, thinnings: Sequence[Thinning]) -> tuple[list[Thinning], list[Thin]]:
         """Those whose new indexes are made, and those for which there was no room."""
@@ -285,17 +292,15 @@ class Pruner(AbstractContextManager["Pruner"]):
             removal.free()
         self._forget_freed()
 
-    def _forget_freed(self) -> None:
+    def _forget_freed(self, synced: bool = False) -> None:
         """Their room is given back: durable first, else a power loss would bring files back that nobody looks for."""
         if self._freed:
-            sync_file_system(self._store.objects.directory)
+            if not synced:
+                sync_file_system(self._store.objects.directory)
             with self._catalog.changes(durable=False):
-                self._delete_rows(self._freed)
+                for before_id in self._freed:
+                    self._catalog.delete("removals", "before_id", before_id)
             self._freed = []
-
-    def _delete_rows(self, before_ids: Sequence[int]) -> None:
-        for before_id in before_ids:
-            self._catalog.delete("removals", "before_id", before_id)
 
     def _vacuum(self) -> None:
         """Gives the disk some of the catalog's free pages, where they are many and it can."""
