@@ -16,17 +16,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from heapq import merge
 from typing import Final
 
-from pitfs.errors import StoreError
+from pitfs.errors import CorruptionError, StoreError
 from pitfs.model.blockmap import EMPTY
 from pitfs.storage.files import FULL_ERRNOS, fsync_directory, open_fd, punch, read_exactly, write_all
+from pitfs.store.catalog.database import REMEDY
 from pitfs.store.index.maps import block_maps
-from pitfs.store.objects.format import HEADER_BYTES, ObjectKind, ObjectName, ObjectRecord
+from pitfs.store.objects.format import HEADER_BYTES, ObjectKind, ObjectName
 from pitfs.store.retention.liveness import Live, Objects, live_between
 from pitfs.store.retention.rows import join_intervals, removed_journals
 from pitfs.store.transfer.writable_store import WritableStore
@@ -34,32 +36,32 @@ from pitfs.store.transfer.writable_store import WritableStore
 MAX_MOVED_BYTES: Final = 1 << 20  # files of which more is live are punched: their headers don't matter
 MAX_HOST_BYTES: Final = 1 << 42  # ext4 has files of up to 16 TiB
 COPY_BYTES: Final = 1 << 20
+UNLINKING: Final = 4  # folders at a time: a file system waits for its disk, twice as fast with two processors
 KINDS: Final = (ObjectKind.MAP, ObjectKind.SNAPSHOT_BLOCKS)  # of which parts may stay
 _JOURNALS: Final = (ObjectKind.JOURNAL_INDEX, ObjectKind.JOURNAL_BLOCKS)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Part:
-    """An object in a file: its own, or that of another one."""
+    """An object in a file: its own, or that of another one. `is_live`: something of it is."""
 
-    record: ObjectRecord
+    file: str
     name: ObjectName
     base: int
+    is_live: bool = False
 
 
 @dataclass(slots=True)
 class ObjectFile:
-    """A file of objects/ with the objects in it, and how much of it is live.
-
-    Attributes:
-        live: those parts of which anything is live.
-        live_bytes: in whole blocks of the file system.
-    """
+    """A file of objects/ with the objects in it. `live_bytes`: in whole blocks of the file system."""
 
     name: ObjectName
     parts: list[Part] = field(default_factory=list)
-    live: list[Part] = field(default_factory=list)
     live_bytes: int = 0
+
+    @property
+    def live(self) -> Iterator[Part]:
+        return (part for part in self.parts if part.is_live)
 
 
 class Removal:
@@ -110,16 +112,15 @@ class Removal:
         rows = catalog.rows(f"SELECT * FROM moved {range_of}", (first, end))
         moved = {name: (host, base) for name, host, base in (catalog.verified("moved", row) for row in rows)}
         for row in catalog.rows(f"SELECT * FROM objects {range_of} ORDER BY name", (first, end)):
-            record = ObjectRecord(*catalog.verified("objects", row))
-            name = ObjectName.of_file(record.name)
-            if name is None or not record.name.endswith(suffix):
+            file = catalog.verified("objects", row)[0]
+            if not file.endswith(suffix) or (name := ObjectName.of_file(file)) is None:
                 continue
-            host_file, base = moved.get(record.name, (record.name, 0))
-            host = ObjectName.of_file(host_file)
+            host_file, base = moved.get(file, (file, 0))
+            host = name if host_file == file else ObjectName.of_file(host_file)
             if host is not None and host.snapshot_id < self._before_id:  # what that snapshot's own file has stays
-                files.setdefault(host, ObjectFile(host)).parts.append(Part(record, name, base))
-        for file in files.values():
-            self._measure(file)
+                files.setdefault(host, ObjectFile(host)).parts.append(Part(file, name, base))
+        for each in files.values():
+            self._measure(each)
         return files
 
     def _ranges(self, parts: Iterable[Part]) -> Iterator[tuple[int, int]]:
@@ -130,12 +131,11 @@ class Removal:
 
     def _measure(self, file: ObjectFile) -> None:
         size, last = self._block_bytes, -1
-        for part in file.parts:
-            if next(self._live.ranges(part.name), None) is not None:
-                file.live.append(part)
-        for start, end in self._ranges(file.live):
-            first, last = max(start // size, last + 1), (end - 1) // size
-            file.live_bytes += max(0, last + 1 - first) * size
+        for part in sorted(file.parts, key=lambda part: part.base) if len(file.parts) > 1 else file.parts:
+            for start, end in self._live.ranges(part.name):
+                part.is_live = True
+                first, last = max((part.base + start) // size, last + 1), (part.base + end - 1) // size
+                file.live_bytes += max(0, last + 1 - first) * size
 
     def _path(self, name: ObjectName) -> str:
         return self._store.objects.path_of(name)
@@ -162,7 +162,7 @@ class Removal:
             files = self._files(kind)
             moving = {file.name for file in self._moving(kind, files)[1]}
             for name, file in files.items():
-                header_bytes = HEADER_BYTES if file.live and name not in moving else 0
+                header_bytes = HEADER_BYTES if file.live_bytes and name not in moving else 0
                 freed += max(0, self._allocated(name) - file.live_bytes - header_bytes)
         return freed
 
@@ -176,17 +176,16 @@ class Removal:
             host, moving = self._moving(kind, files)
             moved = self._move(host, moving) if moving else set()
             for name, file in files.items():
-                stays = bool(file.live) and name not in moved
-                self._dead += [
-                    part.record.name for part in file.parts
-                    if part not in file.live and not (stays and part.name == name)
-                ]  # fmt: skip
+                stays = file.live_bytes > 0 and name not in moved
+                dead = (part for part in file.parts if not part.is_live)
+                self._dead += [part.file for part in dead if not (stays and part.name == name)]
 
     def _move(self, host: ObjectName, files: list[ObjectFile]) -> set[ObjectName]:
         """Copies what is live of these files behind the host's end; says of which, none where there is no room."""
         moved = list[tuple[str, str, int]]()
         block, names = self._block_bytes, set[ObjectName]()
         with open_fd(self._path(host), os.O_RDWR) as fd:
+            self._cut(fd, host)
             before = os.fstat(fd)
             end = before.st_size
             try:
@@ -196,12 +195,13 @@ class Removal:
                     names.add(file.name)
                     with open_fd(self._path(file.name), os.O_RDONLY) as source:
                         for part in file.live:
-                            first, _ = next(self._live.ranges(part.name))
-                            base = -(-end // block) * block - first // block * block
+                            base: int | None = None
                             for start, stop in self._live.ranges(part.name):
+                                if base is None:
+                                    base = -(-end // block) * block - start // block * block
+                                    moved.append((part.file, host.file, base))
                                 _copy(source, part.base + start, fd, base + start, stop - start)
                                 end = base + stop
-                            moved.append((part.record.name, host.file, base))
                 os.fsync(fd)
             except OSError as error:
                 os.ftruncate(fd, before.st_size)
@@ -211,6 +211,24 @@ class Removal:
             self._grown_bytes += (os.fstat(fd).st_blocks - before.st_blocks) * 512
         self._moved += moved
         return names
+
+    def _cut(self, fd: int, host: ObjectName) -> None:
+        """Cuts off what a removal copied there whose commit didn't come about."""
+        size = os.fstat(fd).st_size
+        if size > self._end_of(host, "") and size > (end := self._end_of(host, "NOT INDEXED")):
+            os.ftruncate(fd, end)
+
+    def _end_of(self, host: ObjectName, how: str) -> int:
+        """Byte of an object's file behind all that the catalog says is in it; `how` not to trust an index alone."""
+        catalog, ends = self._store.catalog, [HEADER_BYTES]
+        rows = catalog.rows(f"SELECT * FROM moved {how} WHERE host = ?", (host.file,))
+        for name, _, base in (*(catalog.verified("moved", row) for row in rows), (host.file, host.file, 0)):
+            record = catalog.object(name)
+            if record is None:
+                raise CorruptionError(catalog.path, 0, f"it has moved {name}, but not the object: {REMEDY}")
+            footer_bytes = record.footer_bytes if name == host.file else 0
+            ends.append(base + HEADER_BYTES + record.data_bytes + footer_bytes)
+        return max(ends)
 
     def change(self) -> None:
         """What the catalog says afterwards; within `Catalog.changes`.
@@ -234,8 +252,8 @@ class Removal:
     def free(self) -> int:
         """Gives the room back; the bytes on the disk. Called again, it finishes what was cut off."""
         catalog, freed, changed = self._store.catalog, -self._grown_bytes, set[str]()
-        for folder in self._folders():
-            freed += self._unlink_in(folder, changed)
+        with ThreadPoolExecutor(UNLINKING) as threads:
+            freed += sum(threads.map(lambda folder: self._unlink_in(folder, changed), self._folders()))
         freed += sum(self._punch(file) for kind in KINDS for file in self._files(kind).values())
         for folder in changed:
             with suppress(FileNotFoundError):
@@ -261,9 +279,13 @@ class Removal:
         """Unlinks what the catalog doesn't have there any more; removes the folder if it is empty then."""
         objects, catalog, freed = self._store.objects, self._store.catalog, 0
         names = [name for name in map(ObjectName.of_file, os.listdir(folder)) if name and self._is_ours(name)]
-        unknown = set(catalog.unknown_objects([name.file for name in names]))
+        gone = set(catalog.unknown_objects([name.file for name in names]))
+        files = sorted(name.file for name in names if name.kind in KINDS)
+        if files:
+            sql = "SELECT name FROM moved WHERE name >= ? AND name <= ?"
+            gone.update(name for (name,) in catalog.rows(sql, (files[0], files[-1])))
         for name in names:
-            if name.file in unknown or catalog.host_of(name) is not None:
+            if name.file in gone:
                 freed += self._allocated(name)
                 objects.forget(name)
                 with suppress(FileNotFoundError):
@@ -284,6 +306,7 @@ class Removal:
         before = self._allocated(file.name)
         with open_fd(self._path(file.name), os.O_RDWR) as fd:
             size, at = os.fstat(fd).st_size, HEADER_BYTES
+            size += -size % self._block_bytes  # else the block with the end would stay
             for start, end in merge(self._ranges(file.live), [(size, size)]):
                 if at < start and not punch(fd, at, start - at):
                     return 0

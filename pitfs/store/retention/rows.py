@@ -9,7 +9,6 @@ from pitfs.errors import StoreError
 from pitfs.model.position import SECOND_NS
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.records import Interval, Snapshot
-from pitfs.store.objects.format import ObjectKind, ObjectName
 
 
 def removed_journals(catalog: Catalog, after_id: int, before_id: int) -> list[str]:
@@ -60,9 +59,3 @@ def _joined(catalog: Catalog, after: Snapshot, before: Snapshot, cause: str) -> 
         raise StoreError(f"{catalog.path}: no interval begins at snapshot {after.id}: run `pitfs check`")
     positions = after.seq, after.time_ns, before.seq, before.time_ns
     return Interval(before.id, after.id, *positions, first.first_time_ns, None, cause, 0)
-
-
-def is_removed(catalog: Catalog, name: ObjectName) -> bool:
-    """Whether it is an object of snapshots that were removed while their objects were perhaps not yet."""
-    is_journal = name.kind in (ObjectKind.JOURNAL_INDEX, ObjectKind.JOURNAL_BLOCKS)
-    return any(after < name.snapshot_id < before + is_journal for before, after in catalog.removals())

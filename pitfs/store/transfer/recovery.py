@@ -12,7 +12,6 @@ from typing import Final
 
 from pitfs.errors import PositionMismatchError, StoreError
 from pitfs.model.ladder import LAST_LAYER, layer_of
-from pitfs.model.transfer import is_pruned
 from pitfs.storage.files import fsync_directory
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.objects.format import CATALOG, HEADER_BYTES, ObjectKind, ObjectName
@@ -61,7 +60,6 @@ class StagingArea:
         for name in os.listdir(self.path):
             if (found := _STAGED.fullmatch(name)) is not None:
                 ids.add(int(found["snapshot_id"], 16))
-        ids.update(before_id for before_id, _ in self._catalog.removals())
         names = chain.from_iterable(map(_names_of, sorted(ids)))
         self._recover(dict.fromkeys(chain(names, self._objects.newest())))
 
@@ -80,7 +78,7 @@ class StagingArea:
         | what a closing made of an interval still there | it is removed: it is made again                     |
         | WAL of an interval that isn't there            | it is removed: it became a snapshot, or never began |
         | index that a finer one took the place of       | it is removed                                       |
-        | journal of an interval that is thinned         | it is removed: before or after the catalog's commit |
+        | what a removal or thinning hasn't unlinked yet | it is removed                                       |
         | any other                                      | an error: the catalog isn't this store's newest     |
 
         Raises:
@@ -105,7 +103,7 @@ class StagingArea:
                 os.rename(path, staged)
             else:
                 log.info("%s: removed, it is nothing that was committed", path)
-                with suppress(FileNotFoundError):  # a pruner that is at work may have done so
+                with suppress(FileNotFoundError):  # a removal may be faster
                     os.unlink(path)
 
     def _place_in_staging(self, name: ObjectName) -> str | None:
@@ -114,11 +112,11 @@ class StagingArea:
         Raises:
             StoreError: it is neither.
         """
-        if name.kind in (ObjectKind.JOURNAL_INDEX, ObjectKind.JOURNAL_BLOCKS):
-            interval, is_index = self._catalog.interval_to(name.snapshot_id), name.kind is ObjectKind.JOURNAL_INDEX
-            if interval is not None and (is_pruned(interval.cause) or (is_index and interval.layer > name.layer)):
-                return None
-            if is_index and (name.snapshot_id, name.snapshot_id) in self._catalog.removals():
+        if self._is_removed(name):
+            return None
+        if name.kind is ObjectKind.JOURNAL_INDEX:
+            interval = self._catalog.interval_to(name.snapshot_id)
+            if interval is not None and interval.layer > name.layer:
                 return None
         if name.kind is ObjectKind.JOURNAL_BLOCKS and self._is_outdated_wal(name):
             return None
@@ -147,8 +145,17 @@ class StagingArea:
         number, catalog = name.snapshot_id, self._catalog
         if number == catalog.next_snapshot_id():  # the catalog has an open interval before its WAL has a write
             return os.path.getsize(self._objects.path_of(name)) <= HEADER_BYTES
-        # Only a WAL has a number that no snapshot has while a snapshot has the next one.
-        return catalog.snapshot(number) is None and catalog.snapshot(number + 1) is not None
+        # Only a WAL has a number that no snapshot has while a snapshot has the next one, or had it before a removal.
+        last = catalog.last_snapshot()
+        return catalog.snapshot(number) is None and last is not None and number < last.id
+
+    def _is_removed(self, name: ObjectName) -> bool:
+        """Whether a removal of snapshots, or a thinning (`before` is `after`), is on the way to unlink it."""
+        is_journal = name.kind in (ObjectKind.JOURNAL_INDEX, ObjectKind.JOURNAL_BLOCKS)
+        return any(
+            name.snapshot_id == before if before == after else after < name.snapshot_id < before + is_journal
+            for before, after in self._catalog.removals()
+        )
 
     def closing_directory(self, snapshot_id: int) -> str:
         """An empty directory for what is made of a closed interval."""
