@@ -15,6 +15,7 @@ import pytest
 
 from pitfs.model.ladder import RUNGS_NS
 from pitfs.model.retention import Action, Remove, Thin
+from pitfs.model.transfer import VolumeInfo
 from pitfs.store.catalog import database
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.ingest import Ingest
@@ -23,6 +24,8 @@ from pitfs.store.retention import thinning
 from pitfs.store.retention.pruner import Pruner
 from pitfs.store.store import Store
 from tests.helpers.retention import Model, allocated_bytes, assert_tidy, instants_of, model_of
+from tests.helpers.stores import ingest_transfer
+from tests.helpers.transfers import History, Write
 
 CAUSE = "retention: a test"
 
@@ -186,3 +189,61 @@ def test_killed_at_any_step_no_kept_instant_and_no_room_is_lost(
         assert allocated_bytes(model.path) == taken
         shutil.rmtree(model.root)
     model.root, model.path = root, str(root / model.history.group)
+
+
+# How much room is left
+
+
+class Writer(History):
+    """Of volumes too large to keep all states."""
+
+    def _keep_state(self) -> None:
+        self.states.append([])
+
+    def again(self, write: Write) -> None:
+        """As another one did it."""
+        for number, content in enumerate(write.contents):
+            self._put(write.volume, write.block + number, content)
+        self.times_ns.append(write.time_ns)
+        self.open.append(write)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_pruned_store_takes_as_much_as_one_that_only_received_what_is_left(tmp_path: Path, seed: int) -> None:
+    """Within 2 %: shipped at the granularities that are left, in the intervals that are left."""
+    random = np.random.default_rng(seed)
+    volumes = (VolumeInfo("a", 800 * 4096, 4096), VolumeInfo("b", 30 * 16384, 16384))
+    one, other = (Writer(seed, volumes, step_ns=60_000_000) for _ in range(2))
+    pruned, fresh = Ingest(str(tmp_path / "pruned"), one.hello), Ingest(str(tmp_path / "fresh"), other.hello)
+    ingest_transfer(pruned, one.close_interval())
+    ingest_transfer(fresh, other.close_interval())
+    actions: list[Action] = []
+    after_id, rungs_ns = 1, (1_000_000_000, 100_000_000)
+    for number in range(2, 14):
+        for write in [one.write() for _ in range(60)]:
+            other.again(write)
+        ingest_transfer(pruned, one.close_interval(before_ns=rungs_ns))
+        if number < 13 and random.random() < 0.4:
+            continue
+        granularity_ns = (0, 10_000_000, *rungs_ns, None)[int(random.integers(5))]
+        if after_id < number - 1:
+            actions.append(Remove(after_id, number, CAUSE))
+            granularity_ns = None
+        elif granularity_ns != 0:
+            actions.append(Thin(number, granularity_ns, CAUSE))
+        after_id = number
+        before_ns = rungs_ns if granularity_ns == 0 else ()
+        ingest_transfer(fresh, other.close_interval(granularity_ns, before_ns=before_ns))
+    pruned.close()
+    fresh.close()
+    assert len(actions) > 3
+    before = allocated_bytes(pruned.path)
+    with Pruner(pruned.path) as pruner:
+        pruner.apply(actions)
+    taken = allocated_bytes(pruned.path)
+    assert taken < 0.9 * before
+    assert taken == pytest.approx(allocated_bytes(fresh.path), rel=0.02)
+    stores = Store.open(pruned.path), Store.open(fresh.path)
+    assert instants_of(stores[0]) == instants_of(stores[1])
+    for store in stores:
+        store.close()

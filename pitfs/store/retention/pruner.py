@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 
 BATCH_ACTIONS: Final = 4096  # share their syncs
 BATCH_WEIGHT: Final = 1 << 20  # rows and units of the journals of a batch: some 4 MiB
+BATCH_REMOVES: Final = 64  # each holds which contents are live
 SCARCE_BYTES: Final = 64 << 20  # with less room than that batches are small: each gives room for the next
 SCARCE_ACTIONS: Final = 16
 LOCKED_S: Final = 0.25  # as long others wait for the locks; then they have their turn
@@ -166,7 +167,7 @@ class Pruner(AbstractContextManager["Pruner"]):
             ):  # fmt: skip
                 yield list(thin.values())
                 thin, weight = {}, 0
-            if remove and (not isinstance(action, Remove) or len(remove) >= limit):
+            if remove and (not isinstance(action, Remove) or len(remove) >= BATCH_REMOVES):
                 yield remove
                 remove = []
             if isinstance(action, Remove):
