@@ -190,6 +190,13 @@ class Removal:
         self._dead, self._moved = dead, [row for mover in movers.values() for row in mover.moved]
         self._grown_bytes = sum(mover.grown_bytes for mover in movers.values())
 
+    def drop(self) -> None:
+        """Takes back what `prepare` made, where there is to be no `change`."""
+        for host in {host for _, host, _ in self._moved}:
+            if (name := ObjectName.of_file(host)) is not None:
+                with Mover(self._store, name, self._live, self._block_bytes):  # it cuts off what isn't committed
+                    self._dead, self._moved = None, []
+
     def change(self) -> None:
         """What the catalog says afterwards; within `Catalog.changes`.
 
