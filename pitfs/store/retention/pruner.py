@@ -38,7 +38,7 @@ from pitfs.store.opening import (
     read_store_info,
 )
 from pitfs.store.pins.pin_file import PinnedInstants
-from pitfs.store.pins.pins import pins_locked
+from pitfs.store.pins.pins import list_pins, pins_locked
 from pitfs.store.retention.removal import Removal
 from pitfs.store.retention.thinning import Thinning, settle
 from pitfs.store.transfer.writable_store import WritableStore
@@ -219,8 +219,10 @@ class Pruner(AbstractContextManager["Pruner"]):
 
     def _prepare(self, batch: Sequence[_Step]) -> tuple[list[_Step], list[Action]]:
         """Those that can be committed, last one first, and the actions for which there was no room."""
-        prepared, waiting = list[_Step](), list[Action]()
+        prepared, waiting, pinned = list[_Step](), list[Action](), _Pinned(list_pins(self.path))
         for each in batch:
+            if pinned.between(*each.bounds):  # as `_commit` would find
+                continue
             try:
                 each.change.prepare()
                 prepared.append(each)
@@ -259,12 +261,21 @@ class Pruner(AbstractContextManager["Pruner"]):
     def _finish_removals(self) -> None:
         for before_id, after_id in self._catalog.removals():
             if before_id == after_id:
-                with changes_locked(self.path):
+                with changes_locked(self.path), self._damage_passed_over():
                     settle(self._store, before_id)
                 self._thinned.add(before_id)
         for removal in Removal.unfinished(self._store):
-            removal.free()
+            with self._damage_passed_over():
+                removal.free()
         self._forget_thinned()
+
+    @contextmanager
+    def _damage_passed_over(self) -> Iterator[None]:
+        """No reason to keep all others."""
+        try:
+            yield
+        except CorruptionError as error:
+            log.warning("what was pruned there may take room: %s", error)
 
     def _forget_thinned(self) -> None:
         """Room that was given back: durable first, else a power loss would bring files back that nobody looks for."""
