@@ -62,6 +62,7 @@ MAX_BOOKMARKS: Final = 4096  # for each transfer; with gaps they fit into BEGIN'
 MAX_GAPS: Final = 512
 MAX_TEXT_LENGTH: Final = 1000  # of a cause, an identity
 MAX_COARSE_INTERVALS: Final = 1024
+PRUNED: Final = "retention"  # begins the cause of an interval that was made coarser on purpose
 WAITS: Final = "until the link is idle"  # ends the cause of an interval whose journal is to be backfilled
 
 
@@ -81,6 +82,11 @@ def awaits_backfill(cause: str) -> bool:
     Manifests and catalogs have that as the ending of the interval's cause; it becomes a value here, and nowhere else.
     """
     return cause.endswith(WAITS)
+
+
+def is_pruned(cause: str) -> bool:
+    """Whether retention made an interval as coarse as it is: then it takes no layers any more."""
+    return cause.startswith(PRUNED)
 
 
 class Section(enum.IntEnum):

@@ -104,7 +104,8 @@ CREATE INDEX IF NOT EXISTS moved_by_host ON moved (host);
 CREATE TABLE IF NOT EXISTS shared (  -- pointers to contents that several blocks of the first snapshot have
     pointer INTEGER PRIMARY KEY, count INTEGER NOT NULL, row_checksum INTEGER NOT NULL
 ) STRICT;
-CREATE TABLE IF NOT EXISTS removals (  -- snapshots between these two were removed, their objects not yet
+CREATE TABLE IF NOT EXISTS removals (  -- snapshots between these two were removed, their objects not yet; equal: the
+    -- difference journal of the interval that ends there is being thinned
     before_id INTEGER PRIMARY KEY, after_id INTEGER NOT NULL, row_checksum INTEGER NOT NULL
 ) STRICT;
 CREATE TABLE IF NOT EXISTS digests (  -- of a volume at a snapshot, as production took it

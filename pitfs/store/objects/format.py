@@ -5,6 +5,8 @@
       catalog.sqlite                 what there is; its commit is the moment anything comes to be
       writer.lock                    held by the process that writes
       changes.lock                   held while intervals that are there are changed (`store.opening.changes_locked`)
+      prune.lock                     held by the process that prunes
+      reserve                        room without content that pruning has on a full disk
       objects/hhhh/hhh/              a folder of objects: see below
           snapshot-<s>.map           block map nodes written by snapshot s (8192 bytes each), then its manifest
           snapshot-<s>.blocks        contents of its diff
@@ -78,6 +80,8 @@ STORE_JSON: Final = "store.json"
 CATALOG: Final = "catalog.sqlite"
 LOCK: Final = "writer.lock"
 CHANGES_LOCK: Final = "changes.lock"
+PRUNE_LOCK: Final = "prune.lock"
+RESERVE: Final = "reserve"
 OBJECTS: Final = "objects"
 STAGING: Final = "staging"
 PINS: Final = "pins"
