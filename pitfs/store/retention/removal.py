@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from functools import cached_property
 from heapq import merge
+from itertools import islice
 from typing import Final
 
 from pitfs.errors import CorruptionError, StoreError
@@ -37,7 +38,7 @@ MAX_MOVED_BYTES: Final = 1 << 20  # files of which more is live are punched: the
 MAX_SPAN_BYTES: Final = 1 << 30  # nor are files moved that are mostly holes: a host has up to 16 TiB on ext4
 LARGE_BYTES: Final = 64 << 20
 LITTLE: Final = 256  # part of a large file that isn't worth the holes yet
-UNLINKING: Final = 4  # folders at a time: a file system waits for its disk, twice as fast with two processors
+FREEING: Final = 4  # at a time: a file system waits for its disk, holes took a tenth of the time with two processors
 _JOURNALS: Final = (ObjectKind.JOURNAL_INDEX, ObjectKind.JOURNAL_BLOCKS)
 
 
@@ -219,9 +220,11 @@ class Removal:
     def free(self) -> int:
         """Gives the room back; the bytes on the disk. Called again, it finishes what was cut off."""
         catalog, freed, changed = self._store.catalog, -self._grown_bytes, set[str]()
-        with ThreadPoolExecutor(UNLINKING) as threads:
+        with ThreadPoolExecutor(FREEING) as threads:
             freed += sum(threads.map(lambda folder: self._unlink_in(folder, changed), self._folders()))
-        freed += sum(self._punch(file) for file in self._files() if self._is_worth(file))
+            files = filter(self._is_worth, self._files())
+            while batch := list(islice(files, PAGE_ROWS)):
+                freed += sum(threads.map(self._punch, batch))
         for folder in changed:
             with suppress(FileNotFoundError):
                 fsync_directory(folder)
