@@ -13,7 +13,7 @@ from typing import Final
 
 from pitfs.errors import PitfsError, UsageError
 from pitfs.model.position import format_instant
-from pitfs.model.retention import LEVELS, NOTHING, SNAPSHOTS, AgeClock, Remove, Thin
+from pitfs.model.retention import LEVELS, NOTHING, SNAPSHOTS, AgeClock, Remove
 from pitfs.model.units import format_bytes
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.objects.format import CATALOG
@@ -69,13 +69,11 @@ class Retention(AbstractContextManager["Retention"]):
         """The instant of the newest snapshot, if all others go; else ""."""
         last = self._catalog.last_snapshot()
         for stretch in self._plan(self._rule):
-            match stretch.action:
-                case Remove(None, before_id) if last is not None and before_id == last.id:
-                    return format_instant(last.time_ns)
-                case None if stretch.snapshots == 0:
-                    return ""
-                case Thin() | Remove(int()):
-                    return ""
+            action = stretch.action
+            if isinstance(action, Remove) and last is not None and action.before_id == last.id:
+                return format_instant(last.time_ns) if action.after_id is None else ""
+            if action is not None or not stretch.snapshots:
+                return ""
         return ""
 
     def lack(self) -> str:
@@ -126,24 +124,16 @@ class Retention(AbstractContextManager["Retention"]):
         while found := self._catalog.rows(sql, (last_id,)):
             for *state, base_id in found:
                 if base_id != last_id:
-                    raise self._changed(base_id)
+                    what = f"no interval leads on from snapshot {last_id}: it is being pruned, or is damaged"
+                    raise PitfsError(f"{self.path}: {what}: try again, then pitfs check")
                 last_id = state[0]
                 yield State._make(state)
 
     def _verified(self, state: State) -> State:
         interval = self._catalog.interval_to(state.id)
-        if interval is None:
-            snapshot = self._catalog.snapshot(state.id)
-            if snapshot is None:
-                raise self._changed(state.id)
-            return State(snapshot.id, snapshot.seq, snapshot.time_ns, None)
-        return State(interval.end_snapshot_id, interval.to_seq, interval.to_time_ns, interval.granularity_ns)
-
-    def _changed(self, snapshot_id: int) -> PitfsError:
-        return PitfsError(
-            f"{self.path}: the interval at snapshot {snapshot_id} isn't there: it is pruned at the moment, or the "
-            "catalog is damaged: try again, then pitfs check"
-        )
+        if interval is None:  # the first one, whose row is verified
+            return state
+        return State(state.id, interval.to_seq, interval.to_time_ns, interval.granularity_ns)
 
     def _keepers(self) -> Iterator[Keeper]:
         """What bookmarks and pins keep, by the seq where it begins."""
