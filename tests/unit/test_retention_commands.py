@@ -11,12 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pitfs.cli import receive
 from pitfs.cli.main import main
 from pitfs.model.position import DAY_NS, SECOND_NS, format_instant
-from pitfs.model.retention import Policy, parse_steps
+from pitfs.model.retention import NOTHING, Policy, parse_steps
 from pitfs.model.transfer import VolumeInfo
 from pitfs.store.catalog import database
 from pitfs.store.ingest import Ingest
@@ -24,8 +25,10 @@ from pitfs.store.pins.pins import Pins
 from pitfs.store.retention import pruner
 from pitfs.store.retention.plan import Retention, used_bytes
 from pitfs.store.retention.policy import load_policy, save_policy
+from pitfs.store.retention.stretches import Rule
 from pitfs.store.store import Store
 from tests.helpers.commands import said
+from tests.helpers.retention import assert_tidy, model_of
 from tests.helpers.stores import ingest_transfer
 from tests.helpers.transfers import START_NS, History
 
@@ -226,6 +229,25 @@ def test_removing_all_but_the_newest_needs_yes(replica: Replica, capsys: pytest.
     assert f"nothing but the newest snapshot, {format_instant(newest_ns)}, would be left" in line
     said(capsys, "prune", replica.path, "--yes")
     assert replica.states()["snapshots"] == [newest_ns]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_a_policy_leaves_is_exact(tmp_path: Path, seed: int) -> None:
+    """Random histories and policies: the instants that the plan leaves, byte for byte, and no others."""
+    model = model_of(tmp_path, seed, count=14)
+    times_ns = model.history.times_ns
+    random = np.random.default_rng(seed)
+    levels = sorted(random.choice(range(1, NOTHING + 1), 3, replace=False).tolist(), reverse=True)
+    ends_ns = sorted(random.integers(times_ns[0], times_ns[-1], 3).tolist())
+    save_policy(model.path, Policy())
+    with Retention(model.path, True) as retention:
+        retention._rule = Rule(Policy(), times_ns[-1], tuple(zip(ends_ns, levels, strict=True)))
+        model.take([stretch.action for stretch in retention._plan(retention._rule) if stretch.action])
+        foretold = sum(row.freed_bytes for row in retention.foretold())
+        done = retention.apply()
+    assert done.skipped == 0 and abs(done.freed_bytes - foretold) <= max(4096, 0.01 * foretold)
+    model.check()
+    assert_tidy(model.path)
 
 
 # Ages
