@@ -40,6 +40,8 @@ def _made(make: Callable[..., T], row: tuple[Any, ...] | None) -> T | None:
 class Catalog(LoggedDatabase):
     """What the store has, and what is added to it: all of a change or nothing."""
 
+    _has_moved = False  # not known
+
     # What it says
 
     def data_version(self) -> int:
@@ -92,7 +94,8 @@ class Catalog(LoggedDatabase):
 
     def host_of(self, name: ObjectName) -> tuple[ObjectName, int] | None:
         """The object into whose file that one was moved, and where its byte 0 would be in there."""
-        row = self.row_of("moved", "name", name.file) if self.has_table("moved") else None
+        self._has_moved = self._has_moved or self.has_table("moved")
+        row = self.row_of("moved", "name", name.file) if self._has_moved else None
         host = ObjectName.of_file(row[1]) if row else None
         return (host, row[2]) if row and host else None
 

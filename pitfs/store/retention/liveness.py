@@ -74,7 +74,7 @@ class Live:
         is_map = name.kind is ObjectKind.MAP
         unit_bytes = NODE_BYTES if is_map else layout.unit_bytes
         first = layout.node_pointer(name.snapshot_id, 0) if is_map else layout.pointer(name)
-        place, end = (pointers.rank(each - 1) if each else 0 for each in (first, first + layout.max_units))
+        place, end = pointers.rank(first - 1), pointers.rank(first + layout.max_units - 1)
         held: tuple[int, int] | None = None
         for start in range(place, end, RANGE_UNITS):
             part = np.array(pointers[start : min(start + RANGE_UNITS, end)].to_array(), "<u8") - np.uint64(first)
