@@ -16,6 +16,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -50,6 +51,7 @@ REMOVE_WEIGHT: Final = 16_384
 BATCH_WEIGHT: Final = 1 << 20  # some 4 MiB
 SCARCE_BYTES: Final = 64 << 20  # with less room than that batches are small: each gives room for the next
 SCARCE_WEIGHT: Final = 16 * THIN_WEIGHT
+FREEING: Final = 8  # threads
 LOCKED_S: Final = 0.25  # as long others wait for the locks; then they have their turn
 MAX_POSTPONED: Final = 4096
 VACUUM_PAGES: Final = 256  # at a time
@@ -214,7 +216,9 @@ class Pruner(AbstractContextManager["Pruner"]):
             done += self._commit(prepared)
         self._catalog.write_over()  # durable, and with it all commits before: only now room may be given back
         self._thinned = ids
-        self._count(len(done), len(batch) - len(done) - len(waiting), sum(each.change.free() for each in done))
+        with ThreadPoolExecutor(FREEING) as threads:  # a disk that isn't waited for is idle
+            freed = sum(threads.map(lambda each: each.change.free(), done))
+        self._count(len(done), len(batch) - len(done) - len(waiting), freed)
         return waiting
 
     def _prepare(self, batch: Sequence[_Step]) -> tuple[list[_Step], list[Action]]:
