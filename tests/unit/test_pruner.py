@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pitfs.errors import NoSuchInstantError, PitfsError, PositionMismatchError, StoreError
-from pitfs.model.retention import Thin
+from pitfs.model.retention import Action, Remove, Thin
 from pitfs.model.transfer import VolumeInfo
 from pitfs.store import opening
 from pitfs.store.catalog import database
@@ -108,6 +108,28 @@ def test_a_pin_of_a_snapshot_keeps_no_journal_and_pins_without_number_keep_all(
     store.close()
 
 
+@pytest.mark.parametrize("kind", ["thin", "remove"])
+def test_a_pin_that_comes_before_the_commit_is_in_time(
+    model: Model, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    store = Store.open(model.path)
+    first, *_, last = store.snapshots()
+    action: Action = Remove(first.id, last.id, CAUSE) if kind == "remove" else thin_all(model.path)[0]
+    seq = min(seq for seq in model.instants if store.at_seq(seq).kind == "intermediary")
+    before = allocated_bytes(model.path)
+    with Pins(model.path, "late") as pins, Pruner(model.path) as pruner:
+        commit = pruner._commit
+        monkeypatch.setattr(
+            pruner, "_commit", lambda steps: pins.pinned(store, store.at_seq(seq)) and commit(steps)
+        )  # fmt: skip
+        progress = pruner.apply([action])
+        assert (progress.done, progress.skipped, progress.freed_bytes) == (0, 1, 0)
+        model.check()
+    assert allocated_bytes(model.path) == before
+    assert_tidy(model.path)
+    store.close()
+
+
 def _position(store: Store, seq: int) -> tuple[int, int]:
     found = store.at_seq(seq)
     return found.seq, found.time_ns
@@ -191,6 +213,27 @@ def test_layers_of_an_interval_that_was_pruned_are_refused(
     for _ in range(3):
         history.write()
     ingest_transfer(ingest, history.close_interval())
+    ingest.close()
+    Ingest(str(tmp_path), history.hello).close()
+    assert_tidy(ingest.path)
+
+
+def test_layers_of_an_interval_that_was_removed_are_refused(tmp_path: Path) -> None:
+    ingest, history = shipped(tmp_path)
+    transfer = history.close_interval()
+    layers, transfer.layers = transfer.layers[0], []
+    ingest_transfer(ingest, transfer)
+    for _ in range(5):
+        history.write()
+    ingest_transfer(ingest, history.close_interval())
+    for frame in list(layers.frames(np.random.default_rng(0)))[:-1]:
+        feed(ingest, frame)
+    with Pruner(ingest.path) as pruner:
+        assert pruner.apply([Remove(1, 3, CAUSE)]).done == 1
+    assert ingest.welcome().coarse == ()
+    with pytest.raises(PositionMismatchError, match="which the store doesn't have"):
+        ingest.end(layers.end)
+    assert os.listdir(os.path.join(ingest.path, "staging")) == []
     ingest.close()
     Ingest(str(tmp_path), history.hello).close()
     assert_tidy(ingest.path)

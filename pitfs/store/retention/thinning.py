@@ -107,19 +107,23 @@ class Thinning:
     """
 
     def __init__(self, store: WritableStore, before: Interval, action: Thin) -> None:
-        self._store, self.before, self.action = store, before, action
+        self._store, self.before = store, before
         self._layer = min(layer_of(action.granularity_ns), before.layer)
+        self._changes_journal = self._layer != before.layer
         rows = 0 if self._layer == NO_LAYER else before.journal_rows
         self.after = replace(
             before, granularity_ns=granularity_of(self._layer), cause=action.cause, journal_rows=rows
         )  # fmt: skip
         self._contents = JournalContents(store, before.end_snapshot_id)
+        self._old, self._new = (
+            ObjectName(ObjectKind.JOURNAL_INDEX, before.end_snapshot_id, layer) for layer in (before.layer, self._layer)
+        )  # fmt: skip
         self._index: ObjectRecord | None = None
         self._minutes: dict[int, int] = {}
 
     @property
     def is_due(self) -> bool:
-        """Whether anything changes."""
+        """Whether anything changes, be it the cause."""
         return self.after != self.before
 
     @property
@@ -127,44 +131,30 @@ class Thinning:
         """Rows that are read, and units that are counted: for a bound of memory."""
         return self.before.journal_rows + self._contents.unit_count
 
-    @property
-    def has_journal(self) -> bool:
-        """Whether the difference journal changes: else only the cause does."""
-        return self.before.layer != self._layer
-
-    @property
-    def _old(self) -> ObjectName:
-        return ObjectName(ObjectKind.JOURNAL_INDEX, self.before.end_snapshot_id, self.before.layer)
-
-    @property
-    def _new(self) -> ObjectName:
-        return ObjectName(ObjectKind.JOURNAL_INDEX, self.before.end_snapshot_id, self._layer)
-
     def foretell(self) -> int:
         """Bytes on the disk that it frees; changes nothing.
 
         Raises:
             CorruptionError: the journal is damaged.
         """
-        if not self.has_journal:
+        if not self._changes_journal:
             return 0
         size, path = 0, self._store.objects.path_of(self._old)
         if self._layer != NO_LAYER:
             with open_fd(os.devnull, os.O_WRONLY) as fd:
-                data_bytes, footer_bytes, _ = self._write(fd)
-        if self._layer != NO_LAYER:
-            block = os.statvfs(path).f_frsize
-            size = -(-(HEADER_BYTES + data_bytes + footer_bytes) // block) * block
-        return allocated_bytes(path) - size + self._contents.foretell()
+                size = HEADER_BYTES + sum(self._write(fd)[:2])
+        size *= self._layer != NO_LAYER  # it may have no position left
+        block = os.statvfs(path).f_frsize
+        return allocated_bytes(path) - -(-size // block) * block + self._contents.foretell()
 
-    def build(self) -> None:
+    def prepare(self) -> None:
         """Makes the new index, which the caller syncs before `change`.
 
         Raises:
             CorruptionError: the journal is damaged.
             OSError: the disk is full, or refuses; what was made is removed.
         """
-        if not self.has_journal or self._layer == NO_LAYER:
+        if not self._changes_journal or self._layer == NO_LAYER:
             return
         path = self._store.path_for(self._new)
         with suppress(FileNotFoundError):  # who has it open goes on reading what it was
@@ -172,12 +162,10 @@ class Thinning:
         try:
             with new_object(os.path.dirname(path), self._new) as fd:
                 self._index = self._store.complete(fd, self._new, *self._write(fd), synced=False)
-        except BaseException:
-            os.unlink(path)
-            raise
-        if self._layer == NO_LAYER:
-            os.unlink(path)
-            self._index = None
+        finally:
+            if self._index is None or self._layer == NO_LAYER:
+                self._index = None
+                os.unlink(path)
 
     def is_still(self) -> bool:
         """Whether the interval is what it was; with the changes' lock, which recovery takes as well."""
@@ -185,24 +173,25 @@ class Thinning:
         return is_there and self._store.catalog.interval_to(self.before.end_snapshot_id) == self.before
 
     def drop(self) -> None:
-        """Takes back what `build` made."""
+        """Takes back what `prepare` made."""
         if self._index is not None and self._store.catalog.object(self._new.file) is None:
             unlink(self._store, self._new)
 
     def change(self) -> None:
         """In a change of the catalog."""
-        catalog, objects = self._store.catalog, () if self._index is None else (self._index,)
-        if not self.has_journal:
-            catalog.commit_layers(self.after, (), "", {})
+        catalog = self._store.catalog
+        if not self._changes_journal:
+            catalog.put_interval(self.after)
             return
         catalog.clear_seconds(self.before.from_time_ns, self.before.to_time_ns)
+        objects = () if self._index is None else (self._index,)
         catalog.commit_layers(self.after, objects, self._old.file, self._minutes)
         if self._contents.is_empty:
             catalog.delete("objects", "name", self._contents.name.file)
 
     def free(self) -> int:
         """After the commit: gives the room back; the bytes."""
-        if not self.has_journal:
+        if not self._changes_journal:
             return 0
         added = 0 if self._index is None else allocated_bytes(self._store.objects.path_of(self._new))
         return unlink(self._store, self._old) + self._contents.free() - added
