@@ -227,7 +227,7 @@ class Removal:
         for folder in changed:
             with suppress(FileNotFoundError):
                 fsync_directory(folder)
-        with catalog.changes():
+        with catalog.changes(durable=False):  # a row that is there again does no harm
             catalog.delete("removals", "before_id", self._before_id)
         return freed
 
