@@ -326,7 +326,19 @@ def test_a_damaged_journal_stays_and_does_not_keep_the_others(model: Model, capl
     with Pruner(model.path) as pruner:
         progress = pruner.apply(actions)
     assert progress.skipped >= 1 and progress.done == len(actions) - progress.skipped
-    assert "stays as it is" in caplog.text and index.exists()
+    assert "not pruned" in caplog.text and index.exists()
+    assert_tidy(model.path)
+
+
+def test_a_lost_object_does_not_keep_the_others(model: Model) -> None:
+    actions = thin_all(model.path, 1_000_000)
+    gone = [*object_files(model.path, "journal-*.index")[:1], *object_files(model.path, "journal-*.blocks")[-1:]]
+    for path in gone:
+        path.unlink()
+    for change in (actions, thin_all(model.path)):
+        with Pruner(model.path) as pruner:
+            assert sum(map(pruner.foretell, change)) >= 0
+            assert pruner.apply(change).done >= len(change) - 1
     assert_tidy(model.path)
 
 

@@ -127,13 +127,12 @@ class Pruner(AbstractContextManager["Pruner"]):
         self._closing.close()
 
     def foretell(self, action: Action) -> int:
-        """Bytes on the disk that it frees; changes nothing.
-
-        Raises:
-            CorruptionError: what it would have to read is damaged.
-        """
-        step = self._step(action)
-        return step.change.foretell() if step is not None else 0
+        """Bytes on the disk that it frees; changes nothing. What is damaged frees nothing, and stays as it is."""
+        sizes = [0]
+        with self._errors(), self._damage_passed_over():
+            step = self._step(action)
+            sizes += [step.change.foretell()] if step is not None else []
+        return sizes[-1]
 
     def apply(self, actions: Iterable[Action], progress: Callable[[Progress], None] = lambda _: None) -> Progress:
         """Executes actions, in their order but for some that need room on a full disk.
@@ -228,10 +227,9 @@ class Pruner(AbstractContextManager["Pruner"]):
             if pinned.between(*each.bounds):  # as `_commit` would find
                 continue
             try:
-                each.change.prepare()
-                prepared.append(each)
-            except CorruptionError as error:  # no reason to keep all the others
-                log.warning("what is between seqs %d and %d stays as it is: %s", *each.bounds, error)
+                with self._damage_passed_over():
+                    each.change.prepare()
+                    prepared.append(each)
             except OSError as error:
                 if error.errno not in FULL_ERRNOS:
                     raise
@@ -275,11 +273,11 @@ class Pruner(AbstractContextManager["Pruner"]):
 
     @contextmanager
     def _damage_passed_over(self) -> Iterator[None]:
-        """No reason to keep all others."""
+        """What is damaged keeps nobody from pruning what is around it."""
         try:
             yield
         except CorruptionError as error:
-            log.warning("what was pruned there may take room: %s", error)
+            log.warning("not pruned, or not all of it: %s", error)
 
     def _forget_thinned(self) -> None:
         """Room that was given back: durable first, else a power loss would bring files back that nobody looks for."""
