@@ -215,8 +215,10 @@ class Pruner(AbstractContextManager["Pruner"]):
             done += self._commit(prepared)
         self._catalog.write_over()  # durable, and with it all commits before: only now room may be given back
         self._thinned = ids
+        changes = [each.change for each in done]
         with ThreadPoolExecutor(FREEING) as threads:  # a disk that isn't waited for is idle
-            freed = sum(threads.map(lambda each: each.change.free(), done))
+            freed = sum(threads.map(Thinning.free, (each for each in changes if isinstance(each, Thinning))))
+        freed += sum(each.free() for each in changes if isinstance(each, Removal))
         self._count(len(done), len(batch) - len(done) - len(waiting), freed)
         return waiting
 
