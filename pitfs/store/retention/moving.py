@@ -98,8 +98,10 @@ class Mover(AbstractContextManager["Mover"]):
 
     def take(self, file: ObjectFile) -> None:
         """Copies what is live in a file, each part as it is."""
-        block = self._block_bytes
-        with open_fd(self._store.objects.path_of(file.name), os.O_RDONLY) as source:
+        block, path = self._block_bytes, self._store.objects.path_of(file.name)
+        if not os.path.exists(path):
+            raise CorruptionError(path, 0, "the object is missing")
+        with open_fd(path, os.O_RDONLY) as source:
             for part in file.parts:
                 base: int | None = None
                 for start, end in self._live.ranges(part.name):
@@ -107,7 +109,7 @@ class Mover(AbstractContextManager["Mover"]):
                         base = -(-self._end // block) * block - start // block * block
                         self.moved.append((part.name.file, self._host.file, base))
                     for at in range(start, end, COPY_BYTES):
-                        data = read_exactly(source, min(COPY_BYTES, end - at), part.base + at, file.name.file)
+                        data = read_exactly(source, min(COPY_BYTES, end - at), part.base + at, path)
                         write_all(self._fd, data, base + at)
                     self._end = base + end
 

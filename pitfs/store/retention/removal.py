@@ -274,7 +274,7 @@ class Removal:
     def _punch(self, file: ObjectFile) -> int:
         """Makes holes where nothing is live."""
         before = self._allocated(file.name)
-        with open_fd(self._path(file.name), os.O_RDWR) as fd:
+        with suppress(FileNotFoundError), open_fd(self._path(file.name), os.O_RDWR) as fd:  # a check tells of that
             size, at = os.fstat(fd).st_size, HEADER_BYTES
             size += -size % self._block_bytes  # else the block with the end would stay
             for start, end in merge(self._ranges(file.parts), [(size, size)]):
