@@ -74,11 +74,12 @@ def made(root: Path, history: History, count: int) -> str:
         if choice < 0.5:
             ingest.write(batch_of(history.open))
             ingest.flush(history.open[-1].time_ns)
-            ingest.mark(mark_of(history))
+            ingest.mark(mark_of(history, f"mark-{history.open[-1].seq}"))
             ingest.stream.wait_for_closing()
         else:
             granularity_ns = (0, 50_000_000, None)[int(random.integers(3))]
-            ingest_transfer(ingest, history.close_interval(granularity_ns, full=choice > 0.9))
+            names = (f"mark-{history.open[-1].seq}",)
+            ingest_transfer(ingest, history.close_interval(granularity_ns, names, full=choice > 0.9))
         if choice > 0.7:  # ids that others had: the next are in another folder
             ingest.close()
             with opened(ingest.path) as store, store.catalog.changes():
@@ -191,6 +192,9 @@ def assert_states(path: str, history: History, kept: set[int]) -> None:
             assert is_exact
         elif is_exact:
             assert history.states[seq] == history.states[resolution.seq]
+    assert {int(each.name[5:]) for each in store.bookmarks()} <= kept
+    assert {snapshot.seq for snapshot in store.snapshots()} <= {each.seq for each in store.bookmarks()} | {0, min(kept)}
+    assert all(gap.to_time_ns > history.times_ns[min(kept)] for gap in store.gaps())
     seconds = [
         resolution.seq for day in store.days() for minute in store.minutes(day) for resolution in store.seconds(minute)
     ]
@@ -231,8 +235,7 @@ def test_random_removals_leave_the_other_states_and_only_what_these_need(
         assert_states(path, history, kept)
         assert_only_the_living_is_there(path)
     ingest = Ingest(str(tmp_path), history.hello)  # and it goes on from there
-    history.write()
-    ingest_transfer(ingest, history.close_interval())
+    ingest_transfer(ingest, history.close_interval(bookmarks=(f"mark-{history.write().seq}",)))
     ingest.close()
     assert_states(path, history, kept | {seq for seq in history.reachable if seq > max(kept)})
 

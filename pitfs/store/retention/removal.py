@@ -1,7 +1,7 @@
 """The removal of all snapshots between two, or of all before one, and of what only they had.
 
-    plan      which contents and nodes of the objects between are still needed (`liveness`); what becomes of each file
-    prepare   small survivors are copied behind the end of an object that stays, and synced
+    prepare   what contents and nodes of the objects between are still needed (`liveness`)? small survivors are copied
+              behind the end of an object that stays, and synced
     change    the catalog commits: the snapshots are gone, and what was copied is found in its new place
     free      files that nothing is in any more are unlinked, of others what is dead is punched; directories are synced
 
@@ -29,7 +29,7 @@ from pitfs.storage.files import FULL_ERRNOS, fsync_directory, open_fd, punch
 from pitfs.store.catalog.database import PAGE_ROWS, REMEDY
 from pitfs.store.index.maps import block_maps
 from pitfs.store.objects.format import HEADER_BYTES, ObjectKind, ObjectName
-from pitfs.store.retention.liveness import Live, Objects, live_between
+from pitfs.store.retention.liveness import Live, live_between
 from pitfs.store.retention.moving import Mover, ObjectFile, Part
 from pitfs.store.retention.rows import join_intervals, removed_journals
 from pitfs.store.transfer.writable_store import WritableStore
@@ -79,8 +79,8 @@ class Removal:
         before, after = (
             block_maps(store.load_node, each, store.volumes) for each in (roots, catalog.roots(self._before_id))
         )
-        objects = Objects(store.layout, store.block_units, self._after_id + 1, self._before_id)
-        return live_between(before, after, objects)
+        live = Live(store.layout, self._after_id + 1, self._before_id)
+        return live_between(before, after, store.block_units.tolist(), live)
 
     def _files(self) -> Iterator[ObjectFile]:
         """The files of maps and contents between the two snapshots, as the catalog has them now; a page in memory."""
