@@ -96,7 +96,7 @@ def test_what_actions_and_pins_keep_is_there_and_nothing_else(tmp_path: Path, se
         assert (progress.done, progress.skipped) == (count, len(actions) - count)
         assert progress.freed_bytes == before - allocated_bytes(model.path)
         if count == len(actions):
-            assert progress.freed_bytes == pytest.approx(foretold, rel=0.01)
+            assert progress.freed_bytes == pytest.approx(foretold, rel=0.01, abs=4 * 4096)  # small stores, odd blocks
         model.check()
         assert_tidy(model.path)
         ingest = Ingest(str(model.root), model.history.hello)

@@ -282,6 +282,41 @@ def test_layers_that_came_after_the_look_are_left(tmp_path: Path, monkeypatch: p
     assert_tidy(ingest.path)
 
 
+def test_a_receiver_goes_on_while_the_store_is_pruned(tmp_path: Path) -> None:
+    """In another thread, with a catalog of its own: what streams in and is closed meanwhile is all there."""
+    model = model_of(tmp_path, 12, count=6)
+    ingest, is_done, errors = Ingest(str(model.root), model.history.hello), threading.Event(), list[object]()
+
+    def prune() -> None:
+        try:
+            while not is_done.is_set():
+                with Pruner(model.path) as pruner:
+                    pruner.apply(thin_all(model.path, 100_000_000)[:-2])  # the last ones may still get layers
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=prune)
+    thread.start()
+    for _ in range(6):
+        model.receive(ingest, 2)
+        ingest.flush(model.history.protected_ns)
+    is_done.set()
+    thread.join()
+    ingest.close()
+    assert errors == []
+    actions = thin_all(model.path)
+    with Pruner(model.path) as pruner:
+        pruner.apply(actions)
+    model.instants = set(model.history.reachable)
+    model.take(actions)
+    store = Store.open(model.path)
+    kept = {snapshot.seq for snapshot in store.snapshots()}
+    store.close()
+    model.instants = kept
+    model.check()
+    assert_tidy(model.path)
+
+
 def test_a_damaged_journal_stays_and_does_not_keep_the_others(model: Model, caplog: pytest.LogCaptureFixture) -> None:
     actions = thin_all(model.path, 1_000_000)
     index = object_files(model.path, "journal-*.index")[1]
@@ -291,7 +326,19 @@ def test_a_damaged_journal_stays_and_does_not_keep_the_others(model: Model, capl
     with Pruner(model.path) as pruner:
         progress = pruner.apply(actions)
     assert progress.skipped >= 1 and progress.done == len(actions) - progress.skipped
-    assert "stays as it is" in caplog.text and index.exists()
+    assert "not pruned" in caplog.text and index.exists()
+    assert_tidy(model.path)
+
+
+def test_a_lost_object_does_not_keep_the_others(model: Model) -> None:
+    actions = thin_all(model.path, 1_000_000)
+    gone = [*object_files(model.path, "journal-*.index")[:1], *object_files(model.path, "journal-*.blocks")[-1:]]
+    for path in gone:
+        path.unlink()
+    for change in (actions, thin_all(model.path)):
+        with Pruner(model.path) as pruner:
+            assert sum(map(pruner.foretell, change)) >= 0
+            assert pruner.apply(change).done >= len(change) - 1
     assert_tidy(model.path)
 
 

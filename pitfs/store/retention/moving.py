@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Final
 
 from pitfs.errors import CorruptionError
-from pitfs.storage.files import open_fd, read_exactly, write_all
+from pitfs.storage.files import closed_on_error, open_fd, read_exactly, write_all
 from pitfs.store.catalog.database import REMEDY
 from pitfs.store.objects.format import HEADER_BYTES, ObjectName
 from pitfs.store.retention.liveness import Live
@@ -65,13 +65,24 @@ class Mover(AbstractContextManager["Mover"]):
         self._store, self._host, self._live, self._block_bytes = store, host, live, block_bytes
         self.moved: list[tuple[str, str, int]] = []
         self.grown_bytes = 0
-        self._opened = open_fd(store.objects.path_of(host), os.O_RDWR)
-        self._fd = self._opened.__enter__()
-        size = os.fstat(self._fd).st_size
-        if size > self._committed_end("") and size > (end := self._committed_end("NOT INDEXED")):
-            os.ftruncate(self._fd, end)
-        self._before = os.fstat(self._fd)
+        self._path = store.objects.path_of(host)
+        self._fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+        with closed_on_error(self._fd):
+            size = os.fstat(self._fd).st_size
+            if size > self._committed_end("") and size > (end := self._committed_end("NOT INDEXED")):
+                os.ftruncate(self._fd, end)
+            self._before = self._after = os.fstat(self._fd)
         self._end = self._before.st_size
+
+    def is_still(self) -> bool:
+        """Whether what was copied is there as it was: another removal cuts off what isn't committed, too."""
+        now = os.stat(self._path)
+        return (now.st_size, now.st_mtime_ns) == (self._after.st_size, self._after.st_mtime_ns)
+
+    def drop(self) -> None:
+        """Cuts off what was copied."""
+        if self.is_still():
+            os.truncate(self._path, self._before.st_size)
 
     def _committed_end(self, how: str) -> int:
         """Byte behind all that the catalog says is in the host's file; `how` not to trust an index alone."""
@@ -87,8 +98,10 @@ class Mover(AbstractContextManager["Mover"]):
 
     def take(self, file: ObjectFile) -> None:
         """Copies what is live in a file, each part as it is."""
-        block = self._block_bytes
-        with open_fd(self._store.objects.path_of(file.name), os.O_RDONLY) as source:
+        block, path = self._block_bytes, self._store.objects.path_of(file.name)
+        if not os.path.exists(path):
+            raise CorruptionError(path, 0, "the object is missing")
+        with open_fd(path, os.O_RDONLY) as source:
             for part in file.parts:
                 base: int | None = None
                 for start, end in self._live.ranges(part.name):
@@ -96,7 +109,7 @@ class Mover(AbstractContextManager["Mover"]):
                         base = -(-self._end // block) * block - start // block * block
                         self.moved.append((part.name.file, self._host.file, base))
                     for at in range(start, end, COPY_BYTES):
-                        data = read_exactly(source, min(COPY_BYTES, end - at), part.base + at, file.name.file)
+                        data = read_exactly(source, min(COPY_BYTES, end - at), part.base + at, path)
                         write_all(self._fd, data, base + at)
                     self._end = base + end
 
@@ -106,11 +119,12 @@ class Mover(AbstractContextManager["Mover"]):
         try:
             if error is None:
                 os.fsync(self._fd)
-                self.grown_bytes = (os.fstat(self._fd).st_blocks - self._before.st_blocks) * 512
+                self._after = os.fstat(self._fd)
+                self.grown_bytes = (self._after.st_blocks - self._before.st_blocks) * 512
         except OSError as failed:
             error = failed
             raise
         finally:
             if isinstance(error, Exception):
                 os.ftruncate(self._fd, self._before.st_size)
-            self._opened.__exit__(None, None, None)
+            os.close(self._fd)

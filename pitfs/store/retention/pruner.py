@@ -16,6 +16,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -50,6 +51,7 @@ REMOVE_WEIGHT: Final = 16_384
 BATCH_WEIGHT: Final = 1 << 20  # some 4 MiB
 SCARCE_BYTES: Final = 64 << 20  # with less room than that batches are small: each gives room for the next
 SCARCE_WEIGHT: Final = 16 * THIN_WEIGHT
+FREEING: Final = 8  # threads
 LOCKED_S: Final = 0.25  # as long others wait for the locks; then they have their turn
 MAX_POSTPONED: Final = 4096
 VACUUM_PAGES: Final = 256  # at a time
@@ -125,13 +127,12 @@ class Pruner(AbstractContextManager["Pruner"]):
         self._closing.close()
 
     def foretell(self, action: Action) -> int:
-        """Bytes on the disk that it frees; changes nothing.
-
-        Raises:
-            CorruptionError: what it would have to read is damaged.
-        """
-        step = self._step(action)
-        return step.change.foretell() if step is not None else 0
+        """Bytes on the disk that it frees; changes nothing. What is damaged frees nothing, and stays as it is."""
+        sizes = [0]
+        with self._errors(), self._damage_passed_over():
+            step = self._step(action)
+            sizes += [step.change.foretell()] if step is not None else []
+        return sizes[-1]
 
     def apply(self, actions: Iterable[Action], progress: Callable[[Progress], None] = lambda _: None) -> Progress:
         """Executes actions, in their order but for some that need room on a full disk.
@@ -214,7 +215,11 @@ class Pruner(AbstractContextManager["Pruner"]):
             done += self._commit(prepared)
         self._catalog.write_over()  # durable, and with it all commits before: only now room may be given back
         self._thinned = ids
-        self._count(len(done), len(batch) - len(done) - len(waiting), sum(each.change.free() for each in done))
+        changes = [each.change for each in done]
+        with ThreadPoolExecutor(FREEING) as threads:  # a disk that isn't waited for is idle
+            freed = sum(threads.map(Thinning.free, (each for each in changes if isinstance(each, Thinning))))
+        freed += sum(each.free() for each in changes if isinstance(each, Removal))
+        self._count(len(done), len(batch) - len(done) - len(waiting), freed)
         return waiting
 
     def _prepare(self, batch: Sequence[_Step]) -> tuple[list[_Step], list[Action]]:
@@ -224,10 +229,9 @@ class Pruner(AbstractContextManager["Pruner"]):
             if pinned.between(*each.bounds):  # as `_commit` would find
                 continue
             try:
-                each.change.prepare()
-                prepared.append(each)
-            except CorruptionError as error:  # no reason to keep all the others
-                log.warning("what is between seqs %d and %d stays as it is: %s", *each.bounds, error)
+                with self._damage_passed_over():
+                    each.change.prepare()
+                    prepared.append(each)
             except OSError as error:
                 if error.errno not in FULL_ERRNOS:
                     raise
@@ -271,11 +275,11 @@ class Pruner(AbstractContextManager["Pruner"]):
 
     @contextmanager
     def _damage_passed_over(self) -> Iterator[None]:
-        """No reason to keep all others."""
+        """What is damaged keeps nobody from pruning what is around it."""
         try:
             yield
         except CorruptionError as error:
-            log.warning("what was pruned there may take room: %s", error)
+            log.warning("not pruned, or not all of it: %s", error)
 
     def _forget_thinned(self) -> None:
         """Room that was given back: durable first, else a power loss would bring files back that nobody looks for."""

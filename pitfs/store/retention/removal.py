@@ -1,7 +1,7 @@
 """The removal of all snapshots between two, or of all before one, and of what only they had.
 
-    plan      which contents and nodes of the objects between are still needed (`liveness`); what becomes of each file
-    prepare   small survivors are copied behind the end of an object that stays, and synced
+    prepare   what contents and nodes of the objects between are still needed (`liveness`)? small survivors are copied
+              behind the end of an object that stays, and synced
     change    the catalog commits: the snapshots are gone, and what was copied is found in its new place
     free      files that nothing is in any more are unlinked, of others what is dead is punched; directories are synced
 
@@ -29,7 +29,7 @@ from pitfs.storage.files import FULL_ERRNOS, fsync_directory, open_fd, punch
 from pitfs.store.catalog.database import PAGE_ROWS, REMEDY
 from pitfs.store.index.maps import block_maps
 from pitfs.store.objects.format import HEADER_BYTES, ObjectKind, ObjectName
-from pitfs.store.retention.liveness import Live, Objects, live_between
+from pitfs.store.retention.liveness import Live, live_between
 from pitfs.store.retention.moving import Mover, ObjectFile, Part
 from pitfs.store.retention.rows import join_intervals, removed_journals
 from pitfs.store.transfer.writable_store import WritableStore
@@ -59,10 +59,9 @@ class Removal:
         self._store, self._after_id, self._before_id, self._cause = store, after_id or 0, before_id, cause
         self._bounds = tuple(f"snapshot-{each:016x}" for each in (self._after_id + 1, before_id))
         self._block_bytes = os.statvfs(store.objects.directory).f_bsize
-        # What `prepare` found out: names of objects that nobody needs, and (name, host, base) of those moved.
+        # What `prepare` found out: names of objects that nobody needs, and what became of the others.
         self._dead: list[str] | None = None
-        self._moved: list[tuple[str, str, int]] = []
-        self._grown_bytes = 0
+        self._movers: list[Mover] = []
 
     @classmethod
     def unfinished(cls, store: WritableStore) -> list[Removal]:
@@ -80,22 +79,23 @@ class Removal:
         before, after = (
             block_maps(store.load_node, each, store.volumes) for each in (roots, catalog.roots(self._before_id))
         )
-        objects = Objects(store.layout, store.block_units, self._after_id + 1, self._before_id)
-        return live_between(before, after, objects)
+        live = Live(store.layout, self._after_id + 1, self._before_id)
+        return live_between(before, after, store.block_units.tolist(), live)
 
     def _files(self) -> Iterator[ObjectFile]:
         """The files of maps and contents between the two snapshots, as the catalog has them now; a page in memory."""
         catalog, (last, end) = self._store.catalog, self._bounds
-        # An index finds what is in a file. If it were damaged that would be lost, so the table itself is asked as well.
-        counts = {
-            catalog.rows(f"SELECT count(*) FROM moved {how}", (last, end, *more))[0][0]
-            for how, more in (
-                ("NOT INDEXED WHERE name >= ? AND name < ? AND host < ?", (end,)),
-                ("INDEXED BY moved_by_host WHERE host >= ? AND host < ?", ()),
+        has_moved = catalog.has_table("moved")
+        if has_moved:
+            # An index finds what is in a file. What it didn't find would be lost: so the table itself is asked, too.
+            (by_name,) = catalog.rows(
+                "SELECT count(*) FROM moved NOT INDEXED WHERE name >= ? AND name < ? AND host < ?", (last, end, end)
             )
-        }
-        if len(counts) > 1:
-            raise CorruptionError(catalog.path, 0, f"the index of moved is damaged: {REMEDY}")
+            (by_host,) = catalog.rows(
+                "SELECT count(*) FROM moved INDEXED BY moved_by_host WHERE host >= ? AND host < ?", (last, end)
+            )
+            if by_name != by_host:
+                raise CorruptionError(catalog.path, 0, f"the index of moved is damaged: {REMEDY}")
         while True:
             sql = f"SELECT * FROM objects WHERE name > ? AND name < ? ORDER BY name LIMIT {PAGE_ROWS}"
             names = [catalog.verified("objects", row)[0] for row in catalog.rows(sql, (last, end))]
@@ -104,12 +104,13 @@ class Removal:
             last = names[-1]
             within = names[0], last
             files = {name: ObjectFile(found) for name in names if (found := ObjectName.of_file(name)) is not None}
-            for (name,) in catalog.rows("SELECT name FROM moved WHERE name >= ? AND name <= ?", within):
-                files.pop(name, None)
-            for row in catalog.rows("SELECT * FROM moved WHERE host >= ? AND host <= ?", within):
-                name, host, base = catalog.verified("moved", row)
-                if (found := ObjectName.of_file(name)) is not None and host in files:
-                    files[host].parts.append(Part(found, base))
+            if has_moved:
+                for (name,) in catalog.rows("SELECT name FROM moved WHERE name >= ? AND name <= ?", within):
+                    files.pop(name, None)
+                for row in catalog.rows("SELECT * FROM moved WHERE host >= ? AND host <= ?", within):
+                    name, host, base = catalog.verified("moved", row)
+                    if (found := ObjectName.of_file(name)) is not None and host in files:
+                        files[host].parts.append(Part(found, base))
             for file in files.values():
                 self._measure(file)
                 yield file
@@ -188,15 +189,13 @@ class Removal:
                 stays = file.live_bytes > 0 and host is None
                 gone = (part.name for part in file.parts if not part.is_live)
                 dead += [name.file for name in gone if not (stays and name == file.name)]
-        self._dead, self._moved = dead, [row for mover in movers.values() for row in mover.moved]
-        self._grown_bytes = sum(mover.grown_bytes for mover in movers.values())
+        self._dead, self._movers = dead, list(movers.values())
 
     def drop(self) -> None:
         """Takes back what `prepare` made, where there is to be no `change`."""
-        for host in {host for _, host, _ in self._moved}:
-            if (name := ObjectName.of_file(host)) is not None:
-                with Mover(self._store, name, self._live, self._block_bytes):  # it cuts off what isn't committed
-                    self._dead, self._moved = None, []
+        for mover in self._movers:
+            mover.drop()
+        self._dead, self._movers = None, []
 
     def change(self) -> None:
         """What the catalog says afterwards; within `Catalog.changes`.
@@ -204,22 +203,22 @@ class Removal:
         Raises:
             StoreError: one of the two snapshots isn't there any more.
         """
-        if self._dead is None:
+        if self._dead is None or any(not mover.is_still() for mover in self._movers):
             self.prepare()
         catalog = self._store.catalog
         join_intervals(catalog, self._after_id, self._before_id, self._cause)
         for name in self._dead or ():
             catalog.delete("objects", "name", name)
-        for name in (*(self._dead or ()), *(name for name, _, _ in self._moved)):
             catalog.delete("moved", "name", name)
-        for row in self._moved:
-            catalog.put("moved", row)
+        for row in (row for mover in self._movers for row in mover.moved):
+            catalog.put("moved", row, "ON CONFLICT DO UPDATE SET host = ?2, base = ?3, row_checksum = ?4")
         catalog.delete("removals", "before_id", self._before_id)
         catalog.put("removals", (self._before_id, self._after_id))
 
     def free(self) -> int:
         """Gives the room back; the bytes on the disk. Called again, it finishes what was cut off."""
-        catalog, freed, changed = self._store.catalog, -self._grown_bytes, set[str]()
+        catalog, changed = self._store.catalog, set[str]()
+        freed = -sum(mover.grown_bytes for mover in self._movers)
         with ThreadPoolExecutor(FREEING) as threads:
             freed += sum(threads.map(lambda folder: self._unlink_in(folder, changed), self._folders()))
             files = filter(self._is_worth, self._files())
@@ -228,7 +227,7 @@ class Removal:
         for folder in changed:
             with suppress(FileNotFoundError):
                 fsync_directory(folder)
-        with catalog.changes():
+        with catalog.changes(durable=False):  # a row that is there again does no harm
             catalog.delete("removals", "before_id", self._before_id)
         return freed
 
@@ -261,7 +260,8 @@ class Removal:
                 with suppress(FileNotFoundError):
                     os.unlink(self._path(name))
                 changed.add(folder)
-        if folder in changed and folder != objects.directory and not os.listdir(folder):
+        newest = os.path.dirname(self._path(ObjectName(ObjectKind.MAP, self._before_id)))  # more may come there
+        if folder in changed and folder != newest and not os.listdir(folder):
             with suppress(OSError):
                 os.rmdir(folder)
             changed.add(os.path.dirname(folder))
@@ -274,7 +274,7 @@ class Removal:
     def _punch(self, file: ObjectFile) -> int:
         """Makes holes where nothing is live."""
         before = self._allocated(file.name)
-        with open_fd(self._path(file.name), os.O_RDWR) as fd:
+        with suppress(FileNotFoundError), open_fd(self._path(file.name), os.O_RDWR) as fd:  # a check tells of that
             size, at = os.fstat(fd).st_size, HEADER_BYTES
             size += -size % self._block_bytes  # else the block with the end would stay
             for start, end in merge(self._ranges(file.parts), [(size, size)]):

@@ -16,7 +16,6 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -26,15 +25,13 @@ from pitfs.model.blockmap import I64Array
 from pitfs.model.ladder import LAST_LAYER, NO_LAYER, RUNGS_NS, granularity_of, layer_of
 from pitfs.model.retention import Thin
 from pitfs.model.transfer import POSITION
-from pitfs.storage.files import allocated, open_fd, punch
+from pitfs.storage.files import open_fd, punch
 from pitfs.store.catalog.records import Interval, add_seconds
 from pitfs.store.index.format import INDEX_ROW, IndexWriter
 from pitfs.store.index.merge import Rows
 from pitfs.store.index.reader import JournalIndex, Journals, chunk_cache
 from pitfs.store.objects.format import HEADER_BYTES, ObjectKind, ObjectName, ObjectRecord
 from pitfs.store.transfer.writable_store import WritableStore, new_object
-
-NO_RANGES: Final = np.zeros((0, 2), "<i8")
 
 
 class JournalContents:
@@ -64,11 +61,9 @@ class JournalContents:
 
     def dead(self) -> I64Array:
         """Bytes of the file that no row has, in whole blocks of the file system: int64[n, 2], from and to."""
-        if self.record is None:
-            return NO_RANGES
         is_live = np.cumsum(self._steps[:-1]) > 0
         units = np.flatnonzero(np.diff(is_live, prepend=True, append=True)).reshape(-1, 2)
-        block = os.statvfs(self.path).f_frsize
+        block = _block_bytes(self._store)
         ranges = HEADER_BYTES + units * self._store.layout.unit_bytes
         ranges[:, 0] += -ranges[:, 0] % block
         is_end = units[:, 1] == len(is_live)  # there the file ends: what is behind is dead, too
@@ -77,22 +72,21 @@ class JournalContents:
 
     def foretell(self) -> int:
         """Bytes on the disk that `free` would give back."""
-        if self.record is None:
-            return 0
-        if self.is_empty:
-            return allocated_bytes(self.path)
-        with open_fd(self.path, os.O_RDONLY) as fd:
-            return sum(allocated(fd, start, end) for start, end in self.dead().tolist())
+        before = allocated_bytes(self.path)
+        if self.is_empty or self.record is None:
+            return before
+        size = HEADER_BYTES + self.record.data_bytes
+        left_bytes = size + -size % _block_bytes(self._store) - int(np.diff(self.dead()).sum())
+        return max(0, before - left_bytes)
 
     def free(self) -> int:
         """Punches what no row has, or unlinks the file; the bytes that it freed. Doing it again does no harm."""
         if self.is_empty:
             return unlink(self._store, self.name)
-        dead, before = self.dead(), allocated_bytes(self.path)
-        if len(dead):
-            with open_fd(self.path, os.O_RDWR) as fd:
-                for start, end in dead.tolist():
-                    punch(fd, start, end - start)
+        before = allocated_bytes(self.path)
+        with suppress(FileNotFoundError), open_fd(self.path, os.O_RDWR) as fd:
+            for start, end in self.dead().tolist():
+                punch(fd, start, end - start)
         return before - allocated_bytes(self.path)
 
 
@@ -144,8 +138,7 @@ class Thinning:
             with open_fd(os.devnull, os.O_WRONLY) as fd:
                 size = HEADER_BYTES + sum(self._write(fd)[:2])
         size *= self._layer != NO_LAYER  # it may have no position left
-        block = os.statvfs(path).f_frsize
-        return allocated_bytes(path) - -(-size // block) * block + self._contents.foretell()
+        return allocated_bytes(path) - size - -size % _block_bytes(self._store) + self._contents.foretell()
 
     def prepare(self) -> None:
         """Makes the new index, which the caller syncs before `change`.
@@ -253,6 +246,11 @@ def settle(store: WritableStore, snapshot_id: int) -> int:
     if contents.record is None or not contents.is_empty:
         freed += contents.free()
     return freed
+
+
+def _block_bytes(store: WritableStore) -> int:
+    """Of the file system."""
+    return os.statvfs(store.objects.directory).f_frsize
 
 
 def allocated_bytes(path: str) -> int:
