@@ -41,7 +41,7 @@ from pitfs.store.transfer.sections import checksums_of
 
 PROGRESS: Final = {False: "check.progress", True: "check-data.progress"}
 BATCH_BYTES: Final = 128 << 20  # of contents, sorted by their places: 12 MiB of rows if blocks have 512 bytes
-PART_BYTES: Final = 512 << 10  # compared while the next part is read
+PART_BYTES: Final = 768 << 10  # compared while the next part is read
 AHEAD_PARTS: Final = 16  # that the kernel is told to read ahead
 SAVE_S: Final = 10.0
 _POINTER, _CHECKSUM, _BLOCK, _SEQ, _OWNER, _VOLUME = range(6)  # of contents, int64[6, n]
