@@ -74,6 +74,8 @@ def _replica(path: str) -> dict[str, Any]:
             "damaged": len(store.objects.damage.known()),
             "seq": latest.seq if latest else None,
             "last_gap": span_row(gap) if gap else None,
+            "pruned_before": format_instant(pruned_ns) if (pruned_ns := store.meta("pruned_before_ns")) else None,
+            "any_instant_from": format_instant(store.any_instant_from_ns()) if latest else None,
         }
 
 

@@ -193,7 +193,7 @@ class PointInTimeView:
         if fd is None:  # opening it may wait for the disk
             return None
         try:
-            position = HEADER_BYTES + (pointer & self._unit_mask) * self._unit_bytes
+            position = fd.base + HEADER_BYTES + (pointer & self._unit_mask) * self._unit_bytes
             count = os.preadv(fd, inline[1], position, _NOWAIT)
         except OSError as error:
             self._not_now(error, pointer)
@@ -290,6 +290,7 @@ class PointInTimeView:
         fd = self._opened(number) if flags else self._fd(number)
         if fd is None:
             return False
+        position += fd.base
         while True:
             try:
                 count = os.preadv(fd, (target,), position, flags)

@@ -100,10 +100,12 @@ _ADDED: Final = """
 CREATE TABLE IF NOT EXISTS moved (  -- byte o of object `name` is byte base + o of the file of object `host`
     name TEXT PRIMARY KEY, host TEXT NOT NULL, base INTEGER NOT NULL, row_checksum INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS moved_by_host ON moved (host);
 CREATE TABLE IF NOT EXISTS shared (  -- pointers to contents that several blocks of the first snapshot have
     pointer INTEGER PRIMARY KEY, count INTEGER NOT NULL, row_checksum INTEGER NOT NULL
 ) STRICT;
-CREATE TABLE IF NOT EXISTS removals (  -- snapshots between these two were removed, their objects not yet
+CREATE TABLE IF NOT EXISTS removals (  -- snapshots between these two were removed, their objects not yet; equal: the
+    -- difference journal of the interval that ends there is being thinned
     before_id INTEGER PRIMARY KEY, after_id INTEGER NOT NULL, row_checksum INTEGER NOT NULL
 ) STRICT;
 CREATE TABLE IF NOT EXISTS digests (  -- of a volume at a snapshot, as production took it
@@ -113,7 +115,7 @@ CREATE TABLE IF NOT EXISTS digests (  -- of a volume at a snapshot, as productio
 """
 
 _NO_INDEX: Final = (apsw.SQLITE_IOERR_SHMOPEN, apsw.SQLITE_IOERR_SHMSIZE, apsw.SQLITE_IOERR_SHMMAP)
-REMEDY: Final = "put a copy of it back, or move the store away for a new full sync"
+REMEDY: Final = "make it again with `pitfs check STORE --rebuild`"
 
 
 # Columns that are unsigned, by number: SQLite has the signed integer with the same bits.
@@ -166,6 +168,7 @@ class Database:
     def __init__(self, path: str, mode: Mode = "read") -> None:
         self.path = path
         self._lock = threading.RLock()  # held from what a change builds on until it is committed
+        self._is_changing = False
         with _errors(path):
             self._db = self._connect(mode)
         try:
@@ -256,14 +259,19 @@ class Database:
     def changes(self, durable: bool = True) -> Iterator[None]:
         """A transaction, of one process at a time: what is read in it stays so until it is committed.
 
-        durable: survives power loss when it returns; else the catalog may be the one before then.
+        durable: survives power loss when it returns; else the catalog may be the one before then. Within another one it
+        is a part of that.
         """
         with self._lock, _errors(self.path):
+            if self._is_changing:
+                yield
+                return
             if not durable:
                 self._db.execute(f"PRAGMA synchronous = {NOT_DURABLE}")
             try:
                 # At once: a transaction that has read before another commits could no longer write.
                 self._db.execute("BEGIN IMMEDIATE")
+                self._is_changing = True
                 try:
                     yield
                     self._db.execute("COMMIT")
@@ -272,19 +280,27 @@ class Database:
                         self._db.execute("ROLLBACK")
                     raise
             finally:
+                self._is_changing = False
                 if not durable:
                     self._db.execute(f"PRAGMA synchronous = {DURABLE}")
 
-    def put(self, table: str, values: Sequence[Any], conflict: str = "") -> None:
-        """Inserts a row with its checksum; within `changes`."""
-        signed = [*map(_to_signed, values)]
-        checksum = _row_checksum(table, signed[_UNCHECKED.get(table, 0) :])
-        places = ", ".join(f"?{number}" for number in range(1, len(signed) + 2))
-        self._db.execute(f"INSERT INTO {table} VALUES ({places}) {conflict}", (*signed, checksum))
+    def put(self, table: str, values: Sequence[Any], conflict: str = "") -> list[Any]:
+        """Inserts a row with its checksum; within `changes`. Returns it as SQLite has it."""
+        row = [*map(_to_signed, values)]
+        row.append(_row_checksum(table, row[_UNCHECKED.get(table, 0) :]))
+        places = ", ".join(f"?{number}" for number in range(1, len(row) + 1))
+        self._db.execute(f"INSERT INTO {table} VALUES ({places}) {conflict}", row)
+        if row[0] is None:
+            row[0] = self._db.last_insert_rowid()
+        return row
 
     def delete(self, table: str, name: str, key: Any) -> None:
         """Deletes the rows whose column of that name has that value; within `changes`."""
-        self._db.execute(f"DELETE FROM {table} WHERE {name} = ?", (key,))
+        self.delete_range(table, name, key, key)
+
+    def delete_range(self, table: str, name: str, first: Any, last: Any) -> None:
+        """Deletes the rows whose column of that name is in [first, last]; within `changes`."""
+        self._db.execute(f"DELETE FROM {table} WHERE {name} BETWEEN ? AND ?", (first, last))
 
     def has_table(self, table: str) -> bool:
         """Whether there is a table that came later: not before a writer of this version has opened the catalog."""
