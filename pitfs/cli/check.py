@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING, Any, Final
 
 from pitfs.cli.common.output import print_json, warn
 from pitfs.cli.common.parser import add_json, add_store
-from pitfs.errors import EXIT_FAILED, UsageError
+from pitfs.errors import EXIT_FAILED, PitfsError, UsageError
 from pitfs.model.position import format_instant
 from pitfs.model.units import format_bytes
 
@@ -24,7 +25,9 @@ DESCRIPTION: Final = (
 EXAMPLES: Final = """\
 examples:
   pitfs check /srv/pitfs/db1
-  pitfs check /srv/pitfs/db1 --data --rate 50MB/s"""
+  pitfs check /srv/pitfs/db1 --data --rate 50MB/s
+  pitfs check /srv/pitfs/db1 --heal
+  pitfs check /srv/pitfs/db1 --rebuild"""
 
 MAX_SHOWN: Final = 10  # stretches of a place; --json has all
 
@@ -33,6 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_store(parser)
     parser.add_argument("--data", action="store_true", help="reread and verify all contents")
     parser.add_argument("--rate", metavar="BYTES/s", help="read contents no faster, as 50MB/s; with --data")
+    parser.add_argument(
+        "--rebuild", action="store_true", help="make the catalog again first, from its log and the objects"
+    )  # fmt: skip
+    parser.add_argument("--heal", action="store_true", help="ask production for contents that are damaged or missing")
     add_json(parser, "objects, bytes, damaged [object, from, to, instants], healed")
 
 
@@ -47,15 +54,44 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--rate {error}") from None
     if rate is not None and (rate < 1 or not args.data):
         raise UsageError("--rate: at least 1 byte per second, and only with --data")
-    healed = 0
-    with progress("check", contents_bytes(args.store) if args.data else 0) as reached:
-        report = check(args.store, args.data, at_rate(rate, reached))
+    if args.rebuild:
+        _rebuild(args.store)
+
+    def checked(has_data: bool) -> Report:
+        with progress("check", contents_bytes(args.store) if has_data else 0) as reached:
+            return check(args.store, has_data, at_rate(rate, reached))
+
+    report, healed, failure = checked(args.data), 0, None
+    if args.heal and report.damaged:
+        from pitfs.store.check.heal import make_frames, wait_healed
+
+        if make_frames(args.store):
+            report = checked(True)
+        try:
+            healed = wait_healed(args.store)
+        except PitfsError as error:
+            failure = error
+        if healed:
+            report = check(args.store, False, at_rate(None))
     if args.json:
         rows = [_row(*each) for each in report.damaged]
         print_json({"objects": report.objects, "bytes": report.bytes, "damaged": rows, "healed": healed})
     else:
         _print(args.store, report, args.data)
+        if args.heal:
+            print(f"{healed} damaged places were healed")
+    if failure is not None:
+        raise failure
     return EXIT_FAILED if report.damaged else 0
+
+
+def _rebuild(store: str) -> None:
+    from pitfs.store.check.rebuild import rebuild
+
+    made = rebuild(store, warn, lambda snapshot_id: None)
+    counts = f"{made.snapshots} snapshots, {made.intervals} intervals, {made.bookmarks} bookmarks, {made.gaps} gaps"
+    kept = f"; the one before is {made.old}" if made.old else ""
+    print(f"{store}: the catalog was made again: {counts}{kept}", file=sys.stderr)
 
 
 def _row(damage: Damage, stretches: list[Stretch]) -> dict[str, Any]:
@@ -79,7 +115,8 @@ def _print(store: str, report: Report, has_data: bool) -> None:
         elif len(stretches) > MAX_SHOWN:
             print(f"    and {len(stretches) - MAX_SHOWN} stretches more: --json names them")
     if report.damaged:
-        warn("all other instants are whole: export what you need. Objects can be put back from a copy of the store")
+        warn("all other instants are whole. --heal asks production for contents; put other objects back from a copy of "
+             "the store, or --rebuild a catalog")  # fmt: skip
 
 
 _PROBLEMS: Final = {
