@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from functools import partial
 from itertools import chain
 from typing import Final
 
@@ -113,16 +112,13 @@ class Suffering(Walk):
         except CorruptionError:
             roots = self.roots(None)
             counts[1, catalog] = 1
-        for volume, units in enumerate(self._units):
-            met = partial(self._meet, counts[1])
-            for leaves in self.leaves(volume, before[volume], roots[volume], met):
-                changed = (leaves[0] != leaves[1]).any(axis=0)
-                for sign, leaf in zip((-1, 1), leaves, strict=True):
-                    _count(counts[0], self._contents.of(leaf[0][changed], units), sign)
+        for one, other, units in zip(self.maps(before), self.maps(roots), self._units, strict=True):
+            for sign, nodes in (1, one.new_nodes(other)), (-1, other.new_nodes(one)):
+                for level, pointer, pointers in nodes:
+                    _count(counts[1], self._nodes.of(np.array([pointer], "<u8"), np.ones(1, "<u8")), sign)
+                    if not level:
+                        _count(counts[0], self._contents.of(pointers, units), sign)
         return roots
-
-    def _meet(self, counts: I64Array, sign: int, pointer: int) -> None:
-        _count(counts, self._nodes.of(np.array([pointer], "<u8"), np.ones(1, "<u8")), sign)
 
     def _take_interval(
         self, before: Snapshot, snapshot: Snapshot, roots: Sequence[MapEntry], counts: I64Array, is_concerned: bool

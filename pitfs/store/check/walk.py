@@ -161,30 +161,6 @@ class Walk:
 
         return walk(root, tree_depth(self.volumes[volume].block_count) - 1, 0)
 
-    def leaves(
-        self, volume: int, before: MapEntry, after: MapEntry, met: Callable[[int, int], None]
-    ) -> Iterator[tuple[Node, Node]]:
-        """Leaves in which two maps of a volume differ: before and after.
-
-        Args:
-            met: called with -1 and the pointer (or 0) of nodes that only the map before has, with 1 for the other's.
-        """
-
-        def walk(one: MapEntry, other: MapEntry, level: int) -> Iterator[tuple[Node, Node]]:
-            if one == other:
-                return
-            met(-1, one.pointer)
-            met(1, other.pointer)
-            nodes = self.node(one.pointer, one.checksum), self.node(other.pointer, other.checksum)
-            if not level:
-                yield nodes
-                return
-            for slot in np.flatnonzero((nodes[0] != nodes[1]).any(axis=0)).tolist():
-                below = MapEntry(*nodes[0][:, slot].tolist()), MapEntry(*nodes[1][:, slot].tolist())
-                yield from walk(*below, level - 1)
-
-        return walk(before, after, tree_depth(self.volumes[volume].block_count) - 1)
-
     def journal(self, interval: Interval) -> Journal | None:
         """The interval's difference journal, None where it has none. Raises CorruptionError: the catalog is damaged."""
         if interval.granularity_ns is None:
