@@ -18,6 +18,7 @@ from pitfs.errors import PitfsError
 from pitfs.model.transfer import VolumeInfo
 from pitfs.store.check import check as check_module
 from pitfs.store.check.check import Report, at_rate, check
+from pitfs.store.index import format
 from pitfs.store.ingest import Ingest
 from pitfs.store.objects.damage import DamageLog
 from pitfs.store.store import Store
@@ -49,6 +50,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, History]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("fsync", "fdatasync"):
             patch.setattr(os, name, lambda fd: None)
+        patch.setattr(format, "CHUNK_ROWS", 2)  # so that indexes have many chunks, some of them of one block
+        patch.setattr(format, "CHUNK_POSITIONS", 3)
         ingest_transfer(ingest, history.close_interval())
         write(8)
         ingest_transfer(ingest, history.close_interval(0, ("one",), before_ns=(100_000_000,)))
