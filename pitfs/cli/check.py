@@ -61,18 +61,22 @@ def run(args: argparse.Namespace) -> int:
         with progress("check", contents_bytes(args.store) if has_data else 0) as reached:
             return check(args.store, has_data, at_rate(rate, reached))
 
-    report, healed, failure = checked(args.data), 0, None
-    if args.heal and report.damaged:
+    report, healed, failure, has_data = checked(args.data), 0, None, args.data
+    while args.heal and report.damaged:
         from pitfs.store.check.heal import make_frames, wait_healed
 
         if make_frames(args.store):
+            has_data = True
             report = checked(True)
         try:
-            healed = wait_healed(args.store)
+            count = wait_healed(args.store)
         except PitfsError as error:
             failure = error
-        if healed:
-            report = check(args.store, False, at_rate(None))
+            break
+        if not count:
+            break
+        healed += count
+        report = checked(has_data)
     if args.json:
         rows = [_row(*each) for each in report.damaged]
         print_json({"objects": report.objects, "bytes": report.bytes, "damaged": rows, "healed": healed})
@@ -102,8 +106,11 @@ def _row(damage: Damage, stretches: list[Stretch]) -> dict[str, Any]:
 
 
 def _print(store: str, report: Report, has_data: bool) -> None:
+    from pitfs.store.objects.damage import MAX_PLACES
+
     contents = f"{format_bytes(report.bytes)} of contents" if has_data else "contents not read (--data reads them)"
-    print(f"{store}: {report.objects} objects, {contents}: {len(report.damaged) or 'no'} damaged places")
+    count = f"{len(report.damaged) or 'no'}{' or more' * (len(report.damaged) >= MAX_PLACES)}"
+    print(f"{store}: {report.objects} objects, {contents}: {count} damaged places")
     for damage, stretches in report.damaged:
         row = _row(damage, stretches)
         place = "all of it" if row["to"] is None else f"bytes {row['from']} to {row['to']}"

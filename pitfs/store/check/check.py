@@ -360,8 +360,10 @@ class _Check(Walk):
         elif count == 1:
             self._note(contents[:, 0])
         else:
-            for place in range(count):
-                self._compare(one := contents[:, place : place + 1], self._read(one, 0))
+            for one in np.split(contents, count, axis=1):
+                number = self._layout.object_of(int(one[_POINTER, 0].view("<u8")))
+                if self.found.ends.get(ObjectName.of_number(number).file) != 0:  # else that says it all
+                    self._compare(one, self._read(one, 0))
 
     def _note(self, content: npt.NDArray[np.int64]) -> None:
         """Notes a content that is damaged, unless nothing leads to it any more."""
@@ -372,7 +374,8 @@ class _Check(Walk):
             seqs = (seq - 1, seq) if seq else (interval.from_seq if interval else 0, snapshot.seq)
             file = ObjectName.of_number(self._layout.object_of(pointer)).file
             place = self._layout.offset_of(pointer), int(self._units[volume]) * self._layout.unit_bytes
-            self.found.note(Damage(file, *place, "content", volume, block, checksum, *seqs))
+            if sum(place) <= self.found.ends.get(file, sum(place)):  # else bytes that are missing, which is noted
+                self.found.note(Damage(file, *place, "content", volume, block, checksum, *seqs))
 
     def check_again(self, contents: Iterable[Damage]) -> None:
         """Reads contents that are known to be damaged, and notes those that still are."""

@@ -42,15 +42,23 @@ _NO_ENTRIES: Final = new_node()
 
 
 class Found(DamageLog):
-    """What a check finds, by place; the log itself is changed when it is done."""
+    """What a check finds, by place; the log itself is changed when it is done.
+
+    Attributes:
+        ends: byte of an object from which on nothing of it can be read, 0 where it is missing or can't be opened.
+    """
 
     def __init__(self, store: str, places: Sequence[Damage] = ()) -> None:
         super().__init__(store)
-        self.places = {each.place: each for each in places}
+        self.places, self.ends = dict[tuple[str, int], Damage](), dict[str, int]()
+        for each in places:
+            self.note(each)
 
     def note(self, damage: Damage) -> None:
         if len(self.places) < MAX_PLACES:
             self.places.setdefault(damage.place, damage)
+            if damage.kind in ("missing", "header"):
+                self.ends[damage.object] = damage.offset
 
     def remember(self, damage: Damage) -> None:
         """Puts it into the log at once: a check may take days."""
