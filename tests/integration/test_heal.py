@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import msgspec
 import pytest
 import trio
 
+from pitfs.cli.main import main
 from pitfs.link.sessions import receiver
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.check.heal import _production_listens, make_frames
@@ -337,3 +339,21 @@ async def test_a_moved_object_is_healed_where_it_is_now_and_nothing_beside_it(
         log.replace(live)
         assert await until_nothing_is_wanted(pipeline) == []
         assert images(pipeline) == all_images
+
+
+async def test_the_command_finds_what_is_damaged_and_heals_it(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with linked(pipeline, monkeypatch) as both:
+        await both.arrived()
+        await with_history(both)
+        lost = [each for each in contents(pipeline).values() if each.through_seq > 0]  # journalled
+        flip(pipeline, lost[0])
+        gone = path_of(pipeline, lost[-1])
+        gone.unlink()
+        arguments = ["check", store_of(pipeline), "--data", "--heal", "--json"]
+        with trio.fail_after(WAIT_S):
+            assert await trio.to_thread.run_sync(main, arguments) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["damaged"] == [] and found["healed"] >= 2
+        both.assert_every_write_is_there()
