@@ -30,7 +30,7 @@ from pitfs.model.transfer import VolumeInfo
 from pitfs.storage.files import durable_replace
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.records import Interval, Snapshot
-from pitfs.store.check.suffering import Stretch, Suffering, uncovered
+from pitfs.store.check.suffering import EVERYTHING, Stretch, Suffering, uncovered
 from pitfs.store.check.walk import IN_CATALOG, Found, Journal, Walk
 from pitfs.store.objects.damage import MAX_PLACES, Damage, DamageLog
 from pitfs.store.objects.format import CATALOG, HEADER_BYTES, ObjectKind, ObjectName, ObjectRecord
@@ -132,10 +132,10 @@ def check(path: str, has_data: bool, paced: Callable[[int], None]) -> Report:
             run = _Check(catalog, store.objects, store.volumes, found, progress, paced)
             run.check_again(contents)
             run.run()
-            damaged = Suffering(catalog, store.objects, store.volumes, found).run() if found.places else []
-    except CorruptionError:
+            damaged = Suffering(catalog, store.objects, store.volumes, found).run(store.at_time) if found.places else []
+    except CorruptionError:  # it can't be read at all
         found.note(IN_CATALOG)
-        damaged = [(each, []) for each in uncovered(found.places.values())]
+        damaged = [(each, [EVERYTHING] if each == IN_CATALOG else []) for each in uncovered(found.places.values())]
 
     def remembered(now: list[Damage]) -> list[Damage]:
         """What was found, and what others met meanwhile."""
@@ -186,8 +186,7 @@ class _Check(Walk):
         try:
             step()
         except CorruptionError:
-            if is_there():
-                raise
+            self.found.note(IN_CATALOG)
         if len(self.found.places) == len(before) or is_there():
             for each in list(self.found.places.values())[len(before) :]:
                 self.found.remember(each)
@@ -201,7 +200,11 @@ class _Check(Walk):
         with self._noting_catalog():
             if self.catalog.rows("PRAGMA integrity_check(1)") != [("ok",)]:
                 self.found.note(IN_CATALOG)
-        self._progress.objects = 0
+        catalog, self._progress.objects = self.catalog, 0
+        with self._noting_catalog():  # the names of columns are in the schema, which has no checksum
+            for listed in (catalog.snapshots(0), catalog.intervals(0), catalog.bookmarks(0), catalog.gaps(0)):
+                next(iter(listed), None)
+            catalog.snapshot_at_seq(0), catalog.interval_from(0), catalog.next_minute(0), catalog.roots(0)
         for (table,) in self.catalog.rows("SELECT name FROM sqlite_master WHERE type = 'table'"):
             with self._noting_catalog():
                 for row in self.catalog.all_rows(table):

@@ -116,9 +116,15 @@ class Walk:
         self._load = node_loader(objects)
 
     def after(self, snapshot: Snapshot | None) -> Snapshot | None:
-        """The next snapshot. Raises CorruptionError where the catalog doesn't say."""
-        row = self.catalog.row("snapshots", "WHERE time_ns > ? ORDER BY time_ns", snapshot.time_ns if snapshot else -1)
-        return Snapshot(*row) if row else None
+        """The next snapshot that the catalog can give. Raises CorruptionError: the catalog itself can't be read."""
+        after_id = snapshot.id if snapshot else 0
+        while rows := self.catalog.rows("SELECT * FROM snapshots WHERE id > ? ORDER BY id LIMIT 1", (after_id,)):
+            try:
+                return Snapshot(*self.catalog.verified("snapshots", rows[0]))
+            except CorruptionError:
+                self.found.note(IN_CATALOG)
+                after_id = rows[0][0]
+        return None
 
     def interval(self, before: Snapshot, snapshot: Snapshot) -> Interval:
         """The interval between two neighbours. Raises CorruptionError: the catalog has another, or none."""
