@@ -217,20 +217,6 @@ def test_a_time_that_leads_nowhere_is_refused(store: Given, capsys: Said) -> Non
     say(capsys, 2, "no volume 'boot'", args=["export", store.path, "latest", "boot", store.path / "x"])
 
 
-@pytest.mark.parametrize(
-    "args", [["check"], ["check", "--data"], ["check", "--rebuild"], ["prune"], ["prune", "--dry-run"]]
-)
-def test_what_this_version_does_not_have_says_so(store: Given, capsys: Said, args: list[str]) -> None:
-    before = sorted(store.path.rglob("*"))
-    say(
-        capsys,
-        2,
-        f"{args[0]} {store.path}: not available in this version yet",
-        args=[args[0], store.path, *args[1:]],
-    )
-    assert sorted(store.path.rglob("*")) == before
-
-
 # -- export
 
 
