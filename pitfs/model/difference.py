@@ -42,6 +42,10 @@ class Columns:
     seq: Int64s
     checksum: UInt64s
 
+    def picked(self, rows: Rows) -> Columns:
+        """These rows, in this order."""
+        return Columns(self.volume[rows], self.block[rows], self.seq[rows], self.checksum[rows])
+
 
 @dataclass(frozen=True, slots=True)
 class SnapshotDiff:
@@ -183,7 +187,7 @@ def snapshot_diff(
     """
     order, followed = by_block(columns)
     rows = order[~followed]
-    picked = Columns(columns.volume[rows], columns.block[rows], columns.seq[rows], columns.checksum[rows])
+    picked = columns.picked(rows)
 
     def same_picked(a: Rows, b: Rows | None) -> Mask:
         return same(rows[a], None if b is None else rows[b])

@@ -27,13 +27,13 @@ from pyroaring import BitMap64
 from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CorruptionError, LinkError, PositionMismatchError
+from pitfs.journal.digests import VolumeDigests
 from pitfs.journal.reader import Copy, JournalReader
 from pitfs.journal.writer import Location
 from pitfs.model import transfer
 from pitfs.model.record import CopyProgress, Record, RecordKind
 from pitfs.model.transfer import ResumePoint, Section, VolumeInfo
 from pitfs.replication.cursor import JournalCursor
-from pitfs.replication.digests import VolumeDigests
 from pitfs.replication.manifests import copy_manifest
 from pitfs.replication.phases import Phase
 from pitfs.replication.ports import Session, ShipperSettings

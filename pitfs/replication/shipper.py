@@ -10,6 +10,7 @@ from functools import partial
 import trio
 
 from pitfs.errors import CorruptionError, PitfsError, RemoteProtocolError
+from pitfs.journal.digests import FILL_S, VolumeDigests
 from pitfs.journal.reader import Copy, Durability, Interval
 from pitfs.journal.writer import Location, segment_bytes_for
 from pitfs.model import schedule
@@ -17,7 +18,6 @@ from pitfs.model.schedule import MAX_INTERVAL_PART, MAX_INTERVAL_ROWS
 from pitfs.replication.backfill import Backfill
 from pitfs.replication.bandwidth import Bandwidth
 from pitfs.replication.cursor import JournalCursor
-from pitfs.replication.digests import FILL_S, VolumeDigests
 from pitfs.replication.full_sync import FullSync, read_stretch
 from pitfs.replication.heal import ContentFinder
 from pitfs.replication.interval import PreparedInterval, diff_frames
@@ -95,8 +95,8 @@ class Shipper:
             except PitfsError as error:
                 log.debug("no mark: %s", error)
 
-    async def fill_digests(self) -> None:
-        """Has digests made by reading the volumes slowly, where there are none; for ever."""
+    async def tend_digests(self) -> None:
+        """Saves the digests now and then, and has them made by reading the volumes slowly; for ever."""
 
         def seq() -> int | None:
             splitter = trio.from_thread.run(self.splitter.status)
@@ -104,6 +104,7 @@ class Shipper:
 
         while True:
             await trio.sleep(FILL_S)
+            await trio.to_thread.run_sync(self.digests.save)
             if self.digests.needs_reading:
                 with contextlib.suppress(PitfsError, OSError), contextlib.ExitStack() as stack:
                     fds = await self._backings.open(stack)
@@ -250,7 +251,7 @@ class Shipper:
                 decision = schedule.Decision(None, "mode is snapshot")
             elif prepared.journal is None:
                 decision = schedule.Decision(schedule.EVERY_WRITE, "nothing was written")
-            digests = await trio.to_thread.run_sync(self.digests.of_interval, prepared)
+            digests = await trio.to_thread.run_sync(self.digests.of_interval, interval, prepared.diff.rows)
             resume = await self._sender.begin(session, diff_manifest(prepared, decision.reason, digests))
             await self._sender.send(session, diff_frames(prepared, resume, self.bandwidth.payload_bytes))
             said, sent = session.welcome, (interval.mark, interval.to_seq, interval.to_time_ns)

@@ -10,12 +10,12 @@ from typing import Final
 
 import trio
 
+from pitfs.journal.digests import VolumeDigests
 from pitfs.journal.reader import Durability, JournalReader
 from pitfs.journal.stream_reader import NOTHING_DIGEST, StreamChunk, next_chunk
 from pitfs.journal.writer import Location
 from pitfs.model.record import MAX_BODY_BYTES
 from pitfs.model.transfer import MAX_BATCH_BYTES, Durable, Flush, Welcome, Writes
-from pitfs.replication.digests import VolumeDigests
 from pitfs.replication.phases import Phase
 from pitfs.replication.ports import Session
 from pitfs.replication.sending import Sender

@@ -12,12 +12,12 @@ import pytest
 from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import LinkError
+from pitfs.journal import checksum_files
+from pitfs.journal import digests as digests_module
 from pitfs.journal.reader import Copy
 from pitfs.model.digest import digest_of
 from pitfs.model.transfer import Checkpoint, Data
-from pitfs.replication import digests as digests_module
 from pitfs.replication import full_sync
-from pitfs.replication.digests import VolumeDigests
 from pitfs.store.store import Store
 from tests.helpers.bypass import Bypassing
 
@@ -41,23 +41,24 @@ class Digesting(Bypassing):
         super().__init__(tmp, monkeypatch, seed)
         self.seen: set[int] = set()
         self.durable: dict[str, bytes] = {}
-        save = VolumeDigests._save
+        replace = digests_module.durable_replace
 
-        def saving(digests: VolumeDigests) -> None:
-            save(digests)
+        def replacing(path: str, content: bytes) -> None:
             self.durable = {each: Path(directory, each).read_bytes() for each in os.listdir(directory)}
+            replace(path, content)
 
         directory = os.path.join(self.pipeline.state, "digests")
         self.directory = directory
-        monkeypatch.setattr(VolumeDigests, "_save", saving)
+        monkeypatch.setattr(digests_module, "durable_replace", replacing)
         monkeypatch.setattr(digests_module, "EVERY_S", 0.0)
         monkeypatch.setattr(digests_module, "RETRY_S", 0.0)
         monkeypatch.setattr(digests_module, "FILL_BYTES", 16 * BLOCK)
-        monkeypatch.setattr(digests_module, "BATCH_ROWS", 5)
+        monkeypatch.setattr(checksum_files, "BATCH_ROWS", 5)
         monkeypatch.setattr(digests_module, "MAX_PENDING_ROWS", 20)
         monkeypatch.setattr(digests_module, "SAVE_S", 0.0 if seed % 3 else 1e9)
 
     def check_digests(self) -> None:
+        self.shipper.digests.save()
         store = Store.open(self.pipeline.ingest.path)
         for snapshot in store.snapshots():
             found = store.digest(0, snapshot.time_ns)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from pitfs.cli.main import main
+from pitfs.journal import digests
 from pitfs.journal.reader import Interval
 from pitfs.model.position import format_instant
-from pitfs.replication import digests
 from pitfs.splitter.service import SplitterService
 from pitfs.splitter.sync_gate import SyncGate
 from pitfs.store.objects.format import ObjectKind, ObjectName

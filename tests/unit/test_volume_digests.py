@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import trio
 
+from pitfs.journal import checksum_files, digests
+from pitfs.journal.reader import Interval, JournalReader
 from pitfs.model.transfer import Checkpoint, Data
-from pitfs.replication import digests, shipper
+from pitfs.replication import full_sync, shipper
 from pitfs.replication.control import ShipperControl
 from pitfs.replication.requests import TakeSnapshot
 from tests.helpers.digesting import Digesting
@@ -146,6 +150,33 @@ async def test_what_was_read_while_writes_bypass_the_journal_is_left_out(parts: 
     assert has_digest(parts)
 
 
+async def test_what_is_applied_while_a_stretch_is_read_isnt_undone(parts: Digesting) -> None:
+    await unknown(parts)
+    volume, kept = parts.pipeline.volumes[0], parts.shipper.digests
+
+    def read(index: int, block: int, limit_bytes: int) -> tuple[int, bytearray] | None:
+        fds = [each.fd for each in parts.splitter.volumes]
+        stretch = full_sync.read_stretch([volume], fds, index, block, limit_bytes)
+        if block == 0 and not parts.splitter.state.mark > mark:
+            parts.put(0, b"new" * 1000)
+            parts.mark()
+            following = parts.shipper.cursor.reader
+            with contextlib.closing(JournalReader(following.directory, following.block_sizes)) as reader:
+                reader.seek(following.location, following.position)
+                interval = reader.next(parts.splitter.journal.tail)
+            assert isinstance(interval, Interval)
+            kept.of_interval(interval, np.arange(1))
+            kept._apply()
+        return stretch
+
+    mark = parts.splitter.state.mark
+    for _ in range(20):
+        kept.fill(read, lambda: parts.splitter.state.seq)
+    await parts.ship_all()
+    await finish_reading(parts)
+    assert has_digest(parts)
+
+
 async def test_a_copy_that_another_process_began_is_read_once_more(
     parts: Digesting, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -194,7 +225,7 @@ async def test_a_full_disk_ends_them_and_not_the_shipping(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(digests, "write_all", full)
+        patch.setattr(checksum_files, "write_all", full)
         parts.scatter(3)
         parts.mark()
         await parts.ship_all()
@@ -231,7 +262,7 @@ async def test_the_shipper_reads_in_the_background_by_itself(
     await unknown(parts)
     monkeypatch.setattr(shipper, "FILL_S", 0.0)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(parts.shipper.fill_digests)
+        nursery.start_soon(parts.shipper.tend_digests)
         with trio.fail_after(20):
             while parts.shipper.digests._filling != (0, 74):
                 await trio.sleep(0.01)

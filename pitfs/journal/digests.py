@@ -17,7 +17,6 @@ that write is applied later. Whatever doesn't fit together leads back to unknown
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
 import threading
@@ -29,31 +28,30 @@ from typing import Final
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import PitfsError
-from pitfs.journal.reader import Copy, JournalReader
+from pitfs.journal.checksum_files import ChecksumFiles
+from pitfs.journal.reader import Copy, Interval, JournalReader
 from pitfs.journal.search import Found
 from pitfs.journal.stream_reader import StreamChunk, next_chunk
 from pitfs.journal.writer import Location
-from pitfs.model.difference import Columns, by_block
-from pitfs.model.digest import DIGEST_BYTES, MASK, MAX_STREAMED_DIGESTS, Digests, digest_of, zero_checksum
+from pitfs.model.difference import Columns, Rows, by_block
+from pitfs.model.digest import DIGEST_BYTES, MAX_STREAMED_DIGESTS, Digests
 from pitfs.model.transfer import MAX_BATCH_BYTES, VolumeInfo
-from pitfs.replication.interval import PreparedInterval
-from pitfs.storage.files import durable_replace, fsync_directory, write_all
+from pitfs.storage.files import durable_replace, fsync_directory
 
 log = logging.getLogger(__name__)
 
 EVERY_S: Final = 600.0  # a mark has digests so often, and if somebody asked for it: they take a row of the catalog each
-SAVE_S: Final = 10.0  # what a crash leaves to be applied again
+SAVE_S: Final = 60.0  # what is pending is applied so often: a page for many blocks then, and blocks once
 FILL_BYTES: Final = 8 << 20  # read in the background at a time …
 FILL_S: Final = 0.25  # … and so often: 32 MiB/s, some 3 % of a processor
 RETRY_S: Final = 600.0  # after an error, until it begins again
-MAX_PENDING_ROWS: Final = 1 << 18  # not applied yet; 7 MiB
-PAGE_ROWS: Final = 512  # of a file: read and written whole, 4 KiB
-BATCH_ROWS: Final = 4096  # applied at once, in as many pages at most: 16 MiB
+MAX_PENDING_ROWS: Final = 1 << 18  # 7 MiB; more than that is applied at once
+_MADE_OF_ROWS: Final = 64  # what the arrays of a few rows take, in rows
 
 Position = tuple[int, int]  # (seq, time_ns)
+MakeColumns = Callable[[], Columns]
 ReadStretch = Callable[[int, int, int], tuple[int, bytearray] | None]
 
 
@@ -73,16 +71,16 @@ class VolumeDigests:
         self._journal, self._volumes, self._clock = journal_directory, volumes, clock
         self._directory = os.path.join(os.path.dirname(journal_directory), "digests")
         self._path = os.path.join(self._directory, "position")
-        self._zeros = np.array([zero_checksum(volume.block_size) for volume in volumes], dtype=np.uint64)
+        self._files = ChecksumFiles(self._directory, volumes)
         self._lock = threading.Lock()
-        self._fds: list[int] = []
         self._is_resumed = False
+        self._forgotten = 0  # how often `position` was removed
         self._position: Position | None = None  # all up to there is in the files, or pending
         self._exact_from = 0  # seq: before, files may have what came later
         self._copy: tuple[Location, Position] | None = None  # the one that is under way, from its first block on
         self._filling: tuple[int, int] | None = None  # (volume, block) that is read next
-        self._pending: list[Columns] = []
-        self._sums: list[int] | None = None  # of the files; None: not made yet
+        self._pending: list[tuple[int, MakeColumns]] = []  # only the rows behind that seq
+        self._pending_rows = 0
         self._due_s = self._save_s = self._retry_s = clock()
         self._given: Position | None = None  # those that were given last are of it
         self.wanted_mark = 0
@@ -97,38 +95,41 @@ class VolumeDigests:
             self._is_resumed, self._exact_from = True, journal_seq
             with contextlib.suppress(FileNotFoundError), open(self._path, "rb") as file:
                 position = msgspec.json.decode(file.read(), type=tuple[int, int])
-                self._open(os.O_RDWR)
+                self._files.open()
                 if position[0] > journal_seq:
                     raise PitfsError(f"{self._path}: seq {position[0]}, the journal has only {journal_seq}")
                 self._position = position
 
-    def of_interval(self, prepared: PreparedInterval) -> Digests:
-        """Applies an interval; the digests at its end, if they are due and known."""
-        interval, rows = prepared.interval, prepared.diff.rows
-        all_rows = interval.columns
-        columns = Columns(all_rows.volume[rows], all_rows.block[rows], all_rows.seq[rows], all_rows.checksum[rows])
-        end = interval.to_seq, interval.to_time_ns
-        self._take((interval.from_seq, interval.from_time_ns), end, interval.times, columns, interval.start)
+    def of_interval(self, interval: Interval, rows: Rows) -> Digests:
+        """Applies an interval; the digests at its end, if they are due and known.
+
+        Args:
+            rows: the last one of each block.
+        """
+        columns, end = interval.columns.picked(rows), (interval.to_seq, interval.to_time_ns)
+        start = interval.from_seq, interval.from_time_ns
+        self._take(start, end, interval.times, interval.start, lambda: columns, len(rows))
         return self._at_mark(end, interval.mark, interval.bookmark is not None)
 
     def of_chunk(self, chunk: StreamChunk, start: Position, location: Location) -> StreamChunk:
         """The same for what is streamed, which begins behind `start`, at `location`; with the digests in its mark."""
         if chunk.writes is not None:
-            columns = _columns_of(chunk)
-            self._take(start, chunk.position, chunk.writes.rows["time_ns"], columns, location)
+            times, columns = chunk.writes.rows["time_ns"], _columns_of(chunk)
+            self._take(start, chunk.position, times, location, columns, len(chunk.checksums) // 8)
         mark = chunk.mark
         if mark is None:
             return chunk
         if chunk.writes is None:
-            self._take(start, start, np.zeros(0, np.int64), _NOTHING, location)
+            self._take(start, start, np.zeros(0, np.int64), location, _no_columns, 0)
         digests = self._at_mark((mark.seq, mark.time_ns), mark.mark, mark.bookmark is not None)
         if digests and len(self._volumes) <= MAX_STREAMED_DIGESTS:
             return replace(chunk, mark=msgspec.structs.replace(mark, digests=digests))
         return chunk
 
     def _take(
-        self, start: Position, end: Position, times: npt.NDArray[np.int64], columns: Columns, location: Location
-    ) -> None:
+        self, start: Position, end: Position, times: npt.NDArray[np.int64], location: Location, columns: MakeColumns,
+        row_count: int,
+    ) -> None:  # fmt: skip
         """Takes the writes in (start, end]; `times` are theirs, and `location` is where they begin."""
         with self._guarded():
             if self._position is None:
@@ -143,16 +144,15 @@ class VolumeDigests:
             known_ns = start[1] if start[0] == seq else int(times[seq - start[0] - 1])
             if known_ns != time_ns:
                 raise PitfsError(f"{self._path}: write {seq} isn't the one that the journal has")
-            self._add(columns, end)
+            self._add(columns, row_count, end)
 
-    def _add(self, columns: Columns, end: Position) -> None:
+    def _add(self, columns: MakeColumns, row_count: int, end: Position) -> None:
         assert self._position is not None
         if end[0] > self._position[0]:
-            new = columns.seq > self._position[0]
-            arrays = columns.volume[new], columns.block[new], columns.seq[new], columns.checksum[new]
-            self._pending.append(Columns(*arrays))
+            self._pending.append((self._position[0], columns))
+            self._pending_rows += row_count + _MADE_OF_ROWS
         self._position = end
-        if sum(len(each.seq) for each in self._pending) > MAX_PENDING_ROWS:
+        if self._pending_rows > MAX_PENDING_ROWS:
             self._apply()
 
     def _catch_up(self, position: Position, end: Position, location: Location) -> None:
@@ -163,7 +163,7 @@ class VolumeDigests:
                 raise PitfsError(f"{self._journal}: it has no longer what came behind write {position[0]}")
             while (chunk := next_chunk(reader, location, MAX_BATCH_BYTES)) is not None and not chunk.begins_anew:
                 if chunk.writes is not None:
-                    self._add(_columns_of(chunk), chunk.position)
+                    self._add(_columns_of(chunk), len(chunk.checksums) // 8, chunk.position)
             if self._position != end:
                 raise PitfsError(f"{self._journal}: write {end[0]} doesn't follow write {position[0]}")
 
@@ -174,21 +174,15 @@ class VolumeDigests:
         return digests  # noqa: RET504 (an error in the block leaves none)
 
     def _due_digests(self, position: Position, mark: int, is_named: bool) -> Digests:
-        if self._position != position:
-            return msgspec.UNSET
-        self._apply()
-        if self._filling is not None or position[0] < self._exact_from:
+        if self._position != position or self._filling is not None or position[0] < self._exact_from:
             return msgspec.UNSET
         now_s = self._clock()
-        if now_s >= self._save_s:
-            self._save()
         is_due = now_s >= self._due_s or is_named or mark == self.wanted_mark
         if not is_due and position != self._given:  # again, if the link broke
             return msgspec.UNSET
-        if self._sums is None:
-            self._sums = [self._sum_of(volume) for volume in range(len(self._volumes))]
+        self._apply()
         self._due_s, self._given = now_s + EVERY_S, position
-        return b"".join(digest.to_bytes(DIGEST_BYTES, "big") for digest in self._sums)
+        return b"".join(digest.to_bytes(DIGEST_BYTES, "big") for digest in self._files.digests())
 
     # -- copies, and reading in the background -----------------------------------------------------------
 
@@ -204,7 +198,6 @@ class VolumeDigests:
                 raise PitfsError(f"{self._directory}: a copy builds on what isn't known here")
             if copy.start.is_complete:
                 self._reset()
-                self._sums = [0] * len(self._volumes)
             else:
                 self._apply()
                 self._forget()
@@ -214,7 +207,7 @@ class VolumeDigests:
         """A stretch of the copy: all of the blocks from `first` on, or those that are picked."""
         with self._guarded():
             if self._copy is not None:
-                self._set_contents(volume, first, buffer, picked)
+                self._files.set_contents(volume, first, buffer, picked)
 
     def end_copy(self) -> None:
         """All of its blocks came."""
@@ -239,21 +232,24 @@ class VolumeDigests:
                 that one on; None behind the last.
             seq: of the last write now, None where writes aren't journalled or a copy is under way.
         """
+        if seq() is None:
+            return
         with self._guarded():
-            if not self.needs_reading or seq() is None:
+            if not self.needs_reading:
                 return
             if self._filling is None:
                 log.info("%s: the digests of the volumes are made anew, by reading them", self._directory)
                 self._reset()
-                self._sums, self._filling, self._exact_from = [0] * len(self._volumes), (0, 0), 1 << 62
-            volume, block = self._filling
-            stretch = read(volume, block, FILL_BYTES)
-            through = seq()  # after reading: all that was read is of this write, or came before
-            if through is None:
+                self._filling, self._exact_from = (0, 0), 1 << 62
+            (volume, block), changes = self._filling, self._files.changes
+        stretch = read(volume, block, FILL_BYTES)  # without the lock: in mode sync, writes wait for what is shipped
+        through = seq()  # after reading: all that was read is of this write, or came before
+        with self._guarded():
+            if through is None or self._files.changes != changes:  # newer checksums may have been set: it is read again
                 return
             if stretch is not None:
                 first, buffer = stretch
-                self._set_contents(volume, first, buffer, None)
+                self._files.set_contents(volume, first, buffer, None)
                 self._filling = volume, first + len(buffer) // self._volumes[volume].block_size
             elif volume + 1 < len(self._volumes):
                 self._filling = volume + 1, 0
@@ -262,46 +258,58 @@ class VolumeDigests:
 
     # -- the files ---------------------------------------------------------------------------------------
 
+    def save(self) -> None:
+        """Makes durable what came, now and then. Shipping, for which writes wait in mode sync, waits less for this."""
+        failure: OSError | None = None
+        position, forgotten = self._position, -1
+        with self._guarded():
+            if not self._is_known() or self._clock() < self._save_s:
+                return
+            self._apply()
+            self._save_s = self._clock() + SAVE_S
+            position, forgotten = self._position, self._forgotten
+        try:
+            self._files.sync()
+        except OSError as error:
+            failure = error
+        with self._guarded():
+            if forgotten != self._forgotten:
+                return
+            if failure is not None:
+                raise failure
+            durable_replace(self._path, msgspec.json.encode(position))
+
+    def _is_known(self) -> bool:
+        """Whether the files, with what is pending, have the state at `position`."""
+        return self._position is not None and self._filling is None and self._position[0] >= self._exact_from
+
     def close(self) -> None:
         """Saves what there is."""
         with self._guarded():
-            if self._position is not None and self._filling is None and self._position[0] >= self._exact_from:
-                self._apply()
+            if self._is_known():
                 self._save()
         self._position = None
-        self._close()
-
-    def _close(self) -> None:
-        while self._fds:
-            os.close(self._fds.pop())
-
-    def _open(self, flags: int) -> None:
-        self._close()
-        for volume in self._volumes:
-            path = os.path.join(self._directory, f"{volume.name}.checksums")
-            self._fds.append(os.open(path, flags | os.O_CLOEXEC, 0o600))
+        self._files.close()
 
     def _reset(self) -> None:
         """Begins anew, with files that say that all is zeros."""
         os.makedirs(self._directory, mode=0o700, exist_ok=True)
         self._forget()
-        self._open(os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-        for fd, volume in zip(self._fds, self._volumes, strict=True):
-            os.ftruncate(fd, -(-volume.block_count // PAGE_ROWS) * PAGE_ROWS * 8)
+        self._files.clear()
         self._position = self._copy = self._filling = None
         self._exact_from = 0
-        self._pending.clear()
+        self._drop_pending()
 
     def _forget(self) -> None:
+        self._forgotten += 1
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path)
             fsync_directory(self._directory)
 
     def _save(self) -> None:
-        for fd in self._fds:
-            os.fdatasync(fd)
+        self._apply()
+        self._files.sync()
         durable_replace(self._path, msgspec.json.encode(self._position))
-        self._save_s = self._clock() + SAVE_S
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -311,80 +319,47 @@ class VolumeDigests:
                 yield
             except (PitfsError, OSError, msgspec.MsgspecError) as error:
                 log.warning("no digests until the volumes were read in the background: %s", error)
-                self._position = self._copy = self._filling = self._sums = None
-                self._pending.clear()
+                self._position = self._copy = self._filling = self._files.sums = None
+                self._files.changes += 1
+                self._drop_pending()
                 self._retry_s = self._clock() + RETRY_S
                 with contextlib.suppress(OSError):
                     self._forget()
+
+    def _drop_pending(self) -> None:
+        self._pending.clear()
+        self._pending_rows = 0
 
     def _apply(self) -> None:
         """Sets the checksums of what is pending: of each block the last."""
         if not self._pending:
             return
+        made = [(after, make()) for after, make in self._pending]
+        parts = [each.picked(np.flatnonzero(each.seq > after)) for after, each in made]
         names = "volume", "block", "seq", "checksum"
-        columns = Columns(*(np.concatenate([getattr(each, name) for each in self._pending]) for name in names))
+        columns = Columns(*(np.concatenate([getattr(each, name) for each in parts]) for name in names))
         order, followed = by_block(columns)
-        rows = order[~followed]
-        volumes = columns.volume[rows]
-        self._pending.clear()
-        for volume in np.unique(volumes).tolist():
-            here = rows[volumes == volume]
-            self._set(volume, columns.block[here], columns.checksum[here])
-
-    def _set_contents(
-        self, volume: int, first: int, buffer: bytearray, picked: npt.NDArray[np.int64] | None
-    ) -> None:
-        """Sets the checksums of blocks in `buffer`, which begins with block `first`."""
-        size, view = self._volumes[volume].block_size, memoryview(buffer)
-        places = np.arange(len(buffer) // size) if picked is None else picked - first
-        checksums = [xxh3_64_intdigest(view[at : at + size]) for at in (places * size).tolist()]
-        self._set(volume, first + places, np.array(checksums, dtype=np.uint64))
-
-    def _set(self, volume: int, blocks: npt.NDArray[np.int64], checksums: npt.NDArray[np.uint64]) -> None:
-        """Sets checksums of blocks that ascend."""
-        for start in range(0, len(blocks), BATCH_ROWS):
-            block, checksum = blocks[start : start + BATCH_ROWS], checksums[start : start + BATCH_ROWS]
-            checksum = np.where(checksum == self._zeros[volume], np.uint64(0), checksum)
-            pages, of = np.unique(block // PAGE_ROWS, return_inverse=True)
-            table = np.zeros((len(pages), PAGE_ROWS), dtype="<u8")
-            begins = [0, *(np.flatnonzero(np.diff(pages) != 1) + 1).tolist(), len(pages)]
-            view, page_bytes = table.data.cast("B"), PAGE_ROWS * 8
-            spans = itertools.pairwise(begins)
-            runs = [(pages.item(at) * page_bytes, view[at * page_bytes : end * page_bytes]) for at, end in spans]
-            for offset, run in runs:
-                if os.preadv(self._fds[volume], [run], offset) != run.nbytes:
-                    raise PitfsError(f"{self._directory}: a file of checksums ends early")
-            place = of, block % PAGE_ROWS
-            before = table[place]
-            table[place] = checksum
-            for offset, run in runs:
-                write_all(self._fds[volume], run, offset)
-            if self._sums is not None:
-                change = digest_of(block, checksum) - digest_of(block, before)
-                self._sums[volume] = (self._sums[volume] + change) & MASK
-
-    def _sum_of(self, volume: int) -> int:
-        """The digest of a volume from its whole file."""
-        total = 0
-        for first in range(0, self._volumes[volume].block_count, PAGE_ROWS * BATCH_ROWS):
-            data = os.pread(self._fds[volume], PAGE_ROWS * BATCH_ROWS * 8, first * 8)
-            checksums = np.frombuffer(data, dtype="<u8")
-            blocks = np.flatnonzero(checksums)
-            for start in range(0, len(blocks), BATCH_ROWS):
-                part = blocks[start : start + BATCH_ROWS]
-                total += digest_of(first + part, checksums[part])
-        return total & MASK
+        last = columns.picked(order[~followed])
+        self._drop_pending()
+        for volume in np.unique(last.volume).tolist():
+            here = last.volume == volume
+            self._files.set(volume, last.block[here], last.checksum[here])
 
 
-_NOTHING: Final = Columns(np.zeros(0, np.uint16), np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.uint64))
+def _no_columns() -> Columns:
+    return Columns(np.zeros(0, np.uint16), np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.uint64))
 
 
-def _columns_of(chunk: StreamChunk) -> Columns:
-    """A row for each block of streamed writes."""
+def _columns_of(chunk: StreamChunk) -> MakeColumns:
+    """A row for each block of streamed writes; not made before they are applied, since in mode sync writes wait."""
     assert chunk.writes is not None
-    rows = chunk.writes.rows
-    counts = rows["block_count"].astype(np.int64)
-    within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
-    seqs = np.repeat(chunk.writes.first_seq + np.arange(len(rows)), counts)
-    blocks = np.repeat(rows["block"].astype(np.int64), counts) + within
-    return Columns(np.repeat(rows["volume"], counts), blocks, seqs, np.frombuffer(chunk.checksums, dtype="<u8"))
+    rows, first_seq, checksums = chunk.writes.rows, chunk.writes.first_seq, chunk.checksums
+
+    def columns() -> Columns:
+        counts = rows["block_count"].astype(np.int64)
+        within = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+        seqs = np.repeat(first_seq + np.arange(len(rows)), counts)
+        blocks = np.repeat(rows["block"].astype(np.int64), counts) + within
+        return Columns(np.repeat(rows["volume"], counts), blocks, seqs, np.frombuffer(checksums, dtype="<u8"))
+
+    return columns
