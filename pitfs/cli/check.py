@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -27,7 +28,8 @@ EXAMPLES: Final = """\
 examples:
   pitfs check /srv/pitfs/db1
   pitfs check /srv/pitfs/db1 --data --rate 50MB/s
-  pitfs check /srv/pitfs/db1 --heal"""
+  pitfs check /srv/pitfs/db1 --heal
+  pitfs check /srv/pitfs/db1 --rebuild"""
 
 MAX_SHOWN: Final = 10  # stretches of a place; --json has all
 
@@ -37,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", action="store_true", help="reread and verify all contents")
     parser.add_argument("--heal", action="store_true", help="--data, and damaged contents come back from production")
     parser.add_argument("--rate", metavar="BYTES/s", help="read contents no faster, as 50MB/s; with --data or --heal")
+    parser.add_argument(
+        "--rebuild", action="store_true", help="make the catalog again first, from its log and the objects"
+    )  # fmt: skip
     add_json(parser, "objects, bytes, damaged [object, from, to, instants], healed")
 
 
@@ -54,6 +59,9 @@ def run(args: argparse.Namespace) -> int:
     has_data, healed, failure = args.data or args.heal, 0, None
     if rate is not None and (rate < 1 or not has_data):
         raise UsageError("--rate: at least 1 byte per second, and only with --data or --heal")
+
+    if args.rebuild:
+        _rebuild(args.store)
 
     def checked() -> Report:
         with progress("check", contents_bytes(args.store) if has_data else 0) as reached:
@@ -76,6 +84,15 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_FAILED if report.damaged else 0
 
 
+def _rebuild(store: str) -> None:
+    from pitfs.store.check.rebuild import rebuild
+
+    made = rebuild(store, warn, lambda snapshot_id: None)
+    counts = f"{made.snapshots} snapshots, {made.intervals} intervals, {made.bookmarks} bookmarks, {made.gaps} gaps"
+    kept = f"; the one before is {made.old}" if made.old else ""
+    print(f"{store}: the catalog was made again: {counts}{kept}", file=sys.stderr)
+
+
 def _row(damage: Damage, stretches: list[Stretch]) -> dict[str, Any]:
     """from, to: bytes of the object; to is null where all of it can't be read."""
     instants = [{"from": format_instant(first), "to": format_instant(last)} for first, last in stretches]
@@ -84,8 +101,11 @@ def _row(damage: Damage, stretches: list[Stretch]) -> dict[str, Any]:
 
 
 def _print(store: str, report: Report, has_data: bool, healed: int, is_gone: bool) -> None:
+    from pitfs.store.objects.damage import MAX_PLACES
+
     contents = f"{format_bytes(report.bytes)} of contents" if has_data else "contents not read (--data reads them)"
-    found = f"{len(report.damaged) or 'no'} damaged places" + (f", {healed} healed" if healed else "")
+    count = f"{len(report.damaged) or 'no'}{' or more' * (len(report.damaged) >= MAX_PLACES)}"
+    found = f"{count} damaged places" + (f", {healed} healed" if healed else "")
     print(f"{store}: {report.objects} objects, {contents}: {found}")
     for damage, stretches in report.damaged:
         row = _row(damage, stretches)
@@ -99,7 +119,8 @@ def _print(store: str, report: Report, has_data: bool, healed: int, is_gone: boo
             print(f"    and {len(stretches) - MAX_SHOWN} stretches more: --json names them")
     if report.damaged:
         contents = "production has those contents no more" if is_gone else "contents may come back by --heal"
-        warn(f"all other instants are whole: export what you need; {contents}; a copy of the store may have objects")
+        other = "--rebuild makes a catalog again; a copy of the store may have objects"
+        warn(f"all other instants are whole: export what you need; {contents}; {other}")
 
 
 _PROBLEMS: Final = {

@@ -42,15 +42,23 @@ _NO_ENTRIES: Final = new_node()
 
 
 class Found(DamageLog):
-    """What a check finds, by place; the log itself is changed when it is done."""
+    """What a check finds, by place; the log itself is changed when it is done.
+
+    Attributes:
+        ends: byte of an object from which on nothing of it can be read, 0 where it is missing or can't be opened.
+    """
 
     def __init__(self, store: str, places: Sequence[Damage] = ()) -> None:
         super().__init__(store)
-        self.places = {each.place: each for each in places}
+        self.places, self.ends = dict[tuple[str, int], Damage](), dict[str, int]()
+        for each in places:
+            self.note(each)
 
     def note(self, damage: Damage) -> None:
         if len(self.places) < MAX_PLACES:
             self.places.setdefault(damage.place, damage)
+            if damage.kind in ("missing", "header"):
+                self.ends[damage.object] = damage.offset
 
     def remember(self, damage: Damage) -> None:
         """Puts it into the log at once: a check may take days."""
@@ -108,9 +116,15 @@ class Walk:
         self._load = node_loader(objects)
 
     def after(self, snapshot: Snapshot | None) -> Snapshot | None:
-        """The next snapshot. Raises CorruptionError where the catalog doesn't say."""
-        row = self.catalog.row("snapshots", "WHERE time_ns > ? ORDER BY time_ns", snapshot.time_ns if snapshot else -1)
-        return Snapshot(*row) if row else None
+        """The next snapshot that the catalog can give. Raises CorruptionError: the catalog itself can't be read."""
+        after_id = snapshot.id if snapshot else 0
+        while rows := self.catalog.rows("SELECT * FROM snapshots WHERE id > ? ORDER BY id LIMIT 1", (after_id,)):
+            try:
+                return Snapshot(*self.catalog.verified("snapshots", rows[0]))
+            except CorruptionError:
+                self.found.note(IN_CATALOG)
+                after_id = rows[0][0]
+        return None
 
     def interval(self, before: Snapshot, snapshot: Snapshot) -> Interval:
         """The interval between two neighbours. Raises CorruptionError: the catalog has another, or none."""
@@ -160,30 +174,6 @@ class Walk:
                 yield from walk(MapEntry(pointer, checksum), level - 1, index << FANOUT_BITS | slot)
 
         return walk(root, tree_depth(self.volumes[volume].block_count) - 1, 0)
-
-    def leaves(
-        self, volume: int, before: MapEntry, after: MapEntry, met: Callable[[int, int], None]
-    ) -> Iterator[tuple[Node, Node]]:
-        """Leaves in which two maps of a volume differ: before and after.
-
-        Args:
-            met: called with -1 and the pointer (or 0) of nodes that only the map before has, with 1 for the other's.
-        """
-
-        def walk(one: MapEntry, other: MapEntry, level: int) -> Iterator[tuple[Node, Node]]:
-            if one == other:
-                return
-            met(-1, one.pointer)
-            met(1, other.pointer)
-            nodes = self.node(one.pointer, one.checksum), self.node(other.pointer, other.checksum)
-            if not level:
-                yield nodes
-                return
-            for slot in np.flatnonzero((nodes[0] != nodes[1]).any(axis=0)).tolist():
-                below = MapEntry(*nodes[0][:, slot].tolist()), MapEntry(*nodes[1][:, slot].tolist())
-                yield from walk(*below, level - 1)
-
-        return walk(before, after, tree_depth(self.volumes[volume].block_count) - 1)
 
     def journal(self, interval: Interval) -> Journal | None:
         """The interval's difference journal, None where it has none. Raises CorruptionError: the catalog is damaged."""
