@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from pitfs.errors import CorruptionError, StoreError
 from pitfs.model.transfer import VolumeInfo
 from pitfs.store.catalog import database
+from pitfs.store.catalog import log as log_module
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.log import HEADER_BYTES, CatalogLog, LoggedDatabase
 from pitfs.store.check.rebuild import RebuildReport, rebuild
@@ -120,7 +122,7 @@ def test_the_catalog_made_again_is_the_one_that_was_lost(tmp_path: Path, seed: i
         if history.open:
             ingest.write(batch_of(history.open))
         ingest.write(batch_of([history.write() for _ in range(9)]))
-        history.open, streamed = [], history.open
+        history.open = []
         ingest.flush(history.times_ns[-1])
         history.reachable |= set(range(streaming.readable, len(history.states)))
     check_states(store, history, len(history.states) - 1, step=5)
@@ -421,6 +423,30 @@ def test_what_an_older_version_did_without_the_log_comes_to_it_when_this_one_ope
     without_catalog(store)
     assert made_again(store)[0].missing == 0
     assert rows_of(store) == lost
+
+
+def test_the_log_has_the_golden_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for what zlib makes of a body, which may be another with each version of it."""
+    golden = bytes.fromhex((Path(__file__).parents[1] / "golden" / "catalog-log.hex").read_text("ascii"))
+    base, later = ("bookmarks", [["first", 1, 2, -3]]), [("meta", [["mark", 7, 8]]), ("objects", "name", "a", "a")]
+    kept = tmp_path / "kept"
+    kept.write_bytes(golden)
+    with closing(CatalogLog.open(str(kept))) as log:
+        changes = [[list(base)], [list(each) for each in later]]
+        assert list(log.records(HEADER_BYTES)) == changes and log.end == len(golden)
+        assert next(iter(log.records(log.base_end))) == changes[1]
+        number = log.number
+    monkeypatch.setattr(log_module, "randbits", lambda count: number)
+    monkeypatch.setattr(log_module.zlib, "compress", lambda data, level: bodies[data])
+    bodies: dict[bytes, bytes] = {}
+    with closing(CatalogLog.open(str(kept))) as log:
+        for offset in (HEADER_BYTES, log.base_end):
+            body = log._body(offset)
+            assert body is not None
+            bodies[zlib.decompress(body)] = body
+    with closing(CatalogLog.create(str(tmp_path / CATALOG_LOG), bytes(range(16)), [base])) as log:
+        log.append(log.end, later)
+    assert (tmp_path / CATALOG_LOG).read_bytes() == golden
 
 
 def test_damage_before_records_that_are_whole_is_told_from_a_torn_end(tmp_path: Path, catalog: Catalog) -> None:
