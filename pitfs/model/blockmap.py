@@ -20,7 +20,7 @@ to updated blocks are made anew, the new tree shares all others with the one bef
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -138,6 +138,24 @@ class BlockMap:
             if found is not None:
                 return int((slot << shift) + found)
         return None
+
+    def new_nodes(self, other: BlockMap) -> Iterator[tuple[int, int, U64Array]]:
+        """The nodes of another tree that this one doesn't have in their places, parents first.
+
+        Yields:
+            the node's level above the leaves, its pointer, and the pointers in it that this tree doesn't have in their
+            places and that aren't 0: uint64[n].
+        """
+        yield from self._new_nodes(self.root, other.root, tree_depth(self.block_count) - 1)
+
+    def _new_nodes(self, one: MapEntry, other: MapEntry, level: int) -> Iterator[tuple[int, int, U64Array]]:
+        if other.pointer in (0, one.pointer):
+            return
+        nodes = self._node(one), self._node(other)
+        slots = np.flatnonzero((nodes[0][POINTERS] != nodes[1][POINTERS]) & (nodes[1][POINTERS] != 0))
+        yield level, other.pointer, nodes[1][POINTERS, slots]
+        for slot in slots.tolist() if level else ():
+            yield from self._new_nodes(_entry(nodes[0], slot), _entry(nodes[1], slot), level - 1)
 
     def _node(self, entry: MapEntry) -> Node:
         return self.load_node(entry.pointer, entry.checksum) if entry.pointer else _NO_ENTRIES

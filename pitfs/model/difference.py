@@ -155,7 +155,7 @@ class DifferenceJournal:
         return JournalPart(entries[order], picked[own], picked[order[shared[order]]], sizes[own])
 
 
-def _by_block(columns: Columns) -> tuple[Rows, Mask]:
+def by_block(columns: Columns) -> tuple[Rows, Mask]:
     """The rows ascending by (volume, block, seq), and which of these the next one overwrites."""
     order = np.lexsort((columns.seq, columns.block, columns.volume))
     volume, block = columns.volume[order], columns.block[order]
@@ -181,7 +181,7 @@ def snapshot_diff(
     Args:
         block_sizes: int64[volumes], bytes. zero_checksums: uint64[volumes], of a zero block of each.
     """
-    order, followed = _by_block(columns)
+    order, followed = by_block(columns)
     rows = order[~followed]
     picked = Columns(columns.volume[rows], columns.block[rows], columns.seq[rows], columns.checksum[rows])
 
@@ -221,7 +221,7 @@ def difference_journal(
         diff: the snapshot diff of the same columns.
     """
     count = len(columns.seq)
-    order, followed = _by_block(columns)
+    order, followed = by_block(columns)
     layer = np.empty(count, dtype=np.int64)
     layer[order] = layers_of(times_ns[order], followed, to_time_ns)
     place = np.empty(count, dtype=np.int64)  # of each row by layer, then by seq

@@ -12,6 +12,7 @@ from pitfs.errors import CapacityError, CorruptionError, DiskFullError, PitfsErr
 
 _FALLOC_FL_KEEP_SIZE = 0x01  # linux/falloc.h
 _FALLOC_FL_PUNCH_HOLE = 0x02
+_LIBC = ctypes.CDLL(None, use_errno=True)
 FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -93,9 +94,8 @@ def punch(fd: int, offset: int, size: int) -> bool:
     Raises:
         OSError: the disk refuses.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
     flags = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
-    if libc.fallocate64(fd, flags, ctypes.c_int64(offset), ctypes.c_int64(size)) == 0:
+    if _LIBC.fallocate64(fd, flags, ctypes.c_int64(offset), ctypes.c_int64(size)) == 0:
         return True
     number = ctypes.get_errno()
     if number in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV):
@@ -103,9 +103,33 @@ def punch(fd: int, offset: int, size: int) -> bool:
     raise OSError(number, os.strerror(number))
 
 
+def allocated(fd: int, start: int, end: int) -> int:
+    """How many bytes of that range of a file take room on the disk, in blocks of 4 KiB."""
+    total = 0
+    while start < end:
+        try:
+            first = os.lseek(fd, start, os.SEEK_DATA)
+        except OSError:  # no data behind it
+            break
+        if first < end:
+            start = min(-(-os.lseek(fd, first, os.SEEK_HOLE) // 4096) * 4096, end)  # the file's end counts as a hole
+            total += start - first
+        else:
+            break
+    return total
+
+
+def sync_file_system(path: str) -> None:
+    """Makes durable all that was written to the file system of that path: one wait for any number of files."""
+    with open_fd(path, os.O_RDONLY) as fd:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.syncfs(fd):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), path)
+
+
 def reserve(fd: int, offset: int, size: int) -> None:
     """Reserves room for that range of a file, whose size stays. A failure is ignored: then there may be less room."""
-    ctypes.CDLL(None).fallocate64(fd, _FALLOC_FL_KEEP_SIZE, ctypes.c_int64(offset), ctypes.c_int64(size))
+    _LIBC.fallocate64(fd, _FALLOC_FL_KEEP_SIZE, ctypes.c_int64(offset), ctypes.c_int64(size))
 
 
 def read_exactly(fd: int, size: int, offset: int, what: str) -> bytes:

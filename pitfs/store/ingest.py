@@ -21,7 +21,7 @@ from typing import Final
 
 import msgspec
 
-from pitfs.errors import CorruptionError, RemoteProtocolError
+from pitfs.errors import CorruptionError, PositionMismatchError, RemoteProtocolError
 from pitfs.model import transfer as wire
 from pitfs.model.group import identity_problem
 from pitfs.storage.files import fsync_directory, storage_error
@@ -35,6 +35,7 @@ from pitfs.store.opening import (
     check_epoch,
     check_place,
     check_sender,
+    make_reserve,
     make_store_json,
     read_store_info,
     take_lock,
@@ -101,12 +102,13 @@ class Ingest:
         layout = read_store_info(self.path).layout
         if not known:
             log.info("%s: a new store, with room for %d intervals", self.path, layout.max_snapshot_id // 2)
-        objects = ObjectPool(objects_path, layout, history)
+        objects = ObjectPool(objects_path, layout, history, host_of=catalog.host_of)
         closing.callback(objects.close)
         area = StagingArea(staging, objects, catalog)
         with changes_locked(self.path):
             area.recover()
             area.clear_outdated()
+        make_reserve(self.path)
         return WritableStore(catalog, objects, node_loader(objects), history, self.hello.volumes), area
 
     # The life of a transfer
@@ -115,6 +117,8 @@ class Ingest:
         """How far the store has come, and which intervals could become finer."""
         catalog, coarse = self._store.catalog, []
         for interval in catalog.coarse_intervals(MAX_COARSE):
+            if wire.is_pruned(interval.cause):
+                continue
             state = interval.granularity_ns, journal_bytes(catalog, interval), wire.awaits_backfill(interval.cause)
             coarse.append(wire.CoarseInterval(*interval.bounds, *state))
         return msgspec.structs.replace(self._position(), coarse=tuple(coarse))
@@ -199,13 +203,14 @@ class Ingest:
 
         Raises:
             RemoteProtocolError: it isn't whole, or is invalid; then it has to come again from its beginning.
+            PositionMismatchError: the interval of its layers was pruned meanwhile.
             CorruptionError: the map before, or what was staged, is damaged.
         """
         with self._transfer("committing") as staged:
             try:
                 staged.finish(end)
                 self._commit(staged)
-            except (RemoteProtocolError, CorruptionError):
+            except (RemoteProtocolError, CorruptionError, PositionMismatchError):
                 self._close_staged()
                 with changes_locked(self.path):
                     self._area.recover_transfer(staged.snapshot_id)

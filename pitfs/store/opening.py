@@ -16,7 +16,7 @@ import glob
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final
 
 import msgspec
@@ -24,15 +24,24 @@ import msgspec
 from pitfs.errors import PermissionDeniedError, PositionMismatchError, StoreError, StoreVersionError
 from pitfs.model.group import identity_problem
 from pitfs.model.transfer import Hello, VolumeInfo
-from pitfs.storage.files import closed_on_error, durable_replace, fsync_directory, open_fd, storage_error
+from pitfs.storage.files import (
+    closed_on_error,
+    durable_replace,
+    fsync_directory,
+    open_fd,
+    reserve,
+    storage_error,
+)
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.database import REMEDY
 from pitfs.store.objects.format import (
     CATALOG,
     CHANGES_LOCK,
+    HEAL_LOCK,
     LOCK,
     OBJECTS,
     PINS,
+    RESERVE,
     STAGING,
     STORE_JSON,
     VERSION_1,
@@ -42,6 +51,7 @@ from pitfs.store.pins.pins import HOLDERS, convert_directory
 
 FORMAT: Final = "pitfs-store"
 VERSION: Final = 2
+RESERVE_BYTES: Final = 4 << 20
 
 
 class StoreInfo(msgspec.Struct, frozen=True):
@@ -129,7 +139,7 @@ def check_place(path: str) -> None:
         names = set(os.listdir(path))
     except FileNotFoundError:
         return
-    ours = {LOCK, CHANGES_LOCK, OBJECTS, STAGING, PINS, HOLDERS}
+    ours = {LOCK, CHANGES_LOCK, HEAL_LOCK, OBJECTS, STAGING, PINS, HOLDERS}
     ours |= {CATALOG, f"{CATALOG}-wal", f"{CATALOG}-shm", f"{CATALOG}-journal"}
     others = sorted(names - ours - {f"{STORE_JSON}.tmp"})
     if STORE_JSON not in names and others:
@@ -156,7 +166,7 @@ def take_lock(store: str) -> int:
                 f"end that one, or wait until it has ended"
             ) from None
         os.ftruncate(fd, 0)
-        os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()} ({CHANGES_LOCK})\n".encode(), 0)
         convert_directory(store)
     return fd
 
@@ -172,6 +182,37 @@ def changes_locked(store: str) -> Iterator[None]:
     with open_fd(os.path.join(store, CHANGES_LOCK), os.O_RDWR | os.O_CREAT) as fd:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield
+
+
+def knows_changes_lock(store: str) -> bool:
+    """Whether who writes the store, if anybody does, takes the changes' lock: `take_lock` says so since it does."""
+    with suppress(FileNotFoundError), open_fd(os.path.join(store, LOCK), os.O_RDONLY) as fd:
+        if CHANGES_LOCK.encode() not in os.pread(fd, 200, 0):
+            try:
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+    return True
+
+
+def free_bytes(path: str) -> int:
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize
+
+
+def make_reserve(store: str) -> None:
+    """Sets room aside, as long as there is plenty, for what gives room back on a full disk."""
+    path = os.path.join(store, RESERVE)
+    if not os.path.exists(path) and free_bytes(store) > 16 * RESERVE_BYTES:
+        with suppress(OSError), open_fd(path, os.O_RDWR | os.O_CREAT) as fd:
+            reserve(fd, 0, RESERVE_BYTES)
+
+
+def give_up_reserve(store: str) -> None:
+    """Gives that room to whoever needs it now, where there is little else."""
+    if free_bytes(store) <= 16 * RESERVE_BYTES:
+        with suppress(FileNotFoundError):
+            os.unlink(os.path.join(store, RESERVE))
 
 
 def check_sender(root: str, hello: Hello) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from pitfs.model.blockmap import U64Array
 from pitfs.store.objects.format import HEADER_BYTES, Layout
+from pitfs.store.objects.pool import Descriptor
 
 # Prefetched at once, and half of it again when half is read. A disk of 3 GB/s reads that much in 3 ms, longer than a
 # request takes on its way. More pages could be dropped before they are read if memory is short.
@@ -43,11 +44,12 @@ def ranges_of(pointers: U64Array, block_units: int, layout: Layout) -> Ranges:
         yield first >> unit_bits, position, (last - first + block_units) * unit_bytes
 
 
-def prefetch(ranges: Ranges, open_object: Callable[[int], int]) -> bool:
+def prefetch(ranges: Ranges, open_object: Callable[[int], Descriptor]) -> bool:
     """Begins to read them; returns whether the last one was not in the page cache yet."""
     is_cold = False
     for number, position, size in ranges:
         fd = open_object(number)  # a name keeps it open: the pool closes a descriptor that nobody refers to
+        position += fd.base
         os.posix_fadvise(fd, position, size, os.POSIX_FADV_WILLNEED)
         is_cold = not _is_cached(fd, position + size - 1)
     return is_cold

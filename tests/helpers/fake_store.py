@@ -14,7 +14,9 @@ from xxhash import xxh3_64_intdigest
 from pitfs.errors import NoSuchInstantError
 from pitfs.model.transfer import Bookmark, Gap, VolumeInfo
 from pitfs.store.catalog.catalog import Snapshot
+from pitfs.store.objects.damage import DamageLog
 from pitfs.store.objects.format import VERSION_1, ObjectName
+from pitfs.store.objects.pool import Descriptor
 from pitfs.store.store import Resolution
 
 MINUTE_S = 60
@@ -132,20 +134,21 @@ class FakeObjects:
     """Objects that are files: number -> contents behind a header of 4096 bytes."""
 
     layout = VERSION_1
+    damage = DamageLog("/fake")
 
     def __init__(self) -> None:
-        self._fds: dict[int, int] = {}
+        self._fds: dict[int, Descriptor] = {}
 
     def add(self, number: int, contents: bytes) -> None:
         with tempfile.TemporaryFile() as file:
             file.write(bytes(4096) + contents)
             file.flush()
-            self._fds[number] = os.dup(file.fileno())
+            self._fds[number] = Descriptor(os.dup(file.fileno()))
 
-    def fd(self, number: int) -> int:
+    def fd(self, number: int) -> Descriptor:
         return self._fds[number]
 
-    def opened(self, number: int) -> int | None:
+    def opened(self, number: int) -> Descriptor | None:
         return self._fds.get(number)
 
     def path_of(self, name: ObjectName) -> str:
@@ -153,10 +156,6 @@ class FakeObjects:
 
     def overwrite(self, number: int, offset: int, data: bytes) -> None:
         os.pwrite(self._fds[number], data, 4096 + offset)
-
-    def __del__(self) -> None:
-        for fd in self._fds.values():
-            os.close(fd)
 
 
 class FakeImageStore:

@@ -64,7 +64,7 @@ def read_image(store: Store, resolution: Resolution, volume: int) -> bytes:
             layout = store.objects.layout
             fd = store.objects.fd(layout.object_of(pointer))
             offset = layout.offset_of(pointer)
-            block = os.pread(fd, info.block_size, offset)
+            block = os.pread(fd, info.block_size, fd.base + offset)
             if xxh3_64_intdigest(block) != checksum:
                 raise CorruptionError(str(layout.object_of(pointer)), offset, "a block")
             image += block

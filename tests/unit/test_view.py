@@ -14,7 +14,7 @@ import pytest
 
 from pitfs.errors import CorruptionError, PitfsError
 from pitfs.store.objects.format import VERSION_1, ObjectHeader, ObjectKind, ObjectName
-from pitfs.store.objects.pool import ObjectPool
+from pitfs.store.objects.pool import Descriptor, ObjectPool
 from pitfs.view import view as view_module
 from pitfs.view.view import PointInTimeView, ReadBuffer, TableCache
 from tests.helpers.fake_store import FakeImageStore, FakeObjects
@@ -28,13 +28,13 @@ class PooledObjects(FakeObjects):
         self.cold: set[int] = set()
         self.opened_now: list[int] = []
 
-    def fd(self, number: int) -> int:
+    def fd(self, number: int) -> Descriptor:
         if number in self.cold:
             self.opened_now.append(number)
             self.cold.remove(number)
         return super().fd(number)
 
-    def opened(self, number: int) -> int | None:
+    def opened(self, number: int) -> Descriptor | None:
         return None if number in self.cold else self._fds.get(number)
 
 

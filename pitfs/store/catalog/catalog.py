@@ -9,25 +9,28 @@ next. Rows vouch for themselves, see `store.catalog.database`.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import Any, Final, TypeVar
 
 import msgspec
 
 from pitfs.errors import CorruptionError
 from pitfs.model.blockmap import MapEntry
+from pitfs.model.digest import Digests
 from pitfs.model.transfer import Bookmark, Gap
 from pitfs.store.catalog.database import FIRST_PAGE_ROWS, PAGE_ROWS, REMEDY
 from pitfs.store.catalog.log import LoggedDatabase
 from pitfs.store.catalog.records import Commit, Interval, OpenInterval, Snapshot, SortedRun
-from pitfs.store.objects.format import ObjectRecord
+from pitfs.store.objects.format import ObjectName, ObjectRecord
 
 T = TypeVar("T")
 
 _MIN: Final = -(1 << 63)
 _MAX: Final = (1 << 63) - 1
+_SECOND_NS: Final = 1_000_000_000
 
 
 def _made(make: Callable[..., T], row: tuple[Any, ...] | None) -> T | None:
@@ -87,6 +90,12 @@ class Catalog(LoggedDatabase):
     def object(self, name: str) -> ObjectRecord | None:
         return _made(ObjectRecord, self.row_of("objects", "name", name))
 
+    def host_of(self, name: ObjectName) -> tuple[ObjectName, int] | None:
+        """The object into whose file that one was moved, and where its byte 0 would be in there."""
+        row = self.row_of("moved", "name", name.file) if self.has_table("moved") else None
+        host = ObjectName.of_file(row[1]) if row else None
+        return (host, row[2]) if row and host else None
+
     def unknown_objects(self, names: Sequence[str]) -> list[str]:
         """Those of these names that no object has, in order."""
         unknown: list[str] = []
@@ -97,6 +106,14 @@ class Catalog(LoggedDatabase):
             known = {self.verified("objects", row)[0] for row in rows}
             unknown += [name for name in page if name not in known]
         return unknown
+
+    def digest(self, volume: int, time_ns: int) -> tuple[Snapshot, int] | None:
+        """The newest snapshot not after it of which production took that volume's digest, and the digest."""
+        sql = "WHERE volume = ? AND snapshot <= ? AND snapshot IN (SELECT id FROM snapshots) ORDER BY snapshot DESC"
+        before = self.snapshot_at_time(time_ns) if self.has_table("digests") else None
+        row = None if before is None else self.row("digests", sql, volume, before.id)
+        snapshot = None if row is None else self.snapshot(row[0])
+        return None if row is None or snapshot is None else (snapshot, row[2] << 64 | row[3])
 
     def bookmark(self, name: str) -> Bookmark | None:
         if not name.isascii():  # the names of files that users type may have bytes that aren't text
@@ -130,6 +147,13 @@ class Catalog(LoggedDatabase):
             if len(rows) < page_rows:
                 return
             key, page_rows = rows[-1][:width], min(2 * page_rows, PAGE_ROWS)
+
+    def all_rows(self, table: str) -> Iterator[tuple[Any, ...]]:
+        """Every row of a table, by its primary key."""
+        columns = sorted((row[5], row[1], row[2]) for row in self.rows(f"PRAGMA table_info({table})") if row[5])
+        names, places = ", ".join(name for _, name, _ in columns), ", ".join("?" * len(columns))
+        first = tuple("" if kind == "TEXT" else _MIN for _, _, kind in columns)
+        return self._listed(lambda *row: row, table, names, f"WHERE ({names}) > ({places}) ORDER BY {names}", first)
 
     def snapshots(self, from_ns: int | None = None, to_ns: int | None = None) -> Iterator[Snapshot]:
         sql = "WHERE time_ns > ? AND time_ns < ? ORDER BY time_ns"
@@ -186,9 +210,14 @@ class Catalog(LoggedDatabase):
         return tuple(OpenInterval(*(*row, its_runs)) for row, its_runs in zip(rows, of_each, strict=True))
 
     def put_open_interval(
-        self, interval: OpenInterval, minutes: Mapping[int, int], protected_through_ns: int, durable: bool
-    ) -> None:
-        """Adds an open interval, or takes it in the place of the one that was there, with the runs that it has now."""
+        self, interval: OpenInterval, minutes: Mapping[int, int], protected_through_ns: int, durable: bool,
+        digests: Digests = msgspec.UNSET,
+    ) -> None:  # fmt: skip
+        """Adds an open interval, or takes it in the place of the one that was there, with the runs that it has now.
+
+        Args:
+            digests: of the volumes at the snapshot to come.
+        """
         with self.changes(durable):
             self._raise_meta("next_snapshot", interval.end_snapshot_id + 1)
             self._delete_open_interval(interval.id)
@@ -198,6 +227,7 @@ class Catalog(LoggedDatabase):
                 self.put("pieces", run)
             self._put_minutes(minutes)
             self._raise_meta("protected_through_ns", protected_through_ns)
+            self._put_digests(interval.end_snapshot_id, digests)
 
     def protect_through(self, time_ns: int) -> None:
         """Every write up to then is in; not durable."""
@@ -223,6 +253,9 @@ class Catalog(LoggedDatabase):
                 self._raise_meta("mark_seq", manifest.to_seq)
             self._raise_meta("mark", manifest.mark)
             self._raise_meta("protected_through_ns", manifest.protected_through_ns)
+            last = snapshot or self.last_snapshot()
+            if last is not None and last.seq == manifest.to_seq:  # also of one that came before, without digests
+                self._put_digests(last.id, manifest.digests)
             if snapshot is not None:
                 self._raise_meta("next_snapshot", snapshot.id + 1)
                 self.put("snapshots", astuple(snapshot))
@@ -254,9 +287,30 @@ class Catalog(LoggedDatabase):
                 self.delete("objects", "name", name)
             for record in objects:
                 self.put("objects", astuple(record))
-            self.delete("intervals", "snapshot", interval.end_snapshot_id)
-            self.put("intervals", astuple(interval))
+            self.put_interval(interval)
             self._put_minutes(minutes)
+
+    def put_interval(self, interval: Interval) -> None:
+        """Takes it in the place of the one that ends at the same snapshot; within `changes`."""
+        self.delete("intervals", "snapshot", interval.end_snapshot_id)
+        self.put("intervals", astuple(interval))
+
+    def clear_seconds(self, after_ns: int, before_ns: int) -> None:
+        """No second between those of these two times has a reachable instant any more; within `changes`."""
+        first, end = after_ns // _SECOND_NS + 1, before_ns // _SECOND_NS
+        self.rows("DELETE FROM minutes WHERE minute > ? AND minute < ?", (first // 60, end // 60))
+        for minute in {first // 60, end // 60} if first < end else ():
+            gone = (1 << min(end - minute * 60, 60)) - (1 << max(first - minute * 60, 0))
+            bits = self.seconds(minute)
+            if bits & gone:
+                self.delete("minutes", "minute", minute)
+                if bits & ~gone:
+                    self.put("minutes", (minute, bits & ~gone))
+
+    def removals(self) -> list[tuple[int, int]]:
+        """(before_id, after_id) of what was removed, or thinned, and may still take room."""
+        rows = self.rows("SELECT * FROM removals ORDER BY before_id") if self.has_table("removals") else []
+        return [(row[0], row[1]) for row in (self.verified("removals", each) for each in rows)]
 
     def fence(self, epoch: int, instance: int) -> None:
         """From here on senders of an earlier epoch, or of the same and another instance, are refused."""
@@ -264,6 +318,19 @@ class Catalog(LoggedDatabase):
             with self.changes():
                 self._put_meta("epoch", epoch)
                 self._put_meta("instance", instance)
+
+    def remember(self, **values: int) -> None:
+        """Sets numbers of `meta`."""
+        with self.changes():
+            for key, value in values.items():
+                self._put_meta(key, value)
+
+    def expire_bookmarks(self, before_ns: int) -> None:
+        """Forgets those of positions before that time."""
+        while page := [each.name for each in islice(self.bookmarks(), PAGE_ROWS) if each.time_ns < before_ns]:
+            with self.changes():
+                for name in page:
+                    self.delete("bookmarks", "name", name)
 
     def write_over(self) -> None:
         """Commits a number that means nothing.
@@ -278,6 +345,12 @@ class Catalog(LoggedDatabase):
         """Sets a number that never goes back."""
         if value > self.meta(key):
             self._put_meta(key, value)
+
+    def _put_digests(self, snapshot_id: int, digests: Digests) -> None:
+        """Keeps the digests of the volumes at a snapshot; those that are there stay."""
+        halves = iter(struct.unpack(f">{len(digests) // 8}Q", digests) if digests else ())
+        for volume, (high, low) in enumerate(zip(halves, halves, strict=True)):
+            self.put("digests", (snapshot_id, volume, high, low), "ON CONFLICT DO NOTHING")
 
     def _put_minutes(self, minutes: Mapping[int, int]) -> None:
         for minute, bits in minutes.items():

@@ -100,10 +100,12 @@ _ADDED: Final = """
 CREATE TABLE IF NOT EXISTS moved (  -- byte o of object `name` is byte base + o of the file of object `host`
     name TEXT PRIMARY KEY, host TEXT NOT NULL, base INTEGER NOT NULL, row_checksum INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS moved_by_host ON moved (host);
 CREATE TABLE IF NOT EXISTS shared (  -- pointers to contents that several blocks of the first snapshot have
     pointer INTEGER PRIMARY KEY, count INTEGER NOT NULL, row_checksum INTEGER NOT NULL
 ) STRICT;
-CREATE TABLE IF NOT EXISTS removals (  -- snapshots between these two were removed, their objects not yet
+CREATE TABLE IF NOT EXISTS removals (  -- snapshots between these two were removed, their objects not yet; equal: the
+    -- difference journal of the interval that ends there is being thinned
     before_id INTEGER PRIMARY KEY, after_id INTEGER NOT NULL, row_checksum INTEGER NOT NULL
 ) STRICT;
 CREATE TABLE IF NOT EXISTS digests (  -- of a volume at a snapshot, as production took it

@@ -6,6 +6,9 @@
       catalog.log                    the same, appended: the catalog can be made again of it (`store.catalog.log`)
       writer.lock                    held by the process that writes
       changes.lock                   held while intervals that are there are changed (`store.opening.changes_locked`)
+      prune.lock                     held by the process that prunes
+      reserve                        room without content that pruning has on a full disk
+      heal.lock                      held while damage is healed as soon as it is known (`store.check.heal`)
       objects/hhhh/hhh/              a folder of objects: see below
           snapshot-<s>.map           block map nodes written by snapshot s (8192 bytes each), then its manifest
           snapshot-<s>.blocks        contents of its diff
@@ -80,6 +83,9 @@ CATALOG: Final = "catalog.sqlite"
 CATALOG_LOG: Final = "catalog.log"
 LOCK: Final = "writer.lock"
 CHANGES_LOCK: Final = "changes.lock"
+PRUNE_LOCK: Final = "prune.lock"
+RESERVE: Final = "reserve"
+HEAL_LOCK: Final = "heal.lock"
 OBJECTS: Final = "objects"
 STAGING: Final = "staging"
 PINS: Final = "pins"

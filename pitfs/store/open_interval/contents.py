@@ -98,7 +98,10 @@ class ContentReader:
         used = 0
         for pointer, end in zip(pointers[firsts].tolist(), ends, strict=True):
             number, offset = self.layout.object_of(pointer), self.layout.offset_of(pointer)
-            fd = self._fds[number] if number in self._fds else self._objects.fd(number)
+            fd = self._fds.get(number)
+            if fd is None:
+                fd = hosted = self._objects.fd(number)
+                offset += hosted.base
             while used < end:
                 count = os.preadv(fd, (buffer[used:end],), offset)
                 if not count:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pitfs.errors import CapacityError, PositionMismatchError
-from pitfs.model.transfer import Manifest, TransferKind
+from pitfs.model.transfer import Manifest, TransferKind, is_pruned
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.records import Interval
 from pitfs.store.objects.format import Layout, ObjectKind, ObjectName
@@ -52,7 +52,7 @@ def interval_of(catalog: Catalog, manifest: Manifest) -> Interval:
     """The interval that the layers belong to, as the store has it.
 
     Raises:
-        PositionMismatchError: it isn't there, or not at the granularity that they build on.
+        PositionMismatchError: it isn't there, was pruned, or isn't at the granularity that they build on.
     """
     m = manifest
     snapshot = catalog.snapshot_at_seq(m.to_seq)
@@ -63,6 +63,8 @@ def interval_of(catalog: Catalog, manifest: Manifest) -> Interval:
             f"production sends layers of the interval from seq {m.from_seq} to {m.to_seq}, which the store doesn't "
             "have",
         )
+    if is_pruned(interval.cause):
+        raise mismatch(catalog.path, f"the interval to seq {m.to_seq} was pruned, it takes no layers: {interval.cause}")
     has = interval.granularity_ns, journal_bytes(catalog, interval)
     if has != (m.base_granularity_ns, m.base_bytes):
         raise mismatch(

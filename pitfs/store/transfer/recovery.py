@@ -6,6 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from itertools import chain
 from typing import Final
 
@@ -78,6 +79,7 @@ class StagingArea:
         | what a closing made of an interval still there | it is removed: it is made again                     |
         | WAL of an interval that isn't there            | it is removed: it became a snapshot, or never began |
         | index that a finer one took the place of       | it is removed                                       |
+        | what a removal or thinning hasn't unlinked yet | it is removed                                       |
         | any other                                      | an error: the catalog isn't this store's newest     |
 
         Raises:
@@ -102,7 +104,8 @@ class StagingArea:
                 os.rename(path, staged)
             else:
                 log.info("%s: removed, it is nothing that was committed", path)
-                os.unlink(path)
+                with suppress(FileNotFoundError):  # a removal may be faster
+                    os.unlink(path)
 
     def _place_in_staging(self, name: ObjectName) -> str | None:
         """Where contents of a staged transfer go back to; None for what is to be removed.
@@ -110,6 +113,8 @@ class StagingArea:
         Raises:
             StoreError: it is neither.
         """
+        if self._is_removed(name):
+            return None
         if name.kind is ObjectKind.JOURNAL_INDEX:
             interval = self._catalog.interval_to(name.snapshot_id)
             if interval is not None and interval.layer > name.layer:
@@ -140,8 +145,17 @@ class StagingArea:
         number, catalog = name.snapshot_id, self._catalog
         if number == catalog.next_snapshot_id():  # the catalog has an open interval before its WAL has a write
             return os.path.getsize(self._objects.path_of(name)) <= HEADER_BYTES
-        # Only a WAL has a number that no snapshot has while a snapshot has the next one.
-        return catalog.snapshot(number) is None and catalog.snapshot(number + 1) is not None
+        # Only a WAL has a number that no snapshot has while a snapshot has the next one, or had it before a removal.
+        last = catalog.last_snapshot()
+        return catalog.snapshot(number) is None and last is not None and number < last.id
+
+    def _is_removed(self, name: ObjectName) -> bool:
+        """Whether a removal of snapshots, or a thinning (`before` is `after`), is on the way to unlink it."""
+        is_journal = name.kind in (ObjectKind.JOURNAL_INDEX, ObjectKind.JOURNAL_BLOCKS)
+        return any(
+            name.snapshot_id == before if before == after else after < name.snapshot_id < before + is_journal
+            for before, after in self._catalog.removals()
+        )
 
     def closing_directory(self, snapshot_id: int) -> str:
         """An empty directory for what is made of a closed interval."""

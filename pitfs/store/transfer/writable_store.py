@@ -79,17 +79,19 @@ class WritableStore:
             self.folders.clear()
         self.folders.add(folder)
 
-    def complete(self, fd: int, name: ObjectName, *lengths: int) -> ObjectRecord:
+    def complete(self, fd: int, name: ObjectName, *lengths: int, synced: bool = True) -> ObjectRecord:
         """Writes an object's header and makes the file durable; returns what the catalog is to know of it.
 
         Contents of a journal grow by layers. Their header says nothing of it, so that it never changes under readers.
 
         Args:
             lengths: data_bytes, and footer_bytes and footer_checksum where it has a footer.
+            synced: else the caller syncs it.
         """
         in_header = () if name.kind is ObjectKind.JOURNAL_BLOCKS else lengths
         write_all(fd, ObjectHeader(name.kind, self.history, name.snapshot_id, *in_header).encode(), 0)
-        os.fsync(fd)
+        if synced:
+            os.fsync(fd)
         return ObjectRecord(name.file, name.kind, name.snapshot_id, *lengths)
 
     def publish(self, directory: str, records: Iterable[ObjectRecord]) -> None:
