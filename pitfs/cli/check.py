@@ -24,7 +24,8 @@ DESCRIPTION: Final = (
 EXAMPLES: Final = """\
 examples:
   pitfs check /srv/pitfs/db1
-  pitfs check /srv/pitfs/db1 --data --rate 50MB/s"""
+  pitfs check /srv/pitfs/db1 --data --rate 50MB/s
+  pitfs check /srv/pitfs/db1 --rebuild"""
 
 MAX_SHOWN: Final = 10  # stretches of a place; --json has all
 
@@ -33,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_store(parser)
     parser.add_argument("--data", action="store_true", help="reread and verify all contents")
     parser.add_argument("--rate", metavar="BYTES/s", help="read contents no faster, as 50MB/s; with --data")
+    rebuild_help = "make the catalog again from the objects, where it is lost, damaged or too old; while nobody writes"
+    parser.add_argument("--rebuild", action="store_true", help=rebuild_help)
     add_json(parser, "objects, bytes, damaged [object, from, to, instants], healed")
 
 
@@ -41,6 +44,10 @@ def run(args: argparse.Namespace) -> int:
     from pitfs.config.quantities import parse_size
     from pitfs.store.check.check import at_rate, check, contents_bytes
 
+    if args.rebuild:
+        if args.data or args.rate or args.json:
+            raise UsageError("--rebuild goes alone: check the store when its catalog is there")
+        return _rebuild(args.store)
     try:
         rate = parse_size(args.rate.removesuffix("/s")) if args.rate else None
     except ValueError as error:
@@ -56,6 +63,20 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(args.store, report, args.data)
     return EXIT_FAILED if report.damaged else 0
+
+
+def _rebuild(store: str) -> int:
+    from pitfs.cli.common.progress import progress
+    from pitfs.store.check.rebuild import rebuild
+
+    with progress("rebuild", 0) as reached:
+        report = rebuild(store, warn, reached)
+    has = f"{report.snapshots} snapshots, {report.intervals} intervals, {report.bookmarks} bookmarks"
+    problem = f"{report.missing} lines say what is missing" if report.missing else "nothing is missing"
+    print(f"{store}: {has} and {report.gaps} gaps: {problem}")
+    if report.old:
+        print(f"the catalog of before is {report.old}: restart mounts and servers of the store, which still read it")
+    return EXIT_FAILED if report.missing else 0
 
 
 def _row(damage: Damage, stretches: list[Stretch]) -> dict[str, Any]:

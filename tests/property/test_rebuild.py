@@ -23,10 +23,14 @@ from pitfs.store.check.rebuild import RebuildReport, rebuild
 from pitfs.store.ingest import Ingest
 from pitfs.store.objects.format import CATALOG, CATALOG_LOG
 from pitfs.store.open_interval.stream import Stream
+from pitfs.store.retention import pruner as pruner_module
+from pitfs.store.retention.pruner import Pruner
 from pitfs.store.store import Store
+from tests.helpers.retention import assert_tidy, model_of
 from tests.helpers.stores import ingest_transfer, object_files, read_image
 from tests.helpers.streams import FakeClock, batch_of, mark_of
 from tests.helpers.transfers import History, random_history
+from tests.property.test_retention import actions_for
 from tests.property.test_store_stream import Streaming, act, closings_held
 
 Rows = dict[str, list[tuple[Any, ...]]]
@@ -345,6 +349,31 @@ def test_a_catalog_older_than_its_log_is_not_written(tmp_path: Path) -> None:
         Ingest(str(tmp_path), history.hello)
     assert made_again(store)[0].missing == 0
     assert rows_of(store) == lost
+
+
+@pytest.mark.parametrize("seed", range(60, 66))
+def test_after_pruning_the_catalog_made_again_has_what_was_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setattr(pruner_module, "sync_file_system", lambda path: None)
+    model, random = model_of(tmp_path, seed, count=9), np.random.default_rng(seed)
+    for _ in range(3):
+        actions = actions_for(model, random)
+        with Pruner(model.path) as pruner:
+            model.take(actions)
+            pruner.apply(actions)
+        lost = rows_of(Path(model.path))
+        without_catalog(Path(model.path))
+        report, said = made_again(Path(model.path))
+        assert (said, report.missing) == ([], 0)
+        # That a removal is finished is committed, but not durably: it is finished once more, as after a power loss.
+        Pruner(model.path).close()
+        assert rows_of(Path(model.path)) == lost
+        model.check()
+        assert_tidy(model.path)
+        with closing(Ingest(str(model.root), model.history.hello)) as ingest:
+            model.receive(ingest, 2)
+    model.check()
 
 
 # -- the log -----------------------------------------------------------------------------------------------------

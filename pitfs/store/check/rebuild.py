@@ -61,6 +61,7 @@ from pitfs.store.transfer.writable_store import WritableStore
 
 CAUSE: Final = "rebuilt"
 MAX_HELD_MINUTES: Final = 4096
+_LOST: Final = "only what objects say is known: not what pruning moved, bookmarks where nothing was written, fences"
 _OF_JOURNAL: Final = (ObjectKind.JOURNAL_INDEX, ObjectKind.JOURNAL_BLOCKS)
 
 
@@ -163,14 +164,14 @@ class _Rebuilding:
         try:
             log = CatalogLog.open(path)
         except FileNotFoundError:
-            self._say(f"{path}: missing: of causes, layers and fences only what objects say is known")
+            self._say(f"{path}: missing: {_LOST}")
             return
         except CorruptionError as error:
-            self._miss(f"{error}: of causes, layers and fences only what objects say is known")
+            self._miss(f"{error}: {_LOST}")
             return
         with closing(log):
             if log.history != self._store.history:
-                self._miss(f"{path}: of another store: it isn't used")
+                self._miss(f"{path}: of another store: {_LOST}")
                 return
             before = self.missing
             for changes in log.records(LOG_HEADER_BYTES, self._note_damage):
