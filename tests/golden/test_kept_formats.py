@@ -241,7 +241,7 @@ def test_the_catalog_of_a_kept_store_is_made_again(unpack: Unpack, scene: str) -
     keys = ("from", "to", "granularity_ns")
     intervals = [[{key: each[key] for key in keys} for each in which["intervals"]] for which in (found, kept.listing)]
     assert intervals[0] == intervals[1]
-    check_reads(kept, [way for way in kept.reads if not way.startswith("bookmarks/")])
+    check_reads(kept, [way for way in kept.reads if way.startswith("seq-")])
 
 
 @pytest.mark.fuse

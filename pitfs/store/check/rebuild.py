@@ -112,7 +112,8 @@ def rebuild(path: str, say: Callable[[str], None], progress: Callable[[int], Non
             with open_fd(new, os.O_RDWR) as fd:
                 os.fsync(fd)
             old = _swap(path, new)
-            Catalog(os.path.join(path, CATALOG), "write").close()  # begins a log of its own
+            with closing(Catalog(os.path.join(path, CATALOG), "write")) as catalog:
+                catalog.write_over()  # begins a log of its own
             return RebuildReport(**counts, missing=rebuilding.missing, old=old)
     except OSError as error:
         raise storage_error(error, str(error.filename or path), "rebuilding") from error
