@@ -130,7 +130,7 @@ def _attach(args: argparse.Namespace) -> int:
         }
         _warn(attached, missing)
         if scratch is not None:
-            _warn_of_little_room(scratch)
+            warn_of_little_room(scratch.directory)
         if args.json:
             print_json(attached)
         else:
@@ -168,8 +168,9 @@ def _warn(attached: dict[str, Any], missing: list[str]) -> None:
         warn(f"{device}: without direct I/O: what is read is cached twice")
 
 
-def _warn_of_little_room(scratch: ScratchOptions) -> None:
-    directory = scratch.directory or os.path.dirname(attachments.SCRATCH)
+def warn_of_little_room(directory: str | None) -> None:
+    """Warns if what is written to a scratch may find no room; None: where it goes if nothing else was said."""
+    directory = directory or os.path.dirname(attachments.SCRATCH)
     disk = os.statvfs(directory)
     free_bytes = disk.f_bavail * disk.f_frsize
     if free_bytes < LOW_BYTES:

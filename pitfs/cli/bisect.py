@@ -11,15 +11,7 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Final
 
 from pitfs.cli.common.output import granularity_text, print_json, state_row, warn
-from pitfs.cli.common.parser import (
-    TIME_HELP,
-    add_command,
-    add_json,
-    add_scratch_dir,
-    add_store,
-    add_volume,
-    add_zone,
-)
+from pitfs.cli.common.parser import TIME_HELP, add_json, add_scratch_command, add_store, add_volume, add_zone
 from pitfs.errors import PitfsError, UsageError
 from pitfs.model.bisection import Bisection, Verdict
 from pitfs.model.units import format_seconds
@@ -45,12 +37,7 @@ DESCRIPTION: Final = (
 EXAMPLES: Final = """\
 examples:
   pitfs bisect /srv/pitfs/db1 root --good 18:00 --bad latest -- sh -c 'e2fsck -p "$0"; e2fsck -f -n "$0"'
-  pitfs bisect /srv/pitfs/db1 root --good before-upgrade --bad 5m-ago -- /root/is-the-ledger-there
-
-  #!/bin/sh
-  # /root/is-the-ledger-there DEVICE: the device is unmounted by itself
-  mount "$1" /mnt || exit 125
-  test -s /mnt/ledger.csv"""
+  pitfs bisect /srv/pitfs/db1 root --good before-upgrade --bad 5m-ago -- /root/is-the-ledger-there"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,9 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--good", metavar="TIME", required=True, help=f"an instant that is good: {TIME_HELP}")
     parser.add_argument("--bad", metavar="TIME", required=True, help="a later one that is bad, said as --good")
     add_zone(parser)
-    add_scratch_dir(parser)
     add_json(parser, "volume, last_good, first_bad, exact, reason, changed, tests")
-    add_command(parser, "tells whether the device is good")
+    add_scratch_command(parser, "tells whether the device is good")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -107,11 +93,8 @@ def run(args: argparse.Namespace) -> int:
 def _search(
     args: argparse.Namespace, store: Store, pins: Pins, good: Resolution, bad: Resolution
 ) -> tuple[Bisection, list[dict[str, Any]]]:
-    """The end of the search between two states, which are tested first; and a row for each test.
-
-    Raises:
-        PitfsError: COMMAND says something else of these two, or can't be run.
-    """
+    """The end of the search between two states, which are tested first; and a row for each test."""
+    from pitfs.cli.attach import warn_of_little_room
     from pitfs.fuse.attach.attachments import scratch_mount
 
     bisection = Bisection(good.seq, bad.seq, lambda seq: store.at_seq(seq).seq)
@@ -122,6 +105,7 @@ def _search(
             if len(tests) % TESTS_PER_MOUNT == 0:
                 mount.close()
                 mountpoint = mount.enter_context(scratch_mount(store.path, store.group, args.scratch_dir))
+                warn_of_little_room(args.scratch_dir)
             row = state_row(pins.pinned(store, store.at_seq(seq)))
             instant, begun_s = row["instant"], time.monotonic()
             code = _test(args.words, f"{mountpoint}/{instant}/{args.volume}.img", instant)

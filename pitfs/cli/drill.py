@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import IO, TYPE_CHECKING, Any, Final
 
 from pitfs.cli.common.output import print_json, state_row
-from pitfs.cli.common.parser import TIME_HELP, add_command, add_json, add_scratch_dir, add_store, add_zone
+from pitfs.cli.common.parser import TIME_HELP, add_json, add_scratch_command, add_store, add_zone
 from pitfs.errors import NoSuchInstantError, UsageError
 from pitfs.model.units import format_seconds
 
@@ -46,12 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--timeout", metavar="DURATION", default="24h",
         help="of each check, such as 1h: one that takes longer is ended, and has failed (default 24h)",
     )  # fmt: skip
-    add_scratch_dir(parser)
     add_json(parser, "a list: instant, seq, volume, filesystems, ok, problem, seconds")
-    add_command(parser, "run this instead of the filesystem's check; 0 means that all is in order")
+    add_scratch_command(parser, "run this instead of the filesystem's check; 0 means that all is in order")
 
 
 def run(args: argparse.Namespace) -> int:
+    from pitfs.cli.attach import warn_of_little_room
     from pitfs.cli.common.pins import open_pinned
     from pitfs.cli.common.times import resolve, volume_index
     from pitfs.config.quantities import TIMEOUT
@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
         state = resolve(store, args.at, args.tz)[0] if args.at else random_state(store, random.SystemRandom().randint)
         at = state_row(pins.pinned(store, state))
         with scratch_mount(store.path, store.group, args.scratch_dir) as mountpoint:
+            warn_of_little_room(args.scratch_dir)
             for name in (volume.name for volume in chosen):
                 begun_s = time.monotonic()
                 with tempfile.TemporaryFile(dir="/var/tmp") as said:
@@ -87,14 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def random_state(store: Store, randint: Callable[[int, int], int]) -> Resolution:
-    """The state at a time that is drawn uniformly from all that can be reached, so of any kind.
-
-    Args:
-        randint: a number from the first to the last.
-
-    Raises:
-        NoSuchInstantError: the store is empty.
-    """
+    """The state at a time that is drawn uniformly from all that can be reached, by a function like random.randint."""
     first = store.first()
     if first is None:
         raise NoSuchInstantError(f"{store.path}: nothing has arrived yet: wait for the first full sync")

@@ -192,6 +192,19 @@ def test_what_is_ignored_stays_ignored(disk: BrokenDisk) -> None:
     assert f"first bad  {disk.instant(4)}" in done.stdout
 
 
+def test_little_room_is_warned_of(disk: BrokenDisk, tmp_path: Path) -> None:
+    """Where a test can't write, it may call good what is bad, or bad what is good."""
+    run(["mount", "-t", "tmpfs", "-o", "size=8M", "tmpfs", tmp_path])
+    try:
+        words = ["root", "--good", "seq-5", "--bad", "seq-7", "--scratch-dir", tmp_path]
+        done = run([*pitfs_command(), "bisect", disk.path, *words, "--", "sh", "-c", BY_NAME, *[disk.instant(6)] * 3])
+        assert f"pitfs: {tmp_path}: 8.0 MiB are free: if " in done.stderr and "first bad" in done.stdout
+        done = run([*pitfs_command(), "drill", disk.path, "--at", "seq-5", "--scratch-dir", tmp_path])
+        assert f"pitfs: {tmp_path}: 8.0 MiB are free: if " in done.stderr and "  ok  " in done.stdout
+    finally:
+        run(["umount", tmp_path])
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
@@ -202,6 +215,7 @@ def test_what_is_ignored_stays_ignored(disk: BrokenDisk) -> None:
         (["root", "--good", "seq-5", "--", "true"], 2, "the following arguments are required: --bad"),
         (["swap", "--good", "seq-5", "--bad", "seq-9", "--", "true"], 2, "no volume 'swap'"),
         (["root", "--good", "seq-5", "--bad", "seq-99999", "--", "true"], 1, "no state answers to 'seq-99999'"),
+        (["root", "--good", "seq-5", "--bad", "seq-9", "--scratch-dir", "x", "--", "true"], 2, "x: scratch: no such"),
         (["root", "--good", "seq-5", "--bad", "seq-9", "--", "/no/such"], 2, "/no/such: can't be run: No such file"),
     ],
 )

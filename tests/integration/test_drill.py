@@ -18,7 +18,7 @@ from tests.helpers.attaching import AFTER, Disks, attached, nothing_left, pitfs
 from tests.helpers.broken_disks import BrokenDisk, broken_disk, received
 from tests.helpers.filesystems import MAKE
 from tests.helpers.loops import LoopDevice, MountedFilesystem, free_file
-from tests.helpers.processes import pitfs_command, run, wait_until
+from tests.helpers.processes import MARK, pids_with, pitfs_command, run, wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.fuse, pytest.mark.loop]
 
@@ -40,7 +40,7 @@ def drill(*words: str | Path, code: int | None = 0) -> tuple[list[str], str]:
     """Runs it as cron does: no terminal, a short PATH, / as working directory. Its lines, and standard error."""
     done = subprocess.run(
         [*pitfs_command(), "drill", *words], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
-        env={"PATH": "/usr/bin:/bin"}, cwd="/", timeout=60,
+        env={"PATH": "/usr/bin:/bin", MARK: "drill"}, cwd="/", timeout=60,
     )  # fmt: skip
     assert code is None or done.returncode == code, done.stderr
     return done.stdout.splitlines(), done.stderr
@@ -101,7 +101,7 @@ def test_a_command_that_hangs_is_ended(disk: BrokenDisk) -> None:
     script = "sleep 98 & wait"
     (line,), _ = drill(disk.path, "--at", "seq-7", "--timeout", "1s", "--", "sh", "-c", script, code=1)
     assert "FAILED: sh was ended after 1.0 s (--timeout)" in line
-    assert run(["pgrep", "-xf", "sleep 98"], accept=(1,)).stdout == ""
+    assert pids_with("drill") == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
@@ -109,14 +109,14 @@ def test_a_signal_ends_it_and_leaves_nothing(disk: BrokenDisk, tmp_path: Path, n
     script = f"touch {tmp_path}/reached; sleep 97 & wait"
     process = subprocess.Popen(
         [*pitfs_command(), "drill", disk.path, "--at", "seq-7", "--", "sh", "-c", script],
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {MARK: "drill"},
     )  # fmt: skip
     wait_until(lambda: (tmp_path / "reached").exists(), "COMMAND runs", 20, 0.01)
     process.send_signal(number)
     assert process.communicate(timeout=30) == ("", "")
     assert process.returncode == 130
     assert attached(disk.path) == []
-    assert run(["pgrep", "-xf", "sleep 97"], accept=(1,)).stdout == ""
+    assert pids_with("drill") == []
 
 
 def test_volumes_with_partitions_and_without_filesystems(tmp_path: Path) -> None:

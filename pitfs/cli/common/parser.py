@@ -97,14 +97,11 @@ def add_json(parser: argparse.ArgumentParser, keys: str = "print one JSON docume
     parser.add_argument("--json", action="store_true", help=keys)
 
 
-def add_command(parser: argparse.ArgumentParser, meaning: str) -> None:
+def add_scratch_command(parser: argparse.ArgumentParser, meaning: str) -> None:
+    """`words`: a COMMAND that gets a scratch device; and where what it writes goes."""
     parser.add_argument("words", metavar="-- COMMAND", nargs="*", help=f"{meaning}; its last argument is the device")
-
-
-def add_scratch_dir(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--scratch-dir", metavar="DIR", help="where what is written goes (default: a directory under /var/tmp)"
-    )
+    meaning = "where what is written goes (default: a directory under /var/tmp)"
+    parser.add_argument("--scratch-dir", metavar="DIR", help=meaning)
 
 
 def add_tls_files(parser: argparse.ArgumentParser, peers: str) -> None:

@@ -153,13 +153,8 @@ def make_mount(store: str, group: str, scratch: ScratchOptions | None) -> str:
 def scratch_mount(store: str, group: str, directory: str | None) -> Iterator[str]:
     """A mount with writable images to the end of the block, which may have devices over them one after the other.
 
-    It is held open, so that no other attach or detach takes it for unused while there is no device.
-
-    Args:
-        directory: where what is written goes; None: to one made for it.
-
-    Returns:
-        the mountpoint.
+    It is held open, so that no other attach or detach takes it for unused while there is no device. Gives the
+    mountpoint. `directory`: where what is written goes; None: to one made for it.
     """
     with contextlib.ExitStack() as undo:
 
@@ -178,13 +173,9 @@ def scratch_mount(store: str, group: str, directory: str | None) -> Iterator[str
 def attach_image(
     image: str, undo: contextlib.ExitStack, *, read_only: bool = False, sector_size: int | None = None
 ) -> tuple[str, list[str]]:
-    """Makes a loop device over an image; `undo` detaches it, and unmounts first what is mounted of it.
+    """Makes a loop device over an image; returns it, and those of its partitions that have no nodes.
 
-    Args:
-        sector_size: in bytes; None: what its partition table needs.
-
-    Returns:
-        the device, and those of its partitions that have no nodes.
+    `undo` detaches it, and unmounts first what is mounted of it. `sector_size`: None: what its partition table needs.
     """
     sector_size = sector_size or loop_devices.sector_size_of(image)
     with signals_deferred():

@@ -49,12 +49,8 @@ def run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
 def run_group(command: Sequence[str], output: int | IO[bytes], timeout_s: float | None = None, **more: str) -> int:
     """Runs a command in a process group of its own, without input; a signal or the time's end ends all of the group.
 
-    Args:
-        output: where standard output and error go.
-        more: what its environment has besides ours.
-
-    Returns:
-        its exit code, or minus the signal that ended it.
+    Returns its exit code, or minus the signal that ended it. `output`: where standard output and error go; `more`: what
+    its environment has besides ours.
 
     Raises:
         UsageError: there is no such program.
