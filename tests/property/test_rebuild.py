@@ -251,7 +251,9 @@ def small_store(root: Path) -> tuple[History, Path]:
         ingest.write(batch_of([history.write() for _ in range(5)]))
         ingest.mark(mark_of(history, "streamed"))
         ingest.stream.wait_for_closing()
-        ingest.write(batch_of([history.write() for _ in range(4)]))
+        for _ in range(2):
+            ingest.write(batch_of([history.write() for _ in range(2)]))
+            ingest.flush(history.times_ns[-1])
         history.reachable |= set(range(history.at[0], len(history.states)))
     return history, root / "db1"
 
@@ -374,6 +376,42 @@ def test_after_pruning_the_catalog_made_again_has_what_was_left(
         with closing(Ingest(str(model.root), model.history.hello)) as ingest:
             model.receive(ingest, 2)
     model.check()
+
+
+def test_who_has_the_old_catalog_open_changes_nothing_any_more(tmp_path: Path) -> None:
+    _, store = small_store(tmp_path)
+    with closing(Catalog(str(store / CATALOG), "write")) as old:
+        made_again(store)
+        made = (store / CATALOG_LOG).read_bytes()
+        with pytest.raises(StoreError, match="made again meanwhile"), old.changes():
+            old.delete("bookmarks", "name", "b1")
+    assert (store / CATALOG_LOG).read_bytes() == made
+
+
+def test_where_a_log_of_streamed_writes_is_lost_or_damaged_the_rest_comes_back(tmp_path: Path) -> None:
+    history, store = small_store(tmp_path / "source")
+    (number,) = [row[0] for row in rows_of(store)["tails"]]
+    for name, damage in (("empty", 4096), ("gone", None), ("damaged", 4100)):
+        work = tmp_path / name
+        shutil.copytree(store.parent, work)
+        without_catalog(work / "db1")
+        (wal,) = object_files(work / "db1", f"journal-{number:016x}.blocks")
+        if damage is None:
+            wal.unlink()
+        elif name == "empty":
+            os.truncate(wal, damage)
+        else:
+            data = bytearray(wal.read_bytes())
+            data[damage] ^= 1
+            wal.write_bytes(data)
+        report, said = made_again(work / "db1")
+        assert report.snapshots == 6 and report.missing == (name != "empty"), said
+        check_states(work / "db1", history, 29, step=4)
+        if name == "damaged":
+            with pytest.raises(CorruptionError, match="writes that were acknowledged"):
+                Ingest(str(work), history.hello)
+        else:
+            Ingest(str(work), history.hello).close()
 
 
 # -- the log -----------------------------------------------------------------------------------------------------

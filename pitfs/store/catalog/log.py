@@ -187,6 +187,7 @@ class LoggedDatabase(Database):
         super().__init__(path, mode)
         self._log_path = os.path.join(os.path.dirname(path), CATALOG_LOG)
         self._is_logged = mode != "read" and os.path.basename(path) == CATALOG
+        self._inode = os.stat(path).st_ino
         self._log: CatalogLog | None = None
         self._changes: list[Change] | None = None  # of the transaction that is under way
         self._is_changed = self._is_log_outdated = False
@@ -223,6 +224,8 @@ class LoggedDatabase(Database):
                 with super().changes(durable):
                     if is_outer:
                         self._changes, self._is_changed = [], False
+                        if self._is_logged and os.stat(self.path).st_ino != self._inode:
+                            raise StoreError(f"{self.path}: was made again meanwhile: begin anew with that one")
                     yield
                     if is_outer and durable and self._is_changed and self._is_logged:
                         self._write_log()

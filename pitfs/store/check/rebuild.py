@@ -127,7 +127,7 @@ def _swap(path: str, new: str) -> str:
     for suffix in ("-wal", "-shm", ""):
         with suppress(FileNotFoundError):
             os.rename(catalog + suffix, old + suffix)
-    with suppress(OSError):
+    with suppress(OSError):  # beside it, too: it may say more than what was understood
         os.link(os.path.join(path, CATALOG_LOG), f"{old}.log")
     fsync_directory(path)  # before the new one: SQLite would take the old one's log for its
     os.rename(new, catalog)
@@ -310,45 +310,36 @@ class _Rebuilding:
         wals = [number for number in self._wals if number > last.id and self._is_wal(number)]
         open_intervals = logged or [OpenInterval(number, number + 1, 0, 0, 0, 0, 0, None, 0) for number in wals]
         for place, each in enumerate(open_intervals):
-            closing_m = self._closings.get(each.id)
-            if closing_m is not None:
-                name = closing_m.bookmarks[0].name if closing_m.bookmarks else None
-                each = replace(
-                    each, mark=closing_m.mark, protected_through_ns=closing_m.protected_through_ns, bookmark=name
-                )
+            mark, protected_ns, bookmark = each.mark, each.protected_through_ns, each.bookmark
+            if (m := self._closings.get(each.id)) is not None:
+                mark, protected_ns = m.mark, m.protected_through_ns
+                bookmark = m.bookmarks[0].name if m.bookmarks else None
             elif not each.mark and place + 1 < len(open_intervals):  # one is open behind it
-                each = replace(each, mark=catalog.meta("mark") + 1)
-            first = OpenInterval(
-                each.id, each.end_snapshot_id, base, *end, *end, None, HEADER_BYTES, each.mark,
-                each.protected_through_ns, each.bookmark,
-            )  # fmt: skip
-            found = self._take_up(first)
-            if found is None:
-                return
+                mark = catalog.meta("mark") + 1
+            where = each.id, each.end_snapshot_id, base, *end, *end, None, HEADER_BYTES
+            found = self._take_up(OpenInterval(*where, mark, protected_ns, bookmark))
             base, end = found.end_snapshot_id, (found.to_seq, found.to_time_ns)
 
     def _is_wal(self, number: int) -> bool:
         name = ObjectName(ObjectKind.JOURNAL_BLOCKS, number)
         return os.pread(self._objects.fd_of(name), len(MAGIC), HEADER_BYTES) == MAGIC
 
-    def _take_up(self, record: OpenInterval) -> OpenInterval | None:
-        """The open interval as its write-ahead log has it; None if nothing can follow it."""
-        path, since = self._objects.path_of(record.wal), format_instant(record.from_time_ns)
+    def _take_up(self, record: OpenInterval) -> OpenInterval:
+        """Puts the open interval as its write-ahead log has it; where that is damaged the receiver will say so."""
+        since, minutes, found = format_instant(record.from_time_ns), dict[int, int](), replace(record, mark=0)
         try:
             writer = OpenIntervalWriter.recover(record, self._store)
-            if writer is None:
-                if not os.path.exists(path):
-                    self._miss(f"what was streamed after {since} is lost: {path} is missing")
-                return None
-            with closing(writer):
-                minutes = writer.make_readable()
+            if writer is not None:
+                with closing(writer):
+                    minutes |= writer.make_readable()
+                protected_ns = max(writer.end[1], record.protected_through_ns) if record.mark else 0
+                found = replace(writer.record, protected_through_ns=protected_ns)
+            elif not self._has_wal(record):
+                self._miss(f"what was streamed after {since} is lost: its write-ahead log is missing")
+                return found
         except CorruptionError as error:
             self._miss(f"what was streamed after {since} can't be read: {error}")
-            return None
-        end_ns = writer.end[1]
-        protected_ns = max(end_ns, record.protected_through_ns) if record.mark else 0
-        found = replace(writer.record, protected_through_ns=protected_ns)
-        self._catalog.put_open_interval(found, minutes, end_ns, durable=False)
+        self._catalog.put_open_interval(found, minutes, found.to_time_ns if found.runs else 0, durable=False)
         return found
 
     def add_minutes(self) -> None:
