@@ -140,7 +140,7 @@ def check_place(path: str) -> None:
         names = set(os.listdir(path))
     except FileNotFoundError:
         return
-    ours = {LOCK, CHANGES_LOCK, HEAL_LOCK, OBJECTS, STAGING, PINS, HOLDERS}
+    ours = {LOCK, CHANGES_LOCK, HEAL_LOCK, RESERVE, OBJECTS, STAGING, PINS, HOLDERS}
     ours |= {CATALOG_LOG, CATALOG, f"{CATALOG}-wal", f"{CATALOG}-shm", f"{CATALOG}-journal"}
     others = sorted(names - ours - {f"{STORE_JSON}.tmp"})
     if STORE_JSON not in names and others:
