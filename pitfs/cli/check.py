@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING, Any, Final
 
 from pitfs.cli.common.output import print_json, warn
@@ -66,11 +67,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _rebuild(store: str) -> int:
-    from pitfs.cli.common.progress import progress
     from pitfs.store.check.rebuild import rebuild
 
-    with progress("rebuild", 0) as reached:
-        report = rebuild(store, warn, reached)
+    def reached(number: int) -> None:
+        if sys.stderr.isatty() and number % 256 == 0:
+            print(f"objects of id {number}", end="\r", file=sys.stderr)
+
+    report = rebuild(store, warn, reached)
     has = f"{report.snapshots} snapshots, {report.intervals} intervals, {report.bookmarks} bookmarks"
     problem = f"{report.missing} lines say what is missing" if report.missing else "nothing is missing"
     print(f"{store}: {has} and {report.gaps} gaps: {problem}")

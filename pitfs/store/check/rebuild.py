@@ -62,7 +62,6 @@ from pitfs.store.transfer.writable_store import WritableStore
 CAUSE: Final = "rebuilt"
 MAX_HELD_MINUTES: Final = 4096
 _LOST: Final = "only what objects say is known: not what pruning moved, bookmarks where nothing was written, fences"
-_OF_JOURNAL: Final = (ObjectKind.JOURNAL_INDEX, ObjectKind.JOURNAL_BLOCKS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +174,8 @@ class _Rebuilding:
                 self._miss(f"{path}: of another store: {_LOST}")
                 return
             before = self.missing
-            for changes in log.records(LOG_HEADER_BYTES, self._note_damage):
+            of_damage = "{}: bytes {} to {} are damaged: what they said is made up from objects".format
+            for changes in log.records(LOG_HEADER_BYTES, lambda *bounds: self._miss(of_damage(path, *bounds))):
                 catalog.replay(changes)
             if log.end < log.base_end:
                 self._miss(f"{path}: cut at byte {log.end}, before the end of what it began with")
@@ -184,10 +184,6 @@ class _Rebuilding:
         first = catalog.first_snapshot()
         if first is not None and self.missing == before:
             self._first_id = first.id
-
-    def _note_damage(self, start: int, end: int) -> None:
-        path = os.path.join(self._path, CATALOG_LOG)
-        self._miss(f"{path}: bytes {start} to {end} are damaged: what they said is made up from objects")
 
     def add_objects(self, progress: Callable[[int], None]) -> None:
         """What the log doesn't have."""
@@ -250,22 +246,19 @@ class _Rebuilding:
         is_staged = os.path.exists(os.path.join(self._path, STAGING, f"{LAYERS_PREFIX}{number:016x}"))
         if index is None or index.layer == interval.layer or is_thinned or is_staged:
             return
-        found = [self._object(names[kind]) for kind in _OF_JOURNAL if kind in names]
-        if found[0][1]:
-            finer = replace(
-                interval, granularity_ns=granularity_of(index.layer), cause=CAUSE, journal_rows=_row_count(found[0][1])
-            )
+        found = [self._object(names[kind]) for kind in (index.kind, ObjectKind.JOURNAL_BLOCKS) if kind in names]
+        if sparse_index := found[0][1]:
+            how = granularity_of(index.layer), CAUSE, _row_count(sparse_index)
             replaced = index._replace(layer=max(interval.layer, 0)).file
+            finer = Interval(number, interval.base_snapshot_id, *interval.bounds, interval.first_time_ns, *how)
             self._catalog.commit_layers(finer, [record for record, _ in found], replaced, {})
 
     def _is_known(self, number: int) -> bool:
         """Whether the log has that snapshot, or has an interval, open or not, in the place of it."""
-        if self._catalog.snapshot(number) is not None:
-            return True
         row = self._catalog.row("intervals", "WHERE snapshot > ? ORDER BY snapshot", number)
         is_within = row is not None and Interval(*row).base_snapshot_id < number
-        open_intervals = self._catalog.open_intervals()
-        return is_within or any(number == each.end_snapshot_id and self._has_wal(each) for each in open_intervals)
+        is_open = any(number == each.end_snapshot_id and self._has_wal(each) for each in self._catalog.open_intervals())
+        return is_within or is_open or self._catalog.snapshot(number) is not None
 
     def _has_wal(self, interval: OpenInterval) -> bool:
         """Else it became a snapshot, or the log was lost."""
