@@ -70,7 +70,7 @@ def _rebuild(store: str) -> int:
     from pitfs.store.check.rebuild import rebuild
 
     def reached(number: int) -> None:
-        if sys.stderr.isatty() and number % 256 == 0:
+        if sys.stderr.isatty() and number % 256 < 2:
             print(f"objects of id {number}", end="\r", file=sys.stderr)
 
     report = rebuild(store, warn, reached)
