@@ -380,12 +380,28 @@ def test_after_pruning_the_catalog_made_again_has_what_was_left(
 
 def test_who_has_the_old_catalog_open_changes_nothing_any_more(tmp_path: Path) -> None:
     _, store = small_store(tmp_path)
-    with closing(Catalog(str(store / CATALOG), "write")) as old:
-        made_again(store)
-        made = (store / CATALOG_LOG).read_bytes()
-        with pytest.raises(StoreError, match="made again meanwhile"), old.changes():
-            old.delete("bookmarks", "name", "b1")
+    old, reader = Catalog(str(store / CATALOG), "write"), Store.open(str(store))
+    made_again(store)
+    made = (store / CATALOG_LOG).read_bytes()
+    with pytest.raises(StoreError, match="made again meanwhile"), old.changes():
+        old.delete("bookmarks", "name", "b1")
     assert (store / CATALOG_LOG).read_bytes() == made
+    with closing(Catalog(str(store / CATALOG), "write")) as new:
+        new.fence(8, 8)
+        assert len(list(reader.snapshots())) == 6
+        old.close()
+        reader.close()  # SQLite removes nothing of what has their names now
+        new.fence(9, 9)
+        with closing(Catalog(str(store / CATALOG))) as another:
+            assert another.meta("epoch") == 9 and another.bookmark("b1") is not None
+            assert another.rows("PRAGMA integrity_check") == [("ok",)]
+
+
+def test_a_log_that_was_deleted_begins_anew_with_the_next_commit(tmp_path: Path, catalog: Catalog) -> None:
+    put_bookmark(catalog, "first")
+    (tmp_path / CATALOG_LOG).unlink()
+    put_bookmark(catalog, "second")
+    assert "first" in str(logged(catalog)) and "second" in str(logged(catalog))
 
 
 def test_where_a_log_of_streamed_writes_is_lost_or_damaged_the_rest_comes_back(tmp_path: Path) -> None:

@@ -276,9 +276,9 @@ class LoggedDatabase(Database):
             self._swap_log(None)
             with suppress(FileNotFoundError, CorruptionError):
                 self._log = CatalogLog.open(self._log_path)
-        log = self._log
-        is_fitting = log is not None and log.number == number and os.fstat(log.fd).st_size >= self.meta("log_end")
-        return log if is_fitting else None
+        log, status = self._log, os.fstat(self._log.fd) if self._log is not None else None
+        is_whole = status is not None and status.st_nlink > 0 and status.st_size >= self.meta("log_end")
+        return log if log is not None and log.number == number and is_whole else None
 
     def _log_through(self) -> int:
         """A number that an older pitfs, which doesn't write the log, changes."""
