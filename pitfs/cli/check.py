@@ -39,9 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", action="store_true", help="reread and verify all contents")
     parser.add_argument("--heal", action="store_true", help="--data, and damaged contents come back from production")
     parser.add_argument("--rate", metavar="BYTES/s", help="read contents no faster, as 50MB/s; with --data or --heal")
-    parser.add_argument(
-        "--rebuild", action="store_true", help="make the catalog again first, from its log and the objects"
-    )  # fmt: skip
+    rebuild_help = "make the catalog again from the objects, where it is lost, damaged or too old; while nobody writes"
+    parser.add_argument("--rebuild", action="store_true", help=rebuild_help)
     add_json(parser, "objects, bytes, damaged [object, from, to, instants], healed")
 
 
@@ -52,6 +51,10 @@ def run(args: argparse.Namespace) -> int:
     from pitfs.store.check.heal import heal
     from pitfs.store.objects.damage import DamageLog
 
+    if args.rebuild:
+        if args.data or args.heal or args.rate or args.json:
+            raise UsageError("--rebuild goes alone: check the store when its catalog is there")
+        return _rebuild(args.store)
     try:
         rate = parse_size(args.rate.removesuffix("/s")) if args.rate else None
     except ValueError as error:
@@ -59,9 +62,6 @@ def run(args: argparse.Namespace) -> int:
     has_data, healed, failure = args.data or args.heal, 0, None
     if rate is not None and (rate < 1 or not has_data):
         raise UsageError("--rate: at least 1 byte per second, and only with --data or --heal")
-
-    if args.rebuild:
-        _rebuild(args.store)
 
     def checked() -> Report:
         with progress("check", contents_bytes(args.store) if has_data else 0) as reached:
@@ -84,13 +84,20 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_FAILED if report.damaged else 0
 
 
-def _rebuild(store: str) -> None:
+def _rebuild(store: str) -> int:
     from pitfs.store.check.rebuild import rebuild
 
-    made = rebuild(store, warn, lambda snapshot_id: None)
-    counts = f"{made.snapshots} snapshots, {made.intervals} intervals, {made.bookmarks} bookmarks, {made.gaps} gaps"
-    kept = f"; the one before is {made.old}" if made.old else ""
-    print(f"{store}: the catalog was made again: {counts}{kept}", file=sys.stderr)
+    def reached(number: int) -> None:
+        if sys.stderr.isatty() and number % 256 < 2:
+            print(f"objects of id {number}", end="\r", file=sys.stderr)
+
+    report = rebuild(store, warn, reached)
+    has = f"{report.snapshots} snapshots, {report.intervals} intervals, {report.bookmarks} bookmarks"
+    problem = f"{report.missing} lines say what is missing" if report.missing else "nothing is missing"
+    print(f"{store}: {has} and {report.gaps} gaps: {problem}")
+    if report.old:
+        print(f"the catalog of before is {report.old}: restart mounts and servers of the store, which still read it")
+    return EXIT_FAILED if report.missing else 0
 
 
 def _row(damage: Damage, stretches: list[Stretch]) -> dict[str, Any]:
