@@ -175,7 +175,7 @@ def test_what_is_no_store_is_refused(store: Given, tmp_path: Path, capsys: Said,
     catalog = store.path / "catalog.sqlite"
     kept = catalog.read_bytes()
     catalog.write_bytes(b"not a database, whatever its name says" * 200)
-    refuse(1, f"{catalog}: damaged", "put a copy of it back")
+    refuse(1, f"{catalog}: damaged", "pitfs check STORE --rebuild")
     catalog.unlink()
     refuse(2, f"{store.path}: not a whole store, it has no catalog.sqlite")
     catalog.write_bytes(kept)
