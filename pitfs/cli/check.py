@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from pitfs.cli.common.output import print_json, warn
 from pitfs.cli.common.parser import add_json, add_store
-from pitfs.errors import EXIT_FAILED, UsageError
+from pitfs.errors import EXIT_FAILED, PitfsError, UsageError
 from pitfs.model.position import format_instant
 from pitfs.model.units import format_bytes
 
@@ -19,12 +21,15 @@ if TYPE_CHECKING:
 DESCRIPTION: Final = (
     "Verifies a store, also while it is received into, read and pruned: its catalog, its objects, all block maps and "
     "indexes; with --data all contents, too. Lists what is damaged, and the instants that can't be read wholly "
-    "because of it; all others are whole. Exit 1 if there is damage. If it is stopped, the next one goes on from there."
+    "because of it; all others are whole. Exit 1 if there is damage. If it is stopped, the next one goes on from "
+    "there. --heal has production send contents that are damaged or missing, and waits for them."
 )
 EXAMPLES: Final = """\
 examples:
   pitfs check /srv/pitfs/db1
-  pitfs check /srv/pitfs/db1 --data --rate 50MB/s"""
+  pitfs check /srv/pitfs/db1 --data --rate 50MB/s
+  pitfs check /srv/pitfs/db1 --heal
+  pitfs check /srv/pitfs/db1 --rebuild"""
 
 MAX_SHOWN: Final = 10  # stretches of a place; --json has all
 
@@ -32,7 +37,10 @@ MAX_SHOWN: Final = 10  # stretches of a place; --json has all
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_store(parser)
     parser.add_argument("--data", action="store_true", help="reread and verify all contents")
-    parser.add_argument("--rate", metavar="BYTES/s", help="read contents no faster, as 50MB/s; with --data")
+    parser.add_argument("--heal", action="store_true", help="--data, and damaged contents come back from production")
+    parser.add_argument("--rate", metavar="BYTES/s", help="read contents no faster, as 50MB/s; with --data or --heal")
+    rebuild_help = "make the catalog again from the objects, where it is lost, damaged or too old; while nobody writes"
+    parser.add_argument("--rebuild", action="store_true", help=rebuild_help)
     add_json(parser, "objects, bytes, damaged [object, from, to, instants], healed")
 
 
@@ -40,22 +48,56 @@ def run(args: argparse.Namespace) -> int:
     from pitfs.cli.common.progress import progress
     from pitfs.config.quantities import parse_size
     from pitfs.store.check.check import at_rate, check, contents_bytes
+    from pitfs.store.check.heal import heal
+    from pitfs.store.objects.damage import DamageLog
 
+    if args.rebuild:
+        if args.data or args.heal or args.rate or args.json:
+            raise UsageError("--rebuild goes alone: check the store when its catalog is there")
+        return _rebuild(args.store)
     try:
         rate = parse_size(args.rate.removesuffix("/s")) if args.rate else None
     except ValueError as error:
         raise UsageError(f"--rate {error}") from None
-    if rate is not None and (rate < 1 or not args.data):
-        raise UsageError("--rate: at least 1 byte per second, and only with --data")
-    healed = 0
-    with progress("check", contents_bytes(args.store) if args.data else 0) as reached:
-        report = check(args.store, args.data, at_rate(rate, reached))
+    has_data, healed, failure = args.data or args.heal, 0, None
+    if rate is not None and (rate < 1 or not has_data):
+        raise UsageError("--rate: at least 1 byte per second, and only with --data or --heal")
+
+    def checked() -> Report:
+        with progress("check", contents_bytes(args.store) if has_data else 0) as reached:
+            return check(args.store, has_data, at_rate(rate, reached))
+
+    report = checked()
+    try:
+        while args.heal and report.damaged and (came := heal(args.store, partial(progress, "heal"))):
+            healed, report = healed + came, checked()
+    except PitfsError as error:  # said behind the report
+        failure = error
+    gone = args.heal and any(each.state == "gone" for each in DamageLog(args.store).known())
     if args.json:
         rows = [_row(*each) for each in report.damaged]
         print_json({"objects": report.objects, "bytes": report.bytes, "damaged": rows, "healed": healed})
     else:
-        _print(args.store, report, args.data)
+        _print(args.store, report, has_data, healed, gone)
+    if failure is not None:
+        raise failure
     return EXIT_FAILED if report.damaged else 0
+
+
+def _rebuild(store: str) -> int:
+    from pitfs.store.check.rebuild import rebuild
+
+    def reached(number: int) -> None:
+        if sys.stderr.isatty() and number % 256 < 2:
+            print(f"objects of id {number}", end="\r", file=sys.stderr)
+
+    report = rebuild(store, warn, reached)
+    has = f"{report.snapshots} snapshots, {report.intervals} intervals, {report.bookmarks} bookmarks"
+    problem = f"{report.missing} lines say what is missing" if report.missing else "nothing is missing"
+    print(f"{store}: {has} and {report.gaps} gaps: {problem}")
+    if report.old:
+        print(f"the catalog of before is {report.old}: restart mounts and servers of the store, which still read it")
+    return EXIT_FAILED if report.missing else 0
 
 
 def _row(damage: Damage, stretches: list[Stretch]) -> dict[str, Any]:
@@ -65,9 +107,13 @@ def _row(damage: Damage, stretches: list[Stretch]) -> dict[str, Any]:
     return {"object": damage.object, "from": damage.offset, "to": to, "kind": damage.kind, "instants": instants}
 
 
-def _print(store: str, report: Report, has_data: bool) -> None:
+def _print(store: str, report: Report, has_data: bool, healed: int, is_gone: bool) -> None:
+    from pitfs.store.objects.damage import MAX_PLACES
+
     contents = f"{format_bytes(report.bytes)} of contents" if has_data else "contents not read (--data reads them)"
-    print(f"{store}: {report.objects} objects, {contents}: {len(report.damaged) or 'no'} damaged places")
+    count = f"{len(report.damaged) or 'no'}{' or more' * (len(report.damaged) >= MAX_PLACES)}"
+    found = f"{count} damaged places" + (f", {healed} healed" if healed else "")
+    print(f"{store}: {report.objects} objects, {contents}: {found}")
     for damage, stretches in report.damaged:
         row = _row(damage, stretches)
         place = "all of it" if row["to"] is None else f"bytes {row['from']} to {row['to']}"
@@ -79,7 +125,9 @@ def _print(store: str, report: Report, has_data: bool) -> None:
         elif len(stretches) > MAX_SHOWN:
             print(f"    and {len(stretches) - MAX_SHOWN} stretches more: --json names them")
     if report.damaged:
-        warn("all other instants are whole: export what you need. Objects can be put back from a copy of the store")
+        contents = "production has those contents no more" if is_gone else "contents may come back by --heal"
+        other = "--rebuild makes a catalog again; a copy of the store may have objects"
+        warn(f"all other instants are whole: export what you need; {contents}; {other}")
 
 
 _PROBLEMS: Final = {

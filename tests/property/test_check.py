@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import tarfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from pitfs.errors import PitfsError
 from pitfs.model.transfer import VolumeInfo
 from pitfs.store.check import check as check_module
 from pitfs.store.check.check import Report, at_rate, check
+from pitfs.store.index import format
 from pitfs.store.ingest import Ingest
 from pitfs.store.objects.damage import DamageLog
 from pitfs.store.store import Store
@@ -26,14 +28,20 @@ from pitfs.view.view import PointInTimeView, ReadBuffer
 from tests.helpers.stores import ingest_transfer, object_files
 from tests.helpers.streams import batch_of, mark_of
 from tests.helpers.transfers import History
+from tests.property.test_removal import made as filled
+from tests.property.test_removal import opened, remove
 
-VOLUMES = (VolumeInfo("a", 20_000, 1024), VolumeInfo("b", 600 * 512, 512))
+VOLUMES = (VolumeInfo("a", 9_000, 1024), VolumeInfo("b", 530 * 512, 512))
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, History]:
     """A store of all there is: layers, a coarse interval, snapshots only, streamed ones, one that is open."""
     history = History(11, VOLUMES)
+    history.images[1][10 * 512 : 520 * 512] = bytes(510 * 512)  # two leaves, but few blocks
+    history.base = [bytes(image) for image in history.images]
+    history.states.clear()
+    history._keep_state()
     ingest = Ingest(str(tmp_path_factory.mktemp("made")), history.hello)
 
     def write(count: int) -> None:
@@ -43,21 +51,23 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, History]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("fsync", "fdatasync"):
             patch.setattr(os, name, lambda fd: None)
+        patch.setattr(format, "CHUNK_ROWS", 2)  # so that indexes have many chunks, some of them of one block
+        patch.setattr(format, "CHUNK_POSITIONS", 3)
         ingest_transfer(ingest, history.close_interval())
-        write(9)
-        ingest_transfer(ingest, history.close_interval(0, ("one",), before_ns=(100_000_000,)))
         write(8)
+        ingest_transfer(ingest, history.close_interval(0, ("one",), before_ns=(100_000_000,)))
+        write(7)
         ingest_transfer(ingest, history.close_interval(100_000_000))
         write(3)
         ingest_transfer(ingest, history.close_interval(None, ("two",)))
         for _ in range(2):
-            write(7)
+            write(4)
             ingest.write(batch_of(history.open))
             ingest.mark(mark_of(history))
             ingest.stream.wait_for_closing()
         for _ in range(3):
             start = len(history.open)
-            write(3)
+            write(2)
             ingest.write(batch_of(history.open[start:]))
             ingest.publish()
         ingest.close()
@@ -116,17 +126,25 @@ def run(path: Path, has_data: bool = True, paced: Callable[[int], None] = lambda
     return check(str(path), has_data, paced)
 
 
-def expect(path: Path, history: History, states: list[tuple[int, int]], what: str) -> Report | None:
-    """Noticed, with exactly the instants that suffer, or harmless."""
-    suffering = unreadable(path, history, states)
+def expect(
+    path: Path, history: History, states: list[tuple[int, int]], what: str, seen: set[str] | None = None
+) -> Report | None:
+    """Noticed, with exactly the instants that suffer, or harmless. `seen`: reports that have been compared."""
     Path(path, "damaged").unlink(missing_ok=True)
     try:
         report = run(path)
+        if seen is not None and report.damaged and str(report.damaged) in seen:
+            return report
+        suffering = unreadable(path, history, states)
     except PitfsError as error:
         assert "catalog.sqlite" in str(error) or "store.json" in str(error), what
         return None
+    if seen is not None:
+        seen.add(str(report.damaged))
     assert report.damaged or not suffering, f"{what}: not noticed"
-    if not any(damage.kind == "catalog" for damage, _ in report.damaged):
+    if any(damage.kind == "catalog" for damage, _ in report.damaged):
+        assert named(report, states) >= suffering, f"{what}: {report.damaged}"  # of what it can't look at, all
+    else:
         assert named(report, states) == suffering, f"{what}: {report.damaged}"
         assert {each.place for each in DamageLog(str(path)).known()} >= {each.place for each, _ in report.damaged}
     return report
@@ -138,13 +156,15 @@ def places(path: Path, step: Callable[[int], Iterator[int]]) -> Iterator[tuple[P
             yield file, offset
 
 
-def flip_each(store: Path, history: History, step: Callable[[int], Iterator[int]]) -> tuple[int, int]:
+def flip_each(
+    store: Path, history: History, step: Callable[[int], Iterator[int]], seen: set[str] | None = None
+) -> tuple[int, int]:
     states, noticed, count = instants(store), 0, 0
     for file, offset in places(store, step):
         whole = file.read_bytes()
         bit = 1 << (offset * 7 + 3) % 8
         file.write_bytes(whole[:offset] + bytes([whole[offset] ^ bit]) + whole[offset + 1 :])
-        report = expect(store, history, states, f"{file.name} at byte {offset}")
+        report = expect(store, history, states, f"{file.name} at byte {offset}", seen)
         noticed, count = noticed + bool(report is None or report.damaged), count + 1
         for each in store.glob("catalog.sqlite-*"):
             each.unlink()
@@ -156,19 +176,20 @@ def test_a_store_that_is_whole_has_no_damage(store: Path) -> None:
     for has_data in (False, True):
         report = run(store, has_data)
         assert report.damaged == [] and report.objects == len(object_files(store)) - 1
-    assert report.bytes > 100_000
+    assert report.bytes > 40_000
     assert not (store / "damaged").exists()
 
 
 def test_a_bit_flipped_anywhere_is_noticed_or_harmless(store: Path, made: tuple[Path, History]) -> None:
     random = np.random.default_rng(3)
-    noticed, count = flip_each(store, made[1], lambda size: iter(sorted(random.integers(0, size, 6).tolist())))
+    noticed, count = flip_each(store, made[1], lambda size: iter(sorted(random.integers(0, size, 3).tolist())))
     assert noticed > count / 4
 
 
 @pytest.mark.slow
-def test_each_byte_flipped_is_noticed_or_harmless(store: Path, made: tuple[Path, History]) -> None:
-    flip_each(store, made[1], lambda size: iter(range(size)))
+@pytest.mark.parametrize("start", range(64))
+def test_each_byte_flipped_is_noticed_or_harmless(store: Path, made: tuple[Path, History], start: int) -> None:
+    flip_each(store, made[1], lambda size: iter(range(start, size, 64)), set())
 
 
 def test_objects_that_are_removed_cut_or_swapped_are_noticed(store: Path, made: tuple[Path, History]) -> None:
@@ -178,7 +199,7 @@ def test_objects_that_are_removed_cut_or_swapped_are_noticed(store: Path, made: 
         file.unlink()
         report = expect(store, made[1], states, f"{file.name} removed")
         assert report is not None and report.damaged
-        for cut in (0, 40, 4096, 4097, len(whole) - 1, (len(whole) + 4096) // 2):
+        for cut in (40, len(whole) - 1, (len(whole) + 4096) // 2):
             file.write_bytes(whole[:cut])
             report = expect(store, made[1], states, f"{file.name} cut at {cut}")
             assert report is not None and report.damaged
@@ -195,6 +216,15 @@ def test_objects_that_are_removed_cut_or_swapped_are_noticed(store: Path, made: 
     assert report is not None and not report.damaged
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_stores_of_earlier_versions_are_checked(tmp_path: Path, version: int) -> None:
+    golden = Path(__file__).parents[1] / "golden" / f"version-{version}" / "streamed.tar.xz"
+    with tarfile.open(golden) as archive:
+        archive.extractall(tmp_path)
+    report = run(tmp_path / "streamed" / "g")
+    assert report.damaged == [] and report.objects > 20 and report.bytes > 1_000_000
+
+
 class Stopped(Exception):
     """The check is stopped here."""
 
@@ -208,9 +238,9 @@ def test_a_check_that_is_stopped_goes_on(
     expected = expect(store, made[1], instants(store), "once")
     for name in ("check-data.progress", "damaged"):
         (store / name).unlink()
-    monkeypatch.setattr(check_module, "BATCH_BYTES", 20_000)
+    monkeypatch.setattr(check_module, "BATCH_BYTES", 6_000)
     counts: list[int] = []
-    left = [1, 160_000]  # that may be read of the first time, the second
+    left = [1, 30_000]  # that may be read of the first time, the second
 
     def paced(count: int) -> None:
         counts.append(count)
@@ -229,7 +259,7 @@ def test_a_check_that_is_stopped_goes_on(
     counts.clear()
     report = run(store, paced=paced)
     assert expected is not None and report.damaged == expected.damaged != []
-    assert read[1] + sum(counts) == report.bytes == expected.bytes
+    assert 0 <= read[1] + sum(counts) - expected.bytes <= 4096  # what two blocks share may come in two batches
 
 
 def test_the_rate_is_held(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,3 +320,120 @@ def test_the_receiver_checks_a_store_once_a_month(
     (store / "store.json").write_text("?")
     scrub.scrub_if_due(str(store))
     assert "tried again" in caplog.records[-1].message
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_what_a_removal_leaves_is_whole_and_its_damage_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    for name in ("fsync", "fdatasync"):
+        monkeypatch.setattr(os, name, lambda fd: None)
+    history = History(seed + 40, (VolumeInfo("a", 9_000, 1024), VolumeInfo("b", 5_000, 512)))
+    path = Path(filled(tmp_path, history, 8))
+    with opened(str(path)) as writable:
+        ids = [each.id for each in writable.catalog.snapshots()]
+        for after_id, before_id in ((None, ids[1]), (ids[2], ids[5]), (ids[5], ids[7])):
+            remove(writable, after_id, before_id)
+    for has_data in (False, True):
+        assert run(path, has_data).damaged == []
+    states, random = instants(path), np.random.default_rng(seed)
+    monkeypatch.setattr("tests.property.test_check.VOLUMES", history.volumes)
+    for file in object_files(path):
+        whole = file.read_bytes()
+        data = [place for place in range(4096, len(whole)) if whole[place]]
+        for offset in random.choice(data, 2).tolist() if data else ():
+            file.write_bytes(whole[:offset] + bytes([whole[offset] ^ 4]) + whole[offset + 1 :])
+            expect(path, history, states, f"{file.name} at byte {offset}")
+        file.unlink()
+        expect(path, history, states, f"{file.name} removed")
+        file.write_bytes(whole)
+
+
+def test_a_removal_while_it_is_checked_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("fsync", "fdatasync"):
+        monkeypatch.setattr(os, name, lambda fd: None)
+    monkeypatch.setattr(check_module, "BATCH_BYTES", 1)
+    history = History(51, (VolumeInfo("a", 9_000, 1024), VolumeInfo("b", 5_000, 512)))
+    path = filled(tmp_path, history, 12)
+    with opened(path) as writable:
+        ids = [each.id for each in writable.catalog.snapshots()]
+        left, calls = [(ids[7], ids[11]), (ids[3], ids[6]), (None, ids[2])], 0
+
+        def paced(count: int) -> None:
+            nonlocal calls
+            calls += 1
+            if calls % 3 == 0 and left:
+                remove(writable, *left.pop())
+
+        assert run(Path(path), paced=paced).damaged == [] == left
+    assert not Path(path, "damaged").exists()
+
+
+def test_it_goes_on_beside_a_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intervals are closed, their logs are removed, while the check reads them."""
+    monkeypatch.setattr(check_module, "BATCH_BYTES", 1)
+    monkeypatch.setattr(check_module, "PART_BYTES", 1024)
+    history = History(52, (VolumeInfo("a", 9_000, 1024),))
+    ingest = Ingest(str(tmp_path), history.hello)
+    ingest_transfer(ingest, history.close_interval())
+    calls = 0
+
+    def stream(close: bool) -> None:
+        start = len(history.open)
+        for _ in range(3):
+            history.write()
+        ingest.write(batch_of(history.open[start:]))
+        ingest.publish()
+        if close:
+            ingest.mark(mark_of(history))
+            ingest.stream.wait_for_closing()
+
+    def paced(count: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls < 40:
+            stream(calls % 4 == 0)
+
+    stream(False)
+    assert run(Path(ingest.path), paced=paced).damaged == []
+    assert calls >= 20
+    ingest.close()
+
+
+def test_damage_that_is_known_is_looked_at_again_without_its_object_being_read(
+    store: Path, made: tuple[Path, History]
+) -> None:
+    (file,) = object_files(store, "snapshot-*1.blocks")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:4100] + bytes([whole[4100] ^ 1]) + whole[4101:])
+    assert run(store, has_data=False).damaged == []
+    states = instants(store)
+    suffering = unreadable(store, made[1], states)
+    for has_data in (False, True, False):
+        assert named(run(store, has_data), states) == suffering
+        assert [each.object for each in DamageLog(str(store)).known()] == [file.name]
+    file.write_bytes(whole)
+    assert run(store, has_data=False).damaged == [] == DamageLog(str(store)).known()
+
+
+def test_a_catalog_that_is_lost_is_made_again_and_checked(
+    store: Path, made: tuple[Path, History], capsys: pytest.CaptureFixture[str]
+) -> None:
+    states = instants(store)
+    (store / "catalog.sqlite").write_bytes(b"?" * 8192)
+    assert main(["check", str(store)]) == 1
+    capsys.readouterr()
+    assert main(["check", str(store), "--rebuild", "--data"]) == 0
+    assert "made again" in capsys.readouterr().err
+    assert unreadable(store, made[1], states) == set()
+
+
+def test_healing_without_production_says_so_and_lists_the_damage(
+    store: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (file,) = object_files(store, "snapshot-*2.blocks")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:4100] + bytes([whole[4100] ^ 1]) + whole[4101:])
+    assert main(["check", str(store), "--data", "--heal"]) == 1
+    printed = capsys.readouterr()
+    assert file.name in printed.out and "pitfs protect" in printed.err

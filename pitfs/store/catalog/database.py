@@ -138,7 +138,7 @@ def _errors(path: str) -> Iterator[None]:
         yield
     except apsw.FullError:
         raise DiskFullError(f"{path}: No space left on device") from None
-    except (apsw.CorruptError, apsw.NotADBError, UnicodeDecodeError) as error:
+    except (apsw.CorruptError, apsw.NotADBError, apsw.SQLError, UnicodeDecodeError) as error:  # also of the schema
         raise CorruptionError(path, 0, f"{error}: {REMEDY}") from None
     except UnicodeEncodeError:
         raise StoreError(f"{path}: SQLite takes no path that isn't UTF-8: rename the directory") from None

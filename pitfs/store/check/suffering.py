@@ -9,17 +9,17 @@ write to the block's next one; and from the parts of the index that are needed t
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from pitfs.errors import CorruptionError
+from pitfs.errors import CorruptionError, NoSuchInstantError
 from pitfs.model.blockmap import NODE_BYTES, I64Array, MapEntry, U64Array
-from pitfs.store.catalog.records import Snapshot
+from pitfs.store.catalog.records import Resolution, Snapshot
 from pitfs.store.check.walk import IN_CATALOG, Journal, Part, Walk
 from pitfs.store.index.format import INDEX_ROW, POSITIONS_VOLUME
 from pitfs.store.index.maps import look_up
@@ -31,6 +31,7 @@ SeqRanges = defaultdict[int, list[tuple[int, int]]]  # by number of the damage: 
 
 MAX_STRETCHES: Final = 1000  # of a place: the last one is widened then
 _END: Final = 1 << 62
+EVERYTHING: Final = 0, _END
 
 
 def extent(damage: Damage) -> tuple[int, int]:
@@ -84,55 +85,83 @@ class Suffering(Walk):
         self._contents, self._nodes = _Ranges(contents), _Ranges(nodes)
         self._concerned = {name.snapshot_id for name in map(ObjectName.of_file, self._of_object) if name is not None}
 
-    def run(self) -> list[tuple[Damage, list[Stretch]]]:
-        """Each damage with its stretches, ascending, as far as the catalog leads."""
+    def run(self, at_time: Callable[[int], tuple[Resolution, bool]]) -> list[tuple[Damage, list[Stretch]]]:
+        """Each damage with its stretches, ascending.
+
+        Args:
+            at_time: of the store: the catalog's damage is seen by what it answers.
+        """
         self.prepare()
+        self._at_time = at_time
         before: Snapshot | None = None
         roots, counts = self.roots(None), np.zeros((2, len(self.damages)), "<i8")  # of contents, of nodes
         try:
             while (snapshot := self.after(before)) is not None:
                 below, counts = counts, counts.copy()
                 roots_below, roots = roots, self._step(snapshot, roots, counts)
-                if before is not None:
+                if before is None:
+                    self._ask_unlisted(snapshot)
+                else:
                     self._take_interval(before, snapshot, roots_below, below, bool(counts.any()))
                 self._take(np.array([snapshot.time_ns]), {n: np.ones(1, np.bool_) for n in _numbers(counts)})
+                self._ask(snapshot.time_ns, snapshot.time_ns)
                 before = snapshot
             if before is not None:
+                behind = self.catalog.interval_from(before.id)  # to a snapshot that can't be listed
                 opened = [each for each in self.catalog.open_intervals() if each.to_seq > before.seq]
+                if behind is not None or opened:
+                    self._ask(behind.to_time_ns if behind is not None else before.time_ns + 1, _END)
                 self._take_journal(self.open_journal(opened), roots, counts)
         except CorruptionError:
-            self._add(IN_CATALOG, before.time_ns + 1 if before else 0, self.catalog.meta("protected_through_ns"))
+            self._add(IN_CATALOG, before.time_ns + 1 if before else 0, _END)
         return [(damage, _joined(found)) for damage, found in zip(self.damages, self.stretches, strict=True)]
+
+    def _ask(self, first_ns: int, last_ns: int) -> None:
+        """Adds a stretch to what suffers from the catalog's damage, if the state at its start isn't found."""
+        if self._of_object[IN_CATALOG.object]:
+            try:
+                state, _ = self._at_time(first_ns)
+                self.catalog.roots(state.base_snapshot_id)
+            except NoSuchInstantError:
+                self._add(IN_CATALOG, first_ns, last_ns)
+            except CorruptionError as error:
+                if error.what == self.catalog.path:
+                    self._add(IN_CATALOG, first_ns, last_ns)
+
+    def _ask_unlisted(self, snapshot: Snapshot) -> None:
+        """As `_ask`, of a snapshot before this one that can't be listed, and what follows it."""
+        with suppress(CorruptionError):
+            if (found := self.catalog.interval_to(snapshot.id)) is not None:
+                self._ask(found.from_time_ns, snapshot.time_ns - 1)
 
     def _step(self, snapshot: Snapshot, before: Sequence[MapEntry], counts: I64Array) -> list[MapEntry]:
         """Brings the counts from the map before to the snapshot's; returns its roots."""
-        catalog = self._of_object[IN_CATALOG.object]
-        counts[1, catalog] = 0
         try:
             roots = self.roots(snapshot)
         except CorruptionError:
             roots = self.roots(None)
-            counts[1, catalog] = 1
-        for volume, units in enumerate(self._units):
-            met = partial(self._meet, counts[1])
-            for _, *leaves in self.leaves(volume, before[volume], roots[volume], 0, met):
-                changed = (leaves[0] != leaves[1]).any(axis=0)
-                for sign, leaf in zip((-1, 1), leaves, strict=True):
-                    _count(counts[0], self._contents.of(leaf[0][changed], units), sign)
+        for one, other, units in zip(self.maps(before), self.maps(roots), self._units, strict=True):
+            for sign, nodes in (1, one.new_nodes(other)), (-1, other.new_nodes(one)):
+                for level, pointer, pointers in nodes:
+                    _count(counts[1], self._nodes.of(np.array([pointer], "<u8"), np.ones(1, "<u8")), sign)
+                    if not level:
+                        _count(counts[0], self._contents.of(pointers, units), sign)
         return roots
-
-    def _meet(self, counts: I64Array, sign: int, pointer: int) -> None:
-        _count(counts, self._nodes.of(np.array([pointer], "<u8"), np.ones(1, "<u8")), sign)
 
     def _take_interval(
         self, before: Snapshot, snapshot: Snapshot, roots: Sequence[MapEntry], counts: I64Array, is_concerned: bool
     ) -> None:
         """The states between two snapshots. `roots`, `counts`: of the earlier one."""
+        last_ns = snapshot.time_ns - 1
         try:
             journal = self.journal(self.interval(before, snapshot))
-        except CorruptionError:  # neither of the two can be resolved then
-            self._add(IN_CATALOG, before.time_ns, snapshot.time_ns)
+        except CorruptionError:
+            self._ask(before.time_ns + 1, last_ns)
+            self._ask_unlisted(snapshot)
             return
+        if journal is not None and self._of_object[IN_CATALOG.object]:
+            firsts = (int(rows["time_ns"][0]) for rows in journal.positions() if len(rows))
+            self._ask(next(firsts, before.time_ns + 1), last_ns)
         if is_concerned or counts.any() or snapshot.id in self._concerned:
             self._take_journal(journal, roots, counts)
         elif journal is not None:

@@ -1,8 +1,7 @@
-"""The history of a store, walked once: from snapshot to snapshot, what each has that the one before it has not.
+"""The history of a store, walked from snapshot to snapshot: what each has that the one before it has not.
 
-Two neighbouring block maps are compared from their roots down, and only where they differ. So each node comes once in
-the whole history, in the map that brought it, and so does each content, in the block that it was written to. A node
-that is damaged counts as one without entries: the walk goes on beside it.
+So each node comes once in the whole history, in the map that brought it, and so does each content. A node that is
+damaged counts as one without entries: the walk goes on beside it.
 """
 
 from __future__ import annotations
@@ -14,7 +13,18 @@ from typing import Final, TypeVar
 import numpy as np
 
 from pitfs.errors import CorruptionError
-from pitfs.model.blockmap import EMPTY, FANOUT_BITS, BlockMap, MapEntry, Node, new_node, tree_depth
+from pitfs.model.blockmap import (
+    EMPTY,
+    FANOUT_BITS,
+    POINTERS,
+    BlockMap,
+    I64Array,
+    MapEntry,
+    Node,
+    U64Array,
+    new_node,
+    tree_depth,
+)
 from pitfs.model.transfer import VolumeInfo
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.records import Interval, OpenInterval, Snapshot
@@ -32,15 +42,23 @@ _NO_ENTRIES: Final = new_node()
 
 
 class Found(DamageLog):
-    """What a check finds, by place; the log itself is changed when it is done."""
+    """What a check finds, by place; the log itself is changed when it is done.
+
+    Attributes:
+        ends: byte of an object from which on nothing of it can be read, 0 where it is missing or can't be opened.
+    """
 
     def __init__(self, store: str, places: Sequence[Damage] = ()) -> None:
         super().__init__(store)
-        self.places = {each.place: each for each in places}
+        self.places, self.ends = dict[tuple[str, int], Damage](), dict[str, int]()
+        for each in places:
+            self.note(each)
 
     def note(self, damage: Damage) -> None:
         if len(self.places) < MAX_PLACES:
             self.places.setdefault(damage.place, damage)
+            if damage.kind in ("missing", "header"):
+                self.ends[damage.object] = damage.offset
 
     def remember(self, damage: Damage) -> None:
         """Puts it into the log at once: a check may take days."""
@@ -98,9 +116,15 @@ class Walk:
         self._load = node_loader(objects)
 
     def after(self, snapshot: Snapshot | None) -> Snapshot | None:
-        """The next snapshot. Raises CorruptionError where the catalog doesn't say."""
-        row = self.catalog.row("snapshots", "WHERE time_ns > ? ORDER BY time_ns", snapshot.time_ns if snapshot else -1)
-        return Snapshot(*row) if row else None
+        """The next snapshot that the catalog can give. Raises CorruptionError: the catalog itself can't be read."""
+        after_id = snapshot.id if snapshot else 0
+        while rows := self.catalog.rows("SELECT * FROM snapshots WHERE id > ? ORDER BY id LIMIT 1", (after_id,)):
+            try:
+                return Snapshot(*self.catalog.verified("snapshots", rows[0]))
+            except CorruptionError:
+                self.found.note(IN_CATALOG)
+                after_id = rows[0][0]
+        return None
 
     def interval(self, before: Snapshot, snapshot: Snapshot) -> Interval:
         """The interval between two neighbours. Raises CorruptionError: the catalog has another, or none."""
@@ -125,29 +149,31 @@ class Walk:
     def maps(self, roots: Sequence[MapEntry]) -> list[BlockMap]:
         return [BlockMap(root, each.block_count, self.node) for root, each in zip(roots, self.volumes, strict=True)]
 
-    def leaves(
-        self, volume: int, before: MapEntry, after: MapEntry, first: int, met: Callable[[int, int], None]
-    ) -> Iterator[tuple[int, Node, Node]]:
-        """Leaves, from leaf `first` on, in which two maps of a volume differ: index, the leaf before and after.
+    def new_leaves(
+        self, volume: int, root: MapEntry, before: Snapshot | None, first: int
+    ) -> Iterator[tuple[int, I64Array, U64Array]]:
+        """Leaves of a snapshot's map, from leaf `first` on, that the snapshot before doesn't have.
 
-        Args:
-            met: called with -1 and the pointer (or 0) of nodes that only the map before has, with 1 for the other's.
+        What is new has ids after that one's: contents and nodes are stored in the interval that brings them.
+
+        Yields:
+            index; slots of the blocks whose contents are new; pointers and checksums of these, uint64[2, n].
         """
+        unit_bits, after_id = self.objects.layout.unit_bits, before.id if before else 0
 
-        def walk(one: MapEntry, other: MapEntry, level: int, index: int) -> Iterator[tuple[int, Node, Node]]:
-            if one == other or (index + 1) << FANOUT_BITS * level <= first:
+        def walk(entry: MapEntry, level: int, index: int) -> Iterator[tuple[int, I64Array, U64Array]]:
+            if entry.pointer >> unit_bits <= after_id or (index + 1) << FANOUT_BITS * level <= first:
                 return
-            met(-1, one.pointer)
-            met(1, other.pointer)
-            nodes = self.node(one.pointer, one.checksum), self.node(other.pointer, other.checksum)
+            node = self.node(entry.pointer, entry.checksum)
+            ids = node[POINTERS] >> np.uint64(unit_bits if level else unit_bits + 1)
+            slots = np.flatnonzero(ids > after_id)
             if not level:
-                yield index, *nodes
+                yield index, slots, node[:, slots]
                 return
-            for slot in np.flatnonzero((nodes[0] != nodes[1]).any(axis=0)).tolist():
-                below = MapEntry(*nodes[0][:, slot].tolist()), MapEntry(*nodes[1][:, slot].tolist())
-                yield from walk(*below, level - 1, index << FANOUT_BITS | slot)
+            for slot, pointer, checksum in zip(slots.tolist(), *node[:, slots].tolist(), strict=True):
+                yield from walk(MapEntry(pointer, checksum), level - 1, index << FANOUT_BITS | slot)
 
-        return walk(before, after, tree_depth(self.volumes[volume].block_count) - 1, 0)
+        return walk(root, tree_depth(self.volumes[volume].block_count) - 1, 0)
 
     def journal(self, interval: Interval) -> Journal | None:
         """The interval's difference journal, None where it has none. Raises CorruptionError: the catalog is damaged."""

@@ -229,6 +229,8 @@ class ObjectPool:
     def _remembers(self, name: ObjectName, offset: int, size: int, kind: Kind) -> Iterator[None]:
         try:
             yield
+        except MissingObjectError:
+            raise
         except CorruptionError:
             self.damage.note(Damage(name.file, offset, size, kind))
             raise
@@ -260,7 +262,8 @@ class ObjectPool:
         while (found := self._host_of(name)) not in (None, last):
             assert found is not None
             try:
-                return HostedDescriptor(self.fd_of(found[0]), found[1])
+                with self._remembers(name, 0, HEADER_BYTES, "header"):
+                    return HostedDescriptor(self.fd_of(found[0]), found[1])
             except MissingObjectError:  # it may have been moved on meanwhile
                 last = found
         missing = MissingObjectError(self.path_of(name), 0, "the object is missing")
