@@ -44,7 +44,7 @@ PROGRESS: Final = {False: "check.progress", True: "check-data.progress"}
 BATCH_BYTES: Final = 128 << 20  # of contents, sorted by their places: 12 MiB of rows if blocks have 512 bytes
 PART_BYTES: Final = 768 << 10  # compared while the next part is read
 AHEAD_PARTS: Final = 16  # that the kernel is told to read ahead
-SAVE_S: Final = 10.0
+SAVE_S: Final = 5.0  # so much reading is done again if it is stopped, and a batch
 _POINTER, _CHECKSUM, _BLOCK, _SEQ, _OWNER, _VOLUME = range(6)  # of contents, int64[6, n]
 
 # Of contents, by column. owner: id of the snapshot, or minus that of the open interval; seq: 0 of a map's.
@@ -293,12 +293,12 @@ class _Check(Walk):
 
     def _take(self, contents: Contents) -> None:
         """Puts contents into the batch, and verifies that where it is full; saves the progress now and then."""
-        if self._progress.has_data:
+        if self._progress.has_data and contents.size:
             self._batch.append(contents)
             self._batch_bytes += int(self._units[contents[_VOLUME]].sum()) * self._layout.unit_bytes
-        else:
+        elif contents.size:
             self._check_bounds(contents)
-        if self._batch_bytes >= BATCH_BYTES or time.monotonic() - self._saved_s > SAVE_S:
+        if self._batch_bytes >= BATCH_BYTES or time.monotonic() - self._saved_s >= SAVE_S:
             self._verify()
 
     def _check_bounds(self, contents: Contents) -> None:
@@ -330,8 +330,9 @@ class _Check(Walk):
                     self._compare(part, ready.result(), number & 1)
                     if number + AHEAD_PARTS < len(parts):
                         self._read_ahead(parts[number + AHEAD_PARTS])
-        self._progress.found, self._saved_s = list(self.found.places.values()), time.monotonic()
-        self._progress.save(os.path.dirname(self.found.path))
+        if time.monotonic() - self._saved_s >= SAVE_S:
+            self._progress.found, self._saved_s = list(self.found.places.values()), time.monotonic()
+            self._progress.save(os.path.dirname(self.found.path))
 
     def _read_ahead(self, contents: Contents) -> None:
         pointers, units = contents[_POINTER].view("<u8"), self._units[contents[_VOLUME]]
