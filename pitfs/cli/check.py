@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from pitfs.cli.common.output import print_json, warn
 from pitfs.cli.common.parser import add_json, add_store
@@ -51,10 +51,6 @@ def run(args: argparse.Namespace) -> int:
     from pitfs.store.check.heal import heal
     from pitfs.store.objects.damage import DamageLog
 
-    if args.rebuild:
-        if args.data or args.heal or args.rate or args.json:
-            raise UsageError("--rebuild goes alone: check the store when its catalog is there")
-        return _rebuild(args.store)
     try:
         rate = parse_size(args.rate.removesuffix("/s")) if args.rate else None
     except ValueError as error:
@@ -62,6 +58,10 @@ def run(args: argparse.Namespace) -> int:
     has_data, healed, failure = args.data or args.heal, 0, None
     if rate is not None and (rate < 1 or not has_data):
         raise UsageError("--rate: at least 1 byte per second, and only with --data or --heal")
+
+    code = _rebuild(args.store, sys.stderr if args.json else sys.stdout) if args.rebuild else 0
+    if args.rebuild and not (has_data or args.json):
+        return code
 
     def checked() -> Report:
         with progress("check", contents_bytes(args.store) if has_data else 0) as reached:
@@ -81,10 +81,10 @@ def run(args: argparse.Namespace) -> int:
         _print(args.store, report, has_data, healed, gone)
     if failure is not None:
         raise failure
-    return EXIT_FAILED if report.damaged else 0
+    return EXIT_FAILED if report.damaged else code
 
 
-def _rebuild(store: str) -> int:
+def _rebuild(store: str, out: TextIO) -> int:
     from pitfs.store.check.rebuild import rebuild
 
     def reached(number: int) -> None:
@@ -94,9 +94,10 @@ def _rebuild(store: str) -> int:
     report = rebuild(store, warn, reached)
     has = f"{report.snapshots} snapshots, {report.intervals} intervals, {report.bookmarks} bookmarks"
     problem = f"{report.missing} lines say what is missing" if report.missing else "nothing is missing"
-    print(f"{store}: {has} and {report.gaps} gaps: {problem}")
+    print(f"{store}: {has} and {report.gaps} gaps: {problem}", file=out)
     if report.old:
-        print(f"the catalog of before is {report.old}: restart mounts and servers of the store, which still read it")
+        advice = "restart mounts and servers of the store, which still read it"
+        print(f"the catalog of before is {report.old}: {advice}", file=out)
     return EXIT_FAILED if report.missing else 0
 
 

@@ -239,6 +239,7 @@ def test_a_check_that_is_stopped_goes_on(
     for name in ("check-data.progress", "damaged"):
         (store / name).unlink()
     monkeypatch.setattr(check_module, "BATCH_BYTES", 6_000)
+    monkeypatch.setattr(check_module, "SAVE_S", 0.0)
     counts: list[int] = []
     left = [1, 30_000]  # that may be read of the first time, the second
 

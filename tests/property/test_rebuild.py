@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import zlib
@@ -360,7 +361,7 @@ def test_after_pruning_the_catalog_made_again_has_what_was_left(
     monkeypatch.setattr(pruner_module, "sync_file_system", lambda path: None)
     model, random = model_of(tmp_path, seed, count=9), np.random.default_rng(seed)
     for _ in range(3):
-        actions = actions_for(model, random)
+        actions = [*itertools.chain(*actions_for(model, random))]
         with Pruner(model.path) as pruner:
             model.take(actions)
             pruner.apply(actions)

@@ -37,6 +37,7 @@ from pitfs.store.retention.removal import Removal
 from pitfs.store.store import Store
 from pitfs.store.transfer.writable_store import WritableStore
 from pitfs.view.view import PointInTimeView, ReadBuffer, TableCache
+from tests.helpers.histories import LongHistory
 from tests.helpers.stores import ingest_transfer, object_files, read_image
 from tests.helpers.streams import batch_of, mark_of
 from tests.helpers.transfers import History, random_history
@@ -216,7 +217,6 @@ def removed(path: str, kept: set[int], after_id: int | None, before_id: int) -> 
 def test_random_removals_leave_the_other_states_and_only_what_these_need(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    monkeypatch.setattr(removal_module, "MAX_MOVED_BYTES", (1 << 20, 16384, 0)[seed % 3])
     history = random_history(seed, max_block_count=1200 if seed % 4 == 0 else 40)
     random = np.random.default_rng([seed, 17])
     with an_earlier_pitfs() if seed % 5 == 0 else nullcontext():
@@ -227,6 +227,7 @@ def test_random_removals_leave_the_other_states_and_only_what_these_need(
         after_id = there[after] if after >= 0 else None
         kept = removed(path, kept, after_id, there[before])
         size = allocated(path)
+        monkeypatch.setattr(removal_module, "MAX_MOVED_BYTES", (1 << 20, 40960, 0)[int(random.integers(3))])
         with opened(path) as store, changes_locked(path):
             foretold, freed = remove(store, after_id, there[before])
             assert store.catalog.removals() == []
@@ -266,6 +267,28 @@ def test_who_reads_what_stays_goes_on_all_the_while(tmp_path: Path) -> None:
             remove(writable, None if after is None else there[after], there[before])
         read_all(0 if after is not None else seqs_of([there[before]])[0])
     store.close()
+
+
+def test_what_was_moved_stays_when_what_lies_beside_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LongHistory(tmp_path, VolumeInfo("root", 16 << 20, 4096)) as history:
+        history.full_copy(block_count=500)
+        history.snapshots(64, blocks_each=24)
+    path = str(history.path)
+    there, store = ids(path), Store.open(path)
+    images = {seq: read_image(store, store.at_seq(seq), 0) for seq in [each.seq for each in store.snapshots()]}
+    store.close()
+    for step, max_moved_bytes in ((8, 1 << 20), (32, 0), (64, 0), (0, 0)):
+        monkeypatch.setattr(removal_module, "MAX_MOVED_BYTES", max_moved_bytes)
+        with opened(path) as writable:
+            for number in range(step, 65, step) if step else ():
+                remove(writable, there[number - step], there[number])
+            if not step:
+                remove(writable, None, there[64])
+        store = Store.open(path)
+        for snapshot in store.snapshots():
+            assert read_image(store, store.at_seq(snapshot.seq), 0) == images[snapshot.seq]
+        store.close()
+        assert_only_the_living_is_there(path)
 
 
 def test_a_pruned_store_is_no_larger_than_one_that_only_received_what_is_left(

@@ -44,7 +44,7 @@ PROGRESS: Final = {False: "check.progress", True: "check-data.progress"}
 BATCH_BYTES: Final = 128 << 20  # of contents, sorted by their places: 12 MiB of rows if blocks have 512 bytes
 PART_BYTES: Final = 768 << 10  # compared while the next part is read
 AHEAD_PARTS: Final = 16  # that the kernel is told to read ahead
-SAVE_S: Final = 10.0
+SAVE_S: Final = 5.0  # so much reading is done again if it is stopped, and a batch
 _POINTER, _CHECKSUM, _BLOCK, _SEQ, _OWNER, _VOLUME = range(6)  # of contents, int64[6, n]
 
 # Of contents, by column. owner: id of the snapshot, or minus that of the open interval; seq: 0 of a map's.
@@ -160,6 +160,7 @@ class _Check(Walk):
         self._layout = layout = objects.layout
         self._units = np.array([each.block_size // layout.unit_bytes for each in volumes], "<u8")
         self._reader = ContentReader({}, objects)
+        self._blocks: dict[tuple[int, int], list[memoryview]] = {}  # of a buffer, by its number and the blocks' size
         self._batch: list[Contents] = []
         self._batch_bytes, self._saved_s = 0, time.monotonic()
 
@@ -292,12 +293,12 @@ class _Check(Walk):
 
     def _take(self, contents: Contents) -> None:
         """Puts contents into the batch, and verifies that where it is full; saves the progress now and then."""
-        if self._progress.has_data:
+        if self._progress.has_data and contents.size:
             self._batch.append(contents)
             self._batch_bytes += int(self._units[contents[_VOLUME]].sum()) * self._layout.unit_bytes
-        else:
+        elif contents.size:
             self._check_bounds(contents)
-        if self._batch_bytes >= BATCH_BYTES or time.monotonic() - self._saved_s > SAVE_S:
+        if self._batch_bytes >= BATCH_BYTES or time.monotonic() - self._saved_s >= SAVE_S:
             self._verify()
 
     def _check_bounds(self, contents: Contents) -> None:
@@ -326,11 +327,12 @@ class _Check(Walk):
                     ready = reading
                     if number + 1 < len(parts):
                         reading = reader.submit(self._read, parts[number + 1], number + 1 & 1)
-                    self._compare(part, ready.result())
+                    self._compare(part, ready.result(), number & 1)
                     if number + AHEAD_PARTS < len(parts):
                         self._read_ahead(parts[number + AHEAD_PARTS])
-        self._progress.found, self._saved_s = list(self.found.places.values()), time.monotonic()
-        self._progress.save(os.path.dirname(self.found.path))
+        if time.monotonic() - self._saved_s >= SAVE_S:
+            self._progress.found, self._saved_s = list(self.found.places.values()), time.monotonic()
+            self._progress.save(os.path.dirname(self.found.path))
 
     def _read_ahead(self, contents: Contents) -> None:
         pointers, units = contents[_POINTER].view("<u8"), self._units[contents[_VOLUME]]
@@ -350,14 +352,15 @@ class _Check(Walk):
             return None
         return data
 
-    def _compare(self, contents: Contents, data: memoryview | None) -> None:
+    def _compare(self, contents: Contents, data: memoryview | None, buffer: int = 0) -> None:
         """Compares contents with their checksums; where they can't be read, one after the other."""
         count = contents.shape[1]
         if data is not None:
-            sizes = (self._units[contents[_VOLUME]]).astype("<i8") * self._layout.unit_bytes
-            wrong = checksums_of(data, sizes) != contents[_CHECKSUM].view("<u8")
-            for place in np.flatnonzero(wrong).tolist():
-                self._note(contents[:, place])
+            expected = contents[_CHECKSUM].view("<u8").tolist()
+            found = self._checksums(contents, data, buffer)
+            for place in range(count) if found != expected else ():
+                if found[place] != expected[place]:
+                    self._note(contents[:, place])
             self._progress.bytes += len(data)
             self._paced(len(data))
         elif count == 1:
@@ -367,6 +370,17 @@ class _Check(Walk):
                 number = self._layout.object_of(int(one[_POINTER, 0].view("<u8")))
                 if self.found.ends.get(ObjectName.of_number(number).file) != 0:  # else that says it all
                     self._compare(one, self._read(one, 0))
+
+    def _checksums(self, contents: Contents, data: memoryview, buffer: int) -> list[int]:
+        """Of these contents, which begin where the buffer of that number does."""
+        sizes = self._units[contents[_VOLUME]].astype("<i8") * self._layout.unit_bytes
+        size = int(sizes[0])
+        if (sizes != size).any():
+            return list(checksums_of(data, sizes).tolist())
+        if (blocks := self._blocks.get((buffer, size))) is None:  # made once: slices cost as much as checksums
+            whole = memoryview(data.obj)
+            blocks = self._blocks[buffer, size] = [whole[at : at + size] for at in range(0, len(whole), size)]
+        return list(map(xxh3_64_intdigest, blocks[: len(sizes)]))
 
     def _note(self, content: npt.NDArray[np.int64]) -> None:
         """Notes a content that is damaged, unless nothing leads to it any more."""

@@ -166,7 +166,7 @@ class Walk:
                 return
             node = self.node(entry.pointer, entry.checksum)
             ids = node[POINTERS] >> np.uint64(unit_bits if level else unit_bits + 1)
-            slots = np.flatnonzero(ids > after_id)
+            slots = (ids > after_id).nonzero()[0]
             if not level:
                 yield index, slots, node[:, slots]
                 return

@@ -23,11 +23,15 @@ COPY_BYTES: Final = 1 << 20
 
 @dataclass(slots=True)
 class Part:
-    """An object in a file: byte o of it is byte base + o. `is_live`: something of it is."""
+    """An object in a file: byte o of it is byte base + o. `first`: byte of the file, of what is live, -1: nothing."""
 
     name: ObjectName
     base: int = 0
-    is_live: bool = False
+    first: int = -1
+
+    @property
+    def is_live(self) -> bool:
+        return self.first >= 0
 
 
 @dataclass(slots=True)

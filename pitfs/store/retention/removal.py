@@ -15,12 +15,11 @@ file (the table `moved`). So only what is live of it takes room there, and neith
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from functools import cached_property
-from heapq import merge
-from itertools import islice
+from itertools import chain, islice
 from typing import Final
 
 from pitfs.errors import CorruptionError, StoreError
@@ -115,20 +114,24 @@ class Removal:
                 self._measure(file)
                 yield file
 
-    def _ranges(self, parts: Iterable[Part]) -> Iterator[tuple[int, int]]:
+    def _ranges(self, file: ObjectFile) -> Iterator[tuple[int, int]]:
         """Bytes [start, end) of a file that are live, ascending."""
-        for part in sorted(parts, key=lambda part: part.base):
-            for start, end in self._live.ranges(part.name):
+        for part in file.parts:
+            for start, end in self._live.ranges(part.name) if part.is_live else ():
                 yield part.base + start, part.base + end
 
     def _measure(self, file: ObjectFile) -> None:
-        size, last, origin = self._block_bytes, -1, -1
-        for part in sorted(file.parts, key=lambda part: part.base):
-            for start, end in self._live.ranges(part.name):
-                part.is_live = True
-                first, last = max((part.base + start) // size, last + 1), (part.base + end - 1) // size
-                origin = first if origin < 0 else origin
-                file.live_bytes += max(0, last + 1 - first) * size
+        for part in file.parts:
+            found = next(self._live.ranges(part.name), None)
+            part.first = -1 if found is None else part.base + found[0]
+        file.parts.sort(key=lambda part: part.first)  # not by base: what is dead at their beginnings isn't there
+        size, last, origin, behind = self._block_bytes, -1, -1, HEADER_BYTES
+        for start, end in self._ranges(file):
+            if start < behind:  # before anything is punched
+                raise CorruptionError(self._path(file.name), start, "objects in it overlap")
+            first, last, behind = max(start // size, last + 1), (end - 1) // size, end
+            origin = first if origin < 0 else origin
+            file.live_bytes += max(0, last + 1 - first) * size
         file.span_bytes = (last - origin) * size
 
     def _path(self, name: ObjectName) -> str:
@@ -277,8 +280,8 @@ class Removal:
         with suppress(FileNotFoundError), open_fd(self._path(file.name), os.O_RDWR) as fd:  # a check tells of that
             size, at = os.fstat(fd).st_size, HEADER_BYTES
             size += -size % self._block_bytes  # else the block with the end would stay
-            for start, end in merge(self._ranges(file.parts), [(size, size)]):
+            for start, end in chain(self._ranges(file), ((size, size),)):
                 if at < start and not punch(fd, at, start - at):
                     return 0
-                at = max(at, end)
+                at = end
         return before - self._allocated(file.name)
