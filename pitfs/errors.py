@@ -43,10 +43,6 @@ class PermissionDeniedError(PitfsError):
         super().__init__(f"{path}: permission denied: run it as root, or as the owner")
 
 
-class NotAvailableError(UsageError):
-    """A capability of the contract that this version doesn't have yet."""
-
-
 class NoSuchInstantError(PitfsError):
     """No reachable state answers to that time (before the first, after protected-through, in a gap)."""
 

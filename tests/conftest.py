@@ -8,6 +8,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -16,6 +17,11 @@ from tests.helpers.netlink import left_namespaces, probe_wire
 
 # Inherited over fork and exec: finds the daemons of this run, whoever their parent is now.
 SESSION_MARK = f"PITFS_TEST_SESSION={os.getpid()}"
+
+# These share what a host has once: /run/pitfs, loop devices that `pitfs detach` looks at, network namespaces. With
+# several workers (pytest -n) one of them has them all; of the others each file has one, so that a file's fixtures are
+# made once.
+SHARE_HOST = ("attach", "bisect", "demo", "detach", "drill", "readme", "wire")
 
 hypothesis.settings.register_profile("pitfs", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("pitfs")
@@ -63,6 +69,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Watch(config), "pitfs-watch")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        name = item.path.stem
+        group = "host" if any(word in name for word in SHARE_HOST) else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for name, probe in PROBES.items():
         if item.get_closest_marker(name) is not None and (reason := probe()) is not None:
@@ -85,15 +98,27 @@ class Watch:
         if report.skipped:
             self.skipped.append(report.nodeid)
 
+    def pytest_testnodedown(self, node: Any, error: object) -> None:
+        """A worker has ended: what it says was left behind by its tests."""
+        self.left += getattr(node, "workeroutput", {}).get("left", [])
+
+    @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        factory: pytest.TempPathFactory | None = getattr(self.config, "_tmp_path_factory", None)
-        self.left = [*left_processes(), *left_namespaces()]
-        if factory is not None:
-            # Only below the run's own folder: another run on this machine may have mounts of its own.
-            self.left += [*left_mounts(factory.getbasetemp()), *left_loops(factory.getbasetemp())]
+        self._look()
         forbidden = self.skipped and self.config.option.no_skips
         if (self.left or forbidden) and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        if hasattr(self.config, "workeroutput"):
+            self.config.workeroutput["left"] = self.left
+
+    def _look(self) -> None:
+        if getattr(self.config.option, "numprocesses", None) and not hasattr(self.config, "workerinput"):
+            return  # the workers look, each for its own
+        factory: pytest.TempPathFactory | None = getattr(self.config, "_tmp_path_factory", None)
+        self.left += [*left_processes(), *left_namespaces()]
+        if factory is not None:
+            # Only below the run's own folder: another run on this machine may have mounts of its own.
+            self.left += [*left_mounts(factory.getbasetemp()), *left_loops(factory.getbasetemp())]
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         for line in self.left:

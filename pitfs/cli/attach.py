@@ -18,8 +18,6 @@ from pitfs.fuse.attach.images import ImageLoop, image_loops
 from pitfs.fuse.kernel import loop_devices
 from pitfs.model.position import format_instant
 
-HEAD_BYTES: Final = 8192  # in which partition tables tell their sector size
-
 # For the replay of a filesystem's journal, which writes at most what the journal holds: of ext4 mostly up to 1 GiB,
 # of xfs up to 2 GiB. Nothing is taken before it is written.
 REPLAY_SIZE: Final = "4GiB"
@@ -116,11 +114,10 @@ def _attach(args: argparse.Namespace) -> int:
                 attachments.unmount_unused()  # a bare `losetup --detach` may have left one over the scratch directory
                 mountpoint = attachments.make_mount(path, group, scratch)
         image_path = f"{mountpoint}/{image}"
-        sector_size = args.sector_size or _sector_size(image_path)
-        with signals_deferred():
-            device = loop_devices.attach(image_path, read_only=scratch is None, sector_size=sector_size)
-            undo.callback(signals_deferred()(_detach), device)
-        missing = loop_devices.wait_for_partitions(device)
+        sector_size = args.sector_size or loop_devices.sector_size_of(image_path)
+        device, missing = attachments.attach_image(
+            image_path, undo, read_only=scratch is None, sector_size=sector_size
+        )
         made = next((each for each in image_loops() if each.loop.device == device), None)
         if made is None:
             raise PitfsError(f"{device}: another process has detached it: try again")
@@ -129,11 +126,11 @@ def _attach(args: argparse.Namespace) -> int:
             "size_bytes": info.size_bytes,
             "sector_size": sector_size,
             "direct_io": loop_devices.has_direct_io(device),
-            "filesystems": _filesystems(device),
+            "filesystems": [{"device": path, "type": kind} for path, kind in loop_devices.filesystems(device)],
         }
         _warn(attached, missing)
         if scratch is not None:
-            _warn_of_little_room(scratch)
+            warn_of_little_room(scratch.directory)
         if args.json:
             print_json(attached)
         else:
@@ -154,30 +151,7 @@ def _access(args: argparse.Namespace) -> tuple[Access, ScratchOptions | None]:
         return Access.PLAIN, None
     if not is_scratch:
         return Access.REPLAY, ScratchOptions(None, REPLAY_SIZE)
-    for value in (directory, size):
-        if value is not None and "," in value:
-            raise UsageError(f"{value}: holds a comma, which mount options can't: choose another")
-    return Access.SCRATCH, ScratchOptions(os.path.realpath(directory) if directory is not None else None, size)
-
-
-def _sector_size(image: str) -> int:
-    try:
-        with open(image, "rb", buffering=0) as file:
-            return loop_devices.sector_size_for(file.read(HEAD_BYTES))
-    except OSError:  # its head is damaged; the rest may still be needed
-        return loop_devices.SECTOR_BYTES
-
-
-def _detach(device: str) -> None:
-    loop = loop_devices.loop_of(device)
-    if loop is not None:
-        loop_devices.detach(loop)
-
-
-def _filesystems(device: str) -> list[dict[str, str]]:
-    """The filesystem on the device, or those on its partitions."""
-    found = ((path, loop_devices.filesystem_on(path)) for path in loop_devices.partitions(device) or [device])
-    return [{"device": path, "type": kind} for path, kind in found if kind]
+    return Access.SCRATCH, ScratchOptions(directory, size)
 
 
 def _warn(attached: dict[str, Any], missing: list[str]) -> None:
@@ -194,8 +168,9 @@ def _warn(attached: dict[str, Any], missing: list[str]) -> None:
         warn(f"{device}: without direct I/O: what is read is cached twice")
 
 
-def _warn_of_little_room(scratch: ScratchOptions) -> None:
-    directory = scratch.directory or os.path.dirname(attachments.SCRATCH)
+def warn_of_little_room(directory: str | None) -> None:
+    """Warns if what is written to a scratch may find no room; None: where it goes if nothing else was said."""
+    directory = directory or os.path.dirname(attachments.SCRATCH)
     disk = os.statvfs(directory)
     free_bytes = disk.f_bavail * disk.f_frsize
     if free_bytes < LOW_BYTES:

@@ -27,13 +27,17 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "list": ("pitfs.cli.list", "snapshots, intervals, bookmarks and gaps of a store"),
     "resolve": ("pitfs.cli.resolve", "the instant that a time leads to"),
     "digest": ("pitfs.cli.digest", "checksum of a volume at an instant"),
+    "verify": ("pitfs.cli.verify", "compare volumes with the digests that production took"),
     "diff": ("pitfs.cli.diff", "what differs between two instants of a volume"),
     "export": ("pitfs.cli.export", "write a volume at an instant to a file or device"),
     "attach": ("pitfs.cli.attach", "a volume at an instant as a block device"),
     "detach": ("pitfs.cli.detach", "undo what attach did for a device"),
+    "drill": ("pitfs.cli.drill", "prove that a random instant can be used"),
+    "bisect": ("pitfs.cli.bisect", "find the write that broke something"),
     "serve-nbd": ("pitfs.cli.serve_nbd", "serve a store's instants to NBD clients"),
-    "check": ("pitfs.cli.unavailable:check", "verify a store (not available in this version)"),
-    "prune": ("pitfs.cli.unavailable:prune", "apply the retention policy (not available in this version)"),
+    "check": ("pitfs.cli.check", "verify a store, and say which instants suffer from damage"),
+    "retention": ("pitfs.cli.retention", "what a store keeps, and up to which age"),
+    "prune": ("pitfs.cli.prune", "apply a store's retention policy now"),
 }
 
 

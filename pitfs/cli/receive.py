@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Final
 
 from pitfs.cli.common.parser import add_tls_files, server_tls
 from pitfs.errors import PitfsError, UsageError
+from pitfs.model.units import format_bytes
+from pitfs.supervision.report import one_line
 
 if TYPE_CHECKING:
     from pitfs.link.sessions.receiver import ReadGrants
@@ -16,13 +18,18 @@ if TYPE_CHECKING:
 
 DESCRIPTION: Final = (
     "Receives replication of any number of groups; the store of each is DIR/GROUP. Runs in "
-    "the foreground, prints 'ready' when it listens, ends on SIGTERM; what is under way resumes later."
+    "the foreground, prints 'ready' when it listens, ends on SIGTERM; what is under way resumes later. "
+    "Each hour it prunes the stores that have a policy (pitfs retention)."
 )
 EXAMPLES: Final = """\
 examples:
   pitfs receive --root /srv/pitfs --listen 127.0.0.1:7420 --insecure
   pitfs receive --root /srv/pitfs --listen [::]:7420 \\
       --certificate replica.pem --key replica.key --authority ca.pem"""
+
+
+FIRST_PRUNE_S: Final = 60.0  # after a start, which has enough to do
+PRUNE_EVERY_S: Final = 3600.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,10 +100,12 @@ async def _receive(
 
     from pitfs.link.sessions.connect import Limits, serve
     from pitfs.model.endpoint import format_endpoint
+    from pitfs.store.check.heal import Healer
     from pitfs.store.ingest import Ingest
     from pitfs.store.opening import check_sender
     from pitfs.supervision.listening import listen
     from pitfs.supervision.processes import trim_heap
+    from pitfs.supervision.scrub import scrub_stores
     from pitfs.supervision.service import notify_ready
 
     log = logging.getLogger(__name__)
@@ -106,6 +115,43 @@ async def _receive(
     notify_ready()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(trim_heap)
+        nursery.start_soon(_prune_hourly, root)
+        nursery.start_soon(scrub_stores, root)
         limits = Limits(window_bytes=window_bytes)
         check, opened = partial(check_sender, root), partial(Ingest, root)
-        await serve(listeners, opened, tls=tls, limits=limits, read_grants=read_grants, check_sender=check)
+        healer = partial(Healer, root)
+        await serve(
+            listeners, opened, tls=tls, limits=limits, read_grants=read_grants, check_sender=check, open_healer=healer
+        )
+
+
+async def _prune_hourly(root: str) -> None:
+    """Applies the policies of the stores that have one, one after the other; what goes wrong is one line in the log."""
+    import glob
+
+    import trio
+
+    await trio.sleep(FIRST_PRUNE_S)
+    while True:
+        for path in sorted(glob.glob(os.path.join(glob.escape(root), "*", "retention.json"))):
+            # A kill is safe at any point: an end of the receiver doesn't wait.
+            await trio.to_thread.run_sync(_prune, os.path.dirname(path), abandon_on_cancel=True)
+        await trio.sleep(PRUNE_EVERY_S)
+
+
+def _prune(path: str) -> None:
+    import logging
+
+    from pitfs.store.retention.plan import Retention
+
+    log = logging.getLogger(__name__)
+    try:
+        with Retention(path, changes=True) as retention:
+            done = retention.apply()
+    except Exception as error:
+        log.error("not pruned: %s", one_line(str(error) if isinstance(error, PitfsError) else f"{path}: {error!r}"))
+        return
+    if done.done:
+        log.info("%s: pruned: %s freed", path, format_bytes(done.freed_bytes))
+    if retention.lacking_bytes:
+        log.warning("%s: %s", path, retention.lack())

@@ -71,8 +71,11 @@ def _replica(path: str) -> dict[str, Any]:
             "rate_bytes_per_s": None,
             "last_decision": decision,
             "holders": pin_rows(path),
+            "damaged": len(store.objects.damage.known()),
             "seq": latest.seq if latest else None,
             "last_gap": span_row(gap) if gap else None,
+            "pruned_before": format_instant(pruned_ns) if (pruned_ns := store.meta("pruned_before_ns")) else None,
+            "any_instant_from": format_instant(store.any_instant_from_ns()) if latest else None,
         }
 
 
@@ -81,11 +84,13 @@ def _print(status: dict[str, Any]) -> None:
     from pitfs.cli.common.pins import pin_text
 
     for key, value in status.items():
+        if key == "damaged" and value:
+            value = f"{value} place{'s' * (value > 1)}: pitfs check STORE says which instants suffer, and what to do"
         if key == "holders":
             for row in value or ():
                 print(f"{'holder':<26}{pin_text(row)}")
             continue
-        if value is None or value == []:
+        if value is None or value == [] or (key == "damaged" and not value):
             continue
         if key.endswith(("_bytes", "_bytes_per_s")):
             value = format_bytes(value) + ("/s" if key.endswith("_s") else "")

@@ -84,6 +84,7 @@ INTERVAL: Final = Quantity(
     # Closing an interval costs some ms and two fsyncs on the replica; the journal holds all of it until it is shipped.
     limits=("100ms", "24h"),
 )
+TIMEOUT: Final = Quantity(_DURATIONS, '"1h"', limits=("1s", "30d"))
 RATE: Final = Quantity(
     _RATES,
     '"100Mbit" or "12.5MB"',

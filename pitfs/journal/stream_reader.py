@@ -29,6 +29,7 @@ class StreamChunk:
 
     Attributes:
         writes: None if there are none before the mark.
+        checksums: xxh3_64 of each block of the writes, 8 bytes each.
         mark: behind them; None if the journal doesn't have it yet, or it is further on.
         begins_anew: a copy begins behind them, which the stream can't lead on over.
         position: (seq, time_ns) of the last write.
@@ -36,6 +37,7 @@ class StreamChunk:
     """
 
     writes: Writes | None
+    checksums: bytes
     mark: StreamMark | None
     begins_anew: bool
     position: tuple[int, int]
@@ -76,25 +78,25 @@ def next_chunk(reader: JournalReader, until: Location, limit_bytes: int) -> Stre
             break
     if not (records or mark or copy):
         return None
-    writes, position = None, reader.position
+    writes, checksums, position = None, b"", reader.position
     if records:
         last = records[-1][1]
-        writes, position = _writes(reader, records), (last.seq, last.time_ns)
+        checksums = b"".join([record.covered for _, record in records])
+        writes, position = _writes(reader, records, checksums), (last.seq, last.time_ns)
         if writes.first_seq != reader.position[0] + 1 or last.seq != reader.position[0] + len(writes.rows):
             problem = f"writes {writes.first_seq} to {last.seq} follow write {reader.position[0]}"
             raise CorruptionError(segment_path(reader.directory, start.segment), start.offset, problem)
     reader.seek(copy or reader.location, position)
-    return StreamChunk(writes, mark, copy is not None, position, last_segment)
+    return StreamChunk(writes, checksums, mark, copy is not None, position, last_segment)
 
 
-def _writes(reader: JournalReader, records: list[tuple[Location, Record]]) -> Writes:
+def _writes(reader: JournalReader, records: list[tuple[Location, Record]], checksums: bytes) -> Writes:
     rows = np.zeros(len(records), WRITE)
     rows["time_ns"] = [record.time_ns for _, record in records]
     rows["block"] = [record.block for _, record in records]
     rows["block_count"] = [record.block_count for _, record in records]
     rows["volume"] = [record.volume for _, record in records]
-    digest = xxh3_64_intdigest(b"".join([record.covered for _, record in records]))
-    return Writes(records[0][1].seq, rows, _contents(reader, records), digest)
+    return Writes(records[0][1].seq, rows, _contents(reader, records), xxh3_64_intdigest(checksums))
 
 
 def _contents(reader: JournalReader, records: list[tuple[Location, Record]]) -> bytearray:

@@ -42,6 +42,10 @@ class Columns:
     seq: Int64s
     checksum: UInt64s
 
+    def picked(self, rows: Rows) -> Columns:
+        """These rows, in this order."""
+        return Columns(self.volume[rows], self.block[rows], self.seq[rows], self.checksum[rows])
+
 
 @dataclass(frozen=True, slots=True)
 class SnapshotDiff:
@@ -155,7 +159,7 @@ class DifferenceJournal:
         return JournalPart(entries[order], picked[own], picked[order[shared[order]]], sizes[own])
 
 
-def _by_block(columns: Columns) -> tuple[Rows, Mask]:
+def by_block(columns: Columns) -> tuple[Rows, Mask]:
     """The rows ascending by (volume, block, seq), and which of these the next one overwrites."""
     order = np.lexsort((columns.seq, columns.block, columns.volume))
     volume, block = columns.volume[order], columns.block[order]
@@ -181,9 +185,9 @@ def snapshot_diff(
     Args:
         block_sizes: int64[volumes], bytes. zero_checksums: uint64[volumes], of a zero block of each.
     """
-    order, followed = _by_block(columns)
+    order, followed = by_block(columns)
     rows = order[~followed]
-    picked = Columns(columns.volume[rows], columns.block[rows], columns.seq[rows], columns.checksum[rows])
+    picked = columns.picked(rows)
 
     def same_picked(a: Rows, b: Rows | None) -> Mask:
         return same(rows[a], None if b is None else rows[b])
@@ -221,7 +225,7 @@ def difference_journal(
         diff: the snapshot diff of the same columns.
     """
     count = len(columns.seq)
-    order, followed = _by_block(columns)
+    order, followed = by_block(columns)
     layer = np.empty(count, dtype=np.int64)
     layer[order] = layers_of(times_ns[order], followed, to_time_ns)
     place = np.empty(count, dtype=np.int64)  # of each row by layer, then by seq

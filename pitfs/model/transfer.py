@@ -33,6 +33,8 @@ A batch is rows, then their contents, then a Flush. The replica applies it whole
 Durable. A StreamMark closes the interval: the replica itself makes a snapshot and an interval at every write of what
 was streamed. LAYERS of earlier intervals may go in between; the other kinds begin where the stream ended.
 
+The replica may ask for contents that it has damaged, or no more: a Want names them, a Given answers for each, in order.
+
 `unit` counts 512 bytes, the smallest block size. The replica appends the JOURNAL_BLOCKS of all LAYERS of an interval
 to each other, and a `unit` counts from the beginning of the first. A row leaves out what the replica finds by itself:
 `unit` is 0 unless the row shares the content of another one, and checksums aren't sent (the End has one of all of
@@ -42,6 +44,7 @@ them). All integers are little-endian.
 from __future__ import annotations
 
 import enum
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Final
 
@@ -49,6 +52,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from pitfs.model.digest import Digests
 from pitfs.model.group import NAME_PATTERN
 
 UNIT_BYTES: Final = 512
@@ -63,6 +67,8 @@ MAX_GAPS: Final = 512
 MAX_TEXT_LENGTH: Final = 1000  # of a cause, an identity
 MAX_COARSE_INTERVALS: Final = 1024
 PRUNED: Final = "retention"  # begins the cause of an interval that was made coarser on purpose
+MAX_CONTENT_BYTES: Final = 64 << 10  # the largest block
+MAX_WANTED: Final = 256  # contents that one Want asks for: 16 MiB of the largest blocks
 WAITS: Final = "until the link is idle"  # ends the cause of an interval whose journal is to be backfilled
 
 
@@ -210,6 +216,7 @@ class Manifest(msgspec.Struct, frozen=True):
             where not known (FULL, CHANGES).
         base_bytes: LAYERS: bytes of JOURNAL_BLOCKS that the replica has from coarser layers.
         identity: equal exactly if the sections' bytes are equal; a staged transfer resumes only then.
+        digests: INTERVAL: of the volumes at the position that it leads to, as production took them.
     """
 
     mark: Mark
@@ -230,6 +237,7 @@ class Manifest(msgspec.Struct, frozen=True):
     base_bytes: Number = 0
     bookmarks: Annotated[tuple[Bookmark, ...], msgspec.Meta(max_length=MAX_BOOKMARKS)] = ()
     gaps: Annotated[tuple[Gap, ...], msgspec.Meta(max_length=MAX_GAPS)] = ()
+    digests: Digests = msgspec.UNSET
 
 
 class ResumePoint(msgspec.Struct, frozen=True):
@@ -379,6 +387,7 @@ class StreamMark(msgspec.Struct, frozen=True):
     time_ns: Number
     protected_through_ns: Number
     bookmark: Name | None = None
+    digests: Digests = msgspec.UNSET
 
 
 class Durable(msgspec.Struct, frozen=True):
@@ -394,3 +403,29 @@ class Durable(msgspec.Struct, frozen=True):
     time_ns: Number
     mark: Number
     protected_through_ns: Number
+
+
+class Wanted(msgspec.Struct, frozen=True, order=True):
+    """A content, by its xxh3_64, that a write in (after_seq, through_seq] brought to a block."""
+
+    volume: Number
+    block: Number
+    checksum: Digest
+    after_seq: Number
+    through_seq: Number
+
+
+# Finds contents, in their order; None for what isn't there any more.
+FindContents = Callable[[Sequence[Wanted]], Awaitable[Sequence[bytes | None]]]
+
+
+class Want(msgspec.Struct, frozen=True):
+    """The replica asks for contents; for more only when each has its answer."""
+
+    contents: Annotated[tuple[Wanted, ...], msgspec.Meta(min_length=1, max_length=MAX_WANTED)]
+
+
+class Given(msgspec.Struct, frozen=True):
+    """The answer for the next content of a Want; None: production has it no more."""
+
+    content: Annotated[bytes, msgspec.Meta(max_length=MAX_CONTENT_BYTES)] | None

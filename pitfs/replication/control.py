@@ -102,6 +102,7 @@ class ShipperControl:
 
     async def _snapshot(self) -> requests.SnapshotTaken:
         splitter = await self._shipper.mark()
+        self._shipper.digests.wanted_mark = splitter.mark
         instant = format_instant(splitter.position_time_ns)
         try:
             await self._shipper.status.wait_committed(splitter.mark, requests.SNAPSHOT_GRACE_S)

@@ -27,6 +27,7 @@ from pyroaring import BitMap64
 from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CorruptionError, LinkError, PositionMismatchError
+from pitfs.journal.digests import VolumeDigests
 from pitfs.journal.reader import Copy, JournalReader
 from pitfs.journal.writer import Location
 from pitfs.model import transfer
@@ -64,9 +65,10 @@ class FullSync:
         cursor: JournalCursor,
         sender: Sender,
         backings: Backings,
+        digests: VolumeDigests,
     ) -> None:
         self._settings, self._splitter, self._cursor, self._sender = settings, splitter, cursor, sender
-        self._backings = backings
+        self._backings, self._digests = backings, digests
 
     async def ship(self, session: Session, copy: Copy) -> None:
         """Sends a copy, or the rest of it.
@@ -88,6 +90,8 @@ class FullSync:
         behind = f" behind {resume.lengths[1]} bytes" if resume.cursor else ""
         log.info("%s begins, mark %d%s", copy.what, mark, behind)
 
+        await trio.to_thread.run_sync(self._digests.begin_copy, copy, resume.cursor)
+
         def tail() -> Location:
             splitter = trio.from_thread.run(self._splitter.status)
             if splitter.copy is None or splitter.copy.mark != mark:
@@ -102,7 +106,7 @@ class FullSync:
             with contextlib.ExitStack() as stack:
                 fds = await self._backings.open(stack)
                 directory, volumes = self._settings.journal_directory, self._settings.hello.volumes
-                frames = copy_frames(directory, volumes, fds, copy, resume, tail)
+                frames = copy_frames(directory, volumes, fds, copy, resume, tail, self._digests)
                 await self._sender.send(session, frames, on_durable=on_durable)
         except (CorruptionError, PositionMismatchError) as error:
             # Only what is seen here has everything copied again: damage, or a replica that resumes before what it
@@ -228,6 +232,7 @@ def copy_frames(
     copy: Copy,
     resume: ResumePoint,
     tail: Callable[[], Location],
+    digests: VolumeDigests | None = None,
 ) -> Iterator[transfer.TransferFrame]:
     """The frames of a copy behind what the replica durably has.
 
@@ -235,6 +240,7 @@ def copy_frames(
         directory: of the journal.
         backing_fds: of the backing volumes, for reading.
         tail: where the journal's tail is now; blocks.
+        digests: gets what is copied.
 
     Raises:
         CorruptionError: the journal is damaged, or a backing volume ends early.
@@ -262,6 +268,8 @@ def copy_frames(
                 # After reading: a write that began meanwhile has left its before-image.
                 images.follow(tail(), (index, stretch))
                 images.apply(index, stretch, first, buffer)
+                if digests is not None:
+                    digests.copied(index, first, buffer, picked)
                 for entries, payload in _portions(volume, index, first, buffer, picked):
                     yield transfer.Data(Section.DIFF, rows_bytes, entries.tobytes())
                     if payload:
@@ -274,7 +282,19 @@ def copy_frames(
                 if sent >= CHECKPOINT_BYTES or read >= CHECKPOINT_READ_BYTES:
                     sent = read = 0
                     yield transfer.Checkpoint((index, block))
+        if digests is not None:  # before the replica's answer, which may be lost
+            digests.end_copy()
         yield transfer.End((rows_bytes, contents_bytes, 0, 0, 0))
+
+
+def read_stretch(
+    volumes: Sequence[VolumeInfo], fds: Sequence[int], volume: int, block: int, limit_bytes: int
+) -> tuple[int, bytearray] | None:
+    """The first block of a volume, from that one on, that isn't in a hole, and the blocks from there on; else None."""
+    info, first = volumes[volume], _next_block(volumes[volume], block, fds[volume], None)
+    if first is None:
+        return None
+    return first, _read(info, first, min(info.block_count, first + limit_bytes // info.block_size), fds[volume])
 
 
 def _seek(fd: int, offset: int, whence: int) -> int | None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_128
 
 from pitfs.journal.reader import Copy, Interval
 from pitfs.model import transfer
+from pitfs.model.digest import Digests
 from pitfs.model.ladder import granularity_of
 from pitfs.model.transfer import Manifest, TransferKind
 from pitfs.model.units import format_bytes
@@ -49,7 +51,9 @@ def _of_interval(interval: Interval, kind: TransferKind, cause: str, **more: Any
     return _manifest(interval.mark, kind, base, end, cause, protected_through_ns=interval.mark_time_ns, **more)
 
 
-def diff_manifest(prepared: PreparedInterval, cause: str) -> Manifest:
+def diff_manifest(
+    prepared: PreparedInterval, cause: str, digests: Digests = msgspec.UNSET
+) -> Manifest:
     """The manifest of an interval's snapshot diff; `cause`: why it has no more, as far as that is known."""
     interval, entries, name = prepared.interval, prepared.diff.entries, prepared.interval.bookmark
     bookmarks = () if name is None else (transfer.Bookmark(name, interval.to_seq, interval.to_time_ns),)
@@ -60,6 +64,7 @@ def diff_manifest(prepared: PreparedInterval, cause: str) -> Manifest:
         diff_count=len(entries),
         identity=_identity(f"diff {interval.mark}", entries),
         bookmarks=bookmarks,
+        digests=digests,
     )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+from functools import partial
 
 import trio
 
 from pitfs.errors import CorruptionError, PitfsError, RemoteProtocolError
+from pitfs.journal.digests import FILL_S, VolumeDigests
 from pitfs.journal.reader import Copy, Durability, Interval
 from pitfs.journal.writer import Location, segment_bytes_for
 from pitfs.model import schedule
@@ -15,7 +18,8 @@ from pitfs.model.schedule import MAX_INTERVAL_PART, MAX_INTERVAL_ROWS
 from pitfs.replication.backfill import Backfill
 from pitfs.replication.bandwidth import Bandwidth
 from pitfs.replication.cursor import JournalCursor
-from pitfs.replication.full_sync import FullSync
+from pitfs.replication.full_sync import FullSync, read_stretch
+from pitfs.replication.heal import ContentFinder
 from pitfs.replication.interval import PreparedInterval, diff_frames
 from pitfs.replication.manifests import diff_manifest, waits_cause
 from pitfs.replication.phases import Phase
@@ -36,7 +40,7 @@ class Shipper:
         connect: opens a session with the replica.
 
     Attributes:
-        cursor, backfill, stream, full_sync, bandwidth, acks: its parts.
+        cursor, backfill, stream, full_sync, bandwidth, acks, digests: its parts.
         fitted: whether the link could have carried every write of the last interval in the interval's time, and
             didn't fall behind as a stream since.
         needed_segment: what is before it has been shipped, but for what is wanted for backfill.
@@ -59,14 +63,19 @@ class Shipper:
         self.backfill = Backfill(settings, sender)
         self._durability = durability = Durability(settings.journal_directory)
         self._backings = Backings(splitter, settings.hello.volumes, settings.configured)
-        self.full_sync = FullSync(settings, splitter, self.cursor, sender, self._backings)
+        self.digests = VolumeDigests(settings.journal_directory, settings.hello.volumes)
+        self.full_sync = FullSync(settings, splitter, self.cursor, sender, self._backings, self.digests)
+        self._contents = ContentFinder(settings, splitter, self._backings)
         self.acks = AckReporter(splitter, is_sync=settings.mode == "sync")
-        self.stream = Stream(self.cursor.reader, splitter, sender, durability, self.acks, self.release)
+        self.stream = Stream(
+            self.cursor.reader, splitter, sender, durability, self.acks, self.digests, self.release
+        )
 
     def close(self) -> None:
         """Closes files. A shipper that was killed instead leaves nothing behind either."""
         self.cursor.reader.close()
         self.backfill.close()
+        self.digests.close()
 
     # -- marks -------------------------------------------------------------------------------------------
 
@@ -85,6 +94,22 @@ class Shipper:
                 await self.mark()
             except PitfsError as error:
                 log.debug("no mark: %s", error)
+
+    async def tend_digests(self) -> None:
+        """Saves the digests now and then, and has them made by reading the volumes slowly; for ever."""
+
+        def seq() -> int | None:
+            splitter = trio.from_thread.run(self.splitter.status)
+            return None if splitter.bypass_cause or splitter.copy is not None else splitter.seq
+
+        while True:
+            await trio.sleep(FILL_S)
+            await trio.to_thread.run_sync(self.digests.save)
+            if self.digests.needs_reading:
+                with contextlib.suppress(PitfsError, OSError), contextlib.ExitStack() as stack:
+                    fds = await self._backings.open(stack)
+                    read = partial(read_stretch, self.settings.hello.volumes, fds)
+                    await trio.to_thread.run_sync(self.digests.fill, read, seq)
 
     def bytes_between(self, start: Location, end: Location) -> int:
         """Of the journal."""
@@ -111,6 +136,7 @@ class Shipper:
         async with self._connect(self.bandwidth.queue_bytes) as session:
             log.debug("connected to %s, which has mark %d", session.peer, session.welcome.mark)
             session.on_progress = self.status.got_through
+            session.answer_wants(self._contents.find)
             await self.locate(session)
             try:
                 while True:
@@ -123,6 +149,7 @@ class Shipper:
         """Finds the replica's place in the journal, and what it lacks of intervals that it has."""
         self.status.enter(Phase.LOCATING)
         self.status.connected(session.welcome)
+        await trio.to_thread.run_sync(self.digests.resume, (await self.splitter.status()).seq)
         await self.cursor.locate(session.welcome)
         if self.settings.mode != "snapshot":
             await self.backfill.restore(session.welcome, await self.splitter.status())
@@ -224,7 +251,8 @@ class Shipper:
                 decision = schedule.Decision(None, "mode is snapshot")
             elif prepared.journal is None:
                 decision = schedule.Decision(schedule.EVERY_WRITE, "nothing was written")
-            resume = await self._sender.begin(session, diff_manifest(prepared, decision.reason))
+            digests = await trio.to_thread.run_sync(self.digests.of_interval, interval, prepared.diff.rows)
+            resume = await self._sender.begin(session, diff_manifest(prepared, decision.reason, digests))
             await self._sender.send(session, diff_frames(prepared, resume, self.bandwidth.payload_bytes))
             said, sent = session.welcome, (interval.mark, interval.to_seq, interval.to_time_ns)
             if (said.mark, said.seq, said.time_ns) != sent:  # what it has is released here

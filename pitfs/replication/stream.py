@@ -10,6 +10,7 @@ from typing import Final
 
 import trio
 
+from pitfs.journal.digests import VolumeDigests
 from pitfs.journal.reader import Durability, JournalReader
 from pitfs.journal.stream_reader import NOTHING_DIGEST, StreamChunk, next_chunk
 from pitfs.journal.writer import Location
@@ -46,6 +47,7 @@ class Stream:
 
     Args:
         acks: hears what the replica has.
+        digests: of the volumes, for marks.
         release: called with the segment before which nothing is needed for shipping any more.
 
     Attributes:
@@ -61,10 +63,11 @@ class Stream:
         sender: Sender,
         durability: Durability,
         acks: AckReporter,
+        digests: VolumeDigests,
         release: Callable[[int], Awaitable[None]],
     ) -> None:
         self._reader, self._splitter, self._sender, self._durability = reader, splitter, sender, durability
-        self._acks, self._release_segment = acks, release
+        self._acks, self._digests, self._release_segment = acks, digests, release
         self.position = (0, 0)
         self.mark = self.durable_seq = self._durable_mark = self._journalled_seq = 0
         self.journalled_lsn, self.pumped_at = 0, 0.0
@@ -143,7 +146,7 @@ class Stream:
         while True:
             # What a batch may have, but for the write with which it gets there.
             batch_bytes = min(MAX_BATCH_BYTES - MAX_BODY_BYTES, self._window_bytes // 2)
-            chunk = await trio.to_thread.run_sync(next_chunk, self._reader, tail, batch_bytes)
+            chunk = await trio.to_thread.run_sync(self._next_chunk, tail, batch_bytes)
             if chunk is None:
                 self._saturated_at = None
                 break
@@ -157,6 +160,11 @@ class Stream:
         if trio.current_time() - self._flushed_at >= PULSE_S:
             await self._flush(None, splitter.now_ns)
         return False
+
+    def _next_chunk(self, tail: Location, limit_bytes: int) -> StreamChunk | None:
+        start, location = self._reader.position, self._reader.location
+        chunk = next_chunk(self._reader, tail, limit_bytes)
+        return None if chunk is None else self._digests.of_chunk(chunk, start, location)
 
     async def release(self) -> None:
         """Releases the segments that hold nothing but what the replica has durably."""

@@ -15,7 +15,7 @@ import fcntl
 import glob
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Final
 
@@ -33,9 +33,12 @@ from pitfs.storage.files import (
     storage_error,
 )
 from pitfs.store.catalog.catalog import Catalog
+from pitfs.store.catalog.database import REMEDY
 from pitfs.store.objects.format import (
     CATALOG,
+    CATALOG_LOG,
     CHANGES_LOCK,
+    HEAL_LOCK,
     LOCK,
     OBJECTS,
     PINS,
@@ -69,8 +72,8 @@ class StoreInfo(msgspec.Struct, frozen=True):
         return Layout(self.unit_bytes, self.unit_bits, has_folders=self.version > 1)
 
 
-def read_store_info(path: str) -> StoreInfo:
-    """What store.json of the store at `path` says.
+def read_store_info(path: str, parts: Sequence[str] = (CATALOG, OBJECTS)) -> StoreInfo:
+    """What store.json of the store at `path` says; `parts`: what must be there besides.
 
     Raises:
         StoreError: it isn't a store; the message says what is missing.
@@ -107,9 +110,10 @@ def read_store_info(path: str) -> StoreInfo:
         problem = f"units of {info.unit_bytes} bytes and {info.unit_bits} bits don't fit to its volumes"
     if problem:
         raise StoreError(f"{name}: damaged: {problem}: put it back from another copy of the store")
-    for part in (CATALOG, OBJECTS):
+    for part in parts:
         if not os.path.exists(os.path.join(path, part)):
-            raise StoreError(f"{path}: not a whole store, it has no {part}: {looks}")
+            remedy = REMEDY if part == CATALOG else looks
+            raise StoreError(f"{path}: not a whole store, it has no {part}: {remedy}")
     return info
 
 
@@ -137,8 +141,8 @@ def check_place(path: str) -> None:
         names = set(os.listdir(path))
     except FileNotFoundError:
         return
-    ours = {LOCK, CHANGES_LOCK, PRUNE_LOCK, RESERVE, OBJECTS, STAGING, PINS, HOLDERS}
-    ours |= {CATALOG, f"{CATALOG}-wal", f"{CATALOG}-shm", f"{CATALOG}-journal"}
+    ours = {LOCK, CHANGES_LOCK, PRUNE_LOCK, HEAL_LOCK, RESERVE, OBJECTS, STAGING, PINS, HOLDERS}
+    ours |= {CATALOG_LOG, CATALOG, f"{CATALOG}-wal", f"{CATALOG}-shm", f"{CATALOG}-journal"}
     others = sorted(names - ours - {f"{STORE_JSON}.tmp"})
     if STORE_JSON not in names and others:
         raise StoreError(

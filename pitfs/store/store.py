@@ -52,7 +52,8 @@ class Store:
         self.data_version = catalog.data_version
         self.snapshots, self.intervals = catalog.snapshots, catalog.intervals
         self.bookmarks, self.bookmark = catalog.bookmarks, catalog.bookmark
-        self.gaps, self.last_gap = catalog.gaps, catalog.last_gap
+        self.gaps, self.last_gap, self.digest = catalog.gaps, catalog.last_gap, catalog.digest
+        self.meta = catalog.meta
 
     @classmethod
     def open(cls, path: str) -> Store:
@@ -82,6 +83,12 @@ class Store:
         if snapshot is None:
             return None
         return self._open_intervals.latest(now, snapshot.seq) or self._of_snapshot(snapshot)
+
+    def any_instant_from_ns(self) -> int:
+        """From there on every instant can be given; 0 in an empty store."""
+        first, gap = self._catalog.first_snapshot(), self.last_gap()
+        ends_ns = [each.to_time_ns for each in self._catalog.coarse_intervals(1)] + ([gap.to_time_ns] if gap else [])
+        return max(first.time_ns, *ends_ns, 0) if first else 0
 
     def protected_through_ns(self) -> int:
         """Every write up to this time is in; 0 in an empty store."""

@@ -84,10 +84,13 @@ async def _main(config: Config, hello: Hello, tls: LinkContext | None) -> None:
             nursery.start_soon(shipper.tick)
             nursery.start_soon(shipper.run)
             nursery.start_soon(shipper.acks.run)
+            nursery.start_soon(shipper.tend_digests)
             nursery.start_soon(trim_heap)
             print("ready", flush=True)
     except* trio.BrokenResourceError:
         raise PitfsError(f"{state}: the splitter ended") from None
+    finally:
+        shipper.close()
 
 
 async def _stop_on_request(scope: trio.CancelScope) -> None:

@@ -27,8 +27,9 @@ from xxhash import xxh3_64_intdigest
 from pitfs.errors import CorruptionError, PitfsError
 from pitfs.model.blockmap import FANOUT, FANOUT_BITS, NODE_BYTES, I64Array, U64Array
 from pitfs.storage.files import storage_error
+from pitfs.store.objects.damage import Damage
 from pitfs.store.objects.format import ObjectName
-from pitfs.store.objects.pool import MissingObjectError
+from pitfs.store.objects.pool import MissingObjectError, remembers_missing
 from pitfs.store.store import Resolution, Store
 from pitfs.view.ranges import joined, runs
 from pitfs.view.readahead import Ranges, Sequence, prefetch, ranges_of
@@ -135,7 +136,8 @@ class PointInTimeView:
             data = self._read_ahead(offset, size, buffer)
         except MissingObjectError:  # of an open interval that was closed: resolved anew, its contents are there
             self._first_key = self._tables.new_view()
-            data = self._read(offset, size, buffer, 0)
+            with remembers_missing():
+                data = self._read(offset, size, buffer, 0)
         assert data is not None
         return data
 
@@ -200,7 +202,7 @@ class PointInTimeView:
             return None
         target = inline[1][0]
         if xxh3_64_intdigest(target) != table[1].item(index):
-            raise self._corruption(block, pointer)
+            raise self._corruption(block, pointer, table[1].item(index))
         if size == self.block_size:
             return target
         start = offset & (self.block_size - 1)
@@ -320,7 +322,7 @@ class PointInTimeView:
         if found != expected:
             bad = next(i for i, digest in enumerate(found) if digest != expected[i])
             index = int(np.flatnonzero(pointers)[bad])
-            raise self._corruption(first + index, pointers.item(index))
+            raise self._corruption(first + index, pointers.item(index), expected[bad])
 
     def _not_now(self, error: OSError, pointer: int) -> None:
         """Returns if the error of a read that must not wait means that it would have waited; else raises it."""
@@ -335,10 +337,13 @@ class PointInTimeView:
     def _object(self, pointer: int) -> str:
         return self._store.objects.path_of(ObjectName.of_number(self._layout.object_of(pointer)))
 
-    def _corruption(self, block: int, pointer: int) -> CorruptionError:
-        volume = self._store.volumes[self.volume].name
-        return CorruptionError(
-            self._object(pointer),
-            self._layout.offset_of(pointer),
-            f"block {block} of volume {volume} doesn't match its checksum",
-        )
+    def _corruption(self, block: int, pointer: int, checksum: int) -> CorruptionError:
+        """The error for the reader of a block; the store remembers where it is."""
+        objects, offset = self._store.objects, self._layout.offset_of(pointer)
+        file = ObjectName.of_number(self._layout.object_of(pointer)).file
+        found = Damage(
+            file, offset, self.block_size, "content", self.volume, block, checksum, 0, self.resolution.seq
+        )  # fmt: skip
+        objects.damage.note(found)
+        problem = f"block {block} of volume {self._store.volumes[self.volume].name} doesn't match its checksum"
+        return CorruptionError(self._object(pointer), offset, problem)

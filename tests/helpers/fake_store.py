@@ -14,6 +14,7 @@ from xxhash import xxh3_64_intdigest
 from pitfs.errors import NoSuchInstantError
 from pitfs.model.transfer import Bookmark, Gap, VolumeInfo
 from pitfs.store.catalog.catalog import Snapshot
+from pitfs.store.objects.damage import DamageLog
 from pitfs.store.objects.format import VERSION_1, ObjectName
 from pitfs.store.objects.pool import Descriptor
 from pitfs.store.store import Resolution
@@ -133,6 +134,7 @@ class FakeObjects:
     """Objects that are files: number -> contents behind a header of 4096 bytes."""
 
     layout = VERSION_1
+    damage = DamageLog("/fake")
 
     def __init__(self) -> None:
         self._fds: dict[int, Descriptor] = {}

@@ -23,6 +23,7 @@ from pitfs.replication.bandwidth import Bandwidth
 from pitfs.replication.shipper import Shipper
 from pitfs.splitter.service import SplitterService
 from pitfs.splitter.sync_gate import SyncGate
+from pitfs.store.check.heal import Healer
 from pitfs.store.ingest import Ingest
 from pitfs.store.store import Store
 from tests.helpers.channel import client_of
@@ -134,7 +135,10 @@ async def linked(
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(both.service.run)
                 opening = partial(Ingest, str(pipeline.tmp))
-                nursery.start_soon(partial(serve, listeners, opening, tls=None, limits=limits or Limits()))
+                healer = partial(Healer, str(pipeline.tmp))
+                nursery.start_soon(
+                    partial(serve, listeners, opening, tls=None, limits=limits or Limits(), open_healer=healer)
+                )
                 nursery.start_soon(both.shipper.run)
                 yield both
                 nursery.cancel_scope.cancel()

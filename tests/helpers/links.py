@@ -14,6 +14,7 @@ import trustme
 
 from pitfs.errors import PitfsError
 from pitfs.link.protocol.frames import (
+    VERSIONS,
     Accept,
     Buffer,
     Committed,
@@ -30,7 +31,7 @@ from pitfs.link.protocol.frames import (
 )
 from pitfs.link.protocol.protocol import LinkProtocol, Role
 from pitfs.link.sessions.connect import Limits, serve
-from pitfs.link.sessions.receiver import ReadGrants
+from pitfs.link.sessions.receiver import OpenHealer, ReadGrants
 from pitfs.link.transport.tls import LinkContext
 from pitfs.model.transfer import (
     Begin,
@@ -41,6 +42,7 @@ from pitfs.model.transfer import (
     End,
     Flush,
     Gap,
+    Given,
     Hello,
     Manifest,
     Park,
@@ -49,6 +51,8 @@ from pitfs.model.transfer import (
     StreamMark,
     TransferKind,
     VolumeInfo,
+    Want,
+    Wanted,
     Welcome,
     Writes,
 )
@@ -78,13 +82,18 @@ NOWHERE = ResumePoint()
 POINT = ResumePoint((64, 8, 0, 0, 0), (1, 2, 3))
 
 
-def conversation() -> list[tuple[Role, Frame]]:
-    """One short valid session with every frame but REFUSE, in the order in which it is sent."""
+def conversation(version: int = VERSIONS[0]) -> list[tuple[Role, Frame]]:
+    """One short valid session with every frame of a version but REFUSE, in the order in which it is sent."""
     sender, receiver = Role.SENDER, Role.RECEIVER
+    healing: list[tuple[Role, Frame]] = [
+        (receiver, Want((Wanted(1, 7, 1 << 63, 3, 9), Wanted(0, 1 << 40, 0, 0, 1 << 62)))),
+        (sender, Given(b"c" * 512)),
+        (sender, Given(None)),
+    ]
     return [
-        (sender, Greeting((1,), HELLO)),
+        (sender, Greeting(VERSIONS[-version:], HELLO)),
         (receiver, Ping(1)),
-        (receiver, Accept(1, WELCOME)),
+        (receiver, Accept(version, WELCOME)),
         (sender, Pong(1)),
         (sender, Begin(MANIFEST)),
         (receiver, Resume(ResumePoint())),
@@ -106,6 +115,7 @@ def conversation() -> list[tuple[Role, Frame]]:
         (sender, StreamMark(5, 14, 71, 82, "noon")),
         (receiver, Durable(14, 71, 4, 72)),
         (receiver, Durable(14, 71, 5, 82)),
+        *(healing if version > 1 else []),
         (sender, Begin(MANIFEST)),
         (receiver, Fault("capacity", "the disk is full", True)),
     ]
@@ -223,13 +233,17 @@ async def replica(
     tls: LinkContext | None = None,
     limits: Limits | None = None,
     read_grants: ReadGrants | None = None,
+    open_healer: OpenHealer | None = None,
 ) -> AsyncIterator[int]:
     """A receiver on a free port of 127.0.0.1 for as long as the context."""
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
     async with trio.open_nursery() as nursery:
 
         async def run() -> None:
-            await serve(listeners, open_ingest, tls=tls, limits=limits or Limits(), read_grants=read_grants)
+            await serve(
+                listeners, open_ingest, tls=tls, limits=limits or Limits(), read_grants=read_grants,
+                open_healer=open_healer,
+            )  # fmt: skip
 
         nursery.start_soon(run)
         yield listeners[0].socket.getsockname()[1]

@@ -16,6 +16,7 @@ from pitfs.model.transfer import (
     Data,
     Durable,
     End,
+    FindContents,
     Flush,
     Manifest,
     ResumePoint,
@@ -91,6 +92,9 @@ class Here:
 
     async def wait_durable(self) -> None:
         """Each is answered at once."""
+
+    def answer_wants(self, find: FindContents) -> None:
+        """This replica wants nothing."""
 
     def _answer(self, durable: Durable) -> None:
         assert self.on_durable is not None

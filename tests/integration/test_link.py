@@ -420,8 +420,8 @@ async def test_a_peer_of_another_version_is_refused_with_both_versions(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async with replica(Opener()) as port:
-        monkeypatch.setattr("pitfs.link.sessions.sender.VERSIONS", (2, 3))
-        with pytest.raises(LinkRefusedError, match="speaks versions 1 of the protocol and the sender 2, 3"):
+        monkeypatch.setattr("pitfs.link.sessions.sender.VERSIONS", (3, 4))
+        with pytest.raises(LinkRefusedError, match="speaks versions 2, 1 of the protocol and the sender 3, 4"):
             async with link(port):
                 pass
 

@@ -55,7 +55,7 @@ def test_a_newer_or_damaged_store_is_refused_and_taken_again_when_it_is_put_back
                 info.read_bytes().replace(b'"version": 2', b'"version": 9'),
                 ("store of version 9", "newer pitfs"),
             ),
-            (catalog, b"this is no database" * 1000, (f"{catalog}: damaged", "put a copy of it back")),
+            (catalog, b"this is no database" * 1000, (f"{catalog}: damaged", "pitfs check STORE --rebuild")),
         ):
             replica.terminate()
             good = path.read_bytes()

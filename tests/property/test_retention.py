@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pitfs.cli.main import main
 from pitfs.model.ladder import RUNGS_NS
 from pitfs.model.retention import Action, Remove, Thin
 from pitfs.model.transfer import VolumeInfo
 from pitfs.store.catalog import database
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.ingest import Ingest
+from pitfs.store.objects.format import CATALOG
 from pitfs.store.pins.pins import Pins
 from pitfs.store.retention import pruner as pruner_module
 from pitfs.store.retention import thinning
@@ -103,6 +105,22 @@ def test_what_actions_and_pins_keep_is_there_and_nothing_else(tmp_path: Path, se
         model.receive(ingest, 2)
         ingest.close()
     model.check()
+
+
+@pytest.mark.parametrize("seed", [1, 3, 7, 10])
+def test_what_is_left_is_found_whole_and_its_catalog_can_be_made_again(tmp_path: Path, seed: int) -> None:
+    model, random = model_of(tmp_path, seed, count=9), np.random.default_rng(seed)
+    for _ in range(2):
+        actions = list(itertools.chain(*actions_for(model, random)))
+        with Pruner(model.path) as pruner:
+            model.take(actions)
+            pruner.apply(actions)
+    assert main(["check", model.path, "--data"]) == 0
+    os.unlink(os.path.join(model.path, CATALOG))
+    assert main(["check", model.path, "--rebuild"]) == 0
+    Pruner(model.path).close()
+    model.check()
+    assert_tidy(model.path)
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -97,6 +97,8 @@ def test_no_statement_goes_through_a_whole_table(tmp_path: Path, asked: set[str]
     catalog = use_everything(tmp_path)
     connection = apsw.Connection(str(catalog), flags=apsw.SQLITE_OPEN_READONLY)
     statements = {sql for sql in asked if sql.split()[0] in ("SELECT", "DELETE")}
+    # A new log of the catalog begins with all of it, once, and when it has grown to twice that.
+    statements -= {sql for sql in statements if len(sql.split()) == 4 or "sqlite_master" in sql}
     assert len(statements) > 25
     assert {table for table in ("snapshots", "intervals", "objects", "gaps", "minutes", "roots", "bookmarks", "meta")
             if not any(f"FROM {table} " in sql for sql in statements)} == set()  # fmt: skip

@@ -114,16 +114,6 @@ def test_wrong_use_is_one_line_and_exit_2(
     assert capsys.readouterr().err == line + "\n"
 
 
-@pytest.mark.parametrize("name", ["check", "prune"])
-def test_commands_of_later_say_that_they_are_not_available(
-    capsys: pytest.CaptureFixture[str], name: str
-) -> None:
-    assert frame.main([name, "/srv/db1"]) == 2
-    line = capsys.readouterr().err
-    assert line.startswith(f"pitfs: {name} /srv/db1: not available in this version yet")
-    assert line.count("\n") == 1
-
-
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert frame.main(["--version"]) == 0
     assert capsys.readouterr().out == f"pitfs {__version__}\n"

@@ -15,6 +15,7 @@ from pitfs.link.protocol.frames import (
     HEADER,
     MAX_GROWTH_BYTES,
     PREFACE,
+    VERSIONS,
     Accept,
     Committed,
     Encoding,
@@ -30,7 +31,10 @@ from pitfs.link.protocol.frames import (
 )
 from pitfs.link.protocol.protocol import LinkProtocol, LinkState, Role
 from pitfs.model.transfer import (
+    MAX_CONTENT_BYTES,
+    MAX_NUMBER,
     MAX_PAYLOAD_BYTES,
+    MAX_WANTED,
     Begin,
     Bookmark,
     Checkpoint,
@@ -39,11 +43,14 @@ from pitfs.model.transfer import (
     End,
     Flush,
     Gap,
+    Given,
     Hello,
     Manifest,
     ResumePoint,
     Section,
     VolumeInfo,
+    Want,
+    Wanted,
     Welcome,
 )
 from tests.helpers.links import HELLO, MANIFEST, WELCOME, conversation, joined, wire_of
@@ -220,6 +227,7 @@ def test_there_is_no_frame_that_deletes_or_rewrites() -> None:
     assert names == {
         *("HELLO", "WELCOME", "REFUSE", "BEGIN", "RESUME", "DATA", "CHECKPOINT"),
         *("PROGRESS", "END", "COMMITTED", "PING", "PONG", "FAULT", "PARK", "PARKED", "FLUSH", "MARK", "DURABLE"),
+        *("WANT", "GIVEN"),
     }
 
 
@@ -392,7 +400,10 @@ def test_committed_may_not_come_before_all_progress() -> None:
 
 
 def test_a_welcome_of_a_version_that_was_not_offered_is_refused() -> None:
-    assert "version 2" in refused(walked(Role.SENDER, 1), packed(FrameType.WELCOME, Accept(2, WELCOME)))
+    assert "version 3" in refused(walked(Role.SENDER, 1), packed(FrameType.WELCOME, Accept(3, WELCOME)))
+    sender = LinkProtocol(Role.SENDER)
+    sender.send(Greeting((1,), HELLO))
+    assert "version 2" in refused(sender, PREFACE + packed(FrameType.WELCOME, Accept(2, WELCOME)))
 
 
 @pytest.mark.parametrize("granularity_ns", [0, 1, 999_999_999, 20 * 10**9])
@@ -456,10 +467,11 @@ def test_numbers_that_we_may_not_send_are_a_mistake_of_ours() -> None:
         walked(Role.SENDER, 6).send(WireData(Section.DIFF, 0, 10, Encoding.RAW, payload))
 
 
-def test_the_bytes_of_a_session_are_those_of_the_golden_file(request: pytest.FixtureRequest) -> None:
-    """Pins version 1 of the format: if this fails, old peers can't be spoken to any more."""
-    golden = (request.config.rootpath / "tests/golden/link-v1.hex").read_text().split()
-    wire = wire_of(SESSION)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_bytes_of_a_session_are_those_of_the_golden_file(version: int, request: pytest.FixtureRequest) -> None:
+    """Pins a version of the format: if this fails, peers that speak it can't be spoken to any more."""
+    golden = (request.config.rootpath / f"tests/golden/link-v{version}.hex").read_text().split()
+    wire = wire_of(conversation(version))
     assert [wire[Role.SENDER].hex(), wire[Role.RECEIVER].hex()] == golden
 
 
@@ -479,3 +491,61 @@ def test_contents_of_a_transfer_come_within_one_only() -> None:
     wire = joined(walked(Role.SENDER, 7).send(WireData(Section.DIFF, 0, 64, Encoding.RAW, b"d" * 64)))
     ready = next(i for i, (_, frame) in enumerate(SESSION) if isinstance(frame, Begin))
     assert "DATA of DIFF may not come in state READY" in refused(walked(Role.RECEIVER, ready), wire)
+
+
+WANTED = Wanted(1, 7, 1 << 63, 3, 9)
+
+
+def ready(version: int, role: Role) -> LinkProtocol:
+    """One of two peers that have agreed on a version."""
+    peers = {each: LinkProtocol(each) for each in Role}
+    hello = Greeting(VERSIONS[-version:], HELLO)
+    list(peers[Role.RECEIVER].receive(joined(peers[Role.SENDER].send(hello))))
+    list(peers[Role.SENDER].receive(joined(peers[Role.RECEIVER].send(Accept(version, WELCOME)))))
+    return peers[role]
+
+
+def test_what_a_version_does_not_have_is_neither_sent_nor_taken() -> None:
+    want, given = Want((WANTED,)), Given(None)
+    for role, own, theirs in ((Role.SENDER, given, want), (Role.RECEIVER, want, given)):
+        with pytest.raises(LocalProtocolError):
+            ready(1, role).send(own)
+        frame_type = FrameType.WANT if theirs is want else FrameType.GIVEN
+        header = HEADER.pack(100, frame_type, 0, 0, 0)
+        assert "may not come in version 1" in refused(ready(1, role), header)
+
+
+def test_each_content_that_is_wanted_has_one_answer_before_more_is_asked_for() -> None:
+    want, given = packed(FrameType.WANT, Want((WANTED, WANTED))), packed(FrameType.GIVEN, Given(None))
+    sender = ready(2, Role.SENDER)
+    list(sender.receive(want))
+    sender.send(Given(b"x"))
+    assert "1 contents of the last one are unanswered" in refused(sender, want)
+    receiver = ready(2, Role.RECEIVER)
+    assert "without a WANT" in refused(receiver, given)
+    receiver = ready(2, Role.RECEIVER)
+    receiver.send(Want((WANTED,)))
+    assert "without a WANT" in refused(receiver, given * 2)
+    with pytest.raises(LocalProtocolError, match="without a WANT"):
+        ready(2, Role.SENDER).send(Given(None))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"volume": -1}, {"block": 1 << 63}, {"checksum": -1}, {"after_seq": None}, {"through_seq": 1 << 63}],
+)
+def test_what_is_wanted_with_values_out_of_bounds_is_refused(change: dict[str, object]) -> None:
+    body = {"contents": [msgspec.to_builtins(WANTED) | change]}
+    assert refused(ready(2, Role.SENDER), packed(FrameType.WANT, body))
+
+
+def test_as_much_is_wanted_and_given_as_the_limits_allow_and_no_more() -> None:
+    largest = Wanted(MAX_NUMBER, MAX_NUMBER, (1 << 64) - 1, MAX_NUMBER, MAX_NUMBER)
+    want, given = Want((largest,) * MAX_WANTED), Given(bytes(MAX_CONTENT_BYTES))
+    sender, receiver = ready(2, Role.SENDER), ready(2, Role.RECEIVER)
+    assert list(sender.receive(joined(receiver.send(want)))) == [want]
+    assert list(receiver.receive(joined(sender.send(given)))) == [given]
+    for none_or_more in ((), (WANTED,) * (MAX_WANTED + 1)):
+        assert refused(ready(2, Role.SENDER), packed(FrameType.WANT, Want(none_or_more)))
+    too_long = packed(FrameType.GIVEN, Given(bytes(MAX_CONTENT_BYTES + 1)))
+    assert refused(receiver, too_long)

@@ -447,3 +447,15 @@ def test_an_unwritable_disk_is_one_error(model: Model, monkeypatch: pytest.Monke
     model.check(images=False)
     Pruner(model.path).close()
     assert_tidy(model.path)
+
+
+def test_a_removal_whose_snapshots_are_gone_is_forgotten(model: Model) -> None:
+    """As a rebuilt catalog may have it: what it had to free went with a later one."""
+    catalog = Catalog(os.path.join(model.path, CATALOG), "write")
+    with catalog.changes():
+        catalog.put("removals", (5_000, 4_990))
+        catalog.put("removals", (5_001, 5_001))
+    catalog.close()
+    Pruner(model.path).close()
+    model.check()
+    assert_tidy(model.path)

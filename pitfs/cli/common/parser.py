@@ -29,6 +29,15 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Never:
         self.exit(EXIT_USAGE, f"{one_line(f'{self.prog}: {message}')}; see {self.prog} --help\n")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As argparse, but all behind `--` goes to `words`, as it is, where there is a COMMAND."""
+        if not any(action.dest == "words" for action in self._actions):
+            return super().parse_known_args(args, namespace)
+        end = args.index("--") if "--" in args else len(args)
+        found, rest = super().parse_known_args(args[:end], namespace)
+        rest, found.words = [*found.words, *rest], args[end + 1 :]
+        return found, rest
+
     def _print_message(self, message: str, file: Any = None) -> None:
         if file is sys.stdout:
             file.write(message)  # argparse swallows errors: help into a full disk would look complete
@@ -86,6 +95,13 @@ def add_volume(parser: argparse.ArgumentParser, nargs: str | None = None) -> Non
 def add_json(parser: argparse.ArgumentParser, keys: str = "print one JSON document") -> None:
     """`--json`; `keys` are those of the document, where they are few."""
     parser.add_argument("--json", action="store_true", help=keys)
+
+
+def add_scratch_command(parser: argparse.ArgumentParser, meaning: str) -> None:
+    """`words`: a COMMAND that gets a scratch device; and where what it writes goes."""
+    parser.add_argument("words", metavar="-- COMMAND", nargs="*", help=f"{meaning}; its last argument is the device")
+    meaning = "where what is written goes (default: a directory under /var/tmp)"
+    parser.add_argument("--scratch-dir", metavar="DIR", help=meaning)
 
 
 def add_tls_files(parser: argparse.ArgumentParser, peers: str) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
-def progress(title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Gives a function that is called with the bytes done so far."""
+def progress(title: str, total_bytes: int | None) -> Iterator[Callable[[int], None]]:
+    """Gives a function that is called with the bytes done so far; None: nobody knows how many."""
     if not sys.stderr.isatty():
         yield lambda done_bytes: None
         return

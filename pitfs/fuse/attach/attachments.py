@@ -26,6 +26,7 @@ from typing import Final
 
 from pitfs.errors import PitfsError, UsageError
 from pitfs.fuse.attach.images import image_loops
+from pitfs.fuse.kernel import loop_devices
 from pitfs.fuse.kernel.loop_devices import polls
 from pitfs.fuse.kernel.mountinfo import MountInfo, is_dead, mounts
 from pitfs.fuse.kernel.processes import process_ids, processes_below, run
@@ -45,6 +46,11 @@ class ScratchOptions:
     directory: str | None
     size: str | None
 
+    def __post_init__(self) -> None:
+        for value in (self.directory, self.size):
+            if value is not None and "," in value:
+                raise UsageError(f"{value}: holds a comma, which mount options can't: choose another")
+
 
 @contextlib.contextmanager
 def attach_lock() -> Iterator[None]:
@@ -57,12 +63,17 @@ def attach_lock() -> Iterator[None]:
         raise UsageError("only root may mount and make loop devices: run it as root")
     os.makedirs(RUN, 0o755, exist_ok=True)
     fd = os.open(f"{DIRECTORY}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    with _signals_call(signal.default_int_handler, INTERRUPTS[1:]):
+    with signals_interrupt():
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)
             yield
         finally:
             os.close(fd)
+
+
+def signals_interrupt() -> contextlib.AbstractContextManager[None]:
+    """Lets SIGTERM and SIGHUP end what the block does as Ctrl-C does: by KeyboardInterrupt."""
+    return _signals_call(signal.default_int_handler, INTERRUPTS[1:])
 
 
 @contextlib.contextmanager
@@ -79,7 +90,9 @@ def signals_deferred() -> Iterator[None]:
 def _signals_call(
     handler: Callable[[int, FrameType | None], object], numbers: Sequence[signal.Signals]
 ) -> Iterator[None]:
-    previous = [(number, signal.signal(number, handler)) for number in numbers]
+    # What nohup, or a shell for its background jobs, has set to be ignored stays so.
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = [(number, signal.signal(number, handler)) for number in heard]
     try:
         yield
     finally:
@@ -117,12 +130,13 @@ def make_mount(store: str, group: str, scratch: ScratchOptions | None) -> str:
     """
     os.makedirs(DIRECTORY, 0o700, exist_ok=True)
     mountpoint = tempfile.mkdtemp(prefix=f"{group}.", dir=DIRECTORY)
-    command = [sys.executable, "-P", "-m", "pitfs.cli.mount", store, mountpoint]
+    command = [sys.executable, "-P", "-m", "pitfs.cli.mount", os.path.realpath(store), mountpoint]
     if scratch is not None:
         directory = scratch.directory
         if directory is None:
             directory = _scratch_of(mountpoint)
             os.mkdir(directory, 0o700)
+        directory = os.path.realpath(directory)
         command += ["-o", f"scratch={directory}" + (f",scratch_size={scratch.size}" if scratch.size else "")]
     done = run(command)
     message = done.stderr.strip().replace("mount.pitfs: ", "")
@@ -133,6 +147,49 @@ def make_mount(store: str, group: str, scratch: ScratchOptions | None) -> str:
     if message:
         print(f"pitfs: {message}", file=sys.stderr)
     return mountpoint
+
+
+@contextlib.contextmanager
+def scratch_mount(store: str, group: str, directory: str | None) -> Iterator[str]:
+    """A mount with writable images to the end of the block, which may have devices over them one after the other.
+
+    It is held open, so that no other attach or detach takes it for unused while there is no device. Gives the
+    mountpoint. `directory`: where what is written goes; None: to one made for it.
+    """
+    with contextlib.ExitStack() as undo:
+
+        @undo.callback
+        def end() -> None:
+            with attach_lock(), signals_deferred():
+                unmount_unused()
+
+        with attach_lock(), signals_deferred():
+            unmount_unused()
+            mountpoint = make_mount(store, group, ScratchOptions(directory, None))
+            undo.callback(os.close, os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        yield mountpoint
+
+
+def attach_image(
+    image: str, undo: contextlib.ExitStack, *, read_only: bool = False, sector_size: int | None = None
+) -> tuple[str, list[str]]:
+    """Makes a loop device over an image; returns it, and those of its partitions that have no nodes.
+
+    `undo` detaches it, and unmounts first what is mounted of it. `sector_size`: None: what its partition table needs.
+    """
+    sector_size = sector_size or loop_devices.sector_size_of(image)
+    with signals_deferred():
+        device = loop_devices.attach(image, read_only=read_only, sector_size=sector_size)
+        undo.callback(signals_deferred()(_release), device)
+    return device, loop_devices.wait_for_partitions(device)
+
+
+def _release(device: str) -> None:
+    loop = loop_devices.loop_of(device)
+    if loop is not None:
+        for place in reversed(loop_devices.mountpoints_of(loop)):
+            run(["umount", "--", place])
+        loop_devices.detach(loop)
 
 
 def unmount_unused() -> list[str]:

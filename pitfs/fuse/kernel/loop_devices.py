@@ -23,6 +23,7 @@ NODES_S: Final = 3.0  # for the nodes of partitions, which devtmpfs or udev make
 RELEASE_S: Final = 3.0  # for a program that opens each new device for a moment (udev, blkid) to close it
 POLL_S: Final = 0.02
 
+_HEAD_BYTES: Final = 8192  # in which partition tables tell their sector size
 _DELETED: Final = " (deleted)"  # the kernel has dropped the name; the file is there all the same
 
 
@@ -67,6 +68,15 @@ def sector_size_for(head: bytes) -> int:
     """
     sizes = (SECTOR_BYTES, MAX_SECTOR_BYTES)
     return next((size for size in sizes if head[size : size + 8] == b"EFI PART"), SECTOR_BYTES)
+
+
+def sector_size_of(image: str) -> int:
+    """What a device over the image needs; that of most where its head can't be read: the rest may still be needed."""
+    try:
+        with open(image, "rb", buffering=0) as file:
+            return sector_size_for(file.read(_HEAD_BYTES))
+    except OSError:
+        return SECTOR_BYTES
 
 
 # ------------------------------------------------------------------ attaching
@@ -117,10 +127,11 @@ def has_direct_io(device: str) -> bool:
     return _attribute(device, "loop/dio") == "1"
 
 
-def filesystem_on(device: str) -> str:
-    """The type of the filesystem on a device or partition as blkid says it, empty if there is none."""
-    done = run(["blkid", "--probe", "--usages", "filesystem", "--output", "value", "--match-tag", "TYPE", device])
-    return done.stdout.strip()
+def filesystems(device: str) -> list[tuple[str, str]]:
+    """(device, type as blkid says it) of the filesystem on the device, or of those on its partitions."""
+    probe = ["blkid", "--probe", "--usages", "filesystem", "--output", "value", "--match-tag", "TYPE"]
+    found = ((path, run([*probe, path]).stdout.strip()) for path in partitions(device) or [device])
+    return [(path, kind) for path, kind in found if kind]
 
 
 # ------------------------------------------------------------------ who uses one

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import IO, Final
 
-from pitfs.errors import PitfsError
+from pitfs.errors import PitfsError, UsageError
+
+GRACE_S: Final = 3.0  # for a command that is ended to undo what it has done
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +40,48 @@ def run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(
             command, capture_output=True, text=True, errors="surrogateescape", check=False, start_new_session=True,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL, env=environment(),
         )  # fmt: skip
     except FileNotFoundError:
         raise PitfsError(f"{command[0]}: not found: install util-linux and mount") from None
+
+
+def run_group(command: Sequence[str], output: int | IO[bytes], timeout_s: float | None = None, **more: str) -> int:
+    """Runs a command in a process group of its own, without input; a signal or the time's end ends all of the group.
+
+    Returns its exit code, or minus the signal that ended it. `output`: where standard output and error go; `more`: what
+    its environment has besides ours.
+
+    Raises:
+        UsageError: there is no such program.
+        subprocess.TimeoutExpired: it has been ended.
+    """
+    try:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment() | more,
+            start_new_session=True,
+        )  # fmt: skip
+    except OSError as error:
+        raise UsageError(f"{command[0]}: can't be run: {error.strerror}: install it, or give its path") from None
+    try:
+        return process.wait(timeout_s)
+    except BaseException:
+        try:
+            _end_group(process, signal.SIGTERM)
+        finally:  # also after a second Ctrl-C
+            _end_group(process, signal.SIGKILL)
+        raise
+
+
+def _end_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        os.killpg(process.pid, number)
+        process.wait(GRACE_S)
+
+
+def environment() -> dict[str, str]:
+    """That of commands: cron's PATH lacks the places where losetup and e2fsck are."""
+    return {**os.environ, "PATH": f"{os.environ.get('PATH') or os.defpath}:/usr/sbin:/sbin"}
 
 
 def process_ids() -> list[int]:

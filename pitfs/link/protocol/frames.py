@@ -16,7 +16,7 @@ version can add some. HELLO is the same in all versions; what follows is of the 
 The types of the structs' fields carry their limits, and msgspec checks them when it decodes a body. It doesn't check
 what it encodes, so `encode` decodes each control frame again: a mistake of ours is found here, not by the peer.
 
-There is no frame that deletes or rewrites anything.
+There is no frame that deletes or rewrites anything: GIVEN has what the replica asked for, by its checksum.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pitfs.model.ladder import is_rung
 from pitfs.model.window import MIN_WINDOW_BYTES, check_window
 
 PREFACE: Final = b"\x89pitfs\r\n"
-VERSIONS: Final = (1,)  # that this program speaks, best first
+VERSIONS: Final = (2, 1)  # that this program speaks, best first; 1: no WANT
 MAX_MESSAGE_LENGTH: Final = 4000
 MAX_GROWTH_BYTES: Final = 4 << 10  # of a payload that turned out not to shrink: some bytes for each block of zstd
 HEADER: Final = struct.Struct("<IBBHQ")
@@ -133,7 +133,7 @@ class WireData(NamedTuple):
 Frame = (
     Greeting | Accept | Refuse | Fault | Ping | Pong | WireData
     | transfer.Begin | Resume | transfer.Checkpoint | Progress | transfer.End | Committed | transfer.Park | Parked
-    | transfer.Flush | transfer.StreamMark | transfer.Durable
+    | transfer.Flush | transfer.StreamMark | transfer.Durable | transfer.Want | transfer.Given
 )  # fmt: skip
 
 
@@ -171,9 +171,12 @@ class FrameType(enum.IntEnum):
     FLUSH = 16, transfer.Flush, 256
     MARK = 17, transfer.StreamMark, 1 << 10
     DURABLE = 18, transfer.Durable, 256
+    WANT = 19, transfer.Want, 32 << 10
+    GIVEN = 20, transfer.Given, transfer.MAX_CONTENT_BYTES + 64
 
 
 _TYPES: Final[dict[int, FrameType]] = {frame_type.value: frame_type for frame_type in FrameType}
+SINCE: Final = {FrameType.WANT: 2, FrameType.GIVEN: 2}  # the version that brought a type, if not the first
 TYPE_OF: Final[dict[type, FrameType]] = {frame_type.body: frame_type for frame_type in FrameType}
 
 

@@ -11,7 +11,7 @@ from typing import Final
 
 from pitfs.errors import LocalProtocolError, RemoteProtocolError
 from pitfs.link.protocol import frames
-from pitfs.model.transfer import TRANSFER_SECTIONS, Checkpoint, Durable, Flush, StreamMark
+from pitfs.model.transfer import TRANSFER_SECTIONS, Checkpoint, Durable, Flush, Given, StreamMark, Want
 
 
 class Role(enum.Enum):
@@ -32,8 +32,9 @@ class LinkState(enum.Enum):
     PARKING; COMMITTED and PARKED come after all PROGRESS.
 
     The writes of the open interval stream beside this, in any state after ASKED: DATA of WRITES, its DATA of
-    WRITE_BLOCKS, then FLUSH; or MARK. A DURABLE answers each FLUSH and MARK, in order. PING and PONG may go either way
-    in any state after GREETING.
+    WRITE_BLOCKS, then FLUSH; or MARK. A DURABLE answers each FLUSH and MARK, in order. So does the replica's WANT, from
+    version 2 on; as many GIVENs as it has contents answer it, and no other WANT comes before the last of them. PING and
+    PONG may go either way in any state after GREETING.
     """
 
     GREETING = enum.auto()
@@ -51,7 +52,7 @@ _S, _F = LinkState, frames.FrameType
 
 def _session(state: LinkState, own: dict[frames.FrameType, LinkState]) -> dict[frames.FrameType, LinkState]:
     """The transitions of a state after ASKED: its own ones, and what may come in all of these."""
-    common = dict.fromkeys((_F.PING, _F.PONG, _F.DATA, _F.FLUSH, _F.MARK, _F.DURABLE), state)
+    common = dict.fromkeys((_F.PING, _F.PONG, _F.DATA, _F.FLUSH, _F.MARK, _F.DURABLE, _F.WANT, _F.GIVEN), state)
     return common | {_F.FAULT: _S.CLOSED} | own
 
 
@@ -68,7 +69,9 @@ _TRANSITIONS: Final[dict[LinkState, dict[frames.FrameType, LinkState]]] = {
     _S.PARKING: _session(_S.PARKING, {_F.PROGRESS: _S.PARKING, _F.PARKED: _S.READY}),
     _S.CLOSED: {},
 }
-_OF_SENDER: Final = frozenset({_F.HELLO, _F.BEGIN, _F.DATA, _F.CHECKPOINT, _F.END, _F.PARK, _F.FLUSH, _F.MARK})
+_OF_SENDER: Final = frozenset(
+    {_F.HELLO, _F.BEGIN, _F.DATA, _F.CHECKPOINT, _F.END, _F.PARK, _F.FLUSH, _F.MARK, _F.GIVEN}
+)
 _MAY_SEND: Final = {
     Role.SENDER: _OF_SENDER | {_F.PING, _F.PONG},
     Role.RECEIVER: frozenset(frames.FrameType) - _OF_SENDER,
@@ -92,18 +95,22 @@ class LinkProtocol:
     Attributes:
         role: which side this is.
         state: of the conversation, as this side sees it.
+        version: that WELCOME names; 0 before it.
     """
 
     def __init__(self, role: Role) -> None:
         self.role = role
         self.state = LinkState.GREETING
+        self.version = 0
         self._unsent: list[frames.Buffer] = [frames.PREFACE]
         self._frame = bytearray()  # what came of the preface or frame under way; at most one frame
         self._wanted = len(frames.PREFACE)  # bytes that `_frame` needs before it can be looked at
         self._failed = False
-        self._window_bytes = 0  # that HELLO offers
+        self._versions: tuple[int, ...] = ()  # that HELLO offers
+        self._window_bytes = 0  # the same
         self._checkpoints = 0  # CHECKPOINTs without their PROGRESS
         self._flushes = 0  # FLUSHes and MARKs without their DURABLE
+        self._ungiven = 0  # contents of a WANT without their GIVEN
         self._streamed_seq = self._durable_seq = self._last_mark = 0
         self._sent = [0, 0, 0, 0, 0]  # furthest byte of each section that a PROGRESS may name
         self._durable = (0, 0, 0, 0, 0)
@@ -123,7 +130,7 @@ class LinkProtocol:
         """
         frame_type = frames.TYPE_OF[type(frame)]
         next_state = _TRANSITIONS[self.state].get(frame_type)
-        if next_state is None or frame_type not in _MAY_SEND[self.role]:
+        if next_state is None or frame_type not in _MAY_SEND[self.role] or self._is_later(frame_type):
             raise LocalProtocolError(f"{self.role.value} sends {frame_type.name} in state {self.state.name}")
         try:
             buffers = frames.encode(frame)
@@ -186,7 +193,13 @@ class LinkProtocol:
             raise self._error(str(error)) from None
         if frame_type not in _MAY_SEND[_OTHER[self.role]] or frame_type not in _TRANSITIONS[self.state]:
             raise self._error(f"{frame_type.name} may not come in state {self.state.name}")
+        if self._is_later(frame_type):
+            raise self._error(f"{frame_type.name} may not come in version {self.version}")
         self._wanted = frames.HEADER.size + length
+
+    def _is_later(self, frame_type: frames.FrameType) -> bool:
+        """Whether only a later version than that of this session has it."""
+        return self.version < frames.SINCE.get(frame_type, 0)
 
     def _read_frame(self, whole: bytearray) -> frames.Frame:
         try:
@@ -206,13 +219,13 @@ class LinkProtocol:
         """
         match frame:
             case frames.Greeting():
-                self._window_bytes = frame.window_bytes
+                self._versions, self._window_bytes = frame.versions, frame.window_bytes
             case frames.Accept():
-                if frame.version not in frames.VERSIONS:
-                    return f"WELCOME names version {frame.version}, spoken are {frames.VERSIONS}"
+                if frame.version not in frames.VERSIONS or frame.version not in self._versions:
+                    return f"WELCOME names version {frame.version}, spoken are {frames.VERSIONS} and {self._versions}"
                 if frame.window_bytes > self._window_bytes:
                     return f"WELCOME with a window of {frame.window_bytes} bytes, HELLO offers {self._window_bytes}"
-                self._last_mark = frame.welcome.mark
+                self.version, self._last_mark = frame.version, frame.welcome.mark
             case frames.Resume(point=point):
                 self._sent, self._durable, self._checkpoints = list(point.lengths), point.lengths, 0
             case frames.WireData(section=section) if section in TRANSFER_SECTIONS:
@@ -246,6 +259,14 @@ class LinkProtocol:
                 if self.role is Role.SENDER and frame.mark > self._last_mark:
                     return f"DURABLE to mark {frame.mark}, the last one streamed is {self._last_mark}"
                 self._flushes, self._durable_seq = self._flushes - 1, seq
+            case Want(contents=contents):
+                if self._ungiven:
+                    return f"WANT while {self._ungiven} contents of the last one are unanswered"
+                self._ungiven = len(contents)
+            case Given():
+                if not self._ungiven:
+                    return "GIVEN without a WANT"
+                self._ungiven -= 1
         return None
 
     def _error(self, problem: str) -> RemoteProtocolError:

@@ -31,6 +31,17 @@ class IngestProtocol(Protocol):
     def close(self) -> None: ...
 
 
+class HealerProtocol(Protocol):
+    """What heals the store of one session; called from threads, one call at a time, beside the calls of the ingest.
+
+    `wanted` says which contents are, at most MAX_WANTED; `take` gets the answers, None for what production has no more.
+    """
+
+    def wanted(self) -> tuple[transfer.Wanted, ...]: ...
+    def take(self, contents: Sequence[bytes | None]) -> None: ...
+    def close(self) -> None: ...
+
+
 class Applier:
     """Feeds one session's frames to its ingest, from threads, one call at a time.
 

@@ -27,6 +27,9 @@ class FrameQueue(Generic[T]):
         self._closed = False
         self._changed = trio.lowlevel.ParkingLot()
 
+    def __len__(self) -> int:
+        return len(self._items)
+
     async def put(self, item: T, size_bytes: int) -> None:
         """Waits for room, then appends.
 

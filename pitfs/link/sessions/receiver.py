@@ -22,18 +22,20 @@ from pitfs.errors import LinkError, PitfsError, RemoteProtocolError
 from pitfs.link.protocol import frames
 from pitfs.link.protocol.protocol import LinkProtocol, LinkState, Role
 from pitfs.link.sessions import failures
-from pitfs.link.sessions.applier import Applier, IngestProtocol
+from pitfs.link.sessions.applier import Applier, HealerProtocol, IngestProtocol
 from pitfs.link.sessions.connection import Connection
 from pitfs.link.sessions.failures import PeerError
 from pitfs.link.sessions.frame_queue import FrameQueue
 from pitfs.link.transport.streams import LINK_ERRORS, PlainStream, Timeouts, TlsStream, peer_name
 from pitfs.link.transport.tls import LinkContext, is_granted, names_of
-from pitfs.model.transfer import Durable, Flush, Hello, Welcome
+from pitfs.model.transfer import MAX_WANTED, Durable, Flush, Given, Hello, Want, Welcome
 from pitfs.model.window import DEFAULT_WINDOW_BYTES, MIN_WINDOW_BYTES, check_window
 
 log = logging.getLogger(__name__)
 
 FRAME_COST_BYTES: Final = 256  # what an empty frame counts for in a queue
+LOOK_S: Final = 1.0  # how often it looks whether the store wants contents healed
+RETRY_S: Final = 30.0  # the same after an error of the store
 IDLE_S: Final = 0.5  # if nothing comes for longer, the link is slow: what was streamed last is made readable
 SPARE_BYTES: Final = 64 << 20  # for the windows beside one of full size
 SHARE: Final = 4  # a connection's window gets this part of what is left: others will come
@@ -42,6 +44,7 @@ REPLIES_BYTES: Final = 256 << 10  # replies that may wait: 1,000, far more than 
 T = TypeVar("T")
 CheckSender = Callable[[Hello], None]
 ReadGrants = Callable[[], Mapping[str, frozenset[str]]]
+OpenHealer = Callable[[Hello], HealerProtocol]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,7 @@ async def serve(
     limits: Limits = Limits(),
     read_grants: ReadGrants | None = None,
     check_sender: CheckSender = lambda _: None,
+    open_healer: OpenHealer | None = None,
 ) -> None:
     """Serves sessions until cancelled. Then each finishes the call under way and sends its peer a FAULT.
 
@@ -113,8 +117,9 @@ async def serve(
             session, so that a change takes effect. None: the certificates themselves say it (`is_granted`).
         check_sender: raises PitfsError for a sender that the store wouldn't take. Called in a thread before an older
             session of the group is ended for this one.
+        open_healer: makes what heals the group's store, where the sender can give contents; must not block.
     """
-    receiver = _Receiver(open_ingest, tls, limits, read_grants, check_sender)
+    receiver = _Receiver(open_ingest, tls, limits, read_grants, check_sender, open_healer)
     async with trio.open_nursery() as nursery:
         await trio.serve_listeners(receiver.handle, listeners, handler_nursery=nursery)
 
@@ -128,6 +133,7 @@ class _Receiver:
     limits: Limits
     read_grants: ReadGrants | None
     check_sender: CheckSender
+    open_healer: OpenHealer | None
 
     def __post_init__(self) -> None:
         self.threads = trio.CapacityLimiter(self.limits.sessions)
@@ -258,6 +264,8 @@ class _Session:
         self._incoming: FrameQueue[frames.Frame] = FrameQueue(receiver.limits.queue_bytes)
         self._window_bytes = 0  # taken from the receiver's pool
         self._applier: Applier | None = None  # until the store is open
+        self._healer: HealerProtocol | None = None
+        self._give, self._given = trio.open_memory_channel[bytes | None](MAX_WANTED)
         self._scope = trio.CancelScope()
         self._reason: Exception | None = None  # why it ends; None: the peer left in order
         self._stopping = False
@@ -271,7 +279,7 @@ class _Session:
                     nursery.start_soon(self._guard, self._read_all)
                     nursery.start_soon(self._guard, self._write_all)
                     nursery.start_soon(self._guard, self._connection.send_heartbeats)
-                    await self._guard(lambda: self._work(greeting))
+                    await self._guard(lambda: self._work(greeting, nursery))
                     self._scope.cancel()
         except BaseException:  # cancelled from outside: the receiver stops
             words = "the receiver stops; the transfer can be resumed"
@@ -279,7 +287,7 @@ class _Session:
             raise
         finally:
             with trio.CancelScope(shield=True):
-                await self._close_ingest()
+                await self._close_store()
                 self._applier = None  # the window goes with it
                 self._receiver.windows.give_back(self._window_bytes)
                 self._receiver.release(self)
@@ -300,7 +308,7 @@ class _Session:
                 log.exception("%s: a mistake in pitfs", self.peer)
             self.stop(error)
 
-    async def _work(self, greeting: frames.Greeting) -> None:
+    async def _work(self, greeting: frames.Greeting, nursery: trio.Nursery) -> None:
         """Opens the store, then ingests what comes, until the peer has left and all is ingested."""
         hello = await self._receiver.check(greeting, self._connection.stream)
         await self._in_thread(lambda: self._receiver.check_sender(hello))
@@ -313,6 +321,9 @@ class _Session:
         log.info(words, self.peer, hello.group, welcome.mark, self._window_bytes >> 20)
         version = frames.common_version(greeting.versions) or frames.VERSIONS[0]
         self._reply(frames.Accept(version, welcome, self._window_bytes))
+        if self._receiver.open_healer is not None and version >= frames.SINCE[frames.FrameType.WANT]:
+            self._healer = self._receiver.open_healer(hello)
+            nursery.start_soon(self._guard, partial(self._heal, self._healer))
         streams = False
         while True:
             with trio.move_on_after(IDLE_S if streams else math.inf) as scope:
@@ -329,6 +340,20 @@ class _Session:
                     log.debug("%s: group %s: mark %d committed, seq %d", self.peer, hello.group, state.mark, state.seq)
                 streams = streams or isinstance(reply, Durable)
                 self._reply(reply)
+
+    async def _heal(self, healer: HealerProtocol) -> None:
+        """Asks for contents while the store wants some. Its errors are logged, since replication goes on."""
+        while True:
+            pause_s = LOOK_S
+            try:
+                while wanted := await self._in_thread(healer.wanted):
+                    self._reply(Want(wanted))
+                    contents = [await self._given.receive() for _ in wanted]
+                    await self._in_thread(partial(healer.take, contents))
+            except (PitfsError, OSError) as error:
+                log.error("%s: damage isn't healed: %s", self.peer, error)
+                pause_s = RETRY_S
+            await trio.sleep(pause_s)
 
     async def _in_thread(self, call: Callable[[], T]) -> T:
         return await trio.to_thread.run_sync(call, limiter=self._receiver.threads)
@@ -351,6 +376,9 @@ class _Session:
         try:
             while (received := await self._connection.receive()) is not None:
                 for frame in received:
+                    if isinstance(frame, Given):
+                        self._give.send_nowait(frame.content)  # no more than were asked for
+                        continue
                     size_bytes = frame.raw_length if isinstance(frame, frames.WireData) else 0
                     await self._incoming.put(frame, size_bytes + FRAME_COST_BYTES)
             if self._connection.protocol.state not in (LinkState.ASKED, LinkState.READY):
@@ -366,13 +394,13 @@ class _Session:
             # The reader will learn why; what came is still ingested, and its answers are dropped.
             self._connection.outgoing.close(discard=True)
 
-    async def _close_ingest(self) -> None:
-        if self._applier is None:
-            return
-        try:
-            await self._in_thread(self._applier.ingest.close)
-        except Exception as error:
-            log.error("%s: closing the store: %s", self.peer, error)
+    async def _close_store(self) -> None:
+        for opened in (self._healer, self._applier.ingest if self._applier is not None else None):
+            try:
+                if opened is not None:
+                    await self._in_thread(opened.close)
+            except Exception as error:
+                log.error("%s: closing the store: %s", self.peer, error)
 
     async def _say_goodbye(self) -> None:
         """Sends the peer the reason why the session ends, if it still reads, and writes the line in the log."""

@@ -25,6 +25,7 @@ from pitfs.link.protocol.protocol import LinkProtocol, LinkState, Role
 from pitfs.link.sessions import failures
 from pitfs.link.sessions.connection import Connection
 from pitfs.link.sessions.frame_queue import FrameQueue
+from pitfs.link.transport import streams
 from pitfs.link.transport.rate import TokenBucket
 from pitfs.link.transport.streams import LINK_ERRORS, PlainStream, Timeouts, busy_s, delivery_bytes_per_s
 from pitfs.link.transport.tls import LinkContext
@@ -36,6 +37,11 @@ WINDOW_BYTES: Final = 32 << 20
 QUEUE_BYTES: Final = 4 << 20  # before and after encoding: enough to batch, little to hold
 THREAD_BYTES: Final = 64 << 10  # compressing less costs less than the hop to a thread (150 to 300 µs)
 FRAME_COST_BYTES: Final = 64  # what an empty frame counts for in a queue
+# What the replica wants goes while nothing else does, so that at most this much delays what comes behind it; on a link
+# that is never idle it goes at that rate.
+GIVEN_AHEAD_BYTES: Final = 64 << 10
+LEAST_GIVEN_BYTES_PER_S: Final = 4 << 10
+IDLE_POLL_S: Final = 0.002
 FAULT_WAIT_S: Final = 2.0  # after a failed write: time to read the FAULT that says why the peer closed
 
 
@@ -88,6 +94,8 @@ class SenderSession:
         self._checkpoints: deque[int] = deque()  # _given_bytes at each CHECKPOINT without PROGRESS
         self._cutter = BatchCutter()
         self._unflushed: deque[int] = deque()  # bytes of each batch without DURABLE
+        self._find: transfer.FindContents | None = None
+        self._wanted: tuple[transfer.Wanted, ...] = ()
 
     @property
     def wire_bytes(self) -> int:
@@ -106,7 +114,7 @@ class SenderSession:
 
     async def start(self, nursery: trio.Nursery, hello: transfer.Hello) -> None:
         """Starts the tasks in the nursery and greets; for `connect`."""
-        for task in (self._encode_all, self._write_all, self._read_all):
+        for task in (self._encode_all, self._write_all, self._read_all, self._give_all):
             nursery.start_soon(self._guard, task)
         await self._ask(frames.Greeting(VERSIONS, hello, self.window_bytes))
         nursery.start_soon(self._guard, self.connection.send_heartbeats)
@@ -179,6 +187,11 @@ class SenderSession:
             await self._wait()
         self._raise_failure()
 
+    def answer_wants(self, find: transfer.FindContents) -> None:
+        """From here on what `find` gives goes to the replica for what it wants, beside all that the caller sends."""
+        self._find = find
+        self._changed.unpark_all()
+
     def _check(self, *, transferring: bool) -> None:
         self._raise_failure()
         if (self._protocol.state is LinkState.TRANSFER) is not transferring:
@@ -229,7 +242,7 @@ class SenderSession:
         self.connection.outgoing.close(discard=True)
         self._changed.unpark_all()
 
-    # The four tasks behind a session.
+    # The tasks behind a session.
 
     async def _guard(self, task: Callable[[], Awaitable[None]]) -> None:
         """Runs a task; what it raises, also a mistake of ours, ends the session and is raised to the caller."""
@@ -299,6 +312,22 @@ class SenderSession:
             self._fail(error)
         await self.connection.stream.aclose()  # so that the peer needn't wait for the caller to notice
 
+    async def _give_all(self) -> None:
+        while True:
+            while self._find is None or not self._wanted:
+                await self._wait()
+            wanted, self._wanted = self._wanted, ()
+            for content in await self._find(wanted):
+                with trio.move_on_after(len(content or b"") / LEAST_GIVEN_BYTES_PER_S):
+                    while self._is_busy():
+                        await trio.sleep(IDLE_POLL_S)
+                await self._put(transfer.Given(content))
+
+    def _is_busy(self) -> bool:
+        sending, inner = self.connection, self.connection.stream.inner
+        waiting = len(self._pending) or len(sending.outgoing) or sending.is_mid_frame
+        return bool(waiting) or streams.unsent_bytes(inner) >= GIVEN_AHEAD_BYTES
+
     def _take(self, frame: frames.Frame) -> None:
         """Stores what a frame of the replica says. Raises the error that it reports."""
         match frame:
@@ -319,5 +348,7 @@ class SenderSession:
                 self._unflushed.popleft()
                 if self.on_durable is not None:
                     self.on_durable(frame)
+            case transfer.Want():
+                self._wanted = frame.contents
             case frames.Refuse() | frames.Fault():
                 raise failures.error_from(frame)

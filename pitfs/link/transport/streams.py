@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import socket
 import ssl
 import sys
+import termios
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -181,6 +183,11 @@ def delivery_bytes_per_s(stream: trio.SocketStream) -> int:
 def busy_s(stream: trio.SocketStream) -> float:
     """For how long so far bytes waited that the peer's TCP hadn't acknowledged; 0 where the kernel doesn't know."""
     return _tcp_info(stream, BUSY_TIME_AT) / 1e6
+
+
+def unsent_bytes(stream: trio.SocketStream) -> int:
+    """What was sent, and the peer's TCP hasn't acknowledged."""
+    return int.from_bytes(fcntl.ioctl(stream.socket.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
 
 
 def _tcp_info(stream: trio.SocketStream, at: int) -> int:

@@ -9,17 +9,20 @@ next. Rows vouch for themselves, see `store.catalog.database`.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import Any, Final, TypeVar
 
 import msgspec
 
 from pitfs.errors import CorruptionError
 from pitfs.model.blockmap import MapEntry
+from pitfs.model.digest import Digests
 from pitfs.model.transfer import Bookmark, Gap
-from pitfs.store.catalog.database import FIRST_PAGE_ROWS, PAGE_ROWS, REMEDY, Database
+from pitfs.store.catalog.database import FIRST_PAGE_ROWS, PAGE_ROWS, REMEDY
+from pitfs.store.catalog.log import LoggedDatabase
 from pitfs.store.catalog.records import Commit, Interval, OpenInterval, Snapshot, SortedRun
 from pitfs.store.objects.format import ObjectName, ObjectRecord
 
@@ -34,7 +37,7 @@ def _made(make: Callable[..., T], row: tuple[Any, ...] | None) -> T | None:
     return None if row is None else make(*row)
 
 
-class Catalog(Database):
+class Catalog(LoggedDatabase):
     """What the store has, and what is added to it: all of a change or nothing."""
 
     _has_moved = False  # not known
@@ -44,11 +47,6 @@ class Catalog(Database):
     def data_version(self) -> int:
         """A number that changes when another connection commits."""
         return int(self.rows("PRAGMA data_version")[0][0])
-
-    def meta(self, key: str) -> int:
-        """`mark`, `mark_seq`, `protected_through_ns`, `next_snapshot`, `epoch`, `instance`; 0: nothing yet."""
-        row = self.row_of("meta", "key", key)
-        return int(row[1]) if row else 0
 
     def next_snapshot_id(self) -> int:
         return self.meta("next_snapshot") or 1
@@ -112,6 +110,14 @@ class Catalog(Database):
             unknown += [name for name in page if name not in known]
         return unknown
 
+    def digest(self, volume: int, time_ns: int) -> tuple[Snapshot, int] | None:
+        """The newest snapshot not after it of which production took that volume's digest, and the digest."""
+        sql = "WHERE volume = ? AND snapshot <= ? AND snapshot IN (SELECT id FROM snapshots) ORDER BY snapshot DESC"
+        before = self.snapshot_at_time(time_ns) if self.has_table("digests") else None
+        row = None if before is None else self.row("digests", sql, volume, before.id)
+        snapshot = None if row is None else self.snapshot(row[0])
+        return None if row is None or snapshot is None else (snapshot, row[2] << 64 | row[3])
+
     def bookmark(self, name: str) -> Bookmark | None:
         if not name.isascii():  # the names of files that users type may have bytes that aren't text
             return None
@@ -144,6 +150,13 @@ class Catalog(Database):
             if len(rows) < page_rows:
                 return
             key, page_rows = rows[-1][:width], min(2 * page_rows, PAGE_ROWS)
+
+    def all_rows(self, table: str) -> Iterator[tuple[Any, ...]]:
+        """Every row of a table, by its primary key."""
+        columns = sorted((row[5], row[1], row[2]) for row in self.rows(f"PRAGMA table_info({table})") if row[5])
+        names, places = ", ".join(name for _, name, _ in columns), ", ".join("?" * len(columns))
+        first = tuple("" if kind == "TEXT" else _MIN for _, _, kind in columns)
+        return self._listed(lambda *row: row, table, names, f"WHERE ({names}) > ({places}) ORDER BY {names}", first)
 
     def snapshots(self, from_ns: int | None = None, to_ns: int | None = None) -> Iterator[Snapshot]:
         sql = "WHERE time_ns > ? AND time_ns < ? ORDER BY time_ns"
@@ -200,9 +213,14 @@ class Catalog(Database):
         return tuple(OpenInterval(*(*row, its_runs)) for row, its_runs in zip(rows, of_each, strict=True))
 
     def put_open_interval(
-        self, interval: OpenInterval, minutes: Mapping[int, int], protected_through_ns: int, durable: bool
-    ) -> None:
-        """Adds an open interval, or takes it in the place of the one that was there, with the runs that it has now."""
+        self, interval: OpenInterval, minutes: Mapping[int, int], protected_through_ns: int, durable: bool,
+        digests: Digests = msgspec.UNSET,
+    ) -> None:  # fmt: skip
+        """Adds an open interval, or takes it in the place of the one that was there, with the runs that it has now.
+
+        Args:
+            digests: of the volumes at the snapshot to come.
+        """
         with self.changes(durable):
             self._raise_meta("next_snapshot", interval.end_snapshot_id + 1)
             self._delete_open_interval(interval.id)
@@ -212,6 +230,7 @@ class Catalog(Database):
                 self.put("pieces", run)
             self._put_minutes(minutes)
             self._raise_meta("protected_through_ns", protected_through_ns)
+            self._put_digests(interval.end_snapshot_id, digests)
 
     def protect_through(self, time_ns: int) -> None:
         """Every write up to then is in; not durable."""
@@ -237,6 +256,9 @@ class Catalog(Database):
                 self._raise_meta("mark_seq", manifest.to_seq)
             self._raise_meta("mark", manifest.mark)
             self._raise_meta("protected_through_ns", manifest.protected_through_ns)
+            last = snapshot or self.last_snapshot()
+            if last is not None and last.seq == manifest.to_seq:  # also of one that came before, without digests
+                self._put_digests(last.id, manifest.digests)
             if snapshot is not None:
                 self._raise_meta("next_snapshot", snapshot.id + 1)
                 self.put("snapshots", astuple(snapshot))
@@ -300,6 +322,19 @@ class Catalog(Database):
                 self._put_meta("epoch", epoch)
                 self._put_meta("instance", instance)
 
+    def remember(self, **values: int) -> None:
+        """Sets numbers of `meta`."""
+        with self.changes():
+            for key, value in values.items():
+                self._put_meta(key, value)
+
+    def expire_bookmarks(self, before_ns: int) -> None:
+        """Forgets those of positions before that time."""
+        while page := [each.name for each in islice(self.bookmarks(), PAGE_ROWS) if each.time_ns < before_ns]:
+            with self.changes():
+                for name in page:
+                    self.delete("bookmarks", "name", name)
+
     def write_over(self) -> None:
         """Commits a number that means nothing.
 
@@ -309,13 +344,16 @@ class Catalog(Database):
         with self.changes():
             self._put_meta("written_over", self.meta("written_over") + 1)
 
-    def _put_meta(self, key: str, value: int) -> None:
-        self.put("meta", (key, value), "ON CONFLICT DO UPDATE SET value = ?2, row_checksum = ?3")
-
     def _raise_meta(self, key: str, value: int) -> None:
         """Sets a number that never goes back."""
         if value > self.meta(key):
             self._put_meta(key, value)
+
+    def _put_digests(self, snapshot_id: int, digests: Digests) -> None:
+        """Keeps the digests of the volumes at a snapshot; those that are there stay."""
+        halves = iter(struct.unpack(f">{len(digests) // 8}Q", digests) if digests else ())
+        for volume, (high, low) in enumerate(zip(halves, halves, strict=True)):
+            self.put("digests", (snapshot_id, volume, high, low), "ON CONFLICT DO NOTHING")
 
     def _put_minutes(self, minutes: Mapping[int, int]) -> None:
         for minute, bits in minutes.items():

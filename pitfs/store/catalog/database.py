@@ -115,7 +115,7 @@ CREATE TABLE IF NOT EXISTS digests (  -- of a volume at a snapshot, as productio
 """
 
 _NO_INDEX: Final = (apsw.SQLITE_IOERR_SHMOPEN, apsw.SQLITE_IOERR_SHMSIZE, apsw.SQLITE_IOERR_SHMMAP)
-REMEDY: Final = "put a copy of it back, or move the store away for a new full sync"
+REMEDY: Final = "make it again with `pitfs check STORE --rebuild`"
 
 
 # Columns that are unsigned, by number: SQLite has the signed integer with the same bits.
@@ -138,7 +138,7 @@ def _errors(path: str) -> Iterator[None]:
         yield
     except apsw.FullError:
         raise DiskFullError(f"{path}: No space left on device") from None
-    except (apsw.CorruptError, apsw.NotADBError, UnicodeDecodeError) as error:
+    except (apsw.CorruptError, apsw.NotADBError, apsw.SQLError, UnicodeDecodeError) as error:  # also of the schema
         raise CorruptionError(path, 0, f"{error}: {REMEDY}") from None
     except UnicodeEncodeError:
         raise StoreError(f"{path}: SQLite takes no path that isn't UTF-8: rename the directory") from None
@@ -284,16 +284,23 @@ class Database:
                 if not durable:
                     self._db.execute(f"PRAGMA synchronous = {DURABLE}")
 
-    def put(self, table: str, values: Sequence[Any], conflict: str = "") -> None:
-        """Inserts a row with its checksum; within `changes`."""
-        signed = [*map(_to_signed, values)]
-        checksum = _row_checksum(table, signed[_UNCHECKED.get(table, 0) :])
-        places = ", ".join(f"?{number}" for number in range(1, len(signed) + 2))
-        self._db.execute(f"INSERT INTO {table} VALUES ({places}) {conflict}", (*signed, checksum))
+    def put(self, table: str, values: Sequence[Any], conflict: str = "") -> list[Any]:
+        """Inserts a row with its checksum; within `changes`. Returns it as SQLite has it."""
+        row = [*map(_to_signed, values)]
+        row.append(_row_checksum(table, row[_UNCHECKED.get(table, 0) :]))
+        places = ", ".join(f"?{number}" for number in range(1, len(row) + 1))
+        self._db.execute(f"INSERT INTO {table} VALUES ({places}) {conflict}", row)
+        if row[0] is None:
+            row[0] = self._db.last_insert_rowid()
+        return row
 
     def delete(self, table: str, name: str, key: Any) -> None:
         """Deletes the rows whose column of that name has that value; within `changes`."""
-        self._db.execute(f"DELETE FROM {table} WHERE {name} = ?", (key,))
+        self.delete_range(table, name, key, key)
+
+    def delete_range(self, table: str, name: str, first: Any, last: Any) -> None:
+        """Deletes the rows whose column of that name is in [first, last]; within `changes`."""
+        self._db.execute(f"DELETE FROM {table} WHERE {name} BETWEEN ? AND ?", (first, last))
 
     def has_table(self, table: str) -> bool:
         """Whether there is a table that came later: not before a writer of this version has opened the catalog."""

@@ -19,6 +19,7 @@ from typing import Final, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from pitfs.errors import CorruptionError
 from pitfs.model.blockmap import FANOUT, FANOUT_BITS, I64Array, U64Array
 from pitfs.model.position import Position
 from pitfs.model.transfer import POSITION
@@ -111,14 +112,14 @@ class RowIndex:
         self._objects, self._name, self._chunks = objects, name, chunks
         self._key = name.snapshot_id, name.layer, offset
         data = objects.read_verified(name, size_bytes, offset, checksum) if size_bytes else b""
-        self._sparse_index = np.frombuffer(data, SPARSE_INDEX)
+        self.sparse_index = np.frombuffer(data, SPARSE_INDEX)
         self.sparse_index_bytes = len(data)
-        volumes = self._sparse_index["volume"]
+        volumes = self.sparse_index["volume"]
         self._of_volume: dict[int, _VolumeChunks] = {}
         # A set: np.unique imports numpy.ma, half of the time to the first byte after mounting.
         for volume in sorted(set(volumes.tolist())):
             numbers = np.flatnonzero(volumes == volume)
-            columns = (np.ascontiguousarray(self._sparse_index[name][numbers]) for name in ("first", "first_seq"))
+            columns = (np.ascontiguousarray(self.sparse_index[name][numbers]) for name in ("first", "first_seq"))
             self._of_volume[volume] = _VolumeChunks(numbers, *columns)
         self._positions = self._of_volume.pop(POSITIONS_VOLUME, _NO_CHUNKS)
 
@@ -202,29 +203,35 @@ class RowIndex:
 
     # All of it, chunk by chunk; not by the cache, since each chunk is read once
 
-    def all_rows(self) -> Iterator[npt.NDArray[np.void]]:
-        """INDEX_ROWs ascending by (volume, block, seq)."""
+    def all_rows(self, passes_over: bool = False) -> Iterator[npt.NDArray[np.void]]:
+        """INDEX_ROWs ascending by (volume, block, seq). `passes_over`: damaged chunks."""
         for volume, chunks in self._of_volume.items():
-            for number in chunks.numbers.tolist():
-                chunk = self._read_chunk(number)
+            for chunk in self._read_chunks(chunks, passes_over):
                 rows = np.empty(chunk.shape[1], INDEX_ROW)
                 rows["volume"], rows["block"], rows["seq"] = volume, chunk[0].view("<i8"), chunk[1].view("<i8")
                 rows["pointer"], rows["checksum"] = chunk[2], chunk[3]
                 yield rows
 
-    def all_positions(self) -> Iterator[npt.NDArray[np.void]]:
-        """POSITIONs, ascending."""
-        for number in self._positions.numbers.tolist():
-            chunk = self._read_chunk(number)
+    def all_positions(self, passes_over: bool = False) -> Iterator[npt.NDArray[np.void]]:
+        """POSITIONs, ascending. `passes_over`: damaged chunks."""
+        for chunk in self._read_chunks(self._positions, passes_over):
             positions = np.empty(chunk.shape[1], POSITION)
             positions["seq"], positions["time_ns"] = chunk[0], chunk[1].view("<i8")
             yield positions
+
+    def _read_chunks(self, chunks: _VolumeChunks, passes_over: bool) -> Iterator[Chunk]:
+        for number in chunks.numbers.tolist():
+            try:
+                yield self._read_chunk(number)
+            except CorruptionError:
+                if not passes_over:
+                    raise
 
     def _chunk(self, number: int) -> Chunk:
         return self._chunks.get((self._key, number), partial(self._read_chunk, number))
 
     def _read_chunk(self, number: int) -> Chunk:
-        row = self._sparse_index[number]
+        row = self.sparse_index[number]
         count, columns = int(row["rows"]), 2 if int(row["volume"]) == POSITIONS_VOLUME else 4
         size, offset, checksum = count * columns * 8, int(row["offset"]), int(row["checksum"])
         data = self._objects.read_verified(self._name, size, offset, checksum)

@@ -3,10 +3,12 @@
     GROUP/
       store.json                     who it belongs to; written last when a store is made
       catalog.sqlite                 what there is; its commit is the moment anything comes to be
+      catalog.log                    the same, appended: the catalog can be made again of it (`store.catalog.log`)
       writer.lock                    held by the process that writes
       changes.lock                   held while intervals that are there are changed (`store.opening.changes_locked`)
       prune.lock                     held by the process that prunes
       reserve                        room without content that pruning has on a full disk
+      heal.lock                      held while damage is healed as soon as it is known (`store.check.heal`)
       objects/hhhh/hhh/              a folder of objects: see below
           snapshot-<s>.map           block map nodes written by snapshot s (8192 bytes each), then its manifest
           snapshot-<s>.blocks        contents of its diff
@@ -81,10 +83,12 @@ MAX_SEQ: Final = (1 << 46) - 1  # what an inode number has room for: 447 years o
 
 STORE_JSON: Final = "store.json"
 CATALOG: Final = "catalog.sqlite"
+CATALOG_LOG: Final = "catalog.log"
 LOCK: Final = "writer.lock"
 CHANGES_LOCK: Final = "changes.lock"
 PRUNE_LOCK: Final = "prune.lock"
 RESERVE: Final = "reserve"
+HEAL_LOCK: Final = "heal.lock"
 OBJECTS: Final = "objects"
 STAGING: Final = "staging"
 PINS: Final = "pins"

@@ -8,9 +8,9 @@ import resource
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import suppress
-from functools import wraps
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial, wraps
 from string import hexdigits
 from typing import Final, ParamSpec, Self, TypeVar
 
@@ -18,6 +18,7 @@ from xxhash import xxh3_64_intdigest
 
 from pitfs.errors import CorruptionError
 from pitfs.storage.files import read_exactly, storage_error
+from pitfs.store.objects.damage import KINDS, Damage, DamageLog, Kind
 from pitfs.store.objects.format import HEADER_BYTES, Layout, ObjectHeader, ObjectKind, ObjectName
 
 P = ParamSpec("P")
@@ -47,7 +48,23 @@ def reading_limit() -> int:
 
 
 class MissingObjectError(CorruptionError):
-    """An object is missing: a finer index may have taken its place, or an interval the place of an open one."""
+    """An object is missing: a finer index may have taken its place, or an interval the place of an open one.
+
+    Attributes:
+        remember: called where it is still missing when what took its place was looked for.
+    """
+
+    remember: Callable[[], None] = staticmethod(lambda: None)
+
+
+@contextmanager
+def remembers_missing() -> Iterator[None]:
+    """For a second look: an object that is missing in the block is damage."""
+    try:
+        yield
+    except MissingObjectError as error:
+        error.remember()
+        raise
 
 
 def again_if_replaced(method: Callable[P, T]) -> Callable[P, T]:
@@ -58,7 +75,8 @@ def again_if_replaced(method: Callable[P, T]) -> Callable[P, T]:
         try:
             return method(*args, **kwargs)
         except MissingObjectError:
-            return method(*args, **kwargs)
+            with remembers_missing():
+                return method(*args, **kwargs)
 
     return ask
 
@@ -109,6 +127,9 @@ class ObjectPool:
         limit: descriptors that are kept; those in use at the moment come on top.
         clock: seconds that only go forward.
         host_of: of an object that was moved into another one's file: that one, and its base in there; else None.
+
+    Attributes:
+        damage: what the store remembers of it; what is met here goes there.
     """
 
     def __init__(
@@ -116,7 +137,7 @@ class ObjectPool:
         clock: Callable[[], float] = time.monotonic,
         host_of: Callable[[ObjectName], tuple[ObjectName, int] | None] = lambda _: None,
     ) -> None:  # fmt: skip
-        self.directory, self.layout = directory, layout
+        self.directory, self.layout, self.damage = directory, layout, DamageLog(os.path.dirname(directory))
         self._history, self._host_of = history, host_of
         self._limit = limit
         # Contents objects by their number, others by their name. Look-ups by number take no lock, since every read
@@ -195,13 +216,24 @@ class ObjectPool:
             PitfsError: the disk refuses.
         """
         path, fd = self.path_of(name), self.fd_of(name)
-        try:
-            data = read_exactly(fd, size, fd.base + offset, path)
-        except OSError as error:
-            raise storage_error(error, path, "reading") from error
-        if xxh3_64_intdigest(data) != checksum:
-            raise CorruptionError(path, offset, f"{size} bytes that don't match their checksum")
+        with self._remembers(name, offset, size, KINDS[name.kind]):
+            try:
+                data = read_exactly(fd, size, fd.base + offset, path)
+            except OSError as error:
+                raise storage_error(error, path, "reading") from error
+            if xxh3_64_intdigest(data) != checksum:
+                raise CorruptionError(path, offset, f"{size} bytes that don't match their checksum")
         return data
+
+    @contextmanager
+    def _remembers(self, name: ObjectName, offset: int, size: int, kind: Kind) -> Iterator[None]:
+        try:
+            yield
+        except MissingObjectError:
+            raise
+        except CorruptionError:
+            self.damage.note(Damage(name.file, offset, size, kind))
+            raise
 
     def close(self) -> None:
         with self._lock:
@@ -215,12 +247,13 @@ class ObjectPool:
             if error.errno == errno.ENOENT:
                 return self._open_hosted(name)
             raise storage_error(error, path, "opening") from error
-        try:
-            header = ObjectHeader.decode(read_exactly(fd, HEADER_BYTES, 0, path), path)
-        except OSError as error:
-            raise storage_error(error, path, "reading") from error
-        if (header.kind, header.snapshot_id, header.history) != (name.kind, name.snapshot_id, self._history):
-            raise CorruptionError(path, 0, "it is another object than its name says")
+        with self._remembers(name, 0, HEADER_BYTES, "header"):
+            try:
+                header = ObjectHeader.decode(read_exactly(fd, HEADER_BYTES, 0, path), path)
+            except OSError as error:
+                raise storage_error(error, path, "reading") from error
+            if (header.kind, header.snapshot_id, header.history) != (name.kind, name.snapshot_id, self._history):
+                raise CorruptionError(path, 0, "it is another object than its name says")
         return fd
 
     def _open_hosted(self, name: ObjectName) -> Descriptor:
@@ -229,7 +262,10 @@ class ObjectPool:
         while (found := self._host_of(name)) not in (None, last):
             assert found is not None
             try:
-                return HostedDescriptor(self.fd_of(found[0]), found[1])
+                with self._remembers(name, 0, HEADER_BYTES, "header"):
+                    return HostedDescriptor(self.fd_of(found[0]), found[1])
             except MissingObjectError:  # it may have been moved on meanwhile
                 last = found
-        raise MissingObjectError(self.path_of(name), 0, "the object is missing")
+        missing = MissingObjectError(self.path_of(name), 0, "the object is missing")
+        missing.remember = partial(self.damage.note, Damage(name.file, 0, 0, "missing"))
+        raise missing

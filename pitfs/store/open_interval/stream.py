@@ -21,7 +21,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Final
 
+import msgspec
+
 from pitfs.errors import PitfsError, RemoteProtocolError
+from pitfs.model.digest import Digests, are_digests
 from pitfs.model.group import NAME_RULE, is_name
 from pitfs.model.transfer import Durable, Hello, StreamMark, Writes
 from pitfs.storage.files import closed_on_error, fsync_directory
@@ -140,9 +143,10 @@ class Stream:
                 manifest = streamed_manifest(
                     mark.mark, position, position, mark.protected_through_ns, mark.bookmark
                 )
-                self._catalog.commit(Commit(manifest, None))
+                self._catalog.commit(Commit(msgspec.structs.replace(manifest, digests=mark.digests), None))
             else:
-                self._close_open(self._open, mark.mark, mark.protected_through_ns, mark.bookmark).start()
+                numbers = mark.mark, mark.protected_through_ns
+                self._close_open(self._open, *numbers, mark.bookmark, mark.digests).start()
             return self._durable()
 
     def close_here(self) -> None:
@@ -213,6 +217,8 @@ class Stream:
             raise RemoteProtocolError(f"mark {mark.mark}: times that don't go forward")
         if mark.bookmark is not None and not is_name(mark.bookmark):
             raise RemoteProtocolError(f"bookmark {mark.bookmark[:80]!r}: must be {NAME_RULE}")
+        if not are_digests(mark.digests, len(self._hello.volumes)):
+            raise RemoteProtocolError(f"mark {mark.mark}: digests that aren't one of each volume")
 
     def _begin(self) -> OpenIntervalWriter:
         """Opens an interval behind `end`: its WAL is durable before the catalog has it, that before the first write."""
@@ -244,13 +250,14 @@ class Stream:
             self._catalog.protect_through(protected_through_ns)
 
     def _close_open(
-        self, writer: OpenIntervalWriter, mark: int, protected_through_ns: int, bookmark: str | None
-    ) -> Closing:
+        self, writer: OpenIntervalWriter, mark: int, protected_through_ns: int, bookmark: str | None,
+        digests: Digests = msgspec.UNSET,
+    ) -> Closing:  # fmt: skip
         """The closing of what is open, which is marked as closed in the catalog, durably."""
         minutes = writer.make_readable()
         protected_ns = max(protected_through_ns, writer.end[1])
         record = replace(writer.record, mark=mark, protected_through_ns=protected_ns, bookmark=bookmark)
-        self._catalog.put_open_interval(record, minutes, protected_ns, durable=True)
+        self._catalog.put_open_interval(record, minutes, protected_ns, durable=True, digests=digests)
         writer.close()
         self._open, self._closing = None, Closing(record, self._store, self._area)
         return self._closing

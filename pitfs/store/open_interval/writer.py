@@ -13,6 +13,7 @@ import numpy as np
 
 from pitfs.errors import CorruptionError
 from pitfs.storage.files import closed_on_error, read_exactly, write_all
+from pitfs.store.catalog.database import REMEDY
 from pitfs.store.catalog.records import OpenInterval, add_seconds
 from pitfs.store.index.merge import Rows
 from pitfs.store.index.reader import chunk_cache
@@ -119,7 +120,7 @@ class OpenIntervalWriter:
             if record.runs:
                 raise CorruptionError(
                     path, 0, "the log of the open interval is missing: the catalog is older than the objects, or "
-                    "damaged: put the newest copy of it back, or move the store away for a new full sync"
+                    f"damaged: {REMEDY}"
                 ) from None  # fmt: skip
             return None
         wal = WriteAheadLog(path, record.id, fd, record.wal_end, record.wal_end, store.layout)

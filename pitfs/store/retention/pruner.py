@@ -213,7 +213,6 @@ class Pruner(AbstractContextManager["Pruner"]):
         done = list[_Step]()
         while prepared:
             done += self._commit(prepared)
-        self._catalog.write_over()  # durable, and with it all commits before: only now room may be given back
         self._thinned = ids
         changes = [each.change for each in done]
         with ThreadPoolExecutor(FREEING) as threads:  # a disk that isn't waited for is idle
@@ -243,7 +242,7 @@ class Pruner(AbstractContextManager["Pruner"]):
         done, begun_s = list[_Step](), time.monotonic()
         with changes_locked(self.path), pins_locked(self.path) as pins:
             pinned = _Pinned(pins)
-            with self._catalog.changes(durable=False):
+            with self._catalog.changes():
                 while prepared and time.monotonic() - begun_s < LOCKED_S:
                     step = prepared.pop()
                     if self._is_still(step) and not pinned.between(*step.bounds):
@@ -267,11 +266,12 @@ class Pruner(AbstractContextManager["Pruner"]):
             if before_id == after_id:
                 with changes_locked(self.path), self._damage_passed_over():
                     settle(self._store, before_id)
+            if before_id == after_id or self._catalog.snapshot(before_id) is None:  # as a rebuilt catalog may have it
                 self._thinned.add(before_id)
+        self._forget_thinned()
         for removal in Removal.unfinished(self._store):
             with self._damage_passed_over():
                 removal.free()
-        self._forget_thinned()
 
     @contextmanager
     def _damage_passed_over(self) -> Iterator[None]:
@@ -289,7 +289,7 @@ class Pruner(AbstractContextManager["Pruner"]):
             self._thinned = set()
 
     def _delete_rows(self, thinned: Iterable[int]) -> None:
-        with self._catalog.changes(durable=False):
+        with self._catalog.changes():
             for before_id in thinned:
                 self._catalog.delete("removals", "before_id", before_id)
 

@@ -25,7 +25,7 @@ from pitfs.model.blockmap import I64Array
 from pitfs.model.ladder import LAST_LAYER, NO_LAYER, RUNGS_NS, granularity_of, layer_of
 from pitfs.model.retention import Thin
 from pitfs.model.transfer import POSITION
-from pitfs.storage.files import allocated, open_fd, punch
+from pitfs.storage.files import open_fd, punch
 from pitfs.store.catalog.records import Interval, add_seconds
 from pitfs.store.index.format import INDEX_ROW, IndexWriter
 from pitfs.store.index.merge import Rows
@@ -72,12 +72,12 @@ class JournalContents:
 
     def foretell(self) -> int:
         """Bytes on the disk that `free` would give back."""
-        if self.is_empty:
-            return allocated_bytes(self.path)
-        size = 0
-        with suppress(FileNotFoundError), open_fd(self.path, os.O_RDONLY) as fd:
-            size = sum(allocated(fd, start, end) for start, end in self.dead().tolist())
-        return size
+        before = allocated_bytes(self.path)
+        if self.is_empty or self.record is None:
+            return before
+        size = HEADER_BYTES + self.record.data_bytes
+        left_bytes = size + -size % _block_bytes(self._store) - int(np.diff(self.dead()).sum())
+        return max(0, before - left_bytes)
 
     def free(self) -> int:
         """Punches what no row has, or unlinks the file; the bytes that it freed. Doing it again does no harm."""

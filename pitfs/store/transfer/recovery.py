@@ -14,6 +14,7 @@ from pitfs.errors import PositionMismatchError, StoreError
 from pitfs.model.ladder import LAST_LAYER, layer_of
 from pitfs.storage.files import fsync_directory
 from pitfs.store.catalog.catalog import Catalog
+from pitfs.store.catalog.database import REMEDY
 from pitfs.store.objects.format import CATALOG, HEADER_BYTES, ObjectKind, ObjectName
 from pitfs.store.objects.pool import ObjectPool
 from pitfs.store.transfer.position import interval_of
@@ -135,9 +136,8 @@ class StagingArea:
                 if name == ObjectName(ObjectKind.JOURNAL_BLOCKS, progress.snapshot_id):
                     return os.path.join(directory, name.file)
         raise StoreError(
-            f"{self._objects.path_of(name)}: the catalog doesn't have it: {CATALOG} is older than the "
-            "objects, or damaged: put the newest copy of it back, or move the store away (what it has stays readable) "
-            "and a new one is made"
+            f"{self._objects.path_of(name)}: the catalog doesn't have it: {CATALOG} is older than the objects, or "
+            f"damaged: {REMEDY}"
         )
 
     def _is_outdated_wal(self, name: ObjectName) -> bool:

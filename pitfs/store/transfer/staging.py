@@ -140,8 +140,8 @@ class StagedTransfer:
         progress = read_progress(directory)
         if progress is None or progress.snapshot_id != snapshot_id:
             return None
-        # Why it is no finer may have changed since: the manifest that came last says it.
-        if msgspec.structs.replace(progress.manifest, cause=manifest.cause) != manifest:
+        # Why it is no finer may have changed since, and digests may have been due: the manifest that came last says it.
+        if msgspec.structs.replace(progress.manifest, cause=manifest.cause, digests=manifest.digests) != manifest:
             return None
         if manifest.kind.resumes_at_cursor and not progress.cursor and any(progress.lengths):
             return None  # an earlier version kept that: its sender couldn't go on

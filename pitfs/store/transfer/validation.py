@@ -14,6 +14,7 @@ import numpy as np
 
 from pitfs.errors import RemoteProtocolError
 from pitfs.model.blockmap import I64Array, U64Array
+from pitfs.model.digest import are_digests
 from pitfs.model.group import NAME_RULE, is_name
 from pitfs.model.ladder import is_rung
 from pitfs.model.transfer import MAX_JOURNAL_RUNS, UNIT_BYTES, Manifest, Source, TransferKind, VolumeInfo
@@ -225,6 +226,7 @@ def check_manifest(manifest: Manifest, volumes: Sequence[VolumeInfo]) -> None:
         (not layers and has_journal, "a journal where only the snapshot is announced"),
         (m.kind is TransferKind.CHANGES and nothing, "changes that lead nowhere"),
         (m.kind is TransferKind.INTERVAL and nothing and m.diff_count, "rows where nothing was written"),
+        (not are_digests(m.digests, len(volumes)), "digests that aren't one of each volume"),
         (not layers and (m.diff_count or 0) > sum(volume.block_count for volume in volumes), "more rows than blocks"),
     )
     problem = next((text for is_refused, text in refused if is_refused), None)

@@ -1,0 +1,141 @@
+"""`pitfs check`: whether all that a store has is what was written."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TextIO
+
+from pitfs.cli.common.output import print_json, warn
+from pitfs.cli.common.parser import add_json, add_store
+from pitfs.errors import EXIT_FAILED, PitfsError, UsageError
+from pitfs.model.position import format_instant
+from pitfs.model.units import format_bytes
+
+if TYPE_CHECKING:
+    from pitfs.store.check.check import Report
+    from pitfs.store.check.suffering import Stretch
+    from pitfs.store.objects.damage import Damage
+
+DESCRIPTION: Final = (
+    "Verifies a store, also while it is received into, read and pruned: its catalog, its objects, all block maps and "
+    "indexes; with --data all contents, too. Lists what is damaged, and the instants that can't be read wholly "
+    "because of it; all others are whole. Exit 1 if there is damage. If it is stopped, the next one goes on from "
+    "there. --heal has production send contents that are damaged or missing, and waits for them."
+)
+EXAMPLES: Final = """\
+examples:
+  pitfs check /srv/pitfs/db1
+  pitfs check /srv/pitfs/db1 --data --rate 50MB/s
+  pitfs check /srv/pitfs/db1 --heal
+  pitfs check /srv/pitfs/db1 --rebuild"""
+
+MAX_SHOWN: Final = 10  # stretches of a place; --json has all
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_store(parser)
+    parser.add_argument("--data", action="store_true", help="reread and verify all contents")
+    parser.add_argument("--heal", action="store_true", help="--data, and damaged contents come back from production")
+    parser.add_argument("--rate", metavar="BYTES/s", help="read contents no faster, as 50MB/s; with --data or --heal")
+    rebuild_help = "make the catalog again from the objects, where it is lost, damaged or too old; while nobody writes"
+    parser.add_argument("--rebuild", action="store_true", help=rebuild_help)
+    add_json(parser, "objects, bytes, damaged [object, from, to, instants], healed")
+
+
+def run(args: argparse.Namespace) -> int:
+    from pitfs.cli.common.progress import progress
+    from pitfs.config.quantities import parse_size
+    from pitfs.store.check.check import at_rate, check, contents_bytes
+    from pitfs.store.check.heal import heal
+    from pitfs.store.objects.damage import DamageLog
+
+    try:
+        rate = parse_size(args.rate.removesuffix("/s")) if args.rate else None
+    except ValueError as error:
+        raise UsageError(f"--rate {error}") from None
+    has_data, healed, failure = args.data or args.heal, 0, None
+    if rate is not None and (rate < 1 or not has_data):
+        raise UsageError("--rate: at least 1 byte per second, and only with --data or --heal")
+
+    code = _rebuild(args.store, sys.stderr if args.json else sys.stdout) if args.rebuild else 0
+    if args.rebuild and not (has_data or args.json):
+        return code
+
+    def checked() -> Report:
+        with progress("check", contents_bytes(args.store) if has_data else 0) as reached:
+            return check(args.store, has_data, at_rate(rate, reached))
+
+    report = checked()
+    try:
+        while args.heal and report.damaged and (came := heal(args.store, partial(progress, "heal"))):
+            healed, report = healed + came, checked()
+    except PitfsError as error:  # said behind the report
+        failure = error
+    gone = args.heal and any(each.state == "gone" for each in DamageLog(args.store).known())
+    if args.json:
+        rows = [_row(*each) for each in report.damaged]
+        print_json({"objects": report.objects, "bytes": report.bytes, "damaged": rows, "healed": healed})
+    else:
+        _print(args.store, report, has_data, healed, gone)
+    if failure is not None:
+        raise failure
+    return EXIT_FAILED if report.damaged else code
+
+
+def _rebuild(store: str, out: TextIO) -> int:
+    from pitfs.store.check.rebuild import rebuild
+
+    def reached(number: int) -> None:
+        if sys.stderr.isatty() and number % 256 < 2:
+            print(f"objects of id {number}", end="\r", file=sys.stderr)
+
+    report = rebuild(store, warn, reached)
+    has = f"{report.snapshots} snapshots, {report.intervals} intervals, {report.bookmarks} bookmarks"
+    problem = f"{report.missing} lines say what is missing" if report.missing else "nothing is missing"
+    print(f"{store}: {has} and {report.gaps} gaps: {problem}", file=out)
+    if report.old:
+        advice = "restart mounts and servers of the store, which still read it"
+        print(f"the catalog of before is {report.old}: {advice}", file=out)
+    return EXIT_FAILED if report.missing else 0
+
+
+def _row(damage: Damage, stretches: list[Stretch]) -> dict[str, Any]:
+    """from, to: bytes of the object; to is null where all of it can't be read."""
+    instants = [{"from": format_instant(first), "to": format_instant(last)} for first, last in stretches]
+    to = damage.offset + damage.size if damage.size and damage.kind != "header" else None
+    return {"object": damage.object, "from": damage.offset, "to": to, "kind": damage.kind, "instants": instants}
+
+
+def _print(store: str, report: Report, has_data: bool, healed: int, is_gone: bool) -> None:
+    from pitfs.store.objects.damage import MAX_PLACES
+
+    contents = f"{format_bytes(report.bytes)} of contents" if has_data else "contents not read (--data reads them)"
+    count = f"{len(report.damaged) or 'no'}{' or more' * (len(report.damaged) >= MAX_PLACES)}"
+    found = f"{count} damaged places" + (f", {healed} healed" if healed else "")
+    print(f"{store}: {report.objects} objects, {contents}: {found}")
+    for damage, stretches in report.damaged:
+        row = _row(damage, stretches)
+        place = "all of it" if row["to"] is None else f"bytes {row['from']} to {row['to']}"
+        print(f"{row['object']}, {place}: {_PROBLEMS[damage.kind]}")
+        for each in row["instants"][:MAX_SHOWN]:
+            print(f"    can't be read: {each['from']}" + (f" to {each['to']}" if each["to"] != each["from"] else ""))
+        if not stretches:
+            print("    no instant that can be listed suffers")
+        elif len(stretches) > MAX_SHOWN:
+            print(f"    and {len(stretches) - MAX_SHOWN} stretches more: --json names them")
+    if report.damaged:
+        contents = "production has those contents no more" if is_gone else "contents may come back by --heal"
+        other = "--rebuild makes a catalog again; a copy of the store may have objects"
+        warn(f"all other instants are whole: export what you need; {contents}; {other}")
+
+
+_PROBLEMS: Final = {
+    "content": "contents that aren't what was written",
+    "node": "a part of a block map",
+    "index": "a part of a difference journal's index",
+    "header": "the object's header",
+    "missing": "missing",
+    "catalog": "the catalog",
+}
