@@ -37,7 +37,6 @@ from pitfs.store.retention.removal import Removal
 from pitfs.store.store import Store
 from pitfs.store.transfer.writable_store import WritableStore
 from pitfs.view.view import PointInTimeView, ReadBuffer, TableCache
-from tests.helpers.histories import LongHistory
 from tests.helpers.stores import ingest_transfer, object_files, read_image
 from tests.helpers.streams import batch_of, mark_of
 from tests.helpers.transfers import History, random_history
@@ -194,7 +193,6 @@ def assert_states(path: str, history: History, kept: set[int]) -> None:
         elif is_exact:
             assert history.states[seq] == history.states[resolution.seq]
     assert {int(each.name[5:]) for each in store.bookmarks()} <= kept
-    assert {snapshot.seq for snapshot in store.snapshots()} <= {each.seq for each in store.bookmarks()} | {0, min(kept)}
     assert all(gap.to_time_ns > history.times_ns[min(kept)] for gap in store.gaps())
     seconds = [
         resolution.seq for day in store.days() for minute in store.minutes(day) for resolution in store.seconds(minute)
@@ -270,25 +268,24 @@ def test_who_reads_what_stays_goes_on_all_the_while(tmp_path: Path) -> None:
 
 
 def test_what_was_moved_stays_when_what_lies_beside_it_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with LongHistory(tmp_path, VolumeInfo("root", 16 << 20, 4096)) as history:
-        history.full_copy(block_count=500)
-        history.snapshots(64, blocks_each=24)
-    path = str(history.path)
-    there, store = ids(path), Store.open(path)
-    images = {seq: read_image(store, store.at_seq(seq), 0) for seq in [each.seq for each in store.snapshots()]}
-    store.close()
-    for step, max_moved_bytes in ((8, 1 << 20), (32, 0), (64, 0), (0, 0)):
+    """The base of an object that has only its end is before that of one which has its beginning, and lies before it."""
+    history = History(4, (VolumeInfo("a", 128 * 4096, 4096),))
+    ingest = Ingest(str(tmp_path), history.hello)
+    ingest_transfer(ingest, history.close_interval(None))
+    for first, end in ((0, 64), (1, 64), (1, 63), (100, 101), (101, 102)):
+        history.write_blocks(0, first, [history.random.bytes(4096) for _ in range(first, end)])
+        ingest_transfer(ingest, history.close_interval(None))
+    ingest.close()
+    there, kept = ids(ingest.path), history.reachable
+    for before, max_moved_bytes in ((3, 1 << 20), (4, 0), (5, 0)):
         monkeypatch.setattr(removal_module, "MAX_MOVED_BYTES", max_moved_bytes)
-        with opened(path) as writable:
-            for number in range(step, 65, step) if step else ():
-                remove(writable, there[number - step], there[number])
-            if not step:
-                remove(writable, None, there[64])
-        store = Store.open(path)
-        for snapshot in store.snapshots():
-            assert read_image(store, store.at_seq(snapshot.seq), 0) == images[snapshot.seq]
-        store.close()
-        assert_only_the_living_is_there(path)
+        kept = removed(ingest.path, kept, there[0], there[before])
+        with opened(ingest.path) as store:
+            remove(store, there[0], there[before])
+            bases = store.catalog.rows("SELECT base FROM moved WHERE name LIKE '%blocks' ORDER BY name")
+            assert bases != sorted(bases)
+        assert_states(ingest.path, history, kept)
+        assert_only_the_living_is_there(ingest.path)
 
 
 def test_a_pruned_store_is_no_larger_than_one_that_only_received_what_is_left(

@@ -41,13 +41,14 @@ class ObjectFile:
     Attributes:
         parts: its own object, and those that were moved there.
         live_bytes: what they have that is live, in whole blocks of the file system.
-        span_bytes: from the first to the last of these.
+        span_bytes: from the first to the last of these. run_count: stretches of them.
     """
 
     name: ObjectName
     parts: list[Part] = field(init=False)
     live_bytes: int = 0
     span_bytes: int = 0
+    run_count: int = 0
 
     def __post_init__(self) -> None:
         self.parts = [Part(self.name)]

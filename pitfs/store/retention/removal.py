@@ -37,6 +37,8 @@ MAX_MOVED_BYTES: Final = 1 << 20  # files of which more is live are punched: the
 MAX_SPAN_BYTES: Final = 1 << 30  # nor are files moved that are mostly holes: a host has up to 16 TiB on ext4
 LARGE_BYTES: Final = 64 << 20
 LITTLE: Final = 256  # part of a large file that isn't worth the holes yet
+INODE_EXTENTS: Final = 4  # of a file has ext4 room for in the inode: with more it takes blocks, of so many
+EXTENTS: Final = 340
 FREEING: Final = 4  # at a time: a file system waits for its disk, holes took a tenth of the time with two processors
 _JOURNALS: Final = (ObjectKind.JOURNAL_INDEX, ObjectKind.JOURNAL_BLOCKS)
 
@@ -129,6 +131,7 @@ class Removal:
         for start, end in self._ranges(file):
             if start < behind:  # before anything is punched
                 raise CorruptionError(self._path(file.name), start, "objects in it overlap")
+            file.run_count += start // size > last + 1
             first, last, behind = max(start // size, last + 1), (end - 1) // size, end
             origin = first if origin < 0 else origin
             file.live_bytes += max(0, last + 1 - first) * size
@@ -159,8 +162,10 @@ class Removal:
         freed = sum(self._allocated(name) for name in map(ObjectName.of_file, journals) if name is not None)
         hosts: dict[ObjectKind, ObjectName] = {}
         for file in self._files():
-            stays = file.live_bytes > 0 and self._host(hosts, file) is None
-            after_bytes = file.live_bytes + HEADER_BYTES * stays
+            after_bytes = file.live_bytes
+            if after_bytes and self._host(hosts, file) is None:
+                extent_blocks = -(-file.run_count // EXTENTS) if file.run_count >= INODE_EXTENTS else 0
+                after_bytes += HEADER_BYTES + extent_blocks * self._block_bytes
             freed += max(0, self._allocated(file.name) - after_bytes) if self._is_worth(file) else 0
         return freed
 
