@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(args.store, report, args.data)
         if args.heal:
-            print(f"{healed} damaged places were healed")
+            print(f"healed: {healed}")
     if failure is not None:
         raise failure
     return EXIT_FAILED if report.damaged else 0
@@ -109,8 +109,9 @@ def _print(store: str, report: Report, has_data: bool) -> None:
     from pitfs.store.objects.damage import MAX_PLACES
 
     contents = f"{format_bytes(report.bytes)} of contents" if has_data else "contents not read (--data reads them)"
-    count = f"{len(report.damaged) or 'no'}{' or more' * (len(report.damaged) >= MAX_PLACES)}"
-    print(f"{store}: {report.objects} objects, {contents}: {count} damaged places")
+    number = len(report.damaged)
+    count = f"{number or 'no'}{' or more' * (number >= MAX_PLACES)} damaged place{'s' * (number != 1)}"
+    print(f"{store}: {report.objects} objects, {contents}: {count}")
     for damage, stretches in report.damaged:
         row = _row(damage, stretches)
         place = "all of it" if row["to"] is None else f"bytes {row['from']} to {row['to']}"
@@ -122,8 +123,9 @@ def _print(store: str, report: Report, has_data: bool) -> None:
         elif len(stretches) > MAX_SHOWN:
             print(f"    and {len(stretches) - MAX_SHOWN} stretches more: --json names them")
     if report.damaged:
-        warn("all other instants are whole. --heal asks production for contents; put other objects back from a copy of "
-             "the store, or --rebuild a catalog")  # fmt: skip
+        others = "all other instants are whole" if has_data else "what is damaged of the contents --data tells"
+        advice = "--heal asks production for contents, --rebuild makes a catalog again, the rest has to come from a copy"
+        warn(f"{others}; {advice} of the store")
 
 
 _PROBLEMS: Final = {
