@@ -124,7 +124,7 @@ def _print(store: str, report: Report, has_data: bool) -> None:
             print(f"    and {len(stretches) - MAX_SHOWN} stretches more: --json names them")
     if report.damaged:
         others = "all other instants are whole" if has_data else "what is damaged of the contents --data tells"
-        advice = "--heal asks production for contents, --rebuild makes a catalog again, the rest has to come from a copy"
+        advice = "--heal asks production for contents, --rebuild makes a catalog again, the rest must come from a copy"
         warn(f"{others}; {advice} of the store")
 
 
