@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, Any, Final
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from pitfs.cli.common.output import print_json, warn
 from pitfs.cli.common.parser import add_json, add_store
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 DESCRIPTION: Final = (
     "Verifies a store, also while it is received into, read and pruned: its catalog, its objects, all block maps and "
     "indexes; with --data all contents, too. Lists what is damaged, and the instants that can't be read wholly "
-    "because of it; all others are whole. Exit 1 if there is damage. If it is stopped, the next one goes on from there."
+    "because of it; all others are whole. Exit 1 if there is damage. If it is stopped, the next one goes on from "
+    "there. --heal has production send contents that are damaged or missing, and waits for them."
 )
 EXAMPLES: Final = """\
 examples:
@@ -35,11 +37,10 @@ MAX_SHOWN: Final = 10  # stretches of a place; --json has all
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_store(parser)
     parser.add_argument("--data", action="store_true", help="reread and verify all contents")
-    parser.add_argument("--rate", metavar="BYTES/s", help="read contents no faster, as 50MB/s; with --data")
-    parser.add_argument(
-        "--rebuild", action="store_true", help="make the catalog again first, from its log and the objects"
-    )  # fmt: skip
-    parser.add_argument("--heal", action="store_true", help="ask production for contents that are damaged or missing")
+    parser.add_argument("--heal", action="store_true", help="--data, and damaged contents come back from production")
+    parser.add_argument("--rate", metavar="BYTES/s", help="read contents no faster, as 50MB/s; with --data or --heal")
+    rebuild_help = "make the catalog again from the objects, where it is lost, damaged or too old; while nobody writes"
+    parser.add_argument("--rebuild", action="store_true", help=rebuild_help)
     add_json(parser, "objects, bytes, damaged [object, from, to, instants], healed")
 
 
@@ -47,55 +48,57 @@ def run(args: argparse.Namespace) -> int:
     from pitfs.cli.common.progress import progress
     from pitfs.config.quantities import parse_size
     from pitfs.store.check.check import at_rate, check, contents_bytes
+    from pitfs.store.check.heal import heal
+    from pitfs.store.objects.damage import DamageLog
 
     try:
         rate = parse_size(args.rate.removesuffix("/s")) if args.rate else None
     except ValueError as error:
         raise UsageError(f"--rate {error}") from None
-    if rate is not None and (rate < 1 or not args.data):
-        raise UsageError("--rate: at least 1 byte per second, and only with --data")
-    if args.rebuild:
-        _rebuild(args.store)
+    has_data, healed, failure = args.data or args.heal, 0, None
+    if rate is not None and (rate < 1 or not has_data):
+        raise UsageError("--rate: at least 1 byte per second, and only with --data or --heal")
 
-    def checked(has_data: bool) -> Report:
+    code = _rebuild(args.store, sys.stderr if args.json else sys.stdout) if args.rebuild else 0
+    if args.rebuild and not (has_data or args.json):
+        return code
+
+    def checked() -> Report:
         with progress("check", contents_bytes(args.store) if has_data else 0) as reached:
             return check(args.store, has_data, at_rate(rate, reached))
 
-    report, healed, failure, has_data = checked(args.data), 0, None, args.data
-    while args.heal and report.damaged:
-        from pitfs.store.check.heal import make_frames, wait_healed
-
-        if make_frames(args.store):
-            has_data = True
-            report = checked(True)
-        try:
-            count = wait_healed(args.store)
-        except PitfsError as error:
-            failure = error
-            break
-        if not count:
-            break
-        healed += count
-        report = checked(has_data)
+    report = checked()
+    try:
+        while args.heal and report.damaged and (came := heal(args.store, partial(progress, "heal"))):
+            healed, report = healed + came, checked()
+    except PitfsError as error:  # said behind the report
+        failure = error
+    gone = args.heal and any(each.state == "gone" for each in DamageLog(args.store).known())
     if args.json:
         rows = [_row(*each) for each in report.damaged]
         print_json({"objects": report.objects, "bytes": report.bytes, "damaged": rows, "healed": healed})
     else:
-        _print(args.store, report, args.data)
-        if args.heal:
-            print(f"healed: {healed}")
+        _print(args.store, report, has_data, healed, gone)
     if failure is not None:
         raise failure
-    return EXIT_FAILED if report.damaged else 0
+    return EXIT_FAILED if report.damaged else code
 
 
-def _rebuild(store: str) -> None:
+def _rebuild(store: str, out: TextIO) -> int:
     from pitfs.store.check.rebuild import rebuild
 
-    made = rebuild(store, warn, lambda snapshot_id: None)
-    counts = f"{made.snapshots} snapshots, {made.intervals} intervals, {made.bookmarks} bookmarks, {made.gaps} gaps"
-    kept = f"; the one before is {made.old}" if made.old else ""
-    print(f"{store}: the catalog was made again: {counts}{kept}", file=sys.stderr)
+    def reached(number: int) -> None:
+        if sys.stderr.isatty() and number % 256 < 2:
+            print(f"objects of id {number}", end="\r", file=sys.stderr)
+
+    report = rebuild(store, warn, reached)
+    has = f"{report.snapshots} snapshots, {report.intervals} intervals, {report.bookmarks} bookmarks"
+    problem = f"{report.missing} lines say what is missing" if report.missing else "nothing is missing"
+    print(f"{store}: {has} and {report.gaps} gaps: {problem}", file=out)
+    if report.old:
+        advice = "restart mounts and servers of the store, which still read it"
+        print(f"the catalog of before is {report.old}: {advice}", file=out)
+    return EXIT_FAILED if report.missing else 0
 
 
 def _row(damage: Damage, stretches: list[Stretch]) -> dict[str, Any]:
@@ -105,13 +108,14 @@ def _row(damage: Damage, stretches: list[Stretch]) -> dict[str, Any]:
     return {"object": damage.object, "from": damage.offset, "to": to, "kind": damage.kind, "instants": instants}
 
 
-def _print(store: str, report: Report, has_data: bool) -> None:
+def _print(store: str, report: Report, has_data: bool, healed: int, is_gone: bool) -> None:
     from pitfs.store.objects.damage import MAX_PLACES
 
     contents = f"{format_bytes(report.bytes)} of contents" if has_data else "contents not read (--data reads them)"
     number = len(report.damaged)
     count = f"{number or 'no'}{' or more' * (number >= MAX_PLACES)} damaged place{'s' * (number != 1)}"
-    print(f"{store}: {report.objects} objects, {contents}: {count}")
+    found = count + (f", {healed} healed" if healed else "")
+    print(f"{store}: {report.objects} objects, {contents}: {found}")
     for damage, stretches in report.damaged:
         row = _row(damage, stretches)
         place = "all of it" if row["to"] is None else f"bytes {row['from']} to {row['to']}"
@@ -123,9 +127,10 @@ def _print(store: str, report: Report, has_data: bool) -> None:
         elif len(stretches) > MAX_SHOWN:
             print(f"    and {len(stretches) - MAX_SHOWN} stretches more: --json names them")
     if report.damaged:
+        contents = "production has those contents no more" if is_gone else "contents may come back by --heal"
+        other = "--rebuild makes a catalog again; a copy of the store may have objects"
         others = "all other instants are whole" if has_data else "what is damaged of the contents --data tells"
-        advice = "--heal asks production for contents, --rebuild makes a catalog again, the rest must come from a copy"
-        warn(f"{others}; {advice} of the store")
+        warn(f"{others}: export what you need; {contents}; {other}")
 
 
 _PROBLEMS: Final = {

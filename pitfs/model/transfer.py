@@ -405,7 +405,7 @@ class Durable(msgspec.Struct, frozen=True):
     protected_through_ns: Number
 
 
-class Wanted(msgspec.Struct, frozen=True):
+class Wanted(msgspec.Struct, frozen=True, order=True):
     """A content, by its xxh3_64, that a write in (after_seq, through_seq] brought to a block."""
 
     volume: Number

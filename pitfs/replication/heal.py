@@ -58,10 +58,10 @@ class ContentFinder:
                 with ExitStack() as stack:
                     fds = await self._backings.open(stack)
                     await trio.to_thread.run_sync(self._look_in_volumes, wanted, fds, found)
-                until = (await self._splitter.status()).tail
-                left = sorted((each for each in wanted if each not in found), key=_first_seq)
-                for _, group in groupby(left, lambda each: _first_seq(each) // MAX_INTERVAL_ROWS):
-                    step = partial(next, self._search(list(group), found, until), None)
+                splitter = await self._splitter.status()
+                left = sorted((_first_seq(each, splitter.seq), each) for each in wanted if each not in found)
+                for _, group in groupby(left, lambda each: each[0] // MAX_INTERVAL_ROWS):
+                    step = partial(next, self._search(list(group), found, splitter.tail), None)
                     while await trio.to_thread.run_sync(step):
                         await trio.sleep(PAUSE_S)
                 return [found.get(each) for each in wanted]
@@ -77,11 +77,11 @@ class ContentFinder:
                     content = os.pread(fds[each.volume], min(volume.block_size, volume.size_bytes - start), start)
                     _keep(each, content.ljust(volume.block_size, b"\0"), found)
 
-    def _search(self, wanted: Sequence[Wanted], found: Contents, until: Location) -> Iterator[bool]:
+    def _search(self, wanted: Sequence[tuple[int, Wanted]], found: Contents, until: Location) -> Iterator[bool]:
         """Looks through the writes, step by step, up to where the journal is damaged or recycled."""
-        key, through, looked = (_first_seq(wanted[0]), 0), max(each.through_seq for each in wanted), 0
+        key, through, looked = (wanted[0][0], 0), max(each.through_seq for _, each in wanted), 0
         places = defaultdict[tuple[int, int], list[Wanted]](list)
-        for each in wanted:
+        for _, each in wanted:
             places[each.volume, each.block].append(each)
         segment = SegmentSearch(self._directory, until).segment_of(key) or list_segments(self._directory)[0]
         reading = closing(JournalReader(self._directory, self._block_sizes))
@@ -102,9 +102,9 @@ class ContentFinder:
                             _keep(each, content, found)
 
 
-def _first_seq(wanted: Wanted) -> int:
+def _first_seq(wanted: Wanted, last_seq: int) -> int:
     """From where the journal is looked through: no interval has more writes; of the range of a copy, the newest."""
-    return max(wanted.after_seq + 1, wanted.through_seq - MAX_INTERVAL_ROWS)
+    return max(wanted.after_seq + 1, min(wanted.through_seq, last_seq) - MAX_INTERVAL_ROWS)
 
 
 def _keep(wanted: Wanted, content: bytes, found: Contents) -> None:

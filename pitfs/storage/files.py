@@ -103,27 +103,10 @@ def punch(fd: int, offset: int, size: int) -> bool:
     raise OSError(number, os.strerror(number))
 
 
-def allocated(fd: int, start: int, end: int) -> int:
-    """How many bytes of that range of a file take room on the disk, in blocks of 4 KiB."""
-    total = 0
-    while start < end:
-        try:
-            first = os.lseek(fd, start, os.SEEK_DATA)
-        except OSError:  # no data behind it
-            break
-        if first < end:
-            start = min(-(-os.lseek(fd, first, os.SEEK_HOLE) // 4096) * 4096, end)  # the file's end counts as a hole
-            total += start - first
-        else:
-            break
-    return total
-
-
 def sync_file_system(path: str) -> None:
     """Makes durable all that was written to the file system of that path: one wait for any number of files."""
     with open_fd(path, os.O_RDONLY) as fd:
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.syncfs(fd):
+        if _LIBC.syncfs(fd):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), path)
 
 

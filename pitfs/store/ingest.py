@@ -142,6 +142,7 @@ class Ingest:
             RemoteProtocolError: the manifest is invalid.
         """
         catalog = self._store.catalog
+        self._store.objects.sweep()
         self._close_staged()
         check_manifest(manifest, self.hello.volumes)
         with self._errors("beginning a transfer"):
@@ -251,6 +252,7 @@ class Ingest:
         Raises:
             PositionMismatchError: it isn't the next mark, or isn't where the store ends.
         """
+        self._store.objects.sweep()
         with self._errors("closing an interval"):
             return self.stream.take_mark(mark)
 

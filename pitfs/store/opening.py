@@ -36,11 +36,13 @@ from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.database import REMEDY
 from pitfs.store.objects.format import (
     CATALOG,
+    CATALOG_LOG,
     CHANGES_LOCK,
     HEAL_LOCK,
     LOCK,
     OBJECTS,
     PINS,
+    PRUNE_LOCK,
     RESERVE,
     STAGING,
     STORE_JSON,
@@ -139,8 +141,8 @@ def check_place(path: str) -> None:
         names = set(os.listdir(path))
     except FileNotFoundError:
         return
-    ours = {LOCK, CHANGES_LOCK, HEAL_LOCK, OBJECTS, STAGING, PINS, HOLDERS}
-    ours |= {CATALOG, f"{CATALOG}-wal", f"{CATALOG}-shm", f"{CATALOG}-journal"}
+    ours = {LOCK, CHANGES_LOCK, PRUNE_LOCK, HEAL_LOCK, RESERVE, OBJECTS, STAGING, PINS, HOLDERS}
+    ours |= {CATALOG_LOG, CATALOG, f"{CATALOG}-wal", f"{CATALOG}-shm", f"{CATALOG}-journal"}
     others = sorted(names - ours - {f"{STORE_JSON}.tmp"})
     if STORE_JSON not in names and others:
         raise StoreError(

@@ -28,7 +28,7 @@ from pitfs.errors import CorruptionError, PitfsError
 from pitfs.model.blockmap import FANOUT, FANOUT_BITS, NODE_BYTES, I64Array, U64Array
 from pitfs.storage.files import storage_error
 from pitfs.store.objects.damage import Damage
-from pitfs.store.objects.format import HEADER_BYTES, ObjectName
+from pitfs.store.objects.format import ObjectName
 from pitfs.store.objects.pool import MissingObjectError, remembers_missing
 from pitfs.store.store import Resolution, Store
 from pitfs.view.ranges import joined, runs
@@ -193,7 +193,7 @@ class PointInTimeView:
         if fd is None:  # opening it may wait for the disk
             return None
         try:
-            position = fd.base + HEADER_BYTES + (pointer & self._unit_mask) * self._unit_bytes
+            position = fd.start + (pointer & self._unit_mask) * self._unit_bytes
             count = os.preadv(fd, inline[1], position, _NOWAIT)
         except OSError as error:
             self._not_now(error, pointer)
@@ -286,11 +286,11 @@ class PointInTimeView:
 
     def _read_run(self, pointer: int, target: memoryview, flags: int) -> bool:
         """Fills `target` with the consecutive blocks from `pointer` on; False if it would wait and flags forbid it."""
-        number, position = pointer >> self._unit_bits, HEADER_BYTES + (pointer & self._unit_mask) * self._unit_bytes
+        number = pointer >> self._unit_bits
         fd = self._opened(number) if flags else self._fd(number)
         if fd is None:
             return False
-        position += fd.base
+        position = fd.start + (pointer & self._unit_mask) * self._unit_bytes
         while True:
             try:
                 count = os.preadv(fd, (target,), position, flags)

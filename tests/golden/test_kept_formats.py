@@ -24,6 +24,7 @@ from xxhash import xxh3_64_intdigest, xxh3_128_hexdigest
 
 from pitfs.cli.main import main
 from pitfs.model.transfer import Hello, VolumeInfo
+from pitfs.store.check.rebuild import rebuild
 from pitfs.store.ingest import Ingest
 from tests.helpers.hosts import Mount, Production, Replica, ask, digest
 from tests.helpers.processes import ROOT, run, wait_until
@@ -221,6 +222,26 @@ def test_the_commands_read_a_kept_store(unpack: Unpack) -> None:
     assert ask("list", kept.store, "--json") == kept.listing
     instant, seq, _ = kept.reads["latest"]
     assert [digest(kept.store, instant, name) for name in VOLUMES] == kept.states[seq]
+
+
+@pytest.mark.parametrize("scene", ["streamed", "bypassed", "changes"])
+def test_the_catalog_of_a_kept_store_is_made_again(unpack: Unpack, scene: str) -> None:
+    """Of the objects alone: their version wrote no log of its catalog."""
+    kept, said_lines = unpack(scene), list[str]()
+    for path in kept.store.glob("catalog.sqlite*"):
+        path.unlink()
+    assert rebuild(str(kept.store), said_lines.append, lambda number: None).missing == 0
+    assert len(said_lines) == 1
+    found = said("list", kept.store)
+    for name in ("snapshots", "gaps"):
+        assert found[name] == kept.listing[name]
+    # All that was durable is readable; it was made readable some times a second.
+    for one, other in zip(found["open_intervals"], kept.listing["open_intervals"], strict=True):
+        assert one["from"] == other["from"] and one["to"] >= other["to"]
+    keys = ("from", "to", "granularity_ns")
+    intervals = [[{key: each[key] for key in keys} for each in which["intervals"]] for which in (found, kept.listing)]
+    assert intervals[0] == intervals[1]
+    check_reads(kept, [way for way in kept.reads if way.startswith("seq-")])
 
 
 @pytest.mark.fuse

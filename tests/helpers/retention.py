@@ -61,26 +61,30 @@ class Model:
             ingest_transfer(ingest, transfer)
         self.instants |= history.reachable - self.gone
 
-    def take(self, actions: Sequence[Action]) -> None:
-        """What these actions leave, where none is forbidden; before they are applied."""
+    def take(self, actions: Sequence[Action], pinned: Sequence[int] = ()) -> int:
+        """What these actions leave, before they are applied; returns how many of them the pins allow."""
+        allowed = 0
         for action in actions:
-            lost = self.losses(action)
-            self.instants -= lost
-            self.gone |= lost
+            after, before = self._bounds(action)
+            if not any(after < seq < before for seq in pinned):
+                kept = self._ends(after, before, action.granularity_ns) if isinstance(action, Thin) else set()
+                lost = {seq for seq in self.instants if after < seq < before} - kept
+                self.instants -= lost
+                self.gone |= lost
+                allowed += 1
+        return allowed
 
-    def losses(self, action: Action) -> set[int]:
-        """The instants that go with it."""
+    def _bounds(self, action: Action) -> tuple[int, int]:
+        """The seqs between which instants go."""
         catalog = Catalog(os.path.join(self.path, CATALOG))
         try:
             if isinstance(action, Thin):
                 interval = catalog.interval_to(action.end_snapshot_id)
                 assert interval is not None
-                inner = {seq for seq in self.instants if interval.from_seq < seq < interval.to_seq}
-                return inner - self._ends(interval.from_seq, interval.to_seq, action.granularity_ns)
-            before = catalog.snapshot(action.before_id)
-            after = None if action.after_id is None else catalog.snapshot(action.after_id)
+                return interval.from_seq, interval.to_seq
+            before, after = catalog.snapshot(action.before_id), catalog.snapshot(action.after_id or 0)
             assert before is not None
-            return {seq for seq in self.instants if (-1 if after is None else after.seq) < seq < before.seq}
+            return -1 if after is None else after.seq, before.seq
         finally:
             catalog.close()
 

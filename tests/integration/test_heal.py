@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import trio
 from pitfs.cli.main import main
 from pitfs.link.sessions import receiver
 from pitfs.store.catalog.catalog import Catalog
-from pitfs.store.check.heal import _production_listens, make_frames
+from pitfs.store.check.heal import _make_frames, _production_listens
 from pitfs.store.index.maps import node_loader
 from pitfs.store.objects.damage import Damage, DamageLog
 from pitfs.store.objects.format import CATALOG, HEADER_BYTES, OBJECTS, ObjectName
@@ -212,9 +211,9 @@ async def test_files_of_contents_that_are_gone_or_cut_and_headers_are_made_again
             file.truncate(HEADER_BYTES + 5000)
         log = DamageLog(store_of(pipeline))
         log.replace([Damage(gone.name, 0, 0, "missing"), Damage(cut.name, 0, HEADER_BYTES, "header")])
-        assert make_frames(store_of(pipeline))
+        assert _make_frames(store_of(pipeline))
         log.replace(lost)
-        assert not make_frames(store_of(pipeline))
+        assert not _make_frames(store_of(pipeline))
         assert await until_nothing_is_wanted(pipeline) == []
         assert {path: path.read_bytes() for path in whole} == whole
         both.assert_every_write_is_there()
@@ -341,19 +340,24 @@ async def test_a_moved_object_is_healed_where_it_is_now_and_nothing_beside_it(
         assert images(pipeline) == all_images
 
 
-async def test_the_command_finds_what_is_damaged_and_heals_it(
+async def test_check_heals_what_it_can_and_says_what_production_has_no_more(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async with linked(pipeline, monkeypatch) as both:
         await both.arrived()
-        await with_history(both)
-        lost = [each for each in contents(pipeline).values() if each.through_seq > 0]  # journalled
-        flip(pipeline, lost[0])
-        gone = path_of(pipeline, lost[-1])
-        gone.unlink()
-        arguments = ["check", store_of(pipeline), "--data", "--heal", "--json"]
+        pipeline.write(0, 8192, b"x" * 4096)
+        both.mark()
+        await both.arrived()
+        found = contents(pipeline)
+        for each in found.values():
+            flip(pipeline, each)
+        command = ["check", store_of(pipeline), "--heal"]
         with trio.fail_after(WAIT_S):
-            assert await trio.to_thread.run_sync(main, arguments) == 0
-        found = json.loads(capsys.readouterr().out)
-        assert found["damaged"] == [] and found["healed"] >= 2
+            assert await trio.to_thread.run_sync(main, command) == 1
+        printed = capsys.readouterr()
+        assert f"1 damaged place, {len(found) - 1} healed" in printed.out
+        assert "production has those contents no more" in printed.err
+        flip(pipeline, content_of(pipeline, 2, 0))
+        assert await trio.to_thread.run_sync(main, command) == 0
+        assert "no damaged places" in capsys.readouterr().out
         both.assert_every_write_is_there()

@@ -217,6 +217,14 @@ def test_a_time_that_leads_nowhere_is_refused(store: Given, capsys: Said) -> Non
     say(capsys, 2, "no volume 'boot'", args=["export", store.path, "latest", "boot", store.path / "x"])
 
 
+@pytest.mark.parametrize("args", [["prune"], ["prune", "--dry-run"], ["retention", "--set", "hourly 0h"]])
+def test_retention_that_can_not_be_meant_changes_nothing(store: Given, capsys: Said, args: list[str]) -> None:
+    before = sorted(store.path.rglob("*"))
+    line = "an age of 0" if len(args) == 3 else f"{store.path}: no policy is set"
+    say(capsys, 2, line, args=[args[0], store.path, *args[1:]])
+    assert sorted(store.path.rglob("*")) == before
+
+
 # -- export
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
@@ -15,16 +17,21 @@ import pytest
 from pitfs.errors import CorruptionError, StoreError
 from pitfs.model.transfer import VolumeInfo
 from pitfs.store.catalog import database
+from pitfs.store.catalog import log as log_module
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.log import HEADER_BYTES, CatalogLog, LoggedDatabase
 from pitfs.store.check.rebuild import RebuildReport, rebuild
 from pitfs.store.ingest import Ingest
 from pitfs.store.objects.format import CATALOG, CATALOG_LOG
 from pitfs.store.open_interval.stream import Stream
+from pitfs.store.retention import pruner as pruner_module
+from pitfs.store.retention.pruner import Pruner
 from pitfs.store.store import Store
+from tests.helpers.retention import assert_tidy, model_of
 from tests.helpers.stores import ingest_transfer, object_files, read_image
 from tests.helpers.streams import FakeClock, batch_of, mark_of
 from tests.helpers.transfers import History, random_history
+from tests.property.test_retention import actions_for
 from tests.property.test_store_stream import Streaming, act, closings_held
 
 Rows = dict[str, list[tuple[Any, ...]]]
@@ -120,7 +127,7 @@ def test_the_catalog_made_again_is_the_one_that_was_lost(tmp_path: Path, seed: i
         if history.open:
             ingest.write(batch_of(history.open))
         ingest.write(batch_of([history.write() for _ in range(9)]))
-        history.open, streamed = [], history.open
+        history.open = []
         ingest.flush(history.times_ns[-1])
         history.reachable |= set(range(streaming.readable, len(history.states)))
     check_states(store, history, len(history.states) - 1, step=5)
@@ -216,7 +223,7 @@ def test_an_interval_in_the_middle_of_its_commit_is_settled_as_without_a_rebuild
                 streaming.ingest.stream.wait_for_closing()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Stream, "close", lambda self: None)
-            patch.setattr(LoggedDatabase, "_write_log", lambda self, **options: None)  # of the dead nothing runs
+            patch.setattr(LoggedDatabase, "_write_log", lambda self: None)  # of the dead nothing runs
             with suppress(Killed):
                 streaming.close()
         store = root / "db1"
@@ -245,7 +252,9 @@ def small_store(root: Path) -> tuple[History, Path]:
         ingest.write(batch_of([history.write() for _ in range(5)]))
         ingest.mark(mark_of(history, "streamed"))
         ingest.stream.wait_for_closing()
-        ingest.write(batch_of([history.write() for _ in range(4)]))
+        for _ in range(2):
+            ingest.write(batch_of([history.write() for _ in range(2)]))
+            ingest.flush(history.times_ns[-1])
         history.reachable |= set(range(history.at[0], len(history.states)))
     return history, root / "db1"
 
@@ -287,7 +296,7 @@ def test_killed_anywhere_it_can_be_done_again(tmp_path: Path, monkeypatch: pytes
 
 def test_however_the_log_is_cut_or_damaged_no_state_is_lost_and_damage_is_said(tmp_path: Path) -> None:
     history, store = small_store(tmp_path / "source")
-    log = (store / CATALOG_LOG).read_bytes()
+    log = (store / CATALOG_LOG).read_bytes().rstrip(b"\0")
     without_catalog(store)
     (store / CATALOG_LOG).unlink()
     random = np.random.default_rng(3)
@@ -345,6 +354,83 @@ def test_a_catalog_older_than_its_log_is_not_written(tmp_path: Path) -> None:
     assert rows_of(store) == lost
 
 
+@pytest.mark.parametrize("seed", range(60, 66))
+def test_after_pruning_the_catalog_made_again_has_what_was_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setattr(pruner_module, "sync_file_system", lambda path: None)
+    model, random = model_of(tmp_path, seed, count=9), np.random.default_rng(seed)
+    for _ in range(3):
+        actions = [*itertools.chain(*actions_for(model, random))]
+        with Pruner(model.path) as pruner:
+            model.take(actions)
+            pruner.apply(actions)
+        lost = rows_of(Path(model.path))
+        without_catalog(Path(model.path))
+        report, said = made_again(Path(model.path))
+        assert (said, report.missing) == ([], 0)
+        # That a removal is finished is committed, but not durably: it is finished once more, as after a power loss.
+        Pruner(model.path).close()
+        assert rows_of(Path(model.path)) == lost
+        model.check()
+        assert_tidy(model.path)
+        with closing(Ingest(str(model.root), model.history.hello)) as ingest:
+            model.receive(ingest, 2)
+    model.check()
+
+
+def test_who_has_the_old_catalog_open_changes_nothing_any_more(tmp_path: Path) -> None:
+    _, store = small_store(tmp_path)
+    old, reader = Catalog(str(store / CATALOG), "write"), Store.open(str(store))
+    made_again(store)
+    made = (store / CATALOG_LOG).read_bytes()
+    with pytest.raises(StoreError, match="made again meanwhile"), old.changes():
+        old.delete("bookmarks", "name", "b1")
+    assert (store / CATALOG_LOG).read_bytes() == made
+    with closing(Catalog(str(store / CATALOG), "write")) as new:
+        new.fence(8, 8)
+        assert len(list(reader.snapshots())) == 6
+        old.close()
+        reader.close()  # SQLite removes nothing of what has their names now
+        new.fence(9, 9)
+        with closing(Catalog(str(store / CATALOG))) as another:
+            assert another.meta("epoch") == 9 and another.bookmark("b1") is not None
+            assert another.rows("PRAGMA integrity_check") == [("ok",)]
+
+
+def test_a_log_that_was_deleted_begins_anew_with_the_next_commit(tmp_path: Path, catalog: Catalog) -> None:
+    put_bookmark(catalog, "first")
+    (tmp_path / CATALOG_LOG).unlink()
+    put_bookmark(catalog, "second")
+    assert "first" in str(logged(catalog)) and "second" in str(logged(catalog))
+
+
+def test_where_a_log_of_streamed_writes_is_lost_or_damaged_the_rest_comes_back(tmp_path: Path) -> None:
+    history, store = small_store(tmp_path / "source")
+    (number,) = [row[0] for row in rows_of(store)["tails"]]
+    for name, damage in (("empty", 4096), ("gone", None), ("damaged", 4100)):
+        work = tmp_path / name
+        shutil.copytree(store.parent, work)
+        without_catalog(work / "db1")
+        (wal,) = object_files(work / "db1", f"journal-{number:016x}.blocks")
+        if damage is None:
+            wal.unlink()
+        elif name == "empty":
+            os.truncate(wal, damage)
+        else:
+            data = bytearray(wal.read_bytes())
+            data[damage] ^= 1
+            wal.write_bytes(data)
+        report, said = made_again(work / "db1")
+        assert report.snapshots == 6 and report.missing == (name != "empty"), said
+        check_states(work / "db1", history, 29, step=4)
+        if name == "damaged":
+            with pytest.raises(CorruptionError, match="writes that were acknowledged"):
+                Ingest(str(work), history.hello)
+        else:
+            Ingest(str(work), history.hello).close()
+
+
 # -- the log -----------------------------------------------------------------------------------------------------
 
 
@@ -378,6 +464,8 @@ def test_what_is_not_committed_is_not_in_the_log_or_is_written_over(catalog: Cat
     assert "failed" in str(logged(catalog)) and catalog.bookmark("failed") is None
     put_bookmark(catalog, "second")
     assert "failed" not in str(logged(catalog)) and "second" in str(logged(catalog))
+    catalog.fence(3, 4)
+    assert "epoch" in str(logged(catalog)[-1])
     with catalog.changes(durable=False):
         catalog._put_meta("protected_through_ns", 77)
     assert "77" not in str(logged(catalog))
@@ -411,23 +499,48 @@ def test_what_an_older_version_did_without_the_log_comes_to_it_when_this_one_ope
 ) -> None:
     history, store = small_store(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(LoggedDatabase, "_write_log", lambda self, **options: None)
+        patch.setattr(LoggedDatabase, "_write_log", lambda self: None)
         with closing(Ingest(str(tmp_path), history.hello)) as ingest:
             ingest.mark(mark_of(history, "older"))
             ingest.stream.wait_for_closing()
             ingest.mark(mark_of(history, "without-writes"))
-    Ingest(str(tmp_path), history.hello).close()
+    with closing(Ingest(str(tmp_path), history.hello)) as ingest:
+        ingest.mark(mark_of(history))  # with the first that is committed
     lost = rows_of(store)
     without_catalog(store)
     assert made_again(store)[0].missing == 0
     assert rows_of(store) == lost
 
 
+def test_the_log_has_the_golden_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for what zlib makes of a body, which may be another with each version of it."""
+    golden = bytes.fromhex((Path(__file__).parents[1] / "golden" / "catalog-log.hex").read_text("ascii"))
+    base, later = ("bookmarks", [["first", 1, 2, -3]]), [("meta", [["mark", 7, 8]]), ("objects", "name", "a", "a")]
+    kept = tmp_path / "kept"
+    kept.write_bytes(golden)
+    with closing(CatalogLog.open(str(kept))) as log:
+        changes = [[list(base)], [list(each) for each in later]]
+        assert list(log.records(HEADER_BYTES)) == changes and log.end == len(golden)
+        assert next(iter(log.records(log.base_end))) == changes[1]
+        number = log.number
+    monkeypatch.setattr(log_module, "randbits", lambda count: number)
+    monkeypatch.setattr(log_module.zlib, "compress", lambda data, level: bodies[data])
+    bodies: dict[bytes, bytes] = {}
+    with closing(CatalogLog.open(str(kept))) as log:
+        for offset in (HEADER_BYTES, log.base_end):
+            body = log._body(offset)
+            assert body is not None
+            bodies[zlib.decompress(body)] = body
+    with closing(CatalogLog.create(str(tmp_path / CATALOG_LOG), bytes(range(16)), [base])) as log:
+        log.append(log.end, later)
+    assert (tmp_path / CATALOG_LOG).read_bytes().rstrip(b"\0") == golden
+
+
 def test_damage_before_records_that_are_whole_is_told_from_a_torn_end(tmp_path: Path, catalog: Catalog) -> None:
     for name in ("a", "b", "c"):
         put_bookmark(catalog, name)
     path = tmp_path / CATALOG_LOG
-    whole, data = logged(catalog), path.read_bytes()
+    whole, data = logged(catalog), path.read_bytes().rstrip(b"\0")
     for cut in range(len(data) - 1, HEADER_BYTES, -1):
         os.truncate(path, cut)
         assert logged(catalog) == whole[: len(logged(catalog))] and len(logged(catalog)) < len(whole)

@@ -115,7 +115,7 @@ def applied(states: list[State], stretches: list[Stretch], max_run: int) -> list
     return states
 
 
-@hypothesis.settings(max_examples=300)
+@hypothesis.settings(max_examples=150)
 @given(data=st.data())
 def test_what_stays_is_what_the_policy_keeps(data: st.DataObject) -> None:
     states, policy = data.draw(histories()), data.draw(policies())

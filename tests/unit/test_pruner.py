@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pitfs.errors import NoSuchInstantError, PitfsError, PositionMismatchError, StoreError
-from pitfs.model.retention import Thin
+from pitfs.model.retention import Action, Remove, Thin
 from pitfs.model.transfer import VolumeInfo
 from pitfs.store import opening
 from pitfs.store.catalog import database
@@ -108,6 +108,28 @@ def test_a_pin_of_a_snapshot_keeps_no_journal_and_pins_without_number_keep_all(
     store.close()
 
 
+@pytest.mark.parametrize("kind", ["thin", "remove"])
+def test_a_pin_that_comes_before_the_commit_is_in_time(
+    model: Model, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    store = Store.open(model.path)
+    first, *_, last = store.snapshots()
+    action: Action = Remove(first.id, last.id, CAUSE) if kind == "remove" else thin_all(model.path)[0]
+    seq = min(seq for seq in model.instants if store.at_seq(seq).kind == "intermediary")
+    before = allocated_bytes(model.path)
+    with Pins(model.path, "late") as pins, Pruner(model.path) as pruner:
+        commit = pruner._commit
+        monkeypatch.setattr(
+            pruner, "_commit", lambda steps: pins.pinned(store, store.at_seq(seq)) and commit(steps)
+        )  # fmt: skip
+        progress = pruner.apply([action])
+        assert (progress.done, progress.skipped, progress.freed_bytes) == (0, 1, 0)
+        model.check()
+    assert allocated_bytes(model.path) == before
+    assert_tidy(model.path)
+    store.close()
+
+
 def _position(store: Store, seq: int) -> tuple[int, int]:
     found = store.at_seq(seq)
     return found.seq, found.time_ns
@@ -196,6 +218,27 @@ def test_layers_of_an_interval_that_was_pruned_are_refused(
     assert_tidy(ingest.path)
 
 
+def test_layers_of_an_interval_that_was_removed_are_refused(tmp_path: Path) -> None:
+    ingest, history = shipped(tmp_path)
+    transfer = history.close_interval()
+    layers, transfer.layers = transfer.layers[0], []
+    ingest_transfer(ingest, transfer)
+    for _ in range(5):
+        history.write()
+    ingest_transfer(ingest, history.close_interval())
+    for frame in list(layers.frames(np.random.default_rng(0)))[:-1]:
+        feed(ingest, frame)
+    with Pruner(ingest.path) as pruner:
+        assert pruner.apply([Remove(1, 3, CAUSE)]).done == 1
+    assert ingest.welcome().coarse == ()
+    with pytest.raises(PositionMismatchError, match="which the store doesn't have"):
+        ingest.end(layers.end)
+    assert os.listdir(os.path.join(ingest.path, "staging")) == []
+    ingest.close()
+    Ingest(str(tmp_path), history.hello).close()
+    assert_tidy(ingest.path)
+
+
 def test_an_interval_that_waits_for_its_layers_stops_waiting(tmp_path: Path) -> None:
     """It is as coarse as it is to be: its cause changes, and nothing else."""
     ingest, history = shipped(tmp_path)
@@ -239,6 +282,41 @@ def test_layers_that_came_after_the_look_are_left(tmp_path: Path, monkeypatch: p
     assert_tidy(ingest.path)
 
 
+def test_a_receiver_goes_on_while_the_store_is_pruned(tmp_path: Path) -> None:
+    """In another thread, with a catalog of its own: what streams in and is closed meanwhile is all there."""
+    model = model_of(tmp_path, 12, count=6)
+    ingest, is_done, errors = Ingest(str(model.root), model.history.hello), threading.Event(), list[object]()
+
+    def prune() -> None:
+        try:
+            while not is_done.is_set():
+                with Pruner(model.path) as pruner:
+                    pruner.apply(thin_all(model.path, 100_000_000)[:-2])  # the last ones may still get layers
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=prune)
+    thread.start()
+    for _ in range(6):
+        model.receive(ingest, 2)
+        ingest.flush(model.history.protected_ns)
+    is_done.set()
+    thread.join()
+    ingest.close()
+    assert errors == []
+    actions = thin_all(model.path)
+    with Pruner(model.path) as pruner:
+        pruner.apply(actions)
+    model.instants = set(model.history.reachable)
+    model.take(actions)
+    store = Store.open(model.path)
+    kept = {snapshot.seq for snapshot in store.snapshots()}
+    store.close()
+    model.instants = kept
+    model.check()
+    assert_tidy(model.path)
+
+
 def test_a_damaged_journal_stays_and_does_not_keep_the_others(model: Model, caplog: pytest.LogCaptureFixture) -> None:
     actions = thin_all(model.path, 1_000_000)
     index = object_files(model.path, "journal-*.index")[1]
@@ -248,7 +326,19 @@ def test_a_damaged_journal_stays_and_does_not_keep_the_others(model: Model, capl
     with Pruner(model.path) as pruner:
         progress = pruner.apply(actions)
     assert progress.skipped >= 1 and progress.done == len(actions) - progress.skipped
-    assert "stays as it is" in caplog.text and index.exists()
+    assert "not pruned" in caplog.text and index.exists()
+    assert_tidy(model.path)
+
+
+def test_a_lost_object_does_not_keep_the_others(model: Model) -> None:
+    actions = thin_all(model.path, 1_000_000)
+    gone = [*object_files(model.path, "journal-*.index")[:1], *object_files(model.path, "journal-*.blocks")[-1:]]
+    for path in gone:
+        path.unlink()
+    for change in (actions, thin_all(model.path)):
+        with Pruner(model.path) as pruner:
+            assert sum(map(pruner.foretell, change)) >= 0
+            assert pruner.apply(change).done >= len(change) - 1
     assert_tidy(model.path)
 
 

@@ -31,6 +31,8 @@ INTERVALS, QUICK_INTERVALS, FEW = 10**6, 20_000, 1000
 ROUNDS: Final = 3
 GOAL_S: Final = 1.0
 GOAL_MIB: Final = 10.0  # more than with the short history
+DAY: Final = 8640  # intervals of 10 s
+GOAL_PRUNE_S, GOAL_PRUNE_MIB = 10.0, 200.0
 FIRST_NAMES: Final = 1000
 HOUR_NS: Final = 3600 * 10**9
 SECOND_NS: Final = 10**9
@@ -59,6 +61,30 @@ took = time.perf_counter() - begun
 print(json.dumps([took, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss]))
 """
 
+# The newest intervals, or snapshots, of a store are brought to the next step of a policy.
+PRUNE: Final = """
+import itertools, json, sys, time
+from pitfs.model.retention import Remove, Thin
+from pitfs.store.retention.pruner import Pruner
+from pitfs.store.store import Store
+path, what, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+store = Store.open(path)
+newest = [each.id for each in itertools.islice(store.newest_snapshots(), count + 1)]
+store.close()
+if what == "hourly":
+    kept = newest[::360]
+    actions = [Remove(after, before, "retention: measured") for before, after in itertools.pairwise(kept)]
+else:
+    granularity_ns = None if what == "snapshots" else 1_000_000
+    actions = [Thin(each, granularity_ns, "retention: measured") for each in newest[:-1]]
+begun = time.perf_counter()
+with Pruner(path) as pruner:
+    pruner.apply(actions)
+took = time.perf_counter() - begun
+(peak,) = (line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(json.dumps([took, int(peak)]))
+"""
+
 Found = dict[str, tuple[float, float]]  # what was done -> seconds, MiB
 
 
@@ -67,9 +93,20 @@ def run(setting: Setting) -> list[Measure]:
     found = []
     for intervals in (FEW, many):
         note(f"a store of {intervals} intervals …")
-        store = long_store(setting.workspace / str(intervals), intervals, min(4000, intervals // 2))
+        store = long_store(setting.workspace / str(intervals), intervals, min(DAY + 100, intervals // 2))
         found.append(measured(store, setting))
-    return rows(found[0], found[1])
+    return [*rows(found[0], found[1]), *pruned(store)]
+
+
+def pruned(store: Path) -> list[Measure]:
+    """What a day's worth of intervals of 10 s costs to prune, from step to step."""
+    measures = []
+    for what in ("1 ms", "snapshots", "hourly"):
+        note(f"pruning {DAY} intervals to {what} …")
+        took_s, mib = child(PRUNE, str(store), what, str(DAY))
+        measures.append(at_most(f"pruning {DAY} intervals to {what}", took_s, "s", GOAL_PRUNE_S))
+        measures.append(at_most(f"pruning {DAY} intervals to {what}: memory", mib, "MiB", GOAL_PRUNE_MIB))
+    return measures
 
 
 def rows(few: Found, many: Found) -> list[Measure]:

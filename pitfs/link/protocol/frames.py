@@ -16,7 +16,7 @@ version can add some. HELLO is the same in all versions; what follows is of the 
 The types of the structs' fields carry their limits, and msgspec checks them when it decodes a body. It doesn't check
 what it encodes, so `encode` decodes each control frame again: a mistake of ours is found here, not by the peer.
 
-There is no frame that deletes or rewrites anything.
+There is no frame that deletes or rewrites anything: GIVEN has what the replica asked for, by its checksum.
 """
 
 from __future__ import annotations

@@ -40,6 +40,8 @@ def _made(make: Callable[..., T], row: tuple[Any, ...] | None) -> T | None:
 class Catalog(LoggedDatabase):
     """What the store has, and what is added to it: all of a change or nothing."""
 
+    _has_moved = False  # not known
+
     # What it says
 
     def data_version(self) -> int:
@@ -92,7 +94,8 @@ class Catalog(LoggedDatabase):
 
     def host_of(self, name: ObjectName) -> tuple[ObjectName, int] | None:
         """The object into whose file that one was moved, and where its byte 0 would be in there."""
-        row = self.row_of("moved", "name", name.file) if self.has_table("moved") else None
+        self._has_moved = self._has_moved or self.has_table("moved")
+        row = self.row_of("moved", "name", name.file) if self._has_moved else None
         host = ObjectName.of_file(row[1]) if row else None
         return (host, row[2]) if row and host else None
 
@@ -286,14 +289,14 @@ class Catalog(LoggedDatabase):
             for name in (replaced, *(record.name for record in objects)):
                 self.delete("objects", "name", name)
             for record in objects:
-                self.put("objects", astuple(record))
+                self.put("objects", _values(record))
             self.put_interval(interval)
             self._put_minutes(minutes)
 
     def put_interval(self, interval: Interval) -> None:
         """Takes it in the place of the one that ends at the same snapshot; within `changes`."""
         self.delete("intervals", "snapshot", interval.end_snapshot_id)
-        self.put("intervals", astuple(interval))
+        self.put("intervals", _values(interval))
 
     def clear_seconds(self, after_ns: int, before_ns: int) -> None:
         """No second between those of these two times has a reachable instant any more; within `changes`."""
@@ -356,6 +359,11 @@ class Catalog(LoggedDatabase):
         for minute, bits in minutes.items():
             row = minute, bits | self.seconds(minute)
             self.put("minutes", row, "ON CONFLICT DO UPDATE SET seconds = ?2, row_checksum = ?3")
+
+
+def _values(record: ObjectRecord | Interval) -> tuple[Any, ...]:
+    """As `astuple`, in a tenth of the time: for rows by the thousand."""
+    return tuple(getattr(record, name) for name in record.__slots__)
 
 
 def _before(from_ns: int | None) -> int:

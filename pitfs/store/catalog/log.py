@@ -28,7 +28,8 @@ Then records, one behind the other:
                             were put, each in the place of the one with its key, [table, column, first, last] deletes
                             the rows whose column is in [first, last]
 
-A record that isn't whole is a torn end if none that is whole lies behind it, else damage.
+Behind the last one are zeros, or what is left of one that it was written over. A record that isn't whole is a torn end
+if none that is whole lies behind it, else damage.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ assert (HEADER.size, RECORD.size) == (48, 24)
 UNLOGGED: Final = frozenset({"minutes", "pieces"})
 # A new log is made when this one has twice the bytes of its base and so many more: 4 s for 10**6 intervals.
 RENEWED_BEYOND_BYTES: Final = 1 << 18
+AHEAD_BYTES: Final = 16 << 10
 _LEVEL: Final = 1
 _SEARCH_BYTES: Final = 1 << 20
 
@@ -115,12 +117,13 @@ class CatalogLog:
 
     def append(self, offset: int, changes: Sequence[Change]) -> None:
         """Writes a record at that byte, in the place of what is there; not durable. Raises OSError."""
-        if os.fstat(self.fd).st_size > offset:
-            os.ftruncate(self.fd, offset)
         body = zlib.compress(msgspec.msgpack.encode(changes), _LEVEL)
         head = RECORD.pack(RECORD_MAGIC, offset, len(body))
-        write_all(self.fd, head + CHECKSUM.pack(xxh3_64_intdigest(head + body, self.number)) + body, offset)
         self.end = offset + RECORD_BYTES + len(body)
+        # Room ahead, so that most syncs write data only, and no size of the file.
+        ahead = bytes(AHEAD_BYTES) if self.end > os.fstat(self.fd).st_size else b""
+        checksum = CHECKSUM.pack(xxh3_64_intdigest(head + body, self.number))
+        write_all(self.fd, head + checksum + body + ahead, offset)
 
     def records(self, offset: int, damaged: Callable[[int, int], None] | None = None) -> Iterator[list[Change]]:
         """The changes of each whole record from that byte on.
@@ -172,7 +175,9 @@ class CatalogLog:
 
 
 class LoggedDatabase(Database):
-    """A database whose changes come to the catalog's log, where it is a store's catalog and not only read.
+    """A database whose durable changes come to the catalog's log, where it is a store's catalog and not only read.
+
+    The log begins with the first of them: in a store of before, or that an older pitfs has written since.
 
     Raises:
         StoreError: the log has more than the catalog.
@@ -180,26 +185,26 @@ class LoggedDatabase(Database):
 
     def __init__(self, path: str, mode: Mode = "read") -> None:
         super().__init__(path, mode)
-        self._directory, name = os.path.split(path)
-        self._is_logged = mode != "read" and name == CATALOG
+        self._log_path = os.path.join(os.path.dirname(path), CATALOG_LOG)
+        self._is_logged = mode != "read" and os.path.basename(path) == CATALOG
+        self._inode = os.stat(path).st_ino
         self._log: CatalogLog | None = None
         self._changes: list[Change] | None = None  # of the transaction that is under way
+        self._is_changed = self._is_log_outdated = False
         self._logged_meta: dict[str, int] = {}
-        try:
-            if self._is_logged and os.path.exists(os.path.join(self._directory, STORE_JSON)):
-                self._check_log()
-        except BaseException:
-            self._close()
-            raise
+        log = self._fitting_log() if self._is_logged else None
+        if log is not None:
+            self._is_log_outdated = self.meta("log_through") != self._log_through()
+            if len(list(islice(log.records(self.meta("log_end")), 2))) > 1:  # one may be of a commit that failed
+                self._is_log_outdated = True
+                self.close()
+                raise StoreError(f"{path}: older than its log, {log.path}: {REMEDY}")
 
     def close(self) -> None:
         with self._lock, suppress(PitfsError):
-            if self._log is not None:
+            if self._log is not None and not self._is_log_outdated:
                 with self.changes():
-                    self._write_log(is_forced=True)  # how far it is protected may not have been committed durably
-        self._close()
-
-    def _close(self) -> None:
+                    self._is_changed = True  # how far it is protected may not have been committed durably
         super().close()
         self._swap_log(None)
 
@@ -217,9 +222,12 @@ class LoggedDatabase(Database):
             is_outer = self._changes is None
             try:
                 with super().changes(durable):
-                    self._changes = [] if is_outer else self._changes
+                    if is_outer:
+                        self._changes, self._is_changed = [], False
+                        if self._is_logged and os.stat(self.path).st_ino != self._inode:
+                            raise StoreError(f"{self.path}: was made again meanwhile: begin anew with that one")
                     yield
-                    if is_outer and durable:
+                    if is_outer and durable and self._is_changed and self._is_logged:
                         self._write_log()
             except BaseException:
                 self._logged_meta = {}  # what was logged of it is written over
@@ -229,19 +237,23 @@ class LoggedDatabase(Database):
 
     def put(self, table: str, values: Sequence[Any], conflict: str = "") -> list[Any]:
         row = super().put(table, values, conflict)
-        # What of `meta` is new comes with each record: some of it was committed before, not durably.
-        if self._changes is not None and table != "meta" and table not in UNLOGGED and self._db.changes():
+        if table not in UNLOGGED and self._db.changes():
             last = self._changes[-1] if self._changes else ()
             if len(last) == 2 and last[0] == table:
                 last[1].append(row)
             else:
-                self._changes.append((table, [row]))
+                self._note(table, [row])
         return row
 
     def delete_range(self, table: str, name: str, first: Any, last: Any) -> None:
         super().delete_range(table, name, first, last)
-        if self._changes is not None and table not in UNLOGGED and self._db.changes():
-            self._changes.append((table, name, first, last))
+        if table not in UNLOGGED and self._db.changes():
+            self._note(table, name, first, last)
+
+    def _note(self, *change: Any) -> None:
+        self._is_changed = True
+        if self._changes is not None and change[0] != "meta":  # of which comes what is new: `_new_meta`
+            self._changes.append(change)
 
     def replay(self, changes: Sequence[Change]) -> None:
         """Does what a record of the log has; within `changes`."""
@@ -251,12 +263,6 @@ class LoggedDatabase(Database):
             elif change[0]:
                 places = ", ".join("?" * len(change[0][0]))
                 self._db.executemany(f"INSERT OR REPLACE INTO {table} VALUES ({places})", change[0])
-
-    def _all_rows(self, *tables: str) -> Iterator[Change]:
-        for table in tables:
-            rows = self._db.execute(f"SELECT * FROM {table}")
-            while page := list(islice(rows, PAGE_ROWS)):
-                yield table, page
 
     def _swap_log(self, log: CatalogLog | None) -> None:
         if self._log is not None:
@@ -269,52 +275,46 @@ class LoggedDatabase(Database):
         if self._log is None or self._log.number != number:
             self._swap_log(None)
             with suppress(FileNotFoundError, CorruptionError):
-                self._log = CatalogLog.open(os.path.join(self._directory, CATALOG_LOG))
-        log = self._log
-        is_fitting = log is not None and log.number == number and os.fstat(log.fd).st_size >= self.meta("log_end")
-        return log if is_fitting else None
-
-    def _check_log(self) -> None:
-        """Begins one where none fits: the store is of before, or an older pitfs wrote it since."""
-        log = self._fitting_log()
-        if log is not None and len(list(islice(log.records(self.meta("log_end")), 2))) > 1:
-            raise StoreError(f"{self.path}: older than its log, {log.path}: {REMEDY}")
-        if log is None or self.meta("log_through") != self._log_through():
-            with self.changes():
-                self._write_log(is_new=True)
+                self._log = CatalogLog.open(self._log_path)
+        log, status = self._log, os.fstat(self._log.fd) if self._log is not None else None
+        is_whole = status is not None and status.st_nlink > 0 and status.st_size >= self.meta("log_end")
+        return log if log is not None and log.number == number and is_whole else None
 
     def _log_through(self) -> int:
         """A number that an older pitfs, which doesn't write the log, changes."""
         return self.meta("mark") + self.meta("next_snapshot")
 
-    def _write_log(self, is_forced: bool = False, is_new: bool = False) -> None:
+    def _write_log(self) -> None:
         """Writes what this transaction changes, durably; all that there is where a new log is due."""
-        if not self._is_logged or not (self._changes or is_forced or is_new):
-            return
-        path = os.path.join(self._directory, CATALOG_LOG)
         try:
             log, end = self._fitting_log(), self.meta("log_end")
-            if log is not None and not is_new and end <= 2 * log.base_end + RENEWED_BEYOND_BYTES:
+            is_outdated = self._is_log_outdated or (log and end > 2 * log.base_end + RENEWED_BEYOND_BYTES)
+            if log is not None and not is_outdated:
                 log.append(end, [("meta", self._new_meta()), *(self._changes or ())])
                 os.fdatasync(log.fd)
             else:
-                sql = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
-                tables = [name for (name,) in self.rows(sql) if name not in UNLOGGED]
-                log = CatalogLog.create(path, self._history(), self._all_rows(*tables))
+                log = CatalogLog.create(self._log_path, self._history(), self._all_rows())
                 self._swap_log(log)
+                self._is_log_outdated = False
         except OSError as error:
-            raise storage_error(error, path, "writing") from error
+            raise storage_error(error, self._log_path, "writing") from error
         for key, value in (("log", log.number), ("log_end", log.end), ("log_through", self._log_through())):
             self._put_meta(key, value)
-        self._changes = []
+
+    def _all_rows(self) -> Iterator[Change]:
+        """Of all tables that are logged, a page at a time."""
+        for (table,) in self.rows("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"):
+            rows = self._db.execute(f"SELECT * FROM {table}") if table not in UNLOGGED else iter(())
+            while page := list(islice(rows, PAGE_ROWS)):
+                yield table, page
 
     def _new_meta(self) -> list[tuple[Any, ...]]:
-        """Rows of `meta` that this process hasn't logged as they are, but those of the log."""
+        """Rows of `meta` that this process hasn't logged as they are: some were committed before, not durably."""
         rows = [row for row in self.rows("SELECT * FROM meta") if not row[0].startswith("log")]
         known, self._logged_meta = self._logged_meta, {row[0]: row[1] for row in rows}
         return [row for row in rows if known.get(row[0]) != row[1]]
 
     def _history(self) -> bytes:
-        with suppress(FileNotFoundError), open(os.path.join(self._directory, STORE_JSON), "rb") as file:
+        with suppress(FileNotFoundError), open(os.path.join(os.path.dirname(self.path), STORE_JSON), "rb") as file:
             return bytes.fromhex(msgspec.json.decode(file.read(1 << 20), type=dict)["history"])
         return bytes(16)

@@ -11,7 +11,8 @@ import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
+from itertools import islice
 from typing import Final
 
 import numpy as np
@@ -28,13 +29,12 @@ from pitfs.store.objects.format import (
     CATALOG,
     HEADER_BYTES,
     HEAL_LOCK,
-    OBJECTS,
     ObjectHeader,
     ObjectKind,
     ObjectName,
 )
-from pitfs.store.objects.pool import ObjectPool
-from pitfs.store.opening import changes_locked, read_store_info
+from pitfs.store.opening import changes_locked
+from pitfs.store.store import Store
 
 STALL_S: Final = 60.0  # without an answer: then no more is waited for
 POLL_S: Final = 0.2
@@ -49,8 +49,8 @@ class Healer:
     """Heals the store ROOT/GROUP for a session: see `link.sessions.applier.HealerProtocol`."""
 
     def __init__(self, root: str, hello: Hello) -> None:
-        self._path, self._volumes = os.path.join(root, hello.group), hello.volumes
-        self._log, self._closing = DamageLog(self._path), ExitStack()
+        self._path, self._closing = os.path.join(root, hello.group), ExitStack()
+        self._log = DamageLog(self._path)
         self._lock: int | None = None
         self._seen = (0, 0)  # size and time of the log when nothing in it was wanted
         self._asked: list[Damage] = []
@@ -67,9 +67,12 @@ class Healer:
         with suppress(FileNotFoundError):
             status = os.stat(self._log.path)
             if (seen := (status.st_size, status.st_mtime_ns)) != self._seen:
-                self._asked = list(filter(may_heal, self._log.known()))[:MAX_WANTED]
+                known = self._log.known()
+                unusable = {each.object for each in known if each.checksum is None}  # until `heal` makes it again
+                wanted = (each for each in known if may_heal(each) and each.object not in unusable)
+                self._asked = list(islice(wanted, MAX_WANTED))
                 if self._asked:
-                    with _opened(self._path) as (catalog, _):
+                    with closing(Catalog(os.path.join(self._path, CATALOG))) as catalog:
                         return tuple(_wanted(catalog, each) for each in self._asked)
                 self._seen = seen
         return ()
@@ -91,14 +94,14 @@ class Healer:
     def _write(self, damage: Damage, content: bytes) -> None:
         """Writes a content where the object is now, and reads it again from the disk."""
         name = ObjectName.of_file(damage.object)
-        with changes_locked(self._path), _opened(self._path) as (catalog, objects):
+        with changes_locked(self._path), _opened(self._path) as (catalog, store):
             is_wal = name in {each.wal for each in catalog.open_intervals()}
             if name is None or not (is_wal or catalog.object(name.file)):
                 return  # it was removed since
-            path, found = objects.path_of(name), objects.fd_of(name)
+            path, found = store.objects.path_of(name), store.objects.fd_of(name)
             if (len(content), xxh3_64_intdigest(content)) != (damage.size, damage.checksum):
                 raise PitfsError(f"{path}: byte {damage.offset}: production gave another content: is it pitfs?")
-            if catalog.host_of(name) and not self._is_live(catalog, objects, name, damage):
+            if catalog.host_of(name) and not _is_live(catalog, store, name, damage):
                 return  # the same
             try:
                 with open_fd(f"/proc/self/fd/{found:d}", os.O_RDWR) as fd:
@@ -111,40 +114,35 @@ class Healer:
             except OSError as error:
                 raise storage_error(error, path, "healing") from error
 
-    def _is_live(self, catalog: Catalog, objects: ObjectPool, name: ObjectName, damage: Damage) -> bool:
-        """Whether the first snapshot that may have it does: what is dead of a moved object isn't in its host."""
-        layout, row = objects.layout, catalog.row("snapshots", "WHERE id >= ? ORDER BY id", name.snapshot_id)
-        if row is None:
-            return False
-        maps = block_maps(node_loader(objects), catalog.roots(row[0]), self._volumes)
-        pointers, checksums = look_up(maps, np.array([damage.volume], "<u2"), np.array([damage.block], "<i8"))
-        place = layout.object_of(pointers.item()), layout.offset_of(pointers.item()), checksums.item()
-        return place == (name.number, damage.offset, damage.checksum)
 
-
-def wait_healed(store: str, progress: Callable[[int, int], None] = lambda *_: None) -> int:
-    """Waits until production has answered for the contents that are damaged now; returns how many came.
+def heal(store: str, progress: Callable[[int], AbstractContextManager[Callable[[int], None]]]) -> int:
+    """Waits until production has answered for the contents that are damaged now.
 
     Args:
-        progress: is told how many have an answer, and of how many.
+        progress: gives, for a number of bytes, what is told how many of these have an answer.
+
+    Returns:
+        how many came, or were made again here.
 
     Raises:
         LinkError: no production that can give them is connected, or none came for STALL_S.
     """
-    log, since_s = DamageLog(store), time.monotonic()
-    asked = left = {each.place for each in log.known() if may_heal(each)}
-    while left:
-        listens = _production_listens(store)
-        if time.monotonic() - since_s > STALL_S or (left == asked and not listens):
-            why = f"nothing came for {STALL_S:g} s: see the log of 'pitfs receive'"
-            if not listens:
-                why = "no host that can give them is connected: start 'pitfs protect' there, of this version or later"
-            raise LinkError(f"{store}: {len(left)} damaged contents wait for production, but {why}")
-        time.sleep(POLL_S)
-        before, left = left, left & {each.place for each in log.known() if may_heal(each)}
-        since_s = time.monotonic() if left < before else since_s
-        progress(len(asked) - len(left), len(asked))
-    return len(asked - {each.place for each in log.known()})
+    made, log, since_s = _make_frames(store), DamageLog(store), time.monotonic()
+    asked = left = {each.place: each.size for each in log.known() if may_heal(each)}
+    waiting = f"{store}: %d damaged contents wait for production, and %s"
+    if asked and not _production_listens(store):
+        why = "none that can give them is connected: start 'pitfs protect' of this version there"
+        raise LinkError(waiting % (len(left), why))
+    with progress(sum(asked.values())) as reached:
+        while left:
+            time.sleep(POLL_S)
+            waits = {each.place for each in log.known() if may_heal(each)}
+            before, left = left, {place: size for place, size in left.items() if place in waits}
+            since_s = time.monotonic() if len(left) < len(before) else since_s
+            reached(sum(asked.values()) - sum(left.values()))
+            if time.monotonic() - since_s > STALL_S:
+                raise LinkError(waiting % (len(left), f"none came for {STALL_S:g} s: see the log of 'pitfs receive'"))
+    return made + len(asked.keys() - {each.place for each in log.known()})
 
 
 def _production_listens(store: str) -> bool:
@@ -157,42 +155,52 @@ def _production_listens(store: str) -> bool:
     return False
 
 
-def make_frames(store: str) -> bool:
-    """Makes files and headers of contents again where these are damaged or missing; whether there were any.
+def _make_frames(path: str) -> int:
+    """Makes files and headers of contents again where these are missing or damaged; returns how many.
 
-    What the files held is zeros then: the next check finds it, content by content.
+    What was in a file is zeros then: damage that is known already, or that the next check finds.
     """
-    made, info = False, read_store_info(store)
-    with changes_locked(store), _opened(store) as (catalog, objects):
-        for each in DamageLog(store).known():
-            name, record = ObjectName.of_file(each.object), catalog.object(each.object)
-            is_contents = name and name.kind in (ObjectKind.SNAPSHOT_BLOCKS, ObjectKind.JOURNAL_BLOCKS)
-            if name is None or not is_contents or record is None or each.checksum or catalog.host_of(name):
-                continue
-            path, sizes = objects.path_of(name), () if name.number & 1 else (record.data_bytes,)
-            header = ObjectHeader(name.kind, bytes.fromhex(info.history), name.snapshot_id, *sizes)
-            try:
-                os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-                with open_fd(path, os.O_RDWR | os.O_CREAT) as fd:
+    log, made, contents = DamageLog(path), 0, (ObjectKind.SNAPSHOT_BLOCKS, ObjectKind.JOURNAL_BLOCKS)
+    names = {name for each in log.known() if each.checksum is None and (name := ObjectName.of_file(each.object))}
+    if not (names := {name for name in names if name.kind in contents}):
+        return 0
+    try:
+        with changes_locked(path), _opened(path) as (catalog, store):
+            for name in names:
+                record = catalog.object(name.file)
+                if record is None or catalog.host_of(name):
+                    continue
+                file, sizes = store.objects.path_of(name), () if name.number & 1 else (record.data_bytes,)
+                header = ObjectHeader(name.kind, bytes.fromhex(store.history), name.snapshot_id, *sizes)
+                os.makedirs(os.path.dirname(file), 0o700, exist_ok=True)
+                with open_fd(file, os.O_RDWR | os.O_CREAT) as fd:
                     write_all(fd, header.encode(), 0)
                     os.ftruncate(fd, max(os.fstat(fd).st_size, HEADER_BYTES + record.data_bytes))
                     os.fsync(fd)
-                fsync_directory(os.path.dirname(path))
-            except OSError as error:
-                raise storage_error(error, path, "healing") from error
-            made = True
+                fsync_directory(os.path.dirname(file))
+                made += 1
+    except OSError as error:
+        raise storage_error(error, path, "healing") from error
+    files = {name.file for name in names}
+    log.update(lambda known: [each for each in known if each.checksum is not None or each.object not in files])
     return made
 
 
 @contextmanager
-def _opened(path: str) -> Iterator[tuple[Catalog, ObjectPool]]:
-    info = read_store_info(path)
-    with ExitStack() as closing:
-        closing.callback((catalog := Catalog(os.path.join(path, CATALOG))).close)
-        history = bytes.fromhex(info.history)
-        objects = ObjectPool(os.path.join(path, OBJECTS), info.layout, history, host_of=catalog.host_of)
-        closing.callback(objects.close)
-        yield catalog, objects
+def _opened(path: str) -> Iterator[tuple[Catalog, Store]]:
+    with closing(Store.open(path)) as store, closing(Catalog(os.path.join(path, CATALOG))) as catalog:
+        yield catalog, store
+
+
+def _is_live(catalog: Catalog, store: Store, name: ObjectName, damage: Damage) -> bool:
+    """Whether the first snapshot that may have it does: what is dead of a moved object isn't in its host."""
+    layout, row = store.objects.layout, catalog.row("snapshots", "WHERE id >= ? ORDER BY id", name.snapshot_id)
+    if row is None:
+        return False
+    maps = block_maps(node_loader(store.objects), catalog.roots(row[0]), store.volumes)
+    pointers, checksums = look_up(maps, np.array([damage.volume], "<u2"), np.array([damage.block], "<i8"))
+    place = layout.object_of(pointers.item()), layout.offset_of(pointers.item()), checksums.item()
+    return place == (name.number, damage.offset, damage.checksum)
 
 
 def _wanted(catalog: Catalog, damage: Damage) -> Wanted:

@@ -61,7 +61,7 @@ from pitfs.store.transfer.writable_store import WritableStore
 
 CAUSE: Final = "rebuilt"
 MAX_HELD_MINUTES: Final = 4096
-_OF_JOURNAL: Final = (ObjectKind.JOURNAL_INDEX, ObjectKind.JOURNAL_BLOCKS)
+_LOST: Final = "only what objects say is known: not what pruning moved, bookmarks where nothing was written, fences"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,8 @@ def rebuild(path: str, say: Callable[[str], None], progress: Callable[[int], Non
             with open_fd(new, os.O_RDWR) as fd:
                 os.fsync(fd)
             old = _swap(path, new)
-            Catalog(os.path.join(path, CATALOG), "write").close()  # begins a log of its own
+            with closing(Catalog(os.path.join(path, CATALOG), "write")) as catalog:
+                catalog.write_over()  # begins a log of its own
             return RebuildReport(**counts, missing=rebuilding.missing, old=old)
     except OSError as error:
         raise storage_error(error, str(error.filename or path), "rebuilding") from error
@@ -125,7 +126,7 @@ def _swap(path: str, new: str) -> str:
     for suffix in ("-wal", "-shm", ""):
         with suppress(FileNotFoundError):
             os.rename(catalog + suffix, old + suffix)
-    with suppress(OSError):
+    with suppress(OSError):  # beside it, too: it may say more than what was understood
         os.link(os.path.join(path, CATALOG_LOG), f"{old}.log")
     fsync_directory(path)  # before the new one: SQLite would take the old one's log for its
     os.rename(new, catalog)
@@ -163,17 +164,18 @@ class _Rebuilding:
         try:
             log = CatalogLog.open(path)
         except FileNotFoundError:
-            self._say(f"{path}: missing: of causes, layers and fences only what objects say is known")
+            self._say(f"{path}: missing: {_LOST}")
             return
         except CorruptionError as error:
-            self._miss(f"{error}: of causes, layers and fences only what objects say is known")
+            self._miss(f"{error}: {_LOST}")
             return
         with closing(log):
             if log.history != self._store.history:
-                self._miss(f"{path}: of another store: it isn't used")
+                self._miss(f"{path}: of another store: {_LOST}")
                 return
             before = self.missing
-            for changes in log.records(LOG_HEADER_BYTES, self._note_damage):
+            of_damage = "{}: bytes {} to {} are damaged: what they said is made up from objects".format
+            for changes in log.records(LOG_HEADER_BYTES, lambda *bounds: self._miss(of_damage(path, *bounds))):
                 catalog.replay(changes)
             if log.end < log.base_end:
                 self._miss(f"{path}: cut at byte {log.end}, before the end of what it began with")
@@ -182,10 +184,6 @@ class _Rebuilding:
         first = catalog.first_snapshot()
         if first is not None and self.missing == before:
             self._first_id = first.id
-
-    def _note_damage(self, start: int, end: int) -> None:
-        path = os.path.join(self._path, CATALOG_LOG)
-        self._miss(f"{path}: bytes {start} to {end} are damaged: what they said is made up from objects")
 
     def add_objects(self, progress: Callable[[int], None]) -> None:
         """What the log doesn't have."""
@@ -248,22 +246,19 @@ class _Rebuilding:
         is_staged = os.path.exists(os.path.join(self._path, STAGING, f"{LAYERS_PREFIX}{number:016x}"))
         if index is None or index.layer == interval.layer or is_thinned or is_staged:
             return
-        found = [self._object(names[kind]) for kind in _OF_JOURNAL if kind in names]
-        if found[0][1]:
-            finer = replace(
-                interval, granularity_ns=granularity_of(index.layer), cause=CAUSE, journal_rows=_row_count(found[0][1])
-            )
+        found = [self._object(names[kind]) for kind in (index.kind, ObjectKind.JOURNAL_BLOCKS) if kind in names]
+        if sparse_index := found[0][1]:
+            how = granularity_of(index.layer), CAUSE, _row_count(sparse_index)
             replaced = index._replace(layer=max(interval.layer, 0)).file
+            finer = Interval(number, interval.base_snapshot_id, *interval.bounds, interval.first_time_ns, *how)
             self._catalog.commit_layers(finer, [record for record, _ in found], replaced, {})
 
     def _is_known(self, number: int) -> bool:
         """Whether the log has that snapshot, or has an interval, open or not, in the place of it."""
-        if self._catalog.snapshot(number) is not None:
-            return True
         row = self._catalog.row("intervals", "WHERE snapshot > ? ORDER BY snapshot", number)
         is_within = row is not None and Interval(*row).base_snapshot_id < number
-        open_intervals = self._catalog.open_intervals()
-        return is_within or any(number == each.end_snapshot_id and self._has_wal(each) for each in open_intervals)
+        is_open = any(number == each.end_snapshot_id and self._has_wal(each) for each in self._catalog.open_intervals())
+        return is_within or is_open or self._catalog.snapshot(number) is not None
 
     def _has_wal(self, interval: OpenInterval) -> bool:
         """Else it became a snapshot, or the log was lost."""
@@ -308,45 +303,36 @@ class _Rebuilding:
         wals = [number for number in self._wals if number > last.id and self._is_wal(number)]
         open_intervals = logged or [OpenInterval(number, number + 1, 0, 0, 0, 0, 0, None, 0) for number in wals]
         for place, each in enumerate(open_intervals):
-            closing_m = self._closings.get(each.id)
-            if closing_m is not None:
-                name = closing_m.bookmarks[0].name if closing_m.bookmarks else None
-                each = replace(
-                    each, mark=closing_m.mark, protected_through_ns=closing_m.protected_through_ns, bookmark=name
-                )
+            mark, protected_ns, bookmark = each.mark, each.protected_through_ns, each.bookmark
+            if (m := self._closings.get(each.id)) is not None:
+                mark, protected_ns = m.mark, m.protected_through_ns
+                bookmark = m.bookmarks[0].name if m.bookmarks else None
             elif not each.mark and place + 1 < len(open_intervals):  # one is open behind it
-                each = replace(each, mark=catalog.meta("mark") + 1)
-            first = OpenInterval(
-                each.id, each.end_snapshot_id, base, *end, *end, None, HEADER_BYTES, each.mark,
-                each.protected_through_ns, each.bookmark,
-            )  # fmt: skip
-            found = self._take_up(first)
-            if found is None:
-                return
+                mark = catalog.meta("mark") + 1
+            where = each.id, each.end_snapshot_id, base, *end, *end, None, HEADER_BYTES
+            found = self._take_up(OpenInterval(*where, mark, protected_ns, bookmark))
             base, end = found.end_snapshot_id, (found.to_seq, found.to_time_ns)
 
     def _is_wal(self, number: int) -> bool:
         name = ObjectName(ObjectKind.JOURNAL_BLOCKS, number)
         return os.pread(self._objects.fd_of(name), len(MAGIC), HEADER_BYTES) == MAGIC
 
-    def _take_up(self, record: OpenInterval) -> OpenInterval | None:
-        """The open interval as its write-ahead log has it; None if nothing can follow it."""
-        path, since = self._objects.path_of(record.wal), format_instant(record.from_time_ns)
+    def _take_up(self, record: OpenInterval) -> OpenInterval:
+        """Puts the open interval as its write-ahead log has it; where that is damaged the receiver will say so."""
+        since, minutes, found = format_instant(record.from_time_ns), dict[int, int](), replace(record, mark=0)
         try:
             writer = OpenIntervalWriter.recover(record, self._store)
-            if writer is None:
-                if not os.path.exists(path):
-                    self._miss(f"what was streamed after {since} is lost: {path} is missing")
-                return None
-            with closing(writer):
-                minutes = writer.make_readable()
+            if writer is not None:
+                with closing(writer):
+                    minutes |= writer.make_readable()
+                protected_ns = max(writer.end[1], record.protected_through_ns) if record.mark else 0
+                found = replace(writer.record, protected_through_ns=protected_ns)
+            elif not self._has_wal(record):
+                self._miss(f"what was streamed after {since} is lost: its write-ahead log is missing")
+                return found
         except CorruptionError as error:
             self._miss(f"what was streamed after {since} can't be read: {error}")
-            return None
-        end_ns = writer.end[1]
-        protected_ns = max(end_ns, record.protected_through_ns) if record.mark else 0
-        found = replace(writer.record, protected_through_ns=protected_ns)
-        self._catalog.put_open_interval(found, minutes, end_ns, durable=False)
+        self._catalog.put_open_interval(found, minutes, found.to_time_ns if found.runs else 0, durable=False)
         return found
 
     def add_minutes(self) -> None:

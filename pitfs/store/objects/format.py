@@ -26,6 +26,9 @@ one for its snapshot and one for its log, or one where it wasn't streamed. 256 i
 digits of the id before the last two, four and three of them (0x12345 is in 0000/123/). So a folder of objects has some
 1,000 names, and each folder above it at most 8,192. In a store of version 1 all objects are in objects/ itself.
 
+Behind the end of a map, or of contents, there may be parts of others, whose snapshots were removed: the table `moved`
+of the catalog says which, and where (`store.retention.moving`).
+
 Every object begins with a header of 4096 bytes, little-endian:
 
     offset size

@@ -88,11 +88,12 @@ class Descriptor(int):
     others need to open any number of objects. Were it closed by then, the read would fail, or be of another file.
 
     Attributes:
-        base: byte o of the object is byte base + o of the file.
+        base: byte o of the object is byte base + o of the file. start: byte of the file where its data area begins.
     """
 
     __slots__ = ()
     base: int = 0
+    start: int = HEADER_BYTES
 
     def __del__(self) -> None:
         os.close(self)
@@ -104,7 +105,7 @@ class HostedDescriptor(Descriptor):
     def __new__(cls, host: Descriptor, base: int) -> Self:
         """`base`: as the catalog has it."""
         found = super().__new__(cls, host)
-        found.host, found.base = host, base
+        found.host, found.base, found.start = host, base, base + HEADER_BYTES
         return found
 
     host: Descriptor

@@ -14,6 +14,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Final
 
 import numpy as np
@@ -26,38 +27,21 @@ BATCH_NODES: Final = 1 << 8  # looked at together: up to 1 MiB of pointers
 RANGE_UNITS: Final = 1 << 16  # made an array of at a time
 
 
-@dataclass(frozen=True, slots=True)
-class Objects:
-    """Of which contents and nodes is asked: of objects with snapshot ids [first_id, end_id).
-
-    Attributes:
-        layout: of the store. block_units: units of a block, by volume.
-    """
-
-    layout: Layout
-    block_units: U64Array
-    first_id: int
-    end_id: int
-
-    def bounds(self, kind: ObjectKind) -> tuple[int, int]:
-        """Pointers to nodes, or to contents, of these objects are [first, end)."""
-        objects_of_id = 1 if kind is ObjectKind.MAP else 2
-        bits = self.layout.unit_bits
-        return objects_of_id * self.first_id << bits, objects_of_id * self.end_id << bits
-
-
 @dataclass(slots=True)
 class Live:
-    """Pointers to nodes, and to all units of contents, by the kind of their object."""
+    """Pointers to nodes, and to all units of contents, in objects with ids [first_id, end_id), by their kind."""
 
-    objects: Objects
+    layout: Layout
+    first_id: int
+    end_id: int
     pointers: dict[ObjectKind, BitMap64] = field(
         default_factory=lambda: {ObjectKind.MAP: BitMap64(), ObjectKind.SNAPSHOT_BLOCKS: BitMap64()}
     )
 
     def add(self, kind: ObjectKind, pointers: U64Array, units: int = 1) -> None:
         """Those of them that lead to these objects; `units` of a block."""
-        first, end = self.objects.bounds(kind)
+        objects_of_id = 1 if kind is ObjectKind.MAP else 2
+        first, end = (objects_of_id * each << self.layout.unit_bits for each in (self.first_id, self.end_id))
         pointers = np.sort(pointers[(pointers >= first) & (pointers < end)])
         if units > 1:
             pointers = (pointers[:, None] + np.arange(units, dtype="<u8")).ravel()
@@ -70,11 +54,11 @@ class Live:
         """Bytes [start, end) of an object that are live, as if it had a file of its own: ascending, coalesced."""
         if name.kind not in self.pointers:
             return
-        pointers, layout = self.pointers[name.kind], self.objects.layout
+        pointers, layout = self.pointers[name.kind], self.layout
         is_map = name.kind is ObjectKind.MAP
         unit_bytes = NODE_BYTES if is_map else layout.unit_bytes
         first = layout.node_pointer(name.snapshot_id, 0) if is_map else layout.pointer(name)
-        place, end = (pointers.rank(each - 1) if each else 0 for each in (first, first + layout.max_units))
+        place, end = pointers.rank(first - 1), pointers.rank(first + layout.max_units - 1)
         held: tuple[int, int] | None = None
         for start in range(place, end, RANGE_UNITS):
             part = np.array(pointers[start : min(start + RANGE_UNITS, end)].to_array(), "<u8") - np.uint64(first)
@@ -91,26 +75,25 @@ class Live:
             yield held
 
 
-def live_between(before: Sequence[BlockMap], after: Sequence[BlockMap], objects: Objects) -> Live:
-    """What the maps `after` need of objects that were written behind those of `before`, which may be empty.
+def live_between(
+    before: Sequence[BlockMap], after: Sequence[BlockMap], block_units: Sequence[int], live: Live
+) -> Live:
+    """Adds what the maps `after` need of objects that were written behind those of `before`, which may be empty.
 
     Args:
-        before, after: of the volumes, in order.
+        before, after: of the volumes, in order. block_units: units of a block, by volume.
 
     Raises:
         CorruptionError: a node isn't what was written.
     """
-    live = Live(objects)
-    for one, other, units in zip(before, after, objects.block_units.tolist(), strict=True):
+    for one, other, units in zip(before, after, block_units, strict=True):
         nodes: list[int] = []
         contents = [np.zeros(0, "<u8")]
-        for level, node, pointers in one.new_nodes(other):
+        for level, node, pointers in chain(one.new_nodes(other), ((-1, 0, contents[0]),)):  # the last one ends it
             nodes.append(node)
             contents += [] if level else [pointers]
-            if len(nodes) >= BATCH_NODES:
+            if len(nodes) >= BATCH_NODES or level < 0:
                 live.add(ObjectKind.MAP, np.array(nodes, "<u8"))
                 live.add(ObjectKind.SNAPSHOT_BLOCKS, np.concatenate(contents), units)
                 nodes, contents = [], contents[:1]
-        live.add(ObjectKind.MAP, np.array(nodes, "<u8"))
-        live.add(ObjectKind.SNAPSHOT_BLOCKS, np.concatenate(contents), units)
     return live

@@ -13,7 +13,7 @@ from typing import Final
 
 from pitfs.errors import PitfsError, UsageError
 from pitfs.model.position import format_instant
-from pitfs.model.retention import LEVELS, NOTHING, SNAPSHOTS, AgeClock, Remove, Thin
+from pitfs.model.retention import LEVELS, NOTHING, SNAPSHOTS, AgeClock, Remove
 from pitfs.model.units import format_bytes
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.objects.format import CATALOG
@@ -69,13 +69,11 @@ class Retention(AbstractContextManager["Retention"]):
         """The instant of the newest snapshot, if all others go; else ""."""
         last = self._catalog.last_snapshot()
         for stretch in self._plan(self._rule):
-            match stretch.action:
-                case Remove(None, before_id) if last is not None and before_id == last.id:
-                    return format_instant(last.time_ns)
-                case None if stretch.snapshots == 0:
-                    return ""
-                case Thin() | Remove(int()):
-                    return ""
+            action = stretch.action
+            if isinstance(action, Remove) and last is not None and action.before_id == last.id:
+                return format_instant(last.time_ns) if action.after_id is None else ""
+            if action is not None or not stretch.snapshots:
+                return ""
         return ""
 
     def lack(self) -> str:
@@ -86,6 +84,8 @@ class Retention(AbstractContextManager["Retention"]):
     def apply(self, progress: Callable[[Progress], None] = lambda _: None) -> Progress:
         """Prunes; says what was done."""
         clock, catalog = self._clock, self._catalog
+        if not clock.newest_ns:
+            return Progress()  # nothing has arrived yet
         catalog.remember(age_limit_ns=clock.limit_ns, age_clock_ns=clock.clock_ns, age_newest_ns=clock.newest_ns)
         if self.policy.bookmarks_ns is not None:
             catalog.expire_bookmarks(clock.reference_ns - self.policy.bookmarks_ns)
@@ -124,24 +124,16 @@ class Retention(AbstractContextManager["Retention"]):
         while found := self._catalog.rows(sql, (last_id,)):
             for *state, base_id in found:
                 if base_id != last_id:
-                    raise self._changed(base_id)
+                    what = f"no interval leads on from snapshot {last_id}: it is being pruned, or is damaged"
+                    raise PitfsError(f"{self.path}: {what}: try again, then pitfs check")
                 last_id = state[0]
                 yield State._make(state)
 
     def _verified(self, state: State) -> State:
         interval = self._catalog.interval_to(state.id)
-        if interval is None:
-            snapshot = self._catalog.snapshot(state.id)
-            if snapshot is None:
-                raise self._changed(state.id)
-            return State(snapshot.id, snapshot.seq, snapshot.time_ns, None)
-        return State(interval.end_snapshot_id, interval.to_seq, interval.to_time_ns, interval.granularity_ns)
-
-    def _changed(self, snapshot_id: int) -> PitfsError:
-        return PitfsError(
-            f"{self.path}: the interval at snapshot {snapshot_id} isn't there: it is pruned at the moment, or the "
-            "catalog is damaged: try again, then pitfs check"
-        )
+        if interval is None:  # the first one, whose row is verified
+            return state
+        return State(state.id, interval.to_seq, interval.to_time_ns, interval.granularity_ns)
 
     def _keepers(self) -> Iterator[Keeper]:
         """What bookmarks and pins keep, by the seq where it begins."""
@@ -190,26 +182,32 @@ class Retention(AbstractContextManager["Retention"]):
         ladder += [SNAPSHOTS] if ladder[-1] < SNAPSHOTS else []
         runs = 1 + sum(1 for _ in self._states()) // FORETOLD_RUNS
         before = Rule(self.policy, self._clock.reference_ns)
-        total_bytes = sum(size for _, size in self._sizes(before, _EVER))
+        total_bytes = sum(size for _, _, size in self._sizes(before, _EVER))
         for level in (*ladder[1:], NOTHING):
             if total_bytes >= excess_bytes:
                 return before.floors
             floors = ((_EVER, level),) if level < NOTHING else ((last.time_ns - 1, level), *before.floors)
             rule, others = replace(before, floors=floors), self._sizes(before, _EVER)
             freed_bytes, other = 0, next(others, None)
-            for to_ns, size in self._sizes(rule, runs if level == NOTHING else _EVER):
+            for _, to_ns, size in self._sizes(rule, runs if level == NOTHING else _EVER):
                 freed_bytes += size
-                while other is not None and other[0] <= to_ns:
-                    total_bytes, other = total_bytes - other[1], next(others, None)
+                while other is not None and other[0] < to_ns:  # what would be counted twice is counted once
+                    total_bytes, other = total_bytes - other[2], next(others, None)
                 if freed_bytes + total_bytes >= excess_bytes:
                     return (to_ns - (level == NOTHING), level), *before.floors
             before, total_bytes = rule, freed_bytes
         self.lacking_bytes = excess_bytes - total_bytes
         return before.floors
 
-    def _sizes(self, rule: Rule, max_run: int) -> Iterator[tuple[int, int]]:
-        """Up to when each action goes, and what it frees."""
-        return ((each.to_ns, each.freed_bytes) for each in self._foretold(rule, max_run) if each.action is not None)
+    def _sizes(self, rule: Rule, max_run: int) -> Iterator[tuple[int, int, int]]:
+        """Of each action: from when on and up to when something goes, and what it frees."""
+        from_ns: int | None = None
+        for each in self._foretold(rule, max_run):
+            from_ns = each.from_ns if from_ns is None else from_ns
+            if each.action is not None:
+                yield from_ns, each.to_ns, each.freed_bytes
+            if each.action is not None or not each.snapshots:
+                from_ns = None
 
 
 def used_bytes(path: str) -> int:

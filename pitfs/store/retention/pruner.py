@@ -16,15 +16,15 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from typing import Final
 
 import numpy as np
 
 from pitfs.errors import CorruptionError, DiskFullError, PermissionDeniedError, StoreError
-from pitfs.model.retention import Action, Remove, Thin
+from pitfs.model.retention import Action, Thin
 from pitfs.storage.files import FULL_ERRNOS, storage_error, sync_file_system
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.index.maps import node_loader
@@ -39,18 +39,20 @@ from pitfs.store.opening import (
     read_store_info,
 )
 from pitfs.store.pins.pin_file import PinnedInstants
-from pitfs.store.pins.pins import pins_locked
+from pitfs.store.pins.pins import list_pins, pins_locked
 from pitfs.store.retention.removal import Removal
 from pitfs.store.retention.thinning import Thinning, settle
 from pitfs.store.transfer.writable_store import WritableStore
 
 log = logging.getLogger(__name__)
 
-BATCH_ACTIONS: Final = 512  # a commit of so many takes some 0.1 s
-BATCH_WEIGHT: Final = 1 << 20  # rows and units of the journals of a batch: some 4 MiB
+THIN_WEIGHT: Final = 256  # besides the rows and units of its journal: 4,096 at most share their syncs
+REMOVE_WEIGHT: Final = 16_384
+BATCH_WEIGHT: Final = 1 << 20  # some 4 MiB
 SCARCE_BYTES: Final = 64 << 20  # with less room than that batches are small: each gives room for the next
-SCARCE_ACTIONS: Final = 16
-LOCKED_S: Final = 0.25  # then what is left of a batch waits for the next time that the locks are free
+SCARCE_WEIGHT: Final = 16 * THIN_WEIGHT
+FREEING: Final = 8  # threads
+LOCKED_S: Final = 0.25  # as long others wait for the locks; then they have their turn
 MAX_POSTPONED: Final = 4096
 VACUUM_PAGES: Final = 256  # at a time
 VACUUM_STEPS: Final = 64
@@ -69,6 +71,15 @@ class Progress:
     done: int = 0
     skipped: int = 0
     freed_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """An action, what does it, and the seqs strictly between which instants go."""
+
+    action: Action
+    change: Thinning | Removal
+    bounds: tuple[int, int]
 
 
 class Pruner(AbstractContextManager["Pruner"]):
@@ -103,7 +114,7 @@ class Pruner(AbstractContextManager["Pruner"]):
             )  # fmt: skip
             closing.callback(objects.close)
             self._store = WritableStore(self._catalog, objects, node_loader(objects), history, info.volumes)
-            self._freed: list[int] = []  # intervals whose row in `removals` may go once all is synced
+            self._thinned = set[int]()  # ends of intervals whose row in `removals` may go once all is synced
             if changes:
                 self._finish_removals()
             self._closing = closing.pop_all()
@@ -116,15 +127,12 @@ class Pruner(AbstractContextManager["Pruner"]):
         self._closing.close()
 
     def foretell(self, action: Action) -> int:
-        """Bytes on the disk that it frees; changes nothing.
-
-        Raises:
-            CorruptionError: what it would have to read is damaged.
-        """
-        if isinstance(action, Remove):
-            return self._removal(action).foretell() if self._bounds(action) else 0
-        thinning = self._thinning(action)
-        return thinning.foretell() if thinning else 0
+        """Bytes on the disk that it frees; changes nothing. What is damaged frees nothing, and stays as it is."""
+        sizes = [0]
+        with self._errors(), self._damage_passed_over():
+            step = self._step(action)
+            sizes += [step.change.foretell()] if step is not None else []
+        return sizes[-1]
 
     def apply(self, actions: Iterable[Action], progress: Callable[[Progress], None] = lambda _: None) -> Progress:
         """Executes actions, in their order but for some that need room on a full disk.
@@ -138,164 +146,152 @@ class Pruner(AbstractContextManager["Pruner"]):
             PitfsError: the disk refuses. What was done until then stays so.
         """
         self.progress = Progress()
-        waiting: list[Thin] = []
         with self._errors():
-            for batch in self._batches(actions):
-                waiting += self._execute(batch)
-                del waiting[MAX_POSTPONED:]
-                progress(self.progress)
-            if waiting and (waiting := [left for batch in self._batches(waiting) for left in self._execute(batch)]):
+            waiting = self._run(actions, progress)
+            if waiting and self._run(waiting, progress):
                 raise DiskFullError(f"{self.path}: no room for the journals that would be smaller: make some room")
-            self._forget_freed()
+            self._forget_thinned()
             self._vacuum()
-        progress(self.progress)
         return self.progress
 
     # Batches
 
-    def _batches(self, actions: Iterable[Action]) -> Iterator[list[Thinning] | list[Remove]]:
-        """Neighbouring actions of one kind, prepared."""
-        thin: dict[int, Thinning] = {}
-        remove: list[Remove] = []
-        weight = 0
-        for action in chain(actions, (None,)):
-            limit = BATCH_ACTIONS if free_bytes(self.path) > SCARCE_BYTES else SCARCE_ACTIONS
-            if thin and (
-                not isinstance(action, Thin) or action.end_snapshot_id in thin
-                or len(thin) >= limit or weight > BATCH_WEIGHT
-            ):  # fmt: skip
-                yield list(thin.values())
-                thin, weight = {}, 0
-            if remove and (not isinstance(action, Remove) or len(remove) >= limit):
-                yield remove
-                remove = []
-            if isinstance(action, Remove):
-                remove.append(action)
-            elif action is not None:
-                thinning = self._thinning(action)
-                if thinning is None:
-                    self._count(skipped=1)
-                    continue
-                thin[action.end_snapshot_id] = thinning
-                weight += thinning.weight
+    def _run(self, actions: Iterable[Action], progress: Callable[[Progress], None]) -> list[Action]:
+        """Executes them; returns those that wait for room."""
+        waiting: list[Action] = []
+        for batch in self._batches(actions):
+            waiting += self._execute(batch)
+            progress(self.progress)
+        return waiting[:MAX_POSTPONED]
 
-    def _execute(self, batch: Sequence[Thinning] | Sequence[Remove]) -> list[Thin]:
+    def _step(self, action: Action) -> _Step | None:
+        """None where there is nothing to do (any more)."""
+        catalog, store = self._catalog, self._store
+        if isinstance(action, Thin):
+            interval = catalog.interval_to(action.end_snapshot_id)
+            if interval is None or not (thinning := Thinning(store, interval, action)).is_due:
+                return None
+            return _Step(action, thinning, (interval.from_seq, interval.to_seq))
+        after_id, before = action.after_id or 0, catalog.snapshot(action.before_id)
+        after, interval = catalog.snapshot(after_id), catalog.interval_to(action.before_id)
+        if before is None or interval is None or (after_id and after is None) or interval.base_snapshot_id <= after_id:
+            return None
+        removal = Removal(store, action.after_id, action.before_id, action.cause)
+        return _Step(action, removal, (after.seq if after is not None else -1, before.seq))
+
+    def _batches(self, actions: Iterable[Action]) -> Iterator[list[_Step]]:
+        """Actions that don't build on each other."""
+        batch, ends, weight = list[_Step](), set[tuple[str, int]](), 0
+        for action in actions:
+            own = {("end", action.end_snapshot_id if isinstance(action, Thin) else action.before_id)}
+            if not isinstance(action, Thin):
+                own.add(("start", action.after_id or 0))
+            limit = BATCH_WEIGHT if free_bytes(self.path) > SCARCE_BYTES else SCARCE_WEIGHT
+            if batch and (weight >= limit or ends & own):
+                yield batch
+                batch, ends, weight = [], set(), 0
+            step = self._step(action)
+            if step is None:
+                self._count(skipped=1)
+                continue
+            batch.append(step)
+            ends |= own
+            weight += THIN_WEIGHT + step.change.weight if isinstance(step.change, Thinning) else REMOVE_WEIGHT
+        if batch:
+            yield batch
+
+    def _execute(self, batch: Sequence[_Step]) -> list[Action]:
         """The actions that have to wait for room."""
-        thinnings = [each for each in batch if isinstance(each, Thinning)]
-        if thinnings:
-            return self._thin(thinnings)
-        self._forget_freed()  # they may have rows of the same intervals
-        removes = [each for each in batch if isinstance(each, Remove)]
-        prepared = [(each, self._removal(each)) for each in removes if self._bounds(each) is not None]
-        self._count(skipped=len(removes) - len(prepared))
-        for _, removal in prepared:
-            removal.prepare()
-        while prepared:
-            self._remove(prepared)
-        return []
-
-    # Thinning
-
-    def _thinning(self, action: Thin) -> Thinning | None:
-        interval = self._catalog.interval_to(action.end_snapshot_id)
-        thinning = Thinning(self._store, interval, action) if interval is not None else None
-        return thinning if thinning is not None and thinning.is_due else None
-
-    def _thin(self, thinnings: Sequence[Thinning]) -> list[Thin]:
-        ids = [each.before.end_snapshot_id for each in thinnings]
+        ids = {each.action.end_snapshot_id for each in batch if isinstance(each.action, Thin)}
         with self._catalog.changes():
             for snapshot_id in ids:
                 self._catalog.put("removals", (snapshot_id, snapshot_id), "ON CONFLICT DO NOTHING")
-        built, postponed = self._build(thinnings)
-        sync_file_system(self._store.objects.directory)
-        done, refused = list[Thinning](), list[Thinning]()
-        with changes_locked(self.path), pins_locked(self.path) as pins:
-            pinned = _Pinned(pins)
-            with self._catalog.changes():
-                self._delete_rows(self._freed)
-                for each in built:
-                    if pinned.between(each.before.from_seq, each.before.to_seq) or not each.is_still():
-                        refused.append(each)
-                    else:
-                        each.change()
-                        done.append(each)
-            for each in refused:
-                each.drop()
-        self._freed = ids
-        self._count(len(done), len(thinnings) - len(done) - len(postponed), sum(each.free() for each in done))
-        return postponed
+        prepared, waiting = self._prepare(batch)
+        if ids or self._thinned:
+            sync_file_system(self._store.objects.directory)
+            self._delete_rows(self._thinned - ids)
+        done = list[_Step]()
+        while prepared:
+            done += self._commit(prepared)
+        self._thinned = ids
+        changes = [each.change for each in done]
+        with ThreadPoolExecutor(FREEING) as threads:  # a disk that isn't waited for is idle
+            freed = sum(threads.map(Thinning.free, (each for each in changes if isinstance(each, Thinning))))
+        freed += sum(each.free() for each in changes if isinstance(each, Removal))
+        self._count(len(done), len(batch) - len(done) - len(waiting), freed)
+        return waiting
 
-    def _build(self, thinnings: Sequence[Thinning]) -> tuple[list[Thinning], list[Thin]]:
-        """Those whose new indexes are made, and those for which there was no room."""
-        built, postponed = list[Thinning](), list[Thin]()
-        for each in thinnings:
+    def _prepare(self, batch: Sequence[_Step]) -> tuple[list[_Step], list[Action]]:
+        """Those that can be committed, last one first, and the actions for which there was no room."""
+        prepared, waiting, pinned = list[_Step](), list[Action](), _Pinned(list_pins(self.path))
+        for each in batch:
+            if pinned.between(*each.bounds):  # as `_commit` would find
+                continue
             try:
-                each.build()
-                built.append(each)
-            except CorruptionError as error:  # no reason to keep all the others
-                log.warning("the interval up to seq %d stays as it is: %s", each.before.to_seq, error)
+                with self._damage_passed_over():
+                    each.change.prepare()
+                    prepared.append(each)
             except OSError as error:
                 if error.errno not in FULL_ERRNOS:
                     raise
-                postponed.append(each.action)
-        return built, postponed
+                waiting.append(each.action)
+        return prepared[::-1], waiting
 
-    # Removal
-
-    def _removal(self, action: Remove) -> Removal:
-        return Removal(self._store, action.after_id, action.before_id, action.cause)
-
-    def _bounds(self, action: Remove) -> tuple[int, int] | None:
-        """The seqs between which instants go; None where there is nothing to remove."""
-        catalog = self._catalog
-        before = catalog.snapshot(action.before_id)
-        after = catalog.snapshot(action.after_id) if action.after_id is not None else None
-        interval = catalog.interval_to(action.before_id)
-        if before is None or interval is None or (after is None) != (action.after_id is None):
-            return None
-        if action.after_id is not None and interval.base_snapshot_id <= action.after_id:
-            return None
-        return after.seq if after is not None else -1, before.seq
-
-    def _remove(self, removals: list[tuple[Remove, Removal]]) -> None:
-        """As many of them as there is time for while others wait for the locks; takes them from the list."""
-        done, refused, begun_s = list[Removal](), 0, time.monotonic()
+    def _commit(self, prepared: list[_Step]) -> list[_Step]:
+        """Commits as many of them as there is time for while others wait for the locks; takes them from the list."""
+        done, begun_s = list[_Step](), time.monotonic()
         with changes_locked(self.path), pins_locked(self.path) as pins:
             pinned = _Pinned(pins)
             with self._catalog.changes():
-                while removals and (not done or time.monotonic() - begun_s < LOCKED_S):
-                    action, removal = removals.pop(0)
-                    bounds = self._bounds(action)
-                    if bounds is None or pinned.between(*bounds):
-                        refused += 1
-                        continue
-                    removal.change()
-                    done.append(removal)
-        self._count(len(done), refused, sum(removal.free() for removal in done))
+                while prepared and time.monotonic() - begun_s < LOCKED_S:
+                    step = prepared.pop()
+                    if self._is_still(step) and not pinned.between(*step.bounds):
+                        step.change.change()
+                        done.append(step)
+                    else:
+                        step.change.drop()
+        return done
+
+    def _is_still(self, step: _Step) -> bool:
+        """Whether the history is what the step was prepared for."""
+        if isinstance(step.change, Thinning):
+            return step.change.is_still()
+        now = self._step(step.action)
+        return now is not None and now.bounds == step.bounds
 
     # What a crash left, and what is left to do afterwards
 
     def _finish_removals(self) -> None:
         for before_id, after_id in self._catalog.removals():
             if before_id == after_id:
-                with changes_locked(self.path):
+                with changes_locked(self.path), self._damage_passed_over():
                     settle(self._store, before_id)
-                self._freed.append(before_id)
+            if before_id == after_id or self._catalog.snapshot(before_id) is None:  # as a rebuilt catalog may have it
+                self._thinned.add(before_id)
+        self._forget_thinned()
         for removal in Removal.unfinished(self._store):
-            removal.free()
-        self._forget_freed()
+            with self._damage_passed_over():
+                removal.free()
 
-    def _forget_freed(self) -> None:
-        """Their room is given back: durable first, else a power loss would bring files back that nobody looks for."""
-        if self._freed:
+    @contextmanager
+    def _damage_passed_over(self) -> Iterator[None]:
+        """What is damaged keeps nobody from pruning what is around it."""
+        try:
+            yield
+        except CorruptionError as error:
+            log.warning("not pruned, or not all of it: %s", error)
+
+    def _forget_thinned(self) -> None:
+        """Room that was given back: durable first, else a power loss would bring files back that nobody looks for."""
+        if self._thinned:
             sync_file_system(self._store.objects.directory)
-            with self._catalog.changes(durable=False):
-                self._delete_rows(self._freed)
-            self._freed = []
+            self._delete_rows(self._thinned)
+            self._thinned = set()
 
-    def _delete_rows(self, before_ids: Sequence[int]) -> None:
-        for before_id in before_ids:
-            self._catalog.delete("removals", "before_id", before_id)
+    def _delete_rows(self, thinned: Iterable[int]) -> None:
+        with self._catalog.changes():
+            for before_id in thinned:
+                self._catalog.delete("removals", "before_id", before_id)
 
     def _vacuum(self) -> None:
         """Gives the disk some of the catalog's free pages, where they are many and it can."""

@@ -1,7 +1,7 @@
 """The removal of all snapshots between two, or of all before one, and of what only they had.
 
-    plan      which contents and nodes of the objects between are still needed (`liveness`); what becomes of each file
-    prepare   small survivors are copied behind the end of an object that stays, and synced
+    prepare   what contents and nodes of the objects between are still needed (`liveness`)? small survivors are copied
+              behind the end of an object that stays, and synced
     change    the catalog commits: the snapshots are gone, and what was copied is found in its new place
     free      files that nothing is in any more are unlinked, of others what is dead is punched; directories are synced
 
@@ -15,52 +15,30 @@ file (the table `moved`). So only what is live of it takes room there, and neith
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from functools import cached_property
-from heapq import merge
+from itertools import chain, islice
 from typing import Final
 
 from pitfs.errors import CorruptionError, StoreError
 from pitfs.model.blockmap import EMPTY
-from pitfs.storage.files import FULL_ERRNOS, fsync_directory, open_fd, punch, read_exactly, write_all
-from pitfs.store.catalog.database import REMEDY
+from pitfs.storage.files import FULL_ERRNOS, fsync_directory, open_fd, punch
+from pitfs.store.catalog.database import PAGE_ROWS, REMEDY
 from pitfs.store.index.maps import block_maps
-from pitfs.store.objects.format import HEADER_BYTES, ObjectKind, ObjectName, ObjectRecord
-from pitfs.store.retention.liveness import Live, Objects, live_between
+from pitfs.store.objects.format import HEADER_BYTES, ObjectKind, ObjectName
+from pitfs.store.retention.liveness import Live, live_between
+from pitfs.store.retention.moving import Mover, ObjectFile, Part
 from pitfs.store.retention.rows import join_intervals, removed_journals
 from pitfs.store.transfer.writable_store import WritableStore
 
 MAX_MOVED_BYTES: Final = 1 << 20  # files of which more is live are punched: their headers don't matter
-MAX_HOST_BYTES: Final = 1 << 42  # ext4 has files of up to 16 TiB
-COPY_BYTES: Final = 1 << 20
-KINDS: Final = (ObjectKind.MAP, ObjectKind.SNAPSHOT_BLOCKS)  # of which parts may stay
+MAX_SPAN_BYTES: Final = 1 << 30  # nor are files moved that are mostly holes: a host has up to 16 TiB on ext4
+LARGE_BYTES: Final = 64 << 20
+LITTLE: Final = 256  # part of a large file that isn't worth the holes yet
+FREEING: Final = 4  # at a time: a file system waits for its disk, holes took a tenth of the time with two processors
 _JOURNALS: Final = (ObjectKind.JOURNAL_INDEX, ObjectKind.JOURNAL_BLOCKS)
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """An object in a file: its own, or that of another one."""
-
-    record: ObjectRecord
-    name: ObjectName
-    base: int
-
-
-@dataclass(slots=True)
-class ObjectFile:
-    """A file of objects/ with the objects in it, and how much of it is live.
-
-    Attributes:
-        live: those parts of which anything is live.
-        live_bytes: in whole blocks of the file system.
-    """
-
-    name: ObjectName
-    parts: list[Part] = field(default_factory=list)
-    live: list[Part] = field(default_factory=list)
-    live_bytes: int = 0
 
 
 class Removal:
@@ -78,11 +56,11 @@ class Removal:
         self, store: WritableStore, after_id: int | None, before_id: int, cause: str = "retention: snapshots"
     ) -> None:
         self._store, self._after_id, self._before_id, self._cause = store, after_id or 0, before_id, cause
+        self._bounds = tuple(f"snapshot-{each:016x}" for each in (self._after_id + 1, before_id))
         self._block_bytes = os.statvfs(store.objects.directory).f_bsize
-        # What `prepare` found out: names of objects that nobody needs, and the (name, host, base) of those moved.
+        # What `prepare` found out: names of objects that nobody needs, and what became of the others.
         self._dead: list[str] | None = None
-        self._moved: list[tuple[str, str, int]] = []
-        self._grown_bytes = 0
+        self._movers: list[Mover] = []
 
     @classmethod
     def unfinished(cls, store: WritableStore) -> list[Removal]:
@@ -100,43 +78,61 @@ class Removal:
         before, after = (
             block_maps(store.load_node, each, store.volumes) for each in (roots, catalog.roots(self._before_id))
         )
-        objects = Objects(store.layout, store.block_units, self._after_id + 1, self._before_id)
-        return live_between(before, after, objects)
+        live = Live(store.layout, self._after_id + 1, self._before_id)
+        return live_between(before, after, store.block_units.tolist(), live)
 
-    def _files(self, kind: ObjectKind) -> dict[ObjectName, ObjectFile]:
-        """The files of that kind whose objects are between the two snapshots, as the catalog has them now."""
-        catalog, files = self._store.catalog, dict[ObjectName, ObjectFile]()
-        first, end = (ObjectName(kind, each).file for each in (self._after_id + 1, self._before_id))
-        range_of, suffix = "WHERE name >= ? AND name < ?", first[first.index(".") :]
-        rows = catalog.rows(f"SELECT * FROM moved {range_of}", (first, end))
-        moved = {name: (host, base) for name, host, base in (catalog.verified("moved", row) for row in rows)}
-        for row in catalog.rows(f"SELECT * FROM objects {range_of} ORDER BY name", (first, end)):
-            record = ObjectRecord(*catalog.verified("objects", row))
-            name = ObjectName.of_file(record.name)
-            if name is None or not record.name.endswith(suffix):
-                continue
-            host_file, base = moved.get(record.name, (record.name, 0))
-            host = ObjectName.of_file(host_file)
-            if host is not None and host.snapshot_id < self._before_id:  # what that snapshot's own file has stays
-                files.setdefault(host, ObjectFile(host)).parts.append(Part(record, name, base))
-        for file in files.values():
-            self._measure(file)
-        return files
+    def _files(self) -> Iterator[ObjectFile]:
+        """The files of maps and contents between the two snapshots, as the catalog has them now; a page in memory."""
+        catalog, (last, end) = self._store.catalog, self._bounds
+        has_moved = catalog.has_table("moved")
+        if has_moved:
+            # An index finds what is in a file. What it didn't find would be lost: so the table itself is asked, too.
+            (by_name,) = catalog.rows(
+                "SELECT count(*) FROM moved NOT INDEXED WHERE name >= ? AND name < ? AND host < ?", (last, end, end)
+            )
+            (by_host,) = catalog.rows(
+                "SELECT count(*) FROM moved INDEXED BY moved_by_host WHERE host >= ? AND host < ?", (last, end)
+            )
+            if by_name != by_host:
+                raise CorruptionError(catalog.path, 0, f"the index of moved is damaged: {REMEDY}")
+        while True:
+            sql = f"SELECT * FROM objects WHERE name > ? AND name < ? ORDER BY name LIMIT {PAGE_ROWS}"
+            names = [catalog.verified("objects", row)[0] for row in catalog.rows(sql, (last, end))]
+            if not names:
+                return
+            last = names[-1]
+            within = names[0], last
+            files = {name: ObjectFile(found) for name in names if (found := ObjectName.of_file(name)) is not None}
+            if has_moved:
+                for (name,) in catalog.rows("SELECT name FROM moved WHERE name >= ? AND name <= ?", within):
+                    files.pop(name, None)
+                for row in catalog.rows("SELECT * FROM moved WHERE host >= ? AND host <= ?", within):
+                    name, host, base = catalog.verified("moved", row)
+                    if (found := ObjectName.of_file(name)) is not None and host in files:
+                        files[host].parts.append(Part(found, base))
+            for file in files.values():
+                self._measure(file)
+                yield file
 
-    def _ranges(self, parts: Iterable[Part]) -> Iterator[tuple[int, int]]:
+    def _ranges(self, file: ObjectFile) -> Iterator[tuple[int, int]]:
         """Bytes [start, end) of a file that are live, ascending."""
-        for part in sorted(parts, key=lambda part: part.base):
-            for start, end in self._live.ranges(part.name):
+        for part in file.parts:
+            for start, end in self._live.ranges(part.name) if part.is_live else ():
                 yield part.base + start, part.base + end
 
     def _measure(self, file: ObjectFile) -> None:
-        size, last = self._block_bytes, -1
         for part in file.parts:
-            if next(self._live.ranges(part.name), None) is not None:
-                file.live.append(part)
-        for start, end in self._ranges(file.live):
-            first, last = max(start // size, last + 1), (end - 1) // size
+            found = next(self._live.ranges(part.name), None)
+            part.first = -1 if found is None else part.base + found[0]
+        file.parts.sort(key=lambda part: part.first)  # not by base: what is dead at their beginnings isn't there
+        size, last, origin, behind = self._block_bytes, -1, -1, HEADER_BYTES
+        for start, end in self._ranges(file):
+            if start < behind:  # before anything is punched
+                raise CorruptionError(self._path(file.name), start, "objects in it overlap")
+            first, last, behind = max(start // size, last + 1), (end - 1) // size, end
+            origin = first if origin < 0 else origin
             file.live_bytes += max(0, last + 1 - first) * size
+        file.span_bytes = (last - origin) * size
 
     def _path(self, name: ObjectName) -> str:
         return self._store.objects.path_of(name)
@@ -147,90 +143,62 @@ class Removal:
         except FileNotFoundError:
             return 0
 
-    def _moving(self, kind: ObjectKind, files: dict[ObjectName, ObjectFile]) -> tuple[ObjectName, list[ObjectFile]]:
-        """The object into whose file small survivors are to be moved, and the files that they are in."""
-        host = ObjectName(kind, self._before_id)
-        if self._store.catalog.object(host.file) is None and files:  # the one with most in it stays instead
-            host = max(files.values(), key=lambda file: (file.live_bytes, file.name)).name
-        small = (file for file in files.values() if 0 < file.live_bytes < MAX_MOVED_BYTES)
-        return host, [file for file in small if file.name != host]
+    def _host(self, hosts: dict[ObjectKind, ObjectName], file: ObjectFile) -> ObjectName | None:
+        """Into whose file that one's parts are to be moved, None if they stay where they are."""
+        if not 0 < file.live_bytes < MAX_MOVED_BYTES or file.span_bytes > MAX_SPAN_BYTES:
+            return None
+        host = ObjectName(file.name.kind, self._before_id)
+        if file.name.kind not in hosts and self._store.catalog.object(host.file) is None:
+            host = file.name  # the first of the small ones takes the others
+        host = hosts.setdefault(file.name.kind, host)
+        return None if host == file.name else host
 
     def foretell(self) -> int:
         """Bytes on the disk that it frees; changes nothing."""
         journals = removed_journals(self._store.catalog, self._after_id, self._before_id)
         freed = sum(self._allocated(name) for name in map(ObjectName.of_file, journals) if name is not None)
-        for kind in KINDS:
-            files = self._files(kind)
-            moving = {file.name for file in self._moving(kind, files)[1]}
-            for name, file in files.items():
-                header_bytes = HEADER_BYTES if file.live and name not in moving else 0
-                freed += max(0, self._allocated(name) - file.live_bytes - header_bytes)
+        hosts: dict[ObjectKind, ObjectName] = {}
+        for file in self._files():
+            stays = file.live_bytes > 0 and self._host(hosts, file) is None
+            after_bytes = file.live_bytes + HEADER_BYTES * stays
+            freed += max(0, self._allocated(file.name) - after_bytes) if self._is_worth(file) else 0
         return freed
+
+    def _is_worth(self, file: ObjectFile) -> bool:
+        """Whether it is to be punched. Each time that the first snapshot goes, all large old files are looked at."""
+        is_little = self._allocated(file.name) - file.live_bytes < file.live_bytes // LITTLE
+        return bool(self._after_id) or file.live_bytes < LARGE_BYTES or not is_little
 
     # The removal
 
     def prepare(self) -> None:
         """Copies small survivors to where they will be, and looks for what nobody needs: then `change` is short."""
-        self._dead = []
-        for kind in KINDS:
-            files = self._files(kind)
-            host, moving = self._moving(kind, files)
-            moved = self._move(host, moving) if moving else set()
-            for name, file in files.items():
-                stays = bool(file.live) and name not in moved
-                self._dead += [
-                    part.record.name for part in file.parts
-                    if part not in file.live and not (stays and part.name == name)
-                ]  # fmt: skip
+        try:
+            self._prepare(is_moving=True)
+        except OSError as error:
+            if error.errno not in FULL_ERRNOS:
+                raise
+            self._prepare(is_moving=False)
 
-    def _move(self, host: ObjectName, files: list[ObjectFile]) -> set[ObjectName]:
-        """Copies what is live of these files behind the host's end; says of which, none where there is no room."""
-        moved = list[tuple[str, str, int]]()
-        block, names = self._block_bytes, set[ObjectName]()
-        with open_fd(self._path(host), os.O_RDWR) as fd:
-            self._cut(fd, host)
-            before = os.fstat(fd)
-            end = before.st_size
-            try:
-                for file in files:
-                    if end > MAX_HOST_BYTES:
-                        break
-                    names.add(file.name)
-                    with open_fd(self._path(file.name), os.O_RDONLY) as source:
-                        for part in file.live:
-                            first, _ = next(self._live.ranges(part.name))
-                            base = -(-end // block) * block - first // block * block
-                            for start, stop in self._live.ranges(part.name):
-                                _copy(source, part.base + start, fd, base + start, stop - start)
-                                end = base + stop
-                            moved.append((part.record.name, host.file, base))
-                os.fsync(fd)
-            except OSError as error:
-                os.ftruncate(fd, before.st_size)
-                if error.errno not in FULL_ERRNOS:
-                    raise
-                return set()
-            self._grown_bytes += (os.fstat(fd).st_blocks - before.st_blocks) * 512
-        self._moved += moved
-        return names
+    def _prepare(self, is_moving: bool) -> None:
+        dead, hosts, movers = list[str](), dict[ObjectKind, ObjectName](), dict[ObjectName, Mover]()
+        with ExitStack() as opened:
+            for file in self._files():
+                host = self._host(hosts, file) if is_moving else None
+                if host is not None:
+                    if host not in movers:
+                        movers[host] = opened.enter_context(Mover(self._store, host, self._live, self._block_bytes))
+                    movers[host].take(file)
+                stays = file.live_bytes > 0 and host is None
+                gone = (part.name for part in file.parts if not part.is_live)
+                dead += [name.file for name in gone if not (stays and name == file.name)]
+        self._dead, self._movers = dead, list(movers.values())
 
-    def _cut(self, fd: int, host: ObjectName) -> None:
-        """Cuts off what a removal copied there whose commit didn't come about."""
-        size = os.fstat(fd).st_size
-        if size > self._end_of(host, "") and size > (end := self._end_of(host, "NOT INDEXED")):
-            os.ftruncate(fd, end)
-
-    def _end_of(self, host: ObjectName, how: str) -> int:
-        """Byte of an object's file behind all that the catalog says is in it; `how` not to trust an index alone."""
-        catalog, ends = self._store.catalog, [HEADER_BYTES]
-        rows = catalog.rows(f"SELECT * FROM moved {how} WHERE host = ?", (host.file,))
-        for name, _, base in (*(catalog.verified("moved", row) for row in rows), (host.file, host.file, 0)):
-            record = catalog.object(name)
-            if record is None:
-                raise CorruptionError(catalog.path, 0, f"it has moved {name}, but not the object: {REMEDY}")
-            footer_bytes = record.footer_bytes if name == host.file else 0
-            ends.append(base + HEADER_BYTES + record.data_bytes + footer_bytes)
-        return max(ends)
+    def drop(self) -> None:
+        """Takes back what `prepare` made, where there is to be no `change`."""
+        for mover in self._movers:
+            mover.drop()
+        self._dead, self._movers = None, []
 
     def change(self) -> None:
         """What the catalog says afterwards; within `Catalog.changes`.
@@ -238,29 +206,31 @@ class Removal:
         Raises:
             StoreError: one of the two snapshots isn't there any more.
         """
-        if self._dead is None:
+        if self._dead is None or any(not mover.is_still() for mover in self._movers):
             self.prepare()
         catalog = self._store.catalog
         join_intervals(catalog, self._after_id, self._before_id, self._cause)
         for name in self._dead or ():
             catalog.delete("objects", "name", name)
-        for name in (*(self._dead or ()), *(name for name, _, _ in self._moved)):
             catalog.delete("moved", "name", name)
-        for row in self._moved:
-            catalog.put("moved", row)
+        for row in (row for mover in self._movers for row in mover.moved):
+            catalog.put("moved", row, "ON CONFLICT DO UPDATE SET host = ?2, base = ?3, row_checksum = ?4")
         catalog.delete("removals", "before_id", self._before_id)
         catalog.put("removals", (self._before_id, self._after_id))
 
     def free(self) -> int:
         """Gives the room back; the bytes on the disk. Called again, it finishes what was cut off."""
-        catalog, freed, changed = self._store.catalog, -self._grown_bytes, set[str]()
-        for folder in self._folders():
-            freed += self._unlink_in(folder, changed)
-        freed += sum(self._punch(file) for kind in KINDS for file in self._files(kind).values())
+        catalog, changed = self._store.catalog, set[str]()
+        freed = -sum(mover.grown_bytes for mover in self._movers)
+        with ThreadPoolExecutor(FREEING) as threads:
+            freed += sum(threads.map(lambda folder: self._unlink_in(folder, changed), self._folders()))
+            files = filter(self._is_worth, self._files())
+            while batch := list(islice(files, PAGE_ROWS)):
+                freed += sum(threads.map(self._punch, batch))
         for folder in changed:
             with suppress(FileNotFoundError):
                 fsync_directory(folder)
-        with catalog.changes():
+        with catalog.changes(durable=False):  # a row that is there again does no harm
             catalog.delete("removals", "before_id", self._before_id)
         return freed
 
@@ -281,15 +251,20 @@ class Removal:
         """Unlinks what the catalog doesn't have there any more; removes the folder if it is empty then."""
         objects, catalog, freed = self._store.objects, self._store.catalog, 0
         names = [name for name in map(ObjectName.of_file, os.listdir(folder)) if name and self._is_ours(name)]
-        unknown = set(catalog.unknown_objects([name.file for name in names]))
+        gone = set(catalog.unknown_objects([name.file for name in names]))
+        files = sorted(name.file for name in names if name.kind not in _JOURNALS)
+        if files:
+            sql = "SELECT name FROM moved WHERE name >= ? AND name <= ?"
+            gone.update(name for (name,) in catalog.rows(sql, (files[0], files[-1])))
         for name in names:
-            if name.file in unknown or catalog.host_of(name) is not None:
+            if name.file in gone:
                 freed += self._allocated(name)
                 objects.forget(name)
                 with suppress(FileNotFoundError):
                     os.unlink(self._path(name))
                 changed.add(folder)
-        if folder in changed and folder != objects.directory and not os.listdir(folder):
+        newest = os.path.dirname(self._path(ObjectName(ObjectKind.MAP, self._before_id)))  # more may come there
+        if folder in changed and folder != newest and not os.listdir(folder):
             with suppress(OSError):
                 os.rmdir(folder)
             changed.add(os.path.dirname(folder))
@@ -302,17 +277,11 @@ class Removal:
     def _punch(self, file: ObjectFile) -> int:
         """Makes holes where nothing is live."""
         before = self._allocated(file.name)
-        with open_fd(self._path(file.name), os.O_RDWR) as fd:
+        with suppress(FileNotFoundError), open_fd(self._path(file.name), os.O_RDWR) as fd:  # a check tells of that
             size, at = os.fstat(fd).st_size, HEADER_BYTES
             size += -size % self._block_bytes  # else the block with the end would stay
-            for start, end in merge(self._ranges(file.live), [(size, size)]):
+            for start, end in chain(self._ranges(file), ((size, size),)):
                 if at < start and not punch(fd, at, start - at):
                     return 0
-                at = max(at, end)
+                at = end
         return before - self._allocated(file.name)
-
-
-def _copy(source: int, offset: int, target: int, target_offset: int, size: int) -> None:
-    for at in range(0, size, COPY_BYTES):
-        data = read_exactly(source, min(COPY_BYTES, size - at), offset + at, "an object")
-        write_all(target, data, target_offset + at)

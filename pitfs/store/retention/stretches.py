@@ -106,7 +106,7 @@ class _Judged(NamedTuple):
 def essential(states: Iterable[State], rule: Rule) -> Iterator[State]:
     """Leaves out what the plan is the same without: states of one step and granularity that are as they should be.
 
-    The first and the last of them stay. That makes planning of a long history five times as fast.
+    The first and the last of them stay. Of the others nobody has to look at the rows, some 10 us for each.
     """
     through_ns, granularity_ns, passed = -_ALWAYS, None, None
     for state in states:
@@ -181,7 +181,7 @@ def _in_run(before: State | None, each: _Judged, reason: str, is_kept: bool, act
     if before is not None and state.granularity_ns == 0:
         instants = state.seq - before.seq
     from_ns, level = (before or state).time_ns, max(each.level, SNAPSHOTS)
-    going = not is_kept, instants - is_kept
+    going = int(not is_kept), instants - is_kept
     return Stretch(from_ns, state.time_ns, state.granularity_ns, None, level, reason, *going, action)
 
 

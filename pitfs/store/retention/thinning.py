@@ -16,7 +16,6 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -26,15 +25,13 @@ from pitfs.model.blockmap import I64Array
 from pitfs.model.ladder import LAST_LAYER, NO_LAYER, RUNGS_NS, granularity_of, layer_of
 from pitfs.model.retention import Thin
 from pitfs.model.transfer import POSITION
-from pitfs.storage.files import allocated, open_fd, punch
+from pitfs.storage.files import open_fd, punch
 from pitfs.store.catalog.records import Interval, add_seconds
 from pitfs.store.index.format import INDEX_ROW, IndexWriter
 from pitfs.store.index.merge import Rows
 from pitfs.store.index.reader import JournalIndex, Journals, chunk_cache
 from pitfs.store.objects.format import HEADER_BYTES, ObjectKind, ObjectName, ObjectRecord
 from pitfs.store.transfer.writable_store import WritableStore, new_object
-
-NO_RANGES: Final = np.zeros((0, 2), "<i8")
 
 
 class JournalContents:
@@ -64,11 +61,9 @@ class JournalContents:
 
     def dead(self) -> I64Array:
         """Bytes of the file that no row has, in whole blocks of the file system: int64[n, 2], from and to."""
-        if self.record is None:
-            return NO_RANGES
         is_live = np.cumsum(self._steps[:-1]) > 0
         units = np.flatnonzero(np.diff(is_live, prepend=True, append=True)).reshape(-1, 2)
-        block = os.statvfs(self.path).f_frsize
+        block = _block_bytes(self._store)
         ranges = HEADER_BYTES + units * self._store.layout.unit_bytes
         ranges[:, 0] += -ranges[:, 0] % block
         is_end = units[:, 1] == len(is_live)  # there the file ends: what is behind is dead, too
@@ -77,22 +72,21 @@ class JournalContents:
 
     def foretell(self) -> int:
         """Bytes on the disk that `free` would give back."""
-        if self.record is None:
-            return 0
-        if self.is_empty:
-            return allocated_bytes(self.path)
-        with open_fd(self.path, os.O_RDONLY) as fd:
-            return sum(allocated(fd, start, end) for start, end in self.dead().tolist())
+        before = allocated_bytes(self.path)
+        if self.is_empty or self.record is None:
+            return before
+        size = HEADER_BYTES + self.record.data_bytes
+        left_bytes = size + -size % _block_bytes(self._store) - int(np.diff(self.dead()).sum())
+        return max(0, before - left_bytes)
 
     def free(self) -> int:
         """Punches what no row has, or unlinks the file; the bytes that it freed. Doing it again does no harm."""
         if self.is_empty:
             return unlink(self._store, self.name)
-        dead, before = self.dead(), allocated_bytes(self.path)
-        if len(dead):
-            with open_fd(self.path, os.O_RDWR) as fd:
-                for start, end in dead.tolist():
-                    punch(fd, start, end - start)
+        before = allocated_bytes(self.path)
+        with suppress(FileNotFoundError), open_fd(self.path, os.O_RDWR) as fd:
+            for start, end in self.dead().tolist():
+                punch(fd, start, end - start)
         return before - allocated_bytes(self.path)
 
 
@@ -107,19 +101,23 @@ class Thinning:
     """
 
     def __init__(self, store: WritableStore, before: Interval, action: Thin) -> None:
-        self._store, self.before, self.action = store, before, action
+        self._store, self.before = store, before
         self._layer = min(layer_of(action.granularity_ns), before.layer)
+        self._changes_journal = self._layer != before.layer
         rows = 0 if self._layer == NO_LAYER else before.journal_rows
         self.after = replace(
             before, granularity_ns=granularity_of(self._layer), cause=action.cause, journal_rows=rows
         )  # fmt: skip
         self._contents = JournalContents(store, before.end_snapshot_id)
+        self._old, self._new = (
+            ObjectName(ObjectKind.JOURNAL_INDEX, before.end_snapshot_id, layer) for layer in (before.layer, self._layer)
+        )  # fmt: skip
         self._index: ObjectRecord | None = None
         self._minutes: dict[int, int] = {}
 
     @property
     def is_due(self) -> bool:
-        """Whether anything changes."""
+        """Whether anything changes, be it the cause."""
         return self.after != self.before
 
     @property
@@ -127,44 +125,29 @@ class Thinning:
         """Rows that are read, and units that are counted: for a bound of memory."""
         return self.before.journal_rows + self._contents.unit_count
 
-    @property
-    def has_journal(self) -> bool:
-        """Whether the difference journal changes: else only the cause does."""
-        return self.before.layer != self._layer
-
-    @property
-    def _old(self) -> ObjectName:
-        return ObjectName(ObjectKind.JOURNAL_INDEX, self.before.end_snapshot_id, self.before.layer)
-
-    @property
-    def _new(self) -> ObjectName:
-        return ObjectName(ObjectKind.JOURNAL_INDEX, self.before.end_snapshot_id, self._layer)
-
     def foretell(self) -> int:
         """Bytes on the disk that it frees; changes nothing.
 
         Raises:
             CorruptionError: the journal is damaged.
         """
-        if not self.has_journal:
+        if not self._changes_journal:
             return 0
         size, path = 0, self._store.objects.path_of(self._old)
         if self._layer != NO_LAYER:
             with open_fd(os.devnull, os.O_WRONLY) as fd:
-                data_bytes, footer_bytes, _ = self._write(fd)
-        if self._layer != NO_LAYER:
-            block = os.statvfs(path).f_frsize
-            size = -(-(HEADER_BYTES + data_bytes + footer_bytes) // block) * block
-        return allocated_bytes(path) - size + self._contents.foretell()
+                size = HEADER_BYTES + sum(self._write(fd)[:2])
+        size *= self._layer != NO_LAYER  # it may have no position left
+        return allocated_bytes(path) - size - -size % _block_bytes(self._store) + self._contents.foretell()
 
-    def build(self) -> None:
+    def prepare(self) -> None:
         """Makes the new index, which the caller syncs before `change`.
 
         Raises:
             CorruptionError: the journal is damaged.
             OSError: the disk is full, or refuses; what was made is removed.
         """
-        if not self.has_journal or self._layer == NO_LAYER:
+        if not self._changes_journal or self._layer == NO_LAYER:
             return
         path = self._store.path_for(self._new)
         with suppress(FileNotFoundError):  # who has it open goes on reading what it was
@@ -172,12 +155,10 @@ class Thinning:
         try:
             with new_object(os.path.dirname(path), self._new) as fd:
                 self._index = self._store.complete(fd, self._new, *self._write(fd), synced=False)
-        except BaseException:
-            os.unlink(path)
-            raise
-        if self._layer == NO_LAYER:
-            os.unlink(path)
-            self._index = None
+        finally:
+            if self._index is None or self._layer == NO_LAYER:
+                self._index = None
+                os.unlink(path)
 
     def is_still(self) -> bool:
         """Whether the interval is what it was; with the changes' lock, which recovery takes as well."""
@@ -185,24 +166,25 @@ class Thinning:
         return is_there and self._store.catalog.interval_to(self.before.end_snapshot_id) == self.before
 
     def drop(self) -> None:
-        """Takes back what `build` made."""
+        """Takes back what `prepare` made."""
         if self._index is not None and self._store.catalog.object(self._new.file) is None:
             unlink(self._store, self._new)
 
     def change(self) -> None:
         """In a change of the catalog."""
-        catalog, objects = self._store.catalog, () if self._index is None else (self._index,)
-        if not self.has_journal:
-            catalog.commit_layers(self.after, (), "", {})
+        catalog = self._store.catalog
+        if not self._changes_journal:
+            catalog.put_interval(self.after)
             return
         catalog.clear_seconds(self.before.from_time_ns, self.before.to_time_ns)
+        objects = () if self._index is None else (self._index,)
         catalog.commit_layers(self.after, objects, self._old.file, self._minutes)
         if self._contents.is_empty:
             catalog.delete("objects", "name", self._contents.name.file)
 
     def free(self) -> int:
         """After the commit: gives the room back; the bytes."""
-        if not self.has_journal:
+        if not self._changes_journal:
             return 0
         added = 0 if self._index is None else allocated_bytes(self._store.objects.path_of(self._new))
         return unlink(self._store, self._old) + self._contents.free() - added
@@ -264,6 +246,11 @@ def settle(store: WritableStore, snapshot_id: int) -> int:
     if contents.record is None or not contents.is_empty:
         freed += contents.free()
     return freed
+
+
+def _block_bytes(store: WritableStore) -> int:
+    """Of the file system."""
+    return os.statvfs(store.objects.directory).f_frsize
 
 
 def allocated_bytes(path: str) -> int:
