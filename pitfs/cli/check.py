@@ -112,8 +112,9 @@ def _print(store: str, report: Report, has_data: bool, healed: int, is_gone: boo
     from pitfs.store.objects.damage import MAX_PLACES
 
     contents = f"{format_bytes(report.bytes)} of contents" if has_data else "contents not read (--data reads them)"
-    count = f"{len(report.damaged) or 'no'}{' or more' * (len(report.damaged) >= MAX_PLACES)}"
-    found = f"{count} damaged places" + (f", {healed} healed" if healed else "")
+    number = len(report.damaged)
+    count = f"{number or 'no'}{' or more' * (number >= MAX_PLACES)} damaged place{'s' * (number != 1)}"
+    found = count + (f", {healed} healed" if healed else "")
     print(f"{store}: {report.objects} objects, {contents}: {found}")
     for damage, stretches in report.damaged:
         row = _row(damage, stretches)
@@ -128,7 +129,8 @@ def _print(store: str, report: Report, has_data: bool, healed: int, is_gone: boo
     if report.damaged:
         contents = "production has those contents no more" if is_gone else "contents may come back by --heal"
         other = "--rebuild makes a catalog again; a copy of the store may have objects"
-        warn(f"all other instants are whole: export what you need; {contents}; {other}")
+        others = "all other instants are whole" if has_data else "what is damaged of the contents --data tells"
+        warn(f"{others}: export what you need; {contents}; {other}")
 
 
 _PROBLEMS: Final = {
