@@ -223,7 +223,7 @@ def test_an_interval_in_the_middle_of_its_commit_is_settled_as_without_a_rebuild
                 streaming.ingest.stream.wait_for_closing()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Stream, "close", lambda self: None)
-            patch.setattr(LoggedDatabase, "_write_log", lambda self: None)  # of the dead nothing runs
+            patch.setattr(LoggedDatabase, "_write_log", lambda self, durable: None)  # of the dead nothing runs
             with suppress(Killed):
                 streaming.close()
         store = root / "db1"
@@ -361,7 +361,7 @@ def test_after_pruning_the_catalog_made_again_has_what_was_left(
     monkeypatch.setattr(pruner_module, "sync_file_system", lambda path: None)
     model, random = model_of(tmp_path, seed, count=9), np.random.default_rng(seed)
     for _ in range(3):
-        actions = [*itertools.chain(*actions_for(model, random))]
+        actions = list(itertools.chain(*actions_for(model, random)))
         with Pruner(model.path) as pruner:
             model.take(actions)
             pruner.apply(actions)
@@ -396,6 +396,23 @@ def test_who_has_the_old_catalog_open_changes_nothing_any_more(tmp_path: Path) -
         with closing(Catalog(str(store / CATALOG))) as another:
             assert another.meta("epoch") == 9 and another.bookmark("b1") is not None
             assert another.rows("PRAGMA integrity_check") == [("ok",)]
+
+
+def test_commits_that_a_power_loss_undid_are_written_over(tmp_path: Path) -> None:
+    _, store = small_store(tmp_path)
+    path, before = str(store / CATALOG), (store / CATALOG).read_bytes()
+    catalog = Catalog(path, "write")
+    for number in range(3):
+        with catalog.changes(durable=False):
+            catalog.put("bookmarks", (f"undone-{number}", 1, 2))
+    assert "undone-2" in str(logged(catalog)), "in the order of commits, though they aren't durable"
+    catalog._is_log_outdated = True  # as if it were killed: it writes nothing when it is closed
+    catalog.close()
+    without_catalog(store)
+    (store / CATALOG).write_bytes(before)
+    with closing(Catalog(path, "write")) as again:
+        put_bookmark(again, "done")
+        assert "undone" not in str(logged(again)) and "done" in str(logged(again))
 
 
 def test_a_log_that_was_deleted_begins_anew_with_the_next_commit(tmp_path: Path, catalog: Catalog) -> None:
@@ -499,7 +516,7 @@ def test_what_an_older_version_did_without_the_log_comes_to_it_when_this_one_ope
 ) -> None:
     history, store = small_store(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(LoggedDatabase, "_write_log", lambda self: None)
+        patch.setattr(LoggedDatabase, "_write_log", lambda self, durable: None)
         with closing(Ingest(str(tmp_path), history.hello)) as ingest:
             ingest.mark(mark_of(history, "older"))
             ingest.stream.wait_for_closing()

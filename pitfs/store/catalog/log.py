@@ -1,11 +1,11 @@
 """The catalog's log: all that is committed to the catalog durably, appended, so that the catalog can be made again.
 
-`Database.changes` writes a record before each durable COMMIT, as it is in the transaction: processes take turns. The
+`Database.changes` writes a record, durably, before each COMMIT, as it is in the transaction: processes take turns. The
 catalog says in its table meta which log is its (`log`, a random number) and where that ends (`log_end`). So a record
 whose commit failed lies behind `log_end`, and the next one is written over it. Until then a rebuild counts it as
 committed. That is right: before a COMMIT all that it names is durable, and what takes back the objects of a failed one
 commits first (`Catalog.write_over`). Rows keep the checksums that they have in the catalog. Not in it are the tables
-that can be made up from objects (`UNLOGGED`), and what isn't committed durably: where the write-ahead log ends.
+that can be made up from objects (`UNLOGGED`), and where a write-ahead log ends, which isn't committed durably.
 
 STORE/catalog.log, little-endian:
 
@@ -26,7 +26,7 @@ Then records, one behind the other:
     24      8   checksum    xxh3_64, seeded with the log's number, of bytes 0..24 and of the body
     32          body        zlib (RFC 1950) of a msgpack array of changes, in order: [table, [row, …]] are rows that
                             were put, each in the place of the one with its key, [table, column, first, last] deletes
-                            the rows whose column is in [first, last]
+                            the rows whose column is in [first, last]. A commit that was durable begins with `meta`
 
 Behind the last one are zeros, or what is left of one that it was written over. A record that isn't whole is a torn end
 if none that is whole lies behind it, else damage.
@@ -195,7 +195,8 @@ class LoggedDatabase(Database):
         log = self._fitting_log() if self._is_logged else None
         if log is not None:
             self._is_log_outdated = self.meta("log_through") != self._log_through()
-            if len(list(islice(log.records(self.meta("log_end")), 2))) > 1:  # one may be of a commit that failed
+            behind = [changes[0][0] == "meta" for changes in log.records(self.meta("log_end"))]
+            if sum(behind) > 1:  # one may be of a commit that failed; those that weren't durable a power loss may undo
                 self._is_log_outdated = True
                 self.close()
                 raise StoreError(f"{path}: older than its log, {log.path}: {REMEDY}")
@@ -227,8 +228,9 @@ class LoggedDatabase(Database):
                         if self._is_logged and os.stat(self.path).st_ino != self._inode:
                             raise StoreError(f"{self.path}: was made again meanwhile: begin anew with that one")
                     yield
-                    if is_outer and durable and self._is_changed and self._is_logged:
-                        self._write_log()
+                    is_due = self._is_changed if durable else any(each[0] != "tails" for each in self._changes or ())
+                    if is_outer and is_due and self._is_logged:
+                        self._write_log(durable)
             except BaseException:
                 self._logged_meta = {}  # what was logged of it is written over
                 raise
@@ -284,13 +286,14 @@ class LoggedDatabase(Database):
         """A number that an older pitfs, which doesn't write the log, changes."""
         return self.meta("mark") + self.meta("next_snapshot")
 
-    def _write_log(self) -> None:
+    def _write_log(self, durable: bool) -> None:
         """Writes what this transaction changes, durably; all that there is where a new log is due."""
         try:
             log, end = self._fitting_log(), self.meta("log_end")
             is_outdated = self._is_log_outdated or (log and end > 2 * log.base_end + RENEWED_BEYOND_BYTES)
             if log is not None and not is_outdated:
-                log.append(end, [("meta", self._new_meta()), *(self._changes or ())])
+                meta = [("meta", self._new_meta())] if durable else []
+                log.append(end, [*meta, *(self._changes or ())])
                 os.fdatasync(log.fd)
             else:
                 log = CatalogLog.create(self._log_path, self._history(), self._all_rows())
