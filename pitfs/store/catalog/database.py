@@ -101,9 +101,6 @@ CREATE TABLE IF NOT EXISTS moved (  -- byte o of object `name` is byte base + o 
     name TEXT PRIMARY KEY, host TEXT NOT NULL, base INTEGER NOT NULL, row_checksum INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS moved_by_host ON moved (host);
-CREATE TABLE IF NOT EXISTS shared (  -- pointers to contents that several blocks of the first snapshot have
-    pointer INTEGER PRIMARY KEY, count INTEGER NOT NULL, row_checksum INTEGER NOT NULL
-) STRICT;
 CREATE TABLE IF NOT EXISTS removals (  -- snapshots between these two were removed, their objects not yet; equal: the
     -- difference journal of the interval that ends there is being thinned
     before_id INTEGER PRIMARY KEY, after_id INTEGER NOT NULL, row_checksum INTEGER NOT NULL
@@ -119,7 +116,7 @@ REMEDY: Final = "make it again with `pitfs check STORE --rebuild`"
 
 
 # Columns that are unsigned, by number: SQLite has the signed integer with the same bits.
-_UNSIGNED: Final = {"roots": (2, 3), "objects": (5,), "pieces": (8,), "shared": (0,), "digests": (2, 3)}
+_UNSIGNED: Final = {"roots": (2, 3), "objects": (5,), "pieces": (8,), "digests": (2, 3)}
 _UNCHECKED: Final = {"gaps": 1}  # columns before those that the checksum is of: SQLite gives gaps their id
 
 
