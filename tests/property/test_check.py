@@ -22,6 +22,7 @@ from pitfs.store.check.check import Report, at_rate, check
 from pitfs.store.index import format
 from pitfs.store.ingest import Ingest
 from pitfs.store.objects.damage import DamageLog
+from pitfs.store.objects.format import HEADER_BYTES
 from pitfs.store.store import Store
 from pitfs.supervision import scrub
 from pitfs.view.view import PointInTimeView, ReadBuffer
@@ -439,3 +440,25 @@ def test_healing_without_production_says_so_and_lists_the_damage(
     assert main(["check", str(store), "--data", "--heal"]) == 1
     printed = capsys.readouterr()
     assert file.name in printed.out and "pitfs protect" in printed.err
+
+
+@pytest.mark.parametrize("part_bytes", [2048, 4096, 8192])
+def test_what_is_missing_in_one_part_makes_no_damage_of_the_next(
+    store: Path, monkeypatch: pytest.MonkeyPatch, part_bytes: int
+) -> None:
+    """Contents of a part that can't be read are read one after the other, while the next part is being read."""
+    monkeypatch.setattr(check_module, "PART_BYTES", part_bytes)
+    read = check_module.ContentReader.parts
+
+    def slowly(self: object, pointers: np.ndarray, *rest: object) -> Iterator[object]:
+        if len(pointers) == 1:
+            time.sleep(0.001)  # so that the next part is there
+        return read(self, pointers, *rest)
+
+    monkeypatch.setattr(check_module.ContentReader, "parts", slowly)
+    for path in object_files(str(store), "*.blocks"):
+        whole = path.read_bytes()
+        os.truncate(path, HEADER_BYTES + (len(whole) - HEADER_BYTES) // 2)
+        assert {damage.object for damage, _ in run(store).damaged} == {path.name}
+        path.write_bytes(whole)
+        assert run(store).damaged == []

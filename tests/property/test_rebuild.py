@@ -354,6 +354,30 @@ def test_a_catalog_older_than_its_log_is_not_written(tmp_path: Path) -> None:
     assert rows_of(store) == lost
 
 
+@pytest.mark.parametrize("renewed_by", ["rebuild", "size"])
+def test_a_catalog_older_than_a_log_that_was_begun_since_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renewed_by: str
+) -> None:
+    history, store = small_store(tmp_path)
+    shutil.copy(store / CATALOG, tmp_path / "older")
+    if renewed_by == "rebuild":
+        made_again(store)
+    else:
+        monkeypatch.setattr("pitfs.store.catalog.log.RENEWED_BEYOND_BYTES", -(1 << 40))
+    with closing(Ingest(str(tmp_path), history.hello)) as ingest:
+        ingest.mark(mark_of(history, "one"))
+        ingest.stream.wait_for_closing()
+        ingest.mark(mark_of(history, "two"))
+    lost, log = rows_of(store), (store / CATALOG_LOG).read_bytes()
+    shutil.copy(tmp_path / "older", store / CATALOG)
+    with pytest.raises(StoreError, match=r"older than its log.*--rebuild"):
+        Ingest(str(tmp_path), history.hello)
+    assert (store / CATALOG_LOG).read_bytes() == log
+    assert made_again(store)[0].missing == 0
+    assert rows_of(store) == lost
+    Ingest(str(tmp_path), history.hello).close()
+
+
 @pytest.mark.parametrize("seed", range(60, 66))
 def test_after_pruning_the_catalog_made_again_has_what_was_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int

@@ -62,6 +62,7 @@ HEADER_BYTES: Final = HEADER.size + CHECKSUM.size
 RECORD_BYTES: Final = RECORD.size + CHECKSUM.size
 assert (HEADER.size, RECORD.size) == (48, 24)
 
+MADE_AGAIN: Final = -1  # the number of the log, in a catalog that was made again: whichever there is, a new one is due
 UNLOGGED: Final = frozenset({"minutes", "pieces"})
 # A new log is made when this one has twice the bytes of its base and so many more: 4 s for 10**6 intervals.
 RENEWED_BEYOND_BYTES: Final = 1 << 18
@@ -197,9 +198,14 @@ class LoggedDatabase(Database):
             self._is_log_outdated = self.meta("log_through") != self._log_through()
             behind = [changes[0][0] == "meta" for changes in log.records(self.meta("log_end"))]
             if sum(behind) > 1:  # one may be of a commit that failed; those that weren't durable a power loss may undo
-                self._is_log_outdated = True
-                self.close()
-                raise StoreError(f"{path}: older than its log, {log.path}: {REMEDY}")
+                self._refuse()
+        elif self._is_logged and self._is_behind_another_log():
+            self._refuse()
+
+    def _refuse(self) -> None:
+        self._is_log_outdated = True
+        self.close()
+        raise StoreError(f"{self.path}: older than its log, {self._log_path}: {REMEDY}")
 
     def close(self) -> None:
         with self._lock, suppress(PitfsError):
@@ -266,6 +272,12 @@ class LoggedDatabase(Database):
                 places = ", ".join("?" * len(change[0][0]))
                 self._db.executemany(f"INSERT OR REPLACE INTO {table} VALUES ({places})", change[0])
 
+    def name_no_log(self) -> None:
+        """Of a catalog that is made again; within `changes`."""
+        for key in ("log_end", "log_through"):
+            self.delete("meta", "key", key)
+        self._put_meta("log", MADE_AGAIN)
+
     def _swap_log(self, log: CatalogLog | None) -> None:
         if self._log is not None:
             self._log.close()
@@ -281,6 +293,22 @@ class LoggedDatabase(Database):
         log, status = self._log, os.fstat(self._log.fd) if self._log is not None else None
         is_whole = status is not None and status.st_nlink > 0 and status.st_size >= self.meta("log_end")
         return log if log is not None and log.number == number and is_whole else None
+
+    def _is_behind_another_log(self) -> bool:
+        """Whether the log isn't the catalog's, and was begun by what came later than the catalog's next commit.
+
+        A log's base has the catalog as it was: with the log of before, and where that ended.
+        """
+        log, number = self._log, self.meta("log")
+        if log is None or log.number == number or number == MADE_AGAIN or log.history != self._history():
+            return False
+        try:
+            changes = (change for record in log.records(HEADER_BYTES) for change in record)
+            before = {row[0]: row[1] for row in next((rows for table, *(rows, *_) in changes if table == "meta"), ())}
+            is_next = (before.get("log", 0), before.get("log_end", 0)) == (number, self.meta("log_end"))
+            return not is_next or next(log.records(log.base_end), None) is not None
+        except CorruptionError:
+            return False
 
     def _log_through(self) -> int:
         """A number that an older pitfs, which doesn't write the log, changes."""

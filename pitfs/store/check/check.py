@@ -369,7 +369,7 @@ class _Check(Walk):
             for one in np.split(contents, count, axis=1):
                 number = self._layout.object_of(int(one[_POINTER, 0].view("<u8")))
                 if self.found.ends.get(ObjectName.of_number(number).file) != 0:  # else that says it all
-                    self._compare(one, self._read(one, 0))
+                    self._compare(one, self._read(one, 2), 2)  # into the others the next part is being read
 
     def _checksums(self, contents: Contents, data: memoryview, buffer: int) -> list[int]:
         """Of these contents, which begin where the buffer of that number does."""

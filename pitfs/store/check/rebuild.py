@@ -103,6 +103,7 @@ def rebuild(path: str, say: Callable[[str], None], progress: Callable[[int], Non
                 rebuilding = _Rebuilding(path, store, say)
                 with catalog.changes(durable=False):
                     rebuilding.replay_log()
+                    catalog.name_no_log()
                     rebuilding.add_objects(progress)
                     rebuilding.take_up_open_intervals()
                     rebuilding.add_minutes()
@@ -179,8 +180,6 @@ class _Rebuilding:
                 catalog.replay(changes)
             if log.end < log.base_end:
                 self._miss(f"{path}: cut at byte {log.end}, before the end of what it began with")
-        for key in ("log", "log_end", "log_through"):
-            catalog.delete("meta", "key", key)
         first = catalog.first_snapshot()
         if first is not None and self.missing == before:
             self._first_id = first.id

@@ -75,7 +75,7 @@ class ContentReader:
 
     def __init__(self, fds: Mapping[int, int], objects: ObjectPool) -> None:
         self._fds, self._objects, self.layout = fds, objects, objects.layout
-        self._buffers = [memoryview(bytearray(PART_BYTES + (1 << 16))) for _ in range(2)]
+        self._buffers = [memoryview(bytearray(PART_BYTES + (1 << 16))) for _ in range(3)]
 
     def parts(self, pointers: U64Array, units: U64Array, buffer: int = 0) -> Iterator[tuple[slice, memoryview]]:
         """Stretches of these blocks, of so many units each, with their contents; good until the next one is taken.
