@@ -103,7 +103,7 @@ def read_store_info(path: str, parts: Sequence[str] = (CATALOG, OBJECTS)) -> Sto
                 f"{path}: store of version {head['version']}, this pitfs knows up to {VERSION}: use a newer pitfs"
             )
         info = msgspec.json.decode(data, type=StoreInfo)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise StoreError(f"{name}: damaged: {error}: put it back from another copy of the store") from None
     problem = identity_problem(info.group, info.history, info.volumes)
     if problem is None and info.version > 1 and info.layout != Layout.of(info.volumes):

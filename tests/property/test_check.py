@@ -462,3 +462,12 @@ def test_what_is_missing_in_one_part_makes_no_damage_of_the_next(
         assert {damage.object for damage, _ in run(store).damaged} == {path.name}
         path.write_bytes(whole)
         assert run(store).damaged == []
+
+
+def test_files_that_are_no_text_are_damage_like_any_other(store: Path) -> None:
+    found = b'{"has_data":true,"seq":1,"found":[{"object":"\xff","offset":1,"size":1,"kind":"node"}]}'
+    (store / check_module.PROGRESS[True]).write_bytes(found)
+    assert run(store).damaged == []
+    (store / "store.json").write_bytes(b'{"\xe2":1}')
+    with pytest.raises(PitfsError, match=r"store\.json"):
+        run(store)

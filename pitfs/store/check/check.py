@@ -73,7 +73,7 @@ class Progress(msgspec.Struct):
         try:
             with open(os.path.join(store, PROGRESS[has_data]), "rb") as file:
                 return msgspec.json.decode(file.read(), type=cls)
-        except (OSError, msgspec.MsgspecError):
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
             return cls(has_data)
 
     def save(self, store: str) -> None:

@@ -43,7 +43,7 @@ def load_policy(store: str) -> Policy | None:
         return None
     except OSError as error:
         raise storage_error(error, path, "reading the policy") from error
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise StoreError(f"{path}: damaged: {error}: remove it and set the policy again (pitfs retention)") from None
     if found.version > VERSION:
         raise StoreVersionError(f"{path}: version {found.version}, this pitfs knows {VERSION}: use a newer pitfs")

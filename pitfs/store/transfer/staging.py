@@ -67,7 +67,7 @@ def read_progress(directory: str) -> Progress | None:
         return None
     try:
         return msgspec.json.decode(document, type=Progress)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError):
         return None
 
 
