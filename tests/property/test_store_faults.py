@@ -19,7 +19,7 @@ from pitfs.store import opening
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.records import Commit
 from pitfs.store.ingest import Ingest
-from pitfs.store.objects.format import CATALOG, STORE_JSON, VERSION_1, Layout
+from pitfs.store.objects.format import CATALOG, CATALOG_LOG, STORE_JSON, VERSION_1, Layout
 from pitfs.store.store import Store
 from pitfs.store.transfer.recovery import MAX_PARKED
 from tests.helpers.stores import feed, ingest_transfer, object_files, read_image
@@ -431,8 +431,12 @@ def test_objects_that_the_catalog_does_not_know_are_never_removed(tmp_path: Path
     newest = (path / CATALOG).read_bytes()
     _, older = store_of(tmp_path / "b", 2)
     (path / CATALOG).write_bytes((older / CATALOG).read_bytes())
+    with pytest.raises(StoreError, match="older than its log"):
+        Ingest(str(tmp_path / "a"), history.hello)
+    (path / CATALOG_LOG).rename(tmp_path / CATALOG_LOG)
     with pytest.raises(StoreError, match="older than the objects"):
         Ingest(str(tmp_path / "a"), history.hello)
+    (tmp_path / CATALOG_LOG).rename(path / CATALOG_LOG)
     (path / CATALOG).write_bytes(b"")
     with pytest.raises(StoreError, match="no catalog of a store"):
         Ingest(str(tmp_path / "a"), history.hello)
@@ -546,6 +550,9 @@ def test_an_older_catalog_is_noticed_in_a_store_of_each_version(
     _, older = store_of(tmp_path / "b", 2)
     (path / CATALOG).write_bytes((older / CATALOG).read_bytes())
     objects = object_files(path)
+    with pytest.raises(StoreError, match="older than its log"):
+        Ingest(str(tmp_path / "a"), history.hello)
+    (path / CATALOG_LOG).unlink()
     with pytest.raises(StoreError, match="older than the objects"):
         Ingest(str(tmp_path / "a"), history.hello)
     assert object_files(path) == objects

@@ -57,7 +57,6 @@ def test_what_is_missing_is_said_and_the_catalog_of_before_is_kept(
 
 
 def test_wrong_use(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check", str(store), "--rebuild", "--data"]) == 2
     assert main(["check", str(store.parent / "none"), "--rebuild"]) == 2
     history = History(5, (VolumeInfo("a", 9_000, 1024),))
     capsys.readouterr()
