@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pitfs.errors import NoSuchInstantError, PitfsError, PositionMismatchError, StoreError
-from pitfs.model.retention import Action, Remove, Thin
+from pitfs.model.retention import Action, Policy, Remove, Thin, parse_steps
 from pitfs.model.transfer import VolumeInfo
 from pitfs.store import opening
 from pitfs.store.catalog import database
@@ -22,6 +22,7 @@ from pitfs.store.objects.format import CATALOG, LOCK, RESERVE
 from pitfs.store.pins import pin_file
 from pitfs.store.pins.pins import Pins
 from pitfs.store.retention import pruner as pruner_module
+from pitfs.store.retention.policy import load_policy, save_policy
 from pitfs.store.retention.pruner import Pruner
 from pitfs.store.store import Store
 from tests.helpers.loops import LoopDevice, MountedFilesystem, fill, free_file
@@ -416,6 +417,15 @@ def test_with_no_byte_free_room_comes_back(disk: Path, granularity_ns: int | Non
     (disk / "ballast").unlink()
     Pruner(model.path).close()
     assert reserve.stat().st_blocks * 512 >= opening.RESERVE_BYTES
+
+
+@pytest.mark.loop
+def test_with_no_byte_free_a_policy_can_be_set(disk: Path) -> None:
+    model = model_of(disk, 6, count=4, block_size=65536, writes=30)
+    fill(disk / "ballast")
+    assert opening.free_bytes(model.path) == 0
+    save_policy(model.path, Policy(parse_steps("snapshots 2h")))
+    assert load_policy(model.path) == Policy(parse_steps("snapshots 2h"))
 
 
 def test_what_the_catalog_does_not_need_any_more_is_given_back_bit_by_bit(model: Model) -> None:

@@ -15,7 +15,8 @@ import msgspec
 
 from pitfs.errors import StoreError, StoreVersionError
 from pitfs.model.retention import Policy, format_age, format_steps, parse_age, parse_steps
-from pitfs.storage.files import durable_replace, storage_error
+from pitfs.storage.files import FULL_ERRNOS, durable_replace, storage_error
+from pitfs.store.opening import give_up_reserve
 
 RETENTION_JSON: Final = "retention.json"
 VERSION: Final = 1
@@ -53,11 +54,18 @@ def load_policy(store: str) -> Policy | None:
 
 
 def save_policy(store: str, policy: Policy) -> None:
-    """Sets the policy of a store. Raises PitfsError where the disk refuses."""
+    """Sets the policy of a store, on a full disk with its reserve. Raises PitfsError where the disk refuses."""
     bookmarks = None if policy.bookmarks_ns is None else format_age(policy.bookmarks_ns)
     file = _File(VERSION, format_steps(policy.steps), bookmarks, policy.max_size_bytes, policy.min_free_bytes)
     path = os.path.join(store, RETENTION_JSON)
+    data = msgspec.json.format(msgspec.json.encode(file)) + b"\n"
     try:
-        durable_replace(path, msgspec.json.format(msgspec.json.encode(file)) + b"\n")
+        try:
+            durable_replace(path, data)
+        except OSError as error:
+            if error.errno not in FULL_ERRNOS:
+                raise
+            give_up_reserve(store)  # without a policy nothing is pruned, and the disk stays full
+            durable_replace(path, data)
     except OSError as error:
         raise storage_error(error, path, "writing the policy") from error
