@@ -18,10 +18,7 @@ from tests.helpers.netlink import left_namespaces, probe_wire
 # Inherited over fork and exec: finds the daemons of this run, whoever their parent is now.
 SESSION_MARK = f"PITFS_TEST_SESSION={os.getpid()}"
 
-# These share what a host has once: /run/pitfs, loop devices that `pitfs detach` looks at, network namespaces. With
-# several workers (pytest -n) one of them has them all; of the others each file has one, so that a file's fixtures are
-# made once.
-SHARE_HOST = ("attach", "bisect", "demo", "detach", "drill", "readme", "wire")
+OF_HOST = ("tests/integration/", "tests/golden/")
 
 hypothesis.settings.register_profile("pitfs", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("pitfs")
@@ -69,11 +66,19 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Watch(config), "pitfs-watch")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        name = item.path.stem
-        group = "host" if any(word in name for word in SHARE_HOST) else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several workers (pytest -n) one has all tests that use the host, as if it were alone there: loop devices,
+    mounts, /run/pitfs, network namespaces, processes that are waited for. The others share what is left, file by file.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "host" if file.startswith(OF_HOST) else file
+
+    return Scheduling(config, log)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -265,9 +265,8 @@ def test_options_of_fstab_are_understood(replica: Replica, tmp_path: Path) -> No
 
 def test_owner_and_mode_are_those_of_the_options(replica: Replica, tmp_path: Path) -> None:
     # where others may reach it
-    tmp_path.chmod(0o755)
-    for parent in list(tmp_path.parents)[:2]:
-        parent.chmod(0o755)
+    for directory in (tmp_path, *list(tmp_path.parents)[:-2]):
+        directory.chmod(0o755)
     with Mount(replica.path, tmp_path, options="uid=1234,gid=4321,mode=0660") as mount:
         found = (mount.path / "latest" / "root.img").stat()
         assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (1234, 4321, 0o440)
