@@ -354,6 +354,33 @@ def test_what_cannot_fit_is_said_and_the_newest_stays(replica: Replica, capsys: 
     assert replica.states()["snapshots"] == [newest_ns]
 
 
+# What it leaves
+
+
+def test_a_time_where_the_history_was_thinned_is_answered_with_a_warning(
+    replica: Replica, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replica.receive(6, 3 * MINUTE_NS)
+    times_ns = replica.states()["snapshots"]
+    between = format_instant(times_ns[2] - 1)
+
+    def warning(time: str, command: str = "resolve", *more: str) -> str:
+        assert main([command, replica.path, time, *more]) == 0
+        return capsys.readouterr().err
+
+    assert warning(between) == ""
+    said(capsys, "retention", replica.path, "--set", "snapshots 1y")
+    said(capsys, "prune", replica.path)
+    bounds = f"{format_instant(times_ns[1])} -> {format_instant(times_ns[2])}"
+    why = f"the interval {bounds} (snapshots only; retention: snapshots): this is the last state before it, "
+    assert warning(between) == f"pitfs: {between} lies in {why}3 min older\n"
+    assert warning(between, "digest", "root") == f"pitfs: {between} lies in {why}3 min older\n"
+    with contextlib.closing(Store.open(replica.path)) as store:
+        seq = store.at_time(times_ns[2])[0].seq - 1
+    assert warning(f"seq-{seq}") == f"pitfs: seq-{seq} lies in {why}4 writes older\n"
+    assert warning(format_instant(times_ns[2])) == ""
+
+
 # By itself
 
 
