@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final
 
-from pitfs.cli.common.output import print_json
+from pitfs.cli.common.output import print_json, warn
 from pitfs.cli.common.parser import add_json, add_store
-from pitfs.errors import UsageError
+from pitfs.errors import PitfsError, UsageError
 
 DESCRIPTION: Final = (
     "Shows what a store keeps, or sets it. A new store keeps everything. A step is a granularity and the age up to "
     "which it holds, finest first: every-write, a rung (1ms, 5ms … 10s), snapshots (all of them), hourly, daily, "
     "weekly, monthly, yearly (the last snapshot of each, UTC). Behind the last step nothing is kept but bookmarks. "
-    "Ages count from the newest state."
+    "Ages, as 5min or 14d (y, w, d, h, m or min, s), count from the newest state."
 )
 EXAMPLES: Final = """\
 examples:
@@ -25,6 +26,7 @@ examples:
   pitfs retention /srv/pitfs/db1 --set everything --max-size none"""
 EVERYTHING: Final = "everything"
 NONE: Final = "none"
+WHEN: Final = "within an hour, or a minute after pitfs receive starts; it asks nobody"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,10 +60,26 @@ def run(args: argparse.Namespace) -> int:
         steps = format_steps(policy.steps) or EVERYTHING
         print_json({"set": steps, "bookmarks_ns": policy.bookmarks_ns, **sizes, "words": words})
         return 0
-    print(*words, sep="\n")
+    print(*words, sep="\n", flush=True)
     if changes:
-        print(f"The next pruning applies it; pitfs prune {args.store} --dry-run shows what goes.")
+        print(f"The next pruning ({WHEN}) {_goes(args.store)}: see pitfs prune {args.store} --dry-run.")
     return 0
+
+
+def _goes(store: str) -> str:
+    """What a pruning would do now."""
+    from pitfs.cli.prune import losses, summed
+    from pitfs.store.retention.plan import Retention
+
+    sums = Counter[str]()
+    try:
+        with Retention(store, changes=False) as retention:
+            deque(summed(retention, sums), 0)
+            if retention.lacking_bytes:
+                warn(retention.lack())
+    except PitfsError as error:
+        return f"applies it; what goes can't be told now ({error})"
+    return losses(sums) or "takes nothing"
 
 
 def _change(
