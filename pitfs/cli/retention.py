@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter, deque
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final
 
@@ -45,12 +44,18 @@ def run(args: argparse.Namespace) -> int:
 
     read_store_info(args.store)
     policy = load_policy(args.store) or Policy()
-    changes = (
-        _change("--set", args.set, "steps", parse_steps, EVERYTHING, ())
-        | _change("--bookmarks", args.bookmarks, "bookmarks_ns", parse_age, NONE, None)
-        | _change("--max-size", args.max_size, "max_size_bytes", _parse_size, NONE, None)
-        | _change("--min-free", args.min_free, "min_free_bytes", _parse_size, NONE, None)
-    )
+    changes = dict[str, Any]()
+    for option, name, parse, word, meaning in (
+        ("set", "steps", parse_steps, EVERYTHING, ()),
+        ("bookmarks", "bookmarks_ns", parse_age, NONE, None),
+        ("max-size", "max_size_bytes", _parse_size, NONE, None),
+        ("min-free", "min_free_bytes", _parse_size, NONE, None),
+    ):
+        if (text := getattr(args, option.replace("-", "_"))) is not None:
+            try:
+                changes[name] = meaning if text == word else parse(text)
+            except (UsageError, ValueError) as error:
+                raise UsageError(f"--{option}: {error}") from None
     if changes:
         policy = replace(policy, **changes)
         save_policy(args.store, policy)
@@ -80,18 +85,6 @@ def _goes(store: str) -> str:
     except PitfsError as error:
         return f"applies it; what goes can't be told now ({error})"
     return losses(sums) or "takes nothing"
-
-
-def _change(
-    option: str, text: str | None, name: str, parse: Callable[[str], Any], word: str, meaning: Any
-) -> dict[str, Any]:
-    """What an option sets, {} if it isn't given; `word` stands for `meaning`."""
-    if text is None:
-        return {}
-    try:
-        return {name: meaning if text == word else parse(text)}
-    except (UsageError, ValueError) as error:
-        raise UsageError(f"{option}: {error}") from None
 
 
 def _parse_size(text: str) -> int:

@@ -26,12 +26,9 @@ from pitfs.model.units import format_bytes
 
 @dataclass(frozen=True, slots=True)
 class Thin:
-    """An interval's difference journal is brought to a coarser granularity.
+    """An interval's difference journal is brought to a coarser rung, or goes: None.
 
-    Attributes:
-        end_snapshot_id: of the snapshot at the interval's end.
-        granularity_ns: a coarser rung; None: the journal goes.
-        cause: for the catalog; begins with `model.transfer.PRUNED`.
+    The cause is for the catalog; it begins with `model.transfer.PRUNED`.
     """
 
     end_snapshot_id: int
@@ -41,11 +38,9 @@ class Thin:
 
 @dataclass(frozen=True, slots=True)
 class Remove:
-    """The snapshots strictly between two kept ones go; they become one interval, snapshots only.
+    """The snapshots strictly between two kept ones go; they become one interval, snapshots only, with that cause.
 
-    Attributes:
-        after_id: None: all snapshots before before_id go, which becomes the first state.
-        cause: as that of Thin.
+    With after_id None all snapshots before before_id go, which becomes the first state.
     """
 
     after_id: int | None

@@ -103,13 +103,10 @@ def _warn_of_age(store: Store, text: str, given: Resolution, wanted: AtTime | At
     at_ns = given.time_ns
     gap = next((each for each in store.gaps(at_ns, at_ns + 1) if each.from_time_ns == at_ns), None)
     interval = next(store.intervals(at_ns + 1, at_ns + 2), None)
-    if gap is not None:
-        where = f"gap {span_text(span_row(gap))} ({gap.cause})"
-    elif interval is not None:
-        why = "; ".join(filter(None, (granularity_text(interval.granularity_ns), interval.cause)))
-        where = f"interval {span_text(span_row(interval))} ({why})"
-    else:
+    span, has = gap or interval, "" if gap or not interval else f"{granularity_text(interval.granularity_ns)}; "
+    if span is None:
         return
+    where = f"{'gap' if gap else 'interval'} {span_text(span_row(span))} ({has}{span.cause})"
     if isinstance(wanted, AtSeq):
         older = counted(wanted.seq - given.seq, "write")
     else:

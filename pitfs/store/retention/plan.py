@@ -16,8 +16,6 @@ from pitfs.errors import PitfsError, UsageError
 from pitfs.model.position import format_instant
 from pitfs.model.retention import LEVELS, NOTHING, SNAPSHOTS, AgeClock, Remove
 from pitfs.model.units import format_bytes
-from pitfs.store.catalog.catalog import Catalog
-from pitfs.store.objects.format import CATALOG
 from pitfs.store.opening import free_bytes, read_store_info
 from pitfs.store.pins.pins import list_pins
 from pitfs.store.retention.policy import load_policy
@@ -53,8 +51,7 @@ class Retention(AbstractContextManager["Retention"]):
         self.lacking_bytes = 0  # that nothing is left to give up for
         with ExitStack() as stack:
             self._pruner = stack.enter_context(Pruner(path, changes))
-            self._catalog = Catalog(os.path.join(path, CATALOG), "write" if changes else "read")
-            stack.callback(self._catalog.close)
+            self._catalog = self._pruner.catalog
             self._clock = self._ages(clock())
             self._rule = Rule(policy, self._clock.reference_ns, self._floors(self._excess_bytes()))
             self._closing = stack.pop_all()

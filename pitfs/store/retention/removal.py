@@ -31,6 +31,7 @@ from pitfs.store.objects.format import HEADER_BYTES, ObjectKind, ObjectName
 from pitfs.store.retention.liveness import Live, live_between
 from pitfs.store.retention.moving import Mover, ObjectFile, Part
 from pitfs.store.retention.rows import join_intervals, removed_journals
+from pitfs.store.retention.thinning import allocated_bytes, unlink
 from pitfs.store.transfer.writable_store import WritableStore
 
 MAX_MOVED_BYTES: Final = 1 << 20  # files of which more is live are punched: their headers don't matter
@@ -141,10 +142,7 @@ class Removal:
         return self._store.objects.path_of(name)
 
     def _allocated(self, name: ObjectName) -> int:
-        try:
-            return os.stat(self._path(name)).st_blocks * 512
-        except FileNotFoundError:
-            return 0
+        return allocated_bytes(self._path(name))
 
     def _host(self, hosts: dict[ObjectKind, ObjectName], file: ObjectFile) -> ObjectName | None:
         """Into whose file that one's parts are to be moved, None if they stay where they are."""
@@ -254,7 +252,7 @@ class Removal:
 
     def _unlink_in(self, folder: str, changed: set[str]) -> int:
         """Unlinks what the catalog doesn't have there any more; removes the folder if it is empty then."""
-        objects, catalog, freed = self._store.objects, self._store.catalog, 0
+        catalog, freed = self._store.catalog, 0
         names = [name for name in map(ObjectName.of_file, os.listdir(folder)) if name and self._is_ours(name)]
         gone = set(catalog.unknown_objects([name.file for name in names]))
         files = sorted(name.file for name in names if name.kind not in _JOURNALS)
@@ -263,10 +261,7 @@ class Removal:
             gone.update(name for (name,) in catalog.rows(sql, (files[0], files[-1])))
         for name in names:
             if name.file in gone:
-                freed += self._allocated(name)
-                objects.forget(name)
-                with suppress(FileNotFoundError):
-                    os.unlink(self._path(name))
+                freed += unlink(self._store, name)
                 changed.add(folder)
         newest = os.path.dirname(self._path(ObjectName(ObjectKind.MAP, self._before_id)))  # more may come there
         if folder in changed and folder != newest and not os.listdir(folder):

@@ -140,16 +140,19 @@ def plan(
         assert each is not None
         stays = following is None or _stays(each, following)
         keeper = "" if stays else each.held or each.marked or (following.held if following else "")
-        is_kept, is_full, snapshot_id = stays or keeper != "", going == max_run, each.state.id
+        level, reason = (SNAPSHOTS, keeper) if keeper else (max(each.level, SNAPSHOTS), each.reason)
+        is_kept, is_full, state = stays or keeper != "", going == max_run, each.state
         if is_kept and not going:
             if before is not None:
-                yield _alone(before, each, keeper)
+                yield _alone(before, each, level, reason)
         else:
             is_end = going > 0 and (is_kept or is_full)
-            action = Remove(after_id, snapshot_id, _CAUSE + cause) if is_end else None
-            yield _in_run(before, each, keeper, is_kept, action)
+            action = Remove(after_id, state.id, _CAUSE + cause) if is_end else None
+            instants = state.seq - before.seq if before is not None and state.granularity_ns == 0 else 1
+            span = (before or state).time_ns, state.time_ns, state.granularity_ns, None  # its journal goes
+            yield Stretch(*span, level, reason, int(not is_kept), instants - is_kept, action)
             going, cause = (0 if is_end else going) + (not is_kept), each.reason
-        after_id, before = snapshot_id if is_kept else after_id, each.state
+        after_id, before = state.id if is_kept else after_id, state
 
 
 def _judged(states: Iterable[State], rule: Rule, keepers: Iterable[Keeper]) -> Iterator[_Judged]:
@@ -176,20 +179,9 @@ def _stays(each: _Judged, following: _Judged) -> bool:
     return each.level != NOTHING and period(each.level, times_ns[0]) != period(each.level, times_ns[1])
 
 
-def _in_run(before: State | None, each: _Judged, keeper: str, is_kept: bool, action: Action | None) -> Stretch:
-    """An interval whose journal goes with a snapshot that bounds it."""
-    state, instants = each.state, 1
-    if before is not None and state.granularity_ns == 0:
-        instants = state.seq - before.seq
-    from_ns, level = (before or state).time_ns, SNAPSHOTS if keeper else max(each.level, SNAPSHOTS)
-    going = int(not is_kept), instants - is_kept
-    return Stretch(from_ns, state.time_ns, state.granularity_ns, None, level, keeper or each.reason, *going, action)
-
-
-def _alone(before: State, each: _Judged, keeper: str) -> Stretch:
+def _alone(before: State, each: _Judged, level: int, reason: str) -> Stretch:
     """An interval that keeps its bounds."""
-    state, level, reason = each.state, SNAPSHOTS if keeper else max(each.level, SNAPSHOTS), keeper or each.reason
-    instants, action = 0, None
+    state, instants, action = each.state, 0, None
     now_ns, then_ns = state.granularity_ns, thinned(state.granularity_ns, each.level)
     if then_ns != now_ns and each.held:
         then_ns, level, reason = now_ns, SNAPSHOTS, each.held
