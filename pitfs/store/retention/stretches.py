@@ -6,8 +6,8 @@ A snapshot stays, and its stretch says why, where
 * the interval behind it keeps its bounds: one with a level of journals does, and what is coarser there stays as it is;
 * a pin or a bookmark names it, or an instant in an interval that it bounds. That interval stays as it is.
 
-The others go in runs between two that stay. A run of more than MAX_RUN goes in parts; the first snapshot of the next
-part is then the end of the one before, for a while.
+The others go in runs between two that stay. A run of more than MAX_RUN, or for several reasons, goes in parts; the
+first snapshot of the next part is then the end of the one before, for a while.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def plan(
         stays = following is None or _stays(each, following)
         keeper = "" if stays else each.held or each.marked or (following.held if following else "")
         level, reason = (SNAPSHOTS, keeper) if keeper else (max(each.level, SNAPSHOTS), each.reason)
-        is_kept, is_full, state = stays or keeper != "", going == max_run, each.state
+        is_kept, is_full, state = stays or keeper != "", going == max_run or cause != each.reason, each.state
         if is_kept and not going:
             if before is not None:
                 yield _alone(before, each, level, reason)
@@ -202,7 +202,7 @@ def rows(stretches: Iterable[Stretch]) -> Iterator[Stretch]:
         elif (last.then_ns, last.level, last.reason) != (each.then_ns, each.level, each.reason) or (
             last.now_ns != each.now_ns and not (last.snapshots and (each.snapshots or each.action))
         ):
-            if not each.snapshots and isinstance(each.action, Remove):
+            if isinstance(each.action, Remove):
                 last = replace(last, freed_bytes=last.freed_bytes + each.freed_bytes)
                 each = replace(each, freed_bytes=0)
             yield last
