@@ -134,24 +134,24 @@ def plan(
         states: by time; the interval of each begins at the one before.
         keepers: by from_seq.
     """
-    after_id, before, going, cause = None, None, 0, ""
+    after_id, before, going, why = None, None, 0, (0, "")
     judged: Iterator[_Judged | None] = chain(_judged(states, rule, keepers), (None,))
     for each, following in pairwise(judged):
         assert each is not None
         stays = following is None or _stays(each, following)
         keeper = "" if stays else each.held or each.marked or (following.held if following else "")
         level, reason = (SNAPSHOTS, keeper) if keeper else (max(each.level, SNAPSHOTS), each.reason)
-        is_kept, is_full, state = stays or keeper != "", going == max_run or cause != each.reason, each.state
+        is_kept, is_full, state = stays or keeper != "", going == max_run or why != (level, reason), each.state
         if is_kept and not going:
             if before is not None:
                 yield _alone(before, each, level, reason)
         else:
             is_end = going > 0 and (is_kept or is_full)
-            action = Remove(after_id, state.id, _CAUSE + cause) if is_end else None
+            action = Remove(after_id, state.id, _CAUSE + why[1]) if is_end else None
             instants = state.seq - before.seq if before is not None and state.granularity_ns == 0 else 1
             span = (before or state).time_ns, state.time_ns, state.granularity_ns, None  # its journal goes
             yield Stretch(*span, level, reason, int(not is_kept), instants - is_kept, action)
-            going, cause = (0 if is_end else going) + (not is_kept), each.reason
+            going, why = (0 if is_end else going) + (not is_kept), (level, reason)
         after_id, before = state.id if is_kept else after_id, state
 
 
