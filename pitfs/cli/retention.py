@@ -25,7 +25,6 @@ examples:
   pitfs retention /srv/pitfs/db1 --set everything --max-size none"""
 EVERYTHING: Final = "everything"
 NONE: Final = "none"
-WHEN: Final = "within an hour, or a minute after pitfs receive starts; it asks nobody"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,13 +60,13 @@ def run(args: argparse.Namespace) -> int:
         save_policy(args.store, policy)
     words = in_words(policy)
     if args.json:
-        sizes = {"max_size_bytes": policy.max_size_bytes, "min_free_bytes": policy.min_free_bytes}
-        steps = format_steps(policy.steps) or EVERYTHING
-        print_json({"set": steps, "bookmarks_ns": policy.bookmarks_ns, **sizes, "words": words})
+        numbers = {name: getattr(policy, name) for name in ("bookmarks_ns", "max_size_bytes", "min_free_bytes")}
+        print_json({"set": format_steps(policy.steps) or EVERYTHING, **numbers, "words": words})
         return 0
     print(*words, sep="\n", flush=True)
     if changes:
-        print(f"The next pruning ({WHEN}) {_goes(args.store)}: see pitfs prune {args.store} --dry-run.")
+        when = "within an hour, or a minute after pitfs receive starts; it asks nobody"
+        print(f"The next pruning ({when}) {_goes(args.store)}: see pitfs prune {args.store} --dry-run.")
     return 0
 
 

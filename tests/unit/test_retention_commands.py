@@ -435,6 +435,8 @@ def test_the_receiver_prunes_each_store_that_has_a_policy(
     replica30: Replica, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replica = replica30
+    assert receive.FIRST_PRUNE_S == 60 and receive.PRUNE_EVERY_S == 3600
+    assert "A minute after its start, and then each hour, it prunes" in receive.DESCRIPTION
     import trio
     import trio.testing
 

@@ -141,9 +141,6 @@ class Removal:
     def _path(self, name: ObjectName) -> str:
         return self._store.objects.path_of(name)
 
-    def _allocated(self, name: ObjectName) -> int:
-        return allocated_bytes(self._path(name))
-
     def _host(self, hosts: dict[ObjectKind, ObjectName], file: ObjectFile) -> ObjectName | None:
         """Into whose file that one's parts are to be moved, None if they stay where they are."""
         if not 0 < file.live_bytes < MAX_MOVED_BYTES or file.span_bytes > MAX_SPAN_BYTES:
@@ -157,19 +154,19 @@ class Removal:
     def foretell(self) -> int:
         """Bytes on the disk that it frees; changes nothing."""
         journals = removed_journals(self._store.catalog, self._after_id, self._before_id)
-        freed = sum(self._allocated(name) for name in map(ObjectName.of_file, journals) if name is not None)
+        freed = sum(allocated_bytes(self._path(name)) for name in map(ObjectName.of_file, journals) if name is not None)
         hosts: dict[ObjectKind, ObjectName] = {}
         for file in self._files():
             after_bytes = file.live_bytes
             if after_bytes and self._host(hosts, file) is None:
                 extent_blocks = -(-file.run_count // EXTENTS) if file.run_count >= INODE_EXTENTS else 0
                 after_bytes += HEADER_BYTES + extent_blocks * self._block_bytes
-            freed += max(0, self._allocated(file.name) - after_bytes) if self._is_worth(file) else 0
+            freed += max(0, allocated_bytes(self._path(file.name)) - after_bytes) if self._is_worth(file) else 0
         return freed
 
     def _is_worth(self, file: ObjectFile) -> bool:
         """Whether it is to be punched. Each time that the first snapshot goes, all large old files are looked at."""
-        is_little = self._allocated(file.name) - file.live_bytes < file.live_bytes // LITTLE
+        is_little = allocated_bytes(self._path(file.name)) - file.live_bytes < file.live_bytes // LITTLE
         return bool(self._after_id) or file.live_bytes < LARGE_BYTES or not is_little
 
     # The removal
@@ -276,7 +273,7 @@ class Removal:
 
     def _punch(self, file: ObjectFile) -> int:
         """Makes holes where nothing is live."""
-        before = self._allocated(file.name)
+        before = allocated_bytes(self._path(file.name))
         with suppress(FileNotFoundError), open_fd(self._path(file.name), os.O_RDWR) as fd:  # a check tells of that
             size, at = os.fstat(fd).st_size, HEADER_BYTES
             size += -size % self._block_bytes  # else the block with the end would stay
@@ -284,4 +281,4 @@ class Removal:
                 if at < start and not punch(fd, at, start - at):
                     return 0
                 at = end
-        return before - self._allocated(file.name)
+        return before - allocated_bytes(self._path(file.name))
