@@ -11,7 +11,7 @@ from pitfs.cli.common.output import print_json, warn
 from pitfs.cli.common.parser import add_json, add_store
 from pitfs.errors import EXIT_FAILED, PitfsError, UsageError
 from pitfs.model.position import format_instant
-from pitfs.model.units import format_bytes
+from pitfs.model.units import counted, format_bytes
 
 if TYPE_CHECKING:
     from pitfs.store.check.check import Report
@@ -92,9 +92,10 @@ def _rebuild(store: str, out: TextIO) -> int:
             print(f"objects of id {number}", end="\r", file=sys.stderr)
 
     report = rebuild(store, warn, reached)
-    has = f"{report.snapshots} snapshots, {report.intervals} intervals, {report.bookmarks} bookmarks"
+    nouns = ("snapshot", "interval", "bookmark", "gap")
+    *has, gaps = (counted(getattr(report, f"{noun}s"), noun) for noun in nouns)
     problem = f"{report.missing} lines say what is missing" if report.missing else "nothing is missing"
-    print(f"{store}: {has} and {report.gaps} gaps: {problem}", file=out)
+    print(f"{store}: {', '.join(has)} and {gaps}: {problem}", file=out)
     if report.old:
         advice = "restart mounts and servers of the store, which still read it"
         print(f"the catalog of before is {report.old}: {advice}", file=out)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 DESCRIPTION: Final = (
     "Receives replication of any number of groups; the store of each is DIR/GROUP. Runs in "
     "the foreground, prints 'ready' when it listens, ends on SIGTERM; what is under way resumes later. "
-    "Each hour it prunes the stores that have a policy (pitfs retention)."
+    "A minute after its start, and then each hour, it prunes the stores that have a policy (pitfs retention)."
 )
 EXAMPLES: Final = """\
 examples:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections import Counter, deque
 from dataclasses import replace
 from typing import Any, Final
 
-from pitfs.cli.common.output import print_json
+from pitfs.cli.common.output import print_json, warn
 from pitfs.cli.common.parser import add_json, add_store
-from pitfs.errors import UsageError
+from pitfs.errors import PitfsError, UsageError
 
 DESCRIPTION: Final = (
     "Shows what a store keeps, or sets it. A new store keeps everything. A step is a granularity and the age up to "
     "which it holds, finest first: every-write, a rung (1ms, 5ms … 10s), snapshots (all of them), hourly, daily, "
     "weekly, monthly, yearly (the last snapshot of each, UTC). Behind the last step nothing is kept but bookmarks. "
-    "Ages count from the newest state."
+    "Ages, as 5min or 14d (y, w, d, h, m or min, s), count from the newest state."
 )
 EXAMPLES: Final = """\
 examples:
@@ -43,37 +43,47 @@ def run(args: argparse.Namespace) -> int:
 
     read_store_info(args.store)
     policy = load_policy(args.store) or Policy()
-    changes = (
-        _change("--set", args.set, "steps", parse_steps, EVERYTHING, ())
-        | _change("--bookmarks", args.bookmarks, "bookmarks_ns", parse_age, NONE, None)
-        | _change("--max-size", args.max_size, "max_size_bytes", _parse_size, NONE, None)
-        | _change("--min-free", args.min_free, "min_free_bytes", _parse_size, NONE, None)
-    )
+    changes = dict[str, Any]()
+    for option, name, parse, word, meaning in (
+        ("set", "steps", parse_steps, EVERYTHING, ()),
+        ("bookmarks", "bookmarks_ns", parse_age, NONE, None),
+        ("max-size", "max_size_bytes", _parse_size, NONE, None),
+        ("min-free", "min_free_bytes", _parse_size, NONE, None),
+    ):
+        if (text := getattr(args, option.replace("-", "_"))) is not None:
+            try:
+                changes[name] = meaning if text == word else parse(text)
+            except (UsageError, ValueError) as error:
+                raise UsageError(f"--{option}: {error}") from None
     if changes:
         policy = replace(policy, **changes)
         save_policy(args.store, policy)
     words = in_words(policy)
     if args.json:
-        sizes = {"max_size_bytes": policy.max_size_bytes, "min_free_bytes": policy.min_free_bytes}
-        steps = format_steps(policy.steps) or EVERYTHING
-        print_json({"set": steps, "bookmarks_ns": policy.bookmarks_ns, **sizes, "words": words})
+        numbers = {name: getattr(policy, name) for name in ("bookmarks_ns", "max_size_bytes", "min_free_bytes")}
+        print_json({"set": format_steps(policy.steps) or EVERYTHING, **numbers, "words": words})
         return 0
-    print(*words, sep="\n")
+    print(*words, sep="\n", flush=True)
     if changes:
-        print(f"The next pruning applies it; pitfs prune {args.store} --dry-run shows what goes.")
+        when = "within an hour, or a minute after pitfs receive starts; it asks nobody"
+        print(f"The next pruning ({when}) {_goes(args.store)}: see pitfs prune {args.store} --dry-run.")
     return 0
 
 
-def _change(
-    option: str, text: str | None, name: str, parse: Callable[[str], Any], word: str, meaning: Any
-) -> dict[str, Any]:
-    """What an option sets, {} if it isn't given; `word` stands for `meaning`."""
-    if text is None:
-        return {}
+def _goes(store: str) -> str:
+    """What a pruning would do now."""
+    from pitfs.cli.prune import losses, summed
+    from pitfs.store.retention.plan import Retention
+
+    sums = Counter[str]()
     try:
-        return {name: meaning if text == word else parse(text)}
-    except (UsageError, ValueError) as error:
-        raise UsageError(f"{option}: {error}") from None
+        with Retention(store, changes=False) as retention:
+            deque(summed(retention, sums), 0)
+            if retention.lacking_bytes:
+                warn(retention.lack())
+    except PitfsError as error:
+        return f"applies it; what goes can't be told now ({error})"
+    return losses(sums) or "takes nothing"
 
 
 def _parse_size(text: str) -> int:

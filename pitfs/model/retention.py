@@ -26,12 +26,9 @@ from pitfs.model.units import format_bytes
 
 @dataclass(frozen=True, slots=True)
 class Thin:
-    """An interval's difference journal is brought to a coarser granularity.
+    """An interval's difference journal is brought to a coarser rung, or goes: None.
 
-    Attributes:
-        end_snapshot_id: of the snapshot at the interval's end.
-        granularity_ns: a coarser rung; None: the journal goes.
-        cause: for the catalog; begins with `model.transfer.PRUNED`.
+    The cause is for the catalog; it begins with `model.transfer.PRUNED`.
     """
 
     end_snapshot_id: int
@@ -41,11 +38,9 @@ class Thin:
 
 @dataclass(frozen=True, slots=True)
 class Remove:
-    """The snapshots strictly between two kept ones go; they become one interval, snapshots only.
+    """The snapshots strictly between two kept ones go; they become one interval, snapshots only, with that cause.
 
-    Attributes:
-        after_id: None: all snapshots before before_id go, which becomes the first state.
-        cause: as that of Thin.
+    With after_id None all snapshots before before_id go, which becomes the first state.
     """
 
     after_id: int | None
@@ -76,7 +71,7 @@ SNAPSHOTS: Final = LEVELS.index("snapshots")
 NOTHING: Final = LEVELS.index("nothing")
 _WORDS: Final = (
     "every write",
-    *(f"the state each {name}" for name in _RUNGS),
+    *(f"a state every {name}" for name in _RUNGS),
     "all snapshots",
     *(f"the last snapshot of each {name}" for name in ("hour", "day", "week", "month", "year")),
 )
@@ -133,7 +128,10 @@ class Policy:
                 since_ns = step.until_ns
                 break
             level = step.level
-        return level, LEVELS[level] + ("" if since_ns is None else f" from {format_age(since_ns)} on"), since_ns
+        if since_ns is None:
+            return level, LEVELS[level], None
+        age = format_age(since_ns)
+        return level, f"older than {age}" if level == NOTHING else f"{LEVELS[level]} from {age} on", since_ns
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,10 +172,10 @@ def parse_steps(text: str) -> tuple[Step, ...]:
     for part in map(str.strip, text.split(",")):
         words = part.split()
         if len(words) != 2:
-            raise UsageError(f"{part!r}: a step is a granularity and the age up to which it holds: {_EXAMPLE}")
+            what = {0: "a step is missing", 1: "its age is missing"}.get(len(words), "too many words")
+            raise UsageError(f"{part!r}: {what}: write a granularity and an age for each step: {_EXAMPLE}")
         if words[0] not in LEVELS[:NOTHING]:
-            what = "isn't a rung" if words[0][0].isdigit() else "unknown granularity"
-            raise UsageError(f"{part!r}: {what}: there are {', '.join(LEVELS[:NOTHING])}")
+            raise UsageError(f"{part!r}: unknown granularity: there are {', '.join(LEVELS[:NOTHING])}")
         step, before = Step(LEVELS.index(words[0]), parse_age(words[1])), steps[-1] if steps else Step(-1, 0)
         if step.level <= before.level:
             raise UsageError(f"{part!r}: isn't coarser than {LEVELS[before.level]} before it: the finest comes first")
@@ -195,9 +193,9 @@ def parse_age(text: str) -> int:
     """
     match = _AGE.fullmatch(text)
     if match is None:
-        raise UsageError(f"{text!r}: an age is a whole number with one of y, w, d, h, m, s, as 14d")
+        raise UsageError(f"{text!r}: an age is a whole number with one of y, w, d, h, m (or min), s, as 14d")
     if int(match[1]) == 0:
-        raise UsageError(f"{text!r}: an age of 0 keeps nothing: leave the step out")
+        raise UsageError(f"{text!r}: an age of 0 keeps nothing: write 1s or more")
     return int(match[1]) * _UNITS_NS[match[2]]
 
 
@@ -214,7 +212,9 @@ def format_age(age_ns: int) -> str:
 def in_words(policy: Policy) -> list[str]:
     """A policy in words: a sentence for each thing that it says."""
     steps = [f"{_WORDS[step.level]} up to an age of {format_age(step.until_ns)}" for step in policy.steps]
-    sentences = [f"Keeps {', '.join(steps)}; of what is older nothing but bookmarks." if steps else "Keeps everything."]
+    room = "" if policy.max_size_bytes is None and policy.min_free_bytes is None else ", as long as there is room"
+    everything = f"Keeps everything{room}."
+    sentences = [f"Keeps {', '.join(steps)}; of what is older nothing but bookmarks." if steps else everything]
     if policy.bookmarks_ns is not None:
         sentences.append(f"Keeps bookmarks up to an age of {format_age(policy.bookmarks_ns)}.")
     for size_bytes, where in (

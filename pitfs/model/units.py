@@ -23,3 +23,8 @@ def format_seconds(seconds: float) -> str:
         if seconds >= least:
             return f"{seconds / unit:.0f} {name}"
     return f"{seconds:.1f} s"
+
+
+def counted(count: int, noun: str) -> str:
+    """As "1 snapshot" or "2 snapshots"."""
+    return f"{count} {noun}{'s' * (count != 1)}"

@@ -394,7 +394,8 @@ def test_after_pruning_the_catalog_made_again_has_what_was_left(
         report, said = made_again(Path(model.path))
         assert (said, report.missing) == ([], 0)
         # That a removal is finished is committed, but not durably: it is finished once more, as after a power loss.
-        Pruner(model.path).close()
+        with Pruner(model.path):
+            pass
         assert rows_of(Path(model.path)) == lost
         model.check()
         assert_tidy(model.path)

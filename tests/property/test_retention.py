@@ -118,7 +118,8 @@ def test_what_is_left_is_found_whole_and_its_catalog_can_be_made_again(tmp_path:
     assert main(["check", model.path, "--data"]) == 0
     os.unlink(os.path.join(model.path, CATALOG))
     assert main(["check", model.path, "--rebuild"]) == 0
-    Pruner(model.path).close()
+    with Pruner(model.path):
+        pass
     model.check()
     assert_tidy(model.path)
 
@@ -200,9 +201,7 @@ def test_killed_at_any_step_no_kept_instant_and_no_room_is_lost(
         model.path = str(model.root / model.history.group)
         shutil.copytree(tmp_path / "before", model.root)
         with ExitStack() as stack, killed_at(monkeypatch, number), suppress(Killed):
-            pruner = Pruner(model.path)
-            stack.callback(pruner.close)
-            pruner.apply(actions)
+            stack.enter_context(Pruner(model.path)).apply(actions)
         store = Store.open(model.path)
         now = instants_of(store)
         assert kept <= now <= before

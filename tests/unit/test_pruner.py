@@ -352,18 +352,21 @@ def test_a_second_pruner_is_told_so_and_one_that_only_foretells_is_not(model: Mo
             Pruner(model.path)
         with Pruner(model.path, changes=False) as pruner:
             assert sum(map(pruner.foretell, thin_all(model.path))) > 0
-    Pruner(model.path).close()
+    with Pruner(model.path):
+        pass
 
 
 def test_a_store_that_an_older_pitfs_writes_is_left_alone(model: Model) -> None:
     ingest = Ingest(str(model.root), model.history.hello)
-    Pruner(model.path).close()
+    with Pruner(model.path):
+        pass
     ingest.close()
     with open(os.path.join(model.path, LOCK), "r+b") as lock:
         lock.truncate()
         lock.write(b"pid 1 on an-older-one\n")
         lock.flush()
-        Pruner(model.path).close()
+        with Pruner(model.path):
+            pass
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(StoreError, match=r"an older pitfs.*restart `pitfs receive`"):
             Pruner(model.path)
@@ -415,7 +418,8 @@ def test_with_no_byte_free_room_comes_back(disk: Path, granularity_ns: int | Non
     model.check()
     assert_tidy(model.path)
     (disk / "ballast").unlink()
-    Pruner(model.path).close()
+    with Pruner(model.path):
+        pass
     assert reserve.stat().st_blocks * 512 >= opening.RESERVE_BYTES
 
 
@@ -455,7 +459,8 @@ def test_an_unwritable_disk_is_one_error(model: Model, monkeypatch: pytest.Monke
             pruner.apply(actions)
     monkeypatch.undo()
     model.check(images=False)
-    Pruner(model.path).close()
+    with Pruner(model.path):
+        pass
     assert_tidy(model.path)
 
 
@@ -466,6 +471,7 @@ def test_a_removal_whose_snapshots_are_gone_is_forgotten(model: Model) -> None:
         catalog.put("removals", (5_000, 4_990))
         catalog.put("removals", (5_001, 5_001))
     catalog.close()
-    Pruner(model.path).close()
+    with Pruner(model.path):
+        pass
     model.check()
     assert_tidy(model.path)

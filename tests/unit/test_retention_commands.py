@@ -19,6 +19,7 @@ from pitfs.cli.main import main
 from pitfs.model.position import DAY_NS, SECOND_NS, format_instant
 from pitfs.model.retention import NOTHING, Policy, parse_steps
 from pitfs.model.transfer import VolumeInfo
+from pitfs.model.units import format_bytes
 from pitfs.store.catalog import database
 from pitfs.store.ingest import Ingest
 from pitfs.store.pins.pins import Pins
@@ -125,7 +126,7 @@ def test_a_policy_is_set_in_parts_and_shown_in_words(replica: Replica, capsys: p
     said(capsys, "retention", replica.path, "--set", POLICY, "--bookmarks", "2y")
     shown = said(capsys, "retention", replica.path, "--max-size", "2TB", "--min-free", "10GiB")
     assert shown.splitlines()[:4] == [
-        "Keeps every write up to an age of 2h, the state each 1s up to an age of 6h, "
+        "Keeps every write up to an age of 2h, a state every 1s up to an age of 6h, "
         "all snapshots up to an age of 12h, the last snapshot of each hour up to an age of 3d, "
         "the last snapshot of each day up to an age of 9d; of what is older nothing but bookmarks.",
         "Keeps bookmarks up to an age of 2y.",
@@ -145,11 +146,14 @@ def test_a_policy_is_set_in_parts_and_shown_in_words(replica: Replica, capsys: p
     [
         (["--set", "1s 3d, every-write 14d"], "--set: 'every-write 14d': isn't coarser than 1s before it"),
         (["--set", "every-write 3d, 1s 3d"], "--set: '1s 3d': isn't more than 3d before it: ages have to grow"),
-        (["--set", "every-write 0d"], "--set: '0d': an age of 0 keeps nothing"),
+        (["--set", "every-write 0d"], "--set: '0d': an age of 0 keeps nothing: write 1s"),
         (["--set", "dayly 3d"], "--set: 'dayly 3d': unknown granularity: there are every-write, 1ms"),
-        (["--set", "2s 3d"], "--set: '2s 3d': isn't a rung: there are every-write, 1ms, 5ms"),
-        (["--set", ""], "--set: '': a step is a granularity and the age up to which it holds"),
-        (["--set", "hourly 3"], "--set: '3': an age is a whole number with one of y, w, d, h, m, s"),
+        (["--set", "2s 3d"], "--set: '2s 3d': unknown granularity: there are every-write, 1ms, 5ms"),
+        (["--set", ""], "--set: '': a step is missing: write a granularity and an age for each step"),
+        (["--set", "every-write 3d,"], "--set: '': a step is missing"),
+        (["--set", "every-write"], "--set: 'every-write': its age is missing: write"),
+        (["--set", "every-write 3 d"], "--set: 'every-write 3 d': too many words"),
+        (["--set", "hourly 3"], "--set: '3': an age is a whole number with one of y, w, d, h, m (or min), s"),
         (["--bookmarks", "0s"], "--bookmarks: '0s': an age of 0"),
         (["--max-size", "0"], "--max-size: 0 keeps nothing"),
         (["--min-free", "many"], "--min-free: 'many' isn't a number"),
@@ -203,10 +207,14 @@ def test_pins_and_bookmarks_keep_what_they_name_and_are_the_reason(
     with contextlib.closing(Store.open(replica.path)) as store, Pins(replica.path, "mount /mnt/x") as pins:
         within = store.at_seq(store.at_time(times_ns[30])[0].seq + 2)
         pins.pin(within.seq, within.time_ns)
-        reasons = [row["reason"] for row in dry_run(replica, capsys)["stretches"]]
+        rows = dry_run(replica, capsys)["stretches"]
+        reasons = [row["reason"] for row in rows]
         kept = f"pinned by mount /mnt/x (pid {os.getpid()})"
-        gone = "nothing from 2h on"
+        gone = "older than 2h"
         assert reasons == [gone, "bookmark before-upgrade", gone, kept, kept, gone, "every-write"]
+        assert [row["then"] for row in rows[:3]] == ["nothing", "snapshots only", "nothing"]
+        assert all(row["freed_bytes"] == 0 for row in rows if not row["snapshots"])  # the bytes are where snapshots go
+        assert rows[0]["freed_bytes"] > 0 and rows[2]["freed_bytes"] > 0
         said(capsys, "prune", replica.path)
         left = replica.states()
         assert left["snapshots"][:3] == [times_ns[4], times_ns[30], times_ns[31]]
@@ -226,9 +234,48 @@ def test_removing_all_but_the_newest_needs_yes(replica: Replica, capsys: pytest.
     replica.receive(4)
     newest_ns = replica.states()["snapshots"][-1]
     line = said(capsys, "prune", replica.path, code=2)
-    assert f"nothing but the newest snapshot, {format_instant(newest_ns)}, would be left" in line
+    assert f"nothing but the newest snapshot, {format_instant(newest_ns)}, and what bookmarks and pins keep" in line
     said(capsys, "prune", replica.path, "--yes")
     assert replica.states()["snapshots"] == [newest_ns]
+
+
+def test_bookmarks_alone_need_yes_and_are_asked_for_once(
+    replica: Replica, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replica.receive(3)
+    replica.receive(1, bookmarks=("before-upgrade",))
+    replica.receive(3)
+    said(capsys, "retention", replica.path, "--set", "snapshots 1s")
+    assert "and what bookmarks and pins keep would be left: look at --dry-run" in said(
+        capsys, "prune", replica.path, code=2
+    )
+    said(capsys, "prune", replica.path, "--yes")
+    assert len(replica.states()["snapshots"]) == 2
+    assert said(capsys, "prune", replica.path) == "there was nothing to prune\n"
+
+
+def test_a_size_that_takes_most_snapshots_needs_yes_and_is_told_when_it_is_set(
+    replica: Replica, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replica.receive(60)
+    size = used_bytes(replica.path)
+    set_ = said(capsys, "retention", replica.path, "--max-size", str(size - 8192))
+    sums = dry_run(replica, capsys)
+    assert set_.splitlines()[:2] == [
+        "Keeps everything, as long as there is room.",
+        f"Coarsens the oldest first where the store takes more than {format_bytes(size - 8192)}.",
+    ]
+    told = f"frees {format_bytes(sums['freed_bytes'])}"
+    assert f"minute after pitfs receive starts; it asks nobody) {told}: see pitfs prune" in set_.splitlines()[2]
+    said(capsys, "prune", replica.path)  # granularity goes: nobody is asked
+    set_ = said(capsys, "retention", replica.path, "--max-size", str(int(size * 0.3)))
+    sums = dry_run(replica, capsys)
+    assert sums["snapshots"] > 31 and f"loses {sums['snapshots']} snapshots and" in set_
+    count = len(replica.states()["snapshots"])
+    line = said(capsys, "prune", replica.path, code=2)
+    assert f"{sums['snapshots']} of {count} snapshots would go to make room: look at --dry-run" in line
+    said(capsys, "prune", replica.path, "--yes")
+    assert len(replica.states()["snapshots"]) == count - sums["snapshots"]
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -332,7 +379,7 @@ def test_a_size_gives_up_granularity_before_states_the_oldest_first(
         size = used_bytes(replica.path) - int(whole * share)
         said(capsys, "retention", replica.path, "--max-size", str(size))
         foretold = dry_run(replica, capsys)
-        said(capsys, "prune", replica.path)
+        said(capsys, "prune", replica.path, "--yes")
         states = replica.states()
         assert foretold["snapshots"] == count - len(states["snapshots"])
         count = len(states["snapshots"])
@@ -354,6 +401,33 @@ def test_what_cannot_fit_is_said_and_the_newest_stays(replica: Replica, capsys: 
     assert replica.states()["snapshots"] == [newest_ns]
 
 
+# What it leaves
+
+
+def test_a_time_where_the_history_was_thinned_is_answered_with_a_warning(
+    replica: Replica, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replica.receive(6, 3 * MINUTE_NS)
+    times_ns = replica.states()["snapshots"]
+    between = format_instant(times_ns[2] - 1)
+
+    def warning(time: str, command: str = "resolve", *more: str) -> str:
+        assert main([command, replica.path, time, *more]) == 0
+        return capsys.readouterr().err
+
+    assert warning(between) == ""
+    said(capsys, "retention", replica.path, "--set", "snapshots 1y")
+    said(capsys, "prune", replica.path)
+    bounds = f"{format_instant(times_ns[1])} -> {format_instant(times_ns[2])}"
+    why = f"the interval {bounds} (snapshots only; retention: snapshots): this is the last state before it, "
+    assert warning(between) == f"pitfs: {between} lies in {why}3 min older\n"
+    assert warning(between, "digest", "root") == f"pitfs: {between} lies in {why}3 min older\n"
+    with contextlib.closing(Store.open(replica.path)) as store:
+        seq = store.at_time(times_ns[2])[0].seq - 1
+    assert warning(f"seq-{seq}") == f"pitfs: seq-{seq} lies in {why}4 writes older\n"
+    assert warning(format_instant(times_ns[2])) == ""
+
+
 # By itself
 
 
@@ -361,6 +435,8 @@ def test_the_receiver_prunes_each_store_that_has_a_policy(
     replica30: Replica, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replica = replica30
+    assert receive.FIRST_PRUNE_S == 60 and receive.PRUNE_EVERY_S == 3600
+    assert "A minute after its start, and then each hour, it prunes" in receive.DESCRIPTION
     import trio
     import trio.testing
 

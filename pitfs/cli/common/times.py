@@ -8,12 +8,14 @@ import time
 import zoneinfo
 from typing import TYPE_CHECKING, Final
 
-from pitfs.cli.common.output import span_row, span_text
+from pitfs.cli.common.output import granularity_text, span_row, span_text
 from pitfs.cli.common.output import warn as print_warning
 from pitfs.errors import NoSuchInstantError, UsageError
-from pitfs.model.position import FORMS, LATEST, NotATimeError, format_instant, meant_time
+from pitfs.model.position import FORMS, LATEST, AtSeq, NotATimeError, format_instant, meant_time, parse_time
+from pitfs.model.units import counted, format_seconds
 
 if TYPE_CHECKING:
+    from pitfs.model.position import AtTime
     from pitfs.store.store import Resolution, Store
 
 IN_BOOKMARKS: Final = "bookmarks/"
@@ -38,7 +40,7 @@ def resolve(store: Store, text: str, zone_name: str = "UTC", warn: bool = True) 
     """The newest reachable state not after TIME, and whether it is exactly the state at TIME.
 
     Args:
-        warn: print a line on standard error where TIME lies in a gap, or is a bookmark's name, too.
+        warn: print a line on standard error where TIME lies in a gap or coarse interval, or is a bookmark's name, too.
 
     Raises:
         UsageError: TIME is neither a time nor a bookmark's name.
@@ -59,7 +61,7 @@ def resolve(store: Store, text: str, zone_name: str = "UTC", warn: bool = True) 
             raise NoSuchInstantError(f"{store.path}: no state answers to {text!r}: {_reachable(store)}") from None
         else:
             if warn and not exact:
-                _warn_of_gap(store, text, resolution)
+                _warn_of_age(store, text, resolution, parse_time(text, now_ns=now_ns, zone=zone))
             if warn and bookmark is not None:
                 print_warning(f"{text} is read as a time: the bookmark of that name is {IN_BOOKMARKS}{name}")
             return resolution, exact
@@ -96,12 +98,20 @@ def _did_you_mean(names: list[str], before: str = "") -> str:
     return f"did you mean {' or '.join(before + name for name in names)}? " if names else ""
 
 
-def _warn_of_gap(store: Store, text: str, resolution: Resolution) -> None:
-    """Prints a line about the gap that the time lies in: the state may be much older than the time."""
-    for gap in store.gaps(resolution.time_ns, resolution.time_ns + 1):
-        if gap.from_time_ns == resolution.time_ns:
-            bounds = span_text(span_row(gap))
-            print_warning(f"{text} lies in the gap {bounds} ({gap.cause}): this is the last state before it")
+def _warn_of_age(store: Store, text: str, given: Resolution, wanted: AtTime | AtSeq) -> None:
+    """Prints why the state that is given isn't the one at that time: it may be much older."""
+    at_ns = given.time_ns
+    gap = next((each for each in store.gaps(at_ns, at_ns + 1) if each.from_time_ns == at_ns), None)
+    interval = next(store.intervals(at_ns + 1, at_ns + 2), None)
+    span, has = gap or interval, "" if gap or not interval else f"{granularity_text(interval.granularity_ns)}; "
+    if span is None:
+        return
+    where = f"{'gap' if gap else 'interval'} {span_text(span_row(span))} ({has}{span.cause})"
+    if isinstance(wanted, AtSeq):
+        older = counted(wanted.seq - given.seq, "write")
+    else:
+        older = format_seconds((wanted.time_ns - at_ns) / 1e9)
+    print_warning(f"{text} lies in the {where}: this is the last state before it, {older} older")
 
 
 def _reachable(store: Store) -> str:

@@ -6,6 +6,7 @@ import heapq
 import os
 import stat
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import replace
@@ -15,13 +16,11 @@ from pitfs.errors import PitfsError, UsageError
 from pitfs.model.position import format_instant
 from pitfs.model.retention import LEVELS, NOTHING, SNAPSHOTS, AgeClock, Remove
 from pitfs.model.units import format_bytes
-from pitfs.store.catalog.catalog import Catalog
-from pitfs.store.objects.format import CATALOG
 from pitfs.store.opening import free_bytes, read_store_info
 from pitfs.store.pins.pins import list_pins
 from pitfs.store.retention.policy import load_policy
 from pitfs.store.retention.pruner import Progress, Pruner
-from pitfs.store.retention.stretches import MAX_RUN, Keeper, Rule, State, Stretch, essential, plan, rows
+from pitfs.store.retention.stretches import MAX_RUN, ROOM, Keeper, Rule, State, Stretch, essential, plan, rows
 
 PAGE_ROWS: Final = 4096
 # What is given up, in this order, where a size is set and no steps.
@@ -52,8 +51,7 @@ class Retention(AbstractContextManager["Retention"]):
         self.lacking_bytes = 0  # that nothing is left to give up for
         with ExitStack() as stack:
             self._pruner = stack.enter_context(Pruner(path, changes))
-            self._catalog = Catalog(os.path.join(path, CATALOG), "write" if changes else "read")
-            stack.callback(self._catalog.close)
+            self._catalog = self._pruner.catalog
             self._clock = self._ages(clock())
             self._rule = Rule(policy, self._clock.reference_ns, self._floors(self._excess_bytes()))
             self._closing = stack.pop_all()
@@ -65,15 +63,17 @@ class Retention(AbstractContextManager["Retention"]):
         """A row for each stretch of time, with the bytes that it frees."""
         return rows(self._foretold(self._rule))
 
-    def leaves_only_newest(self) -> str:
-        """The instant of the newest snapshot, if all others go; else ""."""
-        last = self._catalog.last_snapshot()
-        for stretch in self._plan(self._rule):
-            action = stretch.action
-            if isinstance(action, Remove) and last is not None and action.before_id == last.id:
-                return format_instant(last.time_ns) if action.after_id is None else ""
-            if action is not None or not stretch.snapshots:
-                return ""
+    def drastic(self) -> str:
+        """What may not have been meant: that the policy keeps nothing, or that most goes to make room; or ""."""
+        total, going, last = sum(1 for _ in self._states()), Counter[bool](), self._catalog.last_snapshot()
+        for each in self._plan(self._rule):
+            going[each.reason == ROOM] += each.snapshots
+        if last is not None and any(going.values()):
+            if sum(each.snapshots for each in plan(self._states(), self._rule)) == total - 1:
+                newest = f"the newest snapshot, {format_instant(last.time_ns)}"
+                return f"nothing but {newest}, and what bookmarks and pins keep would be left"
+            if 2 * going[True] > total:
+                return f"{going[True]} of {total} snapshots would go to make room"
         return ""
 
     def lack(self) -> str:

@@ -91,6 +91,9 @@ class Pruner(AbstractContextManager["Pruner"]):
         path: of the store.
         changes: whether it is to change anything; else it only foretells, of any store that can be read.
 
+    Attributes:
+        catalog: of the store; the planner reads it, too.
+
     Raises:
         StoreError: it isn't a store, another pruner is at work, it is on a read-only file system, or an older pitfs
             writes it.
@@ -106,33 +109,27 @@ class Pruner(AbstractContextManager["Pruner"]):
                 closing.callback(make_reserve, path)
                 give_up_reserve(path)
                 closing.callback(os.close, _take_lock(path))
-            self._catalog = Catalog(os.path.join(path, CATALOG), "write" if changes else "read")
-            closing.callback(self._catalog.close)
+            self.catalog = Catalog(os.path.join(path, CATALOG), "write" if changes else "read")
+            closing.callback(self.catalog.close)
             history = bytes.fromhex(info.history)
-            objects = ObjectPool(
-                os.path.join(path, OBJECTS), info.layout, history, host_of=self._catalog.host_of
-            )  # fmt: skip
+            objects = ObjectPool(os.path.join(path, OBJECTS), info.layout, history, host_of=self.catalog.host_of)
             closing.callback(objects.close)
-            self._store = WritableStore(self._catalog, objects, node_loader(objects), history, info.volumes)
+            self._store = WritableStore(self.catalog, objects, node_loader(objects), history, info.volumes)
             self._thinned = set[int]()  # ends of intervals whose row in `removals` may go once all is synced
             if changes:
                 self._finish_removals()
             self._closing = closing.pop_all()
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Gives the store back."""
         self._closing.close()
 
     def foretell(self, action: Action) -> int:
         """Bytes on the disk that it frees; changes nothing. What is damaged frees nothing, and stays as it is."""
-        sizes = [0]
+        size = 0
         with self._errors(), self._damage_passed_over():
             step = self._step(action)
-            sizes += [step.change.foretell()] if step is not None else []
-        return sizes[-1]
+            size += step.change.foretell() if step is not None else 0
+        return size
 
     def apply(self, actions: Iterable[Action], progress: Callable[[Progress], None] = lambda _: None) -> Progress:
         """Executes actions, in their order but for some that need room on a full disk.
@@ -166,7 +163,7 @@ class Pruner(AbstractContextManager["Pruner"]):
 
     def _step(self, action: Action) -> _Step | None:
         """None where there is nothing to do (any more)."""
-        catalog, store = self._catalog, self._store
+        catalog, store = self.catalog, self._store
         if isinstance(action, Thin):
             interval = catalog.interval_to(action.end_snapshot_id)
             if interval is None or not (thinning := Thinning(store, interval, action)).is_due:
@@ -203,9 +200,9 @@ class Pruner(AbstractContextManager["Pruner"]):
     def _execute(self, batch: Sequence[_Step]) -> list[Action]:
         """The actions that have to wait for room."""
         ids = {each.action.end_snapshot_id for each in batch if isinstance(each.action, Thin)}
-        with self._catalog.changes():
+        with self.catalog.changes():
             for snapshot_id in ids:
-                self._catalog.put("removals", (snapshot_id, snapshot_id), "ON CONFLICT DO NOTHING")
+                self.catalog.put("removals", (snapshot_id, snapshot_id), "ON CONFLICT DO NOTHING")
         prepared, waiting = self._prepare(batch)
         if ids or self._thinned:
             sync_file_system(self._store.objects.directory)
@@ -242,7 +239,7 @@ class Pruner(AbstractContextManager["Pruner"]):
         done, begun_s = list[_Step](), time.monotonic()
         with changes_locked(self.path), pins_locked(self.path) as pins:
             pinned = _Pinned(pins)
-            with self._catalog.changes():
+            with self.catalog.changes():
                 while prepared and time.monotonic() - begun_s < LOCKED_S:
                     step = prepared.pop()
                     if self._is_still(step) and not pinned.between(*step.bounds):
@@ -262,11 +259,11 @@ class Pruner(AbstractContextManager["Pruner"]):
     # What a crash left, and what is left to do afterwards
 
     def _finish_removals(self) -> None:
-        for before_id, after_id in self._catalog.removals():
+        for before_id, after_id in self.catalog.removals():
             if before_id == after_id:
                 with changes_locked(self.path), self._damage_passed_over():
                     settle(self._store, before_id)
-            if before_id == after_id or self._catalog.snapshot(before_id) is None:  # as a rebuilt catalog may have it
+            if before_id == after_id or self.catalog.snapshot(before_id) is None:  # as a rebuilt catalog may have it
                 self._thinned.add(before_id)
         self._forget_thinned()
         for removal in Removal.unfinished(self._store):
@@ -289,19 +286,19 @@ class Pruner(AbstractContextManager["Pruner"]):
             self._thinned = set()
 
     def _delete_rows(self, thinned: Iterable[int]) -> None:
-        with self._catalog.changes():
+        with self.catalog.changes():
             for before_id in thinned:
-                self._catalog.delete("removals", "before_id", before_id)
+                self.catalog.delete("removals", "before_id", before_id)
 
     def _vacuum(self) -> None:
         """Gives the disk some of the catalog's free pages, where they are many and it can."""
         for _ in range(VACUUM_STEPS):
             mode, free, pages = (
-                self._catalog.rows(f"PRAGMA {name}")[0][0] for name in ("auto_vacuum", "freelist_count", "page_count")
+                self.catalog.rows(f"PRAGMA {name}")[0][0] for name in ("auto_vacuum", "freelist_count", "page_count")
             )
             if mode != 2 or free < max(VACUUM_PAGES, pages // 8):  # 2: incremental
                 return
-            self._catalog.rows(f"PRAGMA incremental_vacuum({VACUUM_PAGES})")
+            self.catalog.rows(f"PRAGMA incremental_vacuum({VACUUM_PAGES})")
 
     def _count(self, done: int = 0, skipped: int = 0, freed_bytes: int = 0) -> None:
         now = self.progress
@@ -320,9 +317,7 @@ class _Pinned:
 
     def __init__(self, pins: Sequence[PinnedInstants]) -> None:
         self._seqs = np.array(sorted(position.seq for each in pins for position in each.instants), "<i8")
-        self._stretches = [
-            (each.unlisted.least.seq, each.unlisted.greatest.seq) for each in pins if each.unlisted is not None
-        ]  # fmt: skip
+        self._stretches = [(held.least.seq, held.greatest.seq) for each in pins if (held := each.unlisted)]
 
     def between(self, after_seq: int, before_seq: int) -> bool:
         """Whether an instant strictly between the two is pinned."""

@@ -31,6 +31,7 @@ from pitfs.store.objects.format import HEADER_BYTES, ObjectKind, ObjectName
 from pitfs.store.retention.liveness import Live, live_between
 from pitfs.store.retention.moving import Mover, ObjectFile, Part
 from pitfs.store.retention.rows import join_intervals, removed_journals
+from pitfs.store.retention.thinning import allocated_bytes, unlink
 from pitfs.store.transfer.writable_store import WritableStore
 
 MAX_MOVED_BYTES: Final = 1 << 20  # files of which more is live are punched: their headers don't matter
@@ -140,12 +141,6 @@ class Removal:
     def _path(self, name: ObjectName) -> str:
         return self._store.objects.path_of(name)
 
-    def _allocated(self, name: ObjectName) -> int:
-        try:
-            return os.stat(self._path(name)).st_blocks * 512
-        except FileNotFoundError:
-            return 0
-
     def _host(self, hosts: dict[ObjectKind, ObjectName], file: ObjectFile) -> ObjectName | None:
         """Into whose file that one's parts are to be moved, None if they stay where they are."""
         if not 0 < file.live_bytes < MAX_MOVED_BYTES or file.span_bytes > MAX_SPAN_BYTES:
@@ -159,19 +154,19 @@ class Removal:
     def foretell(self) -> int:
         """Bytes on the disk that it frees; changes nothing."""
         journals = removed_journals(self._store.catalog, self._after_id, self._before_id)
-        freed = sum(self._allocated(name) for name in map(ObjectName.of_file, journals) if name is not None)
+        freed = sum(allocated_bytes(self._path(name)) for name in map(ObjectName.of_file, journals) if name is not None)
         hosts: dict[ObjectKind, ObjectName] = {}
         for file in self._files():
             after_bytes = file.live_bytes
             if after_bytes and self._host(hosts, file) is None:
                 extent_blocks = -(-file.run_count // EXTENTS) if file.run_count >= INODE_EXTENTS else 0
                 after_bytes += HEADER_BYTES + extent_blocks * self._block_bytes
-            freed += max(0, self._allocated(file.name) - after_bytes) if self._is_worth(file) else 0
+            freed += max(0, allocated_bytes(self._path(file.name)) - after_bytes) if self._is_worth(file) else 0
         return freed
 
     def _is_worth(self, file: ObjectFile) -> bool:
         """Whether it is to be punched. Each time that the first snapshot goes, all large old files are looked at."""
-        is_little = self._allocated(file.name) - file.live_bytes < file.live_bytes // LITTLE
+        is_little = allocated_bytes(self._path(file.name)) - file.live_bytes < file.live_bytes // LITTLE
         return bool(self._after_id) or file.live_bytes < LARGE_BYTES or not is_little
 
     # The removal
@@ -254,7 +249,7 @@ class Removal:
 
     def _unlink_in(self, folder: str, changed: set[str]) -> int:
         """Unlinks what the catalog doesn't have there any more; removes the folder if it is empty then."""
-        objects, catalog, freed = self._store.objects, self._store.catalog, 0
+        catalog, freed = self._store.catalog, 0
         names = [name for name in map(ObjectName.of_file, os.listdir(folder)) if name and self._is_ours(name)]
         gone = set(catalog.unknown_objects([name.file for name in names]))
         files = sorted(name.file for name in names if name.kind not in _JOURNALS)
@@ -263,10 +258,7 @@ class Removal:
             gone.update(name for (name,) in catalog.rows(sql, (files[0], files[-1])))
         for name in names:
             if name.file in gone:
-                freed += self._allocated(name)
-                objects.forget(name)
-                with suppress(FileNotFoundError):
-                    os.unlink(self._path(name))
+                freed += unlink(self._store, name)
                 changed.add(folder)
         newest = os.path.dirname(self._path(ObjectName(ObjectKind.MAP, self._before_id)))  # more may come there
         if folder in changed and folder != newest and not os.listdir(folder):
@@ -281,7 +273,7 @@ class Removal:
 
     def _punch(self, file: ObjectFile) -> int:
         """Makes holes where nothing is live."""
-        before = self._allocated(file.name)
+        before = allocated_bytes(self._path(file.name))
         with suppress(FileNotFoundError), open_fd(self._path(file.name), os.O_RDWR) as fd:  # a check tells of that
             size, at = os.fstat(fd).st_size, HEADER_BYTES
             size += -size % self._block_bytes  # else the block with the end would stay
@@ -289,4 +281,4 @@ class Removal:
                 if at < start and not punch(fd, at, start - at):
                     return 0
                 at = end
-        return before - self._allocated(file.name)
+        return before - allocated_bytes(self._path(file.name))

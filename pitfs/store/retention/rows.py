@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 from pitfs.errors import StoreError
 from pitfs.model.position import SECOND_NS
 from pitfs.store.catalog.catalog import Catalog
-from pitfs.store.catalog.records import Interval, Snapshot
+from pitfs.store.catalog.records import Interval
 
 
 def removed_journals(catalog: Catalog, after_id: int, before_id: int) -> list[str]:
@@ -26,36 +23,24 @@ def join_intervals(catalog: Catalog, after_id: int, before_id: int, cause: str) 
         StoreError: one of the two isn't there.
     """
     after, before = catalog.snapshot(after_id), catalog.snapshot(before_id)
-    if before is None or (after is None and after_id):
+    first = catalog.interval_from(after_id)
+    if before is None or (after_id and (after is None or first is None)):
         raise StoreError(f"{catalog.path}: snapshot {before_id} or {after_id} isn't there any more: plan anew")
-    joined = None if after is None else _joined(catalog, after, before, cause)
-    ids = _keys(catalog, "snapshots", "id", "id > ? AND id < ?", after_id, before_id)
-    for snapshot_id in ids:
-        for table, name in (("snapshots", "id"), ("roots", "snapshot"), ("digests", "snapshot")):
-            catalog.delete(table, name, snapshot_id)
-    for snapshot_id in _keys(catalog, "intervals", "snapshot", "snapshot > ? AND snapshot <= ?", after_id, before_id):
-        catalog.delete("intervals", "snapshot", snapshot_id)
-    if joined is not None:
-        catalog.put_interval(joined)
+    ids, times_ns = (after_id, before_id), (-SECOND_NS if after is None else after.time_ns, before.time_ns)
+    between = "{0} > ? AND {0} < ?".format
+    for table, key, condition, bounds in (
+        ("snapshots", "id", between("id"), ids),
+        ("roots", "snapshot", between("snapshot"), ids),
+        ("digests", "snapshot", between("snapshot"), ids),
+        ("intervals", "snapshot", "snapshot > ? AND snapshot <= ?", ids),
+        ("bookmarks", "name", between("time_ns"), times_ns),
+        *([("gaps", "id", "to_time_ns BETWEEN ? AND ?", (-SECOND_NS, before.time_ns))] if after is None else []),
+    ):
+        for (value,) in catalog.rows(f"SELECT {key} FROM {table} WHERE {condition}", bounds):
+            catalog.delete(table, key, value)
     for name in removed_journals(catalog, after_id, before_id):
         catalog.delete("objects", "name", name)
-    from_ns = after.time_ns if after is not None else -SECOND_NS
-    for name in _keys(catalog, "bookmarks", "name", "time_ns > ? AND time_ns < ?", from_ns, before.time_ns):
-        catalog.delete("bookmarks", "name", name)
-    if after is None:
-        for gap_id in _keys(catalog, "gaps", "id", "to_time_ns <= ?", before.time_ns):
-            catalog.delete("gaps", "id", gap_id)
-    catalog.clear_seconds(from_ns, before.time_ns)
-
-
-def _keys(catalog: Catalog, table: str, key: str, condition: str, *bindings: int) -> Iterator[Any]:
-    return (row[0] for row in catalog.rows(f"SELECT {key} FROM {table} WHERE {condition}", bindings))
-
-
-def _joined(catalog: Catalog, after: Snapshot, before: Snapshot, cause: str) -> Interval:
-    """The interval from one snapshot to another."""
-    first = catalog.interval_from(after.id)
-    if first is None:
-        raise StoreError(f"{catalog.path}: no interval begins at snapshot {after.id}: run `pitfs check`")
-    positions = after.seq, after.time_ns, before.seq, before.time_ns
-    return Interval(before.id, after.id, *positions, first.first_time_ns, None, cause, 0)
+    if after is not None and first is not None:
+        positions = after.seq, after.time_ns, before.seq, before.time_ns
+        catalog.put_interval(Interval(before_id, after_id, *positions, first.first_time_ns, None, cause, 0))
+    catalog.clear_seconds(*times_ns)

@@ -6,8 +6,8 @@ A snapshot stays, and its stretch says why, where
 * the interval behind it keeps its bounds: one with a level of journals does, and what is coarser there stays as it is;
 * a pin or a bookmark names it, or an instant in an interval that it bounds. That interval stays as it is.
 
-The others go in runs between two that stay. A run of more than MAX_RUN goes in parts; the first snapshot of the next
-part is then the end of the one before, for a while.
+The others go in runs between two that stay. A run of more than MAX_RUN, or for several reasons, goes in parts; the
+first snapshot of the next part is then the end of the one before, for a while.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from typing import Final, NamedTuple
 
-from pitfs.model.retention import LEVELS, NOTHING, SNAPSHOTS, Action, Policy, Remove, Thin, period, thinned
+from pitfs.model.retention import NOTHING, SNAPSHOTS, Action, Policy, Remove, Thin, period, thinned
 from pitfs.model.transfer import PRUNED
 
 MAX_RUN: Final = 1024  # snapshots that one Remove takes
 _CAUSE: Final = f"{PRUNED}: "
+ROOM: Final = "to make room"  # the reason of a floor
 _ALWAYS: Final = 1 << 63
 
 
@@ -63,7 +64,7 @@ class Rule:
         for floor_through_ns, floor in self.floors:
             if time_ns <= floor_through_ns:
                 if floor > level:
-                    level, reason = floor, f"{LEVELS[floor]} to make room"
+                    level, reason = floor, ROOM
                 return level, reason, min(through_ns, floor_through_ns)
         return level, reason, through_ns
 
@@ -78,7 +79,7 @@ class Stretch:
         reason: the step, pin or bookmark that says so.
         snapshots, instants: how many go; of instants at least so many.
         action: that brings it about, and what the stretches before it say that have none and lose snapshots.
-        freed_bytes: by the actions.
+        freed_bytes: by the actions. Those of a removal are given, in `rows`, to the stretch whose snapshots go.
     """
 
     from_ns: int
@@ -133,22 +134,25 @@ def plan(
         states: by time; the interval of each begins at the one before.
         keepers: by from_seq.
     """
-    after_id, before, going, cause = None, None, 0, ""
+    after_id, before, going, why = None, None, 0, (0, "")
     judged: Iterator[_Judged | None] = chain(_judged(states, rule, keepers), (None,))
     for each, following in pairwise(judged):
         assert each is not None
         stays = following is None or _stays(each, following)
         keeper = "" if stays else each.held or each.marked or (following.held if following else "")
-        is_kept, is_full, snapshot_id = stays or keeper != "", going == max_run, each.state.id
+        level, reason = (SNAPSHOTS, keeper) if keeper else (max(each.level, SNAPSHOTS), each.reason)
+        is_kept, is_full, state = stays or keeper != "", going == max_run or why != (level, reason), each.state
         if is_kept and not going:
             if before is not None:
-                yield _alone(before, each, keeper or each.reason)
+                yield _alone(before, each, level, reason)
         else:
             is_end = going > 0 and (is_kept or is_full)
-            action = Remove(after_id, snapshot_id, _CAUSE + cause) if is_end else None
-            yield _in_run(before, each, keeper or each.reason, is_kept, action)
-            going, cause = (0 if is_end else going) + (not is_kept), each.reason
-        after_id, before = snapshot_id if is_kept else after_id, each.state
+            action = Remove(after_id, state.id, _CAUSE + why[1]) if is_end else None
+            instants = state.seq - before.seq if before is not None and state.granularity_ns == 0 else 1
+            span = (before or state).time_ns, state.time_ns, state.granularity_ns, None  # its journal goes
+            yield Stretch(*span, level, reason, int(not is_kept), instants - is_kept, action)
+            going, why = (0 if is_end else going) + (not is_kept), (level, reason)
+        after_id, before = state.id if is_kept else after_id, state
 
 
 def _judged(states: Iterable[State], rule: Rule, keepers: Iterable[Keeper]) -> Iterator[_Judged]:
@@ -175,19 +179,9 @@ def _stays(each: _Judged, following: _Judged) -> bool:
     return each.level != NOTHING and period(each.level, times_ns[0]) != period(each.level, times_ns[1])
 
 
-def _in_run(before: State | None, each: _Judged, reason: str, is_kept: bool, action: Action | None) -> Stretch:
-    """An interval whose journal goes with a snapshot that bounds it."""
-    state, instants = each.state, 1
-    if before is not None and state.granularity_ns == 0:
-        instants = state.seq - before.seq
-    from_ns, level = (before or state).time_ns, max(each.level, SNAPSHOTS)
-    going = int(not is_kept), instants - is_kept
-    return Stretch(from_ns, state.time_ns, state.granularity_ns, None, level, reason, *going, action)
-
-
-def _alone(before: State, each: _Judged, reason: str) -> Stretch:
+def _alone(before: State, each: _Judged, level: int, reason: str) -> Stretch:
     """An interval that keeps its bounds."""
-    state, level, instants, action = each.state, max(each.level, SNAPSHOTS), 0, None
+    state, instants, action = each.state, 0, None
     now_ns, then_ns = state.granularity_ns, thinned(state.granularity_ns, each.level)
     if then_ns != now_ns and each.held:
         then_ns, level, reason = now_ns, SNAPSHOTS, each.held
@@ -208,6 +202,9 @@ def rows(stretches: Iterable[Stretch]) -> Iterator[Stretch]:
         elif (last.then_ns, last.level, last.reason) != (each.then_ns, each.level, each.reason) or (
             last.now_ns != each.now_ns and not (last.snapshots and (each.snapshots or each.action))
         ):
+            if isinstance(each.action, Remove):
+                last = replace(last, freed_bytes=last.freed_bytes + each.freed_bytes)
+                each = replace(each, freed_bytes=0)
             yield last
             last = each
         else:

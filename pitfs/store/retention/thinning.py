@@ -83,9 +83,11 @@ class JournalContents:
         """Punches what no row has, or unlinks the file; the bytes that it freed. Doing it again does no harm."""
         if self.is_empty:
             return unlink(self._store, self.name)
+        if not len(dead := self.dead()):
+            return 0
         before = allocated_bytes(self.path)
         with suppress(FileNotFoundError), open_fd(self.path, os.O_RDWR) as fd:
-            for start, end in self.dead().tolist():
+            for start, end in dead.tolist():
                 punch(fd, start, end - start)
         return before - allocated_bytes(self.path)
 
