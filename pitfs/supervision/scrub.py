@@ -33,8 +33,7 @@ def scrub_if_due(store: str) -> None:
     try:
         last = Progress.read(store, has_data=True)
         made_ns = os.stat(os.path.join(store, "store.json")).st_mtime_ns
-        is_under_way = last.seq >= 0 and not last.finished_ns
-        if not is_under_way and time.time_ns() - max(last.finished_ns, made_ns) < EVERY_S * 10**9:
+        if not last.is_under_way and time.time_ns() - max(last.finished_ns, made_ns) < EVERY_S * 10**9:
             return
         report = check(store, True, at_rate(RATE))
     except Exception as error:  # whatever it is, the receiver goes on

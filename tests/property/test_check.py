@@ -264,6 +264,49 @@ def test_a_check_that_is_stopped_goes_on(
     assert 0 <= read[1] + sum(counts) - expected.bytes <= 4096  # what two blocks share may come in two batches
 
 
+def test_at_a_small_rate_it_is_saved_in_time(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = [100.0]
+    monkeypatch.setattr(check_module.time, "monotonic", lambda: now_s[0])
+    monkeypatch.setattr(check_module, "FIRST_BYTES", 1000)
+    total = run(store).bytes
+    counts: list[int] = []
+
+    def paced(count: int) -> None:
+        counts.append(count)
+        now_s[0] += count / 1000
+        if sum(counts) > total // 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        run(store, paced=paced)  # though one that is finished has left its record
+    progress = check_module.Progress.read(str(store), True)
+    assert progress.is_under_way and total // 2 - 25_000 < progress.bytes > 0
+    counts.clear()
+    read = []
+    assert run(store, paced=read.append).bytes == progress.bytes + sum(read)
+    assert progress.bytes + sum(read) - total <= 4096
+
+
+def test_a_journal_is_gone_on_with_where_it_was_left(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_module, "BATCH_BYTES", 1)
+    monkeypatch.setattr(check_module, "SAVE_S", 0.0)
+    monkeypatch.setattr(format, "CHUNK_ROWS", 2)
+    kept = []
+    save = check_module.Progress.save
+    monkeypatch.setattr(
+        check_module.Progress, "save",
+        lambda self, path: (save(self, path), kept.append((store / "check-data.progress").read_bytes())),
+    )  # fmt: skip
+    total = run(store).bytes
+    within = [each for each in map(json.loads, kept) if each["rows"] and not each["leaf"] + each["volume"]]
+    assert len({each["rows"] for each in within}) > 2
+    for each in within:
+        (store / "check-data.progress").write_text(json.dumps(each))
+        read: list[int] = []
+        assert run(store, paced=read.append).bytes <= total + 4096
+        assert sum(read) < total - each["bytes"] + 4096
+
+
 def test_the_rate_is_held(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = [100.0]
     monkeypatch.setattr(check_module.time, "monotonic", lambda: now_s[0])
