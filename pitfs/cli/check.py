@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TextIO
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         failure = error
     gone = args.heal and any(each.state == "gone" for each in DamageLog(args.store).known())
     if args.json:
-        rows = [_row(*each) for each in report.damaged]
+        rows = [_row(args.store, report, *each) for each in report.damaged]
         print_json({"objects": report.objects, "bytes": report.bytes, "damaged": rows, "healed": healed})
     else:
         _print(args.store, report, has_data, healed, gone)
@@ -101,25 +102,27 @@ def _rebuild(store: str, out: TextIO) -> int:
     return EXIT_FAILED if report.missing else 0
 
 
-def _row(damage: Damage, stretches: list[Stretch]) -> dict[str, Any]:
-    """from, to: bytes of the object; to is null where all of it can't be read."""
+def _row(store: str, report: Report, damage: Damage, stretches: list[Stretch]) -> dict[str, Any]:
+    """from, to: bytes of the object; to is null where all of it can't be read. file, file_offset: where it is."""
     instants = [{"from": format_instant(first), "to": format_instant(last)} for first, last in stretches]
     to = damage.offset + damage.size if damage.size and damage.kind != "header" else None
-    return {"object": damage.object, "from": damage.offset, "to": to, "kind": damage.kind, "instants": instants}
+    path, base = report.files.get(damage.object, (os.path.join(store, damage.object), 0))
+    row = {"object": damage.object, "from": damage.offset, "to": to, "kind": damage.kind, "instants": instants}
+    return row | {"file": os.path.relpath(path, store), "file_offset": base + damage.offset}
 
 
 def _print(store: str, report: Report, has_data: bool, healed: int, is_gone: bool) -> None:
-    from pitfs.store.objects.damage import MAX_PLACES
-
     contents = f"{format_bytes(report.bytes)} of contents" if has_data else "contents not read (--data reads them)"
     number = len(report.damaged)
-    count = f"{number or 'no'}{' or more' * (number >= MAX_PLACES)} damaged place{'s' * (number != 1)}"
-    found = count + (f", {healed} healed" if healed else "")
+    count = f"{number or 'no'}{' or more' * (not report.has_all)} damaged place{'s' * (number != 1)}"
+    found = count + (f"; healed before: {healed} contents or files" if healed else "")
     print(f"{store}: {report.objects} objects, {contents}: {found}")
     for damage, stretches in report.damaged:
-        row = _row(damage, stretches)
-        place = "all of it" if row["to"] is None else f"bytes {row['from']} to {row['to']}"
-        print(f"{row['object']}, {place}: {_PROBLEMS[damage.kind]}")
+        row = _row(store, report, damage, stretches)
+        start = row["file_offset"]
+        whole = "all of it" if start == row["from"] else f"from byte {start} on"
+        place = whole if row["to"] is None else f"bytes {start} to {start + damage.size}"
+        print(f"{row['file']}, {place}: {_PROBLEMS[damage.kind]}")
         for each in row["instants"][:MAX_SHOWN]:
             print(f"    can't be read: {each['from']}" + (f" to {each['to']}" if each["to"] != each["from"] else ""))
         if not stretches:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import shutil
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from pitfs.store.check.check import Report, at_rate, check
 from pitfs.store.index import format
 from pitfs.store.ingest import Ingest
 from pitfs.store.objects.damage import DamageLog
+from pitfs.store.objects.format import ObjectName
 from pitfs.store.store import Store
 from pitfs.supervision import scrub
 from pitfs.view.view import PointInTimeView, ReadBuffer
@@ -482,3 +485,56 @@ def test_healing_without_production_says_so_and_lists_the_damage(
     assert main(["check", str(store), "--data", "--heal"]) == 1
     printed = capsys.readouterr()
     assert file.name in printed.out and "pitfs protect" in printed.err
+
+
+def test_a_file_that_is_made_again_is_missing_in_one_line_as_long_as_its_contents_are(
+    store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (file,) = object_files(store, "snapshot-*1.blocks")
+    file.unlink()
+    assert main(["check", str(store), "--heal"]) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert all(line.endswith(": missing") for line in printed[1:] if file.name in line)
+    places = len(DamageLog(str(store)).known())
+    assert main(["check", str(store), "--data", "--json"]) == 1
+    rows = json.loads(capsys.readouterr().out)["damaged"]
+    assert len(rows) < places and {row["kind"] for row in rows} == {"missing"}
+    for one, other in itertools.pairwise(rows):
+        assert one["to"] <= other["from"] and (one["to"], one["instants"]) != (other["from"], other["instants"])
+
+
+def test_of_an_object_that_was_moved_the_file_is_named_in_which_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("fsync", "fdatasync"):
+        monkeypatch.setattr(os, name, lambda fd: None)
+    path = Path(filled(tmp_path, History(43, (VolumeInfo("a", 9_000, 1024),)), 8))
+    with opened(str(path)) as writable:
+        ids = [each.id for each in writable.catalog.snapshots()]
+        remove(writable, ids[2], ids[5])
+    with closing(Store.open(str(path))) as reading:
+        found = read_moved(reading, ids[5])
+    assert found is not None
+    name, file, start = found
+    data = bytearray(Path(file).read_bytes())
+    data[start] ^= 1
+    Path(file).write_bytes(data)
+    assert main(["check", str(path), "--data", "--json"]) == 1
+    (row,) = json.loads(capsys.readouterr().out)["damaged"]
+    assert row["object"] == name and not object_files(path, name)
+    assert path / row["file"] == Path(file) and row["file_offset"] == start
+    assert main(["check", str(path), "--data"]) == 1
+    printed = capsys.readouterr().out
+    assert f"{row['file']}, bytes {start} to " in printed and name not in printed
+    assert main(["digest", str(path), row["instants"][0]["from"], "a"]) == 1
+    assert f"{file}: damaged at byte {start}: block " in capsys.readouterr().err
+
+
+def read_moved(store: Store, snapshot_id: int) -> tuple[str, str, int] | None:
+    """A moved object whose contents the snapshot has: its name, the file, and the byte there of one of them."""
+    layout, (state,) = store.objects.layout, [each for each in store.snapshots() if each.id == snapshot_id]
+    for pointer in map(int, store.leaf(store.at_seq(state.seq), 0, 0)[0]):
+        name = ObjectName.of_number(layout.object_of(pointer)) if pointer else None
+        if name is not None and store.objects.fd_of(name).base:
+            return name.file, *store.objects.place(name, layout.offset_of(pointer))
+    return None

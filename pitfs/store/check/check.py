@@ -91,11 +91,17 @@ class Progress(msgspec.Struct):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """objects, bytes (of contents): that were read; damaged: with the stretches of instants that suffer from it."""
+    """objects, bytes (of contents): that were read; damaged: with the stretches of instants that suffer from it.
+
+    files: of objects that are damaged, the file, and the byte where the object would begin in there.
+    has_all: not more than are remembered were found.
+    """
 
     objects: int
     bytes: int
     damaged: list[tuple[Damage, list[Stretch]]]
+    files: dict[str, tuple[str, int]]
+    has_all: bool = True
 
 
 def at_rate(rate: int | None, reached: Callable[[int], None] = lambda count: None) -> Callable[[int], None]:
@@ -135,6 +141,7 @@ def check(path: str, has_data: bool, paced: Callable[[int], None]) -> Report:
         progress = Progress(has_data)
     contents = [each for each in (*known, *progress.found) if each.kind == "content"]  # they may be healed by now
     found = Found(path, [each for each in progress.found if each.kind != "content"])
+    files = dict[str, tuple[str, int]]()
     try:
         with closing(Store.open(path)) as store, closing(Catalog(os.path.join(path, CATALOG))) as catalog:
             store.objects.damage = found
@@ -142,6 +149,8 @@ def check(path: str, has_data: bool, paced: Callable[[int], None]) -> Report:
             run.check_again(contents)
             run.run()
             damaged = Suffering(catalog, store.objects, store.volumes, found).run(store.at_time) if found.places else []
+            for name in filter(None, {ObjectName.of_file(each.object) for each, _ in damaged}):
+                files[name.file] = store.objects.place(name, 0)
     except CorruptionError:  # it can't be read at all
         found.note(IN_CATALOG)
         damaged = [(each, [EVERYTHING] if each == IN_CATALOG else []) for each in uncovered(found.places.values())]
@@ -154,7 +163,7 @@ def check(path: str, has_data: bool, paced: Callable[[int], None]) -> Report:
         log.update(remembered)
     progress.finished_ns = time.time_ns()
     progress.save(path)
-    return Report(progress.objects, progress.bytes, damaged)
+    return Report(progress.objects, progress.bytes, damaged, files, len(found.places) < MAX_PLACES)
 
 
 class _Check(Walk):
