@@ -12,7 +12,7 @@ from pitfs.cli.common.output import print_json, warn
 from pitfs.cli.common.parser import add_json, add_store
 from pitfs.errors import EXIT_FAILED, PitfsError, UsageError
 from pitfs.model.position import format_instant
-from pitfs.model.units import format_bytes
+from pitfs.model.units import count_text, format_bytes
 
 if TYPE_CHECKING:
     from pitfs.store.check.check import Report
@@ -93,9 +93,11 @@ def _rebuild(store: str, out: TextIO) -> int:
             print(f"objects of id {number}", end="\r", file=sys.stderr)
 
     report = rebuild(store, warn, reached)
-    has = f"{report.snapshots} snapshots, {report.intervals} intervals, {report.bookmarks} bookmarks"
-    problem = f"{report.missing} lines say what is missing" if report.missing else "nothing is missing"
-    print(f"{store}: {has} and {report.gaps} gaps: {problem}", file=out)
+    names = "snapshot", "interval", "bookmark", "gap"
+    has = ", ".join(count_text(getattr(report, f"{name}s"), name) for name in names)
+    lines = count_text(report.missing, "line")
+    problem = f"what is missing is said above ({lines})" if report.missing else "nothing is missing"
+    print(f"{store}: {has}: {problem}", file=out)
     if report.old:
         advice = "restart mounts and servers of the store, which still read it"
         print(f"the catalog of before is {report.old}: {advice}", file=out)
@@ -113,8 +115,7 @@ def _row(store: str, report: Report, damage: Damage, stretches: list[Stretch]) -
 
 def _print(store: str, report: Report, has_data: bool, healed: int, is_gone: bool) -> None:
     contents = f"{format_bytes(report.bytes)} of contents" if has_data else "contents not read (--data reads them)"
-    number = len(report.damaged)
-    count = f"{number or 'no'}{' or more' * (not report.has_all)} damaged place{'s' * (number != 1)}"
+    count = count_text(len(report.damaged) or "no", "damaged place") + " or more" * (not report.has_all)
     found = count + (f"; healed before: {healed} contents or files" if healed else "")
     print(f"{store}: {report.objects} objects, {contents}: {found}")
     for damage, stretches in report.damaged:
@@ -130,10 +131,23 @@ def _print(store: str, report: Report, has_data: bool, healed: int, is_gone: boo
         elif len(stretches) > MAX_SHOWN:
             print(f"    and {len(stretches) - MAX_SHOWN} stretches more: --json names them")
     if report.damaged:
-        contents = "production has those contents no more" if is_gone else "contents may come back by --heal"
-        other = "--rebuild makes a catalog again; a copy of the store may have objects"
+        kinds = {_remedy(damage) for damage, _ in report.damaged}
+        come = "contents come back by themselves, or by --heal, while production is connected"
+        contents = "production has some contents no more" if is_gone else come
+        advice = [
+            contents if "content" in kinds else "",
+            "--rebuild makes the catalog again" if "catalog" in kinds else "",
+            "block maps and indexes come back from a copy of the store only" if "other" in kinds else "",
+        ]
         others = "all other instants are whole" if has_data else "what is damaged of the contents --data tells"
-        warn(f"{others}: export what you need; {contents}; {other}")
+        warn("; ".join([f"{others}: export what you need", *filter(None, advice)]))
+
+
+def _remedy(damage: Damage) -> str:
+    """What mends it: of contents, and of their files, production; of the catalog its log and the objects."""
+    if damage.kind == "catalog":
+        return "catalog"
+    return "content" if damage.object.endswith(".blocks") and damage.kind != "index" else "other"
 
 
 _PROBLEMS: Final = {

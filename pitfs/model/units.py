@@ -8,6 +8,11 @@ _BYTES: Final = ("B", "kB", "MB", "GB", "TB", "PB")
 _DURATIONS: Final = ((86_400, 48 * 3600, "days"), (3600, 2 * 3600, "h"), (60, 120, "min"))  # unit, from, name
 
 
+def count_text(count: int | str, noun: str) -> str:
+    """As "1 write", "2 writes", "no writes"."""
+    return f"{count} {noun}" + "s" * (count != 1)
+
+
 def format_bytes(size_bytes: float) -> str:
     """As "1.23 MB"; a rate too, before "/s"."""
     value, units = float(size_bytes), list(_BYTES)

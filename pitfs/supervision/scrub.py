@@ -10,6 +10,8 @@ from typing import Final
 
 import trio
 
+from pitfs.model.units import count_text
+
 log = logging.getLogger(__name__)
 
 EVERY_S: Final = 30 * 86_400.0
@@ -39,8 +41,9 @@ def scrub_if_due(store: str) -> None:
     except Exception as error:  # whatever it is, the receiver goes on
         log.warning("%s: the monthly check failed, it is tried again in an hour: %s", store, error)
         return
-    said = "%s: monthly check of %d objects, %d bytes: %d damaged places%s", store, report.objects, report.bytes
+    found = count_text(len(report.damaged) or "no", "damaged place")
+    said = "%s: monthly check of %d objects, %d bytes: %s%s", store, report.objects, report.bytes, found
     if report.damaged:
-        log.error(*said, len(report.damaged), ": pitfs check says which instants suffer")
+        log.error(*said, ": pitfs check says which instants suffer")
     else:
-        log.info(*said, 0, "")
+        log.info(*said, "")

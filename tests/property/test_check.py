@@ -343,6 +343,7 @@ def test_the_command_names_what_is_damaged_and_a_store_that_cannot_be_written_is
     printed_text = capsys.readouterr()
     assert file.name in printed_text.out and row["instants"][0]["from"] in printed_text.out
     assert "--data tells" in printed_text.err and "--heal" in printed_text.err
+    assert "--rebuild" not in printed_text.err and "copy of the store" not in printed_text.err
     assert not (store / "damaged").exists()
 
 
@@ -470,7 +471,8 @@ def test_a_catalog_that_is_lost_is_made_again_and_checked(
     states = instants(store)
     (store / "catalog.sqlite").write_bytes(b"?" * 8192)
     assert main(["check", str(store)]) == 1
-    capsys.readouterr()
+    printed = capsys.readouterr()
+    assert "--rebuild" in printed.err and "--heal" not in printed.err
     assert main(["check", str(store), "--rebuild", "--data"]) == 0
     assert "nothing is missing" in capsys.readouterr().out
     assert unreadable(store, made[1], states) == set()
