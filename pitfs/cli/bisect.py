@@ -14,7 +14,7 @@ from pitfs.cli.common.output import granularity_text, print_json, state_row, war
 from pitfs.cli.common.parser import TIME_HELP, add_json, add_scratch_command, add_store, add_volume, add_zone
 from pitfs.errors import PitfsError, UsageError
 from pitfs.model.bisection import Bisection, Verdict
-from pitfs.model.units import format_seconds
+from pitfs.model.units import counted, format_seconds
 
 if TYPE_CHECKING:
     from pitfs.store.pins.pins import Pins
@@ -122,8 +122,8 @@ def _search(
             tests.append(row)
             left = bisection.bad - bisection.good - 1
             warn(
-                f"{instant} (seq {seq}): {verdict.value} (exit code {code}, {format_seconds(row['seconds'])}); {left} "
-                f"writes left, at most {left.bit_length()} tests if COMMAND can tell"
+                f"{instant} (seq {seq}): {verdict.value} (exit code {code}, {format_seconds(row['seconds'])}); "
+                f"{counted(left, 'write')} left, at most {counted(left.bit_length(), 'test')} if COMMAND can tell"
             )
     return bisection, tests
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TextIO
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         failure = error
     gone = args.heal and any(each.state == "gone" for each in DamageLog(args.store).known())
     if args.json:
-        rows = [_row(*each) for each in report.damaged]
+        rows = [_row(args.store, report, *each) for each in report.damaged]
         print_json({"objects": report.objects, "bytes": report.bytes, "damaged": rows, "healed": healed})
     else:
         _print(args.store, report, has_data, healed, gone)
@@ -92,35 +93,37 @@ def _rebuild(store: str, out: TextIO) -> int:
             print(f"objects of id {number}", end="\r", file=sys.stderr)
 
     report = rebuild(store, warn, reached)
-    nouns = ("snapshot", "interval", "bookmark", "gap")
-    *has, gaps = (counted(getattr(report, f"{noun}s"), noun) for noun in nouns)
-    problem = f"{report.missing} lines say what is missing" if report.missing else "nothing is missing"
-    print(f"{store}: {', '.join(has)} and {gaps}: {problem}", file=out)
+    names = "snapshot", "interval", "bookmark", "gap"
+    has = ", ".join(counted(getattr(report, f"{name}s"), name) for name in names)
+    lines = counted(report.missing, "line")
+    problem = f"what is missing is said above ({lines})" if report.missing else "nothing is missing"
+    print(f"{store}: {has}: {problem}", file=out)
     if report.old:
         advice = "restart mounts and servers of the store, which still read it"
         print(f"the catalog of before is {report.old}: {advice}", file=out)
     return EXIT_FAILED if report.missing else 0
 
 
-def _row(damage: Damage, stretches: list[Stretch]) -> dict[str, Any]:
-    """from, to: bytes of the object; to is null where all of it can't be read."""
+def _row(store: str, report: Report, damage: Damage, stretches: list[Stretch]) -> dict[str, Any]:
+    """from, to: bytes of the object; to is null where all of it can't be read. file, file_offset: where it is."""
     instants = [{"from": format_instant(first), "to": format_instant(last)} for first, last in stretches]
     to = damage.offset + damage.size if damage.size and damage.kind != "header" else None
-    return {"object": damage.object, "from": damage.offset, "to": to, "kind": damage.kind, "instants": instants}
+    path, base = report.files.get(damage.object, (os.path.join(store, damage.object), 0))
+    row = {"object": damage.object, "from": damage.offset, "to": to, "kind": damage.kind, "instants": instants}
+    return row | {"file": os.path.relpath(path, store), "file_offset": base + damage.offset}
 
 
 def _print(store: str, report: Report, has_data: bool, healed: int, is_gone: bool) -> None:
-    from pitfs.store.objects.damage import MAX_PLACES
-
     contents = f"{format_bytes(report.bytes)} of contents" if has_data else "contents not read (--data reads them)"
-    number = len(report.damaged)
-    count = f"{number or 'no'}{' or more' * (number >= MAX_PLACES)} damaged place{'s' * (number != 1)}"
-    found = count + (f", {healed} healed" if healed else "")
+    count = counted(len(report.damaged) or "no", "damaged place") + " or more" * (not report.has_all)
+    found = count + (f"; healed before: {healed} contents or files" if healed else "")
     print(f"{store}: {report.objects} objects, {contents}: {found}")
     for damage, stretches in report.damaged:
-        row = _row(damage, stretches)
-        place = "all of it" if row["to"] is None else f"bytes {row['from']} to {row['to']}"
-        print(f"{row['object']}, {place}: {_PROBLEMS[damage.kind]}")
+        row = _row(store, report, damage, stretches)
+        start = row["file_offset"]
+        whole = "all of it" if start == row["from"] else f"from byte {start} on"
+        place = whole if row["to"] is None else f"bytes {start} to {start + damage.size}"
+        print(f"{row['file']}, {place}: {_PROBLEMS[damage.kind]}")
         for each in row["instants"][:MAX_SHOWN]:
             print(f"    can't be read: {each['from']}" + (f" to {each['to']}" if each["to"] != each["from"] else ""))
         if not stretches:
@@ -128,10 +131,23 @@ def _print(store: str, report: Report, has_data: bool, healed: int, is_gone: boo
         elif len(stretches) > MAX_SHOWN:
             print(f"    and {len(stretches) - MAX_SHOWN} stretches more: --json names them")
     if report.damaged:
-        contents = "production has those contents no more" if is_gone else "contents may come back by --heal"
-        other = "--rebuild makes a catalog again; a copy of the store may have objects"
+        kinds = {_remedy(damage) for damage, _ in report.damaged}
+        come = "contents come back by themselves, or by --heal, while production is connected"
+        contents = "production has some contents no more" if is_gone else come
+        advice = [
+            contents if "content" in kinds else "",
+            "--rebuild makes the catalog again" if "catalog" in kinds else "",
+            "block maps and indexes come back from a copy of the store only" if "other" in kinds else "",
+        ]
         others = "all other instants are whole" if has_data else "what is damaged of the contents --data tells"
-        warn(f"{others}: export what you need; {contents}; {other}")
+        warn("; ".join([f"{others}: export what you need", *filter(None, advice)]))
+
+
+def _remedy(damage: Damage) -> str:
+    """What mends it: of contents, and of their files, production; of the catalog its log and the objects."""
+    if damage.kind == "catalog":
+        return "catalog"
+    return "content" if damage.object.endswith(".blocks") and damage.kind != "index" else "other"
 
 
 _PROBLEMS: Final = {

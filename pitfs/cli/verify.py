@@ -22,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_store(parser)
     add_time(parser)
     add_volume(parser, "?")
-    add_json(parser, "volumes [volume, result (equal, differs, no digest), problem, instant, seq, before_s]")
+    results = "equal, differs, unreadable, no digest"
+    add_json(parser, f"volumes [volume, result ({results}), problem, instant, seq, before_s]")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,9 +45,11 @@ def run(args: argparse.Namespace) -> int:
                 row["result"], line = "no digest", f"no digest: {problem}"
             else:
                 before_s = (time_ns - snapshot.time_ns) / 1e9
-                row |= {"result": "differs" if problem else "equal", "before_s": before_s, **state_row(snapshot)}
-                at = f"at {row['instant']}" + (f", {format_seconds(before_s)} before" if before_s else "")
-                line = f"DIFFERS {at}: {problem}" if problem else f"equal {at}"
+                result = "unreadable" if verified.is_unreadable else "differs" if problem else "equal"
+                row |= {"result": result, "before_s": before_s, **state_row(snapshot)}
+                line = f"{result.upper() if problem else result} at {row['instant']}"
+                line += f", {format_seconds(before_s)} before the time that was given" if before_s else ""
+                line += f": {problem}" if problem else ""
             rows.append(row)
             if not args.json:
                 print(f"{verified.volume}: {line}", flush=True)

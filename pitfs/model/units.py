@@ -25,6 +25,6 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
-def counted(count: int, noun: str) -> str:
-    """As "1 snapshot" or "2 snapshots"."""
+def counted(count: int | str, noun: str) -> str:
+    """As "1 snapshot", "2 snapshots" or "no snapshots"."""
     return f"{count} {noun}{'s' * (count != 1)}"

@@ -23,12 +23,13 @@ PORTION_BYTES: Final = 16 << 20  # of which the checksums are gathered
 class Verified:
     """What became of a volume.
 
-    `snapshot`: that was compared, None without a digest; `problem`: empty if it is equal.
+    `snapshot`: that was compared, None without a digest; `problem`: empty if it is equal. `is_unreadable`: damaged.
     """
 
     volume: str
     snapshot: Snapshot | None
     problem: str
+    is_unreadable: bool = False
 
 
 def verify_volume(store: Store, pins: Pins, volume: int, time_ns: int, progress: Progress) -> Verified:
@@ -39,13 +40,13 @@ def verify_volume(store: Store, pins: Pins, volume: int, time_ns: int, progress:
     name = store.volumes[volume].name
     found = store.digest(volume, time_ns)
     if found is None:
-        return Verified(name, None, "production has sent no digest of it yet")
+        return Verified(name, None, "no snapshot up to then has one: none was sent, or it was pruned")
     snapshot, expected = found
     resolution = pins.pinned(store, store.at_seq(snapshot.seq))
     try:
         digest = volume_digest(PointInTimeView(store, resolution, volume), progress, f"verify {name}")
     except CorruptionError as error:
-        return Verified(name, snapshot, str(error))
+        return Verified(name, snapshot, str(error), is_unreadable=True)
     finally:
         pins.unpin(resolution.seq)
     return Verified(name, snapshot, "" if digest == expected else f"digest {digest:032x}, production's {expected:032x}")

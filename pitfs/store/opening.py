@@ -162,10 +162,10 @@ def take_lock(store: str) -> int:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            other = os.pread(fd, 200, 0).decode("utf-8", "replace").strip() or "another process"
+            other = os.pread(fd, 200, 0).decode("utf-8", "replace").replace(f"({CHANGES_LOCK})", "").strip()
             raise StoreError(
-                f"{store}: {other} is writing this store (it holds {path}): a store has one writer; "
-                f"end that one, or wait until it has ended"
+                f"{store}: {other or 'another process'} ('pitfs receive', most likely) is writing this store: a store "
+                "has one writer; end that one, or wait until it has ended"
             ) from None
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"pid {os.getpid()} on {socket.gethostname()} ({CHANGES_LOCK})\n".encode(), 0)

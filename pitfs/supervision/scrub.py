@@ -10,6 +10,8 @@ from typing import Final
 
 import trio
 
+from pitfs.model.units import counted
+
 log = logging.getLogger(__name__)
 
 EVERY_S: Final = 30 * 86_400.0
@@ -33,15 +35,15 @@ def scrub_if_due(store: str) -> None:
     try:
         last = Progress.read(store, has_data=True)
         made_ns = os.stat(os.path.join(store, "store.json")).st_mtime_ns
-        is_under_way = last.seq >= 0 and not last.finished_ns
-        if not is_under_way and time.time_ns() - max(last.finished_ns, made_ns) < EVERY_S * 10**9:
+        if not last.is_under_way and time.time_ns() - max(last.finished_ns, made_ns) < EVERY_S * 10**9:
             return
         report = check(store, True, at_rate(RATE))
     except Exception as error:  # whatever it is, the receiver goes on
         log.warning("%s: the monthly check failed, it is tried again in an hour: %s", store, error)
         return
-    said = "%s: monthly check of %d objects, %d bytes: %d damaged places%s", store, report.objects, report.bytes
+    found = counted(len(report.damaged) or "no", "damaged place")
+    said = "%s: monthly check of %d objects, %d bytes: %s%s", store, report.objects, report.bytes, found
     if report.damaged:
-        log.error(*said, len(report.damaged), ": pitfs check says which instants suffer")
+        log.error(*said, ": pitfs check says which instants suffer")
     else:
-        log.info(*said, 0, "")
+        log.info(*said, "")

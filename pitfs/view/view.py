@@ -302,7 +302,7 @@ class PointInTimeView:
             if count == len(target) or flags:
                 return count == len(target)
             if count == 0:
-                raise CorruptionError(self._object(pointer), position, "the object ends here")
+                raise CorruptionError(self._file(pointer), position, "the object ends here")
             target = target[count:]
             position += count
 
@@ -332,18 +332,16 @@ class PointInTimeView:
             raise self._refused(error, pointer, self._layout.offset_of(pointer)) from error
 
     def _refused(self, error: OSError, pointer: int, position: int) -> PitfsError:
-        return storage_error(error, self._object(pointer), f"reading at byte {position}")
+        return storage_error(error, self._file(pointer), f"reading at byte {position}")
 
-    def _object(self, pointer: int) -> str:
-        return self._store.objects.path_of(ObjectName.of_number(self._layout.object_of(pointer)))
+    def _file(self, pointer: int) -> str:
+        return self._store.objects.place(ObjectName.of_number(self._layout.object_of(pointer)), 0)[0]
 
     def _corruption(self, block: int, pointer: int, checksum: int) -> CorruptionError:
         """The error for the reader of a block; the store remembers where it is."""
         objects, offset = self._store.objects, self._layout.offset_of(pointer)
-        file = ObjectName.of_number(self._layout.object_of(pointer)).file
-        found = Damage(
-            file, offset, self.block_size, "content", self.volume, block, checksum, 0, self.resolution.seq
-        )  # fmt: skip
-        objects.damage.note(found)
+        name = ObjectName.of_number(self._layout.object_of(pointer))
+        of_block = self.volume, block, checksum, 0, self.resolution.seq
+        objects.damage.note(Damage(name.file, offset, self.block_size, "content", *of_block))
         problem = f"block {block} of volume {self._store.volumes[self.volume].name} doesn't match its checksum"
-        return CorruptionError(self._object(pointer), offset, problem)
+        return CorruptionError(*objects.place(name, offset), problem)

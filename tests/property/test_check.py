@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import shutil
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from pitfs.store.check.check import Report, at_rate, check
 from pitfs.store.index import format
 from pitfs.store.ingest import Ingest
 from pitfs.store.objects.damage import DamageLog
-from pitfs.store.objects.format import HEADER_BYTES
+from pitfs.store.objects.format import HEADER_BYTES, ObjectName
 from pitfs.store.store import Store
 from pitfs.supervision import scrub
 from pitfs.view.view import PointInTimeView, ReadBuffer
@@ -265,6 +267,49 @@ def test_a_check_that_is_stopped_goes_on(
     assert 0 <= read[1] + sum(counts) - expected.bytes <= 4096  # what two blocks share may come in two batches
 
 
+def test_at_a_small_rate_it_is_saved_in_time(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = [100.0]
+    monkeypatch.setattr(check_module.time, "monotonic", lambda: now_s[0])
+    monkeypatch.setattr(check_module, "FIRST_BYTES", 1000)
+    total = run(store).bytes
+    counts: list[int] = []
+
+    def paced(count: int) -> None:
+        counts.append(count)
+        now_s[0] += count / 1000
+        if sum(counts) > total // 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        run(store, paced=paced)  # though one that is finished has left its record
+    progress = check_module.Progress.read(str(store), True)
+    assert progress.is_under_way and total // 2 - 25_000 < progress.bytes > 0
+    counts.clear()
+    read = []
+    assert run(store, paced=read.append).bytes == progress.bytes + sum(read)
+    assert progress.bytes + sum(read) - total <= 4096
+
+
+def test_a_journal_is_gone_on_with_where_it_was_left(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_module, "BATCH_BYTES", 1)
+    monkeypatch.setattr(check_module, "SAVE_S", 0.0)
+    monkeypatch.setattr(format, "CHUNK_ROWS", 2)
+    kept = []
+    save = check_module.Progress.save
+    monkeypatch.setattr(
+        check_module.Progress, "save",
+        lambda self, path: (save(self, path), kept.append((store / "check-data.progress").read_bytes())),
+    )  # fmt: skip
+    total = run(store).bytes
+    within = [each for each in map(json.loads, kept) if each["rows"] and not each["leaf"] + each["volume"]]
+    assert len({each["rows"] for each in within}) > 2
+    for each in within:
+        (store / "check-data.progress").write_text(json.dumps(each))
+        read: list[int] = []
+        assert run(store, paced=read.append).bytes <= total + 4096
+        assert sum(read) < total - each["bytes"] + 4096
+
+
 def test_the_rate_is_held(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = [100.0]
     monkeypatch.setattr(check_module.time, "monotonic", lambda: now_s[0])
@@ -298,6 +343,7 @@ def test_the_command_names_what_is_damaged_and_a_store_that_cannot_be_written_is
     printed_text = capsys.readouterr()
     assert file.name in printed_text.out and row["instants"][0]["from"] in printed_text.out
     assert "--data tells" in printed_text.err and "--heal" in printed_text.err
+    assert "--rebuild" not in printed_text.err and "copy of the store" not in printed_text.err
     assert not (store / "damaged").exists()
 
 
@@ -425,7 +471,8 @@ def test_a_catalog_that_is_lost_is_made_again_and_checked(
     states = instants(store)
     (store / "catalog.sqlite").write_bytes(b"?" * 8192)
     assert main(["check", str(store)]) == 1
-    capsys.readouterr()
+    printed = capsys.readouterr()
+    assert "--rebuild" in printed.err and "--heal" not in printed.err
     assert main(["check", str(store), "--rebuild", "--data"]) == 0
     assert "nothing is missing" in capsys.readouterr().out
     assert unreadable(store, made[1], states) == set()
@@ -471,3 +518,56 @@ def test_files_that_are_no_text_are_damage_like_any_other(store: Path) -> None:
     (store / "store.json").write_bytes(b'{"\xe2":1}')
     with pytest.raises(PitfsError, match=r"store\.json"):
         run(store)
+
+
+def test_a_file_that_is_made_again_is_missing_in_one_line_as_long_as_its_contents_are(
+    store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (file,) = object_files(store, "snapshot-*1.blocks")
+    file.unlink()
+    assert main(["check", str(store), "--heal"]) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert all(line.endswith(": missing") for line in printed[1:] if file.name in line)
+    places = len(DamageLog(str(store)).known())
+    assert main(["check", str(store), "--data", "--json"]) == 1
+    rows = json.loads(capsys.readouterr().out)["damaged"]
+    assert len(rows) < places and {row["kind"] for row in rows} == {"missing"}
+    for one, other in itertools.pairwise(rows):
+        assert one["to"] <= other["from"] and (one["to"], one["instants"]) != (other["from"], other["instants"])
+
+
+def test_of_an_object_that_was_moved_the_file_is_named_in_which_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("fsync", "fdatasync"):
+        monkeypatch.setattr(os, name, lambda fd: None)
+    path = Path(filled(tmp_path, History(43, (VolumeInfo("a", 9_000, 1024),)), 8))
+    with opened(str(path)) as writable:
+        ids = [each.id for each in writable.catalog.snapshots()]
+        remove(writable, ids[2], ids[5])
+    with closing(Store.open(str(path))) as reading:
+        found = read_moved(reading, ids[5])
+    assert found is not None
+    name, file, start = found
+    data = bytearray(Path(file).read_bytes())
+    data[start] ^= 1
+    Path(file).write_bytes(data)
+    assert main(["check", str(path), "--data", "--json"]) == 1
+    (row,) = json.loads(capsys.readouterr().out)["damaged"]
+    assert row["object"] == name and not object_files(path, name)
+    assert path / row["file"] == Path(file) and row["file_offset"] == start
+    assert main(["check", str(path), "--data"]) == 1
+    printed = capsys.readouterr().out
+    assert f"{row['file']}, bytes {start} to " in printed and name not in printed
+    assert main(["digest", str(path), row["instants"][0]["from"], "a"]) == 1
+    assert f"{file}: damaged at byte {start}: block " in capsys.readouterr().err
+
+
+def read_moved(store: Store, snapshot_id: int) -> tuple[str, str, int] | None:
+    """A moved object whose contents the snapshot has: its name, the file, and the byte there of one of them."""
+    layout, (state,) = store.objects.layout, [each for each in store.snapshots() if each.id == snapshot_id]
+    for pointer in map(int, store.leaf(store.at_seq(state.seq), 0, 0)[0]):
+        name = ObjectName.of_number(layout.object_of(pointer)) if pointer else None
+        if name is not None and store.objects.fd_of(name).base:
+            return name.file, *store.objects.place(name, layout.offset_of(pointer))
+    return None

@@ -36,7 +36,7 @@ def test_a_store_without_its_catalog_says_what_to_do_and_that_helps(
     assert "pitfs check STORE --rebuild" in capsys.readouterr().err
     assert main(["check", str(store), "--rebuild"]) == 0
     said = capsys.readouterr()
-    assert said.out == f"{store}: 3 snapshots, 2 intervals, 0 bookmarks and 0 gaps: nothing is missing\n"
+    assert said.out == f"{store}: 3 snapshots, 2 intervals, 0 bookmarks, 0 gaps: nothing is missing\n"
     assert main(["list", str(store)]) == 0
     assert capsys.readouterr().out == listed
     assert main(["check", str(store), "--data"]) == 0
@@ -50,16 +50,18 @@ def test_what_is_missing_is_said_and_the_catalog_of_before_is_kept(
     before = (store / CATALOG).read_bytes()
     assert main(["check", str(store), "--rebuild"]) == 1
     said = capsys.readouterr()
-    assert "snapshot 2 is lost" in said.err and "no instant between" in said.err
-    assert "2 lines say what is missing\nthe catalog of before is " in said.out
+    assert "block map is lost or damaged: instants after 20" in said.err and "no instant between" in said.err
+    assert "what is missing is said above (2 lines)\nthe catalog of before is " in said.out
     (kept,) = store.glob(f"{CATALOG}.2*Z")
     assert kept.read_bytes() == before
 
 
 def test_wrong_use(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(store), "--rebuild", "--data"]) == 0
     assert main(["check", str(store.parent / "none"), "--rebuild"]) == 2
     history = History(5, (VolumeInfo("a", 9_000, 1024),))
     capsys.readouterr()
     with closing(Ingest(str(store.parent), history.hello)):
         assert main(["check", str(store), "--rebuild"]) != 0
-    assert f"pid {os.getpid()}" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert f"pid {os.getpid()}" in printed and "pitfs receive" in printed and ".lock" not in printed

@@ -108,9 +108,7 @@ async def test_a_flipped_bit_is_found_though_all_checksums_fit(
     assert [line.split()[1] for line in lines] == ["DIFFERS" if index == volume else "equal" for index in range(3)]
 
 
-async def test_a_bit_that_a_checksum_tells_of_is_a_difference_too(
-    parts: Volumes, capsys: pytest.CaptureFixture[str]
-) -> None:
+async def test_a_bit_that_a_checksum_tells_of_is_unreadable(parts: Volumes, capsys: pytest.CaptureFixture[str]) -> None:
     await begin(parts)
     store = Store.open(parts.path)
     snapshot = next(store.newest_snapshots())
@@ -120,7 +118,10 @@ async def test_a_bit_that_a_checksum_tells_of_is_a_difference_too(
     data[-1] ^= 1
     path.write_bytes(data)
     said(capsys, "verify", parts.path, "latest", "v0")
-    assert "doesn't match its checksum" in found(capsys, "verify", parts.path, "latest", "v1")
+    line = found(capsys, "verify", parts.path, "latest", "v1")
+    assert "UNREADABLE at " in line and "doesn't match its checksum" in line
+    (row,) = json.loads(found(capsys, "verify", parts.path, "latest", "v1", "--json"))["volumes"]
+    assert row["result"] == "unreadable"
 
 
 async def test_without_a_digest_it_says_so(parts: Volumes, capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,7 +140,8 @@ async def test_it_says_how_far_before_the_time_the_snapshot_is(
     instant = last_instant(parts)
     parts.shipper.digests._due_s = 1e12
     await parts.interval()
-    assert said(capsys, "verify", parts.path, "latest", "v0").startswith(f"v0: equal at {instant}, 0.0 s before")
+    line = said(capsys, "verify", parts.path, "latest", "v0")
+    assert line == f"v0: equal at {instant}, 0.0 s before the time that was given\n"
 
 
 async def test_volumes_that_are_more_than_a_mark_can_carry(parts: Volumes, monkeypatch: pytest.MonkeyPatch) -> None:

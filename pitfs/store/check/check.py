@@ -41,10 +41,11 @@ from pitfs.store.store import Store
 from pitfs.store.transfer.sections import checksums_of
 
 PROGRESS: Final = {False: "check.progress", True: "check-data.progress"}
-BATCH_BYTES: Final = 128 << 20  # of contents, sorted by their places: 12 MiB of rows if blocks have 512 bytes
+BATCH_BYTES: Final = 128 << 20  # of contents, sorted by their places: 12 MiB of rows if blocks have 512 bytes …
+FIRST_BYTES: Final = 1 << 20  # … at most: no more than is read in SAVE_S, which begins with a guess
 PART_BYTES: Final = 768 << 10  # compared while the next part is read
 AHEAD_PARTS: Final = 16  # that the kernel is told to read ahead
-SAVE_S: Final = 5.0  # so much reading is done again if it is stopped, and a batch
+SAVE_S: Final = 5.0  # so much reading is done again if it is stopped, twice at most
 _POINTER, _CHECKSUM, _BLOCK, _SEQ, _OWNER, _VOLUME = range(6)  # of contents, int64[6, n]
 
 # Of contents, by column. owner: id of the snapshot, or minus that of the open interval; seq: 0 of a map's.
@@ -55,6 +56,7 @@ class Progress(msgspec.Struct):
     """How far a check came: all of the history up to write `seq`, and of the next snapshot's map up to that leaf.
 
     Attributes:
+        journal, rows: before that map, so many rows of that index.
         finished_ns: 0 while it is under way. found: so far.
     """
 
@@ -62,6 +64,8 @@ class Progress(msgspec.Struct):
     seq: int = -1
     volume: int = 0
     leaf: int = 0
+    journal: str = ""
+    rows: int = 0
     objects: int = 0
     bytes: int = 0
     finished_ns: int = 0
@@ -76,17 +80,28 @@ class Progress(msgspec.Struct):
         except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
             return cls(has_data)
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether some of it was done, and not all."""
+        return not self.finished_ns and (self.seq, self.volume, self.leaf, self.rows) != (-1, 0, 0, 0)
+
     def save(self, store: str) -> None:
         with suppress(OSError):  # a store that can't be written is checked all the same
             durable_replace(os.path.join(store, PROGRESS[self.has_data]), msgspec.json.encode(self))
 
 
 class Report(msgspec.Struct, frozen=True):
-    """objects, bytes (of contents): that were read; damaged: with the stretches of instants that suffer from it."""
+    """objects, bytes (of contents): that were read; damaged: with the stretches of instants that suffer from it.
+
+    files: of objects that are damaged, the file, and the byte where the object would begin in there.
+    has_all: not more than are remembered were found.
+    """
 
     objects: int
     bytes: int
     damaged: list[tuple[Damage, list[Stretch]]]
+    files: dict[str, tuple[str, int]]
+    has_all: bool = True
 
 
 def at_rate(rate: int | None, reached: Callable[[int], None] = lambda count: None) -> Callable[[int], None]:
@@ -126,6 +141,7 @@ def check(path: str, has_data: bool, paced: Callable[[int], None]) -> Report:
         progress = Progress(has_data)
     contents = [each for each in (*known, *progress.found) if each.kind == "content"]  # they may be healed by now
     found = Found(path, [each for each in progress.found if each.kind != "content"])
+    files = dict[str, tuple[str, int]]()
     try:
         with closing(Store.open(path)) as store, closing(Catalog(os.path.join(path, CATALOG))) as catalog:
             store.objects.damage = found
@@ -133,6 +149,8 @@ def check(path: str, has_data: bool, paced: Callable[[int], None]) -> Report:
             run.check_again(contents)
             run.run()
             damaged = Suffering(catalog, store.objects, store.volumes, found).run(store.at_time) if found.places else []
+            for name in filter(None, {ObjectName.of_file(each.object) for each, _ in damaged}):
+                files[name.file] = store.objects.place(name, 0)
     except CorruptionError:  # it can't be read at all
         found.note(IN_CATALOG)
         damaged = [(each, [EVERYTHING] if each == IN_CATALOG else []) for each in uncovered(found.places.values())]
@@ -145,7 +163,7 @@ def check(path: str, has_data: bool, paced: Callable[[int], None]) -> Report:
         log.update(remembered)
     progress.finished_ns = time.time_ns()
     progress.save(path)
-    return Report(progress.objects, progress.bytes, damaged)
+    return Report(progress.objects, progress.bytes, damaged, files, len(found.places) < MAX_PLACES)
 
 
 class _Check(Walk):
@@ -162,11 +180,11 @@ class _Check(Walk):
         self._reader = ContentReader({}, objects)
         self._blocks: dict[tuple[int, int], list[memoryview]] = {}  # of a buffer, by its number and the blocks' size
         self._batch: list[Contents] = []
-        self._batch_bytes, self._saved_s = 0, time.monotonic()
+        self._batch_bytes, self._limit, self._saved_s = 0, FIRST_BYTES, time.monotonic()
 
     def run(self) -> None:
         """All of it."""
-        if self._progress.seq < 0 and not self._progress.volume and not self._progress.leaf:
+        if not self._progress.is_under_way:
             self._check_catalog()
         with self._noting_catalog():
             self._check_history()
@@ -239,7 +257,7 @@ class _Check(Walk):
                 before = snapshot
             else:
                 before = before and self.catalog.snapshot_at_seq(before.seq)
-            progress.seq, progress.volume, progress.leaf = before.seq if before else -1, 0, 0
+            progress.seq, progress.volume, progress.leaf, progress.rows = before.seq if before else -1, 0, 0, 0
 
     def _is_left(self, before: Snapshot | None, snapshot: Snapshot, interval: Interval | None) -> bool:
         """Whether nothing of a step was removed."""
@@ -283,7 +301,12 @@ class _Check(Walk):
         """Reads all of its index, and of the contents those in objects with these numbers."""
         for _ in journal.positions():
             pass
-        for rows in journal.rows():
+        progress, file, taken = self._progress, journal.parts[0].name.file, 0
+        done = progress.rows if owner > 0 and file == progress.journal else 0
+        for all_rows in journal.rows():
+            rows, taken = all_rows[max(0, done - taken) :], taken + len(all_rows)
+            if owner > 0:
+                progress.journal, progress.rows = file, max(done, taken)
             numbers = rows["pointer"] >> np.uint64(self._layout.unit_bits)
             mine = rows[np.isin(numbers, np.array(own, "<u8"))]
             columns = (mine[field].astype("<u8").view("<i8") for field in ("pointer", "checksum", "block", "seq"))
@@ -298,7 +321,7 @@ class _Check(Walk):
             self._batch_bytes += int(self._units[contents[_VOLUME]].sum()) * self._layout.unit_bytes
         elif contents.size:
             self._check_bounds(contents)
-        if self._batch_bytes >= BATCH_BYTES or time.monotonic() - self._saved_s >= SAVE_S:
+        if self._batch_bytes >= min(BATCH_BYTES, self._limit) or time.monotonic() - self._saved_s >= SAVE_S:
             self._verify()
 
     def _check_bounds(self, contents: Contents) -> None:
@@ -315,6 +338,7 @@ class _Check(Walk):
     def _verify(self) -> None:
         """Verifies the contents of the batch, each once, in the order of their places."""
         if self._batch:
+            begun_s, size = time.monotonic(), self._batch_bytes
             contents = np.concatenate(self._batch, axis=1)
             contents = contents[:, np.unique(contents[_POINTER].view("<u8"), return_index=True)[1]]
             self._batch, self._batch_bytes = [], 0
@@ -330,6 +354,7 @@ class _Check(Walk):
                     self._compare(part, ready.result(), number & 1)
                     if number + AHEAD_PARTS < len(parts):
                         self._read_ahead(parts[number + AHEAD_PARTS])
+            self._limit = int(size * SAVE_S / max(time.monotonic() - begun_s, 1e-3))
         if time.monotonic() - self._saved_s >= SAVE_S:
             self._progress.found, self._saved_s = list(self.found.places.values()), time.monotonic()
             self._progress.save(os.path.dirname(self.found.path))

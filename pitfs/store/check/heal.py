@@ -8,6 +8,7 @@ however the receiver dies. Contents are written in place: the very bytes that we
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,16 +26,11 @@ from pitfs.storage.files import fsync_directory, open_fd, read_exactly, storage_
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.index.maps import block_maps, look_up, node_loader
 from pitfs.store.objects.damage import Damage, DamageLog
-from pitfs.store.objects.format import (
-    CATALOG,
-    HEADER_BYTES,
-    HEAL_LOCK,
-    ObjectHeader,
-    ObjectKind,
-    ObjectName,
-)
+from pitfs.store.objects.format import CATALOG, HEADER_BYTES, HEAL_LOCK, ObjectHeader, ObjectKind, ObjectName
 from pitfs.store.opening import changes_locked
 from pitfs.store.store import Store
+
+log = logging.getLogger(__name__)
 
 STALL_S: Final = 60.0  # without an answer: then no more is waited for
 POLL_S: Final = 0.2
@@ -88,6 +84,10 @@ class Healer:
             except PitfsError as error:
                 failure = error
         self._log.update(lambda known: [new for each in known if (new := settled.get(each.place, each))])
+        gone = sum(each is not None for each in settled.values())
+        if settled:
+            said = "%s: damaged contents: %d healed, %d that production has no more"
+            log.warning(said, self._path, len(settled) - gone, gone)
         if failure is not None:
             raise failure
 
@@ -127,8 +127,8 @@ def heal(store: str, progress: Callable[[int], AbstractContextManager[Callable[[
     Raises:
         LinkError: no production that can give them is connected, or none came for STALL_S.
     """
-    made, log, since_s = _make_frames(store), DamageLog(store), time.monotonic()
-    asked = left = {each.place: each.size for each in log.known() if may_heal(each)}
+    made, damages, since_s = _make_frames(store), DamageLog(store), time.monotonic()
+    asked = left = {each.place: each.size for each in damages.known() if may_heal(each)}
     waiting = f"{store}: %d damaged contents wait for production, and %s"
     if asked and not _production_listens(store):
         why = "none that can give them is connected: start 'pitfs protect' of this version there"
@@ -136,13 +136,13 @@ def heal(store: str, progress: Callable[[int], AbstractContextManager[Callable[[
     with progress(sum(asked.values())) as reached:
         while left:
             time.sleep(POLL_S)
-            waits = {each.place for each in log.known() if may_heal(each)}
+            waits = {each.place for each in damages.known() if may_heal(each)}
             before, left = left, {place: size for place, size in left.items() if place in waits}
             since_s = time.monotonic() if len(left) < len(before) else since_s
             reached(sum(asked.values()) - sum(left.values()))
             if time.monotonic() - since_s > STALL_S:
                 raise LinkError(waiting % (len(left), f"none came for {STALL_S:g} s: see the log of 'pitfs receive'"))
-    return made + len(asked.keys() - {each.place for each in log.known()})
+    return made + len(asked.keys() - {each.place for each in damages.known()})
 
 
 def _production_listens(store: str) -> bool:
@@ -160,8 +160,8 @@ def _make_frames(path: str) -> int:
 
     What was in a file is zeros then: damage that is known already, or that the next check finds.
     """
-    log, made, contents = DamageLog(path), 0, (ObjectKind.SNAPSHOT_BLOCKS, ObjectKind.JOURNAL_BLOCKS)
-    names = {name for each in log.known() if each.checksum is None and (name := ObjectName.of_file(each.object))}
+    damages, made, contents = DamageLog(path), 0, (ObjectKind.SNAPSHOT_BLOCKS, ObjectKind.JOURNAL_BLOCKS)
+    names = {name for each in damages.known() if each.checksum is None and (name := ObjectName.of_file(each.object))}
     if not (names := {name for name in names if name.kind in contents}):
         return 0
     try:
@@ -182,7 +182,7 @@ def _make_frames(path: str) -> int:
     except OSError as error:
         raise storage_error(error, path, "healing") from error
     files = {name.file for name in names}
-    log.update(lambda known: [each for each in known if each.checksum is not None or each.object not in files])
+    damages.update(lambda known: [each for each in known if each.checksum is not None or each.object not in files])
     return made
 
 

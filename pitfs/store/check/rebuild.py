@@ -61,7 +61,10 @@ from pitfs.store.transfer.writable_store import WritableStore
 
 CAUSE: Final = "rebuilt"
 MAX_HELD_MINUTES: Final = 4096
-_LOST: Final = "only what objects say is known: not what pruning moved, bookmarks where nothing was written, fences"
+_LOST: Final = (
+    "only what objects say is known: what pruning has moved is lost (put back a copy of the log), and bookmarks "
+    "where nothing was written"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +219,7 @@ class _Rebuilding:
         try:
             footer = msgspec.json.decode(found[ObjectKind.MAP][1] if ObjectKind.MAP in found else b"", type=MapFooter)
         except msgspec.MsgspecError:
-            self._miss(f"snapshot {number} is lost, and with it what was written from the one before it to the next")
+            self._miss(f"{names[min(names)].file}: its block map is lost or damaged: {self._bounds(number)}")
             for record, _ in found.values():
                 catalog.put("objects", astuple(record))
             return
@@ -251,6 +254,12 @@ class _Rebuilding:
             replaced = index._replace(layer=max(interval.layer, 0)).file
             finer = Interval(number, interval.base_snapshot_id, *interval.bounds, interval.first_time_ns, *how)
             self._catalog.commit_layers(finer, [record for record, _ in found], replaced, {})
+
+    def _bounds(self, number: int) -> str:
+        """Which instants are lost with a snapshot."""
+        row = self._catalog.row("snapshots", "WHERE id < ? ORDER BY id DESC", number)
+        since = f"after {format_instant(Snapshot(*row).time_ns)}" if row is not None else "from the beginning on"
+        return f"instants {since} are lost, up to the next state that is listed"
 
     def _is_known(self, number: int) -> bool:
         """Whether the log has that snapshot, or has an interval, open or not, in the place of it."""

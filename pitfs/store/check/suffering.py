@@ -8,6 +8,7 @@ write to the block's next one; and from the parts of the index that are needed t
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -16,6 +17,7 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+from msgspec.structs import replace
 
 from pitfs.errors import CorruptionError, NoSuchInstantError
 from pitfs.model.blockmap import NODE_BYTES, I64Array, MapEntry, U64Array
@@ -86,7 +88,7 @@ class Suffering(Walk):
         self._concerned = {name.snapshot_id for name in map(ObjectName.of_file, self._of_object) if name is not None}
 
     def run(self, at_time: Callable[[int], tuple[Resolution, bool]]) -> list[tuple[Damage, list[Stretch]]]:
-        """Each damage with its stretches, ascending.
+        """Each damage with its stretches, ascending; as one where neighbours in an object have the same.
 
         Args:
             at_time: of the store: the catalog's damage is seen by what it answers.
@@ -114,7 +116,26 @@ class Suffering(Walk):
                 self._take_journal(self.open_journal(opened), roots, counts)
         except CorruptionError:
             self._add(IN_CATALOG, before.time_ns + 1 if before else 0, _END)
-        return [(damage, _joined(found)) for damage, found in zip(self.damages, self.stretches, strict=True)]
+        rows = zip(map(self._or_missing, self.damages), map(_joined, self.stretches), strict=True)
+        joined = list[tuple[Damage, list[Stretch]]]()
+        for damage, stretches in sorted(rows, key=lambda row: row[0].place):
+            last, of_last = joined[-1] if joined else (damage, None)
+            if (last.object, last.kind, last.offset + last.size) == (damage.object, damage.kind, damage.offset) and (
+                stretches == of_last
+            ):
+                joined[-1] = replace(last, size=last.size + damage.size), stretches
+            else:
+                joined.append((damage, stretches))
+        return joined
+
+    def _or_missing(self, damage: Damage) -> Damage:
+        """A content in a hole was never written there: its file is one that was made again."""
+        name = ObjectName.of_file(damage.object) if damage.kind == "content" else None
+        if name is not None and (fd := self.tried(lambda: self.objects.fd_of(name))) is not None:
+            at = fd.base + damage.offset
+            if at >= os.fstat(fd).st_size or os.lseek(fd, at, os.SEEK_HOLE) == at:
+                return replace(damage, kind="missing")
+        return damage
 
     def _ask(self, first_ns: int, last_ns: int) -> None:
         """Adds a stretch to what suffers from the catalog's damage, if the state at its start isn't found."""

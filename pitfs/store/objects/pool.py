@@ -89,11 +89,13 @@ class Descriptor(int):
 
     Attributes:
         base: byte o of the object is byte base + o of the file. start: byte of the file where its data area begins.
+        path: of the file, if it is another object's; else "".
     """
 
     __slots__ = ()
     base: int = 0
     start: int = HEADER_BYTES
+    path: str = ""
 
     def __del__(self) -> None:
         os.close(self)
@@ -102,10 +104,10 @@ class Descriptor(int):
 class HostedDescriptor(Descriptor):
     """That of another object, in whose file this one is."""
 
-    def __new__(cls, host: Descriptor, base: int) -> Self:
+    def __new__(cls, host: Descriptor, base: int, path: str = "") -> Self:
         """`base`: as the catalog has it."""
         found = super().__new__(cls, host)
-        found.host, found.base, found.start = host, base, base + HEADER_BYTES
+        found.host, found.base, found.start, found.path = host, base, base + HEADER_BYTES, path
         return found
 
     host: Descriptor
@@ -198,6 +200,11 @@ class ObjectPool:
     def path_of(self, name: ObjectName) -> str:
         return os.path.join(self.directory, self.layout.path_of(name.file))
 
+    def place(self, name: ObjectName, offset: int) -> tuple[str, int]:
+        """The file in which a byte of an object is, and which one it is there."""
+        host, base = self._host_of(name) or (name, 0)
+        return self.path_of(host), base + offset
+
     def newest(self) -> list[ObjectName]:
         """Objects in the newest folder, committed or not; none where the store has no folders."""
         path = self.directory
@@ -215,14 +222,15 @@ class ObjectPool:
             CorruptionError: they aren't those.
             PitfsError: the disk refuses.
         """
-        path, fd = self.path_of(name), self.fd_of(name)
+        fd = self.fd_of(name)
+        path, start = fd.path or self.path_of(name), fd.base + offset
         with self._remembers(name, offset, size, KINDS[name.kind]):
             try:
-                data = read_exactly(fd, size, fd.base + offset, path)
+                data = read_exactly(fd, size, start, path)
             except OSError as error:
                 raise storage_error(error, path, "reading") from error
             if xxh3_64_intdigest(data) != checksum:
-                raise CorruptionError(path, offset, f"{size} bytes that don't match their checksum")
+                raise CorruptionError(path, start, f"{size} bytes that don't match their checksum")
         return data
 
     @contextmanager
@@ -263,7 +271,7 @@ class ObjectPool:
             assert found is not None
             try:
                 with self._remembers(name, 0, HEADER_BYTES, "header"):
-                    return HostedDescriptor(self.fd_of(found[0]), found[1])
+                    return HostedDescriptor(self.fd_of(found[0]), found[1], self.path_of(found[0]))
             except MissingObjectError:  # it may have been moved on meanwhile
                 last = found
         missing = MissingObjectError(self.path_of(name), 0, "the object is missing")

@@ -105,7 +105,7 @@ class ContentReader:
             while used < end:
                 count = os.preadv(fd, (buffer[used:end],), offset)
                 if not count:
-                    path = self._objects.path_of(ObjectName.of_number(number))
+                    path = self._objects.place(ObjectName.of_number(number), 0)[0]
                     raise CorruptionError(path, offset, "it ends inside a content")
                 used, offset = used + count, offset + count
         return buffer[:used]
