@@ -48,8 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from pitfs.cli.common.progress import progress
     from pitfs.config.quantities import parse_size
-    from pitfs.store.check.check import at_rate, check, contents_bytes
+    from pitfs.store.check.check import check, contents_bytes
     from pitfs.store.check.heal import heal
+    from pitfs.store.check.progress import at_rate
     from pitfs.store.objects.damage import DamageLog
 
     try:
@@ -74,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
             healed, report = healed + came, checked()
     except PitfsError as error:  # said behind the report
         failure = error
+    if report.problem:
+        warn(report.problem)
     gone = args.heal and any(each.state == "gone" for each in DamageLog(args.store).known())
     if args.json:
         rows = [_row(args.store, report, *each) for each in report.damaged]
@@ -131,23 +134,20 @@ def _print(store: str, report: Report, has_data: bool, healed: int, is_gone: boo
         elif len(stretches) > MAX_SHOWN:
             print(f"    and {len(stretches) - MAX_SHOWN} stretches more: --json names them")
     if report.damaged:
-        kinds = {_remedy(damage) for damage, _ in report.damaged}
         come = "contents come back by themselves, or by --heal, while production is connected"
         contents = "production has some contents no more" if is_gone else come
-        advice = [
-            contents if "content" in kinds else "",
-            "--rebuild makes the catalog again" if "catalog" in kinds else "",
-            "block maps and indexes come back from a copy of the store only" if "other" in kinds else "",
-        ]
+        remedies = {
+            "contents": contents,
+            "catalog": "--rebuild makes the catalog again",
+            "other": "block maps and indexes come back from a copy of the store only",
+        }
         others = "all other instants are whole" if has_data else "what is damaged of the contents --data tells"
-        warn("; ".join([f"{others}: export what you need", *filter(None, advice)]))
-
-
-def _remedy(damage: Damage) -> str:
-    """What mends it: of contents, and of their files, production; of the catalog its log and the objects."""
-    if damage.kind == "catalog":
-        return "catalog"
-    return "content" if damage.object.endswith(".blocks") and damage.kind != "index" else "other"
+        kinds = {
+            "catalog" if each.kind == "catalog"
+            else "contents" if each.object.endswith(".blocks") and each.kind != "index" else "other"
+            for each, _ in report.damaged
+        }  # fmt: skip
+        warn("; ".join([f"{others}: export what you need", *(remedies[kind] for kind in sorted(kinds))]))
 
 
 _PROBLEMS: Final = {

@@ -30,7 +30,8 @@ async def scrub_stores(root: str) -> None:
 
 def scrub_if_due(store: str) -> None:
     """Checks a store if its last check is a month old; the log has the outcome, an error is no more than that."""
-    from pitfs.store.check.check import Progress, at_rate, check
+    from pitfs.store.check.check import check
+    from pitfs.store.check.progress import Progress, at_rate
 
     try:
         last = Progress.read(store, has_data=True)

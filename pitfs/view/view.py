@@ -302,7 +302,7 @@ class PointInTimeView:
             if count == len(target) or flags:
                 return count == len(target)
             if count == 0:
-                raise CorruptionError(self._file(pointer), position, "the object ends here")
+                raise CorruptionError(self._place(pointer)[0], position, "the object ends here")
             target = target[count:]
             position += count
 
@@ -329,19 +329,20 @@ class PointInTimeView:
         if error.errno == errno.EOPNOTSUPP:  # this filesystem can't tell: always read in a thread
             self._can_nowait = False
         elif error.errno != errno.EAGAIN:
-            raise self._refused(error, pointer, self._layout.offset_of(pointer)) from error
+            raise self._refused(error, pointer) from error
 
-    def _refused(self, error: OSError, pointer: int, position: int) -> PitfsError:
-        return storage_error(error, self._file(pointer), f"reading at byte {position}")
+    def _refused(self, error: OSError, pointer: int, position: int | None = None) -> PitfsError:
+        file, start = self._place(pointer)
+        return storage_error(error, file, f"reading at byte {start if position is None else position}")
 
-    def _file(self, pointer: int) -> str:
-        return self._store.objects.place(ObjectName.of_number(self._layout.object_of(pointer)), 0)[0]
+    def _place(self, pointer: int) -> tuple[str, int]:
+        name = ObjectName.of_number(self._layout.object_of(pointer))
+        return self._store.objects.place(name, self._layout.offset_of(pointer))
 
     def _corruption(self, block: int, pointer: int, checksum: int) -> CorruptionError:
         """The error for the reader of a block; the store remembers where it is."""
-        objects, offset = self._store.objects, self._layout.offset_of(pointer)
-        name = ObjectName.of_number(self._layout.object_of(pointer))
+        offset, name = self._layout.offset_of(pointer), ObjectName.of_number(self._layout.object_of(pointer))
         of_block = self.volume, block, checksum, 0, self.resolution.seq
-        objects.damage.note(Damage(name.file, offset, self.block_size, "content", *of_block))
+        self._store.objects.damage.note(Damage(name.file, offset, self.block_size, "content", *of_block))
         problem = f"block {block} of volume {self._store.volumes[self.volume].name} doesn't match its checksum"
-        return CorruptionError(*objects.place(name, offset), problem)
+        return CorruptionError(*self._place(pointer), problem)

@@ -151,6 +151,9 @@ class FakeObjects:
     def opened(self, number: int) -> Descriptor | None:
         return self._fds.get(number)
 
+    def place(self, name: ObjectName, offset: int) -> tuple[str, int]:
+        return self.path_of(name), offset
+
     def path_of(self, name: ObjectName) -> str:
         return f"/fake/objects/{name.file}"
 

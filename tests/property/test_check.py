@@ -20,7 +20,8 @@ from pitfs.cli.main import main
 from pitfs.errors import PitfsError
 from pitfs.model.transfer import VolumeInfo
 from pitfs.store.check import check as check_module
-from pitfs.store.check.check import Report, at_rate, check
+from pitfs.store.check.check import Report, check
+from pitfs.store.check.progress import at_rate
 from pitfs.store.index import format
 from pitfs.store.ingest import Ingest
 from pitfs.store.objects.damage import DamageLog

@@ -20,6 +20,7 @@ from pitfs.store.catalog import database
 from pitfs.store.catalog import log as log_module
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.catalog.log import HEADER_BYTES, CatalogLog, LoggedDatabase
+from pitfs.store.check.check import check
 from pitfs.store.check.rebuild import RebuildReport, rebuild
 from pitfs.store.ingest import Ingest
 from pitfs.store.objects.format import CATALOG, CATALOG_LOG
@@ -350,7 +351,11 @@ def test_a_catalog_older_than_its_log_is_not_written(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "older", store / CATALOG)
     with pytest.raises(StoreError, match=r"older than its log.*--rebuild"):
         Ingest(str(tmp_path), history.hello)
+    report = check(str(store), False, lambda count: None)
+    assert "older than its log: make it again" in report.problem
+    assert [each.kind for each, _ in report.damaged] == ["catalog"]
     assert made_again(store)[0].missing == 0
+    assert check(str(store), False, lambda count: None).damaged == []
     assert rows_of(store) == lost
 
 

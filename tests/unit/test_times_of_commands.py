@@ -61,14 +61,14 @@ def test_a_time_that_is_a_bookmarks_name_too_is_said_to_be_both(
         ("lates", "did you mean latest?"),
         ("seq_0", "did you mean seq-0?"),
         ("today", "did you mean 20"),
-        ("zzzz", "Write for example 2026-11-22T23:54:00Z"),
+        ("zzzz", "rite for example 2026-11-22T23:54:00Z"),
     ],
 )
 def test_what_is_no_time_gets_the_nearest_that_there_is(store: Store, text: str, words: str) -> None:
     with pytest.raises(UsageError) as caught:
         resolve(store, text)
     assert words in str(caught.value)
-    assert "is not a time" in str(caught.value) and "Write for example" in str(caught.value)
+    assert "is not a time" in str(caught.value) and "rite for example" in str(caught.value)
 
 
 def test_a_time_of_day_is_proposed_on_a_day_that_the_store_has(store: Store) -> None:

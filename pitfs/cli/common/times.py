@@ -74,8 +74,9 @@ def resolve(store: Store, text: str, zone_name: str = "UTC", warn: bool = True) 
     newest = store.latest()
     meant = meant_time(text, now_ns=now_ns, newest_ns=newest.time_ns if newest else now_ns, zone=zone)
     hint = _did_you_mean([meant] if meant else _close_names(store, text, LATEST))
+    write = "Write" if hint else "write"
     raise UsageError(
-        f"{problem}, nor is there a bookmark of that name in {store.path}: {hint}Write for example {FORMS}"
+        f"{problem}, nor is there a bookmark of that name in {store.path}: {hint}{write} for example {FORMS}"
     )
 
 

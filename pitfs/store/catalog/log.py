@@ -105,9 +105,9 @@ class CatalogLog:
         return log
 
     @classmethod
-    def open(cls, path: str) -> Self:
+    def open(cls, path: str, access: int = os.O_RDWR) -> Self:
         """Raises FileNotFoundError, OSError, CorruptionError: it isn't one, StoreVersionError."""
-        with closed_on_error(os.open(path, os.O_RDWR | os.O_CLOEXEC)) as fd:
+        with closed_on_error(os.open(path, access | os.O_CLOEXEC)) as fd:
             data = os.pread(fd, HEADER_BYTES, 0)
             if data[HEADER.size :] != CHECKSUM.pack(xxh3_64_intdigest(data[: HEADER.size])):
                 raise CorruptionError(path, 0, "no header of a catalog's log")
@@ -196,20 +196,27 @@ class LoggedDatabase(Database):
         log = self._fitting_log() if self._is_logged else None
         if log is not None:
             self._is_log_outdated = self.meta("log_through") != self._log_through()
-            behind = [changes[0][0] == "meta" for changes in log.records(self.meta("log_end"))]
-            if sum(behind) > 1:  # one may be of a commit that failed; those that weren't durable a power loss may undo
-                self._refuse()
-        elif self._is_logged and self._is_behind_another_log():
-            self._refuse()
+        if self._is_logged and self.is_older():
+            self._is_log_outdated = True
+            self.close()
+            raise StoreError(f"{path}: older than its log, {self._log_path}: {REMEDY}")
 
-    def _refuse(self) -> None:
-        self._is_log_outdated = True
-        self.close()
-        raise StoreError(f"{self.path}: older than its log, {self._log_path}: {REMEDY}")
+    def is_older(self) -> bool:
+        """Whether the log has more than the catalog, which is an older one that was put back."""
+        while True:  # others may commit, or begin a log, while it looks
+            number, end = self.meta("log"), self.meta("log_end")
+            if (log := self._fitting_log()) is not None:
+                behind = [changes[0][0] == "meta" for changes in log.records(end)]
+                # One may be of a commit that failed; those that weren't durable a power loss may undo.
+                is_older = bool(sum(behind) > 1)
+            else:
+                is_older = self._is_behind_another_log()
+            if not is_older or (number, end) == (self.meta("log"), self.meta("log_end")):
+                return is_older
 
     def close(self) -> None:
         with self._lock, suppress(PitfsError):
-            if self._log is not None and not self._is_log_outdated:
+            if self._is_logged and self._log is not None and not self._is_log_outdated:
                 with self.changes():
                     self._is_changed = True  # how far it is protected may not have been committed durably
         super().close()
@@ -289,7 +296,7 @@ class LoggedDatabase(Database):
         if self._log is None or self._log.number != number:
             self._swap_log(None)
             with suppress(FileNotFoundError, CorruptionError):
-                self._log = CatalogLog.open(self._log_path)
+                self._log = CatalogLog.open(self._log_path, os.O_RDWR if self._is_logged else os.O_RDONLY)
         log, status = self._log, os.fstat(self._log.fd) if self._log is not None else None
         is_whole = status is not None and status.st_nlink > 0 and status.st_size >= self.meta("log_end")
         return log if log is not None and log.number == number and is_whole else None

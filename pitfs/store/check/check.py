@@ -3,9 +3,6 @@
 Each row of the catalog, the header and size of each object, each node of a block map and each chunk of an index are
 read once; with `has_data` each content, too. What is damaged is noted, and the check goes on. What was removed while it
 was looked at is no damage: the catalog is asked again, and the walk goes on from the newest snapshot that is left.
-
-The file `check.progress` in the store (`check-data.progress` of a check with contents), as JSON, says how far it came
-and when it was done. A check that was stopped goes on from there.
 """
 
 from __future__ import annotations
@@ -27,9 +24,10 @@ from xxhash import xxh3_64_intdigest
 from pitfs.errors import CorruptionError, PitfsError
 from pitfs.model.blockmap import FANOUT, FANOUT_BITS, POINTERS
 from pitfs.model.transfer import VolumeInfo
-from pitfs.storage.files import durable_replace
 from pitfs.store.catalog.catalog import Catalog
+from pitfs.store.catalog.database import REMEDY
 from pitfs.store.catalog.records import Interval, Snapshot
+from pitfs.store.check.progress import Progress
 from pitfs.store.check.suffering import EVERYTHING, Stretch, Suffering, uncovered
 from pitfs.store.check.walk import IN_CATALOG, Found, Journal, Walk
 from pitfs.store.objects.damage import MAX_PLACES, Damage, DamageLog
@@ -40,7 +38,6 @@ from pitfs.store.opening import read_store_info
 from pitfs.store.store import Store
 from pitfs.store.transfer.sections import checksums_of
 
-PROGRESS: Final = {False: "check.progress", True: "check-data.progress"}
 BATCH_BYTES: Final = 128 << 20  # of contents, sorted by their places: 12 MiB of rows if blocks have 512 bytes …
 FIRST_BYTES: Final = 1 << 20  # … at most: no more than is read in SAVE_S, which begins with a guess
 PART_BYTES: Final = 768 << 10  # compared while the next part is read
@@ -52,49 +49,11 @@ _POINTER, _CHECKSUM, _BLOCK, _SEQ, _OWNER, _VOLUME = range(6)  # of contents, in
 Contents = npt.NDArray[np.int64]
 
 
-class Progress(msgspec.Struct):
-    """How far a check came: all of the history up to write `seq`, and of the next snapshot's map up to that leaf.
-
-    Attributes:
-        journal, rows: before that map, so many rows of that index.
-        finished_ns: 0 while it is under way. found: so far.
-    """
-
-    has_data: bool
-    seq: int = -1
-    volume: int = 0
-    leaf: int = 0
-    journal: str = ""
-    rows: int = 0
-    objects: int = 0
-    bytes: int = 0
-    finished_ns: int = 0
-    found: list[Damage] = []
-
-    @classmethod
-    def read(cls, store: str, has_data: bool) -> Progress:
-        """Of the last check of that kind, finished or not; of a new one where there was none."""
-        try:
-            with open(os.path.join(store, PROGRESS[has_data]), "rb") as file:
-                return msgspec.json.decode(file.read(), type=cls)
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
-            return cls(has_data)
-
-    @property
-    def is_under_way(self) -> bool:
-        """Whether some of it was done, and not all."""
-        return not self.finished_ns and (self.seq, self.volume, self.leaf, self.rows) != (-1, 0, 0, 0)
-
-    def save(self, store: str) -> None:
-        with suppress(OSError):  # a store that can't be written is checked all the same
-            durable_replace(os.path.join(store, PROGRESS[self.has_data]), msgspec.json.encode(self))
-
-
 class Report(msgspec.Struct, frozen=True):
     """objects, bytes (of contents): that were read; damaged: with the stretches of instants that suffer from it.
 
     files: of objects that are damaged, the file, and the byte where the object would begin in there.
-    has_all: not more than are remembered were found.
+    has_all: not more than are remembered were found. problem: why nothing was looked at, or "".
     """
 
     objects: int
@@ -102,21 +61,7 @@ class Report(msgspec.Struct, frozen=True):
     damaged: list[tuple[Damage, list[Stretch]]]
     files: dict[str, tuple[str, int]]
     has_all: bool = True
-
-
-def at_rate(rate: int | None, reached: Callable[[int], None] = lambda count: None) -> Callable[[int], None]:
-    """For `check`: waits, where it reads more bytes than that a second, and says how many were read so far."""
-    next_s, total = time.monotonic(), 0
-
-    def paced(count: int) -> None:
-        nonlocal next_s, total
-        total += count
-        reached(total)
-        if rate is not None:
-            next_s = max(next_s, time.monotonic() - 1) + count / rate
-            time.sleep(max(0, next_s - time.monotonic()))
-
-    return paced
+    problem: str = ""
 
 
 def contents_bytes(path: str) -> int:
@@ -141,9 +86,11 @@ def check(path: str, has_data: bool, paced: Callable[[int], None]) -> Report:
         progress = Progress(has_data)
     contents = [each for each in (*known, *progress.found) if each.kind == "content"]  # they may be healed by now
     found = Found(path, [each for each in progress.found if each.kind != "content"])
-    files = dict[str, tuple[str, int]]()
+    files, problem = dict[str, tuple[str, int]](), ""
     try:
         with closing(Store.open(path)) as store, closing(Catalog(os.path.join(path, CATALOG))) as catalog:
+            if catalog.is_older():
+                raise CorruptionError(catalog.path, 0, f"older than its log: {REMEDY}")
             store.objects.damage = found
             run = _Check(catalog, store.objects, store.volumes, found, progress, paced)
             run.check_again(contents)
@@ -151,7 +98,8 @@ def check(path: str, has_data: bool, paced: Callable[[int], None]) -> Report:
             damaged = Suffering(catalog, store.objects, store.volumes, found).run(store.at_time) if found.places else []
             for name in filter(None, {ObjectName.of_file(each.object) for each, _ in damaged}):
                 files[name.file] = store.objects.place(name, 0)
-    except CorruptionError:  # it can't be read at all
+    except CorruptionError as error:  # it can't be read at all
+        problem = f"{error.what}: {error.problem}"
         found.note(IN_CATALOG)
         damaged = [(each, [EVERYTHING] if each == IN_CATALOG else []) for each in uncovered(found.places.values())]
 
@@ -163,7 +111,7 @@ def check(path: str, has_data: bool, paced: Callable[[int], None]) -> Report:
         log.update(remembered)
     progress.finished_ns = time.time_ns()
     progress.save(path)
-    return Report(progress.objects, progress.bytes, damaged, files, len(found.places) < MAX_PLACES)
+    return Report(progress.objects, progress.bytes, damaged, files, len(found.places) < MAX_PLACES, problem)
 
 
 class _Check(Walk):
@@ -269,8 +217,7 @@ class _Check(Walk):
         interval = self.interval(before, snapshot) if before is not None else None
         journal = self.journal(interval) if interval is not None and not progress.volume + progress.leaf else None
         if journal is not None:
-            own = ObjectName(ObjectKind.JOURNAL_BLOCKS, snapshot.id)
-            self._check_journal(journal, [own.number], snapshot.id)
+            self._check_journal(journal, [ObjectName(ObjectKind.JOURNAL_BLOCKS, snapshot.id).number], snapshot.id)
         roots = self.roots(snapshot)
         for volume in range(progress.volume, len(roots)):
             for leaf, slots, entries in self.new_leaves(volume, roots[volume], before, progress.leaf):
