@@ -73,7 +73,8 @@ def resolve(store: Store, text: str, zone_name: str = "UTC", warn: bool = True) 
     meant = meant_time(text, now_ns=now_ns, newest_ns=newest.time_ns if newest else now_ns, zone=zone)
     hint = _did_you_mean([meant] if meant else _close_names(store, text, LATEST))
     raise UsageError(
-        f"{problem}, nor is there a bookmark of that name in {store.path}: {hint}{'Ww'[not hint]}rite for example {FORMS}"
+        f"{problem}, nor is there a bookmark of that name in {store.path}: {hint}{'W' if hint else 'w'}rite for "
+        f"example {FORMS}"
     )
 
 
