@@ -356,7 +356,7 @@ async def test_check_heals_what_it_can_and_says_what_production_has_no_more(
             assert await trio.to_thread.run_sync(main, command) == 1
         printed = capsys.readouterr()
         assert f"1 damaged place; healed before: {len(found) - 1} contents or files" in printed.out
-        assert "production has those contents no more" in printed.err
+        assert "production has some contents no more" in printed.err
         flip(pipeline, content_of(pipeline, 2, 0))
         assert await trio.to_thread.run_sync(main, command) == 0
         assert "no damaged places" in capsys.readouterr().out

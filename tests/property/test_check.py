@@ -20,6 +20,7 @@ from pitfs.cli.main import main
 from pitfs.errors import PitfsError
 from pitfs.model.transfer import VolumeInfo
 from pitfs.store.check import check as check_module
+from pitfs.store.check import progress as progress_module
 from pitfs.store.check.check import Report, check
 from pitfs.store.check.progress import at_rate
 from pitfs.store.index import format
@@ -514,7 +515,7 @@ def test_what_is_missing_in_one_part_makes_no_damage_of_the_next(
 
 def test_files_that_are_no_text_are_damage_like_any_other(store: Path) -> None:
     found = b'{"has_data":true,"seq":1,"found":[{"object":"\xff","offset":1,"size":1,"kind":"node"}]}'
-    (store / check_module.PROGRESS[True]).write_bytes(found)
+    (store / progress_module.PROGRESS[True]).write_bytes(found)
     assert run(store).damaged == []
     (store / "store.json").write_bytes(b'{"\xe2":1}')
     with pytest.raises(PitfsError, match=r"store\.json"):
