@@ -18,7 +18,11 @@ from tests.helpers.netlink import left_namespaces, probe_wire
 # Inherited over fork and exec: finds the daemons of this run, whoever their parent is now.
 SESSION_MARK = f"PITFS_TEST_SESSION={os.getpid()}"
 
-OF_HOST = ("tests/integration/", "tests/golden/")
+# Of these files' names: their tests use what a host has once: loop devices, /run/pitfs, network namespaces.
+OF_HOST = (
+    "attach", "bisect", "demo", "detach", "drill", "filesystem", "full", "holders", "kept", "mount", "postgresql",
+    "production", "readme", "scratch", "stop", "torture", "wire",
+)  # fmt: skip
 
 hypothesis.settings.register_profile("pitfs", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("pitfs")
@@ -68,15 +72,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With several workers (pytest -n) one has all tests that use the host, as if it were alone there: loop devices,
-    mounts, /run/pitfs, network namespaces, processes that are waited for. The others share what is left, file by file.
-    """
+    """With several workers (pytest -n) one has all tests that use what there is once. The others go file by file."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "host" if file.startswith(OF_HOST) else file
+            return "host" if any(word in file for word in OF_HOST) else file
 
     return Scheduling(config, log)
 
