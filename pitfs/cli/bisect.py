@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 from pitfs.cli.common.output import granularity_text, print_json, state_row, warn
 from pitfs.cli.common.parser import TIME_HELP, add_json, add_scratch_command, add_store, add_volume, add_zone
 from pitfs.errors import PitfsError, UsageError
-from pitfs.model.bisection import Bisection, Verdict
 from pitfs.model.units import counted, format_seconds
+from pitfs.restore.bisection import Bisection, Verdict
 
 if TYPE_CHECKING:
     from pitfs.store.pins.pins import Pins

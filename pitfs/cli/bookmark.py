@@ -25,6 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check_new_bookmark(args.name)  # here too: it needs no shipper that runs
-    from pitfs.replication.requests import SetBookmark
+    from pitfs.replication.control.requests import SetBookmark
 
     return print_instant(args, SetBookmark(args.name))

@@ -13,8 +13,8 @@ from pitfs.cli.common.parser import add_json, add_store
 from pitfs.cli.common.progress import progress
 from pitfs.errors import UsageError
 from pitfs.model.position import format_instant
-from pitfs.model.retention import LEVELS, SNAPSHOTS
 from pitfs.model.units import counted, format_bytes
+from pitfs.store.retention.levels import LEVELS, SNAPSHOTS
 
 if TYPE_CHECKING:
     from pitfs.store.retention.plan import Retention

@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from pitfs.model.retention import Policy, format_steps, in_words, parse_age, parse_steps
     from pitfs.store.opening import read_store_info
+    from pitfs.store.retention.levels import Policy, format_steps, in_words, parse_age, parse_steps
     from pitfs.store.retention.policy import load_policy, save_policy
 
     read_store_info(args.store)

@@ -9,7 +9,7 @@ from pitfs.cli.common.output import print_json
 from pitfs.cli.common.parser import add_config, add_json
 
 if TYPE_CHECKING:
-    from pitfs.replication.requests import SetBookmark, TakeSnapshot
+    from pitfs.replication.control.requests import SetBookmark, TakeSnapshot
 
 DESCRIPTION: Final = (
     "Closes the interval at the last write, returns when the replica has acknowledged it, and "
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from pitfs.replication.requests import TakeSnapshot
+    from pitfs.replication.control.requests import TakeSnapshot
 
     return print_instant(args, TakeSnapshot())
 

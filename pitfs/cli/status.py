@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         status = _replica(args.target)
     else:
         from pitfs.cli.common.shipper import ask_shipper
-        from pitfs.replication.requests import ReadStatus
+        from pitfs.replication.control.requests import ReadStatus
 
         status = ask_shipper(args.target, ReadStatus())
     if args.json:

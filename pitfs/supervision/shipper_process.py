@@ -20,9 +20,9 @@ from pitfs.link.sessions.connect import SenderSession, connect
 from pitfs.link.transport.tls import LinkContext
 from pitfs.model.endpoint import format_endpoint
 from pitfs.model.transfer import Hello
-from pitfs.replication.control import ShipperControl
+from pitfs.replication.control.requests import REQUESTS
+from pitfs.replication.control.server import ShipperControl
 from pitfs.replication.ports import ShipperSettings
-from pitfs.replication.requests import REQUESTS
 from pitfs.replication.shipper import Shipper
 from pitfs.splitter import control
 from pitfs.splitter.identity import next_epoch, read_group

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pitfs.cli.common.shipper import ask_shipper
-from pitfs.replication.requests import ReadStatus
+from pitfs.replication.control.requests import ReadStatus
 from tests.helpers.hosts import Production
 from tests.helpers.processes import ROOT, pitfs_command
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pitfs.model.retention import Action, Thin
 from pitfs.model.transfer import VolumeInfo
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.ingest import Ingest
 from pitfs.store.objects.format import CATALOG
+from pitfs.store.retention.levels import Action, Thin
 from pitfs.store.store import Store
 from tests.helpers.stores import ingest_transfer, object_files, read_image
 from tests.helpers.streams import batch_of, mark_of

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pitfs.model.bisection import MAX_UNKNOWN, Bisection, Verdict
+from pitfs.restore.bisection import MAX_UNKNOWN, Bisection, Verdict
 
 GOOD, BAD, UNKNOWN = Verdict.GOOD, Verdict.BAD, Verdict.UNKNOWN
 

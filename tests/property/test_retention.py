@@ -15,17 +15,17 @@ import pytest
 
 from pitfs.cli.main import main
 from pitfs.model.ladder import RUNGS_NS
-from pitfs.model.retention import Action, Remove, Thin
 from pitfs.model.transfer import VolumeInfo
-from pitfs.store.catalog import database
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.ingest import Ingest
 from pitfs.store.objects.format import CATALOG
 from pitfs.store.pins.pins import Pins
 from pitfs.store.retention import pruner as pruner_module
 from pitfs.store.retention import thinning
+from pitfs.store.retention.levels import Action, Remove, Thin
 from pitfs.store.retention.pruner import Pruner
 from pitfs.store.store import Store
+from tests.helpers.histories import unsynced
 from tests.helpers.retention import Model, allocated_bytes, assert_tidy, instants_of, model_of
 from tests.helpers.stores import ingest_transfer
 from tests.helpers.transfers import History, Write
@@ -34,13 +34,11 @@ CAUSE = "retention: a test"
 
 
 @pytest.fixture(autouse=True)
-def disk_that_needs_no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+def disk_that_needs_no_sync(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing here loses power."""
-    for name in ("fsync", "fdatasync"):
-        monkeypatch.setattr(os, name, lambda fd: None)
-    monkeypatch.setattr(database, "DURABLE", "OFF")
-    monkeypatch.setattr(database, "NOT_DURABLE", "OFF")
     monkeypatch.setattr(pruner_module, "sync_file_system", lambda path: None)
+    with unsynced():
+        yield
 
 
 def thinnings(model: Model, random: np.random.Generator) -> list[Action]:

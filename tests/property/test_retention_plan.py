@@ -10,7 +10,7 @@ from hypothesis import given
 
 from pitfs.model.ladder import RUNGS_NS
 from pitfs.model.position import DAY_NS, SECOND_NS
-from pitfs.model.retention import LEVELS, NOTHING, SNAPSHOTS, Policy, Remove, Step, Thin, period
+from pitfs.store.retention.levels import LEVELS, NOTHING, SNAPSHOTS, Policy, Remove, Step, Thin, period
 from pitfs.store.retention.stretches import Keeper, Rule, State, Stretch, essential, plan, rows
 
 HOUR_NS = 3600 * SECOND_NS

@@ -13,7 +13,7 @@ from pitfs.errors import CapacityError, LinkError
 from pitfs.journal.reader import Copy
 from pitfs.model.record import RecordKind
 from pitfs.model.transfer import TransferKind
-from pitfs.replication.control import ShipperControl
+from pitfs.replication.control.server import ShipperControl
 from pitfs.splitter import change_bitmap as changes
 from pitfs.splitter import splitter
 from pitfs.store.ingest import Ingest

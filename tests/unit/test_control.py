@@ -19,10 +19,8 @@ from pitfs.cli import snapshot
 from pitfs.cli.main import main
 from pitfs.errors import EXIT_FAILED, LinkError, PitfsError, UsageError
 from pitfs.model.position import format_instant
-from pitfs.replication.control import BOOKMARKS_FILE, ShipperControl
-from pitfs.replication.phases import Phase
-from pitfs.replication.requests import REQUESTS as SHIPPER_REQUESTS
-from pitfs.replication.requests import (
+from pitfs.replication.control.requests import REQUESTS as SHIPPER_REQUESTS
+from pitfs.replication.control.requests import (
     SNAPSHOT_GRACE_S,
     ReadStatus,
     SetBookmark,
@@ -30,6 +28,8 @@ from pitfs.replication.requests import (
     SnapshotTaken,
     TakeSnapshot,
 )
+from pitfs.replication.control.server import BOOKMARKS_FILE, ShipperControl
+from pitfs.replication.phases import Phase
 from pitfs.splitter.control import MAX_CONNECTIONS, SHIPPER_SOCKET, Connection, ControlError, Handler, serve
 from pitfs.splitter.messages import REQUESTS, RunningCopy, SplitterClient, SplitterStatus
 from tests.helpers.refusals import write_config

@@ -161,7 +161,7 @@ def test_each_key_of_a_status_is_explained(tmp_path: Path) -> None:
     """Of both sides: what `status --json` prints, and its text with blanks."""
     explained = set(terms(sections(page("pitfs.7"))["STATUS"]))
     sides = [
-        strings_in(ROOT / "pitfs" / "replication" / "control.py", "status"),
+        strings_in(ROOT / "pitfs" / "replication" / "control" / "server.py", "status"),
         strings_in(ROOT / "pitfs" / "cli" / "status.py", "_replica"),
     ]
     assert all({"role", "protected_through", "last_decision", "holders"} <= side for side in sides)

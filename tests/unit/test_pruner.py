@@ -5,26 +5,28 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pitfs.errors import NoSuchInstantError, PitfsError, PositionMismatchError, StoreError
-from pitfs.model.retention import Action, Policy, Remove, Thin, parse_steps
 from pitfs.model.transfer import VolumeInfo
 from pitfs.store import opening
-from pitfs.store.catalog import database
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.ingest import Ingest
 from pitfs.store.objects.format import CATALOG, LOCK, RESERVE
 from pitfs.store.pins import pin_file
 from pitfs.store.pins.pins import Pins
 from pitfs.store.retention import pruner as pruner_module
+from pitfs.store.retention.levels import Action, Policy, Remove, Thin, parse_steps
 from pitfs.store.retention.policy import load_policy, save_policy
 from pitfs.store.retention.pruner import Pruner
 from pitfs.store.store import Store
+from tests.helpers.histories import unsynced
 from tests.helpers.loops import LoopDevice, MountedFilesystem, fill, free_file
 from tests.helpers.processes import run
 from tests.helpers.retention import Model, allocated_bytes, assert_tidy, model_of
@@ -35,13 +37,11 @@ CAUSE = "retention: a test"
 
 
 @pytest.fixture(autouse=True)
-def disk_that_needs_no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+def disk_that_needs_no_sync(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing here loses power."""
-    for name in ("fsync", "fdatasync"):
-        monkeypatch.setattr(os, name, lambda fd: None)
-    monkeypatch.setattr(database, "DURABLE", "OFF")
-    monkeypatch.setattr(database, "NOT_DURABLE", "OFF")
     monkeypatch.setattr(pruner_module, "sync_file_system", lambda path: None)
+    with unsynced():
+        yield
 
 
 def thin_all(path: str, granularity_ns: int | None = None) -> list[Thin]:
@@ -475,3 +475,23 @@ def test_a_removal_whose_snapshots_are_gone_is_forgotten(model: Model) -> None:
         pass
     model.check()
     assert_tidy(model.path)
+
+
+def test_who_has_waited_long_for_the_locks_goes_on_all_the_same(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time for which others wait begins when the locks are held: else each turn would end before it began."""
+    turns = 0
+
+    @contextmanager
+    def slowly(path: str) -> Iterator[None]:
+        nonlocal turns
+        turns += 1
+        assert turns < 50
+        time.sleep(0.02)
+        yield
+
+    monkeypatch.setattr(pruner_module, "LOCKED_S", 0.01)
+    monkeypatch.setattr(pruner_module, "changes_locked", slowly)
+    with Pruner(model.path) as pruner:
+        assert pruner.apply(thin_all(model.path)).done

@@ -7,7 +7,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,18 @@ import pytest
 from pitfs.cli import receive
 from pitfs.cli.main import main
 from pitfs.model.position import DAY_NS, SECOND_NS, format_instant
-from pitfs.model.retention import NOTHING, Policy, parse_steps
 from pitfs.model.transfer import VolumeInfo
 from pitfs.model.units import format_bytes
-from pitfs.store.catalog import database
 from pitfs.store.ingest import Ingest
 from pitfs.store.pins.pins import Pins
 from pitfs.store.retention import pruner
+from pitfs.store.retention.levels import NOTHING, Policy, parse_steps
 from pitfs.store.retention.plan import Retention, used_bytes
 from pitfs.store.retention.policy import load_policy, save_policy
 from pitfs.store.retention.stretches import Rule
 from pitfs.store.store import Store
 from tests.helpers.commands import said
+from tests.helpers.histories import unsynced
 from tests.helpers.retention import assert_tidy, model_of
 from tests.helpers.stores import ingest_transfer
 from tests.helpers.transfers import START_NS, History
@@ -39,13 +39,11 @@ POLICY = "every-write 2h, 1s 6h, snapshots 12h, hourly 3d, daily 9d"
 
 
 @pytest.fixture(autouse=True)
-def disk_that_needs_no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
+def disk_that_needs_no_sync(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing here loses power."""
-    for name in ("fsync", "fdatasync"):
-        monkeypatch.setattr(os, name, lambda fd: None)
-    monkeypatch.setattr(database, "DURABLE", "OFF")
-    monkeypatch.setattr(database, "NOT_DURABLE", "OFF")
     monkeypatch.setattr(pruner, "sync_file_system", lambda path: None)
+    with unsynced():
+        yield
 
 
 class Replica:

@@ -22,8 +22,8 @@ from pitfs.model.record import Record, decode_head
 from pitfs.model.schedule import Decision
 from pitfs.model.transfer import WAITS, Checkpoint, Data, Section
 from pitfs.replication.backfill import ERASED, GONE
-from pitfs.replication.control import ShipperControl
-from pitfs.replication.requests import SetBookmark
+from pitfs.replication.control.requests import SetBookmark
+from pitfs.replication.control.server import ShipperControl
 from pitfs.splitter.service import SplitterService
 from pitfs.splitter.sync_gate import SyncGate
 from pitfs.storage.segment import SegmentReader, list_segments, segment_path

@@ -12,7 +12,7 @@ import pytest
 from pitfs.cli.common.output import SILENT_S
 from pitfs.cli.main import main
 from pitfs.model.transfer import VolumeInfo
-from pitfs.replication.control import ShipperControl
+from pitfs.replication.control.server import ShipperControl
 from pitfs.replication.phases import Phase
 from pitfs.store.ingest import Ingest
 from pitfs.store.store import Store

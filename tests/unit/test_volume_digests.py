@@ -17,8 +17,8 @@ from pitfs.journal import checksum_files, digests
 from pitfs.journal.reader import Interval, JournalReader
 from pitfs.model.transfer import Checkpoint, Data
 from pitfs.replication import full_sync, shipper
-from pitfs.replication.control import ShipperControl
-from pitfs.replication.requests import TakeSnapshot
+from pitfs.replication.control.requests import TakeSnapshot
+from pitfs.replication.control.server import ShipperControl
 from tests.helpers.digesting import Digesting
 from tests.helpers.shipper import VOLUME_BYTES
 

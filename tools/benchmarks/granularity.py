@@ -27,7 +27,7 @@ from pitfs.cli.common.shipper import ask_shipper
 from pitfs.config.production import load_config
 from pitfs.errors import PitfsError
 from pitfs.model.ladder import RUNGS_NS
-from pitfs.replication.requests import ReadStatus
+from pitfs.replication.control.requests import ReadStatus
 from pitfs.store.store import Store
 from tests.helpers.hosts import Production, Replica, instant_ns
 from tests.helpers.links import Files, issue

@@ -64,7 +64,7 @@ print(json.dumps([took, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss])
 # The newest intervals, or snapshots, of a store are brought to the next step of a policy.
 PRUNE: Final = """
 import itertools, json, sys, time
-from pitfs.model.retention import Remove, Thin
+from pitfs.store.retention.levels import Remove, Thin
 from pitfs.store.retention.pruner import Pruner
 from pitfs.store.store import Store
 path, what, count = sys.argv[1], sys.argv[2], int(sys.argv[3])

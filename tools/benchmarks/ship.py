@@ -21,7 +21,7 @@ from report import Measure, at_most, figure, note, plain
 from pitfs.cli.common.shipper import ask_shipper
 from pitfs.config.production import load_config
 from pitfs.errors import PitfsError
-from pitfs.replication.requests import ReadStatus
+from pitfs.replication.control.requests import ReadStatus
 from pitfs.store.store import Store
 from tests.helpers.hosts import Mount, Production, Replica, digest, xxhsum
 from tests.helpers.loops import free_file

@@ -14,7 +14,7 @@ from pitfs.cli.common.output import warn
 from pitfs.config.production import Config, load_config
 from pitfs.errors import PermissionDeniedError, PitfsError, UsageError
 from pitfs.model.position import whole_second
-from pitfs.replication.requests import SNAPSHOT_GRACE_S, ReadStatus, TakeSnapshot
+from pitfs.replication.control.requests import SNAPSHOT_GRACE_S, ReadStatus, TakeSnapshot
 from pitfs.splitter import control
 
 STARTING_S: Final = 10.0  # the shipper answers some time after writes are accepted
@@ -23,7 +23,7 @@ SAY_S: Final = 0.3  # an answer that comes sooner needs no words
 
 
 def ask_shipper(config_path: str, request: msgspec.Struct) -> dict[str, Any]:
-    """Sends one request (replication/requests.py) to the shipper of the group of CONFIG; returns the reply.
+    """Sends one request (replication/control/requests.py) to the shipper of the group of CONFIG; returns the reply.
 
     Raises:
         PermissionDeniedError: this user may not ask it.

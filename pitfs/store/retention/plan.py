@@ -14,10 +14,10 @@ from typing import Final
 
 from pitfs.errors import PitfsError, UsageError
 from pitfs.model.position import format_instant
-from pitfs.model.retention import LEVELS, NOTHING, SNAPSHOTS, AgeClock, Remove
 from pitfs.model.units import format_bytes
 from pitfs.store.opening import free_bytes, read_store_info
 from pitfs.store.pins.pins import list_pins
+from pitfs.store.retention.levels import LEVELS, NOTHING, SNAPSHOTS, AgeClock, Remove
 from pitfs.store.retention.policy import load_policy
 from pitfs.store.retention.pruner import Progress, Pruner
 from pitfs.store.retention.stretches import MAX_RUN, ROOM, Keeper, Rule, State, Stretch, essential, plan, rows

@@ -1,8 +1,8 @@
 """A store's policy: retention.json in its directory, replaced whole.
 
     version                          1
-    steps                            as `model.retention.parse_steps` reads them; "": it keeps everything
-    bookmarks                        an age as `model.retention.parse_age` reads it, or null
+    steps                            as `store.retention.levels.parse_steps` reads them; "": it keeps everything
+    bookmarks                        an age as `store.retention.levels.parse_age` reads it, or null
     max_size_bytes, min_free_bytes   or null
 """
 
@@ -14,9 +14,9 @@ from typing import Final
 import msgspec
 
 from pitfs.errors import StoreError, StoreVersionError
-from pitfs.model.retention import Policy, format_age, format_steps, parse_age, parse_steps
 from pitfs.storage.files import FULL_ERRNOS, durable_replace, storage_error
 from pitfs.store.opening import give_up_reserve
+from pitfs.store.retention.levels import Policy, format_age, format_steps, parse_age, parse_steps
 
 RETENTION_JSON: Final = "retention.json"
 VERSION: Final = 1

@@ -24,7 +24,6 @@ from typing import Final
 import numpy as np
 
 from pitfs.errors import CorruptionError, DiskFullError, PermissionDeniedError, StoreError
-from pitfs.model.retention import Action, Thin
 from pitfs.storage.files import FULL_ERRNOS, storage_error, sync_file_system
 from pitfs.store.catalog.catalog import Catalog
 from pitfs.store.index.maps import node_loader
@@ -40,6 +39,7 @@ from pitfs.store.opening import (
 )
 from pitfs.store.pins.pin_file import PinnedInstants
 from pitfs.store.pins.pins import list_pins, pins_locked
+from pitfs.store.retention.levels import Action, Thin
 from pitfs.store.retention.removal import Removal
 from pitfs.store.retention.thinning import Thinning, settle
 from pitfs.store.transfer.writable_store import WritableStore
@@ -236,10 +236,11 @@ class Pruner(AbstractContextManager["Pruner"]):
 
     def _commit(self, prepared: list[_Step]) -> list[_Step]:
         """Commits as many of them as there is time for while others wait for the locks; takes them from the list."""
-        done, begun_s = list[_Step](), time.monotonic()
+        done = list[_Step]()
         with changes_locked(self.path), pins_locked(self.path) as pins:
             pinned = _Pinned(pins)
             with self.catalog.changes():
+                begun_s = time.monotonic()  # not before: who has waited for the locks that long would do nothing
                 while prepared and time.monotonic() - begun_s < LOCKED_S:
                     step = prepared.pop()
                     if self._is_still(step) and not pinned.between(*step.bounds):

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from typing import Final, NamedTuple
 
-from pitfs.model.retention import NOTHING, SNAPSHOTS, Action, Policy, Remove, Thin, period, thinned
 from pitfs.model.transfer import PRUNED
+from pitfs.store.retention.levels import NOTHING, SNAPSHOTS, Action, Policy, Remove, Thin, period, thinned
 
 MAX_RUN: Final = 1024  # snapshots that one Remove takes
 _CAUSE: Final = f"{PRUNED}: "

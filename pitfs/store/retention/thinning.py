@@ -23,7 +23,6 @@ import numpy.typing as npt
 from pitfs.errors import CorruptionError
 from pitfs.model.blockmap import I64Array
 from pitfs.model.ladder import LAST_LAYER, NO_LAYER, RUNGS_NS, granularity_of, layer_of
-from pitfs.model.retention import Thin
 from pitfs.model.transfer import POSITION
 from pitfs.storage.files import open_fd, punch
 from pitfs.store.catalog.records import Interval, add_seconds
@@ -31,6 +30,7 @@ from pitfs.store.index.format import INDEX_ROW, IndexWriter
 from pitfs.store.index.merge import Rows
 from pitfs.store.index.reader import JournalIndex, Journals, chunk_cache
 from pitfs.store.objects.format import HEADER_BYTES, ObjectKind, ObjectName, ObjectRecord
+from pitfs.store.retention.levels import Thin
 from pitfs.store.transfer.writable_store import WritableStore, new_object
 
 

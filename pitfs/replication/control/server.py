@@ -14,7 +14,7 @@ from pitfs.errors import PitfsError, UsageError
 from pitfs.model.group import check_new_bookmark
 from pitfs.model.position import format_instant, whole_second
 from pitfs.model.schedule import EVERY_WRITE, Decision
-from pitfs.replication import requests
+from pitfs.replication.control import requests
 from pitfs.replication.phases import Phase
 from pitfs.replication.shipper import Shipper
 from pitfs.replication.status import InGapError
